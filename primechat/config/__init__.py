@@ -1,0 +1,27 @@
+"""Every knob of primechat, as frozen dataclasses; nothing here imports torch."""
+
+from primechat.config.codec import decode_config, encode_config, find_difference
+from primechat.config.model import GPTConfig
+from primechat.config.runtime import LookConfig, OptimConfig, RuntimeConfig
+from primechat.config.stages import (
+    EvaluateConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    QuickstartConfig,
+    TokenizerConfig,
+)
+
+__all__ = [
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "GPTConfig",
+    "LookConfig",
+    "OptimConfig",
+    "PretrainConfig",
+    "QuickstartConfig",
+    "RuntimeConfig",
+    "TokenizerConfig",
+    "decode_config",
+    "encode_config",
+    "find_difference",
+]

@@ -1,0 +1,196 @@
+"""The shape of a GPT and each architectural trick as a named switch.
+
+Hides: how a depth becomes a shape. Reference: nanochat, the code of October 2025 (`classic`) and of 2026 (`modern`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from primechat.errors import ConfigError
+
+ROPE_DTYPES = ("float32", "bfloat16", "compute")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """Everything that decides what a GPT computes."""
+
+    sequence_len: int = 2048
+    """Tokens of context in training."""
+    vocab_size: int = 65_536
+    """Number of token ids, special tokens included."""
+    n_layer: int = 20
+    """Number of blocks."""
+    n_head: int = 10
+    """Query heads."""
+    n_kv_head: int = 10
+    """Key and value heads; each serves n_head / n_kv_head query heads."""
+    n_embd: int = 1280
+    """Width of the residual stream."""
+    value_embeddings: bool = False
+    """Every other layer, the last included, adds a gated embedding of the token to its values."""
+    residual_scalars: bool = False
+    """Each layer scales the residual stream and mixes the first embedding back in, by two learned numbers."""
+    smear: bool = False
+    """Each embedding takes in a gated share of the previous token's."""
+    backout: bool = False
+    """The final state subtracts a learned share of the middle layer's."""
+    qk_gain: float = 1.0
+    """Factor on queries and on keys after their norm."""
+    rope_base: float = 10_000.0
+    """Base of the rotary frequencies."""
+    rope_dtype: str = "bfloat16"
+    """Precision of the rotary table: float32, bfloat16, or compute (that of the activations)."""
+    logit_softcap: float = 15.0
+    """Logits are c * tanh(z / c); 0 switches it off."""
+    window_pattern: str = ""
+    """One letter a layer, repeated: L sees sequence_len tokens back, S a quarter of it; empty sees all."""
+    vocab_multiple: int = 1
+    """Embedding tables are padded to a multiple of this many rows."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "sequence_len",
+            "vocab_size",
+            "n_layer",
+            "n_head",
+            "n_kv_head",
+            "n_embd",
+            "vocab_multiple",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(
+                    f"model.{name}={value!r} must be a whole number of at least 1; set it to one."
+                )
+        if self.n_embd % self.n_head:
+            near = max(1, round(self.n_embd / self.n_head)) * self.n_head
+            raise ConfigError(
+                f"model.n_embd={self.n_embd} must be divisible by model.n_head={self.n_head}; try {near}."
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"model.n_embd/n_head={self.head_dim} must be even for rotary positions; try n_head={self.n_embd // 2}."
+            )
+        if self.n_head % self.n_kv_head:
+            raise ConfigError(
+                f"model.n_kv_head={self.n_kv_head} must divide model.n_head={self.n_head}; try {self.n_head}."
+            )
+        if self.rope_dtype not in ROPE_DTYPES:
+            raise ConfigError(
+                f"model.rope_dtype={self.rope_dtype!r} must be one of {', '.join(ROPE_DTYPES)}; try compute."
+            )
+        if set(self.window_pattern) - {"S", "L"}:
+            raise ConfigError(
+                f"model.window_pattern={self.window_pattern!r} must be made of S and L; try 'SSSL', or '' for none."
+            )
+        if self.logit_softcap < 0:
+            raise ConfigError(f"model.logit_softcap={self.logit_softcap} must be 0 (off) or more; try 15.")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of all key heads together."""
+        return self.n_kv_head * self.head_dim
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding tables."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def architecture(self) -> str:
+        """`classic`, `modern`, or `custom` where the switches are those of neither."""
+        for name, other in (("classic", classic_switches()), ("modern", modern_switches())):
+            if all(getattr(self, key) == value for key, value in other.items()):
+                return name
+        return "custom"
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Tell whether a layer has a value embedding: every other one, counted back from the last."""
+        return self.value_embeddings and layer % 2 == (self.n_layer - 1) % 2
+
+    def window(self, layer: int) -> int | None:
+        """Return how many tokens to the left of itself a token sees in this layer; None is all.
+
+        Source: nanochat HEAD, gpt.py: a short window is a quarter of sequence_len, rounded up to a multiple of 128.
+        """
+        if not self.window_pattern:
+            return None
+        letter = self.window_pattern[layer % len(self.window_pattern)]
+        if letter == "L" or layer == self.n_layer - 1:
+            return self.sequence_len
+        return 128 * -(-self.sequence_len // 512)
+
+    @property
+    def n_params(self) -> int:
+        """Exact number of parameters; equals the built model's count.
+
+        Source: nanochat's own counts, for example 560,988,160 for the classic d20.
+
+        >>> GPTConfig.classic(20).n_params
+        560988160
+        """
+        rows, width, kv = self.padded_vocab, self.n_embd, self.kv_dim
+        blocks = self.n_layer * (2 * width * width + 2 * width * kv + 8 * width * width)
+        total = 2 * rows * width + blocks
+        if self.value_embeddings:
+            n_tables = sum(self.has_value_embedding(i) for i in range(self.n_layer))
+            total += n_tables * (rows * kv + 12 * self.n_kv_head)
+        return total + 2 * self.n_layer * self.residual_scalars + 25 * self.smear + self.backout
+
+    @classmethod
+    def classic(cls, depth: int, *, vocab_size: int = 65_536, sequence_len: int = 2048) -> GPTConfig:
+        """Return the October 2025 model of a depth: width 64 * depth, heads of 128."""
+        check_depth(depth)
+        n_head = -(-depth // 2)
+        return cls(
+            n_layer=depth,
+            n_embd=64 * depth,
+            n_head=n_head,
+            n_kv_head=n_head,
+            vocab_size=vocab_size,
+            sequence_len=sequence_len,
+        )
+
+    @classmethod
+    def modern(
+        cls, depth: int, *, vocab_size: int = 65_536, sequence_len: int = 2048, head_dim: int = 128
+    ) -> GPTConfig:
+        """Return the 2026 model of a depth: width 64 * depth rounded up to a multiple of head_dim."""
+        check_depth(depth)
+        n_head = -(-64 * depth // head_dim)
+        return cls(
+            n_layer=depth, n_embd=n_head * head_dim, n_head=n_head, n_kv_head=n_head, vocab_size=vocab_size, sequence_len=sequence_len,
+            value_embeddings=True, residual_scalars=True, smear=True, backout=True, qk_gain=1.2, rope_base=100_000.0, rope_dtype="compute",
+            window_pattern="SSSL", vocab_multiple=64,
+        )  # fmt: skip
+
+
+def check_depth(depth: int) -> None:
+    """Refuse a depth that is no positive whole number."""
+    if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= 256:
+        raise ConfigError(
+            f"depth={depth!r} must be a whole number from 1 to 256; try 4 on a laptop, 20 in the cloud."
+        )
+
+
+def classic_switches() -> dict[str, object]:
+    """Return the switches that make a config `classic`; shapes and windows are free."""
+    return dict(
+        value_embeddings=False, residual_scalars=False, smear=False, backout=False, qk_gain=1.0, rope_base=10_000.0, rope_dtype="bfloat16",
+        logit_softcap=15.0, window_pattern="", vocab_multiple=1,
+    )  # fmt: skip
+
+
+def modern_switches() -> dict[str, object]:
+    """Return the switches that make a config `modern`; shapes and windows are free."""
+    return dict(
+        value_embeddings=True, residual_scalars=True, smear=True, backout=True, qk_gain=1.2, rope_base=100_000.0, rope_dtype="compute",
+        logit_softcap=15.0, vocab_multiple=64,
+    )  # fmt: skip

@@ -1,0 +1,113 @@
+"""Knobs that several stages share: the machine, the optimizer, how often to look.
+
+Hides: nothing; these are plain settings. A field's string is its help on the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from primechat.errors import ConfigError
+
+DEVICES = ("auto", "cpu", "mps", "cuda")
+DTYPES = ("auto", "float32", "bfloat16")
+COMPILE = ("auto", "on", "off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How a stage uses the machine; `auto` and 0 are measured once before step 0 and then frozen."""
+
+    device: str = "auto"
+    """cpu, mps, cuda, or auto."""
+    dtype: str = "auto"
+    """Precision of matrix products: float32, bfloat16, or auto (the faster one)."""
+    threads: int = 0
+    """CPU threads; 0 takes the faster of one and all cores."""
+    compile: str = "auto"
+    """torch.compile: on, off, or auto (on where the time saved exceeds the time it takes)."""
+    micro_batch_rows: int = 0
+    """Rows of one forward and backward pass; 0 takes the fastest measured."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("device", DEVICES), ("dtype", DTYPES), ("compile", COMPILE)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"runtime.{name}={value!r} must be one of {', '.join(allowed)}; try auto.")
+        for name in ("threads", "micro_batch_rows"):
+            check_number(f"runtime.{name}", getattr(self, name), low=0, whole=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Learning rates are for width 768: those of embeddings and head scale by (width / 768) ** -0.5, as in nanochat."""
+
+    matrix_lr: float = 0.02
+    """Muon's learning rate, for the matrices of the blocks."""
+    embedding_lr: float = 0.3
+    """AdamW's learning rate of token and value embeddings."""
+    unembedding_lr: float = 0.004
+    """AdamW's learning rate of the output head."""
+    scalar_lr: float = 0.5
+    """AdamW's learning rate of the learned scalars."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the matrices; falls to 0 with the schedule."""
+    momentum: float = 0.95
+    """Muon's momentum; it warms up from 0.85 over the first 300 steps or a quarter of the run."""
+    grad_clip: float = 0.0
+    """Largest norm of the gradient; 0 leaves it alone."""
+    warmup_ratio: float = 0.0
+    """Share of the steps in which the learning rate rises from 0."""
+    warmdown_ratio: float = 0.5
+    """Share of the steps, at the end, in which it falls."""
+    final_lr_ratio: float = 0.0
+    """Learning rate of the last step, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "grad_clip"):
+            check_number(f"optim.{name}", getattr(self, name), low=0)
+        for name in ("momentum", "warmup_ratio", "warmdown_ratio", "final_lr_ratio"):
+            check_number(f"optim.{name}", getattr(self, name), low=0, high=1)
+        if self.warmup_ratio + self.warmdown_ratio > 1:
+            raise ConfigError(
+                f"optim.warmup_ratio={self.warmup_ratio} and warmdown_ratio={self.warmdown_ratio} must sum to at most 1; "
+                "lower one of them."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookConfig:
+    """How often a run is measured, sampled and saved."""
+
+    eval_every: int = 0
+    """Steps between validations; 0 spreads ten over the run. The last step is always validated."""
+    eval_tokens: int = 0
+    """Validation tokens of each but the last validation, which takes the whole split; 0 is the whole split each time."""
+    sample_every: int = 0
+    """Steps between samples; 0 takes them with the validations, -1 never."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves at the end and at a stop only."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay on disk."""
+    snapshots: bool = True
+    """Keep small bfloat16 copies of the weights at steps 0, 1, 2, 4, 8 ... and at the end, for the labs."""
+    snapshot_budget_mb: int = 2000
+    """No snapshot is written once they would exceed this, in megabytes."""
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("eval_every", 0), ("eval_tokens", 0), ("sample_every", -1), ("save_every", 0), ("keep_checkpoints", 1),
+            ("snapshot_budget_mb", 0),
+        ):  # fmt: skip
+            check_number(f"look.{name}", getattr(self, name), low=low, whole=True)
+
+
+def check_number(
+    name: str, value: object, *, low: float, high: float | None = None, whole: bool = False
+) -> None:
+    """Refuse a setting that is no number, not finite, or out of bounds."""
+    kind = "a whole number" if whole else "a number"
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value <= (float("1e18") if high is None else high):  # type: ignore[operator]
+        bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ConfigError(f"{name}={value!r} must be {kind} {bounds}; set it to one.")

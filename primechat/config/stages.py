@@ -1,0 +1,192 @@
+"""One configuration a stage: a script, a JSON file, a form and a command line from one definition.
+
+Hides: nothing; these are plain settings. A field's string is its help on the command line.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from primechat.config.model import GPTConfig
+from primechat.config.runtime import LookConfig, OptimConfig, RuntimeConfig, check_number
+from primechat.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Train a byte-pair tokenizer."""
+
+    tag: str = ""
+    """Empty writes $NANOCHAT_BASE_DIR/tokenizer; a name writes the tokenizer of that base model."""
+    resume: bool = False
+    """Accept a tokenizer that is there already, if it was trained with these settings."""
+    corpus: str = "chitchat"
+    """chitchat (ships with primechat), fineweb-edu, climbmix, or a path to .txt, .jsonl or .parquet files."""
+    vocab_size: int = 4096
+    """Number of token ids, the nine special tokens included."""
+    max_chars: int = 2_000_000_000
+    """Characters of text to train on."""
+    max_doc_chars: int = 10_000
+    """Characters taken of each document."""
+
+    def __post_init__(self) -> None:
+        check_tag(self.tag, empty=True)
+        check_number("vocab_size", self.vocab_size, low=265, high=1_000_000, whole=True)
+        check_number("max_chars", self.max_chars, low=1, whole=True)
+        check_number("max_doc_chars", self.max_doc_chars, low=1, whole=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Train a base model: predict the next token of plain text."""
+
+    tag: str = "d4"
+    """Name of the run's folder in base_checkpoints."""
+    resume: bool = False
+    """Go on from the newest checkpoint of this tag."""
+    model: GPTConfig = field(
+        default_factory=lambda: GPTConfig.modern(4, vocab_size=4096, sequence_len=256, head_dim=64)
+    )
+    """Shape and switches of the model."""
+    corpus: str = "chitchat"
+    """chitchat (ships with primechat), fineweb-edu, climbmix, or a path to .txt, .jsonl or .parquet files."""
+    n_shards: int = 8
+    """Shards of fineweb-edu or climbmix to use (about 100 MB and 50 M tokens each)."""
+    tokenizer: str = ""
+    """Folder of the tokenizer; empty takes the tag's own, else $NANOCHAT_BASE_DIR/tokenizer."""
+    batch_tokens: int = 8192
+    """Tokens of one optimizer step, over all ranks."""
+    steps: int = 0
+    """Optimizer steps; 0 derives them from `seconds`, else from `tokens_per_param`."""
+    seconds: float = 0.0
+    """Training time to fill, compilation included, validation not; steps are fixed by measuring before the first one."""
+    tokens_per_param: float = 20.0
+    """Training tokens a parameter, where neither steps nor seconds is given."""
+    seed: int = 0
+    """Seed of the weights and of the order of the text."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    look: LookConfig = field(default_factory=LookConfig)
+    """Validation, samples, checkpoints."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """Device, precision, threads, compilation."""
+
+    def __post_init__(self) -> None:
+        check_tag(self.tag)
+        check_training(self, self.model.sequence_len)
+        check_number("n_shards", self.n_shards, low=1, whole=True)
+        check_number("tokens_per_param", self.tokens_per_param, low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Teach a base model to answer: train on conversations, on the assistant's tokens only."""
+
+    tag: str = "d4"
+    """Name of the run's folder in chatsft_checkpoints."""
+    resume: bool = False
+    """Go on from the newest checkpoint of this tag."""
+    base: str = ""
+    """Model to start from, for example base/d4 or base/d4@600; empty is base/<tag>."""
+    dialogues: str = "chitchat"
+    """chitchat (ships with primechat), or a path to .jsonl conversations."""
+    batch_tokens: int = 4096
+    """Tokens of one optimizer step, over all ranks."""
+    steps: int = 0
+    """Optimizer steps; 0 derives them from `seconds`, else from one pass over the dialogues."""
+    seconds: float = 0.0
+    """Training time to fill, validation apart."""
+    seed: int = 0
+    """Seed of the order of the dialogues."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            matrix_lr=0.006, embedding_lr=0.06, unembedding_lr=0.002, scalar_lr=0.05
+        )
+    )
+    """Optimizer."""
+    look: LookConfig = field(default_factory=lambda: LookConfig(snapshots=False))
+    """Validation, samples, checkpoints."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """Device, precision, threads, compilation."""
+
+    def __post_init__(self) -> None:
+        check_tag(self.tag)
+        check_training(self, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure a model: bits per byte on validation text."""
+
+    tag: str = ""
+    """Unused by a measurement; kept so that every stage has it."""
+    resume: bool = False
+    """Unused by a measurement; kept so that every stage has it."""
+    model: str = ""
+    """Model to measure, for example base/d4, sft/d4@600 or base/d4@snap:64; empty is the default model."""
+    corpus: str = "chitchat"
+    """Text to measure on: its validation split."""
+    max_tokens: int = 0
+    """Tokens to score; 0 is the whole split."""
+    stride: int = 0
+    """Tokens between windows; 0 is the window itself, so that none is read twice."""
+    window: int = 0
+    """Tokens of context; 0 is the model's sequence_len."""
+    batch_rows: int = 16
+    """Windows of one forward pass."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """Device and precision."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "stride", "window"):
+            check_number(name, getattr(self, name), low=0, whole=True)
+        check_number("batch_rows", self.batch_rows, low=1, whole=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """All stages on the text that ships with primechat: tokenizer, base model, chat model, a short dialogue."""
+
+    tag: str = ""
+    """Name of the model; empty takes quickstart, or the next free quickstart-N."""
+    resume: bool = False
+    """Go on where an interrupted quickstart of this tag stopped."""
+    seconds: float = 150.0
+    """Pretraining time to fill; every schedule stretches to it."""
+    fast: bool = False
+    """A first model that forms words within a minute, all stages included."""
+    depth: int = 4
+    """Number of blocks; the width is 64 times as much."""
+    vocab_size: int = 4096
+    """Number of token ids."""
+    seed: int = 0
+    """Seed of every stage."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """Device, precision, threads, compilation."""
+
+    def __post_init__(self) -> None:
+        check_tag(self.tag, empty=True)
+        check_number("seconds", self.seconds, low=1)
+        check_number("seed", self.seed, low=0, whole=True)
+
+
+def check_tag(tag: object, *, empty: bool = False) -> None:
+    """Refuse a tag that is no plain folder name."""
+    if not isinstance(tag, str) or not (
+        re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", tag) or (empty and tag == "")
+    ):
+        raise ConfigError(f"tag={tag!r} must be a plain name of letters, digits, '.', '_' and '-'; try d4.")
+
+
+def check_training(config: PretrainConfig | FinetuneConfig, row_tokens: int) -> None:
+    """Refuse sizes and lengths that no run can have."""
+    check_number("batch_tokens", config.batch_tokens, low=1, whole=True)
+    check_number("steps", config.steps, low=0, whole=True)
+    check_number("seconds", config.seconds, low=0)
+    check_number("seed", config.seed, low=0, whole=True)
+    if config.batch_tokens % row_tokens:
+        near = max(1, round(config.batch_tokens / row_tokens)) * row_tokens
+        raise ConfigError(
+            f"batch_tokens={config.batch_tokens} must be a multiple of model.sequence_len={row_tokens}; try {near}."
+        )

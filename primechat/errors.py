@@ -1,0 +1,24 @@
+"""The errors that primechat raises for things a user can mend.
+
+Every message is one sentence of three parts: the value, the rule, the remedy. The command line prints it without a traceback.
+"""
+
+
+class PrimechatError(Exception):
+    """Base of all errors that a user can mend."""
+
+
+class ConfigError(PrimechatError, ValueError):
+    """A setting breaks a rule."""
+
+
+class CheckpointError(PrimechatError):
+    """A checkpoint is missing, incomplete, unsafe or of another kind."""
+
+
+class DataError(PrimechatError):
+    """A text, a corpus or a tokenizer file cannot be used."""
+
+
+class HubError(PrimechatError):
+    """The Hugging Face Hub cannot be reached or refuses."""

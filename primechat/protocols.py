@@ -1,0 +1,89 @@
+"""What the engine, the probes and the chat need of any model, ours or foreign.
+
+Hides: which class stands behind a model. Nothing here imports torch at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+
+Conversation = dict[str, Any]  # {"messages": [{"role": "user", "content": "..."}, ...]}
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens that a model has read, one row a sequence."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens read so far, for each row."""
+        ...
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each row can hold."""
+        ...
+
+    def select(self, rows: Sequence[int]) -> Cache:
+        """Return a cache of the given rows, in that order; a row may be named several times."""
+        ...
+
+    def join(self, others: Sequence[Cache]) -> Cache:
+        """Return one cache holding the rows of this one and of `others`, whatever their lengths."""
+        ...
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """Integers in, next-token logits out, with a cache."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def sequence_len(self) -> int:
+        """Tokens of context the model was trained with."""
+        ...
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens that a cache may hold (for ours, the length of the rotary table)."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def new_cache(self, batch_size: int, capacity: int) -> Any:
+        """Return an empty `Cache` of `batch_size` rows."""
+        ...
+
+    def advance(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Read ids (B, T) int64 into the cache; return float32 logits (B, V) that follow the last one."""
+        ...
+
+
+@runtime_checkable
+class ChatTokenizer(Protocol):
+    """Text to integers and back, and conversations to prompts."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def bos_id(self) -> int: ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+    def special(self, name: str) -> int: ...
+
+    def render_for_completion(self, conversation: Conversation) -> list[int]: ...

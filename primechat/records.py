@@ -1,0 +1,195 @@
+"""What stages, probes and the engine return: plain data, no torch.
+
+Events are what a running stage tells: the command line draws a progress bar from them, a notebook a live view.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoteEvent:
+    """A sentence for the reader: what was chosen, found or skipped."""
+
+    text: str
+    kind: str = "note"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseEvent:
+    """A stage begins a part of its work; `total` is in `unit`, 0 where unknown."""
+
+    name: str
+    total: float = 0.0
+    unit: str = "steps"
+    kind: str = "phase"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressEvent:
+    """How far the present phase has come, in its unit."""
+
+    done: float
+    kind: str = "progress"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEvent:
+    """One optimizer step."""
+
+    step: int
+    steps: int
+    loss_nats: float
+    lr_ratio: float
+    grad_norm: float
+    update_norm: float
+    tokens: int
+    tokens_per_s: float
+    elapsed_s: float
+    kind: str = "step"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossEvent:
+    """One validation; `whole` tells whether the whole split was scored."""
+
+    step: int
+    val_bpb: float
+    val_loss_nats: float
+    whole: bool
+    elapsed_s: float
+    kind: str = "loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleEvent:
+    """A text that the model wrote after a prompt."""
+
+    step: int
+    prompt: str
+    text: str
+    kind: str = "sample"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointEvent:
+    """A checkpoint or a snapshot was committed."""
+
+    step: int
+    path: str
+    snapshot: bool = False
+    kind: str = "checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoneEvent:
+    """The stage has ended; `stopped` tells whether it was asked to."""
+
+    step: int
+    elapsed_s: float
+    stopped: bool = False
+    kind: str = "done"
+
+
+Event = (
+    NoteEvent | PhaseEvent | ProgressEvent | StepEvent | LossEvent | SampleEvent | CheckpointEvent | DoneEvent
+)
+
+
+class OnEvent(Protocol):
+    """What a stage calls with each event."""
+
+    def __call__(self, event: Event, /) -> None: ...
+
+
+def encode_record(record: Any) -> dict[str, Any]:
+    """Return a record of plain values as JSON-ready data."""
+    return asdict(record)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """One sampled token; all measures are of the model's distribution before temperature and truncation.
+
+    `logprob`, `entropy` and `varentropy` are in nats (squared for the last); `rank` is 0 for the likeliest token;
+    `alternatives` are (id, logprob) pairs, likeliest first.
+    """
+
+    id: int
+    logprob: float
+    entropy: float
+    varentropy: float
+    rank: int
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(kw_only=True)
+class ReplyStats:
+    """Counts and speeds of one reply; `final` is False while it is being written."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    ttft_s: float = 0.0
+    prefill_tok_s: float = 0.0
+    decode_tok_s: float = 0.0
+    total_s: float = 0.0
+    context_used: float = 0.0
+    stop_reason: str = ""
+    final: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerResult:
+    """A trained tokenizer."""
+
+    path: str
+    identity: str
+    vocab_size: int
+    trained_chars: int
+    elapsed_s: float
+    bytes_per_token: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """A trained model; `path` is its run directory, relative to the base directory."""
+
+    identifier: str
+    path: str
+    step: int
+    stopped: bool
+    val_bpb: float
+    n_params: int
+    tokens: int
+    tokens_per_s: float
+    train_s: float
+    total_s: float
+    events: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateResult:
+    """Bits per byte of a model on a text."""
+
+    identifier: str
+    corpus: str
+    bpb: float
+    loss_nats: float
+    scored_tokens: int
+    scored_bytes: int
+    window: int
+    stride: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartResult:
+    """What a quickstart made."""
+
+    tokenizer: TokenizerResult
+    base: TrainResult
+    chat: TrainResult
+    dialogue: tuple[dict[str, str], ...]
+    total_s: float
