@@ -1,0 +1,203 @@
+"""Causal attention behind one call, and the cache of keys and values for decoding.
+
+Hides: which kernel runs. FlashAttention-3 where it can (Hopper GPUs, 16-bit, the `kernels` package), torch's SDPA
+elsewhere, and on a CPU in training a blockwise product of plain matrices, which is faster there than SDPA's backward.
+Reference: Shah et al. 2024 (FlashAttention-3); Dao et al. 2022.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 128  # queries handled together on a CPU: keys after the block are never touched
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, left: int | None = None) -> Tensor:
+    """Attend causally from each token to itself and to at most `left` tokens before it.
+
+    Args:
+        q: queries (B, T, H, D).
+        k: keys (B, T, K, D); query head n reads key head n // (H / K).
+        v: values (B, T, K, D).
+        left: tokens of the past that are visible; None is all.
+
+    Returns:
+        (B, T, H, D) in q's dtype; scores are scaled by 1 / sqrt(D).
+    """
+    if left is not None and left >= q.size(1) - 1:
+        left = None
+    if flash3_runs(q.device.type, q.dtype):
+        window = (-1, 0) if left is None else (left, 0)
+        return load_flash3().flash_attn_func(q, k, v, causal=True, window_size=window)
+    groups = q.size(2) // k.size(2)
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+    if q.device.type == "cpu" and q.requires_grad and q.size(2) <= 1024:
+        out: Tensor = BlockAttention.apply(q, k, v, left)
+    elif left is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=make_mask(0, q.size(2), q.size(2), left, q.device))
+    return out.transpose(1, 2)
+
+
+def make_mask(start: int, n_query: int, n_key: int, left: int | None, device: torch.device) -> Tensor:
+    """Return which keys 0..n_key-1 the queries start..start+n_query-1 may see, bool (n_query, n_key)."""
+    distance = torch.arange(start, start + n_query, device=device)[:, None] - torch.arange(n_key, device=device)
+    mask = distance >= 0
+    return mask if left is None else mask & (distance <= left)
+
+
+def key_range(start: int, stop: int, left: int | None) -> tuple[int, int]:
+    """Return the first key and one past the last key that queries start..stop-1 may see."""
+    return (0 if left is None else max(0, start - left)), stop
+
+
+class BlockAttention(torch.autograd.Function):
+    """Attention as plain matrix products over blocks of queries; the weights are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, left: int | None) -> Tensor:  # (B, H, T, D) each
+        B, H, T, D = q.shape
+        q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
+        out, weights = torch.empty_like(v), []
+        for start in range(0, T, BLOCK):
+            stop = min(start + BLOCK, T)
+            lo, hi = key_range(start, stop, left)
+            bias = torch.zeros(stop - start, hi - lo, dtype=q.dtype)
+            bias.masked_fill_(~make_mask(start - lo, stop - start, hi - lo, left, q.device), float("-inf"))
+            scores = torch.baddbmm(bias, q[:, start:stop], k[:, lo:hi].mT, alpha=D**-0.5)
+            weights.append(torch.softmax(scores, dim=-1))
+            torch.bmm(weights[-1], v[:, lo:hi], out=out[:, start:stop])
+        ctx.save_for_backward(q, k, v, *weights)
+        ctx.left, ctx.shape = left, (B, H, T, D)
+        return out.view(B, H, T, D)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *weights = ctx.saved_tensors
+        B, H, T, D = ctx.shape
+        dout = grads[0].reshape(B * H, T, D)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for start, p in zip(range(0, T, BLOCK), weights, strict=True):
+            stop = min(start + BLOCK, T)
+            lo, hi = key_range(start, stop, ctx.left)
+            dp = torch.bmm(dout[:, start:stop], v[:, lo:hi].mT)
+            dv[:, lo:hi].baddbmm_(p.mT, dout[:, start:stop])
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            dq[:, start:stop] = torch.bmm(ds, k[:, lo:hi]).mul_(D**-0.5)
+            dk[:, lo:hi].baddbmm_(ds.mT, q[:, start:stop], alpha=D**-0.5)
+        return *(x.view(B, H, T, D) for x in (dq, dk, dv)), None
+
+
+class KVCache:
+    """Keys, values and the smear's last embedding of what a GPT has read; rows may differ in length."""
+
+    def __init__(
+        self, n_layer: int, batch_size: int, n_kv_head: int, capacity: int, head_dim: int, **kind: Any
+    ) -> None:
+        shape = (n_layer, batch_size, n_kv_head, capacity, head_dim)
+        self.keys, self.values = torch.zeros(shape, **kind), torch.zeros(shape, **kind)
+        self.lengths: list[int] = [0] * batch_size
+        self.last_embed: Tensor | None = None  # (B, C), before the smear
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each row can hold."""
+        return self.keys.size(3)
+
+    def select(self, rows: Sequence[int]) -> KVCache:
+        """Return a cache of the given rows, in that order; a row may be named several times."""
+        index = torch.tensor(rows, device=self.keys.device)
+        keys, values = self.keys.index_select(1, index), self.values.index_select(1, index)
+        last = None if self.last_embed is None else self.last_embed.index_select(0, index)
+        return self.assemble(keys, values, [self.lengths[i] for i in rows], last)
+
+    def join(self, others: Sequence[KVCache]) -> KVCache:
+        """Return one cache holding the rows of this one and of `others`, whatever their lengths."""
+        caches = [self, *others]
+        room = max(cache.capacity for cache in caches)
+        pad = [(0, 0, 0, room - cache.capacity) for cache in caches]
+        keys = torch.cat([F.pad(c.keys, p) for c, p in zip(caches, pad, strict=True)], dim=1)
+        values = torch.cat([F.pad(c.values, p) for c, p in zip(caches, pad, strict=True)], dim=1)
+        embeds = [c.last_embed for c in caches if c.last_embed is not None]
+        last = torch.cat(embeds) if len(embeds) == len(caches) else None
+        return self.assemble(keys, values, [n for c in caches for n in c.lengths], last)
+
+    def assemble(self, keys: Tensor, values: Tensor, lengths: list[int], last: Tensor | None) -> KVCache:
+        """Return a cache of these parts."""
+        cache = KVCache.__new__(KVCache)
+        cache.keys, cache.values, cache.lengths, cache.last_embed = keys, values, lengths, last
+        return cache
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, left: int | None) -> Tensor:
+        """Store k and v (B, T, K, D) behind what is there and attend from q (B, T, H, D); `lengths` stay as they are.
+
+        The caller adds T to `lengths` once all layers have run.
+        """
+        B, T = q.shape[:2]
+        keys, values = self.keys[layer], self.values[layer]  # (B, K, S, D)
+        start, even = self.lengths[0], min(self.lengths) == max(self.lengths)
+        mask: Tensor | None
+        if even:
+            lo, hi = (0 if left is None else max(0, start - left)), start + T
+            keys[:, :, start:hi], values[:, :, start:hi] = k.transpose(1, 2), v.transpose(1, 2)
+            mask = make_mask(start - lo, T, hi - lo, left, q.device) if T > 1 else None
+        else:
+            lo, hi = 0, max(self.lengths) + T
+            at = torch.tensor(self.lengths, device=q.device)[:, None] + torch.arange(T, device=q.device)  # (B, T)
+            rows = torch.arange(B, device=q.device)[:, None]
+            keys[rows, :, at], values[rows, :, at] = k, v
+            distance = at[:, :, None] - torch.arange(hi, device=q.device)  # (B, T, S)
+            mask = (distance >= 0) if left is None else (distance >= 0) & (distance <= left)
+            mask = mask[:, None]
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), keys[:, :, lo:hi], values[:, :, lo:hi], attn_mask=mask, enable_gqa=q.size(2) != k.size(2)
+        )
+        return out.transpose(1, 2)
+
+
+@functools.cache
+def load_flash3() -> Any:
+    """Return FlashAttention-3's module, or None; the reason is kept for `describe_attention`.
+
+    Source: `flash_attn_interface` where it is installed, else the prebuilt kernel that the package `kernels` fetches.
+    """
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return None
+    try:
+        return importlib.import_module("flash_attn_interface")
+    except ImportError:
+        pass
+    try:
+        return importlib.import_module("kernels").get_kernel("kernels-community/flash-attn3", version=1)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        flash3_problem.append(f"{type(error).__name__}: {error}")
+        return None
+
+
+flash3_problem: list[str] = []
+
+
+def flash3_runs(device_type: str, dtype: torch.dtype) -> bool:
+    """Tell whether FlashAttention-3 takes these tensors."""
+    return device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) and load_flash3() is not None
+
+
+def describe_attention(device_type: str, dtype: torch.dtype, training: bool = True) -> str:
+    """Say in a few words which attention runs."""
+    if flash3_runs(device_type, dtype):
+        return "FlashAttention-3"
+    if device_type == "cpu" and training:
+        return "blockwise matrix products (rows up to 1,024 tokens), SDPA beyond"
+    if device_type == "cuda" and flash3_problem:
+        return f"SDPA, because FlashAttention-3 did not load ({flash3_problem[0]})"
+    return "SDPA"

@@ -1,0 +1,281 @@
+"""The GPT: integers to logits and losses, both generations of nanochat behind named switches.
+
+Hides: the forward pass, with and without a cache. Reference: nanochat (October 2025 and 2026), whose state_dict keys it
+keeps; Vaswani et al. 2017; Su et al. 2021 (rotary positions); Henry et al. 2020 (norm on queries and keys).
+
+Numerics        parameters   compute    rotary table   loss      cache
+CPU fp32        float32      float32    rope_dtype     float32   float32
+CPU bf16 units  float32      bfloat16   rope_dtype     float32   bfloat16
+MPS             float32      float32    rope_dtype     float32   float32
+CUDA            float32      bfloat16   rope_dtype     float32   bfloat16
+A model loaded for inference holds its parameters in the compute dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from primechat.config import GPTConfig
+from primechat.model.attention import KVCache, attend
+from primechat.model.losses import cap_logits, sum_cross_entropy, token_cross_entropy
+
+EPS = 1.1920929e-07  # 2 ** -23: what nanochat's eps=None comes to in float32 (measured with torch 2.13)
+SMEAR_CHANNELS = 24  # nanochat: the smear's gate reads the first 24 channels
+GATE_CHANNELS = 12  # nanochat: a value embedding's gate reads the first 12
+TABLE_FACTOR = 10  # nanochat: the rotary table reaches 10 x sequence_len
+
+
+def norm(x: Tensor) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) over the last dimension; nothing is learned."""
+    return F.rms_norm(x, (x.size(-1),), eps=EPS)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (j, j + D/2) of x (B, T, H, D) by minus the angle of their position; tables (.., T, 1, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+class Linear(nn.Linear):
+    """A map without bias that computes in the dtype of its input."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and normed queries and keys."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.left = layer, config.window(layer)
+        self.head_dim, self.qk_gain = config.head_dim, config.qk_gain
+        self.c_q = Linear(config.n_embd, config.n_embd)
+        self.c_k = Linear(config.n_embd, config.kv_dim)
+        self.c_v = Linear(config.n_embd, config.kv_dim)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        if config.has_value_embedding(layer):
+            self.ve_gate = Linear(GATE_CHANNELS, config.n_kv_head)
+
+    def forward(self, u: Tensor, ve: Tensor | None, rotary: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        """Map the normed stream u (B, T, C) to what attention adds to it (B, T, C)."""
+        B, T, C = u.shape
+        q, k, v = (f(u).view(B, T, -1, self.head_dim) for f in (self.c_q, self.c_k, self.c_v))
+        if ve is not None:
+            gate = 3 * torch.sigmoid(self.ve_gate(u[..., :GATE_CHANNELS]))  # (B, T, K)
+            v = v + gate.unsqueeze(-1) * ve.view_as(v)
+        q, k = norm(rotate(q, *rotary)), norm(rotate(k, *rotary))
+        if self.qk_gain != 1:
+            q, k = q * self.qk_gain, k * self.qk_gain
+        out = attend(q, k, v, self.left) if cache is None else cache.attend(self.layer, q, k, v, self.left)
+        return self.c_proj(out.reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Two maps with relu(x)^2 between (So et al. 2021)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        return self.c_proj(F.relu(self.c_fc(u)).square())
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each reading the normed stream and adding to it."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attn, self.mlp = Attention(config, layer), MLP(config)
+
+    def forward(self, x: Tensor, ve: Tensor | None, rotary: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        """Map the residual stream (B, T, C) to the next one."""
+        x = x + self.attn(norm(x), ve, rotary, cache)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """A language model; its parameters carry the keys of nanochat's checkpoints."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        if config.residual_scalars:
+            self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
+            self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
+        if config.smear:
+            self.smear_lambda = nn.Parameter(torch.zeros(1))
+        if config.backout:
+            self.backout_lambda = nn.Parameter(torch.zeros(1))
+        rows = config.padded_vocab
+        blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(rows, config.n_embd), "h": blocks})
+        self.lm_head = Linear(config.n_embd, rows)
+        if config.smear:
+            self.smear_gate = Linear(SMEAR_CHANNELS, 1)
+        layers = [i for i in range(config.n_layer) if config.has_value_embedding(i)]
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, config.kv_dim) for i in layers})
+        self.rotary: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def from_state(
+        cls, config: GPTConfig, state: dict[str, Tensor], *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> GPT:
+        """Build a model around the given tensors, one cast at a time, without a second copy of the weights.
+
+        Args:
+            config: its shape.
+            state: tensors by nanochat's keys; the dictionary is emptied on the way.
+            device: where the parameters go.
+            dtype: of parameters and compute.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        for key in list(state):
+            state[key] = state[key].to(device=device, dtype=dtype)
+        model.load_state_dict(state, strict=True, assign=True)
+        state.clear()
+        model.compute_dtype = dtype
+        return model.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Draw fresh weights.
+
+        Source: nanochat HEAD: uniform blocks of std 1/sqrt(n_embd), zero outputs, so that each block starts as nothing.
+        """
+        bound = (3 / self.config.n_embd) ** 0.5
+        for name, p in self.named_parameters():
+            if name in ("resid_lambdas", "x0_lambdas", "smear_lambda", "backout_lambda"):
+                p.fill_({"resid_lambdas": 1.0, "x0_lambdas": 0.1, "backout_lambda": 0.2}.get(name, 0.0))
+            elif name == "transformer.wte.weight":
+                p.normal_(std=0.8, generator=generator)
+            elif name == "lm_head.weight":
+                p.normal_(std=0.001, generator=generator)
+            elif "c_proj" in name or name.endswith("gate.weight"):
+                p.zero_()
+            else:
+                p.uniform_(-bound, bound, generator=generator)
+
+    # what every language model offers (protocols.LanguageModel)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.config.vocab_size
+
+    @property
+    def sequence_len(self) -> int:
+        """Tokens of context in training."""
+        return self.config.sequence_len
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens that can be read: the length of the rotary table."""
+        return TABLE_FACTOR * self.config.sequence_len
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.lm_head.weight.device
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """Return an empty cache for `batch_size` rows of up to `capacity` tokens."""
+        c = self.config
+        return KVCache(
+            c.n_layer, batch_size, c.n_kv_head, capacity, c.head_dim, dtype=self.compute_dtype, device=self.device
+        )
+
+    @torch.inference_mode()
+    def advance(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """Read ids (B, T) into the cache; return the float32 logits (B, V) that follow the last one."""
+        return self.logits(self.hidden(ids, cache)[:, -1])
+
+    def build_rotary(self) -> tuple[Tensor, Tensor]:
+        """Return the tables cos and sin, (10 * sequence_len, 1, D/2), in the compute dtype, made once a device.
+
+        Source: FORMAT of nanochat: angle t * base^(-2j/D) in float32, rounded to rope_dtype.
+        """
+        device, dtype = self.device, self.compute_dtype
+        if self.rotary is None or self.rotary[0].device != device or self.rotary[0].dtype != dtype:
+            half = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=device)
+            speed = self.config.rope_base ** -(half / self.config.head_dim)
+            angle = torch.arange(self.max_context, dtype=torch.float32, device=device)[:, None] * speed
+            kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "compute": dtype}[self.config.rope_dtype]
+            cos, sin = (f(angle).to(kind).to(dtype)[:, None] for f in (torch.cos, torch.sin))
+            self.rotary = cos, sin
+        return self.rotary
+
+    def embed(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return the first residual stream (B, T, C): normed embeddings, smeared where the switch is on."""
+        e = norm(self.transformer["wte"](ids).to(self.compute_dtype))
+        if not self.config.smear:
+            return e
+        first = torch.zeros_like(e[:, :1]) if cache is None or cache.last_embed is None else cache.last_embed[:, None]
+        gate = self.smear_lambda.to(e.dtype) * torch.sigmoid(self.smear_gate(e[..., :SMEAR_CHANNELS]))  # (B, T, 1)
+        if cache is not None:
+            cache.last_embed = e[:, -1]
+        return e + gate * torch.cat((first, e[:, :-1]), dim=1)
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return the normed final states (B, T, C) of ids (B, T); with a cache, ids go behind what it holds.
+
+        Raises:
+            ValueError: more tokens than the rotary table or the cache has room for.
+        """
+        B, T = ids.shape
+        lengths = [0] if cache is None else cache.lengths
+        room = self.max_context if cache is None else min(self.max_context, cache.capacity)
+        if max(lengths) + T > room:
+            raise ValueError(f"{max(lengths) + T} tokens do not fit, there is room for {room}; shorten the text.")
+        cos, sin = self.build_rotary()
+        if min(lengths) == max(lengths):
+            rotary = cos[lengths[0] : lengths[0] + T], sin[lengths[0] : lengths[0] + T]
+        else:
+            at = torch.tensor(lengths, device=ids.device)[:, None] + torch.arange(T, device=ids.device)
+            rotary = cos[at], sin[at]  # (B, T, 1, D/2)
+        x = x0 = self.embed(ids, cache)
+        middle = x
+        for i, block in enumerate(self.transformer["h"]):
+            if self.config.residual_scalars:
+                x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
+            ve = self.value_embeds[str(i)](ids).to(x.dtype) if self.config.has_value_embedding(i) else None
+            x = block(x, ve, rotary, cache)
+            if i == self.config.n_layer // 2:
+                middle = x
+        if self.config.backout:
+            x = x - self.backout_lambda.to(x.dtype) * middle
+        if cache is not None:
+            cache.lengths = [n + T for n in cache.lengths]
+        return norm(x)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Return float32 logits (..., V), capped, of normed final states (..., C)."""
+        return cap_logits(self.lm_head(h)[..., : self.config.vocab_size], self.config.logit_softcap)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return float32 logits (B, T, V) of ids (B, T) int64."""
+        return self.logits(self.hidden(ids))
+
+    def loss(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """Return the cross-entropy in nats.
+
+        Args:
+            ids: (B, T) int64.
+            targets: (B, T) int64; -1 is ignored.
+            reduction: mean over the targets that count, sum, or none for (B, T) with 0 where ignored.
+        """
+        h, head = self.hidden(ids), (self.lm_head.weight, targets, self.config.logit_softcap, self.config.vocab_size)
+        if reduction == "none":
+            return token_cross_entropy(h, *head)
+        total = sum_cross_entropy(h, *head)
+        return total if reduction == "sum" else total / (targets >= 0).sum().clamp(min=1)

@@ -1,0 +1,120 @@
+"""Losses that never hold the whole (B*T, V) matrix of logits.
+
+Hides: that the output head is walked chunk by chunk, computing loss and gradients in one pass. Reference: the cut
+cross-entropy idea of Wijmans et al. 2024; softcap as in nanochat, logits = c * tanh(z / c).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_BYTES = 8 * 2**20  # of float32 logits at a time on a CPU: they stay in cache
+CHUNK_BYTES_GPU = 512 * 2**20
+
+
+def chunk_rows(n_rows: int, vocab: int, device_type: str) -> int:
+    """Return how many rows of logits to hold at a time."""
+    budget = CHUNK_BYTES if device_type == "cpu" else CHUNK_BYTES_GPU
+    return max(1, min(n_rows, budget // (4 * vocab)))
+
+
+def cap_logits(z: Tensor, cap: float) -> Tensor:
+    """Return c * tanh(z / c) in float32; c = 0 leaves z as it is."""
+    z = z.float()
+    return cap * torch.tanh(z / cap) if cap else z
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum of cross-entropies, in nats, behind a linear head with softcap; gradients come with the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab: int) -> Tensor:
+        # h (N, C), weight (P, C) with P >= vocab rows, targets (N,)
+        w = weight[:vocab].to(h.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=h.device)
+        need = any(ctx.needs_input_grad[:2])
+        dh = torch.empty_like(h) if need else None
+        dw = torch.zeros_like(weight, dtype=torch.float32) if need else None
+        step = chunk_rows(len(h), vocab, h.device.type)
+        for x, y, i in zip(h.split(step), targets.split(step), range(0, len(h), step), strict=True):
+            z = (x @ w.mT).float()  # (n, V)
+            keep = (y >= 0).to(torch.float32)
+            rows = torch.arange(len(y), device=h.device)
+            at = (rows, y.clamp(min=0))
+            if cap:
+                z.mul_(1 / cap).tanh_()
+                e = (z * cap).exp_()  # |c * tanh| <= c: no maximum needs to be subtracted
+                z_y = z[at]
+                sums = e.sum(dim=-1)
+                total += ((sums.log() - cap * z_y) * keep).sum()
+                slope_y = 1 - z_y * z_y
+            else:
+                top = z.amax(dim=-1, keepdim=True)
+                z_y = z[at] - top[:, 0]
+                e = z.sub_(top).exp_()
+                sums = e.sum(dim=-1)
+                total += ((sums.log() - z_y) * keep).sum()
+            if dh is None or dw is None:
+                continue
+            # d loss / d z = (softmax - onehot) * slope of the cap; each row's 1 / sum goes to the smaller factor
+            e[at] -= sums
+            if cap:
+                e_y = e[at] * slope_y
+                e.addcmul_(e, z.square_(), value=-1)
+                e[at] = e_y
+            scale = (keep / sums)[:, None]
+            g = e.to(h.dtype)
+            dh[i : i + len(y)] = (g @ w) * scale.to(h.dtype)
+            dw[:vocab].addmm_(g.mT, (x * scale).to(h.dtype)) if h.dtype == torch.float32 else dw[:vocab].add_(
+                g.mT @ (x * scale).to(h.dtype)
+            )
+        if dh is not None and dw is not None:
+            ctx.save_for_backward(dh, dw)
+            ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dh, dw = ctx.saved_tensors
+        (g,) = grads
+        return dh * g.to(dh.dtype), (dw * g).to(ctx.weight_dtype), None, None, None
+
+
+def sum_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab: int) -> Tensor:
+    """Return the summed cross-entropy in nats.
+
+    Args:
+        h: normed final states (..., C).
+        weight: head (P, C); rows from `vocab` on are padding.
+        targets: (...) int64; -1 is ignored.
+        cap: the softcap c, 0 for none.
+        vocab: number of real rows.
+
+    Returns:
+        A float32 scalar.
+    """
+    total: Tensor = HeadLoss.apply(h.reshape(-1, h.size(-1)), weight, targets.reshape(-1), cap, vocab)
+    return total
+
+
+def token_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab: int) -> Tensor:
+    """Return the cross-entropy of each token in nats, 0 where ignored; arguments as `sum_cross_entropy`'s.
+
+    With gradients on, each chunk of logits is computed again in the backward pass instead of being kept.
+    """
+
+    def score(x: Tensor, y: Tensor) -> Tensor:
+        z = cap_logits(F.linear(x, weight[:vocab].to(x.dtype)), cap)
+        return F.cross_entropy(z, y, ignore_index=-1, reduction="none")
+
+    flat, y = h.reshape(-1, h.size(-1)), targets.reshape(-1)
+    step = chunk_rows(len(flat), vocab, h.device.type)
+    pairs = zip(flat.split(step), y.split(step), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([score(a, b) for a, b in pairs]).view(targets.shape)
+    parts = [torch.utils.checkpoint.checkpoint(score, a, b, use_reentrant=False) for a, b in pairs]
+    return torch.cat(parts).view(targets.shape)
