@@ -1,0 +1,88 @@
+"""primechat: a lab for learning how a small ChatGPT is made.
+
+Hides: which room a public name lives in; each is imported at its first use, so `import primechat` stays fast.
+Reference: PEP 562.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from primechat.config import (
+        EvaluateConfig,
+        FinetuneConfig,
+        GPTConfig,
+        PretrainConfig,
+        QuickstartConfig,
+        TokenizerConfig,
+    )
+    from primechat.infer.engine import Engine
+    from primechat.model.gpt import GPT
+    from primechat.stages.evaluate import evaluate
+    from primechat.stages.finetune import finetune
+    from primechat.stages.pretrain import pretrain
+    from primechat.stages.quickstart import quickstart
+    from primechat.stages.tokenizer import train_tokenizer
+    from primechat.store import list_models, load_model, load_run, load_tokenizer, open_model
+    from primechat.text.tokenizer import Tokenizer
+
+_ROOMS = {
+    "train_tokenizer": "stages.tokenizer",
+    "pretrain": "stages.pretrain",
+    "finetune": "stages.finetune",
+    "evaluate": "stages.evaluate",
+    "quickstart": "stages.quickstart",
+    "TokenizerConfig": "config",
+    "PretrainConfig": "config",
+    "FinetuneConfig": "config",
+    "EvaluateConfig": "config",
+    "QuickstartConfig": "config",
+    "GPTConfig": "config",
+    "Tokenizer": "text.tokenizer",
+    "GPT": "model.gpt",
+    "Engine": "infer.engine",
+    "load_model": "store",
+    "load_tokenizer": "store",
+    "open_model": "store",
+    "list_models": "store",
+    "load_run": "store",
+}
+
+__all__ = [
+    "EvaluateConfig",
+    "Engine",
+    "FinetuneConfig",
+    "GPT",
+    "GPTConfig",
+    "PretrainConfig",
+    "QuickstartConfig",
+    "Tokenizer",
+    "TokenizerConfig",
+    "evaluate",
+    "finetune",
+    "list_models",
+    "load_model",
+    "load_run",
+    "load_tokenizer",
+    "open_model",
+    "pretrain",
+    "quickstart",
+    "train_tokenizer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'primechat' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"primechat.{_ROOMS[name]}"), name)
+    globals()[name] = value  # the next look-up is a plain one
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,74 @@
+"""Every test runs in its own base directory, without a network, on one thread.
+
+The environment is set before torch and huggingface_hub are first imported, because both read it at import.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_CACHES = tempfile.TemporaryDirectory(prefix="primechat-tests-")
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HOME=f"{_CACHES.name}/huggingface",
+    XDG_CACHE_HOME=f"{_CACHES.name}/cache",
+    COLUMNS="100",
+)
+for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "FORCE_COLOR", "HF_TOKEN"):
+    os.environ.pop(_name, None)
+
+
+class NetworkUsed(RuntimeError):
+    """A test tried to leave this machine; not an OSError, so that no code under test can take it for a bad line."""
+
+
+def is_local(host: Any) -> bool:
+    """Tell whether a host name or address is this machine."""
+    name = host.decode() if isinstance(host, bytes) else host
+    return name in (None, "", "localhost", "::1", "0.0.0.0") or str(name).startswith("127.")
+
+
+@pytest.fixture(autouse=True)
+def base_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give each test a base directory of its own; it does not exist yet."""
+    path = tmp_path / "nanochat"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(path))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Refuse connections and name look-ups beyond the loopback."""
+    look_up = socket.getaddrinfo
+
+    def refuse_remote(address: Any) -> None:
+        if isinstance(address, tuple) and not is_local(address[0]):
+            raise NetworkUsed(f"this test connects to {address[0]}; tests use no network")
+
+    class LocalSocket(socket.socket):
+        def connect(self, address: Any, /) -> None:
+            refuse_remote(address)
+            super().connect(address)
+
+        def connect_ex(self, address: Any, /) -> int:
+            refuse_remote(address)
+            return super().connect_ex(address)
+
+    def look_up_locally(host: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_remote((host,))
+        return look_up(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "socket", LocalSocket)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up_locally)
+    yield
