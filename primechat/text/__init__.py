@@ -1,0 +1,1 @@
+"""Characters to integers to batches; only `batches` imports torch."""

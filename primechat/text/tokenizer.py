@@ -1,0 +1,379 @@
+"""Text to token ids and back, by byte-pair encoding.
+
+Hides: who does it. rustbpe learns the merges, tiktoken applies them, and a folder in nanochat's layout keeps
+them; loading one imports no torch and unpickles nothing. A tokenizer's identity is the SHA-256 over pattern,
+ordered ranks and specials.
+Reference: Sennrich, Haddow & Birch 2016, Neural Machine Translation of Rare Words with Subword Units, 3.2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import tiktoken
+
+from primechat.errors import DataError
+from primechat.protocols import Conversation
+from primechat.text import conversation as talk
+from primechat.text.pickles import read_bounded, read_encoding, read_lengths
+
+SPECIAL_TOKENS = (
+    "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
+    "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
+)  # fmt: skip
+# nanochat's: GPT-4's, but numbers are cut into pieces of two digits, not three: that suits small vocabularies
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+SCHEMA = 1
+LONG_SPACE = 500_000  # tiktoken panics on a run of about a million white-space characters: such a run is cut
+
+
+class Tokenizer:
+    """Byte-pair tokenizer, special tokens after the learned ones; immutable, free to share between threads."""
+
+    def __init__(
+        self, pattern: str, ranks: dict[bytes, int], specials: dict[str, int], *, source: str = ""
+    ) -> None:
+        """Check and take a vocabulary.
+
+        Args:
+            pattern: Regular expression that cuts text into pieces; merges never cross a cut.
+            ranks: Id of each token's bytes; the first 256 are the single bytes, the ids are 0 .. n-1.
+            specials: Id of each special token; they follow the ranks without a gap.
+            source: What to call it in an error.
+
+        Raises:
+            DataError: One of these rules is broken.
+        """
+        check_vocabulary(pattern, ranks, specials, source or "this tokenizer")
+        self.pattern = pattern
+        self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+        self.specials = dict(sorted(specials.items(), key=lambda item: item[1]))
+        self.vocab_size = len(ranks) + len(specials)
+        self.identity = hash_vocabulary(pattern, self.ranks, self.specials)
+        self.provenance: dict[str, Any] = {}
+        self._tokens = [*self.ranks, *(name.encode() for name in self.specials)]
+        self._lengths_path: Path | None = None
+        try:
+            self._encoding = tiktoken.Encoding(
+                "rustbpe", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.specials
+            )
+        except ValueError as error:
+            raise DataError(
+                f"the split pattern of {source or 'this tokenizer'} does not compile ({error}); "
+                "use SPLIT_PATTERN."
+            ) from None
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learn `vocab_size` tokens, the nine special ones included, from texts.
+
+        Raises:
+            DataError: The size is below 265 or the text has too few pairs to merge.
+
+        Source: Sennrich, Haddow & Birch 2016, algorithm 1, on bytes within the pieces of SPLIT_PATTERN.
+        """
+        import rustbpe
+
+        least = 256 + len(SPECIAL_TOKENS)
+        if type(vocab_size) is not int or vocab_size < least:
+            raise DataError(
+                f"vocab_size={vocab_size!r} must be at least {least} (bytes and special tokens); try 4096."
+            )
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(
+            map(replace_surrogates, texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN
+        )
+        ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+        size = len(ranks) + len(SPECIAL_TOKENS)
+        if size < vocab_size:
+            raise DataError(
+                f"vocab_size={vocab_size} needs more text: this one has merges for {size} tokens only; "
+                f"give more text or set vocab_size to {size} or less."
+            )
+        return cls(SPLIT_PATTERN, ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Tokenizer:
+        """Read a tokenizer folder in nanochat's layout, unpickling nothing.
+
+        Args:
+            folder: Holds `tokenizer.pkl`, perhaps `token_bytes.pt` and `primechat_tokenizer.json`.
+
+        Raises:
+            DataError: Nothing is there, or a file is damaged, unsafe or of another kind.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.pkl"
+        if not path.is_file():
+            found = sorted(item.name for item in folder.iterdir())[:5] if folder.is_dir() else []
+            there = f"the folder has {', '.join(found)}" if found else "the folder is empty or not there"
+            raise DataError(
+                f"{path} is missing ({there}); train one with `primechat tokenizer` or give the folder of "
+                "a nanochat tokenizer."
+            )
+        state = read_encoding(path)
+        if set(state) != {"name", "pat_str", "mergeable_ranks", "special_tokens"}:
+            raise DataError(
+                f"{path} has other fields than a tiktoken tokenizer's four; replace it with nanochat's."
+            )
+        tokenizer = cls(state["pat_str"], state["mergeable_ranks"], state["special_tokens"], source=str(path))
+        tokenizer._lengths_path = folder / "token_bytes.pt"
+        note = read_note(folder / "primechat_tokenizer.json", hash_file(path))
+        if note and note.get("identity") != tokenizer.identity:
+            raise DataError(
+                f"{folder / 'primechat_tokenizer.json'} names another tokenizer than "
+                f"{path} holds; delete the JSON file."
+            )
+        tokenizer.provenance = note.get("provenance") or {}
+        return tokenizer
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the folder in nanochat's layout; one that holds this very tokenizer is left as it is.
+
+        Each file appears whole or not at all, `tokenizer.pkl` last.
+
+        Raises:
+            DataError: The folder holds another tokenizer, or one that cannot be read.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.pkl"
+        if path.exists():
+            there = Tokenizer.load(folder)
+            if there.identity != self.identity:
+                raise DataError(
+                    f"{folder} holds another tokenizer (identity {there.identity[:12]}, vocab_size "
+                    f"{there.vocab_size}) that models may need; write to another folder, for example with "
+                    "--tag, or move it away."
+                )
+            return
+        import torch
+
+        folder.mkdir(parents=True, exist_ok=True)
+        pickled = pickle.dumps(self._encoding, protocol=4)
+        note = {
+            "schema": SCHEMA, "identity": self.identity, "pkl_sha256": hashlib.sha256(pickled).hexdigest(),
+            "vocab_size": self.vocab_size, "pattern": self.pattern, "specials": self.specials,
+            "provenance": self.provenance,
+        }  # fmt: skip
+        lengths = torch.from_numpy(self.byte_lengths().copy())
+        write_whole(folder / "token_bytes.pt", lambda file: torch.save(lengths, file))
+        text = json.dumps(note, indent=2, ensure_ascii=False) + "\n"
+        write_whole(folder / "primechat_tokenizer.json", lambda file: file.write(text.encode()))
+        write_whole(path, lambda file: file.write(pickled))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text; special tokens written in it are plain text."""
+        if type(text) is not str:
+            raise DataError(
+                f"text={text!r:.60} must be a str, not {type(text).__name__}; decode bytes first."
+            )
+        try:
+            if len(text) <= LONG_SPACE:
+                return self._encoding.encode_ordinary(text)
+            parts = re.split(rf"(\s{{{LONG_SPACE}}})", text)
+            return [token for part in parts for token in self._encoding.encode_ordinary(part)]
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # how a failure in tiktoken's Rust code arrives
+                raise
+            raise DataError(
+                f"a text of {len(text)} characters defeats this split pattern; use shorter texts."
+            ) from None
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[list[int]]:
+        """Return the ids of each text, on `threads` threads (0: all cores)."""
+        texts = list(texts)
+        threads = min(threads or os.cpu_count() or 1, max(1, len(texts)))
+        if threads == 1:
+            return [self.encode(text) for text in texts]
+        with ThreadPoolExecutor(threads) as pool:
+            return [
+                ids for part in pool.map(self._encode_all, split_evenly(texts, 4 * threads)) for ids in part
+            ]
+
+    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the bytes of ids, a special token's being its name."""
+        return b"".join(map(self.token_bytes, ids))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of one id, a special token's being its name."""
+        if not 0 <= token_id < self.vocab_size:
+            raise DataError(
+                f"token id {token_id!r} must be from 0 to {self.vocab_size - 1}; "
+                "use this model's own tokenizer."
+            )
+        return self._tokens[token_id]
+
+    def byte_lengths(self) -> np.ndarray:
+        """Return how many bytes of text each id counts for: int32 (vocab_size,), 0 for special tokens.
+
+        A loaded tokenizer keeps the numbers of its own `token_bytes.pt`: October 2025's differ outside ASCII.
+        """
+        return self._byte_lengths
+
+    @cached_property
+    def _byte_lengths(self) -> np.ndarray:
+        if self._lengths_path is not None and self._lengths_path.exists():
+            lengths = read_lengths(self._lengths_path, self.vocab_size)
+        else:
+            lengths = np.array([*map(len, self.ranks), *([0] * len(self.specials))], dtype=np.int32)
+        lengths.setflags(write=False)
+        return lengths
+
+    def special(self, name: str) -> int:
+        """Return the id of a special token."""
+        if name not in self.specials:
+            raise DataError(
+                f"special token {name!r:.60} is not in this tokenizer; "
+                f"it has {', '.join(self.specials) or 'none'}."
+            )
+        return self.specials[name]
+
+    @property
+    def bos_id(self) -> int:
+        """The id that begins every document."""
+        return self.special("<|bos|>")
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a reply."""
+        return (self.special("<|bos|>"), self.special("<|assistant_end|>"))
+
+    def render_conversation(
+        self, conversation: Conversation, max_tokens: int = 2048
+    ) -> tuple[list[int], list[int]]:
+        """Return ids and loss mask of a conversation; see `primechat.text.conversation.render`."""
+        return talk.render(self, conversation, max_tokens)
+
+    def render_for_completion(self, conversation: Conversation) -> list[int]:
+        """Return the prompt that asks the assistant to speak next; an assistant's last message is dropped."""
+        return talk.render_prompt(self, conversation)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size}, identity={self.identity[:12]!r})"
+
+
+def check_vocabulary(pattern: object, ranks: object, specials: object, source: str) -> None:
+    """Refuse a vocabulary that breaks a rule of `Tokenizer`."""
+    remedy = "replace it with a tokenizer that nanochat or primechat wrote"
+    if type(pattern) is not str:
+        raise DataError(
+            f"the split pattern of {source} must be text, not {type(pattern).__name__}; {remedy}."
+        )
+    if type(ranks) is not dict or any(
+        type(token) is not bytes or type(rank) is not int for token, rank in ranks.items()
+    ):
+        raise DataError(f"the ranks of {source} must map bytes to whole numbers; {remedy}.")
+    if len(ranks) < 256 or set(ranks.values()) != set(range(len(ranks))):
+        raise DataError(
+            f"the {len(ranks)} ranks of {source} must be 0, 1, 2 ... each once, 256 or more; {remedy}."
+        )
+    if any(ranks.get(bytes([byte]), 256) > 255 for byte in range(256)):
+        raise DataError(f"the first 256 ranks of {source} must be the single bytes; {remedy}.")
+    if b"" in ranks:
+        raise DataError(f"a token of {source} is empty; {remedy}.")
+    if type(specials) is not dict or any(
+        type(name) is not str or not name or type(token) is not int for name, token in specials.items()
+    ):
+        raise DataError(f"the special tokens of {source} must map names to whole numbers; {remedy}.")
+    if sorted(specials.values()) != list(range(len(ranks), len(ranks) + len(specials))):
+        raise DataError(
+            f"the special tokens of {source} must follow its {len(ranks)} ranks without a gap; {remedy}."
+        )
+
+
+def hash_vocabulary(pattern: str, ranks: dict[bytes, int], specials: dict[str, int]) -> str:
+    """Return the identity of a vocabulary, whose dictionaries are in the order of their ids.
+
+    It is the hex SHA-256 of a header, then the lists [pattern], tokens and special names, each list led by
+    its count and each item by its length in bytes (4 bytes, little-endian).
+    """
+    digest = hashlib.sha256(b"primechat tokenizer 1\n")
+    for group in (
+        [pattern.encode("utf-8", "surrogatepass")],
+        list(ranks),
+        [n.encode("utf-8", "surrogatepass") for n in specials],
+    ):
+        digest.update(len(group).to_bytes(4, "little"))
+        digest.update(b"".join(len(item).to_bytes(4, "little") + item for item in group))
+    return digest.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """Return the hex SHA-256 of a file."""
+    return hashlib.sha256(read_bounded(path)).hexdigest()
+
+
+def read_note(path: Path, pkl_sha256: str) -> dict[str, Any]:
+    """Return our JSON beside a `tokenizer.pkl`, or {} where it is absent or speaks of another file."""
+    if not path.is_file():
+        return {}
+    try:
+        note = json.loads(read_bounded(path))
+    except (ValueError, RecursionError):
+        return {}
+    ours = isinstance(note, dict) and note.get("schema") == SCHEMA and note.get("pkl_sha256") == pkl_sha256
+    return note if ours and isinstance(note.get("provenance", {}), dict) else {}
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file so that its name never shows a part of it."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def replace_surrogates(text: str) -> str:
+    """Return the text with lone surrogates, which UTF-8 cannot hold, replaced as tiktoken does."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def split_evenly(texts: Sequence[str], parts: int) -> Iterator[Sequence[str]]:
+    """Yield up to `parts` consecutive slices of about the same number of characters."""
+    share = sum(map(len, texts)) // parts + 1
+    start = size = 0
+    for i, text in enumerate(texts):
+        size += len(text)
+        if size >= share:
+            yield texts[start : i + 1]
+            start, size = i + 1, 0
+    if start < len(texts):
+        yield texts[start:]
