@@ -61,7 +61,7 @@ def test_configs_are_frozen_and_explained(cls: Any) -> None:
         cls("positional")
     (definition,) = ast.parse(inspect.getsource(cls)).body
     assert isinstance(definition, ast.ClassDef)
-    for item, following in zip(definition.body, definition.body[1:], strict=False):
+    for item, following in zip(definition.body, [*definition.body[1:], None], strict=True):
         if isinstance(item, ast.AnnAssign):  # tyro shows the string below a field as its help
             explained = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
             assert explained, f"{ast.unparse(item)} of {cls.__name__} has no string that explains it"
