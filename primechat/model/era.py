@@ -1,0 +1,197 @@
+"""Which nanochat wrote these weights: classic, modern, or an in-between era that is refused.
+
+Hides: how an architecture is told from keys and shapes, as nanochat's metadata does not name it. Between
+October 2025 and mid-2026 numerics moved without a trace in the metadata; a file that is neither the one nor
+the other would load and be silently wrong. Reference: nanochat's code of October 2025 and of July 2026.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from primechat.config import GPTConfig, decode_config
+from primechat.config.model import classic_switches, modern_switches
+from primechat.errors import CheckpointError, ConfigError
+
+SHAPE_KEYS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+LIMITS = {
+    "sequence_len": 2**20,
+    "vocab_size": 2**20,
+    "n_layer": 256,
+    "n_head": 1024,
+    "n_kv_head": 1024,
+    "n_embd": 65_536,
+}
+MAX_TABLE_BYTES = 2**30  # of the rotary table: 10 x sequence_len rows of head_dim numbers
+MODERN_KEYS = (
+    "resid_lambdas",
+    "x0_lambdas",
+    "smear_gate",
+    "smear_lambda",
+    "backout_lambda",
+    "value_embeds",
+    "ve_gate",
+)
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def encode_model(config: GPTConfig) -> dict[str, Any]:
+    """Return a config as metadata: the `model_config` that nanochat's loader takes, and ours beside it."""
+    names = (*SHAPE_KEYS, "window_pattern") if config.window_pattern else SHAPE_KEYS
+    return {
+        "architecture": config.architecture,
+        "model_config": {name: getattr(config, name) for name in names},
+        "gpt_config": dataclasses.asdict(config),
+    }
+
+
+def read_shape(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the six sizes of a checkpoint's metadata, bounded.
+
+    Raises:
+        CheckpointError: one is missing, no whole number, or absurd.
+    """
+    shape = meta.get("model_config")
+    if not isinstance(shape, dict):
+        raise CheckpointError(
+            "Its metadata has no model_config, which nanochat always writes; restore the meta file."
+        )
+    for name in SHAPE_KEYS:
+        value = shape.get(name)
+        if type(value) is not int or not 1 <= value <= LIMITS[name]:
+            raise CheckpointError(
+                f"Its metadata says model_config.{name}={str(value)[:40]}, it must be a whole number "
+                f"from 1 to {LIMITS[name]:,}; restore the meta file."
+            )
+    table = 40 * shape["sequence_len"] * shape["n_embd"] // shape["n_head"]
+    if table > MAX_TABLE_BYTES:
+        raise CheckpointError(
+            f"Its metadata implies a rotary table of {table:,} bytes, at most {MAX_TABLE_BYTES:,} may be; "
+            "restore the meta file."
+        )
+    return {name: shape[name] for name in SHAPE_KEYS}
+
+
+def read_config(meta: Mapping[str, Any]) -> GPTConfig | None:
+    """Return the full config of a checkpoint that primechat wrote, None for one that nanochat wrote.
+
+    Raises:
+        CheckpointError: absurd sizes, or two parts of the metadata that contradict each other.
+    """
+    sizes = read_shape(meta)
+    if "gpt_config" not in meta:
+        return None
+    try:
+        config = decode_config(meta["gpt_config"], GPTConfig, "gpt_config")
+    except (ConfigError, TypeError) as e:
+        raise CheckpointError(f"Its metadata is unusable ({e}); restore the meta file.") from None
+    for name, value in sizes.items():
+        if getattr(config, name) != value:
+            raise CheckpointError(
+                f"Its metadata says {name}={value} in model_config, {getattr(config, name)} in gpt_config; "
+                "restore the meta file."
+            )
+    if config.vocab_multiple > 4096:
+        raise CheckpointError(
+            f"Its metadata says vocab_multiple={config.vocab_multiple}, the limit is 4096; restore it."
+        )
+    return config
+
+
+def list_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every tensor of a model.
+
+    >>> sum(rows * columns for rows, columns in list_shapes(GPTConfig.classic(20)).values())
+    560988160
+    """
+    rows, width, kv = config.padded_vocab, config.n_embd, config.kv_dim
+    shapes: dict[str, tuple[int, ...]] = {}
+    if config.residual_scalars:
+        shapes |= {"resid_lambdas": (config.n_layer,), "x0_lambdas": (config.n_layer,)}
+    if config.smear:
+        shapes |= {"smear_lambda": (1,), "smear_gate.weight": (1, 24)}
+    if config.backout:
+        shapes["backout_lambda"] = (1,)
+    shapes["transformer.wte.weight"] = (rows, width)
+    for i in range(config.n_layer):
+        block = f"transformer.h.{i}."
+        shapes |= {f"{block}attn.c_q.weight": (width, width), f"{block}attn.c_proj.weight": (width, width)}
+        shapes |= {f"{block}attn.c_k.weight": (kv, width), f"{block}attn.c_v.weight": (kv, width)}
+        shapes |= {
+            f"{block}mlp.c_fc.weight": (4 * width, width),
+            f"{block}mlp.c_proj.weight": (width, 4 * width),
+        }
+        if config.has_value_embedding(i):
+            shapes[f"{block}attn.ve_gate.weight"] = (config.n_kv_head, 12)
+            shapes[f"value_embeds.{i}.weight"] = (rows, kv)
+    shapes["lm_head.weight"] = (rows, width)
+    return shapes
+
+
+def detect_era(shapes: Shapes, meta: Mapping[str, Any]) -> GPTConfig:
+    """Return the complete config of a checkpoint from the shapes of its tensors and its metadata.
+
+    Args:
+        shapes: tensor name -> shape, `_orig_mod.` already removed.
+        meta: the checkpoint's metadata.
+
+    Raises:
+        CheckpointError: an in-between era, by the keys it has and lacks; shapes other than the metadata's.
+    """
+    config = read_config(meta)
+    if config is None:
+        config = guess_config(shapes, meta)
+    expected = list_shapes(config)
+    missing, extra = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
+    if missing or extra:
+        raise CheckpointError(
+            f"A {config.architecture} model of n_layer={config.n_layer} has other tensors: the weights lack "
+            f"{name_some(missing)} and have {name_some(extra)} besides; fetch model and meta file again."
+        )
+    for key, shape in expected.items():
+        if tuple(shapes[key]) != shape:
+            raise CheckpointError(
+                f"The weights hold {key} of shape {tuple(shapes[key])}, the metadata asks for {shape}; "
+                "fetch the model and its meta file again."
+            )
+    return config
+
+
+def guess_config(shapes: Shapes, meta: Mapping[str, Any]) -> GPTConfig:
+    """Return the config of a checkpoint that nanochat wrote, or refuse an in-between era."""
+    sizes, has = read_shape(meta), {mark for mark in MODERN_KEYS if any(mark in key for key in shapes)}
+    window = meta["model_config"].get("window_pattern")
+    lm_rows = (shapes.get("lm_head.weight") or (0,))[0]
+    padded = -(-sizes["vocab_size"] // 64) * 64
+    gates = {shape[-1] for key, shape in shapes.items() if "ve_gate" in key and shape}
+    odd = ""
+    if not has and window is not None:
+        odd = "a window_pattern in its metadata"
+    elif not has and lm_rows == padded != sizes["vocab_size"]:
+        odd = f"a vocabulary padded to {padded} rows"
+    elif len(has) == len(MODERN_KEYS) and gates != {12}:
+        odd = f"value-embedding gates of {name_some(str(n) for n in gates)} channels instead of 12"
+    if odd or 0 < len(has) < len(MODERN_KEYS):
+        found = [odd] if odd else []
+        raise CheckpointError(
+            "These weights are of an era of nanochat between October 2025 (classic) and mid-2026 (modern): "
+            f"they have {name_some([*found, *has], 9)}, they lack {name_some(set(MODERN_KEYS) - has, 9)}; the "
+            "formulas are not recorded, so use a classic or a modern checkpoint."
+        )
+    switches: dict[str, Any] = modern_switches() if has else classic_switches()
+    if has:
+        switches["window_pattern"] = "L" if window is None else str(window).upper()
+    try:
+        return GPTConfig(**sizes, **switches)
+    except ConfigError as e:
+        raise CheckpointError(f"Its metadata is unusable ({e}); restore the meta file.") from None
+
+
+def name_some(names: Iterable[str], most: int = 4) -> str:
+    """Return the first few names as text, and how many more there are."""
+    ordered = sorted(names)
+    shown = [ascii(name[:60])[1:-1] for name in ordered[:most]]
+    more = [f"{len(ordered) - most} more"] if len(ordered) > most else []
+    return ", ".join(shown + more) or "nothing"

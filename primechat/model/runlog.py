@@ -1,0 +1,180 @@
+"""What lies in a run's folder beside its weights: who is writing, and what was measured.
+
+Hides: the lock file and metrics.jsonl. The lock is the kernel's (flock), so that a killed process frees it;
+the owner's name is only there to be shown. Reference: flock(2); jsonlines.org.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from primechat.errors import CheckpointError
+
+LOG_SCHEMA = 1
+NO_FLOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
+
+
+class RunLock:
+    """One writer a run's folder, over threads and processes: `with RunLock(folder): ...`."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / "run.lock"
+        self.descriptor: int | None = None
+
+    def __enter__(self) -> RunLock:
+        """Take the lock.
+
+        Raises:
+            CheckpointError: another thread or process holds it.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as e:
+            raise CheckpointError(
+                f"{self.folder} cannot be written ({e.strerror}); set NANOCHAT_BASE_DIR elsewhere."
+            ) from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            busy = False
+        except OSError as e:  # some network disks have no flock: then the owner's name decides
+            busy = e.errno not in NO_FLOCK or is_alive(self.read_owner())
+        if busy:
+            os.close(descriptor)
+            raise CheckpointError(self.describe_owner())
+        owner = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        self.descriptor = descriptor
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the lock back; its empty file stays, as removing it would let two in."""
+        if self.descriptor is not None:
+            os.ftruncate(self.descriptor, 0)
+            os.close(self.descriptor)
+            self.descriptor = None
+
+    def read_owner(self) -> dict[str, Any]:
+        """Return pid, host and since of the present or last owner, or nothing."""
+        try:
+            owner = json.loads(self.path.read_bytes()[:1000])
+        except (OSError, ValueError):
+            return {}
+        return owner if isinstance(owner, dict) else {}
+
+    def describe_owner(self) -> str:
+        """Return the sentence that tells who is writing."""
+        owner = self.read_owner()
+        who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')} since {owner.get('since', '?')}"
+        if owner.get("pid") == os.getpid() and owner.get("host") == socket.gethostname():
+            who = f"this very process ({who})"
+        return f"{self.folder} is being written by {who}, it has one writer; wait or take another tag."
+
+
+def is_alive(owner: dict[str, Any]) -> bool:
+    """Tell whether an owner may still run: another host's is taken to, no owner is not."""
+    if not owner or owner.get("host") != socket.gethostname():
+        return bool(owner)
+    try:
+        os.kill(int(owner["pid"]), 0)
+    except (KeyError, ValueError, TypeError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class MetricsLog:
+    """metrics.jsonl of a run: one event a line, each with the schema's version, flushed."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.path = Path(folder) / "metrics.jsonl"
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            self.drop_after(math.inf)
+
+    def append(self, event: dict[str, Any]) -> None:
+        """Write one event."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as f:
+            f.write(json.dumps({"schema": LOG_SCHEMA, **event}, ensure_ascii=False).encode() + b"\n")
+
+    def drop_after(self, step: float) -> None:
+        """Cut the log at the first event beyond a step; torn lines and ends (`done`) go too. Atomic."""
+        if not self.path.exists():
+            return
+        lines = []
+        for line, event in parse_lines(self.path):
+            if event is None or event.get("kind") == "done":
+                continue
+            if event.get("step", 0) > step:
+                break
+            lines.append(line)
+        write_whole(self.path, b"".join(lines))
+
+
+def parse_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Yield each line of a log and its event, None where it is torn."""
+    with path.open("rb") as f:
+        for line in f:
+            try:
+                event = json.loads(line) if line.endswith(b"\n") else None
+            except (ValueError, RecursionError):
+                event = None
+            sound = isinstance(event, dict) and isinstance(event.get("step", 0), (int, float))
+            yield line, event if sound else None
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """Return the events of a metrics.jsonl, torn lines left out; none where there is no file.
+
+    Raises:
+        CheckpointError: a newer primechat wrote it.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    events = [event for _, event in parse_lines(path) if event is not None]
+    for event in events:
+        if event.pop("schema", LOG_SCHEMA) != LOG_SCHEMA:
+            raise CheckpointError(f"{path} was written by a newer primechat; update this one to read it.")
+    return events
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a small file so that a kill leaves the old or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    write_synced(temporary, data)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a small file to the disk itself."""
+    with path.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
