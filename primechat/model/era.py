@@ -177,8 +177,8 @@ def guess_config(shapes: Shapes, meta: Mapping[str, Any]) -> GPTConfig:
         found = [odd] if odd else []
         raise CheckpointError(
             "These weights are of an era of nanochat between October 2025 (classic) and mid-2026 (modern): "
-            f"they have {name_some([*found, *has], 9)}, they lack {name_some(set(MODERN_KEYS) - has, 9)}; the "
-            "formulas are not recorded, so use a classic or a modern checkpoint."
+            f"they have {name_some([*found, *has], 9)}, they lack {name_some(set(MODERN_KEYS) - has, 9)}; "
+            "the formulas are not recorded, so use a classic or a modern checkpoint."
         )
     switches: dict[str, Any] = modern_switches() if has else classic_switches()
     if has:

@@ -1,0 +1,403 @@
+"""Which models and runs exist, and opening them.
+
+Hides: paths. An identifier names a model: `base/d4` (its newest step), `base/d4@600`, `base/d4@snap:64`; a
+family alone (`sft`) takes its default tag, the empty text the default model, sft before rl, mid and base.
+What ships with primechat is `shipped/sft` and `shipped/base`; it stands in where no checkpoint exists and
+neither tag nor step is given. A tag is a plain name, so that none leaves the root; a symbolic link that the
+owner put there is followed, as large checkpoints often live on another disk. Reference: nanochat's layout
+below $NANOCHAT_BASE_DIR.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from primechat.config import GPTConfig, decode_config
+from primechat.config.stages import check_tag
+from primechat.errors import CheckpointError, ConfigError
+from primechat.model.checkpoint import find_steps, list_snapshots, load_checkpoint, read_meta
+from primechat.model.era import detect_era
+from primechat.model.runlog import read_metrics
+from primechat.model.weights import inspect_model, read_json
+from primechat.records import TrainResult
+
+if TYPE_CHECKING:
+    from primechat.model.gpt import GPT
+    from primechat.text.tokenizer import Tokenizer
+
+FAMILIES = {
+    "base": "base_checkpoints",
+    "mid": "mid_checkpoints",
+    "sft": "chatsft_checkpoints",
+    "rl": "chatrl_checkpoints",
+}
+MAKERS = {"base": "primechat pretrain", "sft": "primechat finetune"}
+SHIPPED = Path(__file__).resolve().parent.parent / "data" / "nanochat"
+FORMS = "base/d4, base/d4@600, base/d4@snap:64, sft, shipped/sft"
+IDENTIFIER = re.compile(r"(shipped/)?(base|mid|sft|rl)(?:/([^/@]+)(?:@(snap:)?(\d{1,9}))?)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelName:
+    """An identifier taken apart; an empty tag is the default one, a step of None the newest."""
+
+    family: str
+    tag: str = ""
+    step: int | None = None
+    snapshot: bool = False
+    shipped: bool = False
+
+    def __str__(self) -> str:
+        if self.shipped:
+            return f"shipped/{self.family}"
+        at = "" if self.step is None else f"@snap:{self.step}" if self.snapshot else f"@{self.step}"
+        return f"{self.family}/{self.tag}{at}" if self.tag else self.family
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEntry:
+    """One model on this disk; `identifier` opens its newest step."""
+
+    identifier: str
+    family: str
+    tag: str
+    steps: tuple[int, ...]
+    snapshots: tuple[int, ...]
+    n_bytes: int
+    architecture: str
+    n_params: int
+    val_bpb: float | None
+    tokenizer_identity: str | None
+    path: str
+    shipped: bool = False
+
+
+def base_dir() -> Path:
+    """Return the folder of all models: $NANOCHAT_BASE_DIR, read at each call, else ~/.cache/nanochat."""
+    return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
+
+
+def run_dir(family: str, tag: str) -> Path:
+    """Return the folder of a run; it may not exist yet.
+
+    Raises:
+        ConfigError: an unknown family, or a tag that is no plain name.
+    """
+    if family not in FAMILIES:
+        raise ConfigError(f"source={family!r} must be one of {', '.join(FAMILIES)}; try base.")
+    check_tag(tag)
+    return base_dir() / FAMILIES[family] / tag
+
+
+def parse_identifier(text: str) -> ModelName:
+    """Take an identifier apart.
+
+    >>> parse_identifier("base/d4@snap:64")
+    ModelName(family='base', tag='d4', step=64, snapshot=True, shipped=False)
+
+    Raises:
+        ConfigError: it has none of the forms that exist.
+    """
+    match = IDENTIFIER.fullmatch(text)
+    if not match or (match[1] and match[3]):
+        raise ConfigError(
+            f"model={text[:80]!r} must be like {FORMS}; `primechat models` lists what there is."
+        )
+    if match[3]:
+        check_tag(match[3])
+    step = int(match[5]) if match[5] else None
+    return ModelName(
+        family=match[2], tag=match[3] or "", step=step, snapshot=bool(match[4]), shipped=bool(match[1])
+    )
+
+
+def list_tags(root: Path, family: str) -> list[Path]:
+    """Return the run folders of a family that hold a usable checkpoint or snapshot, by name."""
+    parent = root / FAMILIES[family]
+    folders = sorted(parent.iterdir()) if parent.is_dir() else []
+    return [f for f in folders if f.is_dir() and is_tag(f.name) and (find_steps(f) or list_snapshots(f))]
+
+
+def is_tag(name: str) -> bool:
+    """Tell whether a folder's name can be a tag."""
+    try:
+        check_tag(name)
+    except ConfigError:
+        return False
+    return True
+
+
+def choose_tag(root: Path, family: str) -> Path | None:
+    """Return the run folder of the largest `d<number>`, else the most recently written one, else None."""
+    folders = [folder for folder in list_tags(root, family) if find_steps(folder)]
+    if not folders:
+        return None
+    depths = {folder: int(folder.name[1:]) for folder in folders if re.fullmatch(r"d\d{1,9}", folder.name)}
+    if depths:
+        return max(depths, key=lambda folder: depths[folder])
+    return max(
+        folders, key=lambda folder: max(path.stat().st_mtime_ns for path in folder.glob("meta_*.json"))
+    )
+
+
+def locate_model(name: ModelName) -> tuple[Path, ModelName]:
+    """Return the folder of checkpoints that a name means, and the name with its tag.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if name.tag:
+        folder = run_dir(name.family, name.tag)
+        if not folder.is_dir():
+            there = ", ".join(f.name for f in list_tags(base_dir(), name.family)[:8]) or "none"
+            raise CheckpointError(
+                f"{folder} is missing, the tags of {name.family} are: {there}; name one of those or train it."
+            )
+        return (folder / "snapshots" if name.snapshot else folder), name
+    own = None if name.shipped else choose_tag(base_dir(), name.family)
+    if own is not None:
+        return own, replace(name, tag=own.name)
+    shipped = choose_tag(SHIPPED, name.family) if name.step is None else None
+    if shipped is not None:
+        return shipped, replace(name, shipped=True)
+    maker = f"run `{MAKERS[name.family]}`" if name.family in MAKERS else "copy one there"
+    where = SHIPPED if name.shipped else base_dir()
+    raise CheckpointError(
+        f"{where / FAMILIES[name.family]} holds no checkpoint; {maker} or see `primechat models`."
+    )
+
+
+def choose_model() -> ModelName:
+    """Return the default model's name: sft before base, one's own before what ships."""
+    for root in (base_dir(), SHIPPED):
+        for family in ("sft", "rl", "mid", "base"):
+            if choose_tag(root, family) is not None:
+                return ModelName(family=family, shipped=root is SHIPPED)
+    return ModelName(family="base")
+
+
+def open_model(
+    identifier: str = "",
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    tokenizer: Any = None,
+    phase: str = "eval",
+) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """Open a model with its tokenizer.
+
+    Args:
+        identifier: see the head of this module; empty is the default model.
+        device: cpu, mps or cuda.
+        dtype: of the parameters: float32, bfloat16, or auto (bfloat16 on CUDA, float32 elsewhere).
+        tokenizer: a Tokenizer or its folder, instead of the one beside the model or in the base directory.
+        phase: eval freezes the parameters, train does not.
+
+    Returns:
+        Model, tokenizer, and the checkpoint's metadata with `identifier`, `path` and `skipped` added.
+
+    Raises:
+        CheckpointError: there is no such model, or it does not go with its tokenizer.
+        ConfigError: a setting has no such value.
+    """
+    import torch
+
+    from primechat.model.gpt import GPT
+
+    if dtype not in ("float32", "bfloat16", "auto"):
+        raise ConfigError(f"dtype={dtype!r} must be float32, bfloat16 or auto; try float32.")
+    if phase not in ("eval", "train"):
+        raise ConfigError(f"phase={phase!r} must be eval or train; try eval.")
+    folder, name = locate_model(parse_identifier(identifier) if identifier else choose_model())
+    loaded = load_checkpoint(folder, name.step)
+    found = find_tokenizer(folder, tokenizer)
+    check_pair(loaded.config, loaded.meta, found, str(name))
+    wide = dtype == "float32" or (dtype == "auto" and not device.startswith("cuda"))
+    model = GPT.from_state(
+        loaded.config, loaded.model_state, device=device, dtype=torch.float32 if wide else torch.bfloat16
+    )
+    if phase == "train":
+        model.requires_grad_(True).train()
+    full = replace(name, step=None if name.shipped else loaded.step)
+    return (
+        model,
+        found,
+        {**loaded.meta, "identifier": str(full), "path": str(folder), "skipped": loaded.skipped},
+    )
+
+
+def load_model(
+    source: str,
+    device: str = "cpu",
+    phase: str = "eval",
+    model_tag: str | None = None,
+    step: int | None = None,
+    dtype: str = "float32",
+) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """Open a model as nanochat does.
+
+    Args:
+        source: base, mid, sft or rl.
+        device: cpu, mps or cuda.
+        phase: eval or train.
+        model_tag: None takes the largest d<number>, else the most recently written folder.
+        step: None takes the newest complete one.
+        dtype: as in `open_model`.
+
+    Returns:
+        Model, tokenizer, metadata.
+
+    Raises:
+        CheckpointError: there is no such model, or it does not go with its tokenizer.
+        ConfigError: a setting has no such value.
+    """
+    if source not in FAMILIES:
+        raise ConfigError(f"source={source!r} must be one of {', '.join(FAMILIES)}; try base.")
+    if model_tag is None and step is not None:
+        own = choose_tag(base_dir(), source)
+        model_tag = own.name if own is not None else None
+        if model_tag is None:
+            raise CheckpointError(
+                f"{base_dir() / FAMILIES[source]} holds no step {step}; see `primechat models`."
+            )
+    if model_tag is not None:
+        check_tag(model_tag)
+    name = ModelName(family=source, tag=model_tag or "", step=step)
+    return open_model(str(name), device=device, phase=phase, dtype=dtype)
+
+
+def find_tokenizer(folder: Path, given: Any = None) -> Tokenizer:
+    """Return the tokenizer of a checkpoint: the given one, the one beside it, or its base directory's."""
+    from primechat.text.tokenizer import Tokenizer
+
+    if isinstance(given, Tokenizer):
+        return given
+    if given:
+        return Tokenizer.load(Path(given))
+    run = folder.parent if folder.name == "snapshots" else folder
+    beside = run / "tokenizer"
+    return Tokenizer.load(beside if (beside / "tokenizer.pkl").is_file() else run.parent.parent / "tokenizer")
+
+
+def check_pair(config: GPTConfig, meta: dict[str, Any], tokenizer: Tokenizer, name: str) -> None:
+    """Refuse a model and a tokenizer that do not belong together."""
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            f"{name} has vocab_size={config.vocab_size}, its tokenizer {tokenizer.vocab_size}; give the folder "
+            "of the tokenizer that it was trained with by --tokenizer."
+        )
+    identity = meta.get("tokenizer_identity")
+    if identity and identity != tokenizer.identity:
+        raise CheckpointError(
+            f"{name} was trained with the tokenizer {str(identity)[:12]}, this is {tokenizer.identity[:12]}; "
+            "give the folder of its own by --tokenizer."
+        )
+
+
+def load_tokenizer(identifier: str = "") -> Tokenizer:
+    """Return the tokenizer of a model; empty takes the base directory's, else the default model's.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+        CheckpointError: there is no such model.
+    """
+    from primechat.text.tokenizer import Tokenizer
+
+    if not identifier and (base_dir() / "tokenizer" / "tokenizer.pkl").is_file():
+        return Tokenizer.load(base_dir() / "tokenizer")
+    folder, _ = locate_model(parse_identifier(identifier) if identifier else choose_model())
+    return find_tokenizer(folder)
+
+
+def list_models() -> list[ModelEntry]:
+    """Return every model on this disk, one's own first, without importing torch."""
+    return [*walk_models(base_dir(), shipped=False), *walk_models(SHIPPED, shipped=True)]
+
+
+def walk_models(root: Path, shipped: bool) -> Iterator[ModelEntry]:
+    """Yield an entry for each run folder below a base directory that holds a model."""
+    for family in FAMILIES:
+        for folder in list_tags(root, family):
+            steps, snapshots = find_steps(folder), list_snapshots(folder)
+            where = folder if steps else folder / "snapshots"
+            name = ModelName(family=family, tag=folder.name, shipped=shipped)
+            if not steps:
+                name = replace(name, step=snapshots[-1], snapshot=True)
+            step = (steps or snapshots)[-1]
+            config, meta = read_design(where, step)
+            bpb, identity = meta.get("val_bpb"), meta.get("tokenizer_identity")
+            yield ModelEntry(
+                identifier=str(name), family=family, tag=folder.name, path=str(folder), shipped=shipped,
+                steps=tuple(steps), snapshots=tuple(snapshots),
+                n_bytes=sum(path.stat().st_size for path in folder.rglob("*.pt")),
+                architecture=config.architecture if config else "unreadable",
+                n_params=config.n_params if config else 0,
+                val_bpb=float(bpb) if isinstance(bpb, (int, float)) else None,
+                tokenizer_identity=identity if isinstance(identity, str) else None,
+            )  # fmt: skip
+
+
+def read_design(folder: Path, step: int) -> tuple[GPTConfig | None, dict[str, Any]]:
+    """Return the config and metadata of a step without its weights; None where it cannot be read."""
+    try:
+        meta = read_meta(folder, step)
+        specs = inspect_model(folder / f"model_{step:06d}.pt")
+        return detect_era({key: spec.shape for key, spec in specs.items()}, meta), meta
+    except CheckpointError:
+        return None, {}
+
+
+def load_run(path: str | Path) -> TrainResult:
+    """Rebuild the result of a run from its folder, for example one that came back from another machine.
+
+    Args:
+        path: the run's folder, absolute or relative to the base directory, or an identifier such as base/d4.
+
+    Raises:
+        CheckpointError: there is no run, or a file of it is damaged.
+    """
+    run = base_dir() / Path(path).expanduser()
+    if not run.is_dir() and IDENTIFIER.fullmatch(str(path)):
+        run, _ = locate_model(replace(parse_identifier(str(path)), step=None, snapshot=False))
+    run, root = run.resolve(), base_dir().resolve()
+    events, steps = read_metrics(run / "metrics.jsonl"), find_steps(run)
+    if not steps and not events:
+        raise CheckpointError(
+            f"{run} holds neither checkpoint nor metrics.jsonl; name a run, for example base/d4."
+        )
+    config, meta = read_design(run, steps[-1]) if steps else (None, {})
+    if config is None and (run / "config.json").is_file():
+        model = read_json(run / "config.json").get("model")
+        config = decode_config(model, GPTConfig, f"{run / 'config.json'}: model") if model else None
+    trained, losses, done = (
+        [e for e in events if e.get("kind") == kind] for kind in ("step", "loss", "done")
+    )
+    seconds = [take_number(e, "tokens") / (take_number(e, "tokens_per_s") or math.inf) for e in trained]
+    tokens, train_s = int(sum(take_number(e, "tokens") for e in trained)), sum(seconds)
+    end: dict[str, Any] = done[-1] if done else {"stopped": True}
+    family = next((family for family, name in FAMILIES.items() if name == run.parent.name), "run")
+    return TrainResult(
+        identifier=f"{family}/{run.name}",
+        path=str(run.relative_to(root)) if run.is_relative_to(root) else str(run),
+        step=steps[-1] if steps else int(take_number((trained or [{}])[-1], "step")),
+        stopped=bool(end.get("stopped")),
+        val_bpb=take_number((losses or [meta])[-1], "val_bpb", math.nan),
+        n_params=config.n_params if config else 0,
+        tokens=tokens,
+        tokens_per_s=tokens / train_s if train_s else 0.0,
+        train_s=train_s,
+        total_s=take_number(end, "elapsed_s", train_s),
+        events=tuple(events),
+    )
+
+
+def take_number(event: dict[str, Any], key: str, otherwise: float = 0.0) -> float:
+    """Return a field of an event or of metadata, if it is a number."""
+    value = event.get(key)
+    return float(value) if isinstance(value, (int, float)) else otherwise
