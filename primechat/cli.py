@@ -1,0 +1,354 @@
+"""The command line: one verb a stage, and the small programs of the desk.
+
+Hides: how flags become a config. Names, types and help come from the config's dataclass; torch is imported
+when a verb runs, never for help. Only this module installs signal handlers: they need the main thread.
+Reference: tyro.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import primechat
+from primechat.errors import ConfigError, PrimechatError
+from primechat.records import EvaluateResult, QuickstartResult, TokenizerResult, TrainResult, encode_record
+
+STAGES = {  # verb: (public name of the stage, of its config, its sentence)
+    "train-tokenizer": ("train_tokenizer", "TokenizerConfig", "learn which pieces of words become tokens"),
+    "pretrain": ("pretrain", "PretrainConfig", "train a base model to go on with any text"),
+    "finetune": ("finetune", "FinetuneConfig", "teach a base model to answer"),
+    "evaluate": ("evaluate", "EvaluateConfig", "measure a model in bits per byte on text it has not seen"),
+    "quickstart": (
+        "quickstart",
+        "QuickstartConfig",
+        "all of the above in minutes, on text that is here",
+    ),
+}
+DESK = {
+    "chat": "talk to a model in the terminal",
+    "models": "list the models that are on this machine",
+    "bench": "measure how fast this machine trains, generates and tokenizes",
+}
+SHORTCUTS = {
+    "--device": "--device cpu|mps|cuda stands for --runtime.device.",
+    "--config": "--config FILE starts from a saved config.json or a run's folder; flags override it.",
+    "--depth": "--depth N sets the model's shape for N blocks, and the tag to dN.",
+    "--arch": "--arch classic|modern takes the switches of nanochat's 2025 or 2026 model.",
+}
+
+Config = TypeVar("Config")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line.
+
+    Args:
+        argv: the words after `primechat`; None takes those of the process.
+
+    Returns:
+        The exit code: 0 also after a clean stop, 2 for what a user can mend, 130 for an interrupt.
+    """
+    rank = os.environ.get("RANK", "0")
+    try:
+        return run_verb(list(sys.argv[1:] if argv is None else argv))
+    except PrimechatError as error:
+        who = "primechat" if rank == "0" else f"primechat (rank {rank})"
+        print(f"{who}: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as error:  # tyro's, after a help text or a wrong flag
+        return error.code if isinstance(error.code, int) else 0
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `primechat models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def run_verb(argv: list[str]) -> int:
+    """Find the verb and hand it the other words."""
+    device = take_option(argv, "--device")
+    verb = argv.pop(0).replace("_", "-") if argv else "--help"
+    if verb in ("-h", "--help", "help"):
+        print(format_help())
+    elif verb == "--version":
+        print(f"primechat {primechat.__version__}")
+    elif verb in STAGES:
+        return run_stage(verb, argv, device)
+    elif verb == "models":
+        return show_models(parse_flags(verb, ModelsFlags, argv, ModelsFlags()))
+    elif verb == "bench":
+        from primechat.desk.bench import BenchConfig, run_bench
+
+        return run_bench(parse_flags(verb, BenchConfig, argv, BenchConfig(device=device or "auto")))
+    elif verb == "chat":
+        from primechat.desk.chat import ChatConfig, run_chat
+
+        return run_chat(parse_flags(verb, ChatConfig, argv, ChatConfig(device=device or "auto")))
+    else:
+        near = difflib.get_close_matches(verb, [*STAGES, *DESK], 1)
+        remedy = f"did you mean `primechat {near[0]}`?" if near else "`primechat --help` lists them."
+        raise ConfigError(f"{verb!r} must be one of primechat's verbs; {remedy}")
+    return 0
+
+
+def format_help() -> str:
+    """Return the text of `primechat --help`."""
+    verbs = [(verb, sentence) for verb, (_, _, sentence) in STAGES.items()] + list(DESK.items())
+    table = "\n".join(f"  {verb:17}{sentence}" for verb, sentence in verbs)
+    return f"""\
+primechat makes a small ChatGPT before your eyes and lets you talk to it.
+
+Start here:
+  primechat quickstart   a tokenizer, a base model and a chat model, then a short dialogue
+  primechat chat         talk to the newest model
+
+Verbs:
+{table}
+
+`primechat VERB --help` shows the settings of one verb; --device cpu|mps|cuda fits all of them.
+Models and data are kept in ~/.cache/nanochat, or where NANOCHAT_BASE_DIR points."""
+
+
+def take_option(argv: list[str], name: str) -> str | None:
+    """Take `name VALUE` or `name=VALUE` out of the words; return the value, None where it is absent."""
+    value = None
+    for word in [word for word in argv if word == name or word.startswith(f"{name}=")]:
+        i = argv.index(word)
+        value = word[len(name) + 1 :] if "=" in word else "".join(argv[i + 1 : i + 2])
+        if not value or value.startswith("--"):
+            raise ConfigError(f"{name} stands alone, a value must follow it; {SHORTCUTS[name]}")
+        del argv[i : i + (1 if "=" in word else 2)]
+    return value
+
+
+def parse_flags(verb: str, cls: type[Config], argv: list[str], default: Config, notes: str = "") -> Config:
+    """Turn flags into a config by tyro; a config's own refusal is raised as it is, without tyro's frame."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                cls,
+                args=argv,
+                default=default,
+                prog=f"primechat {verb}",
+                description=f"{(cls.__doc__ or '').strip()}{notes}",
+                use_underscores=True,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        cause: BaseException | None = stop
+        while cause and not isinstance(cause, PrimechatError):
+            cause = cause.__context__
+        if cause:
+            raise cause from None
+        sys.stderr.write(said.getvalue())
+        raise
+
+
+def build_default(verb: str, cls: Any, argv: list[str], device: str | None) -> Any:
+    """Return the config that the flags start from; takes the shortcuts out of the words."""
+    file = take_option(argv, "--config")
+    config = read_config(Path(file), cls) if file else cls()
+    if verb == "pretrain":
+        depth, arch = take_option(argv, "--depth"), take_option(argv, "--arch")
+        if depth or arch:
+            config = shape_model(config, depth, arch)
+    if device and hasattr(config, "runtime"):
+        config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, device=device))
+    return config
+
+
+def read_config(path: Path, cls: type[Config]) -> Config:
+    """Read a config from a JSON file or a run's folder."""
+    from primechat.config import decode_config
+
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no JSON"
+        raise ConfigError(
+            f"--config {path} must be a readable JSON file ({reason}); correct the path."
+        ) from error
+    if isinstance(data, dict) and data.get("class", cls.__name__) != cls.__name__:
+        raise ConfigError(
+            f"{path} holds a {data['class']}, it must hold a {cls.__name__}; use it with its own verb."
+        )
+    return decode_config(data, cls, str(path))
+
+
+def shape_model(config: Any, depth: str | None, arch: str | None) -> Any:
+    """Return a PretrainConfig whose model has a depth and an architecture; vocabulary and context stay."""
+    from primechat.config import GPTConfig
+
+    model = config.model
+    if depth is not None and not depth.isdecimal():
+        raise ConfigError(f"--depth {depth} must be a whole number from 1 to 256; try 4.")
+    blocks = int(depth) if depth else model.n_layer
+    keep = dict(vocab_size=model.vocab_size, sequence_len=model.sequence_len)
+    arch = arch or ("classic" if model.architecture == "classic" else "modern")
+    if arch not in ("classic", "modern"):
+        raise ConfigError(f"--arch {arch} must be classic or modern; try modern.")
+    classic = arch == "classic"
+    shape = (
+        GPTConfig.classic(blocks, **keep)
+        if classic
+        else GPTConfig.modern(blocks, **keep, head_dim=model.head_dim)
+    )
+    return dataclasses.replace(config, model=shape, tag=f"d{blocks}" if depth else config.tag)
+
+
+def run_stage(verb: str, argv: list[str], device: str | None) -> int:
+    """Parse a stage's flags, run it with a view of its progress, and say what came of it."""
+    name, config_name, _ = STAGES[verb]
+    words, cls = list(argv), getattr(primechat, config_name)
+    default = build_default(verb, cls, argv, device)
+    fitting = [
+        text for key, text in SHORTCUTS.items() if verb == "pretrain" or key in ("--device", "--config")
+    ]
+    config = parse_flags(verb, cls, argv, default, "\n\n" + "\n".join(fitting))
+    if os.environ.get("RANK", "0") != "0":
+        with stop_on_signal() as stop:
+            getattr(primechat, name)(config, stop=stop)
+        return 0
+    from primechat.desk.progress import open_view
+
+    with stop_on_signal() as stop, open_view() as view:
+        result = getattr(primechat, name)(config, on_event=view, stop=stop)
+    if is_stopped(result):
+        place = [] if device is None else ["--device", device]
+        if isinstance(result, QuickstartResult) and not config.tag:
+            place += ["--tag", find_tag(result.base.identifier)]
+        again = ["primechat", verb, *words, *place, *([] if config.resume else ["--resume"])]
+        print(f"Stopped and saved. To go on: {shlex.join(again)}")
+    else:
+        print(describe_result(result))
+    return 0
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """Yield an event that the first Ctrl-C (or SIGTERM) sets; a second one ends the process at once."""
+    stop = threading.Event()
+    kinds = (signal.SIGINT, signal.SIGTERM)
+
+    def ask_stop(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        for kind in kinds:
+            signal.signal(kind, signal.SIG_DFL)
+        show_cursor = (
+            b"\x1b[?25h" if os.isatty(2) else b""
+        )  # a bar hides it, and an end at once does not bring it back
+        os.write(
+            2, show_cursor + b"\nStopping: this step is finished and saved; Ctrl-C again quits at once.\n"
+        )
+
+    before = [signal.signal(kind, ask_stop) for kind in kinds]
+    try:
+        yield stop
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
+
+
+def find_tag(identifier: str) -> str:
+    """Return the tag in an identifier: d4 in base/d4@600."""
+    return identifier.partition("/")[2].partition("@")[0]
+
+
+def is_stopped(result: object) -> bool:
+    """Tell whether a stage was asked to end before its work was done."""
+    if isinstance(result, QuickstartResult):
+        return result.base.stopped or result.chat.stopped
+    return isinstance(result, TrainResult) and result.stopped
+
+
+def describe_result(result: object) -> str:
+    """Return what a stage made, in a few lines, and what to do with it."""
+    if isinstance(result, TokenizerResult):
+        size = f"{result.vocab_size:,} tokens, {result.bytes_per_token:.2f} bytes a token"
+        return f"Tokenizer: {size}, {result.elapsed_s:.1f} s; in {result.path}"
+    if isinstance(result, EvaluateResult):
+        scored = f"{result.scored_tokens:,} tokens, {result.scored_bytes:,} bytes, windows of {result.window}"
+        return f"{result.identifier} on {result.corpus}: {result.bpb:.4f} bits per byte ({scored})"
+    if isinstance(result, TrainResult):
+        quality = f"{result.n_params:,} parameters, {result.val_bpb:.4f} bits per byte"
+        speed = f"{result.tokens:,} tokens at {result.tokens_per_s:,.0f} a second"
+        return f"{result.identifier}: {quality}, {speed}; in {result.path}"
+    return "\n".join(describe_quickstart(result)) if isinstance(result, QuickstartResult) else ""
+
+
+def describe_quickstart(result: QuickstartResult) -> Iterator[str]:
+    """Yield the lines that end a quickstart: figures, a dialogue, and what to do next."""
+    from primechat.desk.progress import clean_text
+
+    yield "\n".join(
+        ["", *(describe_result(part) for part in (result.tokenizer, result.base, result.chat)), ""]
+    )
+    for message in result.dialogue:
+        yield f"  {'you' if message['role'] == 'user' else 'it':>4}  {clean_text(message['content'], 400)}"
+    chat, tag = result.chat.identifier, find_tag(result.base.identifier)
+    steps = {
+        f"primechat chat {chat}": "talk to it yourself",
+        "primechat quickstart --seconds 600": "a better one: ten minutes of training",
+        f"primechat evaluate --model base/{tag}": "how well the base model predicts new text",
+        "primechat pretrain --help": "every knob",
+    }
+    width = max(map(len, steps)) + 2
+    yield f"\nIt took {result.total_s / 60:.1f} minutes. What to do next:"
+    yield from (f"  {command:{width}}{meaning}" for command, meaning in steps.items())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelsFlags:
+    """List the models that are on this machine."""
+
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+def show_models(flags: ModelsFlags) -> int:
+    """Print the models that store finds, as a table or as JSON."""
+    entries = primechat.list_models()
+    if flags.json:
+        print(json.dumps([encode_record(entry) for entry in entries], indent=2))
+    elif not entries:
+        print("No models yet. `primechat quickstart` makes one in minutes.")
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False)
+        table.add_column("model", no_wrap=True)
+        for title in ("step", "parameters", "bits per byte", "MB"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("kind", no_wrap=True)
+        table.add_column("where", overflow="fold")
+        for entry in entries:
+            step = str(max(entry.steps)) if entry.steps else ""
+            figures = (f"{entry.n_params:,}", "" if entry.val_bpb is None else f"{entry.val_bpb:.4f}")
+            where = "ships with primechat" if entry.shipped else entry.path
+            size = f"{entry.n_bytes / 1e6:,.1f}"
+            table.add_row(entry.identifier, step, *figures, size, entry.architecture, where)
+        Console(highlight=False).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
