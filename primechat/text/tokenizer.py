@@ -42,7 +42,7 @@ LONG_SPACE = 500_000  # tiktoken panics on a run of about a million white-space 
 
 
 class Tokenizer:
-    """Byte-pair tokenizer, special tokens after the learned ones; immutable, free to share between threads."""
+    """Byte-pair tokenizer, special tokens after the learned ones; immutable and safe to share by threads."""
 
     def __init__(
         self, pattern: str, ranks: dict[bytes, int], specials: dict[str, int], *, source: str = ""

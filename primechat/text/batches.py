@@ -1,0 +1,299 @@
+"""Token ids to rows for a model, so that every token is a target once an epoch.
+
+Hides: the layout. The documents of an epoch, shuffled and each led by <|bos|>, make one endless stream that goes on
+into the next epoch; row i reads tokens i*T .. i*T+T-1 and its targets are the same shifted by one, so nothing is
+padded, cut off or read twice. A cursor names a place in that stream, so a run goes on at the very next token.
+Reference: Brown et al. 2020, Language Models are Few-Shot Learners, section B (documents packed without padding).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from primechat.errors import ConfigError, DataError
+from primechat.text.tokenizer import Tokenizer
+from primechat.text.tokens import Group, TokenCache, build_cache, list_groups, produce_groups
+
+__all__ = ["PackedBatches", "ShardBatches", "TokenCache", "build_cache", "validation_windows"]
+
+Cursor = dict[str, int]
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+# Batches of a cache
+
+
+class PackedBatches(Iterator[Batch]):
+    """Endless batches of a token cache: documents shuffled anew each epoch, rows cut from one stream."""
+
+    waste = 0.0  # share of the tokens that are never a target: the stream has no gaps
+
+    def __init__(
+        self,
+        cache: TokenCache,
+        *,
+        sequence_len: int,
+        rows: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        cursor: Cursor | None = None,
+    ) -> None:
+        """Begin at the start of epoch 0, or where a cursor stands.
+
+        Args:
+            cache: The tokens.
+            sequence_len: Tokens of a row, T.
+            rows: Rows of one optimizer step over all ranks; this rank yields its share, R = rows / world_size.
+            rank: This process.
+            world_size: Number of processes.
+            seed: Seed of the documents' order.
+            cursor: What `cursor` gave earlier, of any rank and number of ranks.
+
+        Raises:
+            ConfigError: The rows cannot be shared out evenly.
+            DataError: The cursor is none of this cache.
+        """
+        self.share = share_rows(rows, world_size)
+        self.cache, self.sequence_len, self.rows, self.rank, self.seed = cache, sequence_len, rows, rank, seed
+        position = dict(cursor or {"epoch": 0, "position": 0})
+        if set(position) != {"epoch", "position"} or not 0 <= position["position"] < cache.tokens:
+            raise DataError(
+                f"cursor={cursor!r:.80} is no place in a stream of {cache.tokens} tokens; start anew."
+            )
+        self._epoch, self._position = position["epoch"], position["position"]
+        self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    @property
+    def cursor(self) -> Cursor:
+        """The place of the next token, the same on every rank: JSON-ready."""
+        return {"epoch": self._epoch, "position": self._position}
+
+    def __next__(self) -> Batch:
+        """Return ids and targets, int64 (R, T); a target of -1 is not learned from."""
+        size = self.share * self.sequence_len
+        epoch, position = self._advance(self.rank * size)
+        tokens, mask = self._take(epoch, position, size + 1)
+        self._epoch, self._position = self._advance(self.rows * self.sequence_len)
+        targets = tokens[1:] if mask is None else np.where(mask[1:] == 0, -1, tokens[1:])
+        shape = (self.share, self.sequence_len)
+        return torch.from_numpy(tokens[:-1].reshape(shape)), torch.from_numpy(targets.reshape(shape))
+
+    def _advance(self, count: int) -> tuple[int, int]:
+        epochs, position = divmod(self._position + count, self.cache.tokens)
+        return self._epoch + epochs, position
+
+    def _take(self, epoch: int, position: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return `count` tokens of the stream from a place on, and their mask, int64."""
+        places = []
+        while count:
+            part = min(count, self.cache.tokens - position)
+            places.append(self._locate(epoch, position, part))
+            epoch, position, count = epoch + 1, 0, count - part
+        where = np.concatenate(places)
+        mask = None if self.cache.mask is None else self.cache.mask[where]
+        return self.cache.ids[where].astype(np.int64), mask
+
+    def _locate(self, epoch: int, position: int, count: int) -> np.ndarray:
+        """Return where in the cache `count` tokens of one epoch's stream lie."""
+        if epoch not in self._plans:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.cache.documents)
+            begins = self.cache.offsets[order]
+            ends = np.cumsum(self.cache.offsets[order + 1] - begins)  # in the stream
+            shift = begins - np.concatenate([[0], ends[:-1]])  # from stream to cache
+            self._plans = {e: plan for e, plan in self._plans.items() if e == epoch - 1}
+            self._plans[epoch] = (ends, shift)
+        ends, shift = self._plans[epoch]
+        first = int(np.searchsorted(ends, position, side="right"))
+        last = int(np.searchsorted(ends, position + count - 1, side="right"))
+        bounds = np.clip(ends[first : last + 1], position, position + count)
+        return np.arange(position, position + count) + np.repeat(
+            shift[first : last + 1], np.diff(bounds, prepend=position)
+        )
+
+
+def share_rows(rows: int, world_size: int) -> int:
+    """Return the rows of one rank."""
+    if rows < 1 or rows % world_size:
+        raise ConfigError(
+            f"rows={rows} of a step must be divisible by world_size={world_size}; set batch_tokens to a multiple of "
+            f"sequence_len * {world_size}."
+        )
+    return rows // world_size
+
+
+def validation_windows(
+    cache: TokenCache,
+    window: int,
+    stride: int = 0,
+    *,
+    rows: int = 16,
+    max_tokens: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Yield windows over the documents in their order that make every token but the first a target exactly once.
+
+    Args:
+        cache: The tokens of a validation split.
+        window: Tokens of a window, W.
+        stride: Tokens between windows; 0 is W. A smaller one gives context: only a window's last tokens are scored.
+        rows: Most windows to yield at a time, R.
+        max_tokens: Targets to score; 0 is all.
+        rank: This process, which yields every `world_size`-th window.
+        world_size: Number of processes.
+
+    Yields:
+        ids and targets, int64 (R, W); a target of -1 is not scored, ids beyond the end are <|bos|>.
+    """
+    stride = stride or window
+    if not 1 <= stride <= window:
+        raise ConfigError(f"stride={stride} must be from 1 to window={window}; try {max(1, window // 2)}.")
+    last = cache.tokens - 1  # index of the last target
+    last = min(last, max_tokens) if max_tokens else last
+    count = 1 + max(0, -(-(last - window) // stride)) if last else 0
+    mine = np.arange(rank, count, world_size)
+    for block in np.array_split(mine, -(-len(mine) // rows)) if len(mine) else []:
+        where = block[:, None] * stride + np.arange(window + 1)  # (R, W + 1)
+        tokens = cache.ids[np.minimum(where, last)].astype(np.int64)
+        scored = (where[:, 1:] <= last) & ((block == 0)[:, None] | (np.arange(window) >= window - stride))
+        if cache.mask is not None:
+            scored &= cache.mask[np.minimum(where[:, 1:], last)] != 0
+        ids = np.where(where[:, :-1] <= last, tokens[:, :-1], cache.bos_id)
+        yield torch.from_numpy(ids), torch.from_numpy(np.where(scored, tokens[:, 1:], -1))
+
+
+# Batches of parquet shards
+
+
+class ShardBatches(Iterator[Batch]):
+    """Endless batches of parquet shards, tokenised as they are read; the row groups are dealt out to the ranks."""
+
+    waste = 0.0
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        tokenizer: Tokenizer,
+        *,
+        sequence_len: int,
+        rows: int,
+        rank: int = 0,
+        world_size: int = 1,
+        cursor: Cursor | None = None,
+        threads: int = 4,
+    ) -> None:
+        """Begin at the first shard, or where a cursor of this rank stands.
+
+        Args:
+            paths: Parquet files with a column text, the same on every rank.
+            tokenizer: Turns texts into ids.
+            sequence_len: Tokens of a row, T.
+            rows: Rows of one optimizer step over all ranks; this rank yields R = rows / world_size.
+            rank: This process.
+            world_size: Number of processes.
+            cursor: What `cursor` of this rank gave earlier.
+            threads: Threads that tokenise.
+
+        Raises:
+            ConfigError: The rows cannot be shared out evenly.
+            DataError: There are fewer row groups than ranks, or the cursor is of another number of ranks.
+        """
+        self.share, self.sequence_len, self.world_size = (
+            share_rows(rows, world_size),
+            sequence_len,
+            world_size,
+        )
+        groups = list_groups(paths)[rank::world_size]
+        if not groups:
+            raise DataError(
+                f"{len(paths)} shard(s) have too few row groups for {world_size} ranks; add shards."
+            )
+        start = cursor or {
+            "epoch": 0,
+            "shard": groups[0][0],
+            "row_group": groups[0][1],
+            "document": 0,
+            "offset": 0,
+        }
+        place = (start.get("shard"), start.get("row_group"))
+        if start.get("world_size", world_size) != world_size or place not in groups:
+            raise DataError(
+                f"cursor={cursor!r:.120} is no place of rank {rank} of {world_size}; use as many ranks as before."
+            )
+        self._groups: deque[Group] = deque()
+        self._queue: queue.Queue[Group | BaseException] = queue.Queue(maxsize=4)
+        stop = threading.Event()
+        first = groups.index(place)  # type: ignore[arg-type]
+        self._thread = threading.Thread(
+            target=produce_groups, daemon=True, name="primechat-shards",
+            args=(list(paths), groups, first, start["epoch"], tokenizer, threads, self._queue, stop),
+        )  # fmt: skip
+        self._finalizer = weakref.finalize(self, stop.set)
+        self._thread.start()
+        self._fill(1)
+        offsets = self._groups[0].offsets
+        if not 0 <= start["document"] < len(offsets) - 1:
+            raise DataError(
+                f"cursor={cursor!r:.120} lies beyond its row group; the shards are others than before."
+            )
+        self._used = int(offsets[start["document"]]) + start["offset"]
+
+    @property
+    def cursor(self) -> Cursor:
+        """The place of this rank's next token: JSON-ready."""
+        group = self._groups[0]
+        document = int(np.searchsorted(group.offsets, self._used, side="right")) - 1
+        return {
+            "epoch": group.epoch, "shard": group.shard, "row_group": group.row_group, "document": document,
+            "offset": self._used - int(group.offsets[document]), "world_size": self.world_size,
+        }  # fmt: skip
+
+    def __next__(self) -> Batch:
+        """Return ids and targets, int64 (R, T)."""
+        size = self.share * self.sequence_len
+        self._fill(size + 1)
+        parts, need, begin = [], size + 1, self._used
+        for group in self._groups:
+            parts.append(group.ids[begin : begin + need])
+            need, begin = need - len(parts[-1]), 0
+            if not need:
+                break
+        tokens = np.concatenate(parts)
+        self._used += size
+        while self._used >= len(self._groups[0].ids):
+            self._used -= len(self._groups.popleft().ids)
+        shape = (self.share, self.sequence_len)
+        return torch.from_numpy(tokens[:-1].reshape(shape)), torch.from_numpy(
+            tokens[1:].reshape(shape).copy()
+        )
+
+    def _fill(self, need: int) -> None:
+        """Have at least so many tokens at hand."""
+        have = sum(len(group.ids) for group in self._groups) - (self._used if self._groups else 0)
+        while have < need:
+            if not self._finalizer.alive:
+                raise DataError("these batches are closed; open them again.")
+            item = self._queue.get()
+            if isinstance(item, BaseException):
+                self.close()
+                raise item
+            self._groups.append(item)
+            have += len(item.ids)
+
+    def close(self) -> None:
+        """End the reading thread."""
+        self._finalizer()
+        while self._thread.is_alive():
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                self._thread.join(0.05)

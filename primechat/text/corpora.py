@@ -1,0 +1,316 @@
+"""Texts and conversations by name: the chats that ship with primechat, local files, and the Hub's shards.
+
+Hides: where text comes from and which part of it is held out. The embedded chats and local files give their last
+5 % of documents, in file order, to validation; the Hub's corpora their last shard. The order is always the same.
+Reference: the package chitchat-dataset (Myers, BYU-PCCL): the conversations of the Chit-Chat Challenge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from primechat.errors import DataError
+from primechat.protocols import Conversation
+from primechat.records import OnEvent
+from primechat.text.conversation import read_messages
+from primechat.text.shards import HUB_CORPORA, list_shards, shard_paths
+
+__all__ = [
+    "corpus_identity", "is_local", "read_conversations", "read_documents", "read_parquet", "shard_paths"
+]  # fmt: skip
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+PARAGRAPH_CHARS, LINE_CHARS = (
+    2_000,
+    20_000,
+)  # where a .txt may be cut: at a blank line, or else at any line end
+CHITCHAT_DOCUMENTS, CHITCHAT_VAL_DOCUMENTS, CHITCHAT_VAL_BYTES = 7_168, 358, 699_021
+
+Turns = tuple[tuple[int, str], ...]  # (speaker 0 or 1 by order of appearance, text) of one conversation
+
+
+def is_local(corpus: str) -> bool:
+    """Tell whether a corpus is read from this machine, not from the Hub's shards."""
+    return corpus not in HUB_CORPORA
+
+
+def read_documents(
+    corpus: str,
+    split: str,
+    *,
+    n_shards: int = 8,
+    base_dir: Path | None = None,
+    on_event: OnEvent | None = None,
+) -> Iterator[str]:
+    """Yield the documents of a corpus.
+
+    Args:
+        corpus: chitchat, fineweb-edu, climbmix, or the path of a .txt, .jsonl (field text) or .parquet (column text)
+            file or of a folder of them. A .txt is cut into documents at the first blank line after 2,000
+            characters, or else at the first line end after 20,000.
+        split: train or val.
+        n_shards: Shards that the train split of a Hub corpus takes, about 100 MB each.
+        base_dir: Where the Hub's shards are kept, in base_data or base_data_climbmix.
+        on_event: Hears of downloads.
+
+    Raises:
+        DataError: There is no such text, or it cannot be read.
+        HubError: A shard is neither here nor to be had.
+    """
+    check_split(split)
+    if corpus == "chitchat":
+        for turns in split_last(load_chitchat(), split):
+            yield "\n".join(f"{'AB'[speaker]}: {text}" for speaker, text in turns)
+    elif not is_local(corpus):
+        for path in shard_paths(corpus, split, n_shards, on_event, base_dir=base_dir):
+            yield from read_parquet(path)
+    else:
+        files = find_files(corpus)
+        total = sum(1 for _ in read_files(files))
+        if total < 2:
+            raise DataError(
+                f"{corpus} holds {total} document(s) and must hold at least 2, one of them for validation; "
+                "add files, or blank lines between documents."
+            )
+        held_out = max(1, total // 20)
+        cut = (total - held_out, None) if split == "val" else (0, total - held_out)
+        yield from islice(read_files(files), *cut)
+
+
+def read_conversations(dialogues: str, split: str, *, mirrored: bool = False) -> Iterator[Conversation]:
+    """Yield conversations between a user and an assistant, each ending with the assistant.
+
+    Args:
+        dialogues: chitchat, or the path of a .jsonl file, one conversation a line:
+            `{"messages": [{"role", "content"}, ...]}` or the bare list.
+        split: train or val, cut by conversation exactly as `read_documents` cuts.
+        mirrored: After each chitchat conversation, yield it once more with the roles exchanged, from the
+            second speaker's first turn on; twice as much to learn from.
+
+    Raises:
+        DataError: There are none, or one is malformed; it is named by its line.
+    """
+    check_split(split)
+    if dialogues != "chitchat":
+        yield from split_last(load_conversations(Path(dialogues)), split)
+        return
+    for turns in split_last(load_chitchat(), split):
+        for user in (0, 1) if mirrored else (0,):
+            messages = assign_roles(turns, user)
+            if messages:
+                yield {"messages": messages}
+
+
+def corpus_identity(corpus: str, split: str, *, n_shards: int = 8) -> str:
+    """Return a hex SHA-256 that changes when a corpus does: names, and sizes and times of local files."""
+    if corpus == "chitchat":
+        facts: list[Any] = [chitchat_path().stat().st_size, "turns 1"]
+    elif is_local(corpus):
+        stats = [(path, path.stat()) for path in find_files(corpus)]
+        facts = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    else:
+        facts = list_shards(corpus, split, n_shards)
+    return hashlib.sha256(json.dumps([corpus, split, facts]).encode()).hexdigest()
+
+
+def check_split(split: str) -> None:
+    """Refuse a split that is neither train nor val."""
+    if split not in ("train", "val"):
+        raise DataError(f"split={split!r} must be train or val; the last part of a corpus is val.")
+
+
+def split_last(items: tuple[Any, ...], split: str) -> tuple[Any, ...]:
+    """Return the last 5 % of items (at least one) for val, what stands before them for train."""
+    first_val = len(items) - max(1, len(items) // 20)
+    return items[first_val:] if split == "val" else items[:first_val]
+
+
+# The embedded chats
+
+
+def chitchat_path() -> Path:
+    """Return the data file of the package chitchat-dataset, without importing the package."""
+    spec = find_spec("chitchat_dataset")
+    folder = next(iter(spec.submodule_search_locations or ()), "") if spec else ""
+    path = Path(folder) / "dataset.json"
+    if not folder or not path.is_file():
+        raise DataError("the text chitchat is not installed; run `pip install chitchat-dataset==0.9.0`.")
+    return path
+
+
+@lru_cache(maxsize=1)
+def load_chitchat() -> tuple[Turns, ...]:
+    """Return the embedded conversations in file order; results are quoted for exactly these."""
+    try:
+        conversations = json.loads(chitchat_path().read_bytes()).values()
+        loaded = tuple(read_turns(conversation["messages"]) for conversation in conversations)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{chitchat_path()} cannot be read ({error!r:.80}); "
+            "run `pip install --force-reinstall chitchat-dataset==0.9.0`."
+        ) from None
+    held_out = split_last(loaded, "val")
+    val_bytes = sum(sum(len(text.encode()) + 4 for _, text in turns) - 1 for turns in held_out)
+    if (len(loaded), len(held_out), val_bytes) != (
+        CHITCHAT_DOCUMENTS,
+        CHITCHAT_VAL_DOCUMENTS,
+        CHITCHAT_VAL_BYTES,
+    ):
+        raise DataError(
+            f"the installed chitchat-dataset has {len(loaded)} conversations and {val_bytes} validation bytes "
+            f"where version 0.9.0 has {CHITCHAT_DOCUMENTS} and {CHITCHAT_VAL_BYTES}; run `pip install chitchat-dataset==0.9.0`."
+        )
+    return loaded
+
+
+def read_turns(messages: list[list[dict[str, str]]]) -> Turns:
+    """Return (speaker, text) of each turn that has text, white space collapsed."""
+    speakers: dict[str, int] = {}
+    turns = []
+    for utterances in messages:
+        text = " ".join(" ".join(utterance["text"] for utterance in utterances).split())
+        if text:
+            turns.append((speakers.setdefault(utterances[0]["sender"], len(speakers)), text))
+    if len(speakers) > 2:
+        raise ValueError("a conversation has more than two speakers")
+    return tuple(turns)
+
+
+def assign_roles(turns: Turns, user: int) -> list[dict[str, str]]:
+    """Return alternating messages, from the first turn of speaker `user` to the last one of the other speaker."""
+    messages: list[dict[str, str]] = []
+    for speaker, text in turns:
+        role = "user" if speaker == user else "assistant"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += f" {text}"
+        elif messages or role == "user":
+            messages.append({"role": role, "content": text})
+    return messages[: len(messages) // 2 * 2]
+
+
+# Local files
+
+
+def find_files(corpus: str) -> list[Path]:
+    """Return the text files of a path in sorted order."""
+    root = Path(corpus).expanduser()
+    if root.is_dir():
+        inside = (
+            path.relative_to(root) for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()
+        )
+        files = [
+            root / path for path in sorted(inside) if not any(part.startswith(".") for part in path.parts)
+        ]
+        if files:
+            return files
+        raise DataError(f"{corpus} holds no {', '.join(SUFFIXES)} file; give a folder that does.")
+    if root.is_file() and root.suffix in SUFFIXES:
+        return [root]
+    problem = f"is no {', '.join(SUFFIXES)} file" if root.is_file() else "is not there"
+    raise DataError(
+        f"corpus={corpus!r} {problem}; give chitchat, {', '.join(HUB_CORPORA)} or the path of such a file."
+    )
+
+
+def read_files(files: list[Path]) -> Iterator[str]:
+    """Yield the documents of text files that are not blank."""
+    readers = {".txt": read_plain, ".jsonl": read_texts, ".parquet": read_parquet}
+    for path in files:
+        yield from (text for text in readers[path.suffix](path) if text.strip())
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it."
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); check that it is a readable file."
+        ) from None
+
+
+def read_plain(path: Path) -> Iterator[str]:
+    """Yield the documents of a .txt file."""
+    lines: list[str] = []
+    size = 0
+    for line in read_lines(path):
+        lines.append(line)
+        size += len(line)
+        if size >= LINE_CHARS or (size >= PARAGRAPH_CHARS and not line.strip()):
+            yield "".join(lines).strip("\n")
+            lines, size = [], 0
+    yield "".join(lines).strip("\n")
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, value) of a .jsonl file's lines that are not blank."""
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path} line {number} is no JSON ({error}); mend or remove it.") from None
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """Yield the field text of each line of a .jsonl file."""
+    for number, row in read_rows(path):
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise DataError(
+                f"{path} line {number} must be an object with a text in the field `text`; mend or remove it."
+            )
+        yield text
+
+
+def read_parquet(path: Path) -> Iterator[str]:
+    """Yield the column text of a parquet file; empty cells are left out."""
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                names = ", ".join(file.schema_arrow.names[:8])
+                raise DataError(
+                    f"{path} has no column `text` (it has {names}); rename the one that holds the text."
+                )
+            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+                yield from (text for text in batch.column(0).to_pylist() if isinstance(text, str) and text)
+    except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
+        raise DataError(f"{path} is damaged or no parquet file ({error!s:.80}); replace it.") from None
+
+
+def load_conversations(path: Path) -> tuple[Conversation, ...]:
+    """Return the conversations of a .jsonl file, each checked and ending with the assistant."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        raise DataError(
+            f"dialogues={str(path)!r} must be chitchat or the path of a .jsonl file that is there."
+        )
+    conversations = []
+    for number, row in read_rows(path):
+        conversation = {"messages": row} if isinstance(row, list) else row
+        try:
+            messages = read_messages(conversation)
+        except DataError as error:
+            raise DataError(f"{path} line {number}: {error}") from None
+        if messages[-1]["role"] == "user":
+            messages = messages[:-1]
+        if not messages or messages[-1]["role"] != "assistant":
+            raise DataError(f"{path} line {number} has no assistant message to learn from; remove it.")
+        conversations.append({"messages": messages})
+    if len(conversations) < 2:
+        raise DataError(
+            f"{path} holds {len(conversations)} conversation(s) and must hold at least 2; add some."
+        )
+    return tuple(conversations)

@@ -1,0 +1,231 @@
+"""Tokens on disk and in flight: the memory-mapped cache of a local corpus, and shards tokenised as they are read.
+
+Hides: when text becomes tokens. A local corpus is tokenised once into a folder that appears whole or not at all;
+a shard's row groups are tokenised by a background thread, a few ahead of the reader.
+Reference: numpy.memmap; the row groups of the Apache Parquet format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from primechat.errors import DataError
+from primechat.records import OnEvent, PhaseEvent, ProgressEvent
+from primechat.text.tokenizer import Tokenizer
+
+SCHEMA = 1
+CHUNK_DOCUMENTS = 4096  # tokenised and written at a time
+
+
+# The cache of a local corpus
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """The tokens of a corpus, memory-mapped, documents in their order."""
+
+    ids: np.ndarray  # (N,) uint16 or uint32, each document led by <|bos|>
+    offsets: np.ndarray  # (documents + 1,) int64, where each document begins in ids
+    mask: np.ndarray | None  # (N,) uint8: 0 where a token is not learned from
+    text_bytes: int
+    bos_id: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, the <|bos|> of each document included."""
+        return len(self.ids)
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return len(self.offsets) - 1
+
+
+def build_cache(
+    documents: Iterable[str] | Iterable[tuple[list[int], list[int]]],
+    tokenizer: Tokenizer,
+    folder: Path,
+    key: str,
+    *,
+    threads: int = 0,
+    on_event: OnEvent | None = None,
+) -> TokenCache:
+    """Return the token cache of a corpus, building it only where it is missing, torn or stale.
+
+    Args:
+        documents: Texts, or (ids, mask) pairs of rendered conversations; not touched where the cache stands.
+        tokenizer: Turns texts into ids; its identity is part of the key.
+        folder: Holds one folder for each cache.
+        key: Names the corpus and whatever else the documents depend on, as `corpus_identity` does.
+        threads: Threads that tokenise; 0 takes all cores.
+        on_event: Hears of progress, in documents.
+
+    Raises:
+        DataError: There are no documents.
+    """
+    identity = hashlib.sha256(json.dumps([SCHEMA, key, tokenizer.identity]).encode()).hexdigest()
+    target = Path(folder) / identity[:24]
+    cache = open_cache(target, identity)
+    if cache:
+        return cache
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=folder, prefix=".building-"))
+    try:
+        if on_event:
+            on_event(PhaseEvent(name="tokenize", unit="documents"))
+        write_cache(
+            iter(documents), tokenizer, building, {"identity": identity, "corpus": key}, threads, on_event
+        )
+        if target.exists() and not open_cache(target, identity):
+            shutil.rmtree(target)
+        try:
+            os.rename(building, target)
+        except OSError:  # another process was faster
+            if not open_cache(target, identity):
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    cache = open_cache(target, identity)
+    assert cache, "a cache that was just written must open"
+    return cache
+
+
+def write_cache(
+    documents: Iterator[Any],
+    tokenizer: Tokenizer,
+    folder: Path,
+    meta: dict[str, Any],
+    threads: int,
+    on_event: OnEvent | None,
+) -> None:
+    """Tokenise documents into the files of a cache, a chunk of them in memory at a time."""
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    lengths: list[int] = []
+    text_bytes, masked, bos = 0, False, tokenizer.bos_id
+    byte_lengths = tokenizer.byte_lengths()
+    with (folder / "ids.bin").open("wb") as ids_file, (folder / "mask.bin").open("wb") as mask_file:
+        while chunk := list(islice(documents, CHUNK_DOCUMENTS)):
+            if isinstance(chunk[0], str):
+                encoded = [[bos, *ids] for ids in tokenizer.encode_batch(chunk, threads)]
+                text_bytes += sum(len(text.encode("utf-8", "replace")) for text in chunk)
+            else:
+                encoded, masked = [ids for ids, _ in chunk], True
+                mask_file.write(np.concatenate([np.asarray(mask, np.uint8) for _, mask in chunk]).tobytes())
+            flat = np.fromiter((i for ids in encoded for i in ids), dtype, sum(map(len, encoded)))
+            text_bytes += int(byte_lengths[flat].sum()) if masked else 0
+            ids_file.write(flat.tobytes())
+            lengths.extend(map(len, encoded))
+            if on_event:
+                on_event(ProgressEvent(done=len(lengths)))
+    if not lengths:
+        raise DataError(f"the corpus {meta['corpus'][:60]!r} has no documents; give one that has text.")
+    np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+    meta |= {
+        "schema": SCHEMA, "tokenizer": tokenizer.identity, "dtype": dtype.str, "masked": masked, "bos_id": bos,
+        "tokens": sum(lengths), "documents": len(lengths), "text_bytes": text_bytes,
+    }  # fmt: skip
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+
+
+def open_cache(folder: Path, identity: str) -> TokenCache | None:
+    """Return a cache if it stands whole and is the one asked for, else None."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        ids = np.memmap(folder / "ids.bin", dtype=np.dtype(meta["dtype"]), mode="r")
+        mask = np.memmap(folder / "mask.bin", dtype=np.uint8, mode="r") if meta["masked"] else None
+        offsets = np.load(folder / "offsets.npy")
+        whole = len(ids) == meta["tokens"] == offsets[-1] and len(offsets) == meta["documents"] + 1
+        if meta["identity"] != identity or not whole or (mask is not None and len(mask) != len(ids)):
+            return None
+        return TokenCache(ids, offsets, mask, meta["text_bytes"], meta["bos_id"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+# Shards in flight
+
+
+@dataclass(frozen=True)
+class Group:
+    """The tokens of one row group."""
+
+    epoch: int
+    shard: int
+    row_group: int
+    ids: np.ndarray  # (N,) int64
+    offsets: np.ndarray  # (documents + 1,)
+
+
+def list_groups(paths: Sequence[Path]) -> list[tuple[int, int]]:
+    """Return (shard, row group) of all shards in order."""
+    import pyarrow.parquet as pq
+
+    groups = []
+    for shard, path in enumerate(paths):
+        try:
+            with pq.ParquetFile(path) as file:
+                if "text" not in file.schema_arrow.names:
+                    raise DataError(f"{path} has no column `text`; give shards that have.")
+                groups += [(shard, i) for i in range(file.num_row_groups)]
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is damaged or no parquet file ({error!s:.80}); replace it.") from None
+    return groups
+
+
+def produce_groups(
+    paths: list[Path],
+    groups: list[tuple[int, int]],
+    first: int,
+    epoch: int,
+    tokenizer: Tokenizer,
+    threads: int,
+    out: queue.Queue[Group | BaseException],
+    stop: threading.Event,
+) -> None:
+    """Put the tokens of row group after row group, epoch after epoch, until told to stop; an error is put, too."""
+    import pyarrow.parquet as pq
+
+    def put(item: Group | BaseException) -> None:
+        while not stop.is_set():
+            try:
+                return out.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    bos = tokenizer.bos_id
+    try:
+        while not stop.is_set():
+            for shard, row_group in groups[first:]:
+                if stop.is_set():
+                    return
+                with pq.ParquetFile(paths[shard]) as file:
+                    texts = file.read_row_group(row_group, columns=["text"]).column(0).to_pylist()
+                encoded = [
+                    [bos, *ids] for ids in tokenizer.encode_batch([text or "" for text in texts], threads)
+                ]
+                offsets = np.cumsum([0, *map(len, encoded)])
+                ids = np.fromiter((i for ids in encoded for i in ids), np.int64, int(offsets[-1]))
+                if len(ids):
+                    put(Group(epoch, shard, row_group, ids, offsets))
+            first, epoch = 0, epoch + 1
+    except (OSError, ValueError) as error:
+        put(
+            DataError(
+                f"{paths[shard]} row group {row_group} cannot be read ({error!s:.80}); replace the file."
+            )
+        )
+    except BaseException as error:
+        put(error)
