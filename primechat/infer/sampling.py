@@ -1,8 +1,8 @@
 """Logits to token ids, and logits to measures: pure functions of a (B, V) float32 matrix.
 
-Hides: how a token is drawn. One uniform number a row, from a CPU generator, goes through the inverse of the cumulative
-distribution: 20 microseconds at V = 4096 on a CPU where an exponential race or `torch.multinomial` takes 110, and a seed
-means the same numbers on every device. Nothing is sorted unless top_p asks for it, and then only as far as needed.
+Hides: how a token is drawn. One uniform number a row, from a CPU generator, goes through the inverse of the
+cumulative distribution: 20 microseconds at V = 4096 on a CPU where an exponential race or `torch.multinomial`
+takes 110, and a seed means the same numbers on every device. Only top_p sorts, and no further than needed.
 Reference: Holtzman et al. 2020, The Curious Case of Neural Text Degeneration (top-k and nucleus sampling).
 """
 
@@ -45,8 +45,8 @@ def is_number(value: object) -> bool:
 def seed_row(seed: int, row: int) -> int:
     """Return the seed of one row of a batch; row 0 has the batch's own.
 
-    A row draws from its own generator, so that its text does not depend on its neighbours. The step is odd in its low 32
-    bits (all that torch's CPU generator reads), so no two rows of a batch coincide.
+    A row draws from its own generator, so that its text does not depend on its neighbours. The step is odd in
+    its low 32 bits (all that torch's CPU generator reads), so no two rows of a batch coincide.
 
     >>> seed_row(7, 0), seed_row(7, 1) != seed_row(7, 2)
     (7, True)
@@ -65,15 +65,15 @@ def sample_logits(
 
     Args:
         logits: (B, V) float32.
-        generators: B CPU generators; a row with None draws nothing (its token will be overruled) and gets some token.
-        temperature: divides the logits; 0 takes the likeliest token (the lowest id among equals) and draws nothing.
+        generators: B CPU generators; a row with None draws nothing and gets just any token.
+        temperature: divides the logits; 0 takes the likeliest (of equals the lowest id) and draws nothing.
         top_k: keep exactly this many of the likeliest tokens, also where several are equally likely.
-        top_p: keep the smallest set of the likeliest tokens whose probabilities sum to at least this; one at least.
+        top_p: keep the smallest set of the likeliest tokens whose probabilities sum to at least this.
 
     Returns:
         Token ids, (B,) int64, on the logits' device.
 
-    Source: Holtzman et al. 2020, section 3.1 (nucleus); inverse transform sampling, Devroye 1986, chapter II.2.
+    Source: Holtzman et al. 2020, section 3.1 (nucleus); Devroye 1986, chapter II.2 (inverse transform).
     """
     if temperature < GREEDY_BELOW:
         return logits.argmax(-1)
@@ -93,9 +93,8 @@ def sample_logits(
         points = total * drawn[0]
     else:
         points = total * torch.tensor(drawn, dtype=cdf.dtype, device=cdf.device)[:, None]
-    places = torch.searchsorted(
-        cdf, points, right=True
-    )  # (B, 1): the first token whose cdf is above the point
+    places = torch.searchsorted(cdf, points, right=True)  # (B, 1): the first whose cdf is above the point
+    places.clamp_(max=cdf.shape[-1] - 1)  # nan would point behind the end
     return (places if ids is None else ids.gather(-1, places)).squeeze(-1)
 
 
@@ -110,8 +109,8 @@ def find_nucleus(
         top_p: probability to reach.
 
     Returns:
-        Cumulative probabilities (B, n), likeliest first; their ids (B, n); the probability of the nucleus (B, 1), where
-        its last token ends in the first.
+        Cumulative probabilities (B, n), likeliest first; their ids (B, n); the nucleus's probability
+        (B, 1), which is the cumulative one of its last token.
     """
     width, count = masses.shape[-1], FIRST_CANDIDATES
     whole = ids is not None
@@ -133,8 +132,9 @@ def find_nucleus(
 def measure_logits(logits: torch.Tensor, ids: torch.Tensor, n_alternatives: int = 0) -> list[Token]:
     """Measure each row's token and the distribution it was drawn from, before temperature and truncation.
 
-    With p = softmax(logits): log p(id), entropy H = -sum p ln p, varentropy sum p (ln p + H)^2, and rank, the number of
-    tokens likelier than id. One transfer from the device; float32, so within 1e-5 of the exact values.
+    With p = softmax(logits): log p(id), entropy H = -sum p ln p, varentropy sum p (ln p + H)^2, and rank, the
+    number of tokens likelier than id. One transfer from the device; float32, so within 1e-5 of the exact
+    values.
 
     Args:
         logits: (B, V) float32; -inf stands for a token that cannot occur.

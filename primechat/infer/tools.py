@@ -1,7 +1,8 @@
 """The calculator that a model may call by writing `<|python_start|>` expression `<|python_end|>`.
 
-Hides: how an expression becomes its result. It is parsed with `ast` and walked over a short list of node kinds; nothing is
-ever executed, and every size is bounded. Reference: nanochat's engine, whose grammar this is (plus `//` and `%`).
+Hides: how an expression becomes its result. It is parsed with `ast` and walked over a short list of node
+kinds; nothing is ever executed, and every size is bounded. Reference: nanochat's engine, whose grammar this
+is (plus `//` and `%`).
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def calculate(expression: str) -> str | None:
     Returns:
         The result as Python prints it; None where the expression is refused or has no result.
 
-    >>> calculate("1,200 / (3 + 1)"), calculate("'strawberry'.count('r')"), calculate("2 ** 9"), calculate("1 / 0")
-    ('300.0', '3', None, None)
+    >>> [calculate(e) for e in ("1,200 / (3 + 1)", "'strawberry'.count('r')", "2 ** 9", "1 / 0")]
+    ['300.0', '3', None, None]
     """
     text = expression.strip()
     if len(text) > MAX_CHARS:

@@ -1,0 +1,299 @@
+"""Prompts in, sampled tokens out, one model pass a token.
+
+Hides: the cache. A prompt is read once, in pieces so that `cancel` is heard; each row of a batch draws from
+its own generator and leaves the batch when it is done, so its text depends on its seed alone. inference_mode
+is entered around each computation, never across a yield, where it would leak into the caller.
+Reference: nanochat's engine.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+
+from primechat.errors import CheckpointError, ConfigError
+from primechat.infer.reply import Reply
+from primechat.infer.sampling import check_sampling, measure_logits, sample_logits, seed_row
+from primechat.infer.tools import ToolCall, find_tool
+from primechat.protocols import Cache, ChatTokenizer, LanguageModel
+from primechat.records import Token
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+PREFILL_CHUNK = 512  # tokens of a prompt that are read between two looks at `cancel`
+
+
+class Options(TypedDict, total=False):
+    """The options of `Engine.generate`, which all its methods share."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
+    stop_ids: Collection[int] | None
+    cancel: threading.Event | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checked options of one call."""
+
+    _: KW_ONLY
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    stop_ids: Collection[int] | None = None
+    cancel: threading.Event | None = None
+
+    def __post_init__(self) -> None:
+        n = self.max_new_tokens
+        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+            raise ConfigError(f"max_new_tokens={n!r} must be a whole number of at least 0; try 256.")
+        check_sampling(self.temperature, self.top_k, self.top_p, self.seed)
+
+    @property
+    def cancelled(self) -> bool:
+        """Tell whether the caller has asked to stop."""
+        return self.cancel is not None and self.cancel.is_set()
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence; `stop_reason` is stop, length, context or cancelled, and empty before its end."""
+
+    prompt: list[int]
+    limit: int
+    limit_reason: str
+    generator: torch.Generator
+    stop_ids: frozenset[int]
+    tool: ToolCall | None
+    tokens: list[int] = field(default_factory=list)
+    forced: deque[int] = field(default_factory=deque)
+    measures: Token | None = None
+    stop_reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.limit == 0:
+            self.stop_reason = self.limit_reason
+
+    def accept(self, drawn: int) -> int:
+        """Append the next token and return it: the calculator's where it has answered, else the drawn one."""
+        if self.forced:
+            token = self.forced.popleft()
+        else:
+            token = drawn
+            if token in self.stop_ids:
+                self.stop_reason = "stop"
+            elif self.tool:
+                self.forced.extend(self.tool.feed(token))
+        self.tokens.append(token)
+        if not self.stop_reason and len(self.tokens) == self.limit:
+            self.stop_reason = self.limit_reason
+        return token
+
+
+class Engine:
+    """Samples from a language model, ours or foreign.
+
+    Args:
+        model: integers to logits.
+        tokenizer: its tokenizer; one without the calculator's special tokens has no calculator.
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: ChatTokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self._tool_ids = find_tool(tokenizer)
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop_ids: Collection[int] | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[int]:
+        """Yield tokens as they are sampled, the calculator's among them.
+
+        Args:
+            ids: the prompt; one token at least.
+            max_new_tokens: tokens to yield at most; prompt and new tokens together end at model.max_context.
+            temperature: divides the logits; 0 takes the likeliest token.
+            top_k: sample from this many of the likeliest tokens; None from all.
+            top_p: sample from the likeliest tokens that together reach this probability; None from all.
+            seed: of this call's own generator; the global one is not touched.
+            stop_ids: tokens that end the text, the ending one is yielded; None those of the tokenizer, ()
+                none.
+            cancel: once set, at most one more token comes, and no further piece of the prompt is read.
+
+        Raises:
+            ConfigError: an option or the prompt breaks its rule, at once.
+        """
+        settings = Settings(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            stop_ids=stop_ids, cancel=cancel,
+        )  # fmt: skip
+        row = self._open_row(ids, 0, settings)
+        return (row.tokens[-1] for _ in self._write([row], settings))
+
+    def generate_batch(
+        self, prompts: Sequence[Sequence[int]], *, num_samples: int = 1, **options: Unpack[Options]
+    ) -> list[list[int]]:
+        """Return the new tokens of each sample, prompt by prompt, without the stop token.
+
+        Sample i of them all is what `generate` writes with seed `seed_row(seed, i)`.
+
+        Args:
+            prompts: token ids, of any lengths; each is read once.
+            num_samples: texts for each prompt.
+            options: as for `generate`.
+
+        Raises:
+            ConfigError: an option or a prompt breaks its rule.
+        """
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise ConfigError(f"num_samples={num_samples!r} must be a whole number of at least 1; try 1.")
+        settings = Settings(**options)
+        places = [prompt for prompt in prompts for _ in range(num_samples)]
+        rows = [self._open_row(prompt, i, settings) for i, prompt in enumerate(places)]
+        for _ in self._write(rows, settings):
+            pass
+        return [row.tokens[:-1] if row.stop_reason == "stop" else row.tokens for row in rows]
+
+    def stream(
+        self, ids: Sequence[int], *, n_alternatives: int = 0, **options: Unpack[Options]
+    ) -> Iterator[Token]:
+        """Yield tokens with measures of the model's distribution before temperature and truncation.
+
+        Args:
+            ids: the prompt.
+            n_alternatives: how many of the likeliest tokens each `Token` names.
+            options: as for `generate`.
+
+        Raises:
+            ConfigError: an option or the prompt breaks its rule, at once.
+        """
+        settings = Settings(**options)
+        row = self._open_row(ids, 0, settings)
+        steps = self._write([row], settings, n_alternatives)
+        return (row.measures for _ in steps if row.measures is not None)
+
+    def chat(self, messages: Sequence[dict[str, Any]], **options: Unpack[Options]) -> Reply:
+        """Return the assistant's reply to a conversation; iterating over it writes it.
+
+        Args:
+            messages: {"role": ..., "content": ...}, oldest first; none is ever dropped.
+            options: as for `generate`; max_new_tokens is 256 unless given.
+
+        Raises:
+            ConfigError: the conversation exceeds model.max_context, or an option breaks its rule, at once.
+        """
+        return self._reply(self.tokenizer.render_for_completion({"messages": list(messages)}), options)
+
+    def complete(self, text: str, **options: Unpack[Options]) -> Reply:
+        """Return a reply that goes on from a plain text, as a base model does; options as for `chat`."""
+        return self._reply([self.tokenizer.bos_id, *self.tokenizer.encode(text)], options)
+
+    def _reply(self, ids: list[int], options: Options) -> Reply:
+        settings = Settings(**{"max_new_tokens": 256, **options})  # type: ignore[arg-type]
+        row = self._open_row(ids, 0, settings)
+        return Reply(self._write([row], settings), row, self.tokenizer, self.model.sequence_len)
+
+    def _open_row(self, ids: Sequence[int], index: int, settings: Settings) -> Row:
+        """Check a prompt and make a row of it."""
+        prompt, longest = list(ids), self.model.max_context
+        if not prompt:
+            raise ConfigError("The prompt is empty; begin with the tokenizer's bos_id.")
+        if min(prompt) < 0 or max(prompt) >= self.model.vocab_size:
+            wrong = next(i for i in prompt if not 0 <= i < self.model.vocab_size)
+            raise ConfigError(
+                f"Token id {wrong} must be below {self.model.vocab_size}; use the model's own tokenizer."
+            )
+        if len(prompt) > longest:
+            raise ConfigError(
+                f"The text has {len(prompt)} tokens where {longest} is the most; shorten it or begin anew."
+            )
+        stop_ids = self.tokenizer.stop_ids if settings.stop_ids is None else settings.stop_ids
+        room = longest - len(prompt)
+        return Row(
+            prompt=prompt,
+            limit=min(settings.max_new_tokens, room),
+            limit_reason="length" if settings.max_new_tokens <= room else "context",
+            generator=torch.Generator().manual_seed(seed_row(settings.seed, index)),
+            stop_ids=frozenset(stop_ids),
+            tool=ToolCall(self.tokenizer, self._tool_ids) if self._tool_ids else None,
+        )
+
+    def _write(
+        self, rows: list[Row], settings: Settings, n_alternatives: int | None = None
+    ) -> Iterator[None]:
+        """Write rows to their ends, a token each a step, and yield after each step."""
+        rows = [row for row in rows if not row.stop_reason]
+        read = self._read_prompts(rows, settings) if rows else None
+        if read is not None:
+            logits, cache = read
+            while not settings.cancelled:
+                self._sample(logits, rows, settings, n_alternatives)
+                yield
+                alive = [i for i, row in enumerate(rows) if not row.stop_reason]
+                if not alive or settings.cancelled:
+                    break
+                if len(alive) < len(rows):
+                    rows = [rows[i] for i in alive]
+                    with torch.inference_mode():
+                        cache = cache.select(alive)
+                logits = self._advance([row.tokens[-1:] for row in rows], cache)
+        for row in rows:
+            row.stop_reason = row.stop_reason or "cancelled"
+
+    @torch.inference_mode()
+    def _sample(
+        self, logits: torch.Tensor, rows: list[Row], settings: Settings, n_alternatives: int | None
+    ) -> None:
+        """Let each row take its next token from logits (B, V), and measure it if n_alternatives is given."""
+        generators = [None if row.forced else row.generator for row in rows]
+        drawn = sample_logits(logits, generators, settings.temperature, settings.top_k, settings.top_p)
+        ids = [row.accept(token) for row, token in zip(rows, drawn.tolist(), strict=True)]
+        if n_alternatives is not None:
+            measures = measure_logits(logits, torch.tensor(ids, device=logits.device), n_alternatives)
+            for row, token in zip(rows, measures, strict=True):
+                row.measures = token
+
+    @torch.inference_mode()
+    def _advance(self, ids: list[list[int]], cache: Cache) -> torch.Tensor:
+        return self.model.advance(torch.tensor(ids, device=self.model.device), cache)
+
+    @torch.inference_mode()
+    def _read_prompts(self, rows: list[Row], settings: Settings) -> tuple[torch.Tensor, Cache] | None:
+        """Read each prompt once, alone; return logits and cache of all rows, or None where cancelled."""
+        capacity = max(len(row.prompt) + row.limit for row in rows)
+        logits: list[torch.Tensor] = []
+        caches: list[Cache] = []
+        for prompt, group in groupby(rows, key=lambda row: row.prompt):
+            cache = self.model.new_cache(1, capacity)
+            for at in range(0, len(prompt), PREFILL_CHUNK):
+                if settings.cancelled:
+                    return None
+                last = self._advance([prompt[at : at + PREFILL_CHUNK]], cache)
+            n = len(list(group))
+            logits.append(last.expand(n, -1))
+            caches.append(cache.select([0] * n) if n > 1 else cache)
+        first = torch.cat(logits)
+        if not bool(first.amax(-1).isfinite().all()):
+            raise CheckpointError(
+                "The model's logits are not numbers: its weights are broken; take another step."
+            )
+        return first, caches[0].join(caches[1:]) if len(caches) > 1 else caches[0]
