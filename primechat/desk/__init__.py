@@ -1,0 +1,1 @@
+"""The desk: small programs that a person runs at a terminal."""
