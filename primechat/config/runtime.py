@@ -81,12 +81,14 @@ class LookConfig:
 
     eval_every: int = 0
     """Steps between validations; 0 spreads ten over the run. The last step is always validated."""
-    eval_tokens: int = 0
-    """Validation tokens of each but the last validation, which takes the whole split; 0 is the whole split each time."""
+    eval_tokens: int = 20_480
+    """Validation tokens of each validation but the last; 0 is the whole split."""
+    last_eval_tokens: int = 0
+    """Validation tokens of the last validation; 0 is the whole split, of shards the first 10,485,760."""
     sample_every: int = 0
     """Steps between samples; 0 takes them with the validations, -1 never."""
     save_every: int = 0
-    """Steps between checkpoints; 0 saves at the end and at a stop only."""
+    """Steps between checkpoints; 0 saves about once a minute. A run is always saved when it ends or is stopped."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay on disk."""
     snapshots: bool = True
@@ -96,8 +98,8 @@ class LookConfig:
 
     def __post_init__(self) -> None:
         for name, low in (
-            ("eval_every", 0), ("eval_tokens", 0), ("sample_every", -1), ("save_every", 0), ("keep_checkpoints", 1),
-            ("snapshot_budget_mb", 0),
+            ("eval_every", 0), ("eval_tokens", 0), ("last_eval_tokens", 0), ("sample_every", -1), ("save_every", 0),
+            ("keep_checkpoints", 1), ("snapshot_budget_mb", 0),
         ):  # fmt: skip
             check_number(f"look.{name}", getattr(self, name), low=low, whole=True)
 

@@ -13,6 +13,8 @@ A model loaded for inference holds its parameters in the compute dtype.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -245,7 +247,7 @@ class GPT(nn.Module):
             rotary = cos[at], sin[at]  # (B, T, 1, D/2)
         x = x0 = self.embed(ids, cache)
         middle = x
-        for i, block in enumerate(self.transformer["h"]):
+        for i, block in enumerate(cast(nn.ModuleList, self.transformer["h"])):
             if self.config.residual_scalars:
                 x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
             ve = self.value_embeds[str(i)](ids).to(x.dtype) if self.config.has_value_embedding(i) else None

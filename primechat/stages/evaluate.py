@@ -1,0 +1,73 @@
+"""Measure a model: bits per byte on the validation split of a text.
+
+Hides: which windows are scored. Reference: metrics.bits.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+
+from primechat import store
+from primechat.config import EvaluateConfig
+from primechat.errors import ConfigError
+from primechat.metrics.bits import measure_bits
+from primechat.records import EvaluateResult, OnEvent, PhaseEvent, ProgressEvent
+from primechat.stages.pretrain import cache_text
+from primechat.text.batches import validation_windows
+from primechat.train.tune import count_cores, list_devices
+
+
+def evaluate(
+    config: EvaluateConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+) -> EvaluateResult:
+    """Measure bits per byte; every target is scored once.
+
+    Args:
+        config: model, text, windows.
+        on_event: hears of the progress.
+        stop: ends it early; the result is of what has been scored.
+
+    Returns:
+        Bits per byte and the counts behind it.
+
+    Raises:
+        ConfigError: the window is longer than the model can read, or the stride longer than the window.
+        PrimechatError: model or text cannot be used.
+    """
+    t_start, tell = time.perf_counter(), on_event or (lambda event: None)
+    device = list_devices(config.runtime.device)[0]
+    dtype = (
+        config.runtime.dtype
+        if config.runtime.dtype != "auto"
+        else "bfloat16"
+        if device == "cuda"
+        else "float32"
+    )
+    model, tokenizer, _ = store.open_model(config.model, device=device, dtype=dtype)
+    window = config.window or model.sequence_len
+    stride = config.stride or window
+    if window > model.max_context or stride > window:
+        raise ConfigError(
+            f"window={window} and stride={stride} must obey stride <= window <= {model.max_context}; try window="
+            f"{model.sequence_len}."
+        )
+    cache = cache_text(config.corpus, "val", tokenizer, 1, on_event)
+    batches = validation_windows(cache, window, stride, rows=config.batch_rows, max_tokens=config.max_tokens)
+    tell(PhaseEvent(name="validation", total=config.max_tokens or cache.tokens, unit="tokens"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.runtime.threads or count_cores())
+    try:
+        bits = measure_bits(
+            lambda x, y: model.loss(x, y, "none"), batches, tokenizer.byte_lengths(), device=device,
+            on_batch=lambda n: tell(ProgressEvent(done=n)), stop=stop,
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    return EvaluateResult(
+        identifier=config.model or str(store.choose_model()), corpus=config.corpus, bpb=bits.bpb,
+        loss_nats=bits.loss_nats, scored_tokens=bits.tokens, scored_bytes=bits.n_bytes, window=window, stride=stride,
+        elapsed_s=time.perf_counter() - t_start,
+    )  # fmt: skip

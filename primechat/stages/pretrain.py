@@ -1,0 +1,102 @@
+"""Train a base model: predict the next token of plain text.
+
+Hides: where its text comes from, a token cache for what lies on this machine or shards read on the fly. Reference:
+nanochat's base training; Radford et al. 2019.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+from primechat import store
+from primechat.config import PretrainConfig
+from primechat.errors import ConfigError
+from primechat.records import OnEvent, TrainResult
+from primechat.stages.run import Job, TrainingRun, write_continuation
+from primechat.text.batches import PackedBatches, ShardBatches, TokenCache, build_cache, validation_windows
+from primechat.text.corpora import corpus_identity, is_local, read_documents, shard_paths
+from primechat.text.tokenizer import Tokenizer
+
+EVAL_ROWS = 16
+SHARD_EVAL_TOKENS = 20 * 524_288  # as nanochat: of a shard's 50 M tokens
+SHARD_EVAL_DOCUMENTS = 20_000
+CHAT_PROMPTS = ("A: Hi! How was your day?\nB:", "A: Do you like music?\nB:")
+TEXT_PROMPTS = ("The most important thing about", "Once upon a time")
+
+
+def pretrain(
+    config: PretrainConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+) -> TrainResult:
+    """Train a base model, or go on with one.
+
+    Args:
+        config: model, text, length, optimizer, machine.
+        on_event: hears of steps, validations, samples and checkpoints.
+        stop: once set, the run saves and ends after the present step.
+
+    Returns:
+        What came of it, with the run's folder relative to the base directory.
+
+    Raises:
+        ConfigError: settings contradict each other, the tokenizer or the run that is there.
+        PrimechatError: text, tokenizer or checkpoints cannot be used.
+    """
+    tokenizer = choose_tokenizer(config)
+    model, T = config.model, config.model.sequence_len
+    local, note = is_local(config.corpus), on_event
+    val = cache_text(config.corpus, "val", tokenizer, config.n_shards, note)
+    train = cache_text(config.corpus, "train", tokenizer, config.n_shards, note) if local else None
+    shards = (
+        [] if local else shard_paths(config.corpus, "train", config.n_shards, note, base_dir=store.base_dir())
+    )
+
+    def open_batches(rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None) -> Any:
+        shape: Any = dict(sequence_len=T, rows=rows, rank=rank, world_size=world_size, cursor=cursor)
+        if train is not None:
+            return PackedBatches(train, seed=config.seed, **shape)
+        return ShardBatches(shards, tokenizer, **shape)
+
+    job = Job(
+        family="base", model=model, start_state=None, tokenizer=tokenizer, open_batches=open_batches,
+        open_windows=lambda tokens, rank, world_size: validation_windows(
+            val, T, rows=EVAL_ROWS, max_tokens=tokens, rank=rank, world_size=world_size
+        ),
+        last_eval_tokens=config.look.last_eval_tokens or (0 if local else SHARD_EVAL_TOKENS),
+        default_steps=max(1, round(config.tokens_per_param * model.n_params / config.batch_tokens)),
+        prompts=CHAT_PROMPTS if config.corpus == "chitchat" else TEXT_PROMPTS, write_sample=write_continuation,
+        meta={"corpus": corpus_identity(config.corpus, "train", n_shards=config.n_shards)},
+    )  # fmt: skip
+    return TrainingRun(config, job, on_event, stop).work()
+
+
+def choose_tokenizer(config: PretrainConfig) -> Tokenizer:
+    """Return the named tokenizer, else the tag's own, else the base directory's.
+
+    Raises:
+        ConfigError: its vocabulary is not the model's.
+    """
+    own = store.run_dir("base", config.tag) / "tokenizer"
+    folder = config.tokenizer or (own if own.exists() else store.base_dir() / "tokenizer")
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} must be that of the tokenizer in {folder}, "
+            f"{tokenizer.vocab_size}; set it so, or train a tokenizer with --tag {config.tag}."
+        )
+    return tokenizer
+
+
+def cache_text(
+    corpus: str, split: str, tokenizer: Tokenizer, n_shards: int, on_event: OnEvent | None
+) -> TokenCache:
+    """Tokenize a split once and return its memory-mapped cache."""
+    documents: Iterable[str] = read_documents(
+        corpus, split, n_shards=n_shards, base_dir=store.base_dir(), on_event=on_event
+    )
+    key = f"{split}-{corpus_identity(corpus, split, n_shards=n_shards)}"
+    if not is_local(corpus):
+        documents, key = islice(documents, SHARD_EVAL_DOCUMENTS), f"{key}-{SHARD_EVAL_DOCUMENTS}"
+    return build_cache(documents, tokenizer, store.base_dir() / "token_cache", key, on_event=on_event)

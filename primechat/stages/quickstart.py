@@ -1,0 +1,108 @@
+"""All stages on the text that ships with primechat: tokenizer, base model, chat model, and a first dialogue.
+
+Hides: how a time budget becomes settings of each stage.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+
+from primechat import store
+from primechat.config import FinetuneConfig, GPTConfig, PretrainConfig, QuickstartConfig, TokenizerConfig
+from primechat.errors import ConfigError
+from primechat.infer.engine import Engine
+from primechat.records import OnEvent, QuickstartResult
+from primechat.stages.finetune import finetune
+from primechat.stages.pretrain import pretrain
+from primechat.stages.tokenizer import train_tokenizer
+
+QUESTIONS = ("Hi! How are you today?", "What do you like to do?", "Nice. Do you have any pets?")
+REPLY_TOKENS = 48
+FAST_SECONDS = 22.0  # of pretraining: with everything around it, a minute on a 2-core laptop
+CHAT_SHARE = 0.25  # of the pretraining time goes to finetuning
+
+
+def quickstart(
+    config: QuickstartConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+) -> QuickstartResult:
+    """Make a tokenizer, a base model and a chat model of one tag, and let the last one talk.
+
+    Args:
+        config: mostly `seconds`, the pretraining time to fill.
+        on_event: hears of everything.
+        stop: once set, the running stage saves and ends, and the rest is left out.
+
+    Returns:
+        The results of the stages and a short dialogue, empty after a stop.
+
+    Raises:
+        ConfigError: the tag is taken, or there is nothing to resume.
+        PrimechatError: as the stages do.
+    """
+    t_start = time.perf_counter()
+    tag = choose_tag(config)
+    stop = stop or threading.Event()
+    seconds = FAST_SECONDS if config.fast else config.seconds
+    folder = store.run_dir("base", tag)
+    tokenizer = train_tokenizer(
+        TokenizerConfig(tag=tag, resume=config.resume, vocab_size=config.vocab_size),
+        on_event=on_event,
+        stop=stop,
+    )
+    shape = GPTConfig.modern(config.depth, vocab_size=config.vocab_size, sequence_len=256, head_dim=64)
+    base_config = PretrainConfig(
+        tag=tag, model=shape, seconds=seconds, seed=config.seed, runtime=config.runtime, batch_tokens=4096
+    )
+    if config.fast:
+        base_config = replace(
+            base_config, look=replace(base_config.look, last_eval_tokens=40_960, eval_tokens=8192)
+        )
+    resume = config.resume and (folder / "config.json").exists()
+    base = pretrain(replace(base_config, resume=resume), on_event=on_event, stop=stop)
+    chat_config = FinetuneConfig(
+        tag=tag, seconds=seconds * CHAT_SHARE, seed=config.seed, runtime=config.runtime, batch_tokens=4096
+    )
+    if config.fast:
+        chat_config = replace(
+            chat_config, look=replace(chat_config.look, last_eval_tokens=20_480, eval_tokens=4096)
+        )
+    if base.stopped:
+        return QuickstartResult(
+            tokenizer=tokenizer, base=base, chat=base, dialogue=(), total_s=time.perf_counter() - t_start
+        )
+    resume = config.resume and (store.run_dir("sft", tag) / "config.json").exists()
+    chat = finetune(replace(chat_config, resume=resume), on_event=on_event, stop=stop)
+    dialogue = () if chat.stopped else hold_dialogue(chat.identifier, config.seed)
+    return QuickstartResult(
+        tokenizer=tokenizer, base=base, chat=chat, dialogue=dialogue, total_s=time.perf_counter() - t_start
+    )
+
+
+def choose_tag(config: QuickstartConfig) -> str:
+    """Return the config's tag, or the next free quickstart-N; resuming, the newest one.
+
+    Raises:
+        ConfigError: there is no quickstart to resume.
+    """
+    if config.tag:
+        return config.tag
+    names = ["quickstart", *(f"quickstart-{n}" for n in range(2, 1000))]
+    free = next(i for i, name in enumerate(names) if not store.run_dir("base", name).exists())
+    if not config.resume:
+        return names[free]
+    if free == 0:
+        raise ConfigError("resume=True finds no quickstart to go on with; leave it out to start one.")
+    return names[free - 1]
+
+
+def hold_dialogue(identifier: str, seed: int) -> tuple[dict[str, str], ...]:
+    """Ask a model a few questions, each reply in the light of what was said before."""
+    model, tokenizer, _ = store.open_model(identifier)
+    engine, messages = Engine(model, tokenizer), []
+    for question in QUESTIONS:
+        messages.append({"role": "user", "content": question})
+        reply = engine.chat(messages, max_new_tokens=REPLY_TOKENS, temperature=0.7, top_k=40, seed=seed)
+        messages.append({"role": "assistant", "content": reply.read().strip()})
+    return tuple(messages)

@@ -1,0 +1,83 @@
+"""Train a byte-pair tokenizer on a corpus.
+
+Hides: where it is kept. Reference: Sennrich et al. 2016; nanochat's split pattern and layout.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from itertools import islice
+
+from primechat import store
+from primechat.config import TokenizerConfig
+from primechat.errors import DataError, PrimechatError
+from primechat.records import NoteEvent, OnEvent, PhaseEvent, ProgressEvent, TokenizerResult
+from primechat.text.corpora import read_documents
+from primechat.text.tokenizer import Tokenizer
+
+SAMPLE_DOCUMENTS = 200  # of the validation split, to measure bytes a token
+
+
+def train_tokenizer(
+    config: TokenizerConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+) -> TokenizerResult:
+    """Train a tokenizer and save it in nanochat's layout.
+
+    Args:
+        config: corpus, vocabulary, where to.
+        on_event: hears of the progress.
+        stop: ends it without a result; nothing is saved.
+
+    Returns:
+        Its folder, relative to the base directory, identity and bytes a token on validation text.
+
+    Raises:
+        DataError: the text is too small for the vocabulary, or another tokenizer is there.
+    """
+    t_start = time.perf_counter()
+    tell = on_event or (lambda event: None)
+    folder = store.run_dir("base", config.tag) / "tokenizer" if config.tag else store.base_dir() / "tokenizer"
+    chars = 0
+
+    def read_texts() -> Iterator[str]:
+        nonlocal chars
+        for n, text in enumerate(
+            read_documents(config.corpus, "train", base_dir=store.base_dir(), on_event=on_event)
+        ):
+            if stop is not None and stop.is_set():
+                raise PrimechatError(
+                    "The tokenizer was stopped before it was trained, nothing is saved; start it again."
+                )
+            piece = text[: min(config.max_doc_chars, config.max_chars - chars)]
+            chars += len(piece)
+            if n % 500 == 0:
+                tell(ProgressEvent(done=chars))
+            yield piece
+            if chars >= config.max_chars:
+                return
+
+    tell(PhaseEvent(name="tokenizer: reading text and merging pairs", total=0, unit="characters"))
+    tokenizer = Tokenizer.train(read_texts(), config.vocab_size)
+    try:
+        tokenizer.save(folder)
+    except DataError as error:
+        raise DataError(f"{error} Or give this one a --tag of its own.") from error
+    held_out = list(
+        islice(
+            read_documents(config.corpus, "val", base_dir=store.base_dir(), on_event=on_event),
+            SAMPLE_DOCUMENTS,
+        )
+    )
+    n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(held_out))
+    bytes_per_token = sum(len(text.encode()) for text in held_out) / max(1, n_tokens)
+    tell(
+        NoteEvent(
+            text=f"{tokenizer.vocab_size:,} tokens, {bytes_per_token:.2f} bytes a token on text it has not seen."
+        )
+    )
+    return TokenizerResult(
+        path=str(folder.relative_to(store.base_dir())), identity=tokenizer.identity, vocab_size=tokenizer.vocab_size,
+        trained_chars=chars, elapsed_s=time.perf_counter() - t_start, bytes_per_token=bytes_per_token,
+    )  # fmt: skip

@@ -1,0 +1,136 @@
+"""One training loop for every stage.
+
+Hides: accumulation over micro-batches and the schedule. What a stage wants to do besides (measure, sample, save) comes in
+as callbacks, so that this room knows nothing of files or sampling. Reference: warm-up, constant, warm-down (Hägele et al.
+2024), as in nanochat.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from primechat.config import OptimConfig
+from primechat.errors import PrimechatError
+from primechat.records import StepEvent
+from primechat.train.optim import Optimizer
+from primechat.train.parallel import any_rank, sum_grads, sum_numbers
+
+SumLoss = Callable[[Tensor, Tensor], Tensor]  # ids, targets (b, T) -> summed nats
+
+
+class RowBatches(Protocol):
+    """Endless batches of this rank's rows of one step: ids and targets, (R, T) int64."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+def lr_ratio(step: int, steps: int, config: OptimConfig) -> float:
+    """Return the learning rate of a step as a share of its peak: up, level, down.
+
+    >>> [lr_ratio(s, 10, OptimConfig(warmdown_ratio=0.5)) for s in (0, 5, 6, 9)]
+    [1.0, 1.0, 0.8, 0.2]
+    """
+    up, down = config.warmup_ratio * steps, config.warmdown_ratio * steps
+    if step < up:
+        return (step + 1) / (up + 1)
+    if step <= steps - down:
+        return 1.0
+    share = (steps - step) / down
+    return round(share + (1 - share) * config.final_lr_ratio, 12)
+
+
+def muon_momentum(step: int, steps: int, config: OptimConfig) -> float:
+    """Return Muon's momentum at a step: from 0.85 up to its full value in 300 steps or a quarter of the run."""
+    share = min(1.0, step / max(1.0, min(300.0, steps / 4)))
+    return 0.85 + (config.momentum - 0.85) * share if config.momentum > 0.85 else config.momentum
+
+
+def fit(
+    optimizer: Optimizer,
+    batches: RowBatches,
+    loss: SumLoss,
+    *,
+    steps: int,
+    start_step: int = 0,
+    micro_batch_rows: int = 8,
+    device: torch.device | str = "cpu",
+    elapsed_s: float = 0.0,
+    on_step: Callable[[StepEvent], None] | None = None,
+    on_eval: Callable[[int, bool], None] | None = None,
+    on_save: Callable[[int, bool], None] | None = None,
+    stop: threading.Event | None = None,
+) -> int:
+    """Train until `steps` or until stopped.
+
+    Args:
+        optimizer: holds the parameters.
+        batches: yields this rank's (ids, targets) of each step.
+        loss: summed nats of a micro-batch, with gradients.
+        steps: optimizer steps of the whole run; the schedule stretches over them.
+        start_step: steps already done.
+        micro_batch_rows: rows of one forward and backward pass.
+        device: where the model is.
+        elapsed_s: training time of the steps done before.
+        on_step: called after each step.
+        on_eval: called with the steps done and whether they are all, before the first step and after each; not at a stop.
+        on_save: called after `on_eval` with the steps done and whether the run ends here, be it by a stop.
+        stop: when set, the run ends after the present step.
+
+    Returns:
+        The number of steps done.
+
+    Raises:
+        PrimechatError: the loss is no number any more.
+    """
+    device = torch.device(device)
+    stop = stop or threading.Event()
+    step, source = start_step, iter(batches)
+    if step == 0 and on_eval:
+        on_eval(0, False)
+    if step == 0 and on_save:
+        on_save(0, False)
+    while step < steps:
+        t_start = time.perf_counter()
+        ids, targets = next(source)
+        (counted,) = sum_numbers([float((targets >= 0).sum())], device)
+        nats = torch.zeros((), device=device)
+        for x, y in zip(ids.split(micro_batch_rows), targets.split(micro_batch_rows), strict=True):
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            part = loss(x, y) / max(1.0, counted)
+            part.backward()
+            nats += part.detach()
+        sum_grads(optimizer.params)
+        (mean_nats,) = sum_numbers([float(nats)], device)
+        if not math.isfinite(mean_nats):
+            raise PrimechatError(
+                f"The loss of step {step} is {mean_nats}, it must be a number; lower the learning rates and resume "
+                "from the last checkpoint."
+            )
+        ratio = lr_ratio(step, steps, optimizer.config)
+        grad_norm, update_norm = optimizer.step(ratio, muon_momentum(step, steps, optimizer.config))
+        step += 1
+        spent_s = time.perf_counter() - t_start
+        elapsed_s += spent_s
+        (tokens,) = sum_numbers([float(ids.numel())], device)
+        if on_step:
+            on_step(
+                StepEvent(
+                    step=step, steps=steps, loss_nats=mean_nats, lr_ratio=ratio, grad_norm=grad_norm,
+                    update_norm=update_norm, tokens=int(tokens), tokens_per_s=tokens / spent_s, elapsed_s=elapsed_s,
+                )
+            )  # fmt: skip
+        stopped = any_rank(stop.is_set(), device) and step < steps
+        if on_eval and not stopped:
+            on_eval(step, step == steps)
+        if on_save:
+            on_save(step, stopped or step == steps)
+        if stopped:
+            break
+    return step

@@ -1,0 +1,141 @@
+"""The optimizer: Muon for the matrices of the blocks, fused AdamW for embeddings, head and scalars.
+
+Hides: which parameter gets which rule. Reference: Jordan et al. 2024 (Muon); Amsel et al. 2025 (Polar Express); Li et al.
+2025 (NorMuon); learning rates and their scaling by width as in nanochat. State is whole on every rank, so that a run can
+resume on another number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from primechat.config import OptimConfig
+from primechat.train.parallel import share_work
+
+# Polar Express, Amsel et al. 2025, degree 5, five steps, for singular values from 1e-3 to 1
+POLAR_STEPS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+SCALARS = ("resid_lambdas", "x0_lambdas", "smear_lambda", "backout_lambda", "smear_gate")
+
+
+def orthogonalize(stack: Tensor) -> Tensor:
+    """Return for each matrix of (n, r, c) the nearest one with singular values near 1, within about 0.15.
+
+    Source: Polar Express (Amsel et al. 2025): X <- aX + (bA + cA^2)X with A = XX^T, from X / |X|.
+    """
+    tall = stack.size(1) > stack.size(2)
+    x = stack.mT if tall else stack
+    x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-7)
+    for a, b, c in POLAR_STEPS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon:
+    """Momentum, then orthogonalisation, for matrices; those of one shape are handled as one stack."""
+
+    def __init__(self, params: list[nn.Parameter], half: bool) -> None:
+        groups: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
+        for p in params:
+            groups[tuple(p.shape)].append(p)
+        self.groups = [groups[shape] for shape in sorted(groups)]
+        self.half = half
+        self.momenta = [torch.zeros(len(g), *g[0].shape, device=g[0].device) for g in self.groups]
+        self.second = [torch.zeros(len(g), *row_shape(g[0]), device=g[0].device) for g in self.groups]
+
+    def step(self, lr: float, momentum: float, weight_decay: float, beta2: float = 0.95) -> float:
+        """Move all matrices by one step; return the squared norm of the move."""
+        moved = 0.0
+        for params, m, s in zip(self.groups, self.momenta, self.second, strict=True):
+            grad = torch.stack([p.grad for p in params if p.grad is not None]).float()
+            m.lerp_(grad, 1 - momentum)
+            grad.lerp_(m, momentum)  # Nesterov
+            work = grad.to(torch.bfloat16) if self.half else grad
+            update = share_work(work, orthogonalize).float()
+            # NorMuon: even out the rows by a running mean square, at the same total norm
+            dim = 2 if s.size(2) == 1 else 1
+            size = update.norm(dim=(1, 2), keepdim=True)
+            s.lerp_(update.square().mean(dim=dim, keepdim=True), 1 - beta2)
+            update = update / s.clamp(min=1e-10).sqrt()
+            update *= size / update.norm(dim=(1, 2), keepdim=True).clamp(min=1e-10)
+            scale = lr * max(1.0, params[0].size(0) / params[0].size(1)) ** 0.5
+            for p, u in zip(params, update, strict=True):
+                if weight_decay:
+                    p.mul_(1 - lr * weight_decay)
+                p.add_(u, alpha=-scale)
+            moved += float(update.square().sum()) * scale**2
+        return moved
+
+
+def row_shape(p: Tensor) -> tuple[int, int]:
+    """Return the shape of a second moment with one number along the longer side of a matrix."""
+    return (p.size(0), 1) if p.size(0) >= p.size(1) else (1, p.size(1))
+
+
+class Optimizer:
+    """Both rules under one learning-rate schedule; `step` takes the schedule's ratio."""
+
+    def __init__(self, model: nn.Module, config: OptimConfig, width: int, half: bool = False) -> None:
+        self.config = config
+        by_width = (width / 768) ** -0.5
+        kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "head": [], "scalar": []}
+        for name, p in model.named_parameters():
+            if name.startswith(SCALARS):
+                kinds["scalar"].append(p)
+            elif name.startswith("lm_head"):
+                kinds["head"].append(p)
+            else:
+                kinds["matrix" if ".h." in name else "embedding"].append(p)
+        self.params = [p for group in kinds.values() for p in group]
+        self.muon = Muon(kinds["matrix"], half)
+        rates = {
+            "embedding": config.embedding_lr * by_width,
+            "head": config.unembedding_lr * by_width,
+            "scalar": config.scalar_lr * 0.01,
+        }
+        groups = [{"params": kinds[k], "lr": lr, "peak": lr} for k, lr in rates.items() if kinds[k]]
+        self.adam = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+
+    @torch.no_grad()
+    def step(self, ratio: float, momentum: float) -> tuple[float, float]:
+        """Move every parameter and drop the gradients.
+
+        Args:
+            ratio: the schedule's share of each peak learning rate.
+            momentum: Muon's momentum now.
+
+        Returns:
+            The gradient's norm before clipping, and the norm of the matrices' move.
+        """
+        grads = [p.grad for p in self.params if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        if self.config.grad_clip and norm > self.config.grad_clip:
+            torch._foreach_mul_(grads, self.config.grad_clip / norm)
+        for group in self.adam.param_groups:
+            group["lr"] = group["peak"] * ratio
+        self.adam.step()
+        moved = self.muon.step(self.config.matrix_lr * ratio, momentum, self.config.weight_decay * ratio)
+        for p in self.params:
+            p.grad = None
+        return norm, moved**0.5
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next step depends on, as plain containers of tensors."""
+        return {"adam": self.adam.state_dict(), "momenta": self.muon.momenta, "second": self.muon.second}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where `state_dict` was taken."""
+        self.adam.load_state_dict(state["adam"])
+        for mine, theirs in ((self.muon.momenta, state["momenta"]), (self.muon.second, state["second"])):
+            for a, b in zip(mine, theirs, strict=True):
+                a.copy_(b)
