@@ -1,9 +1,9 @@
 """Token ids to rows for a model, so that every token is a target once an epoch.
 
-Hides: the layout. The documents of an epoch, shuffled and each led by <|bos|>, make one endless stream that goes on
-into the next epoch; row i reads tokens i*T .. i*T+T-1 and its targets are the same shifted by one, so nothing is
-padded, cut off or read twice. A cursor names a place in that stream, so a run goes on at the very next token.
-Reference: Brown et al. 2020, Language Models are Few-Shot Learners, section B (documents packed without padding).
+Hides: the layout. The documents of an epoch, shuffled and each led by <|bos|>, make one endless stream that
+goes on into the next epoch; row i reads tokens i*T .. i*T+T-1, its targets are the same shifted by one, so
+nothing is padded, cut off or read twice. A cursor names a place in it: a run goes on at the very next token.
+Reference: Brown et al. 2020, Language Models are Few-Shot Learners, appendix B (packing without padding).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class PackedBatches(Iterator[Batch]):
         Args:
             cache: The tokens.
             sequence_len: Tokens of a row, T.
-            rows: Rows of one optimizer step over all ranks; this rank yields its share, R = rows / world_size.
+            rows: Rows of one optimizer step over all ranks; this rank yields R = rows / world_size.
             rank: This process.
             world_size: Number of processes.
             seed: Seed of the documents' order.
@@ -124,8 +124,8 @@ def share_rows(rows: int, world_size: int) -> int:
     """Return the rows of one rank."""
     if rows < 1 or rows % world_size:
         raise ConfigError(
-            f"rows={rows} of a step must be divisible by world_size={world_size}; set batch_tokens to a multiple of "
-            f"sequence_len * {world_size}."
+            f"rows={rows} of a step must be divisible by world_size={world_size}; "
+            f"set batch_tokens to a multiple of sequence_len * {world_size}."
         )
     return rows // world_size
 
@@ -140,12 +140,12 @@ def validation_windows(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Yield windows over the documents in their order that make every token but the first a target exactly once.
+    """Yield windows over the documents in order that make every token but the first a target exactly once.
 
     Args:
         cache: The tokens of a validation split.
         window: Tokens of a window, W.
-        stride: Tokens between windows; 0 is W. A smaller one gives context: only a window's last tokens are scored.
+        stride: Tokens between windows; 0 is W. With a smaller one only a window's last tokens are scored.
         rows: Most windows to yield at a time, R.
         max_tokens: Targets to score; 0 is all.
         rank: This process, which yields every `world_size`-th window.
@@ -175,7 +175,7 @@ def validation_windows(
 
 
 class ShardBatches(Iterator[Batch]):
-    """Endless batches of parquet shards, tokenised as they are read; the row groups are dealt out to the ranks."""
+    """Endless batches of parquet shards, tokenised as read; row groups are dealt out to the ranks."""
 
     waste = 0.0
 
@@ -227,7 +227,8 @@ class ShardBatches(Iterator[Batch]):
         place = (start.get("shard"), start.get("row_group"))
         if start.get("world_size", world_size) != world_size or place not in groups:
             raise DataError(
-                f"cursor={cursor!r:.120} is no place of rank {rank} of {world_size}; use as many ranks as before."
+                f"cursor={cursor!r:.120} is no place of rank {rank} of {world_size}; "
+                "use as many ranks as before."
             )
         self._groups: deque[Group] = deque()
         self._queue: queue.Queue[Group | BaseException] = queue.Queue(maxsize=4)

@@ -1,7 +1,7 @@
 """Texts and conversations by name: the chats that ship with primechat, local files, and the Hub's shards.
 
-Hides: where text comes from and which part of it is held out. The embedded chats and local files give their last
-5 % of documents, in file order, to validation; the Hub's corpora their last shard. The order is always the same.
+Hides: where text comes from and which part of it is held out. The embedded chats and local files hold out
+their last 5 % of documents in file order, the Hub's corpora their last shard. The order is always the same.
 Reference: the package chitchat-dataset (Myers, BYU-PCCL): the conversations of the Chit-Chat Challenge.
 """
 
@@ -30,7 +30,7 @@ PARAGRAPH_CHARS, LINE_CHARS = (
     2_000,
     20_000,
 )  # where a .txt may be cut: at a blank line, or else at any line end
-CHITCHAT_DOCUMENTS, CHITCHAT_VAL_DOCUMENTS, CHITCHAT_VAL_BYTES = 7_168, 358, 699_021
+CHITCHAT_FIGURES = (7_168, 358, 699_021)  # conversations, those held out, bytes of these
 
 Turns = tuple[tuple[int, str], ...]  # (speaker 0 or 1 by order of appearance, text) of one conversation
 
@@ -51,9 +51,9 @@ def read_documents(
     """Yield the documents of a corpus.
 
     Args:
-        corpus: chitchat, fineweb-edu, climbmix, or the path of a .txt, .jsonl (field text) or .parquet (column text)
-            file or of a folder of them. A .txt is cut into documents at the first blank line after 2,000
-            characters, or else at the first line end after 20,000.
+        corpus: chitchat, fineweb-edu, climbmix, or the path of a .txt, .jsonl (field text), .parquet
+            (column text) file or of a folder of them. A .txt is cut into documents at the first blank
+            line after 2,000 characters, or else at the first line end after 20,000.
         split: train or val.
         n_shards: Shards that the train split of a Hub corpus takes, about 100 MB each.
         base_dir: Where the Hub's shards are kept, in base_data or base_data_climbmix.
@@ -157,14 +157,11 @@ def load_chitchat() -> tuple[Turns, ...]:
         ) from None
     held_out = split_last(loaded, "val")
     val_bytes = sum(sum(len(text.encode()) + 4 for _, text in turns) - 1 for turns in held_out)
-    if (len(loaded), len(held_out), val_bytes) != (
-        CHITCHAT_DOCUMENTS,
-        CHITCHAT_VAL_DOCUMENTS,
-        CHITCHAT_VAL_BYTES,
-    ):
+    found = (len(loaded), len(held_out), val_bytes)
+    if found != CHITCHAT_FIGURES:
         raise DataError(
-            f"the installed chitchat-dataset has {len(loaded)} conversations and {val_bytes} validation bytes "
-            f"where version 0.9.0 has {CHITCHAT_DOCUMENTS} and {CHITCHAT_VAL_BYTES}; run `pip install chitchat-dataset==0.9.0`."
+            f"chitchat-dataset as installed has (documents, held out, their bytes) {found} "
+            f"where version 0.9.0 has {CHITCHAT_FIGURES}; run `pip install chitchat-dataset==0.9.0`."
         )
     return loaded
 
@@ -183,7 +180,7 @@ def read_turns(messages: list[list[dict[str, str]]]) -> Turns:
 
 
 def assign_roles(turns: Turns, user: int) -> list[dict[str, str]]:
-    """Return alternating messages, from the first turn of speaker `user` to the last one of the other speaker."""
+    """Return alternating messages, from speaker `user`'s first turn to the other speaker's last."""
     messages: list[dict[str, str]] = []
     for speaker, text in turns:
         role = "user" if speaker == user else "assistant"

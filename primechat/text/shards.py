@@ -1,6 +1,6 @@
 """Shards of the big corpora, brought from the Hugging Face Hub into a folder.
 
-Hides: the network. A shard appears under its name only when it is whole; a finished one is not fetched again, and
+Hides: the network. A shard appears under its name only when it is whole; a finished one is not fetched again,
 its size is compared with the Hub's where there is a network. Without one, what is missing is said within 5 s.
 Reference: huggingface_hub, `hf_hub_download(local_dir=...)`.
 """
@@ -25,6 +25,7 @@ HUB_CORPORA = {
     "climbmix": ("karpathy/climbmix-400b-shuffle", "base_data_climbmix", 6542),
 }
 PROBE_S = 4.0  # an offline machine is told so within five seconds
+PROBE_WAITS_S = (0.3, 0.9)
 RETRY_WAITS_S = (1.0, 3.0)
 DOWNLOADS = 4  # at a time
 
@@ -89,7 +90,7 @@ def probe_sizes(repo: str, names: list[str]) -> dict[str, int]:
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-    for pause in (0.3, 0.9, None):
+    for pause in (*PROBE_WAITS_S, None):
         try:
             found = api.get_paths_info(repo, names, repo_type="dataset")
             break
@@ -170,7 +171,7 @@ def fetch_shard(repo: str, folder: Path, name: str, size: int, counter: type) ->
 
 
 def within(seconds: float, call: Callable[[], dict[str, int]]) -> dict[str, int]:
-    """Return what a call returns, or raise TimeoutError after so many seconds: a name look-up has no time limit."""
+    """Return what a call returns, or raise TimeoutError: a name look-up has no time limit of its own."""
     result: list[Any] = []
 
     def run() -> None:

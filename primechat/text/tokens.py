@@ -1,7 +1,7 @@
-"""Tokens on disk and in flight: the memory-mapped cache of a local corpus, and shards tokenised as they are read.
+"""Tokens on disk and in flight: the memory-mapped cache of a local corpus, and shards tokenised as read.
 
-Hides: when text becomes tokens. A local corpus is tokenised once into a folder that appears whole or not at all;
-a shard's row groups are tokenised by a background thread, a few ahead of the reader.
+Hides: when text becomes tokens. A local corpus is tokenised once, into a folder that appears whole or not at
+all; a shard's row groups are tokenised by a background thread, a few ahead of the reader.
 Reference: numpy.memmap; the row groups of the Apache Parquet format.
 """
 
@@ -134,8 +134,8 @@ def write_cache(
         raise DataError(f"the corpus {meta['corpus'][:60]!r} has no documents; give one that has text.")
     np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
     meta |= {
-        "schema": SCHEMA, "tokenizer": tokenizer.identity, "dtype": dtype.str, "masked": masked, "bos_id": bos,
-        "tokens": sum(lengths), "documents": len(lengths), "text_bytes": text_bytes,
+        "schema": SCHEMA, "tokenizer": tokenizer.identity, "dtype": dtype.str, "masked": masked,
+        "bos_id": bos, "tokens": sum(lengths), "documents": len(lengths), "text_bytes": text_bytes,
     }  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
@@ -179,7 +179,9 @@ def list_groups(paths: Sequence[Path]) -> list[tuple[int, int]]:
             with pq.ParquetFile(path) as file:
                 if "text" not in file.schema_arrow.names:
                     raise DataError(f"{path} has no column `text`; give shards that have.")
-                groups += [(shard, i) for i in range(file.num_row_groups)]
+                groups += [
+                    (shard, i) for i in range(file.num_row_groups) if file.metadata.row_group(i).num_rows
+                ]
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is damaged or no parquet file ({error!s:.80}); replace it.") from None
     return groups
@@ -195,7 +197,7 @@ def produce_groups(
     out: queue.Queue[Group | BaseException],
     stop: threading.Event,
 ) -> None:
-    """Put the tokens of row group after row group, epoch after epoch, until told to stop; an error is put, too."""
+    """Put the tokens of row group after row group, epoch after epoch, until told to stop; or an error."""
     import pyarrow.parquet as pq
 
     def put(item: Group | BaseException) -> None:
@@ -218,8 +220,7 @@ def produce_groups(
                 ]
                 offsets = np.cumsum([0, *map(len, encoded)])
                 ids = np.fromiter((i for ids in encoded for i in ids), np.int64, int(offsets[-1]))
-                if len(ids):
-                    put(Group(epoch, shard, row_group, ids, offsets))
+                put(Group(epoch, shard, row_group, ids, offsets))
             first, epoch = 0, epoch + 1
     except (OSError, ValueError) as error:
         put(

@@ -1,0 +1,317 @@
+"""Batches: every token a target once an epoch, for any number of ranks, and resumed at the next one."""
+
+import gc
+import json
+import random
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from primechat.errors import ConfigError, DataError
+from primechat.text.batches import PackedBatches, ShardBatches, TokenCache, build_cache, validation_windows
+from primechat.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+
+BYTES = Tokenizer(
+    SPLIT_PATTERN, {bytes([i]): i for i in range(256)}, {n: 256 + i for i, n in enumerate(SPECIAL_TOKENS)}
+)
+
+
+def make_cache(lengths: list[int], *, masked: bool = False) -> TokenCache:
+    """Documents whose tokens all differ, so that each place of the stream can be told."""
+    offsets = np.cumsum([0, *lengths])
+    ids = np.arange(offsets[-1], dtype=np.uint32)
+    return TokenCache(ids, offsets, (ids % 3 > 0).astype(np.uint8) if masked else None, 0, 999)
+
+
+def read_ranks(
+    cache: TokenCache, world: int, steps: int, cursor: Any = None, **kwargs: Any
+) -> tuple[list, list, list]:
+    """The ids and targets of all ranks, in the order of the stream, and the cursor after each step."""
+    ranks = [PackedBatches(cache, rank=r, world_size=world, cursor=cursor, **kwargs) for r in range(world)]
+    ids, targets, cursors = [], [], []
+    for _ in range(steps):
+        batches = [next(rank) for rank in ranks]
+        ids += [i.flatten().tolist() for i, _ in batches]
+        targets += [t.flatten().tolist() for _, t in batches]
+        assert len({json.dumps(rank.cursor) for rank in ranks}) == 1
+        cursors.append(json.loads(json.dumps(ranks[0].cursor)))
+    return sum(ids, []), sum(targets, []), cursors
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_token_once_an_epoch(seed: int) -> None:
+    rng = random.Random(seed)
+    cache = make_cache([rng.choice((1, 2, 5, 40)) for _ in range(rng.randint(1, 30))])
+    size = dict(sequence_len=rng.randint(1, 9), rows=6, seed=seed)
+    steps = 3 * cache.tokens // (6 * size["sequence_len"]) + 2
+    ids, targets, cursors = read_ranks(cache, 1, steps, **size)
+    assert ids[1:] == targets[:-1], "targets are the same stream shifted by one"
+    for epoch in range(3):
+        part = ids[epoch * cache.tokens : (epoch + 1) * cache.tokens]
+        assert sorted(part) == list(range(cache.tokens))
+        begins = set(cache.offsets[:-1].tolist())
+        for before, after in zip(part, part[1:], strict=False):
+            assert after == before + 1 or after in begins, "documents stay whole"
+    for world in (2, 3):
+        assert read_ranks(cache, world, steps, **size) == (ids, targets, cursors)
+    for k in rng.sample(range(steps - 1), min(4, steps - 1)):
+        for world in (1, 3):
+            rest = read_ranks(cache, world, steps - k - 1, cursors[k], **size)
+            done = (k + 1) * 6 * size["sequence_len"]
+            assert rest == (ids[done:], targets[done:], cursors[k + 1 :])
+
+
+def test_order_depends_on_seed_and_epoch() -> None:
+    cache = make_cache([7] * 50)
+    kwargs = dict(sequence_len=7, rows=50)
+    first, _, _ = read_ranks(cache, 1, 2, seed=0, **kwargs)
+    other, _, _ = read_ranks(cache, 1, 1, seed=1, **kwargs)
+    assert len({tuple(first[:350]), tuple(first[350:]), tuple(other), tuple(range(350))}) == 4
+
+
+def test_mask_hides_targets() -> None:
+    cache = make_cache([10, 20, 30], masked=True)
+    ids, targets, _ = read_ranks(cache, 1, 3, sequence_len=5, rows=4)
+    assert targets[:-1] == [i if i % 3 else -1 for i in ids[1:]]
+
+
+def test_tensors() -> None:
+    batches = PackedBatches(make_cache([100]), sequence_len=4, rows=6, rank=1, world_size=3)
+    ids, targets = next(batches)
+    assert ids.shape == targets.shape == (2, 4) and ids.dtype == targets.dtype == torch.int64
+    assert ids.flatten().tolist() == list(range(8, 16)) and targets[0].tolist() == [9, 10, 11, 12]
+    assert batches.cursor == {"epoch": 0, "position": 24} and batches.waste == 0
+
+
+def test_wrong_settings() -> None:
+    cache = make_cache([10])
+    with pytest.raises(ConfigError, match="rows=5 of a step must be divisible by world_size=2"):
+        PackedBatches(cache, sequence_len=4, rows=5, world_size=2)
+    for cursor in ({"epoch": 0, "position": 10}, {"epoch": 0}, {"epoch": 0, "position": -1}):
+        with pytest.raises(DataError, match="is no place in a stream of 10 tokens"):
+            PackedBatches(cache, sequence_len=4, rows=4, cursor=cursor)
+    with pytest.raises(ConfigError, match="stride=5 must be from 1 to window=4"):
+        next(validation_windows(cache, 4, 5))
+
+
+# Validation
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "rows"), [(8, 0, 3), (8, 3, 2), (8, 8, 1), (5, 1, 7), (100, 50, 4), (1, 1, 2)]
+)
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 10, 57])
+def test_windows_score_every_target_once(window: int, stride: int, rows: int, tokens: int) -> None:
+    cache = make_cache([1] * tokens)
+    seen: list[int] = []
+    for rank in range(2):
+        for ids, targets in validation_windows(cache, window, stride, rows=rows, rank=rank, world_size=2):
+            assert ids.shape == targets.shape and ids.shape[1] == window and ids.shape[0] <= rows
+            for row, goal in zip(ids.tolist(), targets.tolist(), strict=True):
+                real = [i for i in row if i != 999]
+                assert real == list(range(real[0], real[0] + len(real))) and row[len(real) :] == [999] * (
+                    window - len(real)
+                )
+                assert all(t in (-1, i + 1) for i, t in zip(row, goal, strict=True))
+                seen += [t for t in goal if t >= 0]
+                context = [i for i, t in enumerate(goal) if t >= 0]
+                assert not context or real[0] == 0 or context[0] == window - (stride or window)
+    assert Counter(seen) == Counter(range(1, tokens))
+
+
+def test_windows_of_a_part() -> None:
+    cache = make_cache([30], masked=True)
+    goals = [
+        t
+        for _, targets in validation_windows(cache, 8, max_tokens=11)
+        for t in targets.flatten().tolist()
+        if t >= 0
+    ]
+    assert goals == [1, 2, 4, 5, 7, 8, 10, 11]
+
+
+# The cache
+
+
+def test_cache_of_texts(tmp_path: Path) -> None:
+    texts = ["hello", "é", "", "a\nb"]
+    cache = build_cache(iter(texts), BYTES, tmp_path, "key")
+    assert [cache.ids[a:b].tolist() for a, b in zip(cache.offsets, cache.offsets[1:], strict=False)] == [
+        [256, *text.encode()] for text in texts
+    ]
+    assert (cache.tokens, cache.documents, cache.text_bytes, cache.bos_id) == (14, 4, 10, 256)
+    assert cache.ids.dtype == np.uint16 and cache.mask is None
+
+    def untouched() -> Any:
+        raise AssertionError("a cache that stands must not read the documents again")
+        yield ""
+
+    again = build_cache(untouched(), BYTES, tmp_path, "key")
+    assert again.ids.tolist() == cache.ids.tolist() and again.text_bytes == 10
+    assert len(list(tmp_path.iterdir())) == 1
+    assert build_cache(["other"], BYTES, tmp_path, "key 2").tokens == 6
+    other = Tokenizer(
+        SPLIT_PATTERN, {**BYTES.ranks, b"he": 256}, {n: 257 + i for i, n in enumerate(SPECIAL_TOKENS)}
+    )
+    assert build_cache(["hello"], other, tmp_path, "key").tokens == 5
+
+
+def test_cache_of_conversations(tmp_path: Path) -> None:
+    talk = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo!"}]}
+    cache = build_cache([BYTES.render_conversation(talk)] * 2, BYTES, tmp_path, "key")
+    assert cache.mask is not None and cache.mask.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1] * 2
+    assert (cache.documents, cache.text_bytes) == (2, 10)
+    _, targets = next(PackedBatches(cache, sequence_len=10, rows=1))
+    assert targets.tolist() == [[-1] * 5 + [*b"yo!", BYTES.special("<|assistant_end|>")] + [-1]]
+
+
+@pytest.mark.parametrize(
+    "harm", ["ids.bin", "mask.bin", "offsets.npy", "meta.json", "truncate", "stale", "junk"]
+)
+def test_torn_cache_is_rebuilt(tmp_path: Path, harm: str) -> None:
+    pairs = [([256, 1, 2], [0, 1, 1])] * 5
+    build_cache(pairs, BYTES, tmp_path, "key")
+    (folder,) = tmp_path.iterdir()
+    if harm == "truncate":
+        (folder / "ids.bin").write_bytes((folder / "ids.bin").read_bytes()[:-2])
+    elif harm == "stale":
+        meta = json.loads((folder / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps({**meta, "identity": "x"}))
+    elif harm == "junk":
+        (folder / "meta.json").write_text("[1]")
+    else:
+        (folder / harm).unlink()
+    assert build_cache(pairs, BYTES, tmp_path, "key").tokens == 15
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> Any:
+        yield "a"
+        raise DataError("broken")
+
+    with pytest.raises(DataError, match="broken"):
+        build_cache(fail(), BYTES, tmp_path, "key")
+    with pytest.raises(DataError, match="has no documents"):
+        build_cache([], BYTES, tmp_path, "key")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Shards
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[Path]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng, paths = random.Random(3), []
+    for shard in range(3):
+        texts = [
+            rng.choice(["", "x", "yz" * 9, None]) if i % 4 else f"{shard}:{i}"
+            for i in range(rng.randint(9, 25))
+        ]
+        paths.append(tmp_path / f"{shard}.parquet")
+        pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), paths[-1], row_group_size=4)
+    return paths
+
+
+def read_stream(batches: ShardBatches, steps: int) -> tuple[list[int], list[int], list[dict]]:
+    ids, targets, cursors = [], [], []
+    for _ in range(steps):
+        i, t = next(batches)
+        ids += i.flatten().tolist()
+        targets += t.flatten().tolist()
+        cursors.append(json.loads(json.dumps(batches.cursor)))
+    batches.close()
+    return ids, targets, cursors
+
+
+def read_groups(paths: list[Path]) -> list[list[int]]:
+    import pyarrow.parquet as pq
+
+    files = [pq.ParquetFile(path) for path in paths]
+    tables = [
+        file.read_row_group(i).column(0).to_pylist() for file in files for i in range(file.num_row_groups)
+    ]
+    return [sum(([256, *(text or "").encode()] for text in table), []) for table in tables]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_shards_are_dealt_out(shards: list[Path], world: int) -> None:
+    groups = read_groups(shards)
+    for rank in range(world):
+        epoch = sum(groups[rank::world], [])
+        steps = 2 * len(epoch) // 10 + 1
+        kwargs = dict(sequence_len=5, rows=2 * world, rank=rank, world_size=world)
+        ids, targets, cursors = read_stream(ShardBatches(shards, BYTES, **kwargs), steps)
+        assert ids == (epoch * 3)[: len(ids)] and targets == (epoch * 3)[1 : len(ids) + 1]
+        assert cursors[-1]["epoch"] == 2 and cursors[0]["epoch"] == 0
+        for k in range(0, steps - 1, 3):
+            rest = read_stream(ShardBatches(shards, BYTES, cursor=cursors[k], **kwargs), steps - k - 1)
+            assert rest == (ids[10 * k + 10 :], targets[10 * k + 10 :], cursors[k + 1 :])
+
+
+def shard_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "primechat-shards"]
+
+
+def test_thread_ends(shards: list[Path]) -> None:
+    batches = ShardBatches(shards, BYTES, sequence_len=5, rows=2)
+    next(batches)
+    (thread,) = shard_threads()
+    del batches
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
+    batches = ShardBatches(shards, BYTES, sequence_len=5, rows=2)
+    batches.close()
+    assert shard_threads() == []
+    with pytest.raises(DataError, match="are closed"):
+        for _ in range(1000):
+            next(batches)
+
+
+def test_shard_errors(shards: list[Path], tmp_path: Path) -> None:
+    kwargs: dict[str, Any] = dict(sequence_len=5, rows=2)
+    cursor = {"epoch": 0, "shard": 0, "row_group": 0, "document": 0, "offset": 0, "world_size": 1}
+    for change in ({"world_size": 2}, {"shard": 9}, {"row_group": 99}, {"document": 99}):
+        with pytest.raises(DataError, match="cursor="):
+            ShardBatches(shards, BYTES, cursor={**cursor, **change}, **kwargs)
+    with pytest.raises(DataError, match="too few row groups for 100 ranks"):
+        ShardBatches(shards, BYTES, sequence_len=5, rows=100, rank=99, world_size=100)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="is damaged or no parquet file"):
+        ShardBatches([tmp_path / "bad.parquet"], BYTES, **kwargs)
+
+    class Failing(Tokenizer):
+        def encode_batch(self, texts: Any, threads: int = 0) -> list[list[int]]:
+            if "2:0" in texts:
+                raise DataError("the tokenizer broke")
+            return super().encode_batch(texts, threads)
+
+    batches = ShardBatches(shards, Failing(BYTES.pattern, BYTES.ranks, BYTES.specials), **kwargs)
+    with pytest.raises(DataError, match="the tokenizer broke"):
+        for _ in range(1000):
+            next(batches)
+    batches = ShardBatches(shards, BYTES, **kwargs)
+    shards[2].unlink()
+    del batches
+    gc.collect()
+    assert all(not thread.join(10) and not thread.is_alive() for thread in shard_threads())
+
+
+def test_shard_vanishes(shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from primechat.text import batches as module
+
+    listed = module.list_groups(shards)
+    monkeypatch.setattr(module, "list_groups", lambda paths: listed)
+    shards[0].write_bytes(b"PAR1 gone PAR1")
+    with pytest.raises(DataError, match=r"0.parquet row group 0 cannot be read"):
+        ShardBatches(shards, BYTES, sequence_len=5, rows=2)
+    assert shard_threads() == []
