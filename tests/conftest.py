@@ -30,7 +30,7 @@ for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "FORCE_COLOR", "HF_TOKEN"):
 
 
 class NetworkUsed(RuntimeError):
-    """A test tried to leave this machine; no OSError, so that the code under test cannot take it for a bad line."""
+    """A test left this machine; no OSError, so that the code under test cannot take it for a bad line."""
 
 
 def is_local(host: Any) -> bool:
