@@ -1,0 +1,325 @@
+"""Talk to a model in the terminal, or through a pipe.
+
+Hides: the terminal. A reply is written as it comes; Ctrl-C sets the engine's `cancel` during a reply and
+clears the line at the prompt. A model's text is never interpreted: no markup, no control characters. In a
+pipe only replies go to stdout.
+Reference: nanochat's chat_cli.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from primechat.config.runtime import DEVICES, check_number
+from primechat.desk.progress import clean_text
+from primechat.errors import ConfigError, PrimechatError
+
+if TYPE_CHECKING:
+    from primechat.infer.engine import Engine, Options
+    from primechat.infer.reply import Reply
+    from primechat.protocols import ChatTokenizer, LanguageModel
+
+Opener = Callable[[str], "tuple[LanguageModel, ChatTokenizer, dict[str, Any]]"]
+
+LEAVING = "Ctrl-D or /quit leaves."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """Talk to a model in the terminal; /help lists what can be typed besides text."""
+
+    model: str = ""
+    """Model to talk to, for example sft/d4 or sft/d4@600; empty is the default model."""
+    device: str = "auto"
+    """cpu, mps, cuda, or auto."""
+    tokenizer: str = ""
+    """Folder of the model's tokenizer; empty takes the one that was saved with it."""
+    temperature: float = 0.8
+    """0 always takes the likeliest token; higher is more varied."""
+    top_k: int = 50
+    """Sample from this many of the likeliest tokens; 0 from all."""
+    max_new_tokens: int = 256
+    """Tokens of a reply at most."""
+    seed: int = 0
+    """Seed of the first reply; each further one adds 1."""
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ConfigError(f"device={self.device!r} must be one of {', '.join(DEVICES)}; try auto.")
+        check_number("temperature", self.temperature, low=0, high=100)
+        check_number("top_k", self.top_k, low=0, whole=True)
+        check_number("max_new_tokens", self.max_new_tokens, low=1, whole=True)
+        check_number("seed", self.seed, low=0, whole=True)
+
+
+def run_chat(
+    config: ChatConfig,
+    *,
+    opener: Opener | None = None,
+    stdin: TextIO | None = None,
+    stdout: TextIO | None = None,
+    stderr: TextIO | None = None,
+) -> int:
+    """Chat until the reader leaves.
+
+    Args:
+        config: which model, and how it samples.
+        opener: identifier to model, tokenizer and metadata; None is store.open_model.
+        stdin, stdout, stderr: None are the process's own.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        PrimechatError: the first model cannot be opened.
+    """
+    talk = ChatTalk(
+        config, opener or build_opener(config), stdin or sys.stdin, stdout or sys.stdout, stderr or sys.stderr
+    )
+    with talk.catch_interrupts():
+        talk.open(config.model)
+        talk.run()
+    return 0
+
+
+def build_opener(config: ChatConfig) -> Opener:
+    """Return the opener of models on this disk; the tokenizer's folder goes with the first model only."""
+
+    def open_named(identifier: str) -> tuple[LanguageModel, ChatTokenizer, dict[str, Any]]:
+        import torch
+
+        from primechat.store import open_model
+
+        device = config.device
+        if device == "auto":  # mps on request only
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        folder = config.tokenizer if identifier == config.model else ""
+        return open_model(identifier, device=device, dtype="auto", tokenizer=folder or None)
+
+    return open_named
+
+
+class ChatTalk:
+    """One session: a model, a conversation, and the commands."""
+
+    def __init__(
+        self, config: ChatConfig, opener: Opener, stdin: TextIO, stdout: TextIO, stderr: TextIO
+    ) -> None:
+        from rich.console import Console
+
+        for stream in (stdin, stdout, stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # no text ends the program, whatever the locale
+        self.config, self.opener, self.stdin, self.stdout = config, opener, stdin, stdout
+        self.interactive = stdin.isatty() and stdout.isatty()
+        self.console = Console(
+            file=stdout if self.interactive else stderr, highlight=False, markup=False, emoji=False
+        )
+        self.temperature, self.seed = config.temperature, config.seed
+        self.messages: list[dict[str, Any]] = []
+        self.saved: set[Path] = set()
+        self.show_stats = self.warned_long = False
+        self.cancel: threading.Event | None = None  # set while a reply is written
+        self.engine: Engine
+        self.identifier, self.is_base = "", False
+
+    def say(self, text: str) -> None:
+        """Print a sentence of the program's own."""
+        self.console.print(clean_text(text), style="dim", soft_wrap=True)
+
+    @contextmanager
+    def catch_interrupts(self) -> Iterator[None]:
+        """Let Ctrl-C stop a reply; a second one, or one outside a reply, is a KeyboardInterrupt."""
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            if self.cancel is None or self.cancel.is_set():
+                raise KeyboardInterrupt
+            self.cancel.set()
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def open(self, identifier: str) -> None:
+        """Open a model; the conversation stays."""
+        from primechat.infer.engine import Engine
+
+        model, tokenizer, meta = self.opener(identifier)
+        self.engine, self.identifier = Engine(model, tokenizer), str(meta.get("identifier", identifier))
+        for reason in meta.get("skipped", ()):
+            self.say(str(reason))
+        self.is_base = self.identifier.removeprefix("shipped/").startswith("base")
+        if self.interactive:
+            self.say(f"This is {self.identifier} on {model.device}. /help lists the commands. {LEAVING}")
+        if self.is_base:
+            self.say("It is a base model: it goes on from what you type, and knows no questions or answers.")
+
+    def run(self) -> None:
+        """Read lines until the end of input or /quit."""
+        if self.interactive:
+            try:
+                import readline  # noqa: F401 - input() edits lines with it
+            except ImportError:
+                pass
+        while True:
+            try:
+                line = self.read_line()
+                if line is None or (line and not self.take(line)):
+                    return
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                self.stdout.write("\n")
+                self.say(LEAVING)
+            except PrimechatError as error:
+                self.say(str(error))
+
+    def read_line(self) -> str | None:
+        """Return the next line without white space around it, None at the end of input."""
+        if not self.interactive:
+            line = self.stdin.readline()
+            return line.strip() if line else None
+        try:
+            return input("you> ").strip()
+        except EOFError:
+            self.stdout.write("\n")
+            return None
+
+    def take(self, line: str) -> bool:
+        """Answer a line or obey a command; return False to leave."""
+        if not line.startswith("/"):
+            self.answer(line)
+            return True
+        name, _, rest = line[1:].partition(" ")
+        if name == "quit":
+            return False
+        command = COMMANDS.get(name)
+        if command is None:
+            raise ConfigError(f"/{name} must be one of the commands; /help lists them.")
+        command[0](self, rest.strip())
+        return True
+
+    def answer(self, text: str) -> None:
+        """Write the model's reply to a text; an interrupted one counts as far as it got."""
+        options: Options = {
+            "max_new_tokens": self.config.max_new_tokens, "temperature": self.temperature,
+            "top_k": self.config.top_k or None, "seed": self.seed, "cancel": threading.Event(),
+        }  # fmt: skip
+        said = {"role": "user", "content": text}
+        self.cancel = options["cancel"]
+        try:
+            if self.is_base:
+                reply = self.engine.complete(text, **options)
+            else:
+                reply = self.engine.chat([*self.messages, said], **options)
+            self.write(reply)
+        finally:
+            self.cancel = None
+        self.seed += 1
+        if reply.tokens:
+            self.messages += [said, reply.message]
+
+    def write(self, reply: Reply) -> None:
+        """Write a reply as it comes, then why it ended and its figures."""
+        if self.interactive:
+            self.stdout.write("bot> ")
+        try:
+            for piece in reply:
+                self.stdout.write(clean_text(piece))
+                self.stdout.flush()
+        finally:
+            self.stdout.write("\n")
+            self.stdout.flush()
+        stats, engine = reply.stats, self.engine
+        used, trained = stats.prompt_tokens + stats.new_tokens, engine.model.sequence_len
+        ends = {
+            "cancelled": "[stopped]",
+            "length": f"[cut at {stats.new_tokens} tokens]",
+            "context": f"[the {engine.model.max_context} tokens of its context are full; /clear begins anew]",
+        }
+        if stats.stop_reason in ends and not (self.is_base and stats.stop_reason == "length"):
+            self.say(ends[stats.stop_reason])
+        if self.show_stats:
+            self.say(
+                f"{stats.new_tokens} tokens, {stats.decode_tok_s:,.0f} tokens/s, the first after "
+                f"{stats.ttft_s:.3f} s, context {used} of {trained}"
+            )
+        if used > trained and not self.warned_long and not self.is_base:
+            self.warned_long = True
+            self.say(f"The talk is longer than the {trained} tokens of its training; /clear begins anew.")
+
+    # the commands, each with what follows its name
+
+    def switch_model(self, name: str) -> None:
+        """Open another model."""
+        if name:
+            self.open(name)
+        else:
+            self.say(f"This is {self.identifier}; `primechat models` lists what can follow /model.")
+
+    def set_temperature(self, value: str) -> None:
+        """Set or tell the temperature."""
+        from primechat.infer.sampling import check_sampling
+
+        if value:
+            try:
+                temperature = float(value)
+            except ValueError:
+                raise ConfigError(f"temperature={value!r} must be a number; try /temp 0.8.") from None
+            check_sampling(temperature, None, None, 0)
+            self.temperature = temperature
+        self.say(f"The temperature is {self.temperature:g}.")
+
+    def toggle_stats(self, _: str) -> None:
+        """Show the figures of each reply, or no longer."""
+        self.show_stats = not self.show_stats
+        self.say(f"Figures after each reply: {'on' if self.show_stats else 'off'}.")
+
+    def save(self, name: str) -> None:
+        """Write the conversation to a file that finetune reads; only this session's own are overwritten."""
+        if not name or not self.messages:
+            raise ConfigError("/save needs a file name and something said before; try /save talk.jsonl.")
+        path = Path(name).expanduser()
+        try:
+            with path.open("w" if path.resolve() in self.saved else "x", encoding="utf-8") as file:
+                self.saved.add(path.resolve())
+                file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another name.") from None
+        self.say(f"Saved {len(self.messages)} messages to {path}.")
+
+    def clear(self, _: str) -> None:
+        """Forget the conversation."""
+        self.messages, self.warned_long = [], False
+        self.say("A new conversation.")
+
+    def show_help(self, _: str) -> None:
+        """List the commands."""
+        rows = [(f"/{name} {argument}", text) for name, (_, argument, text) in COMMANDS.items()]
+        for name, text in [*rows, ("/quit", "leave (also Ctrl-D)")]:
+            self.say(f"{name:14}{text}")
+        self.say("Ctrl-C stops a reply and keeps what was said.")
+
+
+COMMANDS: dict[str, tuple[Callable[[ChatTalk, str], None], str, str]] = {
+    "model": (ChatTalk.switch_model, "NAME", "talk to another model, like sft/d4; the conversation stays"),
+    "temp": (ChatTalk.set_temperature, "X", "set the temperature; 0 is always the likeliest token"),
+    "stats": (ChatTalk.toggle_stats, "", "speed and context after each reply, on and off"),
+    "save": (ChatTalk.save, "FILE", "write the conversation as JSONL, which `primechat finetune` reads"),
+    "clear": (ChatTalk.clear, "", "begin a new conversation"),
+    "help": (ChatTalk.show_help, "", "this list"),
+}
