@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import math
 import threading
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from primechat.infer.engine import PREFILL_CHUNK, Engine
 from primechat.infer.sampling import sample_logits, seed_row
 from primechat.model.gpt import GPT
 from primechat.protocols import ChatTokenizer, LanguageModel
+from primechat.store import open_model
 
 TOKENIZER = byte_tokenizer()
 BOS, END = TOKENIZER.stop_ids
@@ -101,6 +104,21 @@ def test_batch_equals_single_runs(cuts: dict[str, Any]) -> None:
     passes = [sum(len(s) > n for s in singles) for n in range(1, max(map(len, singles)))]
     assert [b for b, _ in model.calls[3:]] == passes, "finished rows leave the batch"
     assert len(set(passes)) > 1 or cuts["temperature"] == 0
+
+
+@pytest.mark.parametrize("folder", ["oct2025/d2", "head/d2", "head_d3/d3"])
+def test_greedy_equals_nanochat(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    root = Path(__file__).parent / "fixtures" / "nanochat" / folder.split("/")[0]
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(root))
+    engine = Engine(*open_model(f"base/{folder.split('/')[1]}")[:2])
+    table = "bf16_rotary" if folder.startswith("oct") else "f32_rotary"
+    prompts = json.loads((root / "expected.json").read_text())["prompts"]
+    options: dict[str, Any] = dict(max_new_tokens=32, temperature=0)
+    for prompt in prompts:
+        assert list(engine.generate(prompt["ids"], **options)) == prompt[f"engine32_{table}"]
+        assert list(engine.generate(prompt["ids"], stop_ids=(), **options)) == prompt[f"greedy32_{table}"]
+    together = engine.generate_batch([p["ids"] for p in prompts], stop_ids=(), **options)
+    assert together == [p[f"greedy32_{table}"] for p in prompts]
 
 
 def test_samples_differ() -> None:

@@ -1,0 +1,1 @@
+"""Sampled tokens: the engine, the sampler and the calculator."""
