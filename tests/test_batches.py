@@ -119,6 +119,7 @@ def test_windows_score_every_target_once(window: int, stride: int, rows: int, to
                 )
                 assert all(t in (-1, i + 1) for i, t in zip(row, goal, strict=True))
                 seen += [t for t in goal if t >= 0]
+                assert max(goal) >= 0, "a window that scores nothing costs time"
                 context = [i for i, t in enumerate(goal) if t >= 0]
                 assert not context or real[0] == 0 or context[0] == window - (stride or window)
     assert Counter(seen) == Counter(range(1, tokens))
@@ -177,17 +178,25 @@ def test_torn_cache_is_rebuilt(tmp_path: Path, harm: str) -> None:
     pairs = [([256, 1, 2], [0, 1, 1])] * 5
     build_cache(pairs, BYTES, tmp_path, "key")
     (folder,) = tmp_path.iterdir()
+    meta = json.loads((folder / "meta.json").read_text())
     if harm == "truncate":
         (folder / "ids.bin").write_bytes((folder / "ids.bin").read_bytes()[:-2])
     elif harm == "stale":
-        meta = json.loads((folder / "meta.json").read_text())
         (folder / "meta.json").write_text(json.dumps({**meta, "identity": "x"}))
     elif harm == "junk":
         (folder / "meta.json").write_text("[1]")
     else:
         (folder / harm).unlink()
     assert build_cache(pairs, BYTES, tmp_path, "key").tokens == 15
+    assert json.loads((folder / "meta.json").read_text()) == meta
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_short_ids_are_noticed(tmp_path: Path) -> None:
+    build_cache(["abc"], BYTES, tmp_path, "key")
+    (folder,) = tmp_path.iterdir()
+    (folder / "ids.bin").write_bytes((folder / "ids.bin").read_bytes()[:-2])
+    assert build_cache(["abc"], BYTES, tmp_path, "key").ids.tolist() == [256, *b"abc"]
 
 
 def test_failed_build_leaves_nothing(tmp_path: Path) -> None:

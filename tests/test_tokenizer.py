@@ -252,6 +252,7 @@ def hostile_files(trap: Path) -> dict[str, bytes]:
         "protocol 2": pickle.dumps(Touch(trap), protocol=2),
         "raw system": reduce_,
         "second global": good[:-2] + b"\x8c\x02os\x8c\x06system\x93b.",
+        "same global twice": good.replace(b"\x8c\x07rustbpe", b"\x8c\x0dtiktoken.core\x8c\x08Encoding\x93"),
         "other global": good.replace(b"Encoding", b"encoding", 1),
         "other module": good.replace(b"tiktoken.core", b"tiktoken.care", 1),
         "inst": b"\x80\x04(ios\nsystem\n.",
@@ -302,6 +303,11 @@ def test_hostile_pickles(tmp_path: Path) -> None:
     path.write_bytes(encode_state())
     assert Tokenizer.load(tmp_path).vocab_size == 257, "the maker of hostile files must also make a good one"
     files = hostile_files(trap)
+    words = {
+        "same global twice": "a second global",
+        "dicts": "more than three dict",
+        "marks": "nested too deeply",
+    }
     with pytest.raises(FileExistsError):  # the traps are live: freely unpickled, they make the folder
         for name in ("reduce", "eval"):
             pickle.loads(files[name])
@@ -311,6 +317,7 @@ def test_hostile_pickles(tmp_path: Path) -> None:
         with pytest.raises(DataError) as caught:
             Tokenizer.load(tmp_path)
         assert "\n" not in str(caught.value) and str(caught.value).endswith("."), name
+        assert words.get(name, "") in str(caught.value), name
         assert not trap.exists(), name
 
 
@@ -352,7 +359,7 @@ def test_hostile_lengths(small: Tokenizer, tmp_path: Path) -> None:
         -ones[:300],
         Touch(trap),
         ones[1:],
-        ones[:300].view(20, 15),
+        ones[:300].clone().view(20, 15),
     ):
         torch.save(tensor, path)
         with pytest.raises(DataError, match="is no table of byte lengths"):
