@@ -146,9 +146,9 @@ class GPTConfig:
 
     @classmethod
     def classic(cls, depth: int, *, vocab_size: int = 65_536, sequence_len: int = 2048) -> GPTConfig:
-        """Return the October 2025 model of a depth: width 64 * depth, heads of 128."""
+        """Return the October 2025 model of a depth: width 64 * depth, heads of 128, or of the next width that divides it."""
         check_depth(depth)
-        n_head = -(-depth // 2)
+        n_head = next(n for n in range(-(-depth // 2), depth + 1) if 64 * depth % n == 0 and 64 * depth // n % 2 == 0)
         return cls(
             n_layer=depth,
             n_embd=64 * depth,

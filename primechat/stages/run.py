@@ -138,12 +138,9 @@ def take_frozen(config: Config, folder: Path) -> Config:
             f"{path} cannot be read ({error}); restore it, or start under another tag."
         ) from error
     frozen = decode_config(data, type(config), str(path))
-    runtime = {
-        item.name: getattr(frozen.runtime, item.name)
-        for item in dataclasses.fields(config.runtime)
-        if getattr(config.runtime, item.name) in ("auto", 0)
-    }
-    given = replace(config, runtime=replace(config.runtime, **runtime))
+    given = replace(
+        config, runtime=fill_open(config.runtime, frozen.runtime), look=fill_open(config.look, frozen.look)
+    )
     ignore = OPEN_FIELDS if not config.steps else OPEN_FIELDS[:1]
     difference = find_difference(frozen, given, ignore)
     if difference:
@@ -152,6 +149,13 @@ def take_frozen(config: Config, folder: Path) -> Config:
             "another tag."
         )
     return replace(frozen, resume=True)
+
+
+def fill_open(given: Any, frozen: Any) -> Any:
+    """Return the given settings with the frozen ones where they were left open (auto or 0)."""
+    names = [item.name for item in dataclasses.fields(given) if getattr(given, item.name) in ("auto", 0)]
+    kept = {n: getattr(frozen, n) for n in names if not isinstance(getattr(given, n), bool)}
+    return replace(given, **kept)
 
 
 def pick_power(step: int) -> bool:

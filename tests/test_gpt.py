@@ -1,0 +1,222 @@
+"""The model against nanochat's own numbers, and each fast path against the plain formula."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from primechat.config import GPTConfig
+from primechat.metrics.bits import measure_bits
+from primechat.model.attention import BLOCK, attend, make_mask
+from primechat.model.checkpoint import load_checkpoint
+from primechat.model.gpt import GPT
+from primechat.model.losses import sum_cross_entropy, token_cross_entropy
+from primechat.protocols import LanguageModel
+
+FIXTURES = Path(__file__).parent / "fixtures" / "nanochat"
+RUNS = [("oct2025", "d2"), ("oct2025", "d2-compiled"), ("head", "d2"), ("head", "d2-compiled"), ("head_d3", "d3")]
+TABLES = {"bf16": ("bfloat16", 1e-3), "f32": ("float32", 1e-4)}
+
+
+def open_fixture(era: str, tag: str, table: str) -> tuple[GPT, dict[str, Any]]:
+    loaded = load_checkpoint(FIXTURES / era / "base_checkpoints" / tag)
+    config = replace(loaded.config, rope_dtype=TABLES[table][0])
+    expected = json.loads((FIXTURES / era / "expected.json").read_text())
+    return GPT.from_state(config, loaded.model_state), expected
+
+
+def make_gpt(**changes: Any) -> GPT:
+    """A tiny modern model whose every part matters: no weight is zero."""
+    base = replace(GPTConfig.modern(3, vocab_size=97, sequence_len=48, head_dim=16), n_embd=64, n_head=4, n_kv_head=2)
+    model = GPT(replace(base, **changes))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize(("era", "tag"), RUNS)
+def test_logits_fixture(era: str, tag: str, table: str) -> None:
+    model, expected = open_fixture(era, tag, table)
+    tolerance = TABLES[table][1]
+    for prompt in expected["prompts"]:
+        ids = torch.tensor([prompt["ids"]])
+        with torch.no_grad():
+            logits = model(ids)
+        want = torch.tensor(prompt[f"logits_last_{table}_rotary"])
+        assert (logits[0, -1] - want).abs().max() < tolerance
+        assert logits.argmax(-1)[0].tolist() == prompt[f"argmax_all_positions_{table}_rotary"]
+        cache = model.new_cache(1, len(prompt["ids"]) + 32)
+        last, greedy = model.advance(ids, cache), []
+        for _ in range(32):
+            greedy.append(int(last.argmax()))
+            last = model.advance(torch.tensor([[greedy[-1]]]), cache)
+        assert greedy == prompt[f"greedy32_{table}_rotary"]
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("era", ["oct2025", "head", "head_d3"])
+def test_bpb_fixture(era: str, table: str) -> None:
+    model, expected = open_fixture(era, "d3" if era == "head_d3" else "d2", table)
+    bpb, ids = expected["bpb"], torch.tensor([expected["bpb"]["ids"]])
+    lengths = torch.tensor(expected["token_bytes"]).numpy()
+    for skip, name in ((0, "bpb"), (10, "bpb_first10targets_masked")):
+        targets = ids[:, 1:].clone()
+        targets[:, :skip] = -1
+        bits = measure_bits(lambda x, y: model.loss(x, y, "none"), [(ids[:, :-1], targets)], lengths)
+        assert bits.bpb == pytest.approx(bpb[f"{name}_{table}_rotary"], rel=1e-4)
+    assert float(model.loss(ids[:, :-1], ids[:, 1:])) == pytest.approx(bpb[f"mean_loss_nats_{table}_rotary"], rel=1e-4)
+
+
+@pytest.mark.parametrize("pattern", ["", "SSL", "L"])
+def test_cache_chunks(pattern: str) -> None:
+    """Chunks of any length at any position give the logits of the whole, past sequence_len and past the window too."""
+    model = make_gpt(window_pattern=pattern, sequence_len=140)
+    ids = torch.randint(97, (2, 300), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        whole = model(ids)
+    for sizes in ((300,), (1,) * 300, (7, 1, 130, 2, 100, 60), (299, 1)):
+        cache, at = model.new_cache(2, 300), 0
+        for size in sizes:
+            last = model.advance(ids[:, at : at + size], cache)
+            at += size
+            assert (last - whole[:, at - 1]).abs().max() < 2e-4, (sizes, at)
+
+
+def test_cache_ragged() -> None:
+    """Rows of different lengths, joined, selected and repeated, each go on as they would alone."""
+    model = make_gpt()
+    generator = torch.Generator().manual_seed(3)
+    texts = [torch.randint(97, (1, n), generator=generator) for n in (5, 1, 40)]
+    extra = torch.randint(97, (3, 4), generator=generator)
+    caches = []
+    for text in texts:
+        caches.append(model.new_cache(1, text.size(1) + 4))
+        model.advance(text, caches[-1])
+    joined = caches[0].join(caches[1:])
+    assert joined.lengths == [5, 1, 40]
+    got = [model.advance(extra[:, :1], joined), model.advance(extra[:, 1:3], joined)]
+    picked = joined.select([2, 0, 2])
+    got.append(model.advance(extra[[2, 0, 2], 3:], picked))
+    with torch.no_grad():
+        for row, text in enumerate(texts):
+            full = model(torch.cat([text, extra[row : row + 1]], dim=1))[0]
+            assert (got[0][row] - full[text.size(1)]).abs().max() < 1e-4
+            assert (got[1][row] - full[text.size(1) + 2]).abs().max() < 1e-4
+        assert (got[2][0] - full[-1]).abs().max() < 1e-4
+        assert torch.equal(got[2][0], got[2][2])
+    assert picked.lengths == [44, 9, 44]
+
+
+def test_cache_full() -> None:
+    model = make_gpt()
+    with pytest.raises(ValueError, match="7 tokens do not fit, there is room for 6"):
+        model.advance(torch.zeros(1, 7, dtype=torch.long), model.new_cache(1, 6))
+    with pytest.raises(ValueError, match="room for 480"):
+        model.hidden(torch.zeros(1, 481, dtype=torch.long))
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, left: int | None) -> Tensor:
+    """The formula, in float64: (B, T, H, D)."""
+    T, D = q.shape[1], q.shape[3]
+    k, v = (x.double().repeat_interleave(q.size(2) // k.size(2), dim=2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q.double(), k) / math.sqrt(D)
+    scores = scores.masked_fill(~make_mask(0, T, T, left, q.device), float("-inf"))
+    return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("left", [None, 0, 5, BLOCK, 200])
+@pytest.mark.parametrize("length", [1, 17, BLOCK, 300])
+def test_attention_formula(left: int | None, length: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(2, length, h, 16, generator=generator) for h in (4, 2, 2))
+    assert (attend(q, k, v, left) - plain_attention(q, k, v, left)).abs().max() < 1e-5
+    grads = []
+    for function in (attend, plain_attention):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = function(*inputs, left)  # type: ignore[arg-type]
+        (out.double() * torch.arange(out.numel()).view(out.shape).cos()).sum().backward()
+        grads.append([x.grad for x in inputs])
+    for ours, plain in zip(*grads, strict=True):
+        assert ours is not None and plain is not None and (ours - plain).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("cap", [0.0, 15.0])
+def test_loss_formula(cap: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    h, w = torch.randn(3, 700, 32, generator=generator), torch.randn(4160, 32, generator=generator)
+    y = torch.randint(-1, 4096, (3, 700), generator=generator)
+    y[0, :50] = -1
+    hs, ws = ([t.clone().requires_grad_() for _ in range(2)] + [t.double().requires_grad_()] for t in (h, w))
+    z = hs[2] @ ws[2][:4096].T
+    z = cap * torch.tanh(z / cap) if cap else z
+    plain = torch.nn.functional.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none")
+    plain.sum().div(7).backward()
+    total = sum_cross_entropy(hs[0], ws[0], y, cap, 4096)
+    (total / 7).backward()
+    each = token_cross_entropy(hs[1], ws[1], y, cap, 4096)
+    (each.sum() / 7).backward()
+    assert float(total.detach()) == pytest.approx(float(plain.detach().sum()), rel=1e-5)
+    assert (each.flatten() - plain).detach().abs().max() < 1e-4
+    for i in (0, 1):
+        for ours, ref in ((hs[i].grad, hs[2].grad), (ws[i].grad, ws[2].grad)):
+            assert ours is not None and ref is not None
+            assert (ours - ref).abs().max() < 1e-4 * ref.abs().max()
+
+
+def test_loss_reductions() -> None:
+    model = make_gpt()
+    ids = torch.randint(97, (2, 33), generator=torch.Generator().manual_seed(6))
+    x, y = ids[:, :-1], ids[:, 1:].clone()
+    y[0, :9] = -1
+    each = model.loss(x, y, "none")
+    assert each.shape == y.shape and (each[0, :9] == 0).all()
+    assert float(model.loss(x, y, "sum").detach()) == pytest.approx(float(each.detach().sum()), rel=1e-5)
+    assert float(model.loss(x, y).detach()) == pytest.approx(float(each.detach().sum()) / 55, rel=1e-5)
+    padded = torch.log_softmax(model(x), -1).gather(-1, y.clamp(min=0)[..., None])[..., 0].detach()
+    assert (each.detach() + padded)[y >= 0].abs().max() < 1e-4
+
+
+def test_bfloat16_close() -> None:
+    """16-bit compute over 32-bit parameters stays near the 32-bit numbers, gradients included."""
+    ids = torch.randint(97, (2, 48), generator=torch.Generator().manual_seed(7))
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_gpt()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.3)
+        model.compute_dtype = dtype
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+        results.append((float(loss.detach()), grads))
+    assert results[0][0] == pytest.approx(results[1][0], rel=0.02)
+    assert torch.cosine_similarity(results[0][1], results[1][1], dim=0) > 0.98
+
+
+@pytest.mark.parametrize("make", [GPTConfig.classic, GPTConfig.modern])
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+def test_parameter_count(make: Any, depth: int) -> None:
+    config = make(depth, vocab_size=777, sequence_len=64)
+    with torch.device("meta"):
+        model = GPT(config)
+    assert sum(p.numel() for p in model.parameters()) == config.n_params
+    assert isinstance(model, LanguageModel)
+
+
+def test_known_counts() -> None:
+    assert GPTConfig.classic(20).n_params == 560_988_160
+    assert GPTConfig.classic(32).n_params == 1_879_048_192
+    assert GPTConfig.modern(20).n_params == 1_399_850_226
+    assert GPTConfig.modern(4, vocab_size=4096, sequence_len=256, head_dim=64).n_params == 7_340_162

@@ -1,0 +1,212 @@
+"""The stages on a small text of their own: what they write, that they resume to the bit, what they refuse."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from primechat import store
+from primechat.config import (
+    EvaluateConfig, FinetuneConfig, GPTConfig, LookConfig, PretrainConfig, QuickstartConfig, RuntimeConfig, TokenizerConfig,
+)  # fmt: skip
+from primechat.errors import ConfigError, DataError
+from primechat.model.checkpoint import find_steps, list_snapshots, load_checkpoint
+from primechat.model.runlog import RunLock, read_metrics
+from primechat.records import Event
+from primechat.stages.evaluate import evaluate
+from primechat.stages.finetune import finetune
+from primechat.stages.pretrain import pretrain
+from primechat.stages.quickstart import quickstart
+from primechat.stages.tokenizer import train_tokenizer
+
+WORDS = "the cat sat on a mat and ate my hat while you ran to see what we did with all that jam".split()
+FIXED = RuntimeConfig(device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=2)
+SHAPE = replace(
+    GPTConfig.modern(3, vocab_size=300, sequence_len=32, head_dim=16), n_embd=32, n_head=2, n_kv_head=2
+)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    """A folder with 120 documents of random words."""
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(WORDS, size=60)) for _ in range(120)]
+    path = tmp_path / "text" / "words.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.fixture
+def dialogues(tmp_path: Path) -> str:
+    """Sixty conversations, most of them of two exchanges."""
+    rng = np.random.default_rng(1)
+    path = tmp_path / "talk.jsonl"
+    with path.open("w") as f:
+        for _ in range(60):
+            said = [" ".join(rng.choice(WORDS, size=8)) for _ in range(4)]
+            roles = ("user", "assistant") * 2
+            messages = [{"role": r, "content": s} for r, s in zip(roles, said, strict=True)]
+            f.write(json.dumps({"messages": messages}) + "\n")
+    return str(path)
+
+
+def make_config(corpus: str, **changes: Any) -> PretrainConfig:
+    look = LookConfig(eval_every=4, save_every=4, eval_tokens=256)
+    base = PretrainConfig(tag="d3", model=SHAPE, corpus=corpus, batch_tokens=128, steps=12, runtime=FIXED, look=look)
+    return replace(base, **changes)
+
+
+def stop_at(step: int, stop: threading.Event, events: list[Event]) -> Any:
+    def hear(event: Event) -> None:
+        events.append(event)
+        if event.kind == "step" and event.step == step:  # type: ignore[union-attr]
+            stop.set()
+
+    return hear
+
+
+def read_losses(path: Path) -> list[float]:
+    return [e["loss_nats"] for e in read_metrics(path / "metrics.jsonl") if e["kind"] == "step"]
+
+
+def test_pretrain_run(corpus: str) -> None:
+    """A run leaves its settings, its history, its checkpoints, its snapshots and its tokenizer."""
+    made = train_tokenizer(TokenizerConfig(tag="d3", corpus=corpus, vocab_size=300))
+    assert made.vocab_size == 300 and made.bytes_per_token > 2 and made.path == "base_checkpoints/d3/tokenizer"
+    events: list[Event] = []
+    result = pretrain(make_config(corpus), on_event=events.append)
+    folder = store.base_dir() / result.path
+    assert result.identifier == "base/d3" and result.step == 12 and not result.stopped and result.tokens == 12 * 128
+    assert find_steps(folder) == [8, 12] and list_snapshots(folder) == [0, 1, 2, 4, 8, 12]
+    assert json.loads((folder / "config.json").read_text())["look"]["sample_every"] == 4
+    losses = [e for e in events if e.kind == "loss"]
+    assert [e.step for e in losses] == [0, 4, 8, 12] and [e.whole for e in losses] == [False, False, False, True]  # type: ignore[union-attr]
+    assert losses[-1].val_bpb < losses[0].val_bpb  # type: ignore[union-attr]
+    samples = [e for e in events if e.kind == "sample"]
+    assert samples and all(isinstance(e.text, str) for e in samples)  # type: ignore[union-attr]
+    again = store.load_run(folder)
+    assert (again.step, again.val_bpb, again.tokens) == (12, result.val_bpb, result.tokens)
+    measured = evaluate(EvaluateConfig(model="base/d3", corpus=corpus))
+    assert measured.bpb == pytest.approx(result.val_bpb, rel=1e-5)
+    assert measured.scored_bytes == 6 * 0 + sum(len(t.encode()) for t in held_out(corpus))
+    wider = evaluate(EvaluateConfig(model="base/d3", corpus=corpus, stride=8))
+    assert wider.scored_bytes == measured.scored_bytes and wider.bpb != measured.bpb
+    with pytest.raises(ConfigError, match="stride <= window"):
+        evaluate(EvaluateConfig(model="base/d3", corpus=corpus, window=8, stride=9))
+
+
+def held_out(corpus: str) -> list[str]:
+    return [json.loads(line)["text"] for line in Path(corpus).read_text().splitlines()][-6:]
+
+
+def test_resume_exact(corpus: str) -> None:
+    """Stopped twice, once between checkpoints, a run ends in the unbroken run's losses and weights."""
+    train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
+    whole = pretrain(make_config(corpus, tag="whole"))
+    for step, resume in ((3, False), (9, True)):
+        stop = threading.Event()
+        broken = pretrain(
+            make_config(corpus, tag="broken", resume=resume), on_event=stop_at(step, stop, []), stop=stop
+        )
+        assert broken.stopped and broken.step == step
+    broken = pretrain(make_config(corpus, tag="broken", resume=True, steps=0))
+    a, b = (store.base_dir() / r.path for r in (whole, broken))
+    assert not broken.stopped and read_losses(a) == read_losses(b)
+    states = [load_checkpoint(folder, 12, want_optim=True) for folder in (a, b)]
+    for name, tensor in states[0].model_state.items():
+        assert torch.equal(tensor, states[1].model_state[name]), name
+    one, two = (s.optim_state for s in states)
+    assert one is not None and two is not None
+    for p, q in zip(one["optimizer"]["momenta"], two["optimizer"]["momenta"], strict=True):
+        assert torch.equal(p, q)
+    assert [e["step"] for e in read_metrics(b / "metrics.jsonl") if e["kind"] == "step"] == list(range(1, 13))
+
+
+def test_resume_refusals(corpus: str) -> None:
+    train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
+    config = make_config(corpus, steps=2)
+    with pytest.raises(ConfigError, match="tag='d3' has no base run to resume"):
+        pretrain(replace(config, resume=True))
+    pretrain(config)
+    with pytest.raises(ConfigError, match="has a base model of 2 steps"):
+        pretrain(config)
+    for changed, name in (
+        (replace(config, seed=7), r"seed: 0 != 7"),
+        (replace(config, model=replace(SHAPE, smear=False)), r"model.smear: True != False"),
+        (replace(config, runtime=replace(FIXED, dtype="bfloat16")), r"runtime.dtype: 'float32' != 'bfloat16'"),
+        (replace(config, steps=5), r"steps: 2 != 5"),
+    ):
+        with pytest.raises(ConfigError, match=name):
+            pretrain(replace(changed, resume=True))
+    open_again = replace(config, runtime=RuntimeConfig(), steps=0, resume=True)
+    assert pretrain(open_again).step == 2
+
+
+def test_run_locked(corpus: str) -> None:
+    train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
+    with RunLock(store.run_dir("base", "d3")), pytest.raises(Exception, match="is being written by"):
+        pretrain(make_config(corpus))
+
+
+def test_config_refusals(corpus: str) -> None:
+    with pytest.raises(DataError, match="tokenizer"):
+        pretrain(make_config(corpus))
+    train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
+    with pytest.raises(ConfigError, match="vocab_size=301 must be that of the tokenizer"):
+        pretrain(make_config(corpus, model=replace(SHAPE, vocab_size=301)))
+    with pytest.raises(DataError, match="--tag"):
+        train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=280))
+
+
+def test_seconds_fill(corpus: str) -> None:
+    """A time budget becomes steps, measured and frozen."""
+    train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
+    stop = threading.Event()
+    pretrain(
+        make_config(corpus, steps=0, seconds=30.0, runtime=RuntimeConfig(device="cpu")),
+        on_event=stop_at(2, stop, []), stop=stop,
+    )  # fmt: skip
+    frozen = json.loads((store.run_dir("base", "d3") / "config.json").read_text())
+    assert frozen["steps"] > 10 and frozen["seconds"] == 30.0
+    assert frozen["runtime"]["dtype"] in ("float32", "bfloat16") and frozen["runtime"]["threads"] >= 1
+
+
+def test_finetune_run(corpus: str, dialogues: str) -> None:
+    train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
+    pretrain(make_config(corpus))
+    base = load_checkpoint(store.run_dir("base", "d3"))
+    config = FinetuneConfig(tag="d3", dialogues=dialogues, batch_tokens=128, steps=8, runtime=FIXED)
+    result = finetune(config)
+    folder = store.base_dir() / result.path
+    assert result.identifier == "sft/d3" and result.step == 8
+    losses = [e["val_bpb"] for e in result.events if e["kind"] == "loss"]
+    assert losses[-1] < losses[0]
+    tuned = load_checkpoint(folder)
+    assert tuned.meta["base"] == "base/d3@12" and tuned.meta["tokenizer_identity"] == base.meta["tokenizer_identity"]
+    assert not torch.equal(tuned.model_state["lm_head.weight"], base.model_state["lm_head.weight"])
+    model, tokenizer, meta = store.open_model("sft/d3")
+    assert meta["identifier"] == "sft/d3@8" and tokenizer.identity == base.meta["tokenizer_identity"]
+    assert finetune(replace(config, resume=True)).step == 8
+    with pytest.raises(ConfigError, match="batch_tokens=100 must be a multiple"):
+        finetune(replace(config, tag="other", base="base/d3", batch_tokens=100))
+
+
+@pytest.mark.slow
+def test_quickstart_small(base_dir: Path) -> None:
+    """From the text that ships to a dialogue, in seconds; what chat training holds out, pretraining held out too."""
+    result = quickstart(QuickstartConfig(seconds=2.0, depth=1, vocab_size=512, runtime=replace(FIXED, micro_batch_rows=4)))
+    assert [m["role"] for m in result.dialogue] == ["user", "assistant"] * 3
+    assert result.base.identifier == "base/quickstart" and result.chat.identifier == "sft/quickstart"
+    assert result.base.val_bpb < 3.5
+    metrics = read_metrics(base_dir / result.base.path / "metrics.jsonl")
+    assert metrics[-1]["kind"] == "done" and not metrics[-1]["stopped"]
+    again = quickstart(QuickstartConfig(seconds=1.0, depth=1, vocab_size=512, runtime=replace(FIXED, micro_batch_rows=4)))
+    assert again.base.identifier == "base/quickstart-2"

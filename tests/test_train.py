@@ -1,0 +1,231 @@
+"""The optimizer, the loop and several ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from primechat.config import GPTConfig, OptimConfig, RuntimeConfig
+from primechat.errors import ConfigError, PrimechatError
+from primechat.model.gpt import GPT
+from primechat.records import StepEvent
+from primechat.train.loop import fit, lr_ratio, muon_momentum
+from primechat.train.optim import Muon, Optimizer, orthogonalize
+from primechat.train.parallel import Ranks
+from primechat.train.tune import Candidate, decide_compile, list_devices, tune_runtime
+
+# three layers: with fewer, backout changes nothing and its gradient is a rounding error
+SHAPE = replace(GPTConfig.modern(3, vocab_size=70, sequence_len=16, head_dim=16), n_embd=32, n_head=2, n_kv_head=2)
+
+
+def make_model(seed: int = 0) -> GPT:
+    """A tiny model with noise on every weight: behind zero outputs, gradients would be rounding errors."""
+    model, generator = GPT(SHAPE), torch.Generator().manual_seed(seed)
+    model.init_weights(generator)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.05)
+    return model
+
+
+def make_batches(rows: int = 4, start: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A learnable text: token i is followed by token (3 i + 1) mod 61; some targets are ignored."""
+    rng, batches = np.random.default_rng(0), []
+    for _ in range(40):
+        ids = np.empty((rows, 17), dtype=np.int64)
+        ids[:, 0] = rng.integers(61, size=rows)
+        for t in range(16):
+            ids[:, t + 1] = (3 * ids[:, t] + 1) % 61
+        targets = ids[:, 1:].copy()
+        targets[rng.random(targets.shape) < 0.2] = -1
+        batches.append((torch.from_numpy(ids[:, :-1]), torch.from_numpy(targets)))
+    return batches[start:]
+
+
+def train(steps: int, micro: int, optim: OptimConfig | None = None) -> tuple[GPT, list[StepEvent]]:
+    model, events = make_model(), []
+    optimizer = Optimizer(model, optim or OptimConfig(), 32)
+    fit(
+        optimizer, make_batches(), lambda x, y: model.loss(x, y, "sum"), steps=steps, micro_batch_rows=micro,
+        on_step=events.append,
+    )  # fmt: skip
+    return model, events
+
+
+def test_fit_learns() -> None:
+    _, events = train(40, 4)
+    assert events[0].loss_nats == pytest.approx(np.log(70), rel=0.2)
+    assert events[-1].loss_nats < 0.4
+    assert [e.step for e in events] == list(range(1, 41))
+    assert all(e.grad_norm > 0 and e.update_norm > 0 for e in events[:-1])
+    assert events[-1].lr_ratio == pytest.approx(0.05)
+
+
+def test_micro_batches() -> None:
+    """The size of a micro-batch does not change what is learned, though rows have different numbers of targets."""
+    (one, a), (two, b) = train(3, 4), train(3, 1)
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        assert (p - q).abs().max() < 1e-4
+    assert [e.loss_nats for e in a] == pytest.approx([e.loss_nats for e in b], rel=1e-5)
+
+
+def test_weights_all_move() -> None:
+    model, fresh = train(5, 4)[0], make_model()
+    for (name, p), q in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        assert not torch.equal(p, q), name
+
+
+def test_grad_clip() -> None:
+    """Clipping caps what the matrices and embeddings see, not what is reported."""
+    _, free = train(2, 4)
+    _, cut = train(2, 4, OptimConfig(grad_clip=1e-3))
+    assert cut[0].grad_norm == pytest.approx(free[0].grad_norm) and free[0].grad_norm > 1e-3
+
+
+def test_schedule() -> None:
+    config = OptimConfig(warmup_ratio=0.2, warmdown_ratio=0.5, final_lr_ratio=0.1)
+    ratios = [lr_ratio(s, 100, config) for s in range(100)]
+    assert ratios[0] == pytest.approx(1 / 21) and ratios[20:51] == [1.0] * 31
+    assert all(a > b for a, b in zip(ratios[50:], ratios[51:], strict=False))
+    assert ratios[99] == pytest.approx(0.1 + 0.9 * 0.02)
+    assert muon_momentum(0, 4000, OptimConfig()) == 0.85
+    assert muon_momentum(300, 4000, OptimConfig()) == pytest.approx(0.95)
+    assert muon_momentum(10, 40, OptimConfig()) == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 64, 16), (2, 16, 64), (1, 4, 12)])
+def test_orthogonalize(shape: tuple[int, int, int]) -> None:
+    """Singular vectors stay, singular values come near 1: against the SVD in float64."""
+    stack = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(stack.double(), full_matrices=False)
+    polar = orthogonalize(stack).double()
+    values = torch.linalg.svdvals(polar)
+    assert 0.8 < values.min() and values.max() < 1.2
+    assert (u.mT @ polar @ v.mT - torch.diag_embed(torch.diagonal(u.mT @ polar @ v.mT, dim1=1, dim2=2))).abs().max() < 1e-3
+
+
+def test_muon_stacks() -> None:
+    """A stack of equal shapes moves as each matrix would alone."""
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(8, 16, generator=generator) for _ in range(3)]
+    together = [torch.nn.Parameter(torch.zeros(8, 16)) for _ in grads]
+    apart = [torch.nn.Parameter(torch.zeros(8, 16)) for _ in grads]
+    rules = [Muon(together, half=False)] + [Muon([p], half=False) for p in apart]
+    for _ in range(3):
+        for p, q, g in zip(together, apart, grads, strict=True):
+            p.grad, q.grad = g.clone(), g.clone()
+        with torch.no_grad():
+            for rule in rules:
+                rule.step(0.1, 0.9, 0.01)
+    for p, q in zip(together, apart, strict=True):
+        assert torch.allclose(p, q, atol=1e-6) and p.abs().max() > 0.01
+
+
+def test_bad_loss() -> None:
+    optimizer = Optimizer(make_model(), OptimConfig(), 32)
+    bad = torch.zeros((), requires_grad=True)
+    with pytest.raises(PrimechatError, match="The loss of step 0 is nan"):
+        fit(optimizer, make_batches(), lambda x, y: bad * float("nan"), steps=2)
+
+
+def test_stop_saves() -> None:
+    """A stop ends the run after the present step: saved as the last, not validated."""
+    model, stop, calls = make_model(), threading.Event(), []
+    step = fit(
+        Optimizer(model, OptimConfig(), 32), make_batches(), lambda x, y: model.loss(x, y, "sum"), steps=30, stop=stop,
+        on_step=lambda e: stop.set() if e.step == 3 else None,
+        on_eval=lambda n, last: calls.append(("eval", n, last)), on_save=lambda n, last: calls.append(("save", n, last)),
+    )  # fmt: skip
+    assert step == 3
+    assert calls[:2] == [("eval", 0, False), ("save", 0, False)]
+    assert calls[-1] == ("save", 3, True) and ("eval", 3, False) not in calls
+
+
+def test_state_goes_on() -> None:
+    """An optimizer restored from its state makes the same next steps, bit for bit."""
+    unbroken, _ = train(8, 4)
+    model, half = make_model(), OptimConfig()
+    first = Optimizer(model, half, 32)
+    fit(first, make_batches(), lambda x, y: model.loss(x, y, "sum"), steps=8, stop=stop_after(5), on_step=stopper(5))
+    other = GPT(SHAPE)
+    other.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
+    second = Optimizer(other, half, 32)
+    second.load_state_dict(first.state_dict())
+    fit(second, make_batches(start=5), lambda x, y: other.loss(x, y, "sum"), steps=8, start_step=5)
+    for p, q in zip(unbroken.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+_stops: dict[int, threading.Event] = {}
+
+
+def stop_after(step: int) -> threading.Event:
+    _stops[step] = threading.Event()
+    return _stops[step]
+
+
+def stopper(step: int):  # noqa: ANN201
+    return lambda e: _stops[step].set() if e.step == step else None
+
+
+def test_tune_freezes() -> None:
+    model = make_model()
+    ids, targets = make_batches()[0]
+    tuning = tune_runtime(
+        model, lambda: Optimizer(model, OptimConfig(), 32), ids, targets, RuntimeConfig(device="cpu"), Ranks(), seconds=5
+    )  # fmt: skip
+    runtime = tuning.runtime
+    assert runtime.device == "cpu" and runtime.dtype in ("float32", "bfloat16") and runtime.compile == "off"
+    assert runtime.threads >= 1 and runtime.micro_batch_rows in (1, 2, 4) and tuning.step_s > 0
+    kept = RuntimeConfig(device="cpu", dtype="bfloat16", threads=1, micro_batch_rows=2, compile="off")
+    tuning = tune_runtime(model, lambda: Optimizer(model, OptimConfig(), 32), ids, targets, kept, Ranks())
+    assert tuning.runtime == kept and any("Chosen: cpu, bfloat16, 1 thread" in note for note in tuning.notes)
+
+
+def test_compile_choice() -> None:
+    known = {"compile_s": 40.0, "gain_float32": 1.5, "gain_bfloat16": 2.0}
+    best = Candidate(device="cpu", dtype="float32", threads=1, rows=4, tokens_per_s=1.0)
+    assert decide_compile("on", best, 1.0, 1, 0, known)[0] and not decide_compile("off", best, 1.0, 9e9, 0, known)[0]
+    if decide_compile("auto", best, 1.0, 0, 10**6, known)[0]:  # where there is a C++ compiler
+        assert not decide_compile("auto", best, 1.0, 119, 0, known)[0]
+        assert decide_compile("auto", best, 1.0, 121, 0, known)[0]
+        assert decide_compile("auto", best, 1.0, 0, 121, known)[0]
+    assert not decide_compile("auto", replace(best, device="mps"), 1.0, 9e9, 0, known)[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_missing_device() -> None:
+    with pytest.raises(ConfigError, match="runtime.device='cuda' is not on this machine"):
+        list_devices("cuda")
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path: Path) -> None:
+    """Two processes over gloo learn what one learns, and agree to the bit with each other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = Path(__file__).with_name("rank_main.py")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path)],
+            env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(port), "PYTHONPATH": str(script.parent)},
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    assert [p.wait(timeout=180) for p in ranks] == [0, 0]
+    alone, _ = train(6, 4)
+    states = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]
+    for name, p in alone.named_parameters():
+        assert torch.equal(states[0][name], states[1][name]), name
+        assert (states[0][name] - p).abs().max() < 1e-4, name
