@@ -60,6 +60,8 @@ def talk_in_terminal(
         step = todo.pop(0) if todo else EOFError
         if isinstance(step, str):
             return step
+        if step is KeyboardInterrupt:
+            signal.raise_signal(signal.SIGINT)
         raise step
 
     monkeypatch.setattr("builtins.input", type_line)

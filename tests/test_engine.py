@@ -271,12 +271,15 @@ def test_calculator_forces_its_result() -> None:
     assert next(iter(engine.stream(ids, max_new_tokens=99))).id == ord("s")
 
 
-def test_forced_tokens_are_measured_and_draw_nothing() -> None:
+def test_forced_tokens_are_measured_and_draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws, rand = [0], torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *a, **k: (draws.append(1), rand(*a, **k))[1])
     start, end = TOKENIZER.special("<|python_start|>"), TOKENIZER.special("<|python_end|>")
     engine = script(start, "7*7", end)
     ids = TOKENIZER.render_for_completion({"messages": USER})
     tokens = list(engine.stream(ids, max_new_tokens=9))
     assert [t.id for t in tokens[6:8]] == [*b"49"] and all(t.rank > 0 for t in tokens[6:8])
+    assert len(tokens) == 9 and sum(draws) == 9 - 4, "`<|output_start|>49<|output_end|>` is not drawn"
 
 
 def test_reply_whole_code_points() -> None:
@@ -296,6 +299,11 @@ def test_reply_invalid_bytes(data: bytes) -> None:
     pieces = list(reply)
     assert "".join(pieces) == reply.text == data.decode("utf-8", "replace")
     assert all(pieces)
+
+
+def test_reply_cut_in_a_code_point() -> None:
+    reply = script("a🙂").chat(USER, max_new_tokens=3)
+    assert list(reply) == ["a", "\ufffd"] and reply.text == "a\ufffd"
 
 
 def test_reply_special_tokens_split_nothing() -> None:

@@ -39,7 +39,8 @@ def test_results(expression: str, result: str) -> None:
     "expression",
     [
         "", " ", "2**8", "2* *3", "1/0", "1//0", "1%0", "(1+2", "1e5", "1_0", "0x10", "007", "1j", "(1, 2)",
-        "5(3)", "1.2.3", "'x' * 5", "'a'.upper()", "'a'.count('a', 1)", "'a'.count('a').count('b')",
+        "5(3)", "1.2.3",
+        ",5", "1,,0", "'x' * 5", "'a'.upper()", "'a'.count('a', 1)", "'a'.count('a').count('b')",
         "'a'.count(sub='a')", "f'{1}'.count('1')", "b'a'.count(b'a')", "'\\x61'.count('a')",
         "'a'.count('a') + 1", "__import__('os').system('true')", "().__class__", "[1][0]", "1 if 1 else 2",
         "1 < 2", "not 1", "~1", "1 << 9", "lambda: 1", "x", "'a'.count", "1;2", "1\n+2", "\u0663+1",

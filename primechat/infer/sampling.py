@@ -17,7 +17,6 @@ from primechat.errors import ConfigError
 from primechat.records import Token
 
 GREEDY_BELOW = 1e-5  # a lower temperature is argmax: dividing by it would overflow float32
-BELOW_ONE = 1 - 2.0**-22  # keeps u * total under total in float32, so that no token of mass 0 is ever drawn
 FIRST_CANDIDATES = 512  # top_p looks at this many tokens first, then at eight times as many, and so on
 
 
@@ -88,7 +87,8 @@ def sample_logits(
     else:
         cdf = masses.cumsum(-1)
         total = cdf[:, -1:]
-    drawn = [0.0 if g is None else float(torch.rand((), generator=g)) * BELOW_ONE for g in generators]
+    drawn = [0.0 if g is None else float(torch.rand((), generator=g)) for g in generators]
+    # rand ends at 1 - 2**-24, so in float32 a point stays below its total and no token of mass 0 is drawn
     if len(drawn) == 1:
         points = total * drawn[0]
     else:
