@@ -62,6 +62,7 @@ def talk_in_terminal(
             return step
         if step is KeyboardInterrupt:
             signal.raise_signal(signal.SIGINT)
+            pytest.fail("Ctrl-C does nothing at the prompt")
         raise step
 
     monkeypatch.setattr("builtins.input", type_line)
