@@ -1,6 +1,7 @@
 """The errors that primechat raises for things a user can mend.
 
-Every message is one sentence of three parts: the value, the rule, the remedy. The command line prints it without a traceback.
+Every message is one sentence of three parts: the value, the rule, the remedy. The command line prints it
+without a traceback.
 """
 
 

@@ -1,6 +1,7 @@
 """What stages, probes and the engine return: plain data, no torch.
 
-Events are what a running stage tells: the command line draws a progress bar from them, a notebook a live view.
+Events are what a running stage tells: the command line draws a progress bar from them, a notebook a live
+view.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ def encode_record(record: Any) -> dict[str, Any]:
 class Token:
     """One sampled token; all measures are of the model's distribution before temperature and truncation.
 
-    `logprob`, `entropy` and `varentropy` are in nats (squared for the last); `rank` is 0 for the likeliest token;
-    `alternatives` are (id, logprob) pairs, likeliest first.
+    `logprob`, `entropy` and `varentropy` are in nats (squared for the last); `rank` is 0 for the likeliest
+    token; `alternatives` are (id, logprob) pairs, likeliest first.
     """
 
     id: int

@@ -21,7 +21,13 @@ from primechat.model.losses import sum_cross_entropy, token_cross_entropy
 from primechat.protocols import LanguageModel
 
 FIXTURES = Path(__file__).parent / "fixtures" / "nanochat"
-RUNS = [("oct2025", "d2"), ("oct2025", "d2-compiled"), ("head", "d2"), ("head", "d2-compiled"), ("head_d3", "d3")]
+RUNS = [
+    ("oct2025", "d2"),
+    ("oct2025", "d2-compiled"),
+    ("head", "d2"),
+    ("head", "d2-compiled"),
+    ("head_d3", "d3"),
+]
 TABLES = {"bf16": ("bfloat16", 1e-3), "f32": ("float32", 1e-4)}
 
 
@@ -34,7 +40,9 @@ def open_fixture(era: str, tag: str, table: str) -> tuple[GPT, dict[str, Any]]:
 
 def make_gpt(**changes: Any) -> GPT:
     """A tiny modern model whose every part matters: no weight is zero."""
-    base = replace(GPTConfig.modern(3, vocab_size=97, sequence_len=48, head_dim=16), n_embd=64, n_head=4, n_kv_head=2)
+    base = replace(
+        GPTConfig.modern(3, vocab_size=97, sequence_len=48, head_dim=16), n_embd=64, n_head=4, n_kv_head=2
+    )
     model = GPT(replace(base, **changes))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -74,12 +82,16 @@ def test_bpb_fixture(era: str, table: str) -> None:
         targets[:, :skip] = -1
         bits = measure_bits(lambda x, y: model.loss(x, y, "none"), [(ids[:, :-1], targets)], lengths)
         assert bits.bpb == pytest.approx(bpb[f"{name}_{table}_rotary"], rel=1e-4)
-    assert float(model.loss(ids[:, :-1], ids[:, 1:])) == pytest.approx(bpb[f"mean_loss_nats_{table}_rotary"], rel=1e-4)
+    assert float(model.loss(ids[:, :-1], ids[:, 1:])) == pytest.approx(
+        bpb[f"mean_loss_nats_{table}_rotary"], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("pattern", ["", "SSL", "L"])
 def test_cache_chunks(pattern: str) -> None:
-    """Chunks of any length at any position give the logits of the whole, past sequence_len and past the window too."""
+    """Chunks of any length at any position give the logits of the whole, past sequence_len and past the
+    window too.
+    """
     model = make_gpt(window_pattern=pattern, sequence_len=140)
     ids = torch.randint(97, (2, 300), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():

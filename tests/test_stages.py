@@ -14,8 +14,15 @@ import torch
 
 from primechat import store
 from primechat.config import (
-    EvaluateConfig, FinetuneConfig, GPTConfig, LookConfig, PretrainConfig, QuickstartConfig, RuntimeConfig, TokenizerConfig,
-)  # fmt: skip
+    EvaluateConfig,
+    FinetuneConfig,
+    GPTConfig,
+    LookConfig,
+    PretrainConfig,
+    QuickstartConfig,
+    RuntimeConfig,
+    TokenizerConfig,
+)
 from primechat.errors import ConfigError, DataError
 from primechat.model.checkpoint import find_steps, list_snapshots, load_checkpoint
 from primechat.model.runlog import RunLock, read_metrics
@@ -60,7 +67,9 @@ def dialogues(tmp_path: Path) -> str:
 
 def make_config(corpus: str, **changes: Any) -> PretrainConfig:
     look = LookConfig(eval_every=4, save_every=4, eval_tokens=256)
-    base = PretrainConfig(tag="d3", model=SHAPE, corpus=corpus, batch_tokens=128, steps=12, runtime=FIXED, look=look)
+    base = PretrainConfig(
+        tag="d3", model=SHAPE, corpus=corpus, batch_tokens=128, steps=12, runtime=FIXED, look=look
+    )
     return replace(base, **changes)
 
 
@@ -80,15 +89,27 @@ def read_losses(path: Path) -> list[float]:
 def test_pretrain_run(corpus: str) -> None:
     """A run leaves its settings, its history, its checkpoints, its snapshots and its tokenizer."""
     made = train_tokenizer(TokenizerConfig(tag="d3", corpus=corpus, vocab_size=300))
-    assert made.vocab_size == 300 and made.bytes_per_token > 2 and made.path == "base_checkpoints/d3/tokenizer"
+    assert (
+        made.vocab_size == 300 and made.bytes_per_token > 2 and made.path == "base_checkpoints/d3/tokenizer"
+    )
     events: list[Event] = []
     result = pretrain(make_config(corpus), on_event=events.append)
     folder = store.base_dir() / result.path
-    assert result.identifier == "base/d3" and result.step == 12 and not result.stopped and result.tokens == 12 * 128
+    assert (
+        result.identifier == "base/d3"
+        and result.step == 12
+        and not result.stopped
+        and result.tokens == 12 * 128
+    )
     assert find_steps(folder) == [8, 12] and list_snapshots(folder) == [0, 1, 2, 4, 8, 12]
     assert json.loads((folder / "config.json").read_text())["look"]["sample_every"] == 4
     losses = [e for e in events if e.kind == "loss"]
-    assert [e.step for e in losses] == [0, 4, 8, 12] and [e.whole for e in losses] == [False, False, False, True]  # type: ignore[union-attr]
+    assert [e.step for e in losses] == [0, 4, 8, 12] and [e.whole for e in losses] == [
+        False,
+        False,
+        False,
+        True,
+    ]  # type: ignore[union-attr]
     assert losses[-1].val_bpb < losses[0].val_bpb  # type: ignore[union-attr]
     samples = [e for e in events if e.kind == "sample"]
     assert samples and all(isinstance(e.text, str) for e in samples)  # type: ignore[union-attr]
@@ -141,7 +162,10 @@ def test_resume_refusals(corpus: str) -> None:
     for changed, name in (
         (replace(config, seed=7), r"seed: 0 != 7"),
         (replace(config, model=replace(SHAPE, smear=False)), r"model.smear: True != False"),
-        (replace(config, runtime=replace(FIXED, dtype="bfloat16")), r"runtime.dtype: 'float32' != 'bfloat16'"),
+        (
+            replace(config, runtime=replace(FIXED, dtype="bfloat16")),
+            r"runtime.dtype: 'float32' != 'bfloat16'",
+        ),
         (replace(config, steps=5), r"steps: 2 != 5"),
     ):
         with pytest.raises(ConfigError, match=name):
@@ -190,7 +214,10 @@ def test_finetune_run(corpus: str, dialogues: str) -> None:
     losses = [e["val_bpb"] for e in result.events if e["kind"] == "loss"]
     assert losses[-1] < losses[0]
     tuned = load_checkpoint(folder)
-    assert tuned.meta["base"] == "base/d3@12" and tuned.meta["tokenizer_identity"] == base.meta["tokenizer_identity"]
+    assert (
+        tuned.meta["base"] == "base/d3@12"
+        and tuned.meta["tokenizer_identity"] == base.meta["tokenizer_identity"]
+    )
     assert not torch.equal(tuned.model_state["lm_head.weight"], base.model_state["lm_head.weight"])
     model, tokenizer, meta = store.open_model("sft/d3")
     assert meta["identifier"] == "sft/d3@8" and tokenizer.identity == base.meta["tokenizer_identity"]
@@ -201,12 +228,18 @@ def test_finetune_run(corpus: str, dialogues: str) -> None:
 
 @pytest.mark.slow
 def test_quickstart_small(base_dir: Path) -> None:
-    """From the text that ships to a dialogue, in seconds; what chat training holds out, pretraining held out too."""
-    result = quickstart(QuickstartConfig(seconds=2.0, depth=1, vocab_size=512, runtime=replace(FIXED, micro_batch_rows=4)))
+    """From the text that ships to a dialogue, in seconds; what chat training holds out, pretraining held
+    out too.
+    """
+    result = quickstart(
+        QuickstartConfig(seconds=2.0, depth=1, vocab_size=512, runtime=replace(FIXED, micro_batch_rows=4))
+    )
     assert [m["role"] for m in result.dialogue] == ["user", "assistant"] * 3
     assert result.base.identifier == "base/quickstart" and result.chat.identifier == "sft/quickstart"
     assert result.base.val_bpb < 3.5
     metrics = read_metrics(base_dir / result.base.path / "metrics.jsonl")
     assert metrics[-1]["kind"] == "done" and not metrics[-1]["stopped"]
-    again = quickstart(QuickstartConfig(seconds=1.0, depth=1, vocab_size=512, runtime=replace(FIXED, micro_batch_rows=4)))
+    again = quickstart(
+        QuickstartConfig(seconds=1.0, depth=1, vocab_size=512, runtime=replace(FIXED, micro_batch_rows=4))
+    )
     assert again.base.identifier == "base/quickstart-2"

@@ -24,7 +24,9 @@ from primechat.train.parallel import Ranks
 from primechat.train.tune import Candidate, decide_compile, list_devices, tune_runtime
 
 # three layers: with fewer, backout changes nothing and its gradient is a rounding error
-SHAPE = replace(GPTConfig.modern(3, vocab_size=70, sequence_len=16, head_dim=16), n_embd=32, n_head=2, n_kv_head=2)
+SHAPE = replace(
+    GPTConfig.modern(3, vocab_size=70, sequence_len=16, head_dim=16), n_embd=32, n_head=2, n_kv_head=2
+)
 
 
 def make_model(seed: int = 0) -> GPT:
@@ -71,7 +73,9 @@ def test_fit_learns() -> None:
 
 
 def test_micro_batches() -> None:
-    """The size of a micro-batch does not change what is learned, though rows have different numbers of targets."""
+    """The size of a micro-batch does not change what is learned, though rows have different numbers of
+    targets.
+    """
     (one, a), (two, b) = train(3, 4), train(3, 1)
     for p, q in zip(one.parameters(), two.parameters(), strict=True):
         assert (p - q).abs().max() < 1e-4
@@ -110,7 +114,9 @@ def test_orthogonalize(shape: tuple[int, int, int]) -> None:
     polar = orthogonalize(stack).double()
     values = torch.linalg.svdvals(polar)
     assert 0.8 < values.min() and values.max() < 1.2
-    assert (u.mT @ polar @ v.mT - torch.diag_embed(torch.diagonal(u.mT @ polar @ v.mT, dim1=1, dim2=2))).abs().max() < 1e-3
+    assert (
+        u.mT @ polar @ v.mT - torch.diag_embed(torch.diagonal(u.mT @ polar @ v.mT, dim1=1, dim2=2))
+    ).abs().max() < 1e-3
 
 
 def test_muon_stacks() -> None:
@@ -141,10 +147,15 @@ def test_stop_saves() -> None:
     """A stop ends the run after the present step: saved as the last, not validated."""
     model, stop, calls = make_model(), threading.Event(), []
     step = fit(
-        Optimizer(model, OptimConfig(), 32), make_batches(), lambda x, y: model.loss(x, y, "sum"), steps=30, stop=stop,
+        Optimizer(model, OptimConfig(), 32),
+        make_batches(),
+        lambda x, y: model.loss(x, y, "sum"),
+        steps=30,
+        stop=stop,
         on_step=lambda e: stop.set() if e.step == 3 else None,
-        on_eval=lambda n, last: calls.append(("eval", n, last)), on_save=lambda n, last: calls.append(("save", n, last)),
-    )  # fmt: skip
+        on_eval=lambda n, last: calls.append(("eval", n, last)),
+        on_save=lambda n, last: calls.append(("save", n, last)),
+    )
     assert step == 3
     assert calls[:2] == [("eval", 0, False), ("save", 0, False)]
     assert calls[-1] == ("save", 3, True) and ("eval", 3, False) not in calls
@@ -155,7 +166,14 @@ def test_state_goes_on() -> None:
     unbroken, _ = train(8, 4)
     model, half = make_model(), OptimConfig()
     first = Optimizer(model, half, 32)
-    fit(first, make_batches(), lambda x, y: model.loss(x, y, "sum"), steps=8, stop=stop_after(5), on_step=stopper(5))
+    fit(
+        first,
+        make_batches(),
+        lambda x, y: model.loss(x, y, "sum"),
+        steps=8,
+        stop=stop_after(5),
+        on_step=stopper(5),
+    )
     other = GPT(SHAPE)
     other.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
     second = Optimizer(other, half, 32)
@@ -181,8 +199,14 @@ def test_tune_freezes() -> None:
     model = make_model()
     ids, targets = make_batches()[0]
     tuning = tune_runtime(
-        model, lambda: Optimizer(model, OptimConfig(), 32), ids, targets, RuntimeConfig(device="cpu"), Ranks(), seconds=5
-    )  # fmt: skip
+        model,
+        lambda: Optimizer(model, OptimConfig(), 32),
+        ids,
+        targets,
+        RuntimeConfig(device="cpu"),
+        Ranks(),
+        seconds=5,
+    )
     runtime = tuning.runtime
     assert runtime.device == "cpu" and runtime.dtype in ("float32", "bfloat16") and runtime.compile == "off"
     assert runtime.threads >= 1 and runtime.micro_batch_rows in (1, 2, 4) and tuning.step_s > 0
@@ -194,7 +218,10 @@ def test_tune_freezes() -> None:
 def test_compile_choice() -> None:
     known = {"compile_s": 40.0, "gain_float32": 1.5, "gain_bfloat16": 2.0}
     best = Candidate(device="cpu", dtype="float32", threads=1, rows=4, tokens_per_s=1.0)
-    assert decide_compile("on", best, 1.0, 1, 0, known)[0] and not decide_compile("off", best, 1.0, 9e9, 0, known)[0]
+    assert (
+        decide_compile("on", best, 1.0, 1, 0, known)[0]
+        and not decide_compile("off", best, 1.0, 9e9, 0, known)[0]
+    )
     if decide_compile("auto", best, 1.0, 0, 10**6, known)[0]:  # where there is a C++ compiler
         assert not decide_compile("auto", best, 1.0, 119, 0, known)[0]
         assert decide_compile("auto", best, 1.0, 121, 0, known)[0]
@@ -218,11 +245,18 @@ def test_two_ranks(tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen(
             [sys.executable, str(script), str(tmp_path)],
-            env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(port), "PYTHONPATH": str(script.parent)},
+            env={
+                **os.environ,
+                "RANK": str(r),
+                "LOCAL_RANK": str(r),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "PYTHONPATH": str(script.parent),
+            },
         )
         for r in range(2)
-    ]  # fmt: skip
+    ]
     assert [p.wait(timeout=180) for p in ranks] == [0, 0]
     alone, _ = train(6, 4)
     states = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]

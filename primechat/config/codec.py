@@ -39,7 +39,8 @@ def decode_config(data: Any, cls: type[Config], where: str = "config.json") -> C
     """
     if not isinstance(data, dict):
         raise ConfigError(
-            f"{where} holds a {type(data).__name__}, it must hold an object of settings; restore it from a backup."
+            f"{where} holds a {type(data).__name__}, it must hold an object of settings; restore it from a "
+            "backup."
         )
     if data.get("schema", SCHEMA_VERSION) != SCHEMA_VERSION:
         raise ConfigError(
@@ -52,7 +53,8 @@ def decode_config(data: Any, cls: type[Config], where: str = "config.json") -> C
             continue
         if key not in types:
             raise ConfigError(
-                f"{where} has the setting {key!r}, {cls.__name__} has no such field; remove it or update primechat."
+                f"{where} has the setting {key!r}, {cls.__name__} has no such field; remove it or update "
+                "primechat."
             )
         values[key] = decode_value(value, types[key], f"{where}: {key}")
     return cls(**values)

@@ -1,11 +1,13 @@
 """The shape of a GPT and each architectural trick as a named switch.
 
-Hides: how a depth becomes a shape. Reference: nanochat, the code of October 2025 (`classic`) and of 2026 (`modern`).
+Hides: how a depth becomes a shape. Reference: nanochat, the code of October 2025 (`classic`) and of 2026
+(`modern`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from primechat.errors import ConfigError
 
@@ -71,11 +73,16 @@ class GPTConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(
-                f"model.n_embd/n_head={self.head_dim} must be even for rotary positions; try n_head={self.n_embd // 2}."
+                f"model.n_embd/n_head={self.head_dim} must be even for rotary positions; try "
+                f"n_head={self.n_embd // 2}."
             )
         if self.n_head % self.n_kv_head:
             raise ConfigError(
                 f"model.n_kv_head={self.n_kv_head} must divide model.n_head={self.n_head}; try {self.n_head}."
+            )
+        if self.smear and self.n_embd < 24 or self.value_embeddings and self.n_embd < 12:
+            raise ConfigError(
+                f"model.n_embd={self.n_embd} must be at least 24 for smear, 12 for value embeddings; try 64."
             )
         if self.rope_dtype not in ROPE_DTYPES:
             raise ConfigError(
@@ -83,7 +90,8 @@ class GPTConfig:
             )
         if set(self.window_pattern) - {"S", "L"}:
             raise ConfigError(
-                f"model.window_pattern={self.window_pattern!r} must be made of S and L; try 'SSSL', or '' for none."
+                f"model.window_pattern={self.window_pattern!r} must be made of S and L; try 'SSSL', or '' "
+                "for none."
             )
         if self.logit_softcap < 0:
             raise ConfigError(f"model.logit_softcap={self.logit_softcap} must be 0 (off) or more; try 15.")
@@ -118,7 +126,8 @@ class GPTConfig:
     def window(self, layer: int) -> int | None:
         """Return how many tokens to the left of itself a token sees in this layer; None is all.
 
-        Source: nanochat HEAD, gpt.py: a short window is a quarter of sequence_len, rounded up to a multiple of 128.
+        Source: nanochat HEAD, gpt.py: a short window is a quarter of sequence_len, rounded up to a multiple
+            of 128.
         """
         if not self.window_pattern:
             return None
@@ -146,9 +155,13 @@ class GPTConfig:
 
     @classmethod
     def classic(cls, depth: int, *, vocab_size: int = 65_536, sequence_len: int = 2048) -> GPTConfig:
-        """Return the October 2025 model of a depth: width 64 * depth, heads of 128, or of the next width that divides it."""
+        """Return the October 2025 model of a depth: width 64 * depth, heads of 128, or of the next width
+        that divides it.
+        """
         check_depth(depth)
-        n_head = next(n for n in range(-(-depth // 2), depth + 1) if 64 * depth % n == 0 and 64 * depth // n % 2 == 0)
+        n_head = next(
+            n for n in range(-(-depth // 2), depth + 1) if 64 * depth % n == 0 and 64 * depth // n % 2 == 0
+        )
         return cls(
             n_layer=depth,
             n_embd=64 * depth,
@@ -166,10 +179,15 @@ class GPTConfig:
         check_depth(depth)
         n_head = -(-64 * depth // head_dim)
         return cls(
-            n_layer=depth, n_embd=n_head * head_dim, n_head=n_head, n_kv_head=n_head, vocab_size=vocab_size, sequence_len=sequence_len,
-            value_embeddings=True, residual_scalars=True, smear=True, backout=True, qk_gain=1.2, rope_base=100_000.0, rope_dtype="compute",
-            window_pattern="SSSL", vocab_multiple=64,
-        )  # fmt: skip
+            n_layer=depth,
+            n_embd=n_head * head_dim,
+            n_head=n_head,
+            n_kv_head=n_head,
+            vocab_size=vocab_size,
+            sequence_len=sequence_len,
+            window_pattern="SSSL",
+            **modern_switches(),
+        )
 
 
 def check_depth(depth: int) -> None:
@@ -180,17 +198,32 @@ def check_depth(depth: int) -> None:
         )
 
 
-def classic_switches() -> dict[str, object]:
+def classic_switches() -> dict[str, Any]:
     """Return the switches that make a config `classic`; shapes and windows are free."""
     return dict(
-        value_embeddings=False, residual_scalars=False, smear=False, backout=False, qk_gain=1.0, rope_base=10_000.0, rope_dtype="bfloat16",
-        logit_softcap=15.0, window_pattern="", vocab_multiple=1,
-    )  # fmt: skip
+        value_embeddings=False,
+        residual_scalars=False,
+        smear=False,
+        backout=False,
+        qk_gain=1.0,
+        rope_base=10_000.0,
+        rope_dtype="bfloat16",
+        logit_softcap=15.0,
+        window_pattern="",
+        vocab_multiple=1,
+    )
 
 
-def modern_switches() -> dict[str, object]:
+def modern_switches() -> dict[str, Any]:
     """Return the switches that make a config `modern`; shapes and windows are free."""
     return dict(
-        value_embeddings=True, residual_scalars=True, smear=True, backout=True, qk_gain=1.2, rope_base=100_000.0, rope_dtype="compute",
-        logit_softcap=15.0, vocab_multiple=64,
-    )  # fmt: skip
+        value_embeddings=True,
+        residual_scalars=True,
+        smear=True,
+        backout=True,
+        qk_gain=1.2,
+        rope_base=100_000.0,
+        rope_dtype="compute",
+        logit_softcap=15.0,
+        vocab_multiple=64,
+    )

@@ -40,7 +40,9 @@ class RuntimeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Learning rates are for width 768: those of embeddings and head scale by (width / 768) ** -0.5, as in nanochat."""
+    """Learning rates are for width 768: those of embeddings and head scale by (width / 768) ** -0.5, as in
+    nanochat.
+    """
 
     matrix_lr: float = 0.02
     """Muon's learning rate, for the matrices of the blocks."""
@@ -70,7 +72,8 @@ class OptimConfig:
             check_number(f"optim.{name}", getattr(self, name), low=0, high=1)
         if self.warmup_ratio + self.warmdown_ratio > 1:
             raise ConfigError(
-                f"optim.warmup_ratio={self.warmup_ratio} and warmdown_ratio={self.warmdown_ratio} must sum to at most 1; "
+                f"optim.warmup_ratio={self.warmup_ratio} and warmdown_ratio={self.warmdown_ratio} must sum "
+                "to at most 1; "
                 "lower one of them."
             )
 
@@ -88,7 +91,9 @@ class LookConfig:
     sample_every: int = 0
     """Steps between samples; 0 takes them with the validations, -1 never."""
     save_every: int = 0
-    """Steps between checkpoints; 0 saves about once a minute. A run is always saved when it ends or is stopped."""
+    """Steps between checkpoints; 0 saves about once a minute. A run is always saved when it ends or is
+    stopped.
+    """
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay on disk."""
     snapshots: bool = True
@@ -98,8 +103,8 @@ class LookConfig:
 
     def __post_init__(self) -> None:
         for name, low in (
-            ("eval_every", 0), ("eval_tokens", 0), ("last_eval_tokens", 0), ("sample_every", -1), ("save_every", 0),
-            ("keep_checkpoints", 1), ("snapshot_budget_mb", 0),
+            ("eval_every", 0), ("eval_tokens", 0), ("last_eval_tokens", 0), ("sample_every", -1),
+            ("save_every", 0), ("keep_checkpoints", 1), ("snapshot_budget_mb", 0),
         ):  # fmt: skip
             check_number(f"look.{name}", getattr(self, name), low=low, whole=True)
 

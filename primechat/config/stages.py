@@ -60,7 +60,9 @@ class PretrainConfig:
     steps: int = 0
     """Optimizer steps; 0 derives them from `seconds`, else from `tokens_per_param`."""
     seconds: float = 0.0
-    """Training time to fill, compilation included, validation not; steps are fixed by measuring before the first one."""
+    """Training time to fill, compilation included, validation not; steps are fixed by measuring before the
+    first one.
+    """
     tokens_per_param: float = 20.0
     """Training tokens a parameter, where neither steps nor seconds is given."""
     seed: int = 0
@@ -146,7 +148,9 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
-    """All stages on the text that ships with primechat: tokenizer, base model, chat model, a short dialogue."""
+    """All stages on the text that ships with primechat: tokenizer, base model, chat model, a short
+    dialogue.
+    """
 
     tag: str = ""
     """Name of the model; empty takes quickstart, or the next free quickstart-N."""
@@ -188,5 +192,6 @@ def check_training(config: PretrainConfig | FinetuneConfig, row_tokens: int) -> 
     if config.batch_tokens % row_tokens:
         near = max(1, round(config.batch_tokens / row_tokens)) * row_tokens
         raise ConfigError(
-            f"batch_tokens={config.batch_tokens} must be a multiple of model.sequence_len={row_tokens}; try {near}."
+            f"batch_tokens={config.batch_tokens} must be a multiple of model.sequence_len={row_tokens}; "
+            f"try {near}."
         )

@@ -1,6 +1,7 @@
 """Bits per byte: how well a model predicts a text, whatever its tokenizer.
 
-Hides: which targets count. Special tokens and ignored targets count on neither side. Reference: nanochat's evaluation.
+Hides: which targets count. Special tokens and ignored targets count on neither side. Reference: nanochat's
+evaluation.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Integers to logits and losses, and weights on disk."""

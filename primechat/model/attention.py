@@ -1,8 +1,8 @@
 """Causal attention behind one call, and the cache of keys and values for decoding.
 
-Hides: which kernel runs. FlashAttention-3 where it can (Hopper GPUs, 16-bit, the `kernels` package), torch's SDPA
-elsewhere, and on a CPU in training a blockwise product of plain matrices, which is faster there than SDPA's backward.
-Reference: Shah et al. 2024 (FlashAttention-3); Dao et al. 2022.
+Hides: which kernel runs. FlashAttention-3 where it can (Hopper GPUs, 16-bit, the `kernels` package),
+torch's SDPA elsewhere, and on a CPU in training a blockwise product of plain matrices, which is faster
+there than SDPA's backward. Reference: Shah et al. 2024 (FlashAttention-3); Dao et al. 2022.
 """
 
 from __future__ import annotations
@@ -45,13 +45,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, left: int | None = None) -> Tensor:
     elif left is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=make_mask(0, q.size(2), q.size(2), left, q.device))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=make_mask(0, q.size(2), q.size(2), left, q.device)
+        )
     return out.transpose(1, 2)
 
 
 def make_mask(start: int, n_query: int, n_key: int, left: int | None, device: torch.device) -> Tensor:
     """Return which keys 0..n_key-1 the queries start..start+n_query-1 may see, bool (n_query, n_key)."""
-    distance = torch.arange(start, start + n_query, device=device)[:, None] - torch.arange(n_key, device=device)
+    distance = torch.arange(start, start + n_query, device=device)[:, None] - torch.arange(
+        n_key, device=device
+    )
     mask = distance >= 0
     return mask if left is None else mask & (distance <= left)
 
@@ -62,7 +66,9 @@ def key_range(start: int, stop: int, left: int | None) -> tuple[int, int]:
 
 
 class BlockAttention(torch.autograd.Function):
-    """Attention as plain matrix products over blocks of queries; the weights are kept for the backward pass."""
+    """Attention as plain matrix products over blocks of queries; the weights are kept for the backward
+    pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, left: int | None) -> Tensor:  # (B, H, T, D) each
@@ -139,7 +145,8 @@ class KVCache:
         return cache
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, left: int | None) -> Tensor:
-        """Store k and v (B, T, K, D) behind what is there and attend from q (B, T, H, D); `lengths` stay as they are.
+        """Store k and v (B, T, K, D) behind what is there and attend from q (B, T, H, D); `lengths` stay as
+        they are.
 
         The caller adds T to `lengths` once all layers have run.
         """
@@ -153,14 +160,20 @@ class KVCache:
             mask = make_mask(start - lo, T, hi - lo, left, q.device) if T > 1 else None
         else:
             lo, hi = 0, max(self.lengths) + T
-            at = torch.tensor(self.lengths, device=q.device)[:, None] + torch.arange(T, device=q.device)  # (B, T)
+            at = torch.tensor(self.lengths, device=q.device)[:, None] + torch.arange(
+                T, device=q.device
+            )  # (B, T)
             rows = torch.arange(B, device=q.device)[:, None]
             keys[rows, :, at], values[rows, :, at] = k, v
             distance = at[:, :, None] - torch.arange(hi, device=q.device)  # (B, T, S)
             mask = (distance >= 0) if left is None else (distance >= 0) & (distance <= left)
             mask = mask[:, None]
         out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys[:, :, lo:hi], values[:, :, lo:hi], attn_mask=mask, enable_gqa=q.size(2) != k.size(2)
+            q.transpose(1, 2),
+            keys[:, :, lo:hi],
+            values[:, :, lo:hi],
+            attn_mask=mask,
+            enable_gqa=q.size(2) != k.size(2),
         )
         return out.transpose(1, 2)
 
@@ -169,7 +182,8 @@ class KVCache:
 def load_flash3() -> Any:
     """Return FlashAttention-3's module, or None; the reason is kept for `describe_attention`.
 
-    Source: `flash_attn_interface` where it is installed, else the prebuilt kernel that the package `kernels` fetches.
+    Source: `flash_attn_interface` where it is installed, else the prebuilt kernel that the package
+        `kernels` fetches.
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return None

@@ -1,7 +1,8 @@
 """The GPT: integers to logits and losses, both generations of nanochat behind named switches.
 
-Hides: the forward pass, with and without a cache. Reference: nanochat (October 2025 and 2026), whose state_dict keys it
-keeps; Vaswani et al. 2017; Su et al. 2021 (rotary positions); Henry et al. 2020 (norm on queries and keys).
+Hides: the forward pass, with and without a cache. Reference: nanochat (October 2025 and 2026), whose
+state_dict keys it keeps; Vaswani et al. 2017; Su et al. 2021 (rotary positions); Henry et al. 2020 (norm on
+queries and keys).
 
 Numerics        parameters   compute    rotary table   loss      cache
 CPU fp32        float32      float32    rope_dtype     float32   float32
@@ -35,7 +36,9 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (j, j + D/2) of x (B, T, H, D) by minus the angle of their position; tables (.., T, 1, D/2)."""
+    """Turn the pairs (j, j + D/2) of x (B, T, H, D) by minus the angle of their position; tables (.., T, 1,
+    D/2).
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
@@ -64,7 +67,9 @@ class Attention(nn.Module):
         if config.has_value_embedding(layer):
             self.ve_gate = Linear(GATE_CHANNELS, config.n_kv_head)
 
-    def forward(self, u: Tensor, ve: Tensor | None, rotary: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+    def forward(
+        self, u: Tensor, ve: Tensor | None, rotary: tuple[Tensor, Tensor], cache: KVCache | None
+    ) -> Tensor:
         """Map the normed stream u (B, T, C) to what attention adds to it (B, T, C)."""
         B, T, C = u.shape
         q, k, v = (f(u).view(B, T, -1, self.head_dim) for f in (self.c_q, self.c_k, self.c_v))
@@ -98,7 +103,9 @@ class Block(nn.Module):
         super().__init__()
         self.attn, self.mlp = Attention(config, layer), MLP(config)
 
-    def forward(self, x: Tensor, ve: Tensor | None, rotary: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, ve: Tensor | None, rotary: tuple[Tensor, Tensor], cache: KVCache | None
+    ) -> Tensor:
         """Map the residual stream (B, T, C) to the next one."""
         x = x + self.attn(norm(x), ve, rotary, cache)
         return x + self.mlp(norm(x))
@@ -130,7 +137,12 @@ class GPT(nn.Module):
 
     @classmethod
     def from_state(
-        cls, config: GPTConfig, state: dict[str, Tensor], *, device: str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        config: GPTConfig,
+        state: dict[str, Tensor],
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> GPT:
         """Build a model around the given tensors, one cast at a time, without a second copy of the weights.
 
@@ -153,7 +165,8 @@ class GPT(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         """Draw fresh weights.
 
-        Source: nanochat HEAD: uniform blocks of std 1/sqrt(n_embd), zero outputs, so that each block starts as nothing.
+        Source: nanochat HEAD: uniform blocks of std 1/sqrt(n_embd), zero outputs, so that each block starts
+            as nothing.
         """
         bound = (3 / self.config.n_embd) ** 0.5
         for name, p in self.named_parameters():
@@ -194,7 +207,13 @@ class GPT(nn.Module):
         """Return an empty cache for `batch_size` rows of up to `capacity` tokens."""
         c = self.config
         return KVCache(
-            c.n_layer, batch_size, c.n_kv_head, capacity, c.head_dim, dtype=self.compute_dtype, device=self.device
+            c.n_layer,
+            batch_size,
+            c.n_kv_head,
+            capacity,
+            c.head_dim,
+            dtype=self.compute_dtype,
+            device=self.device,
         )
 
     @torch.inference_mode()
@@ -203,7 +222,8 @@ class GPT(nn.Module):
         return self.logits(self.hidden(ids, cache)[:, -1])
 
     def build_rotary(self) -> tuple[Tensor, Tensor]:
-        """Return the tables cos and sin, (10 * sequence_len, 1, D/2), in the compute dtype, made once a device.
+        """Return the tables cos and sin, (10 * sequence_len, 1, D/2), in the compute dtype, made once a
+        device.
 
         Source: FORMAT of nanochat: angle t * base^(-2j/D) in float32, rounded to rope_dtype.
         """
@@ -212,7 +232,9 @@ class GPT(nn.Module):
             half = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=device)
             speed = self.config.rope_base ** -(half / self.config.head_dim)
             angle = torch.arange(self.max_context, dtype=torch.float32, device=device)[:, None] * speed
-            kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "compute": dtype}[self.config.rope_dtype]
+            kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "compute": dtype}[
+                self.config.rope_dtype
+            ]
             cos, sin = (f(angle).to(kind).to(dtype)[:, None] for f in (torch.cos, torch.sin))
             self.rotary = cos, sin
         return self.rotary
@@ -222,8 +244,14 @@ class GPT(nn.Module):
         e = norm(self.transformer["wte"](ids).to(self.compute_dtype))
         if not self.config.smear:
             return e
-        first = torch.zeros_like(e[:, :1]) if cache is None or cache.last_embed is None else cache.last_embed[:, None]
-        gate = self.smear_lambda.to(e.dtype) * torch.sigmoid(self.smear_gate(e[..., :SMEAR_CHANNELS]))  # (B, T, 1)
+        first = (
+            torch.zeros_like(e[:, :1])
+            if cache is None or cache.last_embed is None
+            else cache.last_embed[:, None]
+        )
+        gate = self.smear_lambda.to(e.dtype) * torch.sigmoid(
+            self.smear_gate(e[..., :SMEAR_CHANNELS])
+        )  # (B, T, 1)
         if cache is not None:
             cache.last_embed = e[:, -1]
         return e + gate * torch.cat((first, e[:, :-1]), dim=1)
@@ -238,7 +266,9 @@ class GPT(nn.Module):
         lengths = [0] if cache is None else cache.lengths
         room = self.max_context if cache is None else min(self.max_context, cache.capacity)
         if max(lengths) + T > room:
-            raise ValueError(f"{max(lengths) + T} tokens do not fit, there is room for {room}; shorten the text.")
+            raise ValueError(
+                f"{max(lengths) + T} tokens do not fit, there is room for {room}; shorten the text."
+            )
         cos, sin = self.build_rotary()
         if min(lengths) == max(lengths):
             rotary = cos[lengths[0] : lengths[0] + T], sin[lengths[0] : lengths[0] + T]
@@ -276,7 +306,10 @@ class GPT(nn.Module):
             targets: (B, T) int64; -1 is ignored.
             reduction: mean over the targets that count, sum, or none for (B, T) with 0 where ignored.
         """
-        h, head = self.hidden(ids), (self.lm_head.weight, targets, self.config.logit_softcap, self.config.vocab_size)
+        h, head = (
+            self.hidden(ids),
+            (self.lm_head.weight, targets, self.config.logit_softcap, self.config.vocab_size),
+        )
         if reduction == "none":
             return token_cross_entropy(h, *head)
         total = sum_cross_entropy(h, *head)

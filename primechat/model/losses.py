@@ -1,7 +1,7 @@
 """Losses that never hold the whole (B*T, V) matrix of logits.
 
-Hides: that the output head is walked chunk by chunk, computing loss and gradients in one pass. Reference: the cut
-cross-entropy idea of Wijmans et al. 2024; softcap as in nanochat, logits = c * tanh(z / c).
+Hides: that the output head is walked chunk by chunk, computing loss and gradients in one pass. Reference:
+the cut cross-entropy idea of Wijmans et al. 2024; softcap as in nanochat, logits = c * tanh(z / c).
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def cap_logits(z: Tensor, cap: float) -> Tensor:
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum of cross-entropies, in nats, behind a linear head with softcap; gradients come with the forward pass."""
+    """Sum of cross-entropies, in nats, behind a linear head with softcap; gradients come with the forward
+    pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab: int) -> Tensor:
@@ -60,7 +62,8 @@ class HeadLoss(torch.autograd.Function):
                 total += ((sums.log() - z_y) * keep).sum()
             if dh is None or dw is None:
                 continue
-            # d loss / d z = (softmax - onehot) * slope of the cap; each row's 1 / sum goes to the smaller factor
+            # d loss / d z = (softmax - onehot) * slope of the cap; each row's 1 / sum goes to the smaller
+            # factor
             e[at] -= sums
             if cap:
                 e_y = e[at] * slope_y

@@ -51,7 +51,8 @@ def evaluate(
     stride = config.stride or window
     if window > model.max_context or stride > window:
         raise ConfigError(
-            f"window={window} and stride={stride} must obey stride <= window <= {model.max_context}; try window="
+            f"window={window} and stride={stride} must obey stride <= window <= {model.max_context}; try "
+            "window="
             f"{model.sequence_len}."
         )
     cache = cache_text(config.corpus, "val", tokenizer, 1, on_event)
@@ -67,7 +68,13 @@ def evaluate(
     finally:
         torch.set_num_threads(threads)
     return EvaluateResult(
-        identifier=config.model or str(store.choose_model()), corpus=config.corpus, bpb=bits.bpb,
-        loss_nats=bits.loss_nats, scored_tokens=bits.tokens, scored_bytes=bits.n_bytes, window=window, stride=stride,
+        identifier=config.model or str(store.choose_model()),
+        corpus=config.corpus,
+        bpb=bits.bpb,
+        loss_nats=bits.loss_nats,
+        scored_tokens=bits.tokens,
+        scored_bytes=bits.n_bytes,
+        window=window,
+        stride=stride,
         elapsed_s=time.perf_counter() - t_start,
-    )  # fmt: skip
+    )

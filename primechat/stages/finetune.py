@@ -1,7 +1,8 @@
 """Teach a base model to answer: train on conversations, on the assistant's tokens only.
 
-Hides: how conversations become rows. They are rendered with their special tokens, laid end to end, and every token that
-is not the assistant's is masked out of the loss. Reference: nanochat's chat SFT; Ouyang et al. 2022, section 3.
+Hides: how conversations become rows. They are rendered with their special tokens, laid end to end, and
+every token that is not the assistant's is masked out of the loss. Reference: nanochat's chat SFT; Ouyang et
+al. 2022, section 3.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def finetune(
     if config.batch_tokens % T:
         near = max(1, round(config.batch_tokens / T)) * T
         raise ConfigError(
-            f"batch_tokens={config.batch_tokens} must be a multiple of the base model's sequence_len={T}; try {near}."
+            f"batch_tokens={config.batch_tokens} must be a multiple of the base model's sequence_len={T}; "
+            f"try {near}."
         )
     train, val = (cache_dialogues(config.dialogues, split, tokenizer) for split in ("train", "val"))
 
@@ -72,13 +74,20 @@ def finetune(
         return loaded.model_state
 
     job = Job(
-        family="sft", model=model, start_state=start_state, tokenizer=tokenizer, open_batches=open_batches,
+        family="sft",
+        model=model,
+        start_state=start_state,
+        tokenizer=tokenizer,
+        open_batches=open_batches,
         open_windows=lambda tokens, rank, world_size: validation_windows(
             val, T, rows=EVAL_ROWS, max_tokens=tokens, rank=rank, world_size=world_size
-        ), last_eval_tokens=config.look.last_eval_tokens,
-        default_steps=max(1, round(train.tokens / config.batch_tokens)), prompts=PROMPTS, write_sample=write_reply,
+        ),
+        last_eval_tokens=config.look.last_eval_tokens,
+        default_steps=max(1, round(train.tokens / config.batch_tokens)),
+        prompts=PROMPTS,
+        write_sample=write_reply,
         meta={"base": f"{base}@{loaded.step}", "dialogues": corpus_identity(config.dialogues, "train")},
-    )  # fmt: skip
+    )
     return TrainingRun(config, job, on_event, stop).work()
 
 

@@ -1,7 +1,7 @@
 """Train a base model: predict the next token of plain text.
 
-Hides: where its text comes from, a token cache for what lies on this machine or shards read on the fly. Reference:
-nanochat's base training; Radford et al. 2019.
+Hides: where its text comes from, a token cache for what lies on this machine or shards read on the fly.
+Reference: nanochat's base training; Radford et al. 2019.
 """
 
 from __future__ import annotations
@@ -60,15 +60,20 @@ def pretrain(
         return ShardBatches(shards, tokenizer, **shape)
 
     job = Job(
-        family="base", model=model, start_state=None, tokenizer=tokenizer, open_batches=open_batches,
+        family="base",
+        model=model,
+        start_state=None,
+        tokenizer=tokenizer,
+        open_batches=open_batches,
         open_windows=lambda tokens, rank, world_size: validation_windows(
             val, T, rows=EVAL_ROWS, max_tokens=tokens, rank=rank, world_size=world_size
         ),
         last_eval_tokens=config.look.last_eval_tokens or (0 if local else SHARD_EVAL_TOKENS),
         default_steps=max(1, round(config.tokens_per_param * model.n_params / config.batch_tokens)),
-        prompts=CHAT_PROMPTS if config.corpus == "chitchat" else TEXT_PROMPTS, write_sample=write_continuation,
+        prompts=CHAT_PROMPTS if config.corpus == "chitchat" else TEXT_PROMPTS,
+        write_sample=write_continuation,
         meta={"corpus": corpus_identity(config.corpus, "train", n_shards=config.n_shards)},
-    )  # fmt: skip
+    )
     return TrainingRun(config, job, on_event, stop).work()
 
 

@@ -1,7 +1,8 @@
-"""What every training stage does around the loop: one run directory, frozen settings, events, checkpoints, resuming.
+"""What every training stage does around the loop: one run directory, frozen settings, events, checkpoints,
+resuming.
 
-Hides: the order in which things become durable. A run's folder holds config.json (the settings with nothing left open),
-metrics.jsonl (one event a line), the checkpoints and a tokenizer of its own. Only rank 0 writes.
+Hides: the order in which things become durable. A run's folder holds config.json (the settings with nothing
+left open), metrics.jsonl (one event a line), the checkpoints and a tokenizer of its own. Only rank 0 writes.
 """
 
 from __future__ import annotations
@@ -81,9 +82,9 @@ class Batches(Protocol):
 class Job:
     """What a stage brings: its model, its text, and how to look at it.
 
-    `open_batches` takes the rows of one step over all ranks, this rank, the number of ranks and a cursor; `open_windows`
-    takes a number of validation tokens (0 is all), this rank and the number of ranks, and yields (ids, targets) batches; `default_steps` is for a config that
-    names neither steps nor seconds.
+    `open_batches` takes the rows of one step over all ranks, this rank, the number of ranks and a cursor;
+    `open_windows` takes a number of validation tokens (0 is all), this rank and the number of ranks, and
+    yields (ids, targets) batches; `default_steps` is for a config that names neither steps nor seconds.
     """
 
     family: str
@@ -114,7 +115,8 @@ def open_folder(config: PretrainConfig | FinetuneConfig, family: str) -> Path:
     steps = find_steps(folder)
     if steps and not config.resume:
         raise ConfigError(
-            f"tag={config.tag!r} has a {family} model of {steps[-1]} steps in {folder}; resume it (--resume) or choose "
+            f"tag={config.tag!r} has a {family} model of {steps[-1]} steps in {folder}; resume it "
+            "(--resume) or choose "
             "another tag."
         )
     if config.resume and not (folder / "config.json").exists():
@@ -145,7 +147,8 @@ def take_frozen(config: Config, folder: Path) -> Config:
     difference = find_difference(frozen, given, ignore)
     if difference:
         raise ConfigError(
-            f"{difference} (the run's, then yours): a resumed run must keep its settings; drop that flag, or start under "
+            f"{difference} (the run's, then yours): a resumed run must keep its settings; drop that flag, "
+            "or start under "
             "another tag."
         )
     return replace(frozen, resume=True)
@@ -202,11 +205,11 @@ class TrainingRun:
     def train(self) -> TrainResult:
         """Set up, train, and return the result."""
         job, world = self.job, self.ranks.world_size
-        rows = self.config.batch_tokens // job.model.sequence_len
-        if self.config.batch_tokens % (job.model.sequence_len * world):
+        rows, unit = self.config.batch_tokens // job.model.sequence_len, job.model.sequence_len * world
+        if self.config.batch_tokens % unit:
             raise ConfigError(
                 f"batch_tokens={self.config.batch_tokens} must be a multiple of sequence_len x ranks = "
-                f"{job.model.sequence_len} x {world}; try {job.model.sequence_len * world * max(1, rows // world)}."
+                f"{job.model.sequence_len} x {world}; try {unit * max(1, rows // world)}."
             )
         config = self.config
         loaded = None
@@ -263,19 +266,34 @@ class TrainingRun:
             self.tell(event)
 
         step = fit(
-            optimizer, self.batches, loss or make_loss(model, config.runtime), steps=config.steps,
-            start_step=start_step, micro_batch_rows=config.runtime.micro_batch_rows, device=device, elapsed_s=offset_s,
-            on_step=on_step, on_eval=self.look, on_save=self.save, stop=self.stop,
-        )  # fmt: skip
+            optimizer,
+            self.batches,
+            loss or make_loss(model, config.runtime),
+            steps=config.steps,
+            start_step=start_step,
+            micro_batch_rows=config.runtime.micro_batch_rows,
+            device=device,
+            elapsed_s=offset_s,
+            on_step=on_step,
+            on_eval=self.look,
+            on_save=self.save,
+            stop=self.stop,
+        )
         stopped = step < config.steps
         self.tell(DoneEvent(step=step, elapsed_s=self.trained_s, stopped=stopped))
         return TrainResult(
-            identifier=f"{job.family}/{config.tag}", path=str(self.folder.relative_to(store.base_dir())), step=step,
-            stopped=stopped, val_bpb=self.last_bits.bpb, n_params=job.model.n_params, tokens=self.tokens,
-            tokens_per_s=self.tokens / self.trained_s if self.trained_s else 0.0, train_s=self.trained_s,
+            identifier=f"{job.family}/{config.tag}",
+            path=str(self.folder.relative_to(store.base_dir())),
+            step=step,
+            stopped=stopped,
+            val_bpb=self.last_bits.bpb,
+            n_params=job.model.n_params,
+            tokens=self.tokens,
+            tokens_per_s=self.tokens / self.trained_s if self.trained_s else 0.0,
+            train_s=self.trained_s,
             total_s=time.perf_counter() - self.t_start,
             events=tuple(read_metrics(self.folder / "metrics.jsonl")) if self.ranks.is_main else (),
-        )  # fmt: skip
+        )
 
     def tune(self, model: GPT, ids: Tensor, targets: Tensor) -> Tuning:
         """Measure how to run, on rank 0's word."""
@@ -334,10 +352,13 @@ class TrainingRun:
             self.last_bits = Bits(nats=nats, tokens=int(count), n_bytes=int(n_bytes))
             self.tell(
                 LossEvent(
-                    step=step, val_bpb=self.last_bits.bpb, val_loss_nats=self.last_bits.loss_nats, whole=tokens == 0,
+                    step=step,
+                    val_bpb=self.last_bits.bpb,
+                    val_loss_nats=self.last_bits.loss_nats,
+                    whole=tokens == 0,
                     elapsed_s=self.trained_s,
                 )
-            )  # fmt: skip
+            )
         if (
             self.ranks.is_main
             and config.look.sample_every > 0

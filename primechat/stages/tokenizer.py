@@ -72,12 +72,13 @@ def train_tokenizer(
     )
     n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(held_out))
     bytes_per_token = sum(len(text.encode()) for text in held_out) / max(1, n_tokens)
-    tell(
-        NoteEvent(
-            text=f"{tokenizer.vocab_size:,} tokens, {bytes_per_token:.2f} bytes a token on text it has not seen."
-        )
-    )
+    found = f"{tokenizer.vocab_size:,} tokens, {bytes_per_token:.2f} bytes a token on text it has not seen."
+    tell(NoteEvent(text=found))
     return TokenizerResult(
-        path=str(folder.relative_to(store.base_dir())), identity=tokenizer.identity, vocab_size=tokenizer.vocab_size,
-        trained_chars=chars, elapsed_s=time.perf_counter() - t_start, bytes_per_token=bytes_per_token,
-    )  # fmt: skip
+        path=str(folder.relative_to(store.base_dir())),
+        identity=tokenizer.identity,
+        vocab_size=tokenizer.vocab_size,
+        trained_chars=chars,
+        elapsed_s=time.perf_counter() - t_start,
+        bytes_per_token=bytes_per_token,
+    )

@@ -1,0 +1,1 @@
+"""Gradients: the loop, the optimizer, several ranks, and measuring how to run."""

@@ -1,8 +1,8 @@
 """One training loop for every stage.
 
-Hides: accumulation over micro-batches and the schedule. What a stage wants to do besides (measure, sample, save) comes in
-as callbacks, so that this room knows nothing of files or sampling. Reference: warm-up, constant, warm-down (Hägele et al.
-2024), as in nanochat.
+Hides: accumulation over micro-batches and the schedule. What a stage wants to do besides (measure, sample,
+save) comes in as callbacks, so that this room knows nothing of files or sampling. Reference: warm-up,
+constant, warm-down (Hägele et al. 2024), as in nanochat.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def lr_ratio(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def muon_momentum(step: int, steps: int, config: OptimConfig) -> float:
-    """Return Muon's momentum at a step: from 0.85 up to its full value in 300 steps or a quarter of the run."""
+    """Return Muon's momentum at a step: from 0.85 up to its full value in 300 steps or a quarter of the
+    run.
+    """
     share = min(1.0, step / max(1.0, min(300.0, steps / 4)))
     return 0.85 + (config.momentum - 0.85) * share if config.momentum > 0.85 else config.momentum
 
@@ -79,7 +81,8 @@ def fit(
         device: where the model is.
         elapsed_s: training time of the steps done before.
         on_step: called after each step.
-        on_eval: called with the steps done and whether they are all, before the first step and after each; not at a stop.
+        on_eval: called with the steps done and whether they are all, before the first step and after each;
+            not at a stop.
         on_save: called after `on_eval` with the steps done and whether the run ends here, be it by a stop.
         stop: when set, the run ends after the present step.
 
@@ -110,7 +113,8 @@ def fit(
         (mean_nats,) = sum_numbers([float(nats)], device)
         if not math.isfinite(mean_nats):
             raise PrimechatError(
-                f"The loss of step {step} is {mean_nats}, it must be a number; lower the learning rates and resume "
+                f"The loss of step {step} is {mean_nats}, it must be a number; lower the learning rates "
+                "and resume "
                 "from the last checkpoint."
             )
         ratio = lr_ratio(step, steps, optimizer.config)
@@ -122,10 +126,17 @@ def fit(
         if on_step:
             on_step(
                 StepEvent(
-                    step=step, steps=steps, loss_nats=mean_nats, lr_ratio=ratio, grad_norm=grad_norm,
-                    update_norm=update_norm, tokens=int(tokens), tokens_per_s=tokens / spent_s, elapsed_s=elapsed_s,
+                    step=step,
+                    steps=steps,
+                    loss_nats=mean_nats,
+                    lr_ratio=ratio,
+                    grad_norm=grad_norm,
+                    update_norm=update_norm,
+                    tokens=int(tokens),
+                    tokens_per_s=tokens / spent_s,
+                    elapsed_s=elapsed_s,
                 )
-            )  # fmt: skip
+            )
         stopped = any_rank(stop.is_set(), device) and step < steps
         if on_eval and not stopped:
             on_eval(step, step == steps)

@@ -1,8 +1,8 @@
 """The optimizer: Muon for the matrices of the blocks, fused AdamW for embeddings, head and scalars.
 
-Hides: which parameter gets which rule. Reference: Jordan et al. 2024 (Muon); Amsel et al. 2025 (Polar Express); Li et al.
-2025 (NorMuon); learning rates and their scaling by width as in nanochat. State is whole on every rank, so that a run can
-resume on another number of ranks.
+Hides: which parameter gets which rule. Reference: Jordan et al. 2024 (Muon); Amsel et al. 2025 (Polar
+Express); Li et al. 2025 (NorMuon); learning rates and their scaling by width as in nanochat. State is whole
+on every rank, so that a run can resume on another number of ranks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Several processes, one model: who am I, and sums over all of us.
 
-Hides: torch.distributed. Started by torchrun there are WORLD_SIZE ranks (NCCL on CUDA, gloo elsewhere); otherwise one
-rank, and every function here is free. Gradients are summed, each loss being divided by the tokens of all ranks before.
+Hides: torch.distributed. Started by torchrun there are WORLD_SIZE ranks (NCCL on CUDA, gloo elsewhere);
+otherwise one rank, and every function here is free. Gradients are summed, each loss being divided by the
+tokens of all ranks before.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def share_work(stack: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply `work` to a stack (n, ...) of independent matrices, each rank doing its share; all get all results.
+    """Apply `work` to a stack (n, ...) of independent matrices, each rank doing its share; all get all
+    results.
 
     Source: the owner-computes scheme of distributed Muon (Jordan et al. 2024), here by matrix.
     """

@@ -1,7 +1,8 @@
 """Which device, precision, threads, micro-batch and compilation a run uses: measured once on its real step.
 
-Hides: the search. It takes at most ten seconds where one step takes less, and what it found is frozen into the run's
-config. Small runs on a busy machine can be many times slower with two threads than with one, hence measuring.
+Hides: the search. It takes at most ten seconds where one step takes less, and what it found is frozen into
+the run's config. Small runs on a busy machine can be many times slower with two threads than with one,
+hence measuring.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from primechat.train.optim import Optimizer
 from primechat.train.parallel import Ranks, share_object
 
 LIMIT_S = 10.0
-# What compiling brought on a 2-core server CPU where nothing was measured yet: seconds, and eager time / compiled time
+# What compiling brought on a 2-core server CPU where nothing was measured yet: seconds, and eager time /
+# compiled time
 COMPILE_GUESS = {"compile_s": 45.0, "gain_float32": 1.2, "gain_bfloat16": 1.8}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What was measured: the settings to freeze, seconds of one optimizer step, and how the choice came about.
+    """What was measured: the settings to freeze, seconds of one optimizer step, and how the choice came
+    about.
 
     `loss` is the summed loss to train with, compiled where that was chosen.
     """
@@ -86,7 +89,9 @@ def wait_device(device: str) -> None:
 
 
 def time_call(call: Callable[[], Any], device: str, repeats: int = 3) -> float:
-    """Return the median seconds of a call after one to warm up, or of that one where it took over a second."""
+    """Return the median seconds of a call after one to warm up, or of that one where it took over a
+    second.
+    """
     times: list[float] = []
     while len(times) <= repeats and not (times and times[0] > 1):
         t_start = time.perf_counter()
@@ -189,7 +194,8 @@ def tune_runtime(
     best = share_object(best)
     if not best.tokens_per_s:
         raise ConfigError(
-            f"A micro-batch of {rows} x {ids.size(1)} tokens does not fit into memory; take a smaller model or "
+            f"A micro-batch of {rows} x {ids.size(1)} tokens does not fit into memory; take a smaller "
+            "model or "
             "runtime.micro_batch_rows=1."
         )
     settle_model(model, best)
@@ -230,7 +236,8 @@ def tune_runtime(
     ]
     attention = describe_attention(best.device, getattr(torch, best.dtype))
     notes += [
-        f"Chosen: {best.device}, {best.dtype}, {best.threads} thread(s), {best.rows} rows at a time; attention: {attention}.",
+        f"Chosen: {best.device}, {best.dtype}, {best.threads} thread(s), {best.rows} rows at a time; "
+        f"attention: {attention}.",
         f"Compilation {chosen.compile}: {why}.",
     ]
     if skipped:
@@ -258,7 +265,9 @@ def decide_compile(
 
 
 def make_loss(model: GPT, runtime: RuntimeConfig) -> SumLoss:
-    """Return the summed loss of a model, compiled for micro-batches of one shape where the runtime says so."""
+    """Return the summed loss of a model, compiled for micro-batches of one shape where the runtime says
+    so.
+    """
     call = torch.compile(model.loss, dynamic=False) if runtime.compile == "on" else model.loss
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
