@@ -97,6 +97,8 @@ def run_verb(argv: list[str]) -> int:
     elif verb == "chat":
         from primechat.desk.chat import ChatConfig, run_chat
 
+        if argv and not argv[0].startswith("-"):  # `primechat chat sft/d4`
+            argv.insert(0, "--model")
         return run_chat(parse_flags(verb, ChatConfig, argv, ChatConfig(device=device or "auto")))
     else:
         near = difflib.get_close_matches(verb, [*STAGES, *DESK], 1)

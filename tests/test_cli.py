@@ -349,6 +349,17 @@ def test_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert json.loads(capsys.readouterr().out)[1]["val_bpb"] == 0.8123
 
 
+def test_chat_takes_a_model_by_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    from primechat.desk import chat
+
+    seen: list[chat.ChatConfig] = []
+    monkeypatch.setattr(chat, "run_chat", lambda config: seen.append(config) or 0)
+    assert cli.main(["chat", "sft/d4@600", "--temperature", "0"]) == 0
+    assert cli.main(["chat", "--model", "base/d4", "--device", "cpu"]) == 0
+    assert cli.main(["chat"]) == 0
+    assert [(c.model, c.device) for c in seen] == [("sft/d4@600", "auto"), ("base/d4", "cpu"), ("", "auto")]
+
+
 def make_events(steps: int = 40) -> list[Event]:
     events: list[Event] = [PhaseEvent(name="Tokenizer", total=100, unit="documents"), ProgressEvent(done=50)]
     events += [DoneEvent(step=0, elapsed_s=1.0), NoteEvent(text="2 threads, bfloat16")]

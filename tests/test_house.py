@@ -273,7 +273,7 @@ def check_conduct(module: Module) -> Iterator[str]:
                 yield f"line {node.lineno}: torch.load without weights_only=True"
         if called == "print" and FLOOR_OF.get(module.room, 0) < 6:
             yield f"line {node.lineno}: print below the roof; send an event or log"
-        if called == "signal.signal" and module.name != "cli":
+        if called == "signal.signal" and module.name not in ("cli", "desk.chat"):
             yield f"line {node.lineno}: only the command line installs signal handlers"
 
 
@@ -345,6 +345,7 @@ BAD: list[tuple[Callable[[Module], Iterator[str]], Module]] = [
     (check_conduct, Module("model.x", "torch.load(path, weights_only=False)")),
     (check_conduct, Module("stages.x", "print('hi')")),
     (check_conduct, Module("stages.x", "signal.signal(2, f)")),
+    (check_conduct, Module("desk.x", "signal.signal(2, f)")),
     (check_doors, Module("", "__all__ = ['cli']\ndef __getattr__(name): ...", is_package=True)),
 ]
 GOOD = '''\

@@ -70,7 +70,7 @@ def test_packages_that_the_code_imports_are_declared() -> None:
         {name.partition(".")[0] for name, _, _ in imports} - set(sys.stdlib_module_names) - {"primechat"}
     )
     declared = {name.replace("-", "_") for name in CORE | LABS} | {"umap"}
-    optional = {"flash_attn_interface", "kernels", "tqdm"}  # used where they are; huggingface_hub takes a tqdm class
+    optional = {"flash_attn_interface", "kernels", "tqdm"}  # used where they are; the Hub takes a tqdm class
     assert not foreign - declared - optional
 
 
