@@ -10,6 +10,7 @@ below $NANOCHAT_BASE_DIR.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from primechat.config import GPTConfig, decode_config
 from primechat.config.stages import check_tag
 from primechat.errors import CheckpointError, ConfigError
-from primechat.model.checkpoint import find_steps, list_snapshots, load_checkpoint, read_meta
+from primechat.model.checkpoint import explain_steps, find_steps, list_snapshots, load_checkpoint, read_meta
 from primechat.model.era import detect_era
 from primechat.model.runlog import read_metrics
 from primechat.model.weights import inspect_model, read_json
@@ -40,6 +41,7 @@ FAMILIES = {
 MAKERS = {"base": "primechat pretrain", "sft": "primechat finetune"}
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "nanochat"
 FORMS = "base/d4, base/d4@600, base/d4@snap:64, sft, shipped/sft"
+logger = logging.getLogger(__name__)
 IDENTIFIER = re.compile(r"(shipped/)?(base|mid|sft|rl)(?:/([^/@]+)(?:@(snap:)?(\d{1,9}))?)?")
 
 
@@ -124,6 +126,13 @@ def list_tags(root: Path, family: str) -> list[Path]:
     return [f for f in folders if f.is_dir() and is_tag(f.name) and (find_steps(f) or list_snapshots(f))]
 
 
+def explain_tags(root: Path, family: str) -> list[str]:
+    """Return what is wrong with the run folders of a family that hold steps, but no complete one."""
+    parent = root / FAMILIES[family]
+    folders = [f for f in sorted(parent.iterdir()) if is_tag(f.name)] if parent.is_dir() else []
+    return [fault for f in folders if not find_steps(f) for _, fault in explain_steps(f)[-1:]]
+
+
 def is_tag(name: str) -> bool:
     """Tell whether a folder's name can be a tag."""
     try:
@@ -161,11 +170,16 @@ def locate_model(name: ModelName) -> tuple[Path, ModelName]:
             )
         return (folder / "snapshots" if name.snapshot else folder), name
     own = None if name.shipped else choose_tag(base_dir(), name.family)
+    faults = explain_tags(SHIPPED if name.shipped else base_dir(), name.family)
+    for fault in faults:
+        logger.warning("skipped %s", fault)
     if own is not None:
         return own, replace(name, tag=own.name)
     shipped = choose_tag(SHIPPED, name.family) if name.step is None else None
     if shipped is not None:
         return shipped, replace(name, shipped=True)
+    if faults:
+        raise CheckpointError(f"No {name.family} model can be used: {faults[-1]}")
     maker = f"run `{MAKERS[name.family]}`" if name.family in MAKERS else "copy one there"
     where = SHIPPED if name.shipped else base_dir()
     raise CheckpointError(
@@ -289,8 +303,8 @@ def check_pair(config: GPTConfig, meta: dict[str, Any], tokenizer: Tokenizer, na
     """Refuse a model and a tokenizer that do not belong together."""
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
-            f"{name} has vocab_size={config.vocab_size}, its tokenizer {tokenizer.vocab_size}; give the folder "
-            "of the tokenizer that it was trained with by --tokenizer."
+            f"{name} has vocab_size={config.vocab_size}, its tokenizer {tokenizer.vocab_size}; give the "
+            "folder of the tokenizer that it was trained with by --tokenizer."
         )
     identity = meta.get("tokenizer_identity")
     if identity and identity != tokenizer.identity:

@@ -1,0 +1,286 @@
+"""Which models exist, and opening them with the right tokenizer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from primechat import store
+from primechat.config import GPTConfig
+from primechat.errors import CheckpointError, ConfigError, DataError
+from primechat.model.checkpoint import save_checkpoint, save_snapshot
+from primechat.model.era import list_shapes
+from primechat.model.runlog import MetricsLog
+from primechat.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+
+NANOCHAT = Path(__file__).parent / "fixtures" / "nanochat"
+CONFIG = GPTConfig.modern(1, vocab_size=265, sequence_len=32, head_dim=64)
+
+
+@pytest.fixture(autouse=True)
+def nothing_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put the shipped models in a folder of the test's own."""
+    monkeypatch.setattr(store, "SHIPPED", tmp_path / "data" / "nanochat")
+    return tmp_path / "data" / "nanochat"
+
+
+def make_tokenizer(pattern: str = SPLIT_PATTERN, extra: int = 0) -> Tokenizer:
+    """Return a byte tokenizer with `extra` merges."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"a" * (i + 2): 256 + i for i in range(extra)}
+    return Tokenizer(pattern, ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
+
+
+def make_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {key: torch.randn(shape, generator=generator) for key, shape in list_shapes(CONFIG).items()}
+
+
+def make_run(root: Path, run: str, steps: tuple[int, ...] = (1,), **meta: Any) -> Path:
+    """Write checkpoints of a tiny model; the weights of step n have seed n."""
+    for step in steps:
+        save_checkpoint(
+            root / run, step, model_state=make_state(step), config=CONFIG, optim_state=None, meta=meta
+        )
+    return root / run
+
+
+def test_base_dir_is_read_at_each_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / name))
+        assert store.base_dir() == tmp_path / name
+    assert store.run_dir("sft", "d4") == tmp_path / "b" / "chatsft_checkpoints" / "d4"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "")
+    assert store.base_dir() == Path.home() / ".cache" / "nanochat"
+    with pytest.raises(ConfigError, match="source='hf' must be one of base, mid, sft, rl"):
+        store.run_dir("hf", "d4")
+
+
+def test_identifiers() -> None:
+    for text in (
+        "base",
+        "sft/d20",
+        "base/d4@600",
+        "base/d4@snap:64",
+        "rl/my-run_2.0",
+        "shipped/sft",
+        "mid/d4@0",
+    ):
+        assert str(store.parse_identifier(text)) == text
+    wrong = ["", "d4", "base/", "base/d4@", "base/d4@-1", "base/d4@snap:", "base@3", "lora:pirate+sft/d4"]
+    wrong += ["hf:smollm2", "shipped/sft/d4", "base/d4/x", "base/..", "base/../../etc", "BASE/d4", " base"]
+    for text in (*wrong, "base/d4@5\n"):
+        with pytest.raises(ConfigError):
+            store.parse_identifier(text)
+    with pytest.raises(ConfigError, match="must be like base/d4, base/d4@600.*primechat models"):
+        store.open_model("hf:smollm2")
+
+
+@pytest.mark.parametrize("name", ["oct2025", "head", "head_d3"])
+def test_opens_nanochat(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(NANOCHAT / name))
+    expected = json.loads((NANOCHAT / name / "expected.json").read_text())["prompts"][0]
+    tags = [entry.tag for entry in store.list_models()]
+    assert tags == (["d3"] if name == "head_d3" else ["d2", "d2-compiled"])
+    for tag in (None, *tags):
+        model, tokenizer, meta = store.load_model("base", model_tag=tag)
+        assert meta["identifier"] == f"base/{tag or tags[0]}@10" and meta["skipped"] == []
+        assert tokenizer.vocab_size == model.vocab_size == 600
+        assert not any(p.requires_grad for p in model.parameters()) and not model.training
+        kind, error = ("bf16", 1e-3) if name == "oct2025" else ("f32", 1e-4)
+        logits = model(torch.tensor([expected["ids"]]))[0, -1]
+        assert torch.allclose(logits, torch.tensor(expected[f"logits_last_{kind}_rotary"]), atol=error)
+    assert store.load_tokenizer("base").identity == store.load_tokenizer().identity
+
+
+def test_default_tag_and_step(base_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_tokenizer().save(base_dir / "tokenizer")
+    make_run(base_dir, "base_checkpoints/d9", (1, 3))
+    old = make_run(base_dir, "base_checkpoints/zebra")
+    for path in old.iterdir():
+        os.utime(path, (1e9, 1e9))
+    make_run(base_dir, "base_checkpoints/d10-x", (5,))
+    assert store.open_model("base")[2]["identifier"] == "base/d9@3", "d<number> comes first"
+    make_run(base_dir, "base_checkpoints/d10", (2,))
+    assert store.open_model("base")[2]["identifier"] == "base/d10@2"
+    assert store.load_model("base", step=2)[2]["identifier"] == "base/d10@2"
+    assert store.load_model("base", model_tag="d9", step=1)[2]["identifier"] == "base/d9@1"
+    make_run(base_dir, "chatsft_checkpoints/alpha", (7,))
+    newest = make_run(base_dir, "chatsft_checkpoints/beta", (8,))
+    for path in newest.iterdir():
+        os.utime(path, (3e9, 3e9))
+    assert store.open_model("sft")[2]["identifier"] == "sft/beta@8"
+    assert store.open_model("")[2]["identifier"] == "sft/beta@8", "the chat model is the default"
+    (newest / "meta_000008.json").unlink()
+    caplog.clear()
+    assert store.open_model("sft")[2]["identifier"] == "sft/alpha@7", "an incomplete run is no model"
+    assert "beta/meta_000008.json is missing" in caplog.text
+    (base_dir / "chatsft_checkpoints/alpha/model_000007.pt").unlink()
+    with pytest.raises(CheckpointError, match="No sft model can be used: .*meta_000008.json is missing"):
+        store.open_model("sft")
+    make_run(base_dir, "base_checkpoints/d10", (4,))
+    os.truncate(base_dir / "base_checkpoints/d10/model_000004.pt", 99)
+    meta = store.open_model("base/d10")[2]
+    assert meta["identifier"] == "base/d10@2" and "99 bytes" in meta["skipped"][0]
+    for call, match in (
+        (lambda: store.open_model("base/d10@4"), "99 bytes"),
+        (lambda: store.open_model("base/d10@77"), "no step 77, there are 2 to 4"),
+        (lambda: store.open_model("base/d77"), "the tags of base are: d10, d10-x, d9, zebra"),
+        (lambda: store.open_model("rl"), "chatrl_checkpoints holds no checkpoint"),
+        (lambda: store.load_model("rl", step=3), "no step 3"),
+        (lambda: store.open_model("shipped/sft"), "holds no checkpoint"),
+    ):
+        with pytest.raises(CheckpointError, match=match):
+            call()
+    for options in ({"dtype": "int8"}, {"phase": "sleep"}):
+        with pytest.raises(ConfigError):
+            store.open_model("base", **options)
+    with pytest.raises(ConfigError, match="source='all'"):
+        store.load_model("all")
+
+
+def test_dtype_and_phase(base_dir: Path) -> None:
+    make_tokenizer().save(base_dir / "tokenizer")
+    make_run(base_dir, "base_checkpoints/d1")
+    model = store.load_model("base", phase="train")[0]
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in make_state(1).items())
+    assert {p.dtype for p in store.load_model("base", dtype="bfloat16")[0].parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in store.load_model("base", dtype="auto")[0].parameters()} == {torch.float32}
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # a mapped weight is the reader's own copy
+    assert store.load_model("base")[0].lm_head.weight.abs().sum() > 0
+
+
+def test_snapshots_open(base_dir: Path) -> None:
+    make_tokenizer().save(base_dir / "base_checkpoints/d1/tokenizer")
+    run = make_run(base_dir, "base_checkpoints/d1", (9,))
+    save_snapshot(run, 4, make_state(4), CONFIG, {})
+    model, _, meta = store.open_model("base/d1@snap:4")
+    assert meta["identifier"] == "base/d1@snap:4"
+    assert torch.equal(model.lm_head.weight, make_state(4)["lm_head.weight"].bfloat16().float())
+    with pytest.raises(CheckpointError, match="no step 4"):
+        store.open_model("base/d1@4")
+    with pytest.raises(CheckpointError, match="no step 9"):
+        store.open_model("base/d1@snap:9")
+
+
+def test_tokenizer_rules(base_dir: Path, tmp_path: Path) -> None:
+    mine, other, larger = make_tokenizer(), make_tokenizer(r"\s+|\S+"), make_tokenizer(extra=1)
+    other.save(base_dir / "tokenizer")
+    run = make_run(base_dir, "base_checkpoints/d1", tokenizer_identity=mine.identity)
+    with pytest.raises(
+        CheckpointError, match=f"{mine.identity[:12]}, this is {other.identity[:12]}.*--tokenizer"
+    ):
+        store.open_model("base")
+    assert store.open_model("base", tokenizer=mine)[1] is mine
+    mine.save(tmp_path / "mine")
+    assert store.open_model("base", tokenizer=str(tmp_path / "mine"))[1].identity == mine.identity
+    mine.save(run / "tokenizer")
+    assert store.open_model("base")[1].identity == mine.identity, "the one beside the model wins"
+    assert store.load_tokenizer("base/d1").identity == mine.identity
+    assert store.load_tokenizer().identity == other.identity
+    with pytest.raises(CheckpointError, match="vocab_size=265, its tokenizer 266"):
+        store.open_model("base", tokenizer=larger)
+    with pytest.raises(CheckpointError, match="was trained with"):
+        store.open_model("base", tokenizer=other)
+    make_run(base_dir, "sft_none")
+    make_run(base_dir, "chatsft_checkpoints/d1")
+    assert store.open_model("sft")[1].identity == other.identity, "one that records no tokenizer is loaded"
+    (base_dir / "tokenizer" / "tokenizer.pkl").unlink()
+    with pytest.raises(DataError, match="tokenizer.pkl is missing"):
+        store.open_model("sft")
+    assert store.load_tokenizer("base").identity == mine.identity
+
+
+def test_shipped_stands_in(base_dir: Path, nothing_shipped: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint; run `primechat pretrain`"):
+        store.open_model()
+    make_tokenizer().save(nothing_shipped / "tokenizer")
+    for family in ("base", "chatsft"):
+        make_run(nothing_shipped, f"{family}_checkpoints/small")
+    for text, identifier in (("", "shipped/sft"), ("base", "shipped/base"), ("shipped/sft", "shipped/sft")):
+        model, _, meta = store.open_model(text)
+        assert meta["identifier"] == identifier and str(nothing_shipped) in meta["path"]
+    assert store.load_model("sft")[2]["identifier"] == "shipped/sft"
+    assert store.load_tokenizer().vocab_size == 265
+    for call in (lambda: store.load_model("sft", step=1), lambda: store.load_model("sft", model_tag="small")):
+        with pytest.raises(CheckpointError):
+            call()
+    entries = store.list_models()
+    assert [(e.identifier, e.shipped, e.steps) for e in entries] == [
+        ("shipped/base", True, (1,)), ("shipped/sft", True, (1,)),
+    ]  # fmt: skip
+    make_tokenizer().save(base_dir / "tokenizer")
+    make_run(base_dir, "base_checkpoints/d1")
+    assert store.open_model("")[2]["identifier"] == "base/d1@1", "one's own comes before what ships"
+    assert store.open_model("shipped/base")[2]["identifier"] == "shipped/base"
+    assert [e.identifier for e in store.list_models()] == ["base/d1", "shipped/base", "shipped/sft"]
+
+
+def test_list_models(base_dir: Path) -> None:
+    assert store.list_models() == []
+    run = make_run(base_dir, "base_checkpoints/d1", (1, 5), val_bpb=1.25, tokenizer_identity="cafe")
+    save_snapshot(run, 2, make_state(), CONFIG, {})
+    save_snapshot(base_dir / "base_checkpoints" / "only", 3, make_state(), CONFIG, {})
+    make_run(base_dir, "mid_checkpoints/not a tag")
+    broken = make_run(base_dir, "chatrl_checkpoints/d7")
+    size = (broken / "model_000001.pt").stat().st_size
+    (broken / "model_000001.pt").write_bytes(b"x" * size)
+    (base_dir / "base_checkpoints" / "empty").mkdir()
+    (base_dir / "base_checkpoints" / "file").touch()
+    first, only, last = store.list_models()
+    assert first == store.ModelEntry(
+        identifier="base/d1", family="base", tag="d1", steps=(1, 5), snapshots=(2,), architecture="modern",
+        val_bpb=1.25,
+        n_bytes=sum(p.stat().st_size for p in run.rglob("*.pt")), n_params=CONFIG.n_params,
+        tokenizer_identity="cafe",
+        path=str(run),
+    )  # fmt: skip
+    assert (only.identifier, only.steps) == ("base/only@snap:3", ())
+    assert (last.identifier, last.architecture) == ("rl/d7", "unreadable")
+
+
+def test_listing_leaves_torch_out() -> None:
+    code = "import sys, primechat as p; print(len(p.list_models())); assert 'torch' not in sys.modules"
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(NANOCHAT / "head")}
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) >= 2, done.stderr
+
+
+def test_load_run(base_dir: Path, tmp_path: Path) -> None:
+    run = make_run(base_dir, "base_checkpoints/d1", (2,), val_bpb=2.5)
+    result = store.load_run("base/d1")
+    assert (result.identifier, result.path, result.step) == ("base/d1", "base_checkpoints/d1", 2)
+    assert (result.val_bpb, result.n_params, result.stopped, result.tokens) == (2.5, CONFIG.n_params, True, 0)
+    log = MetricsLog(run)
+    for step in (1, 2):
+        log.append({"kind": "step", "step": step, "tokens": 100, "tokens_per_s": 50.0, "elapsed_s": 2.0})
+    log.append({"kind": "loss", "step": 2, "val_bpb": 1.5})
+    log.append({"kind": "done", "step": 2, "elapsed_s": 9.0, "stopped": False})
+    result = store.load_run(run)
+    assert (result.tokens, result.train_s, result.tokens_per_s, result.total_s) == (200, 4.0, 50.0, 9.0)
+    assert (result.val_bpb, result.stopped, len(result.events)) == (1.5, False, 4)
+    away = tmp_path / "from-the-cloud"
+    away.mkdir()
+    (away / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
+    (away / "config.json").write_text(
+        json.dumps({"model": {"n_layer": 2, "n_embd": 64, "n_head": 1, "n_kv_head": 1}})
+    )
+    result = store.load_run(away)
+    assert (result.identifier, result.path, result.step) == ("run/from-the-cloud", str(away), 2)
+    assert result.n_params == GPTConfig(n_layer=2, n_embd=64, n_head=1, n_kv_head=1).n_params
+    (away / "metrics.jsonl").write_text('{"kind": "step", "step": 3, "tokens": "many"}\n')
+    assert math.isnan(store.load_run(away).val_bpb)
+    with pytest.raises(CheckpointError, match="neither checkpoint nor metrics"):
+        store.load_run(tmp_path)
+    with pytest.raises(CheckpointError, match="neither checkpoint nor metrics"):
+        store.load_run("nothing/here")
