@@ -19,7 +19,7 @@ from torch import Tensor
 BLOCK = 128  # queries handled together on a CPU: keys after the block are never touched
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, left: int | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, left: int | None = None, scale: float | None = None) -> Tensor:
     """Attend causally from each token to itself and to at most `left` tokens before it.
 
     Args:
@@ -27,26 +27,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, left: int | None = None) -> Tensor:
         k: keys (B, T, K, D); query head n reads key head n // (H / K).
         v: values (B, T, K, D).
         left: tokens of the past that are visible; None is all.
+        scale: factor on the scores; None is 1 / sqrt(D).
 
     Returns:
-        (B, T, H, D) in q's dtype; scores are scaled by 1 / sqrt(D).
+        (B, T, H, D) in q's dtype.
     """
+    scale = q.size(-1) ** -0.5 if scale is None else scale
     if left is not None and left >= q.size(1) - 1:
         left = None
     if flash3_runs(q.device.type, q.dtype):
         window = (-1, 0) if left is None else (left, 0)
-        return load_flash3().flash_attn_func(q, k, v, causal=True, window_size=window)
+        return load_flash3().flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=window)
     groups = q.size(2) // k.size(2)
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
     if q.device.type == "cpu" and q.requires_grad and q.size(2) <= 1024:
-        out: Tensor = BlockAttention.apply(q, k, v, left)
+        out: Tensor = BlockAttention.apply(q, k, v, left, scale)
     elif left is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=make_mask(0, q.size(2), q.size(2), left, q.device)
+            q, k, v, attn_mask=make_mask(0, q.size(2), q.size(2), left, q.device), scale=scale
         )
     return out.transpose(1, 2)
 
@@ -71,8 +73,8 @@ class BlockAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, left: int | None) -> Tensor:  # (B, H, T, D) each
-        B, H, T, D = q.shape
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, left: int | None, scale: float) -> Tensor:
+        B, H, T, D = q.shape  # of k and v too
         q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
         out, weights = torch.empty_like(v), []
         for start in range(0, T, BLOCK):
@@ -80,11 +82,11 @@ class BlockAttention(torch.autograd.Function):
             lo, hi = key_range(start, stop, left)
             bias = torch.zeros(stop - start, hi - lo, dtype=q.dtype)
             bias.masked_fill_(~make_mask(start - lo, stop - start, hi - lo, left, q.device), float("-inf"))
-            scores = torch.baddbmm(bias, q[:, start:stop], k[:, lo:hi].mT, alpha=D**-0.5)
+            scores = torch.baddbmm(bias, q[:, start:stop], k[:, lo:hi].mT, alpha=scale)
             weights.append(torch.softmax(scores, dim=-1))
             torch.bmm(weights[-1], v[:, lo:hi], out=out[:, start:stop])
         ctx.save_for_backward(q, k, v, *weights)
-        ctx.left, ctx.shape = left, (B, H, T, D)
+        ctx.left, ctx.scale, ctx.shape = left, scale, (B, H, T, D)
         return out.view(B, H, T, D)
 
     @staticmethod
@@ -99,9 +101,9 @@ class BlockAttention(torch.autograd.Function):
             dp = torch.bmm(dout[:, start:stop], v[:, lo:hi].mT)
             dv[:, lo:hi].baddbmm_(p.mT, dout[:, start:stop])
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, start:stop] = torch.bmm(ds, k[:, lo:hi]).mul_(D**-0.5)
-            dk[:, lo:hi].baddbmm_(ds.mT, q[:, start:stop], alpha=D**-0.5)
-        return *(x.view(B, H, T, D) for x in (dq, dk, dv)), None
+            dq[:, start:stop] = torch.bmm(ds, k[:, lo:hi]).mul_(ctx.scale)
+            dk[:, lo:hi].baddbmm_(ds.mT, q[:, start:stop], alpha=ctx.scale)
+        return *(x.view(B, H, T, D) for x in (dq, dk, dv)), None, None
 
 
 class KVCache:
@@ -144,7 +146,7 @@ class KVCache:
         cache.keys, cache.values, cache.lengths, cache.last_embed = keys, values, lengths, last
         return cache
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, left: int | None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, left: int | None, scale: float) -> Tensor:
         """Store k and v (B, T, K, D) behind what is there and attend from q (B, T, H, D); `lengths` stay as
         they are.
 
@@ -173,6 +175,7 @@ class KVCache:
             keys[:, :, lo:hi],
             values[:, :, lo:hi],
             attn_mask=mask,
+            scale=scale,
             enable_gqa=q.size(2) != k.size(2),
         )
         return out.transpose(1, 2)

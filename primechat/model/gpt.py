@@ -59,28 +59,43 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.left = layer, config.window(layer)
-        self.head_dim, self.qk_gain = config.head_dim, config.qk_gain
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.scale = config.qk_gain**2 / config.head_dim**0.5  # the gain of queries times that of keys
         self.c_q = Linear(config.n_embd, config.n_embd)
         self.c_k = Linear(config.n_embd, config.kv_dim)
         self.c_v = Linear(config.n_embd, config.kv_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.qkv: Tensor | None = None  # the three weights in one, where none of them changes
         if config.has_value_embedding(layer):
             self.ve_gate = Linear(GATE_CHANNELS, config.n_kv_head)
+
+    @torch.no_grad()
+    def merge_weights(self) -> None:
+        """Lay the weights of queries, keys and values side by side in one tensor, of which they become views."""
+        maps = (self.c_q, self.c_k, self.c_v)
+        self.qkv = torch.cat([f.weight for f in maps])
+        for f, part in zip(maps, self.qkv.split([len(f.weight) for f in maps]), strict=True):
+            f.weight = nn.Parameter(part, requires_grad=False)
 
     def forward(
         self, u: Tensor, ve: Tensor | None, rotary: tuple[Tensor, Tensor], cache: KVCache | None
     ) -> Tensor:
         """Map the normed stream u (B, T, C) to what attention adds to it (B, T, C)."""
-        B, T, C = u.shape
-        q, k, v = (f(u).view(B, T, -1, self.head_dim) for f in (self.c_q, self.c_k, self.c_v))
+        B, T, _ = u.shape
+        weight = self.qkv
+        if weight is None:
+            weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])
+        heads = F.linear(u, weight.to(u.dtype)).view(B, T, -1, self.head_dim)
+        qk, v = heads.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)  # (B, T, H + K, D)
         if ve is not None:
-            gate = 3 * torch.sigmoid(self.ve_gate(u[..., :GATE_CHANNELS]))  # (B, T, K)
-            v = v + gate.unsqueeze(-1) * ve.view_as(v)
-        q, k = norm(rotate(q, *rotary)), norm(rotate(k, *rotary))
-        if self.qk_gain != 1:
-            q, k = q * self.qk_gain, k * self.qk_gain
-        out = attend(q, k, v, self.left) if cache is None else cache.attend(self.layer, q, k, v, self.left)
-        return self.c_proj(out.reshape(B, T, C))
+            gate = torch.sigmoid(self.ve_gate(u[..., :GATE_CHANNELS]))  # (B, T, K)
+            v = torch.addcmul(v, gate.unsqueeze(-1), ve.view_as(v), value=3)
+        q, k = norm(rotate(qk, *rotary)).split([self.n_head, self.n_kv_head], dim=2)
+        if cache is None:
+            out = attend(q, k, v, self.left, self.scale)
+        else:
+            out = cache.attend(self.layer, q, k, v, self.left, self.scale)
+        return self.c_proj(out.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -159,6 +174,8 @@ class GPT(nn.Module):
         model.load_state_dict(state, strict=True, assign=True)
         state.clear()
         model.compute_dtype = dtype
+        for block in cast(nn.ModuleList, model.transformer["h"]):
+            cast(Block, block).attn.merge_weights()
         return model.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -221,6 +238,7 @@ class GPT(nn.Module):
         """Read ids (B, T) into the cache; return the float32 logits (B, V) that follow the last one."""
         return self.logits(self.hidden(ids, cache)[:, -1])
 
+    @torch.inference_mode(False)  # a table first needed in decoding must serve training too
     def build_rotary(self) -> tuple[Tensor, Tensor]:
         """Return the tables cos and sin, (10 * sequence_len, 1, D/2), in the compute dtype, made once a
         device.
@@ -277,9 +295,11 @@ class GPT(nn.Module):
             rotary = cos[at], sin[at]  # (B, T, 1, D/2)
         x = x0 = self.embed(ids, cache)
         middle = x
+        if self.config.residual_scalars:
+            keep, again = self.resid_lambdas.to(x.dtype).unbind(), self.x0_lambdas.to(x.dtype).unbind()
         for i, block in enumerate(cast(nn.ModuleList, self.transformer["h"])):
             if self.config.residual_scalars:
-                x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
+                x = torch.addcmul(x * keep[i], x0, again[i])
             ve = self.value_embeds[str(i)](ids).to(x.dtype) if self.config.has_value_embedding(i) else None
             x = block(x, ve, rotary, cache)
             if i == self.config.n_layer // 2:
