@@ -361,7 +361,7 @@ def test_chat_takes_a_model_by_its_place(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def make_events(steps: int = 40) -> list[Event]:
-    events: list[Event] = [PhaseEvent(name="Tokenizer", total=100, unit="documents"), ProgressEvent(done=50)]
+    events: list[Event] = [PhaseEvent(name="Tokenizer: reading", total=100, unit="documents"), ProgressEvent(done=50)]
     events += [DoneEvent(step=0, elapsed_s=1.0), NoteEvent(text="2 threads, bfloat16")]
     events += [PhaseEvent(name="Pretraining", total=steps)]
     for step in range(1, steps + 1):

@@ -59,8 +59,10 @@ def run_bench(config: BenchConfig) -> int:
     Returns:
         The exit code, 0.
     """
-    measure = {"train": bench_train, "infer": bench_infer, "tokenizer": bench_tokenizer}[config.what]
-    rows = measure(config)
+    if config.what == "train":
+        rows = bench_train(config)
+    else:
+        rows = bench_infer(config) if config.what == "infer" else bench_tokenizer(config)
     if config.json:
         print(json.dumps({"bench": config.what, "machine": describe_machine(), "rows": rows}, indent=2))
     else:

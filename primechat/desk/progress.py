@@ -171,7 +171,8 @@ class BarView(ProgressView):
 
     def start_phase(self, event: PhaseEvent) -> None:
         self.close_bars(keep=self.training.name if self.training else "")
-        self.bar_of[event.name] = self.bars.add_task(event.name, total=event.total or None, figures="")
+        short = event.name.partition(":")[0]  # the bar needs the room
+        self.bar_of[event.name] = self.bars.add_task(short, total=event.total or None, figures="")
         if self.training and event is not self.training:
             self.insets.add(event.name)
 
