@@ -336,6 +336,9 @@ def show_models(flags: ModelsFlags) -> int:
         from rich.console import Console
         from rich.table import Table
 
+        from primechat.store import base_dir
+
+        base = f"{base_dir()}{os.sep}"
         table = Table(box=None, pad_edge=False)
         table.add_column("model", no_wrap=True)
         for title in ("step", "parameters", "bits per byte", "MB"):
@@ -345,10 +348,11 @@ def show_models(flags: ModelsFlags) -> int:
         for entry in entries:
             step = str(max(entry.steps)) if entry.steps else ""
             figures = (f"{entry.n_params:,}", "" if entry.val_bpb is None else f"{entry.val_bpb:.4f}")
-            where = "ships with primechat" if entry.shipped else entry.path
+            where = "ships with primechat" if entry.shipped else entry.path.removeprefix(base)
             size = f"{entry.n_bytes / 1e6:,.1f}"
             table.add_row(entry.identifier, step, *figures, size, entry.architecture, where)
         Console(highlight=False).print(table)
+        print(f"\nIn {base}")
     return 0
 
 

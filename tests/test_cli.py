@@ -332,7 +332,7 @@ class Entry:
     shipped: bool = False
 
 
-def test_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models(base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def list_entries(*entries: Entry) -> None:
         monkeypatch.setitem(vars(primechat), "list_models", lambda: list(entries))
 
@@ -340,9 +340,11 @@ def test_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert cli.main(["models"]) == 0
     assert "primechat quickstart" in capsys.readouterr().out
     d20 = Entry(identifier="base/d20", steps=(21400,), val_bpb=0.8123, path="x" * 300)
-    list_entries(Entry(shipped=True), d20)
+    mine = Entry(identifier="base/mine", path=str(base_dir / "base_checkpoints" / "mine"))
+    list_entries(Entry(shipped=True), d20, mine)
     assert cli.main(["models"]) == 0
     out = capsys.readouterr().out
+    assert "modern  base_checkpoints/mine " in out and out.endswith(f"\nIn {base_dir}/\n")
     assert "7,340,032" in out and "0.8123" in out and "14.7" in out and "base/d20" in out
     assert "21400" in out and "60" in out and "ships with primechat" in " ".join(out.split())
     assert cli.main(["models", "--json"]) == 0
@@ -361,7 +363,10 @@ def test_chat_takes_a_model_by_its_place(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def make_events(steps: int = 40) -> list[Event]:
-    events: list[Event] = [PhaseEvent(name="Tokenizer: reading", total=100, unit="documents"), ProgressEvent(done=50)]
+    events: list[Event] = [
+        PhaseEvent(name="Tokenizer: reading", total=100, unit="documents"),
+        ProgressEvent(done=50),
+    ]
     events += [DoneEvent(step=0, elapsed_s=1.0), NoteEvent(text="2 threads, bfloat16")]
     events += [PhaseEvent(name="Pretraining", total=steps)]
     for step in range(1, steps + 1):
