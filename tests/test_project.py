@@ -6,6 +6,7 @@ import doctest
 import importlib
 import re
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from packaging.specifiers import SpecifierSet
 from test_house import read_house
 
 import primechat
-from primechat import cli
+from primechat import cli, store
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -143,6 +144,17 @@ def test_version_and_licence() -> None:
         .startswith("MIT License\n\nCopyright (c) 2026 primechat contributors\n")
     )
     assert (ROOT / "primechat" / "py.typed").exists()
+
+
+def test_tests_are_hermetic(base_dir: Path, tmp_path: Path) -> None:
+    assert store.base_dir() == base_dir and base_dir.is_relative_to(tmp_path) and not base_dir.exists()
+    for address in (("192.0.2.1", 80), ("example.org", 443)):  # both are reserved for examples
+        with pytest.raises(RuntimeError, match="tests use no network"):
+            socket.create_connection(address, timeout=1)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        socket.create_connection(server.getsockname(), timeout=5).close()
 
 
 def test_labs_are_not_rewritten_on_opening() -> None:
