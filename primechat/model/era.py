@@ -93,10 +93,6 @@ def read_config(meta: Mapping[str, Any]) -> GPTConfig | None:
                 f"Its metadata says {name}={value} in model_config, {getattr(config, name)} in gpt_config; "
                 "restore the meta file."
             )
-    if config.vocab_multiple > 4096:
-        raise CheckpointError(
-            f"Its metadata says vocab_multiple={config.vocab_multiple}, the limit is 4096; restore it."
-        )
     return config
 
 

@@ -32,15 +32,21 @@ TABLE_FACTOR = 10  # nanochat: the rotary table reaches 10 x sequence_len
 
 def norm(x: Tensor) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) over the last dimension; nothing is learned."""
-    return F.rms_norm(x, (x.size(-1),), eps=EPS)
+    if x.dtype != torch.float32:
+        return F.rms_norm(x, (x.size(-1),), eps=EPS)
+    # the same in fewer passes over the data: sqrt(C) x / hypot(|x|, sqrt(C eps))
+    width = x.size(-1)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * (width**0.5 / torch.hypot(length, length.new_full((), (width * EPS) ** 0.5)))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (j, j + D/2) of x (B, T, H, D) by minus the angle of their position; tables (.., T, 1,
-    D/2).
+    """Turn the pairs (j, j + D/2) of x (B, T, H, D) by minus the angle of their position.
+
+    The tables (.., T, 1, D) hold cos twice, and sin followed by -sin.
     """
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    return torch.addcmul(x * cos, torch.cat((b, a), dim=-1), sin)
 
 
 class Linear(nn.Linear):
@@ -71,7 +77,9 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def merge_weights(self) -> None:
-        """Lay the weights of queries, keys and values side by side in one tensor, of which they become views."""
+        """Lay the weights of queries, keys and values side by side in one tensor, of which they become
+        views.
+        """
         maps = (self.c_q, self.c_k, self.c_v)
         self.qkv = torch.cat([f.weight for f in maps])
         for f, part in zip(maps, self.qkv.split([len(f.weight) for f in maps]), strict=True):
@@ -240,10 +248,10 @@ class GPT(nn.Module):
 
     @torch.inference_mode(False)  # a table first needed in decoding must serve training too
     def build_rotary(self) -> tuple[Tensor, Tensor]:
-        """Return the tables cos and sin, (10 * sequence_len, 1, D/2), in the compute dtype, made once a
+        """Return the tables cos and sin, (10 * sequence_len, 1, D), in the compute dtype, made once a
         device.
 
-        Source: FORMAT of nanochat: angle t * base^(-2j/D) in float32, rounded to rope_dtype.
+        Source: nanochat, gpt.py: angle t * base^(-2j/D) in float32, rounded to rope_dtype.
         """
         device, dtype = self.device, self.compute_dtype
         if self.rotary is None or self.rotary[0].device != device or self.rotary[0].dtype != dtype:
@@ -254,7 +262,7 @@ class GPT(nn.Module):
                 self.config.rope_dtype
             ]
             cos, sin = (f(angle).to(kind).to(dtype)[:, None] for f in (torch.cos, torch.sin))
-            self.rotary = cos, sin
+            self.rotary = torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
         return self.rotary
 
     def embed(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -292,7 +300,7 @@ class GPT(nn.Module):
             rotary = cos[lengths[0] : lengths[0] + T], sin[lengths[0] : lengths[0] + T]
         else:
             at = torch.tensor(lengths, device=ids.device)[:, None] + torch.arange(T, device=ids.device)
-            rotary = cos[at], sin[at]  # (B, T, 1, D/2)
+            rotary = cos[at], sin[at]  # (B, T, 1, D)
         x = x0 = self.embed(ids, cache)
         middle = x
         if self.config.residual_scalars:

@@ -233,7 +233,9 @@ def check_global(name: str) -> None:
     module, _, attribute = name.partition(" ")
     if name in ("collections OrderedDict", REBUILD) or (module == "torch" and attribute in ITEM_BYTES):
         return
-    raise ValueError(f"it asks for {name.replace(' ', '.')}, weights need tensors and plain containers only")
+    raise ValueError(
+        f"it asks for {name.replace(' ', '.')!r}, weights need tensors and plain containers only"
+    )
 
 
 def read_storage(claim: Any, sizes: dict[str, int]) -> Storage:
