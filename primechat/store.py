@@ -175,7 +175,7 @@ def locate_model(name: ModelName) -> tuple[Path, ModelName]:
         logger.warning("skipped %s", fault)
     if own is not None:
         return own, replace(name, tag=own.name)
-    shipped = choose_tag(SHIPPED, name.family) if name.step is None else None
+    shipped = choose_tag(SHIPPED, name.family)
     if shipped is not None:
         return shipped, replace(name, shipped=True)
     if faults:

@@ -59,7 +59,9 @@ def make_optim(seed: int) -> dict[str, Any]:
 def save(folder: Path, step: int, seed: int | None = None, optim: bool = True, **meta: Any) -> None:
     seed = step if seed is None else seed
     state, optim_state = make_state(seed), make_optim(seed) if optim else None
-    save_checkpoint(folder, step, model_state=state, config=CONFIG, optim_state=optim_state, meta=meta)
+    save_checkpoint(
+        folder, step, model_state=state, config=CONFIG, optim_state=optim_state, meta={"seed": seed, **meta}
+    )
 
 
 def check_whole(folder: Path, allowed: dict[int, tuple[int, ...]]) -> int:
@@ -68,7 +70,10 @@ def check_whole(folder: Path, allowed: dict[int, tuple[int, ...]]) -> int:
     assert loaded.optim_state is not None
     seed = loaded.optim_state["state"][0]["step"]
     assert seed in allowed[loaded.step]
-    assert all(torch.equal(loaded.model_state[key], tensor) for key, tensor in make_state(seed).items())
+    for reading in (loaded, load_checkpoint(folder)):  # the second compares no hashes
+        state = make_state(reading.meta["seed"])
+        assert all(torch.equal(reading.model_state[key], tensor) for key, tensor in state.items())
+    assert loaded.meta["seed"] == seed
     return loaded.step
 
 

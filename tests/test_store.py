@@ -280,6 +280,8 @@ def test_load_run(base_dir: Path, tmp_path: Path) -> None:
     assert result.n_params == GPTConfig(n_layer=2, n_embd=64, n_head=1, n_kv_head=1).n_params
     (away / "metrics.jsonl").write_text('{"kind": "step", "step": 3, "tokens": "many"}\n')
     assert math.isnan(store.load_run(away).val_bpb)
+    (away / "metrics.jsonl").write_text('{"kind": "step", "step": 3, "tokens": 5}\n')
+    assert (store.load_run(away).tokens, store.load_run(away).train_s) == (5, 0.0), "no speed, no time"
     with pytest.raises(CheckpointError, match="neither checkpoint nor metrics"):
         store.load_run(tmp_path)
     with pytest.raises(CheckpointError, match="neither checkpoint nor metrics"):
