@@ -31,11 +31,7 @@ STAGES = {  # verb: (public name of the stage, of its config, its sentence)
     "pretrain": ("pretrain", "PretrainConfig", "train a base model to go on with any text"),
     "finetune": ("finetune", "FinetuneConfig", "teach a base model to answer"),
     "evaluate": ("evaluate", "EvaluateConfig", "measure a model in bits per byte on text it has not seen"),
-    "quickstart": (
-        "quickstart",
-        "QuickstartConfig",
-        "all of the above in minutes, on text that is here",
-    ),
+    "quickstart": ("quickstart", "QuickstartConfig", "all of the above in minutes, on text that is here"),
 }
 DESK = {
     "chat": "talk to a model in the terminal",

@@ -117,13 +117,7 @@ def commit_step(folder: Path, step: int, parts: Mapping[str, Any], meta: dict[st
             f"{path} was not written by primechat, which never replaces others' steps; choose another tag."
         )
     files = {name: write_part(folder / f"{name}.tmp", part) for name, part in parts.items()}
-    whole = {
-        **meta,
-        "schema": SCHEMA,
-        "writer": WRITER,
-        "torch": torch.__version__,
-        "files": files,
-    }
+    whole = {**meta, "schema": SCHEMA, "writer": WRITER, "torch": torch.__version__, "files": files}
     temporary = folder / f"{path.name}.tmp"
     write_synced(temporary, json.dumps(whole, indent=2).encode())
     if old is not None and old.get("files") != files:
