@@ -305,7 +305,7 @@ def test_hostile_pickles(tmp_path: Path) -> None:
     files = hostile_files(trap)
     words = {
         "same global twice": "a second global",
-        "dicts": "more than three dict",
+        "dicts": "more than 3 containers",
         "marks": "nested too deeply",
     }
     with pytest.raises(FileExistsError):  # the traps are live: freely unpickled, they make the folder

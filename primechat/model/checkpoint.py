@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from primechat.config import GPTConfig
 from primechat.errors import CheckpointError
+from primechat.files import sync_folder, write_synced
 from primechat.model.era import detect_era, encode_model, list_shapes
-from primechat.model.runlog import RunLock, sync_folder, write_synced
+from primechat.model.runlog import RunLock
 from primechat.model.weights import inspect_model, load_model, load_tensors, read_json
 
 if TYPE_CHECKING:
@@ -283,8 +284,9 @@ def load_checkpoint(
     device: str = "cpu",
     want_optim: bool = False,
     verify: bool | None = None,
+    dtype: str = "",
 ) -> Loaded:
-    """Read one step, ours or nanochat's; tensors keep their dtype and, on the CPU, stay mapped from the file.
+    """Read one step, ours or nanochat's; what is not cast stays, on the CPU, mapped from the file.
 
     Args:
         folder: the run's, or its `snapshots` folder.
@@ -292,17 +294,18 @@ def load_checkpoint(
         device: where the model's tensors go; the optimizer's stay on the CPU.
         want_optim: read the optimizer's state too, to resume.
         verify: compare hashes; None does so when resuming, for files below 1 GB.
+        dtype: float32 or bfloat16 to cast the model's tensors to; empty leaves them as they are.
 
     Raises:
         CheckpointError: no step, or the step asked for, can be read.
     """
     folder = Path(folder)
     if step is not None:
-        return read_step(folder, step, device, want_optim, verify)
+        return read_step(folder, step, device, want_optim, verify, dtype)
     skipped: list[str] = []
     for number in reversed(list_numbers(folder)):
         try:
-            loaded = read_step(folder, number, device, want_optim, verify)
+            loaded = read_step(folder, number, device, want_optim, verify, dtype)
         except CheckpointError as e:
             skipped.append(f"step {number}: {e}")
             continue
@@ -316,7 +319,9 @@ def load_checkpoint(
     )
 
 
-def read_step(folder: Path, step: int, device: str, want_optim: bool, verify: bool | None) -> Loaded:
+def read_step(
+    folder: Path, step: int, device: str, want_optim: bool, verify: bool | None, dtype: str
+) -> Loaded:
     """Read one step or say what is wrong with it."""
     there = list_numbers(folder)
     if step not in there:
@@ -332,7 +337,7 @@ def read_step(folder: Path, step: int, device: str, want_optim: bool, verify: bo
         config = detect_era({key: spec.shape for key, spec in specs.items()}, meta)
     except CheckpointError as e:
         raise CheckpointError(f"{path} cannot be used: {str(e)[0].lower()}{str(e)[1:]}") from None
-    state = load_model(path, specs)
+    state = load_model(path, specs, dtype)
     if device != "cpu":
         state = {key: tensor.to(device) for key, tensor in state.items()}
     optim_state = read_optim(folder, step, meta) if want_optim else None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from primechat.errors import CheckpointError
+from primechat.files import write_whole
 
 LOG_SCHEMA = 1
 NO_FLOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
@@ -153,28 +154,3 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
         if event.pop("schema", LOG_SCHEMA) != LOG_SCHEMA:
             raise CheckpointError(f"{path} was written by a newer primechat; update this one to read it.")
     return events
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace a small file so that a kill leaves the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    write_synced(temporary, data)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a small file to the disk itself."""
-    with path.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,25 +1,22 @@
 """Reads the two pickled files of a tokenizer folder without unpickling anything.
 
-Hides: the pickle machine. `read_encoding` interprets the few opcodes that `pickle.dump(tiktoken.Encoding)`
-needs, on inert values only: no import, no call, no instance, so a hostile file has nothing to run; any other
-opcode is refused by name. Memory stays within a small multiple of the file, whose size is bounded.
-Reference: the opcode table of CPython's `pickletools`.
+Hides: what `pickle.dump(tiktoken.Encoding)` and `torch.save` write. Only what these need is admitted, as
+inert values; anything else is refused by name, and the files' size is bounded.
+Reference: tiktoken.core.Encoding.__getstate__; `primechat.pickles`.
 """
 
 from __future__ import annotations
 
-import pickletools
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from primechat.archives import TensorSpec, inspect_tensors, read_storage
 from primechat.errors import DataError
+from primechat.pickles import PickleReader
 
 MAX_FILE_BYTES = 32 * 2**20  # a 65,536-token file is 1.3 MB, a million tokens are 20
-_OPCODE_NAMES = {ord(op.code): op.name for op in pickletools.opcodes}
-_CLASS, _ARGS, _OBJECT = object(), object(), object()  # stand for tiktoken.core.Encoding, () and the instance
 
 
 def read_bounded(path: Path) -> bytes:
@@ -28,17 +25,52 @@ def read_bounded(path: Path) -> bytes:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror or error}); check that it is a readable file."
-        ) from None
-    if not data:
-        raise DataError(f"{path} has 0 bytes, so it holds no tokenizer; copy it again from where it came.")
-    if len(data) > MAX_FILE_BYTES:
-        raise DataError(
-            f"{path} is larger than {MAX_FILE_BYTES >> 20} MB, the most a tokenizer file may have; "
-            "give a nanochat tokenizer."
-        )
-    return data
+        reason = error.strerror or error
+        raise DataError(f"{path} cannot be read ({reason}); check that it is a readable file.") from None
+    if 0 < len(data) <= MAX_FILE_BYTES:
+        return data
+    size = (
+        f"is larger than {MAX_FILE_BYTES >> 20} MB, the most a tokenizer file may have"
+        if data
+        else "has 0 bytes"
+    )
+    raise DataError(f"{path} {size}; copy it again from where it came.")
+
+
+class EncodingReader(PickleReader):
+    """Reads the pickle of one tiktoken Encoding; `states` gets its state."""
+
+    opcodes = frozenset(
+        "PROTO FRAME STOP MARK EMPTY_DICT SETITEM SETITEMS EMPTY_TUPLE BININT BININT1 BININT2 BINUNICODE "
+        "SHORT_BINUNICODE BINBYTES SHORT_BINBYTES MEMOIZE BINGET LONG_BINGET STACK_GLOBAL NEWOBJ "
+        "BUILD".split()
+    )
+    max_containers = 3  # the state, its ranks and its special tokens
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.objects: list[object] = []
+        self.states: list[dict[str, Any]] = []
+
+    def admit(self, name: str) -> str:
+        """Take the class's name, once."""
+        self.names.append(name)
+        if self.names != ["tiktoken.core Encoding"]:
+            raise ValueError(f"it names {'a second' if self.names[1:] else 'the'} global {name[:80]!r}")
+        return name
+
+    def call(self, function: Any, args: Any) -> object:
+        """Stand for the instance, once."""
+        if self.objects or function is not self.names[0] or args != ():
+            raise ValueError("it makes an object in an unknown way")
+        self.objects.append(object())
+        return self.objects[0]
+
+    def build(self, target: Any, state: Any) -> None:
+        """Keep the instance's state, once."""
+        if self.states or target not in self.objects or type(state) is not dict:
+            raise ValueError("it sets an object's state in an unknown way")
+        self.states.append(state)
 
 
 def read_encoding(path: Path) -> dict[str, Any]:
@@ -53,117 +85,16 @@ def read_encoding(path: Path) -> dict[str, Any]:
     Raises:
         DataError: The file is anything else than such a pickle.
     """
-    data = read_bounded(path)
+    data, reader = read_bounded(path), EncodingReader()
     try:
-        state = _interpret(data)
-    except _RefusedError as refusal:
-        reason = str(refusal)
-    except (IndexError, KeyError, UnicodeDecodeError):
-        reason = "it is truncated or damaged"
-    else:
-        return state
-    raise DataError(
-        f"{path} is not a plain tiktoken tokenizer: {reason}; nothing in it was run, "
-        "replace it with a file that you trust."
-    )
-
-
-class _RefusedError(Exception):
-    """Why a pickle was refused."""
-
-
-def _interpret(data: bytes) -> dict[str, Any]:
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: list[Any] = []
-    state: dict[str, Any] | None = None
-    seen_class = seen_object = False
-    dicts = 0
-    position, end = 0, len(data)
-    if data[:1] != b"\x80":
-        raise _RefusedError("it does not begin like a pickle of protocol 2 or later")
-
-    def take(count: int) -> bytes:
-        nonlocal position
-        if position + count > end:
-            raise _RefusedError(f"it is cut off after {end} bytes")
-        position += count
-        return data[position - count : position]
-
-    while position < end:
-        code = data[position]
-        position += 1
-        if code == 0x94:  # MEMOIZE
-            memo.append(stack[-1])
-        elif code == 0x43:  # SHORT_BINBYTES
-            stack.append(take(take(1)[0]))
-        elif code == 0x4D:  # BININT2
-            stack.append(int.from_bytes(take(2), "little"))
-        elif code == 0x4B:  # BININT1
-            stack.append(take(1)[0])
-        elif code == 0x4A:  # BININT
-            stack.append(int.from_bytes(take(4), "little", signed=True))
-        elif code == 0x42:  # BINBYTES
-            stack.append(take(int.from_bytes(take(4), "little")))
-        elif code == 0x8C:  # SHORT_BINUNICODE
-            stack.append(take(take(1)[0]).decode("utf-8"))
-        elif code == 0x58:  # BINUNICODE
-            stack.append(take(int.from_bytes(take(4), "little")).decode("utf-8"))
-        elif code == 0x68:  # BINGET
-            stack.append(memo[take(1)[0]])
-        elif code == 0x6A:  # LONG_BINGET
-            stack.append(memo[int.from_bytes(take(4), "little")])
-        elif code == 0x28:  # MARK
-            if len(marks) == 2:
-                raise _RefusedError("its dictionaries are nested too deeply")
-            marks.append(len(stack))
-        elif code == 0x7D:  # EMPTY_DICT
-            dicts += 1
-            if dicts > 3:
-                raise _RefusedError("it holds more than three dictionaries")
-            stack.append({})
-        elif code in (0x73, 0x75):  # SETITEM, SETITEMS
-            start = marks.pop() if code == 0x75 else len(stack) - 2
-            keys, values = stack[start::2], stack[start + 1 :: 2]
-            target = stack[start - 1] if start > 0 else None
-            if type(target) is not dict or len(keys) != len(values):
-                raise _RefusedError("it fills something that is no dictionary")
-            if not all(type(key) in (str, bytes) for key in keys):
-                raise _RefusedError("a dictionary key in it is neither text nor bytes")
-            target.update(zip(keys, values, strict=True))
-            del stack[start:]
-        elif code == 0x93:  # STACK_GLOBAL
-            name, module = stack.pop(), stack.pop()
-            if (module, name) != ("tiktoken.core", "Encoding") or seen_class:
-                which = "a second global" if seen_class else "the global"
-                raise _RefusedError(f"it names {which} {f'{module} {name}'[:80]!r}")
-            seen_class = True
-            stack.append(_CLASS)
-        elif code == 0x29:  # EMPTY_TUPLE
-            stack.append(_ARGS)
-        elif code == 0x81:  # NEWOBJ
-            args, cls = stack.pop(), stack.pop()
-            if cls is not _CLASS or args is not _ARGS or seen_object:
-                raise _RefusedError("it makes an object in an unknown way")
-            seen_object = True
-            stack.append(_OBJECT)
-        elif code == 0x62:  # BUILD
-            built = stack.pop()
-            if stack != [_OBJECT] or type(built) is not dict or state is not None:
-                raise _RefusedError("it sets an object's state in an unknown way")
-            state = built
-        elif code == 0x2E:  # STOP
-            if state is None or stack != [_OBJECT] or marks or position != end:
-                raise _RefusedError("it holds more or less than one tokenizer")
-            return state
-        elif code == 0x80:  # PROTO
-            if take(1)[0] not in (2, 3, 4, 5):
-                raise _RefusedError("its pickle protocol is unknown")
-        elif code == 0x95:  # FRAME: only a hint for buffering
-            take(8)
-        else:
-            raise _RefusedError(f"it uses the pickle opcode {_OPCODE_NAMES.get(code, hex(code))}")
-    raise _RefusedError(f"it is cut off after {end} bytes")
+        if reader.read(data) not in reader.objects or not reader.states:
+            raise ValueError("it holds more or less than one tokenizer")
+    except ValueError as error:
+        raise DataError(
+            f"{path} is not a plain tiktoken tokenizer: {error}; nothing in it was run, "
+            "replace it with a file that you trust."
+        ) from None
+    return reader.states[0]
 
 
 def read_lengths(path: Path, vocab_size: int) -> np.ndarray:
@@ -179,35 +110,17 @@ def read_lengths(path: Path, vocab_size: int) -> np.ndarray:
     Raises:
         DataError: The file holds anything else.
     """
-    read_bounded(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = {name.partition("/")[2]: archive.getinfo(name) for name in archive.namelist()}
-            if "byteorder" in entries and archive.read(entries["byteorder"])[:16] != b"little":
-                raise ValueError("it is not little-endian")
-            if entries["data.pkl"].file_size > 4096 or entries["data/0"].file_size != 4 * vocab_size:
-                raise ValueError(f"it must hold {vocab_size} numbers of 4 bytes")
-            described = list(pickletools.genops(archive.read(entries["data.pkl"])))
-            globals_ = {str(arg) for op, arg, _ in described if op.name in ("GLOBAL", "INST")}
-            numbers = [arg for op, arg, _ in described if op.name.startswith("BININT")]
-            if not globals_ <= {
-                "torch._utils _rebuild_tensor_v2", "torch IntStorage", "collections OrderedDict"
-            } or numbers != [vocab_size, 0, vocab_size, 1]:  # fmt: skip
-                raise ValueError(f"it must be a plain int32 tensor of {vocab_size} numbers")
-            lengths = np.frombuffer(archive.read(entries["data/0"]), dtype="<i4").astype(np.int32)
+        spec = inspect_tensors(path)
+        plain = isinstance(spec, TensorSpec) and spec.dtype == "IntStorage" and spec.shape == (vocab_size,)
+        if not plain or spec.storage.n_items != vocab_size:
+            raise ValueError(f"it must be a plain int32 tensor of {vocab_size} numbers")
+        lengths = np.frombuffer(read_storage(path, spec.storage), dtype="<i4").astype(np.int32)
         if lengths.min() < 0:
             raise ValueError("a length in it is negative")
-        return lengths
-    except (
-        zipfile.BadZipFile,
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        NotImplementedError,
-    ) as error:
+    except (OSError, ValueError) as error:
         raise DataError(
             f"{path} is no table of byte lengths for {vocab_size} tokens ({error}); "
             "delete it, the lengths then come from the tokens."
         ) from None
+    return lengths

@@ -9,21 +9,22 @@ Reference: Sennrich, Haddow & Birch 2016, Neural Machine Translation of Rare Wor
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import tiktoken
 
 from primechat.errors import DataError
+from primechat.files import write_whole
 from primechat.protocols import Conversation
 from primechat.text import conversation as talk
 from primechat.text.pickles import read_bounded, read_encoding, read_lengths
@@ -58,7 +59,10 @@ class Tokenizer:
         Raises:
             DataError: One of these rules is broken.
         """
-        check_vocabulary(pattern, ranks, specials, source or "this tokenizer")
+        if fault := find_fault(pattern, ranks, specials):
+            raise DataError(
+                f"{source or 'This'} is no tokenizer: {fault}; replace it with nanochat's or ours."
+            )
         self.pattern = pattern
         self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         self.specials = dict(sorted(specials.items(), key=lambda item: item[1]))
@@ -72,10 +76,7 @@ class Tokenizer:
                 "rustbpe", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.specials
             )
         except ValueError as error:
-            raise DataError(
-                f"the split pattern of {source or 'this tokenizer'} does not compile ({error}); "
-                "use SPLIT_PATTERN."
-            ) from None
+            raise DataError(f"The split pattern does not compile ({error}); use SPLIT_PATTERN.") from None
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -88,11 +89,8 @@ class Tokenizer:
         """
         import rustbpe
 
-        least = 256 + len(SPECIAL_TOKENS)
-        if type(vocab_size) is not int or vocab_size < least:
-            raise DataError(
-                f"vocab_size={vocab_size!r} must be at least {least} (bytes and special tokens); try 4096."
-            )
+        if type(vocab_size) is not int or vocab_size < 265:  # bytes and special tokens
+            raise DataError(f"vocab_size={vocab_size!r} must be at least 265; try 4096.")
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(
             map(replace_surrogates, texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN
@@ -101,8 +99,7 @@ class Tokenizer:
         size = len(ranks) + len(SPECIAL_TOKENS)
         if size < vocab_size:
             raise DataError(
-                f"vocab_size={vocab_size} needs more text: this one has merges for {size} tokens only; "
-                f"give more text or set vocab_size to {size} or less."
+                f"vocab_size={vocab_size} needs more text; give more or set vocab_size to {size} or less."
             )
         return cls(SPLIT_PATTERN, ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
 
@@ -127,16 +124,14 @@ class Tokenizer:
             )
         state = read_encoding(path)
         if set(state) != {"name", "pat_str", "mergeable_ranks", "special_tokens"}:
-            raise DataError(
-                f"{path} has other fields than a tiktoken tokenizer's four; replace it with nanochat's."
-            )
+            raise DataError(f"{path} has other fields than a tiktoken tokenizer's; replace it.")
         tokenizer = cls(state["pat_str"], state["mergeable_ranks"], state["special_tokens"], source=str(path))
         tokenizer._lengths_path = folder / "token_bytes.pt"
-        note = read_note(folder / "primechat_tokenizer.json", hash_file(path))
+        note_path = folder / "primechat_tokenizer.json"
+        note = read_note(note_path, hashlib.sha256(read_bounded(path)).hexdigest())
         if note and note.get("identity") != tokenizer.identity:
             raise DataError(
-                f"{folder / 'primechat_tokenizer.json'} names another tokenizer than "
-                f"{path} holds; delete the JSON file."
+                f"{note_path} names another tokenizer than {path.name} holds; delete {note_path}."
             )
         tokenizer.provenance = note.get("provenance") or {}
         return tokenizer
@@ -169,18 +164,17 @@ class Tokenizer:
             "vocab_size": self.vocab_size, "pattern": self.pattern, "specials": self.specials,
             "provenance": self.provenance,
         }  # fmt: skip
-        lengths = torch.from_numpy(self.byte_lengths().copy())
-        write_whole(folder / "token_bytes.pt", lambda file: torch.save(lengths, file))
+        lengths = io.BytesIO()
+        torch.save(torch.from_numpy(self.byte_lengths().copy()), lengths)
+        write_whole(folder / "token_bytes.pt", lengths.getvalue())
         text = json.dumps(note, indent=2, ensure_ascii=False) + "\n"
-        write_whole(folder / "primechat_tokenizer.json", lambda file: file.write(text.encode()))
-        write_whole(path, lambda file: file.write(pickled))
+        write_whole(folder / "primechat_tokenizer.json", text.encode())
+        write_whole(path, pickled)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens written in it are plain text."""
         if type(text) is not str:
-            raise DataError(
-                f"text={text!r:.60} must be a str, not {type(text).__name__}; decode bytes first."
-            )
+            raise DataError(f"text={text!r:.40} must be a str, not {type(text).__name__}; decode it.")
         try:
             if len(text) <= LONG_SPACE:
                 return self._encoding.encode_ordinary(text)
@@ -189,9 +183,7 @@ class Tokenizer:
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # how a failure in tiktoken's Rust code arrives
                 raise
-            raise DataError(
-                f"a text of {len(text)} characters defeats this split pattern; use shorter texts."
-            ) from None
+            raise DataError(f"A text of {len(text)} characters is too long here; cut it.") from None
 
     def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[list[int]]:
         """Return the ids of each text, on `threads` threads (0: all cores)."""
@@ -200,12 +192,10 @@ class Tokenizer:
         if threads == 1:
             return [self.encode(text) for text in texts]
         with ThreadPoolExecutor(threads) as pool:
-            return [
-                ids for part in pool.map(self._encode_all, split_evenly(texts, 4 * threads)) for ids in part
-            ]
-
-    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
+            parts = pool.map(
+                lambda part: [self.encode(text) for text in part], split_evenly(texts, 4 * threads)
+            )
+            return [ids for part in parts for ids in part]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""
@@ -218,10 +208,8 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one id, a special token's being its name."""
         if not 0 <= token_id < self.vocab_size:
-            raise DataError(
-                f"token id {token_id!r} must be from 0 to {self.vocab_size - 1}; "
-                "use this model's own tokenizer."
-            )
+            last = self.vocab_size - 1
+            raise DataError(f"token id {token_id!r} must be from 0 to {last}; use the model's tokenizer.")
         return self._tokens[token_id]
 
     def byte_lengths(self) -> np.ndarray:
@@ -243,10 +231,8 @@ class Tokenizer:
     def special(self, name: str) -> int:
         """Return the id of a special token."""
         if name not in self.specials:
-            raise DataError(
-                f"special token {name!r:.60} is not in this tokenizer; "
-                f"it has {', '.join(self.specials) or 'none'}."
-            )
+            there = ", ".join(self.specials) or "none"
+            raise DataError(f"special token {name!r:.60} is not in this tokenizer; it has {there}.")
         return self.specials[name]
 
     @property
@@ -279,33 +265,25 @@ class Tokenizer:
         return f"Tokenizer(vocab_size={self.vocab_size}, identity={self.identity[:12]!r})"
 
 
-def check_vocabulary(pattern: object, ranks: object, specials: object, source: str) -> None:
-    """Refuse a vocabulary that breaks a rule of `Tokenizer`."""
-    remedy = "replace it with a tokenizer that nanochat or primechat wrote"
+def find_fault(pattern: object, ranks: object, specials: object) -> str:
+    """Return which rule of `Tokenizer` a vocabulary breaks, or nothing."""
     if type(pattern) is not str:
-        raise DataError(
-            f"the split pattern of {source} must be text, not {type(pattern).__name__}; {remedy}."
-        )
-    if type(ranks) is not dict or any(
-        type(token) is not bytes or type(rank) is not int for token, rank in ranks.items()
-    ):
-        raise DataError(f"the ranks of {source} must map bytes to whole numbers; {remedy}.")
+        return f"the split pattern must be text, not {type(pattern).__name__}"
+    if type(ranks) is not dict or {*map(type, ranks)} != {bytes} or {*map(type, ranks.values())} != {int}:
+        return "the ranks must map bytes to whole numbers"
     if len(ranks) < 256 or set(ranks.values()) != set(range(len(ranks))):
-        raise DataError(
-            f"the {len(ranks)} ranks of {source} must be 0, 1, 2 ... each once, 256 or more; {remedy}."
-        )
-    if any(ranks.get(bytes([byte]), 256) > 255 for byte in range(256)):
-        raise DataError(f"the first 256 ranks of {source} must be the single bytes; {remedy}.")
-    if b"" in ranks:
-        raise DataError(f"a token of {source} is empty; {remedy}.")
-    if type(specials) is not dict or any(
-        type(name) is not str or not name or type(token) is not int for name, token in specials.items()
+        return f"the {len(ranks)} ranks must be 0, 1, 2 ... each once, 256 or more"
+    if any(ranks.get(bytes([byte]), 256) > 255 for byte in range(256)) or b"" in ranks:
+        return "the first 256 ranks must be the single bytes, and no token empty"
+    if (
+        type(specials) is not dict
+        or {*map(type, specials)} - {str}
+        or {*map(type, specials.values())} - {int}
     ):
-        raise DataError(f"the special tokens of {source} must map names to whole numbers; {remedy}.")
-    if sorted(specials.values()) != list(range(len(ranks), len(ranks) + len(specials))):
-        raise DataError(
-            f"the special tokens of {source} must follow its {len(ranks)} ranks without a gap; {remedy}."
-        )
+        return "the special tokens must map names to whole numbers"
+    if "" in specials or sorted(specials.values()) != list(range(len(ranks), len(ranks) + len(specials))):
+        return f"the special tokens must follow the {len(ranks)} ranks without a gap, each with a name"
+    return ""
 
 
 def hash_vocabulary(pattern: str, ranks: dict[bytes, int], specials: dict[str, int]) -> str:
@@ -315,19 +293,10 @@ def hash_vocabulary(pattern: str, ranks: dict[bytes, int], specials: dict[str, i
     its count and each item by its length in bytes (4 bytes, little-endian).
     """
     digest = hashlib.sha256(b"primechat tokenizer 1\n")
-    for group in (
-        [pattern.encode("utf-8", "surrogatepass")],
-        list(ranks),
-        [n.encode("utf-8", "surrogatepass") for n in specials],
-    ):
+    for group in ([pattern.encode("utf-8", "surrogatepass")], [*ranks], [name.encode() for name in specials]):
         digest.update(len(group).to_bytes(4, "little"))
         digest.update(b"".join(len(item).to_bytes(4, "little") + item for item in group))
     return digest.hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """Return the hex SHA-256 of a file."""
-    return hashlib.sha256(read_bounded(path)).hexdigest()
 
 
 def read_note(path: Path, pkl_sha256: str) -> dict[str, Any]:
@@ -340,21 +309,6 @@ def read_note(path: Path, pkl_sha256: str) -> dict[str, Any]:
         return {}
     ours = isinstance(note, dict) and note.get("schema") == SCHEMA and note.get("pkl_sha256") == pkl_sha256
     return note if ours and isinstance(note.get("provenance", {}), dict) else {}
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file so that its name never shows a part of it."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def replace_surrogates(text: str) -> str:
