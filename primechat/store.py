@@ -229,10 +229,10 @@ def open_model(
     if phase not in ("eval", "train"):
         raise ConfigError(f"phase={phase!r} must be eval or train; try eval.")
     folder, name = locate_model(parse_identifier(identifier) if identifier else choose_model())
-    loaded = load_checkpoint(folder, name.step)
+    wide = dtype == "float32" or (dtype == "auto" and not device.startswith("cuda"))
+    loaded = load_checkpoint(folder, name.step, dtype="float32" if wide else "bfloat16")
     found = find_tokenizer(folder, tokenizer)
     check_pair(loaded.config, loaded.meta, found, str(name))
-    wide = dtype == "float32" or (dtype == "auto" and not device.startswith("cuda"))
     model = GPT.from_state(
         loaded.config, loaded.model_state, device=device, dtype=torch.float32 if wide else torch.bfloat16
     )
