@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from primechat.config import GPTConfig
 from primechat.errors import CheckpointError
+from primechat.files import sync_folder, write_synced
 from primechat.model.era import detect_era, encode_model, list_shapes
-from primechat.model.runlog import RunLock, sync_folder, write_synced
+from primechat.model.runlog import RunLock
 from primechat.model.weights import inspect_model, load_model, load_tensors, read_json
 
 if TYPE_CHECKING:
