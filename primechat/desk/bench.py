@@ -59,14 +59,15 @@ def run_bench(config: BenchConfig) -> int:
     Returns:
         The exit code, 0.
     """
-    if config.what == "train":
-        rows = bench_train(config)
-    else:
-        rows = bench_infer(config) if config.what == "infer" else bench_tokenizer(config)
+    benches: dict[str, Callable[[BenchConfig], list[dict[str, Any]]]] = {
+        "train": bench_train, "infer": bench_infer, "tokenizer": bench_tokenizer,
+    }  # fmt: skip
+    rows = benches[config.what](config)
+    machine = describe_machine()
     if config.json:
-        print(json.dumps({"bench": config.what, "machine": describe_machine(), "rows": rows}, indent=2))
+        print(json.dumps({"bench": config.what, "machine": machine, "rows": rows}, indent=2))
     else:
-        print(" · ".join(f"{name} {value}" for name, value in describe_machine().items()))
+        print(" · ".join(f"{name} {value}" for name, value in machine.items()))
         show_rows(rows)
     return 0
 
@@ -75,33 +76,28 @@ def describe_machine() -> dict[str, str]:
     """Return what a figure depends on besides the code."""
     import torch
 
+    from primechat.train.tune import count_cores
+
     units = torch.backends.cpu.get_cpu_capability()
     if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
         units += " AMX"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": f"{platform.machine()} {units}",
-        "cores": str(cores),
-    }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    found = {"torch": torch.__version__, "python": platform.python_version(), "cores": str(count_cores())}
+    return {**found, "processor": f"{platform.machine()} {units}", **gpu}
 
 
 def show_rows(rows: list[dict[str, Any]]) -> None:
     """Print rows of the same keys as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for name, value in rows[0].items():
-        words = isinstance(value, str)
-        table.add_column(name.replace("_", " "), justify="left" if words else "right", no_wrap=words)
-    for row in rows:
-        table.add_row(*(format_figure(value) for value in row.values()))
-    Console(highlight=False).print(table)
+    cells = [
+        [name.replace("_", " ") for name in rows[0]],
+        *([*map(format_figure, row.values())] for row in rows),
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        words = zip(line, widths, rows[0].values(), strict=True)
+        print(
+            "  ".join(f"{word:<{n}}" if isinstance(kind, str) else f"{word:>{n}}" for word, n, kind in words)
+        )
 
 
 def format_figure(value: object) -> str:
@@ -156,45 +152,33 @@ def bench_train(config: BenchConfig, shape: GPTConfig | None = None) -> list[dic
 
     shape = shape or PretrainConfig().model
     threads = torch.get_num_threads()
-    wanted = [
-        ("off", "float32"),
-        ("off", "bfloat16"),
-        ("on", "float32"),
-        ("on", "bfloat16"),
-        ("auto", "auto"),
-    ]
     try:
         runners = []
-        for compile_mode, dtype in wanted:
+        candidates = itertools.product(("off", "on"), ("float32", "bfloat16"))
+        for compile_mode, dtype in (*candidates, ("auto", "auto")):
             say(f"setting up: compile {compile_mode}, {dtype}")
             runtime = RuntimeConfig(device=config.device, dtype=dtype, compile=compile_mode)
             runners.append(prepare_runner(shape, runtime))
         for runner in runners:
             runner.turn()  # the first steps of an optimizer allocate its state
-        spent = dict.fromkeys(range(len(runners)), 0.0)
         say(f"measuring for {config.seconds * len(runners):.0f} s")
-        while min(spent.values()) < config.seconds:
-            for i, runner in enumerate(runners):
-                t_start = time.perf_counter()
+        t_end = time.perf_counter() + config.seconds * len(runners)
+        while time.perf_counter() < t_end:
+            for runner in runners:
                 runner.speeds += runner.turn()
-                spent[i] += time.perf_counter() - t_start
     finally:
         torch.set_num_threads(threads)
     eager = statistics.median(runners[0].speeds)
-    return [
-        {
-            "run": runner.name,
-            "tokens_per_s": round(statistics.median(runner.speeds), 1),
-            "best": round(max(runner.speeds), 1),
-            "ratio": round(statistics.median(runner.speeds) / eager, 3),
-            "steps": len(runner.speeds),
-            "compile_s": round(runner.compile_s, 1),
-            "device": runner.runtime.device,
-            "threads": runner.runtime.threads,
-            "micro_rows": runner.runtime.micro_batch_rows,
-        }
-        for runner in runners
-    ]
+    rows = []
+    for runner in runners:
+        speed, chosen = statistics.median(runner.speeds), runner.runtime
+        rows.append({
+            "run": runner.name, "tokens_per_s": round(speed, 1), "best": round(max(runner.speeds), 1),
+            "ratio": round(speed / eager, 3), "steps": len(runner.speeds),
+            "compile_s": round(runner.compile_s, 1), "device": chosen.device, "threads": chosen.threads,
+            "micro_rows": chosen.micro_batch_rows,
+        })  # fmt: skip
+    return rows
 
 
 def prepare_runner(shape: GPTConfig, runtime: RuntimeConfig) -> Runner:

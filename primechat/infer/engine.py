@@ -11,12 +11,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
+from primechat.config.runtime import check_number
 from primechat.errors import CheckpointError, ConfigError
 from primechat.infer.reply import Reply
 from primechat.infer.sampling import check_sampling, measure_logits, sample_logits, seed_row
@@ -42,11 +43,10 @@ class Options(TypedDict, total=False):
     cancel: threading.Event | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Checked options of one call."""
 
-    _: KW_ONLY
     max_new_tokens: int
     temperature: float = 1.0
     top_k: int | None = None
@@ -56,9 +56,7 @@ class Settings:
     cancel: threading.Event | None = None
 
     def __post_init__(self) -> None:
-        n = self.max_new_tokens
-        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-            raise ConfigError(f"max_new_tokens={n!r} must be a whole number of at least 0; try 256.")
+        check_number("max_new_tokens", self.max_new_tokens, low=0, whole=True)
         check_sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
     @property
@@ -114,38 +112,25 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self._tool_ids = find_tool(tokenizer)
 
-    def generate(
-        self,
-        ids: Sequence[int],
-        *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-        stop_ids: Collection[int] | None = None,
-        cancel: threading.Event | None = None,
-    ) -> Iterator[int]:
+    def generate(self, ids: Sequence[int], **options: Unpack[Options]) -> Iterator[int]:
         """Yield tokens as they are sampled, the calculator's among them.
 
         Args:
             ids: the prompt; one token at least.
-            max_new_tokens: tokens to yield at most; prompt and new tokens together end at model.max_context.
-            temperature: divides the logits; 0 takes the likeliest token.
-            top_k: sample from this many of the likeliest tokens; None from all.
-            top_p: sample from the likeliest tokens that together reach this probability; None from all.
-            seed: of this call's own generator; the global one is not touched.
-            stop_ids: tokens that end the text, the ending one is yielded; None those of the tokenizer, ()
-                none.
-            cancel: once set, at most one more token comes, and no further piece of the prompt is read.
+            options: all but the first have a default.
+                max_new_tokens: to yield at most; prompt and new tokens together end at model.max_context.
+                temperature: divides the logits; 0 takes the likeliest token; 1 is the default.
+                top_k: sample from this many of the likeliest tokens; None from all.
+                top_p: sample from the likeliest tokens that together reach this probability; None from all.
+                seed: of this call's own generator, 0; the global one is not touched.
+                stop_ids: tokens that end the text, the ending one is yielded; None those of the tokenizer,
+                    () none.
+                cancel: once set, at most one more token comes, and no further piece of the prompt is read.
 
         Raises:
             ConfigError: an option or the prompt breaks its rule, at once.
         """
-        settings = Settings(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-            stop_ids=stop_ids, cancel=cancel,
-        )  # fmt: skip
+        settings = Settings(**options)
         row = self._open_row(ids, 0, settings)
         return (row.tokens[-1] for _ in self._write([row], settings))
 
@@ -164,8 +149,7 @@ class Engine:
         Raises:
             ConfigError: an option or a prompt breaks its rule.
         """
-        if not isinstance(num_samples, int) or num_samples < 1:
-            raise ConfigError(f"num_samples={num_samples!r} must be a whole number of at least 1; try 1.")
+        check_number("num_samples", num_samples, low=1, whole=True)
         settings = Settings(**options)
         places = [prompt for prompt in prompts for _ in range(num_samples)]
         rows = [self._open_row(prompt, i, settings) for i, prompt in enumerate(places)]

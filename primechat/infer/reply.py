@@ -102,11 +102,8 @@ class Reply:
     def _add(self, kind: str, text: str) -> str:
         if text:
             self.text += text
-            if self._parts and self._parts[-1][0] == kind:
-                text_before = self._parts.pop()[1]
-            else:
-                text_before = ""
-            self._parts.append((kind, text_before + text))
+            before = self._parts.pop()[1] if self._parts and self._parts[-1][0] == kind else ""
+            self._parts.append((kind, before + text))
         return text
 
     def _count(self, busy_s: float, total_s: float) -> None:

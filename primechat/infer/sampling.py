@@ -8,11 +8,11 @@ Reference: Holtzman et al. 2020, The Curious Case of Neural Text Degeneration (t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
+from primechat.config.runtime import check_number
 from primechat.errors import ConfigError
 from primechat.records import Token
 
@@ -26,19 +26,11 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None, s
     Raises:
         ConfigError: one of them breaks its rule.
     """
-    if not is_number(temperature) or not 0 <= temperature <= 100:
-        raise ConfigError(f"temperature={temperature!r} must be a number from 0 (argmax) to 100; try 0.8.")
-    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
-        raise ConfigError(f"top_k={top_k!r} must be a whole number of at least 1; use None for all tokens.")
-    if top_p is not None and (not is_number(top_p) or not 0 < top_p <= 1):
-        raise ConfigError(f"top_p={top_p!r} must be above 0 and at most 1; use None for all tokens.")
-    if not isinstance(seed, int) or isinstance(seed, bool):
+    check_number("temperature", temperature, low=0, high=100)
+    check_number("top_k", 1 if top_k is None else top_k, low=1, whole=True)
+    check_number("top_p", 1 if top_p is None else top_p, low=1e-6, high=1)
+    if type(seed) is not int:
         raise ConfigError(f"seed={seed!r} must be a whole number; try 0.")
-
-
-def is_number(value: object) -> bool:
-    """Tell whether a value is a finite int or float."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def seed_row(seed: int, row: int) -> int:
@@ -120,9 +112,8 @@ def find_nucleus(
             whole = count >= width or masses.device.type != "cpu"  # looking at the sum would stall a GPU
             ordered, ids = masses.sort(-1, descending=True) if whole else masses.topk(count)
         cdf = ordered.cumsum(-1)
-        last = torch.searchsorted(
-            cdf, cdf.new_full((cdf.shape[0], 1), top_p)
-        )  # the first place where top_p is reached
+        # the first place where top_p is reached
+        last = torch.searchsorted(cdf, cdf.new_full((cdf.shape[0], 1), top_p))
         if whole or int(last.max()) < count:
             assert ids is not None, "candidates have ids"
             return cdf, ids, cdf.gather(-1, last.clamp_max(cdf.shape[-1] - 1))
@@ -155,19 +146,10 @@ def measure_logits(logits: torch.Tensor, ids: torch.Tensor, n_alternatives: int 
     rank = (logprobs > own).sum(-1, keepdim=True)
     likeliest, places = logprobs.topk(n)
     columns = (ids[:, None], own, entropy, varentropy, rank, likeliest, places)
-    rows = torch.cat(
-        [column.float() for column in columns], -1
-    ).tolist()  # ids are exact in float32 up to 2**24
-    return [
-        Token(
-            id=int(row[0]),
-            logprob=row[1],
-            entropy=row[2],
-            varentropy=row[3],
-            rank=int(row[4]),
-            alternatives=tuple(
-                (int(i), logprob) for logprob, i in zip(row[5 : 5 + n], row[5 + n :], strict=True)
-            ),
-        )  # fmt: skip
-        for row in rows
-    ]
+    tokens = []
+    # ids are exact in float32 up to 2**24
+    for row in torch.cat([column.float() for column in columns], -1).tolist():
+        named = zip(map(int, row[5 + n :]), row[5 : 5 + n], strict=True)
+        figures = dict(logprob=row[1], entropy=row[2], varentropy=row[3], rank=int(row[4]))
+        tokens.append(Token(id=int(row[0]), alternatives=tuple(named), **figures))
+    return tokens

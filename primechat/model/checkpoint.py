@@ -25,22 +25,13 @@ from primechat.config import GPTConfig
 from primechat.errors import CheckpointError
 from primechat.files import sync_folder, write_synced
 from primechat.model.era import detect_era, encode_model, list_shapes
-from primechat.model.runlog import RunLock
+from primechat.model.runlog import RunLock as RunLock
 from primechat.model.weights import inspect_model, load_model, load_tensors, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "Loaded",
-    "RunLock",
-    "explain_steps",
-    "find_steps",
-    "list_snapshots",
-    "load_checkpoint",
-    "prune_checkpoints",
-]
-__all__ += ["measure_snapshots", "read_meta", "save_checkpoint", "save_snapshot"]
+State = Mapping[str, "Tensor"]
 
 SCHEMA = 1
 WRITER = "primechat"
@@ -181,9 +172,8 @@ def settle_state(value: Any, seen: set[int]) -> Any:
 def clean_folder(folder: Path) -> None:
     """Remove what a killed writer left: temporary files, and the step whose meta never came or was going."""
     leftovers = [item for item in list_files(folder) if item[0].suffix == ".tmp"]
-    for path, kind, step in sorted(
-        leftovers, key=lambda item: item[1] == "meta"
-    ):  # metas last: they name the step
+    # metas last: they name the step
+    for path, kind, step in sorted(leftovers, key=lambda item: item[1] == "meta"):
         if kind == "meta" and not path.with_suffix("").exists() and is_ours(path):
             remove_parts(folder, step)
         path.unlink()
@@ -255,25 +245,20 @@ def read_meta(folder: Path | str, step: int) -> dict[str, Any]:
     meta = read_json(path)
     if meta.get("writer") != WRITER:
         return meta
-    files = meta.get("files")
-    if meta.get("schema") != SCHEMA:
-        raise CheckpointError(
-            f"{path} has schema {str(meta.get('schema'))[:40]}, this reads {SCHEMA}; update primechat."
-        )
+    files, schema = meta.get("files"), str(meta.get("schema"))[:40]
+    if schema != str(SCHEMA):
+        raise CheckpointError(f"{path} has schema {schema}, this reads {SCHEMA}; update primechat.")
     if not isinstance(files, dict) or model.name not in files or meta.get("step") != step:
         raise CheckpointError(f"{path} does not describe {model.name}; restore it or use another step.")
     for name, entry in files.items():
         match = FILE_NAME.fullmatch(name)
         if not match or int(match[2]) != step or not isinstance(entry, dict):
-            raise CheckpointError(
-                f"{path} lists a file that is no part of step {step}; restore it or use another step."
-            )
+            raise CheckpointError(f"{path} lists a file of another step; restore it or use another step.")
         size = (folder / name).stat().st_size if (folder / name).is_file() else -1
         if size != entry.get("bytes"):
             there = f"has {size:,} bytes" if size >= 0 else "is missing"
-            raise CheckpointError(
-                f"{folder / name} {there}, its meta says {str(entry.get('bytes'))[:20]}; use another step."
-            )
+            said = str(entry.get("bytes"))[:20]
+            raise CheckpointError(f"{folder / name} {there}, its meta says {said}; use another step.")
     return meta
 
 
@@ -314,9 +299,7 @@ def load_checkpoint(
         return replace(loaded, skipped=skipped)
     if skipped:
         raise CheckpointError(f"No step of {folder} can be used: {skipped[0]}")
-    raise CheckpointError(
-        f"{folder} holds no checkpoint; train one, or see `primechat models` for what there is."
-    )
+    raise CheckpointError(f"{folder} holds no checkpoint; train one, or see `primechat models`.")
 
 
 def read_step(
@@ -351,9 +334,7 @@ def check_hash(path: Path, entry: dict[str, Any]) -> None:
         while block := f.read(2**22):
             sha.update(block)
     if sha.hexdigest() != entry.get("sha256"):
-        raise CheckpointError(
-            f"{path} has changed since it was written (its SHA-256 differs); use another step."
-        )
+        raise CheckpointError(f"{path} has changed since it was written (its SHA-256); use another step.")
 
 
 def read_optim(folder: Path, step: int, meta: dict[str, Any]) -> dict[str, Any]:
@@ -365,9 +346,7 @@ def read_optim(folder: Path, step: int, meta: dict[str, Any]) -> dict[str, Any]:
         )
     name = f"optim_{step:06d}_rank0.pt"
     if name not in meta["files"]:
-        raise CheckpointError(
-            f"Step {step} of {folder} was saved without its optimizer; resume from another step."
-        )
+        raise CheckpointError(f"Step {step} of {folder} was saved without its optimizer; use another step.")
     state = load_tensors(folder / name)
     if not isinstance(state, dict):
         raise CheckpointError(f"{folder / name} holds no optimizer state; resume from another step.")
@@ -387,11 +366,7 @@ def prune_checkpoints(folder: Path | str, keep: int) -> None:
 
 
 def save_snapshot(
-    folder: Path | str,
-    step: int,
-    model_state: Mapping[str, Tensor],
-    config: GPTConfig,
-    meta: Mapping[str, Any],
+    folder: Path | str, step: int, model_state: State, config: GPTConfig, meta: Mapping[str, Any]
 ) -> None:
     """Keep a small copy of the weights (bfloat16; vectors as they are) in `<folder>/snapshots`.
 

@@ -15,25 +15,12 @@ from primechat.config import GPTConfig, decode_config
 from primechat.config.model import classic_switches, modern_switches
 from primechat.errors import CheckpointError, ConfigError
 
-SHAPE_KEYS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
-LIMITS = {
-    "sequence_len": 2**20,
-    "vocab_size": 2**20,
-    "n_layer": 256,
-    "n_head": 1024,
-    "n_kv_head": 1024,
-    "n_embd": 65_536,
-}
+LIMITS = dict(sequence_len=2**20, vocab_size=2**20, n_layer=256, n_head=1024, n_kv_head=1024, n_embd=65_536)
+SHAPE_KEYS = tuple(LIMITS)
 MAX_TABLE_BYTES = 2**30  # of the rotary table: 10 x sequence_len rows of head_dim numbers
 MODERN_KEYS = (
-    "resid_lambdas",
-    "x0_lambdas",
-    "smear_gate",
-    "smear_lambda",
-    "backout_lambda",
-    "value_embeds",
-    "ve_gate",
-)
+    "resid_lambdas", "x0_lambdas", "smear_gate", "smear_lambda", "backout_lambda", "value_embeds", "ve_gate",
+)  # fmt: skip
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -55,22 +42,15 @@ def read_shape(meta: Mapping[str, Any]) -> dict[str, Any]:
     """
     shape = meta.get("model_config")
     if not isinstance(shape, dict):
-        raise CheckpointError(
-            "Its metadata has no model_config, which nanochat always writes; restore the meta file."
-        )
+        raise refuse_meta("has no model_config, which nanochat always writes")
     for name in SHAPE_KEYS:
         value = shape.get(name)
         if type(value) is not int or not 1 <= value <= LIMITS[name]:
-            raise CheckpointError(
-                f"Its metadata says model_config.{name}={str(value)[:40]}, it must be a whole number "
-                f"from 1 to {LIMITS[name]:,}; restore the meta file."
-            )
+            rule = f"must be a whole number from 1 to {LIMITS[name]:,}"
+            raise refuse_meta(f"says model_config.{name}={str(value)[:40]}, which {rule}")
     table = 40 * shape["sequence_len"] * shape["n_embd"] // shape["n_head"]
     if table > MAX_TABLE_BYTES:
-        raise CheckpointError(
-            f"Its metadata implies a rotary table of {table:,} bytes, at most {MAX_TABLE_BYTES:,} may be; "
-            "restore the meta file."
-        )
+        raise refuse_meta(f"implies a rotary table of {table:,} bytes, at most {MAX_TABLE_BYTES:,} may be")
     return {name: shape[name] for name in SHAPE_KEYS}
 
 
@@ -86,13 +66,10 @@ def read_config(meta: Mapping[str, Any]) -> GPTConfig | None:
     try:
         config = decode_config(meta["gpt_config"], GPTConfig, "gpt_config")
     except (ConfigError, TypeError) as e:
-        raise CheckpointError(f"Its metadata is unusable ({e}); restore the meta file.") from None
-    for name, value in sizes.items():
-        if getattr(config, name) != value:
-            raise CheckpointError(
-                f"Its metadata says {name}={value} in model_config, {getattr(config, name)} in gpt_config; "
-                "restore the meta file."
-            )
+        raise refuse_meta(f"is unusable ({e})") from None
+    other = [name for name, value in sizes.items() if getattr(config, name) != value]
+    if other:
+        raise refuse_meta(f"gives another {name_some(other)} in model_config than in gpt_config")
     return config
 
 
@@ -113,12 +90,15 @@ def list_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     shapes["transformer.wte.weight"] = (rows, width)
     for i in range(config.n_layer):
         block = f"transformer.h.{i}."
-        shapes |= {f"{block}attn.c_q.weight": (width, width), f"{block}attn.c_proj.weight": (width, width)}
-        shapes |= {f"{block}attn.c_k.weight": (kv, width), f"{block}attn.c_v.weight": (kv, width)}
-        shapes |= {
-            f"{block}mlp.c_fc.weight": (4 * width, width),
-            f"{block}mlp.c_proj.weight": (width, 4 * width),
+        outputs = {
+            "attn.c_q": width,
+            "attn.c_k": kv,
+            "attn.c_v": kv,
+            "attn.c_proj": width,
+            "mlp.c_fc": 4 * width,
         }
+        shapes |= {f"{block}{name}.weight": (n, width) for name, n in outputs.items()}
+        shapes[f"{block}mlp.c_proj.weight"] = (width, 4 * width)
         if config.has_value_embedding(i):
             shapes[f"{block}attn.ve_gate.weight"] = (config.n_kv_head, 12)
             shapes[f"value_embeds.{i}.weight"] = (rows, kv)
@@ -182,7 +162,12 @@ def guess_config(shapes: Shapes, meta: Mapping[str, Any]) -> GPTConfig:
     try:
         return GPTConfig(**sizes, **switches)
     except ConfigError as e:
-        raise CheckpointError(f"Its metadata is unusable ({e}); restore the meta file.") from None
+        raise refuse_meta(f"is unusable ({e})") from None
+
+
+def refuse_meta(fault: str) -> CheckpointError:
+    """Return the error of a checkpoint whose metadata cannot be believed."""
+    return CheckpointError(f"Its metadata {fault}; restore the meta file.")
 
 
 def name_some(names: Iterable[str], most: int = 4) -> str:

@@ -42,9 +42,8 @@ class RunLock:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as e:
-            raise CheckpointError(
-                f"{self.folder} cannot be written ({e.strerror}); set NANOCHAT_BASE_DIR elsewhere."
-            ) from None
+            reason = f"cannot be written ({e.strerror})"
+            raise CheckpointError(f"{self.folder} {reason}; set NANOCHAT_BASE_DIR elsewhere.") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             busy = False
@@ -53,11 +52,8 @@ class RunLock:
         if busy:
             os.close(descriptor)
             raise CheckpointError(self.describe_owner())
-        owner = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         self.descriptor = descriptor
@@ -82,7 +78,7 @@ class RunLock:
         """Return the sentence that tells who is writing."""
         owner = self.read_owner()
         who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')} since {owner.get('since', '?')}"
-        if owner.get("pid") == os.getpid() and owner.get("host") == socket.gethostname():
+        if (owner.get("pid"), owner.get("host")) == (os.getpid(), socket.gethostname()):
             who = f"this very process ({who})"
         return f"{self.folder} is being written by {who}, it has one writer; wait or take another tag."
 
@@ -96,7 +92,7 @@ def is_alive(owner: dict[str, Any]) -> bool:
     except (KeyError, ValueError, TypeError, ProcessLookupError):
         return False
     except PermissionError:
-        return True
+        pass
     return True
 
 

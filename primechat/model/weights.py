@@ -29,11 +29,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing, too large, not JSON, or not an object.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{path} has {size:,} bytes, a file of settings has at most {MAX_JSON_BYTES:,}; restore it."
-            )
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {size:,} bytes, too many for settings; restore it.")
         data = json.loads(path.read_bytes())
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read ({e.strerror}); restore it from a backup.") from None
@@ -93,9 +90,7 @@ def inspect_model(path: Path) -> dict[str, TensorSpec]:
     for key, spec in value.items():
         name = str(key).removeprefix("_orig_mod.")
         if not isinstance(key, str) or not isinstance(spec, TensorSpec) or spec.dtype not in FLOATS.values():
-            raise CheckpointError(
-                f"{path}: {name[:80]!r} is no floating-point tensor; it is not a nanochat model."
-            )
+            raise CheckpointError(f"{path}: {name[:80]!r} is no floating-point tensor; give another model.")
         if name in specs:
             raise CheckpointError(f"{path} holds {name!r} twice, with and without _orig_mod.; save it again.")
         specs[name] = spec

@@ -20,9 +20,8 @@ import torch
 
 from primechat.errors import ConfigError, DataError
 from primechat.text.tokenizer import Tokenizer
-from primechat.text.tokens import Group, TokenCache, build_cache, list_groups, produce_groups
-
-__all__ = ["PackedBatches", "ShardBatches", "TokenCache", "build_cache", "validation_windows"]
+from primechat.text.tokens import Group, TokenCache, list_groups, produce_groups
+from primechat.text.tokens import build_cache as build_cache
 
 Cursor = dict[str, int]
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -66,9 +65,8 @@ class PackedBatches(Iterator[Batch]):
         self.cache, self.sequence_len, self.rows, self.rank, self.seed = cache, sequence_len, rows, rank, seed
         position = dict(cursor or {"epoch": 0, "position": 0})
         if set(position) != {"epoch", "position"} or not 0 <= position["position"] < cache.tokens:
-            raise DataError(
-                f"cursor={cursor!r:.80} is no place in a stream of {cache.tokens} tokens; start anew."
-            )
+            total = cache.tokens
+            raise DataError(f"cursor={cursor!r:.60} is no place in a stream of {total} tokens; start anew.")
         self._epoch, self._position = position["epoch"], position["position"]
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -115,18 +113,15 @@ class PackedBatches(Iterator[Batch]):
         first = int(np.searchsorted(ends, position, side="right"))
         last = int(np.searchsorted(ends, position + count - 1, side="right"))
         bounds = np.clip(ends[first : last + 1], position, position + count)
-        return np.arange(position, position + count) + np.repeat(
-            shift[first : last + 1], np.diff(bounds, prepend=position)
-        )
+        shifts = np.repeat(shift[first : last + 1], np.diff(bounds, prepend=position))
+        return np.arange(position, position + count) + shifts
 
 
 def share_rows(rows: int, world_size: int) -> int:
     """Return the rows of one rank."""
     if rows < 1 or rows % world_size:
-        raise ConfigError(
-            f"rows={rows} of a step must be divisible by world_size={world_size}; "
-            f"set batch_tokens to a multiple of sequence_len * {world_size}."
-        )
+        rule = f"must be divisible by world_size={world_size}; set batch_tokens so"
+        raise ConfigError(f"rows={rows} of a step {rule}.")
     return rows // world_size
 
 
@@ -207,29 +202,19 @@ class ShardBatches(Iterator[Batch]):
             ConfigError: The rows cannot be shared out evenly.
             DataError: There are fewer row groups than ranks, or the cursor is of another number of ranks.
         """
-        self.share, self.sequence_len, self.world_size = (
-            share_rows(rows, world_size),
-            sequence_len,
-            world_size,
-        )
+        self.share, self.sequence_len = share_rows(rows, world_size), sequence_len
+        self.world_size = world_size
         groups = list_groups(paths)[rank::world_size]
         if not groups:
             raise DataError(
-                f"{len(paths)} shard(s) have too few row groups for {world_size} ranks; add shards."
+                f"{len(paths)} shard(s) have too few row groups for {world_size} ranks; add some."
             )
-        start = cursor or {
-            "epoch": 0,
-            "shard": groups[0][0],
-            "row_group": groups[0][1],
-            "document": 0,
-            "offset": 0,
-        }
+        shard, row_group = groups[0]
+        start = cursor or dict(epoch=0, shard=shard, row_group=row_group, document=0, offset=0)
         place = (start.get("shard"), start.get("row_group"))
         if start.get("world_size", world_size) != world_size or place not in groups:
-            raise DataError(
-                f"cursor={cursor!r:.120} is no place of rank {rank} of {world_size}; "
-                "use as many ranks as before."
-            )
+            where = f"rank {rank} of {world_size}"
+            raise DataError(f"cursor={cursor!r:.120} is no place of {where}; use as many ranks as before.")
         self._groups: deque[Group] = deque()
         self._queue: queue.Queue[Group | BaseException] = queue.Queue(maxsize=4)
         stop = threading.Event()
@@ -243,9 +228,7 @@ class ShardBatches(Iterator[Batch]):
         self._fill(1)
         offsets = self._groups[0].offsets
         if not 0 <= start["document"] < len(offsets) - 1:
-            raise DataError(
-                f"cursor={cursor!r:.120} lies beyond its row group; the shards are others than before."
-            )
+            raise DataError(f"cursor={cursor!r:.120} lies beyond its row group; bring back the old shards.")
         self._used = int(offsets[start["document"]]) + start["offset"]
 
     @property
@@ -273,9 +256,8 @@ class ShardBatches(Iterator[Batch]):
         while self._used >= len(self._groups[0].ids):
             self._used -= len(self._groups.popleft().ids)
         shape = (self.share, self.sequence_len)
-        return torch.from_numpy(tokens[:-1].reshape(shape)), torch.from_numpy(
-            tokens[1:].reshape(shape).copy()
-        )
+        targets = torch.from_numpy(tokens[1:].reshape(shape).copy())
+        return torch.from_numpy(tokens[:-1].reshape(shape)), targets
 
     def _fill(self, need: int) -> None:
         """Have at least so many tokens at hand."""
@@ -294,7 +276,6 @@ class ShardBatches(Iterator[Batch]):
         """End the reading thread."""
         self._finalizer()
         while self._thread.is_alive():
-            try:
-                self._queue.get_nowait()
-            except queue.Empty:
-                self._thread.join(0.05)
+            while not self._queue.empty():
+                self._queue.get()
+            self._thread.join(0.05)

@@ -49,9 +49,8 @@ def render(
 
     for i, message in enumerate(merge_system(read_messages(conversation))):
         if i % 2 == 0:
-            add(
-                [special("<|user_start|>"), *tokenizer.encode(message["content"]), special("<|user_end|>")], 0
-            )
+            asked = tokenizer.encode(message["content"])
+            add([special("<|user_start|>"), *asked, special("<|user_end|>")], 0)
             continue
         add([special("<|assistant_start|>")], 0)
         content = message["content"]
@@ -77,33 +76,27 @@ def read_messages(conversation: object) -> list[dict[str, Any]]:
     """Return the messages of a conversation after checking roles, their order and the contents."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
-        raise DataError(
-            f"conversation={conversation!r:.60} must be a dict with a list of messages; give at least one."
-        )
+        raise DataError(f"conversation={conversation!r:.50} must be a dict with a list of messages; add one.")
     first = isinstance(messages[0], dict) and messages[0].get("role") == "system"
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
-            raise DataError(
-                f"message {number} must be a dict with role and content, not {type(message).__name__}."
-            )
+            kind = type(message).__name__
+            raise DataError(f"message {number} must be a dict with role and content, not {kind}.")
         role, content = message.get("role"), message.get("content")
         wanted = "system" if first and number == 1 else "user" if (number - first) % 2 else "assistant"
         if role != wanted:
-            raise DataError(
-                f"message {number} is from {role!r:.40} where {wanted!r} must speak; "
-                "user and assistant take turns, after at most one system message."
-            )
+            rule = "user and assistant take turns, after at most one system message"
+            raise DataError(f"message {number} is from {role!r:.40} where {wanted!r} must speak; {rule}.")
         if isinstance(content, str):
             continue
+        speaker = f"the {role}'s"
         parts = content if role == "assistant" and isinstance(content, list) else [None]
         if not all(
             isinstance(p, dict) and p.get("type") in tuple(PARTS) and isinstance(p.get("text"), str)
             for p in parts
         ):
             may = f" or a list of parts of type {', '.join(PARTS)} with a text" if role == "assistant" else ""
-            raise DataError(
-                f"message {number} has the content {content!r:.60}; the {role}'s must be text{may}."
-            )
+            raise DataError(f"message {number} has the content {content!r:.60}; {speaker} must be text{may}.")
     if first and len(messages) == 1:
         raise DataError("message 1 is from the system and nothing follows; add a user message.")
     return messages

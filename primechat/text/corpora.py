@@ -22,14 +22,9 @@ from primechat.records import OnEvent
 from primechat.text.conversation import read_messages
 from primechat.text.shards import HUB_CORPORA, list_shards, shard_paths
 
-__all__ = [
-    "corpus_identity", "is_local", "read_conversations", "read_documents", "read_parquet", "shard_paths"
-]  # fmt: skip
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-PARAGRAPH_CHARS, LINE_CHARS = (
-    2_000,
-    20_000,
-)  # where a .txt may be cut: at a blank line, or else at any line end
+PARAGRAPH_CHARS, LINE_CHARS = 2_000, 20_000  # a .txt is cut at a blank line, or else at any line end
+CHITCHAT_INSTALL = "pip install --force-reinstall chitchat-dataset==0.9.0"
 CHITCHAT_FIGURES = (7_168, 358, 699_021)  # conversations, those held out, bytes of these
 
 Turns = tuple[tuple[int, str], ...]  # (speaker 0 or 1 by order of appearance, text) of one conversation
@@ -74,10 +69,8 @@ def read_documents(
         files = find_files(corpus)
         total = sum(1 for _ in read_files(files))
         if total < 2:
-            raise DataError(
-                f"{corpus} holds {total} document(s) and must hold at least 2, one of them for validation; "
-                "add files, or blank lines between documents."
-            )
+            rule = "must hold at least 2, one of them for validation; add some"
+            raise DataError(f"{corpus} holds {total} document(s) and {rule}.")
         held_out = max(1, total // 20)
         cut = (total - held_out, None) if split == "val" else (0, total - held_out)
         yield from islice(read_files(files), *cut)
@@ -136,11 +129,10 @@ def split_last(items: tuple[Any, ...], split: str) -> tuple[Any, ...]:
 
 def chitchat_path() -> Path:
     """Return the data file of the package chitchat-dataset, without importing the package."""
-    spec = find_spec("chitchat_dataset")
-    folder = next(iter(spec.submodule_search_locations or ()), "") if spec else ""
-    path = Path(folder) / "dataset.json"
-    if not folder or not path.is_file():
-        raise DataError("the text chitchat is not installed; run `pip install chitchat-dataset==0.9.0`.")
+    origin = getattr(find_spec("chitchat_dataset"), "origin", None)
+    path = Path(origin or "none").with_name("dataset.json")
+    if not origin or not path.is_file():
+        raise DataError(f"the text chitchat is not installed; run `{CHITCHAT_INSTALL}`.")
     return path
 
 
@@ -151,18 +143,14 @@ def load_chitchat() -> tuple[Turns, ...]:
         conversations = json.loads(chitchat_path().read_bytes()).values()
         loaded = tuple(read_turns(conversation["messages"]) for conversation in conversations)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{chitchat_path()} cannot be read ({error!r:.80}); "
-            "run `pip install --force-reinstall chitchat-dataset==0.9.0`."
-        ) from None
+        reason = f"{chitchat_path()} cannot be read ({error!r:.80})"
+        raise DataError(f"{reason}; run `{CHITCHAT_INSTALL}`.") from None
     held_out = split_last(loaded, "val")
     val_bytes = sum(sum(len(text.encode()) + 4 for _, text in turns) - 1 for turns in held_out)
     found = (len(loaded), len(held_out), val_bytes)
     if found != CHITCHAT_FIGURES:
-        raise DataError(
-            f"chitchat-dataset as installed has (documents, held out, their bytes) {found} "
-            f"where version 0.9.0 has {CHITCHAT_FIGURES}; run `pip install chitchat-dataset==0.9.0`."
-        )
+        said = f"has (documents, held out, their bytes) {found} where version 0.9.0 has {CHITCHAT_FIGURES}"
+        raise DataError(f"chitchat-dataset as installed {said}; run `{CHITCHAT_INSTALL}`.")
     return loaded
 
 
@@ -198,12 +186,9 @@ def find_files(corpus: str) -> list[Path]:
     """Return the text files of a path in sorted order."""
     root = Path(corpus).expanduser()
     if root.is_dir():
-        inside = (
-            path.relative_to(root) for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()
-        )
-        files = [
-            root / path for path in sorted(inside) if not any(part.startswith(".") for part in path.parts)
-        ]
+        names = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
+        shown = (name for name in names if not any(part.startswith(".") for part in name.parts))
+        files = [root / name for name in shown if name.suffix in SUFFIXES]
         if files:
             return files
         raise DataError(f"{corpus} holds no {', '.join(SUFFIXES)} file; give a folder that does.")
@@ -228,13 +213,9 @@ def read_lines(path: Path) -> Iterator[str]:
         with path.open(encoding="utf-8-sig") as file:
             yield from file
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it."
-        ) from None
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it.") from None
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}); check that it is a readable file."
-        ) from None
+        raise DataError(f"{path} cannot be read ({error.strerror}); make it readable.") from None
 
 
 def read_plain(path: Path) -> Iterator[str]:
@@ -265,9 +246,7 @@ def read_texts(path: Path) -> Iterator[str]:
     for number, row in read_rows(path):
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
-            raise DataError(
-                f"{path} line {number} must be an object with a text in the field `text`; mend or remove it."
-            )
+            raise DataError(f"{path} line {number} must be an object with a text in `text`; mend it.")
         yield text
 
 
@@ -279,9 +258,7 @@ def read_parquet(path: Path) -> Iterator[str]:
         with pq.ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names[:8])
-                raise DataError(
-                    f"{path} has no column `text` (it has {names}); rename the one that holds the text."
-                )
+                raise DataError(f"{path} has no column `text` (it has {names}); rename the right one.")
             for batch in file.iter_batches(batch_size=1024, columns=["text"]):
                 yield from (text for text in batch.column(0).to_pylist() if isinstance(text, str) and text)
     except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
@@ -291,9 +268,7 @@ def read_parquet(path: Path) -> Iterator[str]:
 def load_conversations(path: Path) -> tuple[Conversation, ...]:
     """Return the conversations of a .jsonl file, each checked and ending with the assistant."""
     if path.suffix != ".jsonl" or not path.is_file():
-        raise DataError(
-            f"dialogues={str(path)!r} must be chitchat or the path of a .jsonl file that is there."
-        )
+        raise DataError(f"dialogues={str(path)!r} must be chitchat or the path of a .jsonl file; correct it.")
     conversations = []
     for number, row in read_rows(path):
         conversation = {"messages": row} if isinstance(row, list) else row
@@ -307,7 +282,5 @@ def load_conversations(path: Path) -> tuple[Conversation, ...]:
             raise DataError(f"{path} line {number} has no assistant message to learn from; remove it.")
         conversations.append({"messages": messages})
     if len(conversations) < 2:
-        raise DataError(
-            f"{path} holds {len(conversations)} conversation(s) and must hold at least 2; add some."
-        )
+        raise DataError(f"{path} holds {len(conversations)} conversation(s), fewer than 2; add some.")
     return tuple(conversations)

@@ -7,6 +7,7 @@ Reference: numpy.memmap; the row groups of the Apache Parquet format.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -86,9 +87,8 @@ def build_cache(
     try:
         if on_event:
             on_event(PhaseEvent(name="tokenize", unit="documents"))
-        write_cache(
-            iter(documents), tokenizer, building, {"identity": identity, "corpus": key}, threads, on_event
-        )
+        meta = {"identity": identity, "corpus": key}
+        write_cache(iter(documents), tokenizer, building, meta, threads, on_event)
         if target.exists() and not open_cache(target, identity):
             shutil.rmtree(target)
         try:
@@ -179,9 +179,8 @@ def list_groups(paths: Sequence[Path]) -> list[tuple[int, int]]:
             with pq.ParquetFile(path) as file:
                 if "text" not in file.schema_arrow.names:
                     raise DataError(f"{path} has no column `text`; give shards that have.")
-                groups += [
-                    (shard, i) for i in range(file.num_row_groups) if file.metadata.row_group(i).num_rows
-                ]
+                sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+                groups += [(shard, i) for i, size in enumerate(sizes) if size]
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is damaged or no parquet file ({error!s:.80}); replace it.") from None
     return groups
@@ -202,10 +201,8 @@ def produce_groups(
 
     def put(item: Group | BaseException) -> None:
         while not stop.is_set():
-            try:
+            with contextlib.suppress(queue.Full):
                 return out.put(item, timeout=0.1)
-            except queue.Full:
-                continue
 
     bos = tokenizer.bos_id
     try:
@@ -215,18 +212,14 @@ def produce_groups(
                     return
                 with pq.ParquetFile(paths[shard]) as file:
                     texts = file.read_row_group(row_group, columns=["text"]).column(0).to_pylist()
-                encoded = [
-                    [bos, *ids] for ids in tokenizer.encode_batch([text or "" for text in texts], threads)
-                ]
+                plain = tokenizer.encode_batch([text or "" for text in texts], threads)
+                encoded = [[bos, *ids] for ids in plain]
                 offsets = np.cumsum([0, *map(len, encoded)])
                 ids = np.fromiter((i for ids in encoded for i in ids), np.int64, int(offsets[-1]))
                 put(Group(epoch, shard, row_group, ids, offsets))
             first, epoch = 0, epoch + 1
     except (OSError, ValueError) as error:
-        put(
-            DataError(
-                f"{paths[shard]} row group {row_group} cannot be read ({error!s:.80}); replace the file."
-            )
-        )
+        place = f"{paths[shard]} row group {row_group}"
+        put(DataError(f"{place} cannot be read ({error!s:.80}); replace the file."))
     except BaseException as error:
         put(error)
