@@ -10,17 +10,27 @@ import time
 from dataclasses import replace
 
 from primechat import store
-from primechat.config import FinetuneConfig, GPTConfig, PretrainConfig, QuickstartConfig, TokenizerConfig
+from primechat.config import (
+    FinetuneConfig,
+    GPTConfig,
+    LookConfig,
+    OptimConfig,
+    PretrainConfig,
+    QuickstartConfig,
+    TokenizerConfig,
+)  # fmt: skip
 from primechat.errors import ConfigError
 from primechat.infer.engine import Engine
 from primechat.records import OnEvent, QuickstartResult
 from primechat.stages.finetune import finetune
 from primechat.stages.pretrain import pretrain
+from primechat.stages.run import read_frozen
 from primechat.stages.tokenizer import train_tokenizer
 
 QUESTIONS = ("Hi! How are you today?", "What do you like to do?", "Nice. Do you have any pets?")
 REPLY_TOKENS = 48
 FAST_SECONDS = 22.0  # of pretraining: with everything around it, a minute on a 2-core laptop
+FAST_LOOK = LookConfig(eval_every=10**6, eval_tokens=4096, last_eval_tokens=20_480)  # at the ends only
 CHAT_SHARE = 0.25  # of the pretraining time goes to finetuning
 
 
@@ -45,6 +55,7 @@ def quickstart(
     tag = choose_tag(config)
     stop = stop or threading.Event()
     seconds = FAST_SECONDS if config.fast else config.seconds
+    batch_tokens = 2048 if seconds < 60 else 4096  # a short run learns more from many small steps
     folder = store.run_dir("base", tag)
     tokenizer = train_tokenizer(
         TokenizerConfig(tag=tag, resume=config.resume, vocab_size=config.vocab_size),
@@ -53,25 +64,20 @@ def quickstart(
     )
     shape = GPTConfig.modern(config.depth, vocab_size=config.vocab_size, sequence_len=256, head_dim=64)
     base_config = PretrainConfig(
-        tag=tag, model=shape, seconds=seconds, seed=config.seed, runtime=config.runtime, batch_tokens=4096
-    )
-    if config.fast:
-        base_config = replace(
-            base_config, look=replace(base_config.look, last_eval_tokens=40_960, eval_tokens=8192)
-        )
+        tag=tag, model=shape, seconds=seconds, seed=config.seed, runtime=config.runtime, batch_tokens=batch_tokens,
+        optim=OptimConfig(matrix_lr=0.012, embedding_lr=0.6, unembedding_lr=0.008, warmdown_ratio=0.7),
+        look=FAST_LOOK if config.fast else LookConfig(),
+    )  # fmt: skip
     resume = config.resume and (folder / "config.json").exists()
     base = pretrain(replace(base_config, resume=resume), on_event=on_event, stop=stop)
-    chat_config = FinetuneConfig(
-        tag=tag, seconds=seconds * CHAT_SHARE, seed=config.seed, runtime=config.runtime, batch_tokens=4096
-    )
-    if config.fast:
-        chat_config = replace(
-            chat_config, look=replace(chat_config.look, last_eval_tokens=20_480, eval_tokens=4096)
-        )
     if base.stopped:
-        return QuickstartResult(
-            tokenizer=tokenizer, base=base, chat=base, dialogue=(), total_s=time.perf_counter() - t_start
-        )
+        spent_s = time.perf_counter() - t_start
+        return QuickstartResult(tokenizer=tokenizer, base=base, chat=base, dialogue=(), total_s=spent_s)
+    measured = replace(read_frozen(folder, PretrainConfig).runtime, compile=config.runtime.compile)
+    chat_config = FinetuneConfig(
+        tag=tag, seconds=seconds * CHAT_SHARE, seed=config.seed, runtime=measured, batch_tokens=batch_tokens,
+        look=replace(FAST_LOOK if config.fast else LookConfig(), snapshots=False),
+    )  # fmt: skip
     resume = config.resume and (store.run_dir("sft", tag) / "config.json").exists()
     chat = finetune(replace(chat_config, resume=resume), on_event=on_event, stop=stop)
     dialogue = () if chat.stopped else hold_dialogue(chat.identifier, config.seed)

@@ -126,11 +126,11 @@ def open_folder(config: PretrainConfig | FinetuneConfig, family: str) -> Path:
     return folder
 
 
-def take_frozen(config: Config, folder: Path) -> Config:
-    """Return the settings that a run froze, once it is sure that the given ones do not contradict them.
+def read_frozen(folder: Path, kind: type[Config]) -> Config:
+    """Return the settings that a run froze.
 
     Raises:
-        ConfigError: a field differs, by name.
+        ConfigError: they are missing or damaged.
     """
     path = folder / "config.json"
     try:
@@ -139,7 +139,16 @@ def take_frozen(config: Config, folder: Path) -> Config:
         raise ConfigError(
             f"{path} cannot be read ({error}); restore it, or start under another tag."
         ) from error
-    frozen = decode_config(data, type(config), str(path))
+    return decode_config(data, kind, str(path))
+
+
+def take_frozen(config: Config, folder: Path) -> Config:
+    """Return the settings that a run froze, once it is sure that the given ones do not contradict them.
+
+    Raises:
+        ConfigError: a field differs, by name.
+    """
+    frozen = read_frozen(folder, type(config))
     given = replace(
         config, runtime=fill_open(config.runtime, frozen.runtime), look=fill_open(config.look, frozen.look)
     )
@@ -286,7 +295,9 @@ class TrainingRun:
             path=str(self.folder.relative_to(store.base_dir())),
             step=step,
             stopped=stopped,
-            val_bpb=self.last_bits.bpb,
+            val_bpb=self.last_bits.bpb
+            if self.last_bits.n_bytes or loaded is None
+            else loaded.meta["val_bpb"],
             n_params=job.model.n_params,
             tokens=self.tokens,
             tokens_per_s=self.tokens / self.trained_s if self.trained_s else 0.0,

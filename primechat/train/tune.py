@@ -209,7 +209,7 @@ def tune_runtime(
             loss(x, y).backward()
             optimizer.step(1.0, 0.9)
 
-        optim_s = max(0.0, time_call(move, best.device, repeats=1) - micro_s)
+        optim_s = max(0.0, time_call(move, best.device) - micro_s)
     step_s = n_rows / best.rows * micro_s + optim_s
     turn_on, why = decide_compile(
         runtime.compile, best, step_s, seconds, steps, {**COMPILE_GUESS, **(known or {})}
