@@ -15,6 +15,7 @@ from primechat.config import GPTConfig
 from primechat.errors import CheckpointError, ConfigError
 from primechat.infer.engine import PREFILL_CHUNK, Engine
 from primechat.infer.sampling import sample_logits, seed_row
+from primechat.infer.threads import settle_threads
 from primechat.model.gpt import GPT
 from primechat.protocols import ChatTokenizer, LanguageModel
 from primechat.store import open_model
@@ -446,3 +447,19 @@ def test_threads_do_not_disturb_each_other() -> None:
     for thread in threads:
         thread.join()
     assert [together[i] for i in range(3)] == alone
+
+
+def test_threads_measured() -> None:
+    """Of one thread and all, one is kept; another device is left alone."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert settle_threads(HistoryModel()) in (1, 2)
+        assert torch.get_num_threads() in (1, 2)
+        torch.set_num_threads(2)
+        elsewhere = HistoryModel()
+        elsewhere.device = torch.device("cuda")
+        assert settle_threads(elsewhere) == 2
+        assert elsewhere.calls == []
+    finally:
+        torch.set_num_threads(before)

@@ -157,8 +157,10 @@ class ChatTalk:
     def open(self, identifier: str) -> None:
         """Open a model; the conversation stays."""
         from primechat.infer.engine import Engine
+        from primechat.infer.threads import settle_threads
 
         model, tokenizer, meta = self.opener(identifier)
+        settle_threads(model)
         self.engine, self.identifier = Engine(model, tokenizer), str(meta.get("identifier", identifier))
         for reason in meta.get("skipped", ()):
             self.say(str(reason))

@@ -21,6 +21,7 @@ from primechat.config import (
 )  # fmt: skip
 from primechat.errors import ConfigError
 from primechat.infer.engine import Engine
+from primechat.infer.threads import settle_threads
 from primechat.records import OnEvent, QuickstartResult
 from primechat.stages.finetune import finetune
 from primechat.stages.pretrain import pretrain
@@ -64,7 +65,8 @@ def quickstart(
     )
     shape = GPTConfig.modern(config.depth, vocab_size=config.vocab_size, sequence_len=256, head_dim=64)
     base_config = PretrainConfig(
-        tag=tag, model=shape, seconds=seconds, seed=config.seed, runtime=config.runtime, batch_tokens=batch_tokens,
+        tag=tag, model=shape, seconds=seconds, seed=config.seed, runtime=config.runtime,
+        batch_tokens=batch_tokens,
         optim=OptimConfig(matrix_lr=0.012, embedding_lr=0.6, unembedding_lr=0.008, warmdown_ratio=0.7),
         look=FAST_LOOK if config.fast else LookConfig(),
     )  # fmt: skip
@@ -106,6 +108,7 @@ def choose_tag(config: QuickstartConfig) -> str:
 def hold_dialogue(identifier: str, seed: int) -> tuple[dict[str, str], ...]:
     """Ask a model a few questions, each reply in the light of what was said before."""
     model, tokenizer, _ = store.open_model(identifier)
+    settle_threads(model)
     engine, messages = Engine(model, tokenizer), []
     for question in QUESTIONS:
         messages.append({"role": "user", "content": question})
