@@ -264,7 +264,8 @@ def open_engine(config: BenchConfig, shape: GPTConfig) -> tuple[Engine, str]:
     model.init_weights(torch.Generator().manual_seed(0))
     specials = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
     bytewise = Tokenizer(SPLIT_PATTERN, {bytes([i]): i for i in range(256)}, specials)
-    return Engine(model.to(device).eval(), bytewise), f"random depth {shape.n_layer}"
+    drawn = GPT.from_state(shape, dict(model.state_dict()), device=device)  # as a model from disk is opened
+    return Engine(drawn, bytewise), f"random depth {shape.n_layer}"
 
 
 def measure_engine(engine: Engine, seconds: float) -> dict[str, float]:
