@@ -267,7 +267,7 @@ def test_shards_are_dealt_out(shards: list[Path], world: int) -> None:
 
 
 def shard_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "primechat-shards"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("primechat-shards")]
 
 
 def test_thread_ends(shards: list[Path]) -> None:

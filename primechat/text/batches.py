@@ -8,11 +8,10 @@ Reference: Brown et al. 2020, Language Models are Few-Shot Learners, appendix B 
 
 from __future__ import annotations
 
-import queue
-import threading
-import weakref
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +19,12 @@ import torch
 
 from primechat.errors import ConfigError, DataError
 from primechat.text.tokenizer import Tokenizer
-from primechat.text.tokens import Group, TokenCache, list_groups, produce_groups
+from primechat.text.tokens import Group, TokenCache, list_groups, read_group
 from primechat.text.tokens import build_cache as build_cache
 
 Cursor = dict[str, int]
 Batch = tuple[torch.Tensor, torch.Tensor]
+GROUPS_AHEAD = 3  # row groups that are tokenised before they are needed
 
 
 # Batches of a cache
@@ -206,25 +206,19 @@ class ShardBatches(Iterator[Batch]):
         self.world_size = world_size
         groups = list_groups(paths)[rank::world_size]
         if not groups:
-            raise DataError(
-                f"{len(paths)} shard(s) have too few row groups for {world_size} ranks; add some."
-            )
+            raise DataError(f"{len(paths)} shards have too few row groups for {world_size} ranks; add some.")
         shard, row_group = groups[0]
         start = cursor or dict(epoch=0, shard=shard, row_group=row_group, document=0, offset=0)
         place = (start.get("shard"), start.get("row_group"))
         if start.get("world_size", world_size) != world_size or place not in groups:
             where = f"rank {rank} of {world_size}"
             raise DataError(f"cursor={cursor!r:.120} is no place of {where}; use as many ranks as before.")
+        first, rest = start["epoch"], groups[groups.index(place) :]  # type: ignore[arg-type]
+        self._places = ((e, *at) for e in itertools.count(first) for at in (rest if e == first else groups))
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="primechat-shards")
+        self._ahead: deque[Future[Group]] = deque()
         self._groups: deque[Group] = deque()
-        self._queue: queue.Queue[Group | BaseException] = queue.Queue(maxsize=4)
-        stop = threading.Event()
-        first = groups.index(place)  # type: ignore[arg-type]
-        self._thread = threading.Thread(
-            target=produce_groups, daemon=True, name="primechat-shards",
-            args=(list(paths), groups, first, start["epoch"], tokenizer, threads, self._queue, stop),
-        )  # fmt: skip
-        self._finalizer = weakref.finalize(self, stop.set)
-        self._thread.start()
+        self._paths, self._tokenizer, self._threads = paths, tokenizer, threads
         self._fill(1)
         offsets = self._groups[0].offsets
         if not 0 <= start["document"] < len(offsets) - 1:
@@ -263,19 +257,22 @@ class ShardBatches(Iterator[Batch]):
         """Have at least so many tokens at hand."""
         have = sum(len(group.ids) for group in self._groups) - (self._used if self._groups else 0)
         while have < need:
-            if not self._finalizer.alive:
+            if self._pool is None:
                 raise DataError("these batches are closed; open them again.")
-            item = self._queue.get()
-            if isinstance(item, BaseException):
+            while len(self._ahead) < GROUPS_AHEAD:
+                place = next(self._places)
+                job = (self._paths[place[1]], place, self._tokenizer, self._threads)
+                self._ahead.append(self._pool.submit(read_group, *job))
+            try:
+                group = self._ahead.popleft().result()
+            except BaseException:
                 self.close()
-                raise item
-            self._groups.append(item)
-            have += len(item.ids)
+                raise
+            self._groups.append(group)
+            have += len(group.ids)
 
     def close(self) -> None:
         """End the reading thread."""
-        self._finalizer()
-        while self._thread.is_alive():
-            while not self._queue.empty():
-                self._queue.get()
-            self._thread.join(0.05)
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None

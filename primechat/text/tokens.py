@@ -1,20 +1,17 @@
 """Tokens on disk and in flight: the memory-mapped cache of a local corpus, and shards tokenised as read.
 
 Hides: when text becomes tokens. A local corpus is tokenised once, into a folder that appears whole or not at
-all; a shard's row groups are tokenised by a background thread, a few ahead of the reader.
+all; a shard's row groups are tokenised one by one as they are asked for.
 Reference: numpy.memmap; the row groups of the Apache Parquet format.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import queue
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -186,40 +183,17 @@ def list_groups(paths: Sequence[Path]) -> list[tuple[int, int]]:
     return groups
 
 
-def produce_groups(
-    paths: list[Path],
-    groups: list[tuple[int, int]],
-    first: int,
-    epoch: int,
-    tokenizer: Tokenizer,
-    threads: int,
-    out: queue.Queue[Group | BaseException],
-    stop: threading.Event,
-) -> None:
-    """Put the tokens of row group after row group, epoch after epoch, until told to stop; or an error."""
+def read_group(path: Path, place: tuple[int, int, int], tokenizer: Tokenizer, threads: int) -> Group:
+    """Return the tokens of the row group at a place: epoch, shard, row group."""
     import pyarrow.parquet as pq
 
-    def put(item: Group | BaseException) -> None:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                return out.put(item, timeout=0.1)
-
-    bos = tokenizer.bos_id
     try:
-        while not stop.is_set():
-            for shard, row_group in groups[first:]:
-                if stop.is_set():
-                    return
-                with pq.ParquetFile(paths[shard]) as file:
-                    texts = file.read_row_group(row_group, columns=["text"]).column(0).to_pylist()
-                plain = tokenizer.encode_batch([text or "" for text in texts], threads)
-                encoded = [[bos, *ids] for ids in plain]
-                offsets = np.cumsum([0, *map(len, encoded)])
-                ids = np.fromiter((i for ids in encoded for i in ids), np.int64, int(offsets[-1]))
-                put(Group(epoch, shard, row_group, ids, offsets))
-            first, epoch = 0, epoch + 1
+        with pq.ParquetFile(path) as file:
+            texts = file.read_row_group(place[2], columns=["text"]).column(0).to_pylist()
     except (OSError, ValueError) as error:
-        place = f"{paths[shard]} row group {row_group}"
-        put(DataError(f"{place} cannot be read ({error!s:.80}); replace the file."))
-    except BaseException as error:
-        put(error)
+        reason = f"cannot be read ({error!s:.80})"
+        raise DataError(f"{path} row group {place[2]} {reason}; replace the file.") from None
+    plain = tokenizer.encode_batch([text or "" for text in texts], threads)
+    offsets = np.cumsum([0, *(len(ids) + 1 for ids in plain)])
+    ids = np.fromiter((i for ids in plain for i in (tokenizer.bos_id, *ids)), np.int64, int(offsets[-1]))
+    return Group(*place, ids, offsets)
