@@ -23,11 +23,8 @@ ITEM_BYTES = {
     "BFloat16Storage": 2, "ShortStorage": 2, "ByteStorage": 1, "CharStorage": 1, "BoolStorage": 1,
 }  # fmt: skip
 FLOATS = {"FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16"}
-NAMES = {
-    "collections OrderedDict",
-    "torch._utils _rebuild_tensor_v2",
-    *(f"torch {kind}" for kind in ITEM_BYTES),
-}
+ORDERED_DICT, REBUILD = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
+NAMES = {ORDERED_DICT, REBUILD, *(f"torch {kind}" for kind in ITEM_BYTES)}
 DAMAGE = (  # what zipfile stumbles over
     zipfile.BadZipFile, struct.error, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError,
     EOFError,
@@ -85,30 +82,25 @@ class TensorReader(PickleReader):
 
     def find(self, claim: Any) -> Storage:
         """Return the storage that a persistent id names, if the archive holds exactly its bytes."""
-        word, kind, key, _, n_items = claim
-        known = isinstance(kind, Name) and kind.text.removeprefix("torch ") in ITEM_BYTES
-        if word != "storage" or not known or type(key) is not str or type(n_items) is not int:
+        word, name, key, _, n_items = claim
+        kind = name.text.removeprefix("torch ") if isinstance(name, Name) else ""
+        if word != "storage" or kind not in ITEM_BYTES or type(key) is not str or type(n_items) is not int:
             raise ValueError("a storage is described wrongly")
-        storage = Storage(kind.text.removeprefix("torch "), key, n_items)
-        if self.sizes[key] != n_items * ITEM_BYTES[storage.kind]:
-            raise ValueError(
-                f"a storage claims {n_items:,} numbers, the file has {self.sizes[key]:,} bytes of it"
-            )
-        return storage
+        if self.sizes[key] != n_items * ITEM_BYTES[kind]:
+            raise ValueError(f"a storage claims {n_items:,} numbers, it has {self.sizes[key]:,} bytes")
+        return Storage(kind, key, n_items)
 
     def call(self, function: Any, args: Any) -> Any:
         """Return {} for OrderedDict(), or the spec of a tensor whose numbers lie in its storage."""
-        if function == Name("collections OrderedDict") and args == ():
+        if function == Name(ORDERED_DICT) and args == ():
             return {}
-        if (
-            function != Name("torch._utils _rebuild_tensor_v2")
-            or not isinstance(args, tuple)
-            or len(args) < 6
-        ):
+        if function != Name(REBUILD):
             raise ValueError("it calls something that rebuilds no tensor")
-        storage, start, shape, stride = args[:4]
-        if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
-            raise ValueError("a tensor is described wrongly")
+        match args:
+            case (Storage() as storage, int() as start, tuple() as shape, tuple() as stride, _, _, *_):
+                pass
+            case _:
+                raise ValueError("a tensor is described wrongly")
         if any(type(n) is not int or n < 0 for n in (start, *shape, *stride)) or len(shape) > 8:
             raise ValueError("a tensor has a size or stride that is no whole number")
         n_items = math.prod(shape)
@@ -117,9 +109,7 @@ class TensorReader(PickleReader):
         expected = 1
         for length, step in zip(reversed(shape), reversed(stride), strict=True):
             if n_items > 0 and length > 1 and step != expected:
-                raise ValueError(
-                    f"a tensor of shape {shape} has strides {stride}, its numbers must lie in a row"
-                )
+                raise ValueError(f"the numbers of a tensor of shape {shape} do not lie in a row: {stride}")
             expected *= length
         return TensorSpec(storage, start, shape)
 

@@ -1,6 +1,6 @@
 """Pickles that anyone may have made, followed without running anything.
 
-Hides: the pickle machine. It knows 30 opcodes and calls nothing: names, calls and stored objects are handed
+Hides: the pickle machine. It knows 40 opcodes and calls nothing: names, calls and stored objects are handed
 to a reader, which turns them into inert values or refuses them. Memory stays within a small multiple of the
 pickle. Reference: the opcode table of CPython's `pickletools`.
 """
@@ -30,7 +30,7 @@ class PickleReader:
     """
 
     opcodes: frozenset[str] = frozenset()
-    max_containers = 200_000  # a 256-layer model has 30,000
+    max_containers = 200_000  # the optimizer of 256 layers has 20,000
 
     def admit(self, name: str) -> Any:
         """Return what stands for a global, `module attribute`."""

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -121,9 +121,8 @@ class ChatTalk:
                 stream.reconfigure(errors="replace")  # no text ends the program, whatever the locale
         self.config, self.opener, self.stdin, self.stdout = config, opener, stdin, stdout
         self.interactive = stdin.isatty() and stdout.isatty()
-        self.console = Console(
-            file=stdout if self.interactive else stderr, highlight=False, markup=False, emoji=False
-        )
+        where = stdout if self.interactive else stderr
+        self.console = Console(file=where, highlight=False, markup=False, emoji=False)
         self.temperature, self.seed = config.temperature, config.seed
         self.messages: list[dict[str, Any]] = []
         self.saved: set[Path] = set()
@@ -173,10 +172,8 @@ class ChatTalk:
     def run(self) -> None:
         """Read lines until the end of input or /quit."""
         if self.interactive:
-            try:
+            with suppress(ImportError):
                 import readline  # noqa: F401 - input() edits lines with it
-            except ImportError:
-                pass
         while True:
             try:
                 line = self.read_line()
@@ -207,13 +204,11 @@ class ChatTalk:
             self.answer(line)
             return True
         name, _, rest = line[1:].partition(" ")
-        if name == "quit":
-            return False
-        command = COMMANDS.get(name)
-        if command is None:
+        if name in COMMANDS:
+            COMMANDS[name][0](self, rest.strip())
+        elif name != "quit":
             raise ConfigError(f"/{name} must be one of the commands; /help lists them.")
-        command[0](self, rest.strip())
-        return True
+        return name != "quit"
 
     def answer(self, text: str) -> None:
         """Write the model's reply to a text; an interrupted one counts as far as it got."""
@@ -224,16 +219,15 @@ class ChatTalk:
         said = {"role": "user", "content": text}
         self.cancel = options["cancel"]
         try:
-            if self.is_base:
-                reply = self.engine.complete(text, **options)
-            else:
-                reply = self.engine.chat([*self.messages, said], **options)
+            messages = [*self.messages, said]
+            engine = self.engine
+            reply = engine.complete(text, **options) if self.is_base else engine.chat(messages, **options)
             self.write(reply)
         finally:
             self.cancel = None
         self.seed += 1
         if reply.tokens:
-            self.messages += [said, reply.message]
+            self.messages = [*messages, reply.message]
 
     def write(self, reply: Reply) -> None:
         """Write a reply as it comes, then why it ended and its figures."""

@@ -118,10 +118,8 @@ class Tokenizer:
         if not path.is_file():
             found = sorted(item.name for item in folder.iterdir())[:5] if folder.is_dir() else []
             there = f"the folder has {', '.join(found)}" if found else "the folder is empty or not there"
-            raise DataError(
-                f"{path} is missing ({there}); train one with `primechat tokenizer` or give the folder of "
-                "a nanochat tokenizer."
-            )
+            remedy = "train one with `primechat train-tokenizer` or give another folder"
+            raise DataError(f"{path} is missing ({there}); {remedy}.")
         state = read_encoding(path)
         if set(state) != {"name", "pat_str", "mergeable_ranks", "special_tokens"}:
             raise DataError(f"{path} has other fields than a tiktoken tokenizer's; replace it.")
