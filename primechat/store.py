@@ -26,7 +26,7 @@ from primechat.model.checkpoint import explain_steps, find_steps, list_snapshots
 from primechat.model.era import detect_era
 from primechat.model.runlog import read_metrics
 from primechat.model.weights import inspect_model, read_json
-from primechat.records import TrainResult
+from primechat.records import NoteEvent, OnEvent, TrainResult
 
 if TYPE_CHECKING:
     from primechat.model.gpt import GPT
@@ -203,6 +203,7 @@ def open_model(
     dtype: str = "float32",
     tokenizer: Any = None,
     phase: str = "eval",
+    on_event: OnEvent | None = None,
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """Open a model with its tokenizer.
 
@@ -212,16 +213,18 @@ def open_model(
         dtype: of the parameters: float32, bfloat16, or auto (bfloat16 on CUDA, float32 elsewhere).
         tokenizer: a Tokenizer or its folder, instead of the one beside the model or in the base directory.
         phase: eval freezes the parameters, train does not.
+        on_event: hears, before the weights are read, of the memory that they need; None logs it.
 
     Returns:
         Model, tokenizer, and the checkpoint's metadata with `identifier`, `path` and `skipped` added.
 
     Raises:
-        CheckpointError: there is no such model, or it does not go with its tokenizer.
+        CheckpointError: there is no such model, it does not go with its tokenizer, or is too large.
         ConfigError: a setting has no such value.
     """
     import torch
 
+    from primechat.infer.admission import describe_memory, warn_unrecorded
     from primechat.model.gpt import GPT
 
     if dtype not in ("float32", "bfloat16", "auto"):
@@ -229,16 +232,19 @@ def open_model(
     if phase not in ("eval", "train"):
         raise ConfigError(f"phase={phase!r} must be eval or train; try eval.")
     folder, name = locate_model(parse_identifier(identifier) if identifier else choose_model())
-    wide = dtype == "float32" or (dtype == "auto" and not device.startswith("cuda"))
-    loaded = load_checkpoint(folder, name.step, dtype="float32" if wide else "bfloat16")
+    kind = "float32" if dtype == "float32" or (dtype == "auto" and "cuda" not in device) else "bfloat16"
+    loaded = load_checkpoint(folder, name.step)  # mapped: nothing of the weights is in memory yet
     found = find_tokenizer(folder, tokenizer)
     check_pair(loaded.config, loaded.meta, found, str(name))
-    model = GPT.from_state(
-        loaded.config, loaded.model_state, device=device, dtype=torch.float32 if wide else torch.bfloat16
-    )
+    full = replace(name, step=None if name.shipped else loaded.step)
+    said = describe_memory(str(full), loaded.config.n_params * (4 if kind == "float32" else 2), device)
+    on_event(NoteEvent(text=said)) if on_event else logger.info("%s", said)
+    state = load_checkpoint(folder, loaded.step, dtype=kind).model_state
+    model = GPT.from_state(loaded.config, state, device=device, dtype=getattr(torch, kind))
+    if not loaded.meta.get("tokenizer_identity"):
+        warn_unrecorded(str(full), folder, model, found)
     if phase == "train":
         model.requires_grad_(True).train()
-    full = replace(name, step=None if name.shipped else loaded.step)
     return (
         model,
         found,
