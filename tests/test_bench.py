@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +73,14 @@ def test_speeds_are_amounts_over_seconds(monkeypatch: pytest.MonkeyPatch) -> Non
 
         def generate_batch(self, prompts: list[list[int]], **options: Any) -> None:
             seen.append((len(prompts[0]), options["max_new_tokens"], options["num_samples"]))
+
+        def generate(self, ids: list[int], *, max_new_tokens: int, **options: Any) -> Any:
+            for _ in range(max_new_tokens):
+                clock[0] += 0.01
+                yield 1
+
+    clock = [0.0]
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def measure(call: Any, seconds: float) -> float:
         call()

@@ -87,12 +87,15 @@ def test_bpb_fixture(era: str, table: str) -> None:
     )
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("pattern", ["", "SSL", "L"])
-def test_cache_chunks(pattern: str) -> None:
+def test_cache_chunks(pattern: str, frozen: bool) -> None:
     """Chunks of any length at any position give the logits of the whole, past sequence_len and past the
     window too.
     """
     model = make_gpt(window_pattern=pattern, sequence_len=140)
+    if frozen:
+        model = GPT.from_state(model.config, dict(model.state_dict()))
     ids = torch.randint(97, (2, 300), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         whole = model(ids)
@@ -232,3 +235,12 @@ def test_known_counts() -> None:
     assert GPTConfig.classic(32).n_params == 1_879_048_192
     assert GPTConfig.modern(20).n_params == 1_399_850_226
     assert GPTConfig.modern(4, vocab_size=4096, sequence_len=256, head_dim=64).n_params == 7_340_162
+
+
+def test_reopened_trains() -> None:
+    """A model made for decoding and then thawed learns with every weight, queries and keys included."""
+    model = GPT.from_state(make_gpt().config, dict(make_gpt().state_dict())).requires_grad_(True)
+    ids = torch.randint(97, (2, 33), generator=torch.Generator().manual_seed(8))
+    model.loss(ids[:, :-1], ids[:, 1:]).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and float(p.grad.abs().sum()) > 0, name
