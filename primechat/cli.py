@@ -35,6 +35,7 @@ STAGES = {  # verb: (public name of the stage, of its config, its sentence)
 }
 DESK = {
     "chat": "talk to a model in the terminal",
+    "check": "tell what a model is, and whether it is whole and has its own tokenizer",
     "models": "list the models that are on this machine",
     "bench": "measure how fast this machine trains, generates and tokenizes",
 }
@@ -55,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after `primechat`; None takes those of the process.
 
     Returns:
-        The exit code: 0 also after a clean stop, 2 for what a user can mend, 130 for an interrupt.
+        The exit code: 0 also after a clean stop, 1 for a check that finds a fault, 2 for what a user can
+        mend, 130 for an interrupt.
     """
     rank = os.environ.get("RANK", "0")
     try:
@@ -86,6 +88,11 @@ def run_verb(argv: list[str]) -> int:
         return run_stage(verb, argv, device)
     elif verb == "models":
         return show_models(parse_flags(verb, ModelsFlags, argv, ModelsFlags()))
+    elif verb == "check":
+        from primechat.desk.check import CheckConfig, run_check
+
+        start = CheckConfig(device=device or "cpu")
+        return run_check(parse_flags(verb, CheckConfig, name_model(argv), start))
     elif verb == "bench":
         from primechat.desk.bench import BenchConfig, run_bench
 
@@ -93,14 +100,17 @@ def run_verb(argv: list[str]) -> int:
     elif verb == "chat":
         from primechat.desk.chat import ChatConfig, run_chat
 
-        if argv and not argv[0].startswith("-"):  # `primechat chat sft/d4`
-            argv.insert(0, "--model")
-        return run_chat(parse_flags(verb, ChatConfig, argv, ChatConfig(device=device or "auto")))
+        return run_chat(parse_flags(verb, ChatConfig, name_model(argv), ChatConfig(device=device or "auto")))
     else:
         near = difflib.get_close_matches(verb, [*STAGES, *DESK], 1)
         remedy = f"did you mean `primechat {near[0]}`?" if near else "`primechat --help` lists them."
         raise ConfigError(f"{verb!r} must be one of primechat's verbs; {remedy}")
     return 0
+
+
+def name_model(argv: list[str]) -> list[str]:
+    """Return the words with --model before a first one that is no flag, as in `primechat chat sft/d4`."""
+    return ["--model", *argv] if argv and not argv[0].startswith("-") else argv
 
 
 def format_help() -> str:

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from primechat.config.runtime import DEVICES, check_number
-from primechat.desk.progress import clean_text
+from primechat.desk.progress import ProgressView, clean_text
 from primechat.errors import ConfigError, PrimechatError
 
 if TYPE_CHECKING:
@@ -103,7 +103,13 @@ def build_opener(config: ChatConfig) -> Opener:
         if device == "auto":  # mps on request only
             device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = config.tokenizer if identifier == config.model else ""
-        return open_model(identifier, device=device, dtype="auto", tokenizer=folder or None)
+        return open_model(
+            identifier,
+            device=device,
+            dtype="auto",
+            tokenizer=folder or None,
+            on_event=ProgressView(sys.stderr),
+        )
 
     return open_named
 

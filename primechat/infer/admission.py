@@ -118,12 +118,20 @@ def describe_memory(name: str, n_bytes: int, device: str = "cpu") -> str:
         CheckpointError: the device has not that much in all.
     """
     free, total = find_memory(device)
-    needs = f"{name} needs {n_bytes / 1e9:.2f} GB of memory for its weights"
+    needs = f"{name} needs {format_bytes(n_bytes)} of memory for its weights"
     if n_bytes > total:
         raise CheckpointError(
-            f"{needs}, {device} has {total / 1e9:.2f} GB in all; take a smaller model or, in Python, "
+            f"{needs}, {device} has {format_bytes(total)} in all; take a smaller model or, in Python, "
             "dtype='bfloat16'."
         )
-    there = f"{free / 1e9:.2f} GB are free" if free < total else f"there are {total / 1e9:.2f} GB in all"
-    scarce = n_bytes > free
-    return f"{needs}, {there}{': it will be slow, close other programs.' if scarce else '.'}"
+    there = f"{format_bytes(free)} are free" if free < total else f"there are {format_bytes(total)} in all"
+    return f"{needs}, {there}{': it will be slow, close other programs.' if n_bytes > free else '.'}"
+
+
+def format_bytes(n_bytes: int) -> str:
+    """Return a number of bytes in MB or GB.
+
+    >>> format_bytes(2_243_952_640), format_bytes(770_264)
+    ('2.24 GB', '0.8 MB')
+    """
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"

@@ -46,7 +46,7 @@ def evaluate(
         if device == "cuda"
         else "float32"
     )
-    model, tokenizer, _ = store.open_model(config.model, device=device, dtype=dtype)
+    model, tokenizer, _ = store.open_model(config.model, device=device, dtype=dtype, on_event=on_event)
     window = config.window or model.sequence_len
     stride = config.stride or window
     if window > model.max_context or stride > window:
