@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import json
 import os
@@ -35,6 +36,8 @@ STAGES = {  # verb: (public name of the stage, of its config, its sentence)
 }
 DESK = {
     "chat": "talk to a model in the terminal",
+    "convert": "turn a classic model into a Hugging Face folder, or back",
+    "download": "bring models from the Hugging Face Hub",
     "check": "tell what a model is, and whether it is whole and has its own tokenizer",
     "models": "list the models that are on this machine",
     "bench": "measure how fast this machine trains, generates and tokenizes",
@@ -88,6 +91,10 @@ def run_verb(argv: list[str]) -> int:
         return run_stage(verb, argv, device)
     elif verb == "models":
         return show_models(parse_flags(verb, ModelsFlags, argv, ModelsFlags()))
+    elif verb == "download":
+        from primechat.desk.download import DownloadConfig, run_download
+
+        return run_download(parse_flags(verb, DownloadConfig, argv, DownloadConfig()))
     elif verb == "check":
         from primechat.desk.check import CheckConfig, run_check
 
@@ -97,6 +104,10 @@ def run_verb(argv: list[str]) -> int:
         from primechat.desk.bench import BenchConfig, run_bench
 
         return run_bench(parse_flags(verb, BenchConfig, argv, BenchConfig(device=device or "auto")))
+    elif verb == "convert":
+        from primechat.desk.convert import ConvertConfig, run_convert
+
+        return run_convert(parse_flags(verb, ConvertConfig, argv, ConvertConfig()))
     elif verb == "chat":
         from primechat.desk.chat import ChatConfig, run_chat
 
@@ -155,7 +166,7 @@ def parse_flags(verb: str, cls: type[Config], argv: list[str], default: Config, 
                 args=argv,
                 default=default,
                 prog=f"primechat {verb}",
-                description=f"{(cls.__doc__ or '').strip()}{notes}",
+                description=f"{inspect.getdoc(cls) or ''}{notes}",
                 use_underscores=True,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs
 
 import pytest
 
+from primechat import hub as hub_room
 from primechat.errors import DataError, HubError
 from primechat.records import PhaseEvent, ProgressEvent
 from primechat.text import corpora, shards
@@ -235,8 +236,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNames
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(shards, "RETRY_WAITS_S", (0.0, 0.0))
-    monkeypatch.setattr(shards, "PROBE_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(hub_room, "RETRY_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(hub_room, "PROBE_WAITS_S", (0.0, 0.0))
     yield state
     server.shutdown()
     server.server_close()
@@ -309,7 +310,7 @@ def test_offline(hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.Monke
 def test_silent_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = threading.Event()
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(shards, "PROBE_S", 0.05)
+    monkeypatch.setattr(hub_room, "PROBE_S", 0.05)
     monkeypatch.setattr(shards, "probe_sizes", lambda *_: ended.wait(30) and {})
     with pytest.raises(HubError, match="no answer in"):
         shard_paths("climbmix", "val", 1, base_dir=tmp_path)

@@ -60,7 +60,7 @@ class ProgressView:
         self.phase = PhaseEvent(name="")
         self.training: PhaseEvent | None = None  # the phase that takes steps; a validation may interrupt it
         self.val_bpb: float | None = None
-        self.t_line = clock()
+        self.t_line = self.t_phase = clock()
 
     def __enter__(self) -> ProgressView:
         return self
@@ -75,7 +75,7 @@ class ProgressView:
         if isinstance(event, PhaseEvent):
             if event.unit == "steps":
                 self.training, self.val_bpb = event, None
-            self.phase = event
+            self.phase, self.t_phase = event, self.clock()
             self.start_phase(event)
         elif isinstance(event, ProgressEvent):
             self.show_share(event.done)
@@ -114,13 +114,24 @@ class ProgressView:
 
     def start_phase(self, event: PhaseEvent) -> None:
         if event is self.training or not self.training:
-            total = f" ({event.total:,.0f} {event.unit})" if event.total else ""
-            self.write_line(f"{event.name}{total}")
+            total = f"{event.total:,.0f} {event.unit}"
+            total = f"{event.total / 1e6:,.1f} MB" if event.unit == "bytes" else total
+            self.write_line(f"{event.name} ({total})" if event.total else event.name)
+
+    def describe_bytes(self, done: float) -> tuple[str, str]:
+        """Return how many bytes are done at which speed, and the time that is left."""
+        speed = done / max(1e-9, self.clock() - self.t_phase)
+        left = format_seconds((self.phase.total - done) / speed) if speed else "-:--"
+        of = f"{done / 1e6:,.1f} of {self.phase.total / 1e6:,.1f} MB"
+        return f"{of} · {speed / 1e6:,.1f} MB/s", f"{left} left"
 
     def show_share(self, done: float) -> None:
         if self.is_due():
             of = f" of {self.phase.total:,.0f}" if self.phase.total else ""
-            self.write_line(f"{self.phase.name}: {done:,.0f}{of} {self.phase.unit}")
+            share = f"{done:,.0f}{of} {self.phase.unit}"
+            if self.phase.unit == "bytes":
+                share = " · ".join(self.describe_bytes(done))
+            self.write_line(f"{self.phase.name}: {share}")
 
     def show_step(self, event: StepEvent) -> None:
         if self.is_due() or event.step == event.steps:
@@ -178,7 +189,8 @@ class BarView(ProgressView):
 
     def show_share(self, done: float) -> None:
         if self.phase.name in self.bar_of:
-            self.bars.update(self.bar_of[self.phase.name], completed=done)
+            figures = self.describe_bytes(done)[0] if self.phase.unit == "bytes" else ""
+            self.bars.update(self.bar_of[self.phase.name], completed=done, figures=figures)
 
     def show_step(self, event: StepEvent) -> None:
         if self.phase.name not in self.bar_of:

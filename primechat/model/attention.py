@@ -84,7 +84,7 @@ class BlockAttention(torch.autograd.Function):
             bias.masked_fill_(~make_mask(start - lo, stop - start, hi - lo, left, q.device), float("-inf"))
             scores = torch.baddbmm(bias, q[:, start:stop], k[:, lo:hi].mT, alpha=scale)
             weights.append(torch.softmax(scores, dim=-1))
-            torch.bmm(weights[-1], v[:, lo:hi], out=out[:, start:stop])
+            out[:, start:stop] = torch.bmm(weights[-1], v[:, lo:hi])
         ctx.save_for_backward(q, k, v, *weights)
         ctx.left, ctx.scale, ctx.shape = left, scale, (B, H, T, D)
         return out.view(B, H, T, D)

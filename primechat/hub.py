@@ -1,0 +1,229 @@
+"""The Hugging Face Hub: asking it, fetching files from it, and saying what it refuses.
+
+Hides: the network. A file arrives in a staging folder on its own disk and takes its place in one rename, once
+its size, and its SHA-256 where the Hub tells it, agree; so a name never shows a part. What is fetched is
+only written, never run. Reference: huggingface_hub, `hf_hub_download(local_dir=...)`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from primechat.errors import DataError, HubError, PrimechatError
+from primechat.records import OnEvent, PhaseEvent, ProgressEvent
+
+PROBE_S = 4.0  # an offline machine is told so within five seconds
+PROBE_WAITS_S = (0.3, 0.9)
+RETRY_WAITS_S = (1.0, 3.0)
+TOKEN = "run `hf auth login`, or give a token that may read it by --token or HF_TOKEN"
+AGAIN = "run the same command again, finished files are kept"
+REFUSALS: tuple[tuple[str | int, str, str], ...] = (  # an error's class or status: what it means, what to do
+    ("GatedRepoError", "its owner grants access on request", f"accept the terms on its page, then {TOKEN}"),
+    ("RevisionNotFoundError", "it has no such revision", "correct --revision or leave it out"),
+    ("RemoteEntryNotFoundError", "it has no such file", "correct the file's name"),
+    ("RepositoryNotFoundError", "no such repository, or a private one", f"correct its name, or {TOKEN}"),
+    ("HFValidationError", "no name of a repository", "write it as owner/name"),
+    (401, "it wants a token that the Hub knows", TOKEN),
+    (403, "access is not granted", TOKEN),
+    (404, "it is not there", "correct its name"),
+    (429, "too many requests", f"wait some minutes, then {AGAIN}"),
+)
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubFile:
+    """One file of a repository and the place it is for; `sha256` is empty where the Hub tells none."""
+
+    repo: str
+    name: str
+    path: Path
+    size: int
+    sha256: str = ""
+    revision: str | None = None
+    repo_type: str = "model"
+
+
+class Traffic:
+    """Counts received bytes over all threads, and ends the downloads when asked to."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.received: dict[Path, int] = {}
+
+    def make_bar(self, path: Path) -> type:
+        """Return the class that huggingface_hub tells of a file's bytes; it prints nothing."""
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+        traffic, self.received[path] = self, 0
+
+        class Counter(tqdm):  # type: ignore[misc]
+            """One file's count, by one thread."""
+
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                kwargs.pop("name", None)
+                super().__init__(*args, **{**kwargs, "disable": True})
+
+            def update(self, n: float | None = 1) -> None:
+                if traffic.stop.is_set():
+                    raise KeyboardInterrupt
+                traffic.received[path] += int(n or 0)
+
+            def update_transfer(self, *_: Any, **__: Any) -> None:
+                """Take what xet tells of the wire; without this method it would count each byte twice."""
+
+            set_transfer_postfix_str = update_transfer
+
+        return Counter
+
+
+def ask_hub(call: Callable[[], T], seconds: float | None = None) -> T:
+    """Return the answer to a question, asked again a few times where that may help.
+
+    Raises:
+        TimeoutError: there is none in `seconds` (a name look-up has no time limit of its own).
+        HubError: the environment forbids the Hub.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise HubError("HF_HUB_OFFLINE is set")
+    answer: Future[T] = Future()
+
+    def ask() -> None:
+        for pause in (*PROBE_WAITS_S, None):
+            try:
+                return answer.set_result(call())
+            except Exception as error:
+                if pause is None or is_final(error):
+                    return answer.set_exception(error)
+                time.sleep(pause)
+
+    threading.Thread(target=ask, daemon=True).start()
+    seconds = seconds or PROBE_S
+    if not wait([answer], seconds).done:
+        raise TimeoutError(f"no answer in {seconds:.0f} s")
+    return answer.result()
+
+
+def fetch_files(
+    files: Sequence[HubFile], staging: Path, on_event: OnEvent, *, token: str | None = None, at_once: int = 4
+) -> None:
+    """Download files, begun in their order; this thread tells of the progress.
+
+    Args:
+        files: What to fetch; a file that has the name already is replaced at the end.
+        staging: A folder on the same disk, for unfinished files.
+        on_event: Hears the phase and its progress, in bytes.
+        token: The Hub's; None takes the one that is logged in.
+        at_once: How many files at a time.
+
+    Raises:
+        HubError: A file cannot be fetched; those that are finished stay.
+        DataError: The disk refuses.
+    """
+    total, traffic = sum(file.size for file in files), Traffic()
+    on_event(PhaseEvent(name=f"download {len(files)} file(s)", total=total, unit="bytes"))
+    pool = ThreadPoolExecutor(at_once)
+    jobs = {pool.submit(fetch_file, file, staging, traffic, token) for file in files}
+    try:
+        while jobs:
+            done, jobs = wait(jobs, timeout=0.2, return_when=FIRST_EXCEPTION)
+            for job in done:
+                job.result()
+            on_event(ProgressEvent(done=min(sum(traffic.received.values()), total) if jobs else total))
+    except BaseException:
+        traffic.stop.set()
+        with suppress(ImportError):  # xet downloads outside Python
+            from huggingface_hub.utils._xet import abort_xet_session
+
+            abort_xet_session()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def fetch_file(file: HubFile, staging: Path, traffic: Traffic, token: str | None) -> None:
+    """Download one file into its place; try again a few times where that may help."""
+    from huggingface_hub import hf_hub_download
+
+    for pause in (*RETRY_WAITS_S, None):
+        try:
+            path = hf_hub_download(
+                file.repo, file.name, repo_type=file.repo_type, revision=file.revision, token=token,
+                local_dir=staging / file.repo.replace("/", "--"), endpoint=os.environ.get("HF_ENDPOINT"),
+                etag_timeout=5, tqdm_class=traffic.make_bar(file.path),
+            )  # fmt: skip
+            return move_whole(Path(path), file)
+        except Exception as caught:
+            error = find_cause(caught)
+            number = getattr(error, "errno", None)
+            if number in DISK_FAULTS:
+                fault = f"{file.size / 1e6:,.1f} MB cannot be written ({os.strerror(number)})"
+                raise DataError(
+                    f"{file.path}: {fault}; free the disk or correct its rights, then {AGAIN}."
+                ) from None
+            if pause is None or is_final(error):
+                reason, remedy = explain(error)
+                raise HubError(
+                    f"{file.name} of {file.repo} could not be fetched ({reason}); {remedy}."
+                ) from None
+            traffic.stop.wait(pause)
+
+
+def move_whole(path: Path, file: HubFile) -> None:
+    """Move a staged file into its place, if it is the one that was announced; else remove it."""
+    there = path.stat().st_size
+    if there != file.size or (file.sha256 and hash_file(path) != file.sha256):
+        path.unlink()
+        raise OSError(f"{there:,} bytes arrived that are not the {file.size:,} that the Hub announced")
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
+    file.path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(path, file.path)
+
+
+def hash_file(path: Path) -> str:
+    """Return a file's SHA-256 in hex digits."""
+    sha = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(2**22):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def is_final(error: Exception) -> bool:
+    """Tell whether trying again is of no use: the Hub answered, and refused."""
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    final = isinstance(error, (PrimechatError, ValueError))
+    return final or (400 <= status < 500 and status not in (408, 429))
+
+
+def find_cause(error: Exception) -> Exception:
+    """Return what kept huggingface_hub from the Hub, where it says that its cache lacks the file too."""
+    cause, kind = error.__cause__, type(error).__name__
+    return cause if isinstance(cause, Exception) and kind == "LocalEntryNotFoundError" else error
+
+
+def explain(error: Exception) -> tuple[str, str]:
+    """Return what an error of the Hub or the network means, and what to do about it."""
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    kinds = [status, *(kind.__name__ for kind in type(error).__mro__)]
+    gist = (str(error).strip().splitlines() or [""])[0][:100] or type(error).__name__
+    for kind, reason, remedy in REFUSALS:
+        if kind in kinds:
+            return f"HTTP {status}: {reason}" if status else reason, remedy
+    if status:
+        return f"HTTP {status}: the Hub is out of order", f"wait a little, then {AGAIN}"
+    return gist, f"unset it, then {AGAIN}" if isinstance(
+        error, HubError
+    ) else f"check the network, then {AGAIN}"
