@@ -36,7 +36,6 @@ STAGES = {  # verb: (public name of the stage, of its config, its sentence)
 }
 DESK = {
     "chat": "talk to a model in the terminal",
-    "convert": "turn a classic model into a Hugging Face folder, or back",
     "download": "bring models from the Hugging Face Hub",
     "check": "tell what a model is, and whether it is whole and has its own tokenizer",
     "models": "list the models that are on this machine",
@@ -104,10 +103,6 @@ def run_verb(argv: list[str]) -> int:
         from primechat.desk.bench import BenchConfig, run_bench
 
         return run_bench(parse_flags(verb, BenchConfig, argv, BenchConfig(device=device or "auto")))
-    elif verb == "convert":
-        from primechat.desk.convert import ConvertConfig, run_convert
-
-        return run_convert(parse_flags(verb, ConvertConfig, argv, ConvertConfig()))
     elif verb == "chat":
         from primechat.desk.chat import ChatConfig, run_chat
 

@@ -3,9 +3,9 @@
 Hides: paths. An identifier names a model: `base/d4` (its newest step), `base/d4@600`, `base/d4@snap:64`; a
 family alone (`sft`) takes its default tag, the empty text the default model, sft before rl, mid and base.
 What ships with primechat is `shipped/sft` and `shipped/base`; it stands in where no checkpoint exists and
-neither tag nor step is given. `hf:smollm2` and `hf:owner/name` are other people's models. A tag is a plain
-name, so that none leaves the root; a symbolic link that the owner put there is followed, as large
-checkpoints often live on another disk. Reference: nanochat's layout below $NANOCHAT_BASE_DIR.
+neither tag nor step is given. A tag is a plain name, so that none leaves the root; a symbolic link that the
+owner put there is followed, as large checkpoints often live on another disk. Reference: nanochat's layout
+below $NANOCHAT_BASE_DIR.
 """
 
 from __future__ import annotations
@@ -40,10 +40,9 @@ FAMILIES = {
 }
 MAKERS = {"base": "primechat pretrain", "sft": "primechat finetune"}
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "nanochat"
-FORMS = "base/d4, base/d4@600, base/d4@snap:64, sft, shipped/sft, hf:smollm2"
+FORMS = "base/d4, base/d4@600, base/d4@snap:64, sft, shipped/sft"
 logger = logging.getLogger(__name__)
 IDENTIFIER = re.compile(r"(shipped/)?(base|mid|sft|rl)(?:/([^/@]+)(?:@(snap:)?(\d{1,9}))?)?")
-FOREIGN = re.compile(r"hf:(smollm2|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[A-Za-z0-9][\w.-]*)?)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +56,6 @@ class ModelName:
     shipped: bool = False
 
     def __str__(self) -> str:
-        if self.family == "hf":
-            return f"hf:{self.tag}"
         if self.shipped:
             return f"shipped/{self.family}"
         at = "" if self.step is None else f"@snap:{self.step}" if self.snapshot else f"@{self.step}"
@@ -109,8 +106,6 @@ def parse_identifier(text: str) -> ModelName:
     Raises:
         ConfigError: it has none of the forms that exist.
     """
-    if other := FOREIGN.fullmatch(text):
-        return ModelName(family="hf", tag=other[1])
     match = IDENTIFIER.fullmatch(text)
     if not match or (match[1] and match[3]):
         raise ConfigError(
@@ -166,8 +161,6 @@ def locate_model(name: ModelName) -> tuple[Path, ModelName]:
     Raises:
         CheckpointError: there is none.
     """
-    if name.family == "hf":
-        raise CheckpointError(f"{name} is another project's, to talk to and look into; train your own.")
     if name.tag:
         folder = run_dir(name.family, name.tag)
         if not folder.is_dir():
@@ -238,15 +231,7 @@ def open_model(
         raise ConfigError(f"dtype={dtype!r} must be float32, bfloat16 or auto; try float32.")
     if phase not in ("eval", "train"):
         raise ConfigError(f"phase={phase!r} must be eval or train; try eval.")
-    name = parse_identifier(identifier) if identifier else choose_model()
-    if name.family == "hf" and phase == "eval":
-        from primechat.model.foreign import open_foreign
-
-        if tokenizer:
-            raise ConfigError(f"{name} has a tokenizer of its own; leave out --tokenizer.")
-        foreign: Any = open_foreign(name.tag, device, dtype)  # the protocols' methods, not all of a GPT's
-        return foreign
-    folder, name = locate_model(name)
+    folder, name = locate_model(parse_identifier(identifier) if identifier else choose_model())
     kind = "float32" if dtype == "float32" or (dtype == "auto" and "cuda" not in device) else "bfloat16"
     loaded = load_checkpoint(folder, name.step)  # mapped: nothing of the weights is in memory yet
     found = find_tokenizer(folder, tokenizer)
