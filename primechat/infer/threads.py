@@ -1,7 +1,7 @@
 """How many CPU threads decode one model fastest.
 
-Hides: the measurement. For a small model one thread is often faster than two, and on a busy machine two can be a
-hundred times slower, because each product waits for both.
+Hides: the measurement. For a small model one thread is often faster than two, and on a busy machine two
+can be a hundred times slower, because each product waits for both.
 """
 
 from __future__ import annotations
