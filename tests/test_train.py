@@ -63,6 +63,12 @@ def train(steps: int, micro: int, optim: OptimConfig | None = None) -> tuple[GPT
     return model, events
 
 
+@torch.no_grad()
+def assert_same_move(got: torch.Tensor, want: torch.Tensor, start: torch.Tensor) -> None:
+    """Two trainings went the same way, but for rounding, which Adam enlarges where a gradient is near zero."""
+    assert float((got - want).norm()) < 5e-3 * float((want - start).norm())
+
+
 def test_fit_learns() -> None:
     _, events = train(40, 4)
     assert events[0].loss_nats == pytest.approx(np.log(70), rel=0.2)
@@ -77,8 +83,9 @@ def test_micro_batches() -> None:
     targets.
     """
     (one, a), (two, b) = train(3, 4), train(3, 1)
-    for p, q in zip(one.parameters(), two.parameters(), strict=True):
-        assert (p - q).abs().max() < 1e-4
+    fresh = dict(make_model().named_parameters())
+    for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert_same_move(q, p, fresh[name])
     assert [e.loss_nats for e in a] == pytest.approx([e.loss_nats for e in b], rel=1e-5)
 
 
@@ -258,8 +265,8 @@ def test_two_ranks(tmp_path: Path) -> None:
         for r in range(2)
     ]
     assert [p.wait(timeout=180) for p in ranks] == [0, 0]
-    alone, _ = train(6, 4)
+    alone, fresh = train(6, 4)[0], dict(make_model().named_parameters())
     states = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]
     for name, p in alone.named_parameters():
         assert torch.equal(states[0][name], states[1][name]), name
-        assert (states[0][name] - p).abs().max() < 1e-4, name
+        assert_same_move(states[0][name], p, fresh[name])
