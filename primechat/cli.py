@@ -37,7 +37,7 @@ STAGES = {  # verb: (public name of the stage, of its config, its sentence)
 DESK = {
     "chat": "talk to a model in the terminal",
     "download": "bring models from the Hugging Face Hub",
-    "check": "tell what a model is, and whether it and its tokenizer are sound",
+    "check": "tell what a model is and whether it is sound",
     "models": "list the models that are on this machine",
     "bench": "measure how fast this machine trains, generates and tokenizes",
 }

@@ -65,7 +65,7 @@ def train(steps: int, micro: int, optim: OptimConfig | None = None) -> tuple[GPT
 
 @torch.no_grad()
 def assert_same_move(got: torch.Tensor, want: torch.Tensor, start: torch.Tensor) -> None:
-    """Two trainings went the same way, but for rounding, which Adam enlarges where a gradient is near zero."""
+    """Two trainings went the same way, but for rounding, which Adam enlarges at gradients near zero."""
     assert float((got - want).norm()) < 5e-3 * float((want - start).norm())
 
 
