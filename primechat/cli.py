@@ -353,18 +353,19 @@ def show_models(flags: ModelsFlags) -> int:
         base = f"{base_dir()}{os.sep}"
         table = Table(box=None, pad_edge=False)
         table.add_column("model", no_wrap=True)
-        for title in ("step", "parameters", "bits per byte", "MB"):
+        for title in ("step", "snaps", "parameters", "bits/byte", "MB"):
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("kind", no_wrap=True)
         table.add_column("where", overflow="fold")
         for entry in entries:
-            step = str(max(entry.steps)) if entry.steps else ""
-            figures = (f"{entry.n_params:,}", "" if entry.val_bpb is None else f"{entry.val_bpb:.4f}")
+            step, snaps = str(max(entry.steps, default="")), str(len(entry.snapshots) or "")
+            bpb = "" if entry.val_bpb is None else f"{entry.val_bpb:.4f}"
+            figures = (step, snaps, f"{entry.n_params:,}", bpb, f"{entry.n_bytes / 1e6:,.1f}")
             where = "ships with primechat" if entry.shipped else entry.path.removeprefix(base)
-            size = f"{entry.n_bytes / 1e6:,.1f}"
-            table.add_row(entry.identifier, step, *figures, size, entry.architecture, where)
+            table.add_row(entry.identifier, *figures, entry.architecture, where)
         Console(highlight=False).print(table)
-        print(f"\nIn {base}")
+        print("\nbase/d4@600 names one step, base/d4@snap:64 a snapshot (snaps); --json lists all.")
+        print(f"In {base}")
     return 0
 
 

@@ -27,6 +27,7 @@ class Hub:
     announce: dict[str, int] = field(default_factory=dict)  # sizes that the listing lies about
     hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 that the listing lies about
     log: list[str] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)
     ranges: list[str] = field(default_factory=list)
     tokens: set[str] = field(default_factory=set)
     url: str = ""
@@ -87,7 +88,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer_file(self, repo: str, revision: str, name: str) -> None:
         hub, key = self.hub, f"{repo}/{name}"
         assert revision == COMMIT, "files are asked for at the commit that was listed"
-        if self.command == "GET":
+        if self.command == "HEAD":
+            hub.heads.append(name)
+        else:
             hub.log.append(name)
             hub.ranges.append(self.headers.get("Range") or "")
         if key in hub.refuse:

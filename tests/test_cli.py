@@ -325,6 +325,7 @@ def test_handlers_are_given_back() -> None:
 class Entry:
     identifier: str = "sft/d4"
     steps: tuple[int, ...] = (20, 60)
+    snapshots: tuple[int, ...] = (0, 16, 32)
     n_bytes: int = 14_680_064
     architecture: str = "modern"
     n_params: int = 7_340_032
@@ -345,9 +346,9 @@ def test_models(base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     list_entries(Entry(shipped=True), d20, mine)
     assert cli.main(["models"]) == 0
     out = capsys.readouterr().out
-    assert "modern  base_checkpoints/mine " in out and out.endswith(f"\nIn {base_dir}/\n")
+    assert "modern  base_checkpoints/mine " in out and out.endswith(f"--json lists all.\nIn {base_dir}/\n")
     assert "7,340,032" in out and "0.8123" in out and "14.7" in out and "base/d20" in out
-    assert "21400" in out and "60" in out and "ships with primechat" in " ".join(out.split())
+    assert "21400" in out and "60      3" in out and "ships with primechat" in " ".join(out.split())
     assert cli.main(["models", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[1]["val_bpb"] == 0.8123
 

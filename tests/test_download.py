@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def test_default(hub: Hub, base_dir: Path, capsys: pytest.CaptureFixture[str]) -
     assert (model["repo"], model["revision"], model["size"]) == (DIEGO, COMMIT, len(data))
     assert model["sha256"] == hashlib.sha256(data).hexdigest() and len(note["files"]) == 3
     total = sum(map(len, list_base(base_dir).values()))
-    assert f"{total / 1e6:,.1f} MB to fetch" in out and "download 7 file(s)" in out
+    assert f"{total / 1e6:,.3f} MB to fetch" in out and "download 7 file(s)" in out
     assert out.splitlines()[-1] == "checked base/diego-d20-base"
     model_, tokenizer_, meta = primechat.load_model("base", "cpu", model_tag="diego-d20-base", step=21400)
     assert model_.config.architecture == "classic" and tokenizer_.vocab_size == 600
@@ -196,9 +197,14 @@ def test_dry_run(hub: Hub, base_dir: Path, capsys: pytest.CaptureFixture[str]) -
     assert not base_dir.exists() and f"list {DIEGO}@{COMMIT}" in hub.log
     assert not [line for line in hub.log if not line.startswith("list")]
     for name in DIEGO_FILES:
-        size = f"{len(hub.files[DIEGO][name]) / 1e6:,.1f} MB"
+        size = f"{len(hub.files[DIEGO][name]) / 1e6:,.3f} MB"
         assert f"{size}  base_checkpoints/diego-d20-base/{name}  from {DIEGO}@c0ffee0: fetch" in out
     assert "MB free" in out and "checked" not in out
+
+
+def test_space_of_a_folder_that_is_to_come(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    assert 0.5 < download.measure_space(tmp_path / "a" / "b") / free < 2 and not (tmp_path / "a").exists()
 
 
 def test_progress(hub: Hub, base_dir: Path) -> None:
@@ -229,6 +235,18 @@ def test_speed_and_time_left() -> None:
     ]
     (task,) = views[1].bars.tasks  # type: ignore[attr-defined]
     assert task.completed == 16e6 and task.fields["figures"] == "16.0 of 80.0 MB · 4.0 MB/s"
+
+
+def test_bytes_of_a_failed_try_do_not_count(tmp_path: Path) -> None:
+    traffic = hub_room.Traffic()
+    for n in (3, 5):
+        bar = traffic.make_bar(tmp_path)(total=9)
+        bar.update(n)
+        bar.update_transfer(n)
+        assert traffic.received == {tmp_path: n}
+    traffic.stop.set()
+    with pytest.raises(KeyboardInterrupt):
+        bar.update(1)
 
 
 # Faults
@@ -298,6 +316,8 @@ def test_refusals(
     hub.refuse[OTHER + where] = (status, code)
     with pytest.raises(HubError, match=words) as caught:
         fetch(base_dir, place(base_dir))
+    if where and status == 403:
+        assert hub.heads.count("model_000010.pt") == 1, "a refusal is final"
     assert str(caught.value).count(";") == 1 and "\n" not in str(caught.value)
     assert list(list_base(base_dir)) in ([], ["base_checkpoints/d3/meta_000010.json"])
 
@@ -351,14 +371,20 @@ def test_wrong_hash(hub: Hub, base_dir: Path) -> None:
 
 def test_full_disk(hub: Hub, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, spare = plan_download([place(base_dir)]), download.SPARE_BYTES
-    room = SimpleNamespace(free=plan.n_bytes + spare - 1)
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: room)
+    room, left = [plan.n_bytes + spare - 1], base_dir / ".download" / "files"
+    left.mkdir(parents=True)
+
+    def measure(_: Path) -> int:
+        assert not left.exists(), "what a killed download left is cleared away before"
+        return room[0]
+
+    monkeypatch.setattr(download, "measure_space", measure)
     with pytest.raises(
         DataError, match=r"has room for 1 MB, the download needs 1 MB; free some, .*--no-optim"
     ):
         run_plan(plan, base_dir, print)
-    assert not base_dir.exists() and hub.log == [f"list {OTHER}@main"]
-    room.free += 1
+    assert list_base(base_dir) == {} and hub.log == [f"list {OTHER}@main"]
+    room[0] += 1
     run_plan(plan, base_dir, lambda _: None)
     assert len(list_base(base_dir)) == 2
 
@@ -467,8 +493,8 @@ def test_tokenizers_of_others_stay(hub: Hub, base_dir: Path, capsys: pytest.Capt
     assert capsys.readouterr().out.count("another one is here and stays") == 2
     (folder / "tokenizer.pkl").write_bytes(hub.files[D32]["tokenizer.pkl"])
     (folder / "token_bytes.pt").write_bytes(b"torn")
-    hub.files[D32] = dict(sorted(hub.files[D32].items()))
-    assert cli.main(["download", "--skip-diego-base"]) == 0
+    backwards = f"{D32}::tokenizer::token_bytes.pt,tokenizer.pkl"
+    assert cli.main(["download", "--skip-diego-base", "--skip-tokenizer", "--extra", backwards]) == 0
     assert (folder / "token_bytes.pt").read_bytes() == hub.files[D32]["token_bytes.pt"]
 
 

@@ -170,7 +170,7 @@ def describe_design(loaded: Loaded) -> Iterator[tuple[str, str]]:
     heads = f"{c.n_head} heads of {c.head_dim}"
     if c.n_kv_head != c.n_head:
         heads += f", {c.n_kv_head} of keys and values"
-    yield "shape", f"{c.n_layer} layers, width {c.n_embd:,}, {heads}"
+    yield "shape", f"{c.n_layer} layer{'s' * (c.n_layer > 1)}, width {c.n_embd:,}, {heads}"
     yield "vocabulary", f"{c.vocab_size:,} tokens; trained on {c.sequence_len:,} at a time"
     cap = f"{c.logit_softcap:g}" if c.logit_softcap else "off"
     yield "numerics", f"RoPE base {c.rope_base:,.0f}, softcap {cap}"

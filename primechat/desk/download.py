@@ -104,9 +104,9 @@ def run_download(config: DownloadConfig) -> int:
     fates = (("fetch", plan.fetch), ("is here", plan.whole), ("another one is here and stays", plan.kept))
     for fate, file in ((fate, file) for fate, files in fates for file in files):
         place = file.path.relative_to(base)
-        print(f"{file.size / 1e6:10,.1f} MB  {place}  from {file.repo}@{str(file.revision)[:7]}: {fate}")
+        print(f"{file.size / 1e6:11,.3f} MB  {place}  from {file.repo}@{str(file.revision)[:7]}: {fate}")
     free = measure_space(base) / 1e6
-    print(f"{plan.n_bytes / 1e6:10,.1f} MB to fetch into {base}, which has {free:,.0f} MB free")
+    print(f"{plan.n_bytes / 1e6:11,.3f} MB to fetch into {base}, which has {free:,.0f} MB free")
     if config.dry_run:
         return 0
     with open_view() as view:

@@ -154,15 +154,16 @@ def run_plan(plan: Plan, base: Path, on_event: OnEvent, *, token: str | None = N
     """
     if not plan.fetch:
         return
-    room = measure_space(base) - SPARE_BYTES
-    if plan.n_bytes > room:
-        raise DataError(
-            f"{base} has room for {max(0, room) / 1e6:,.0f} MB, the download needs {plan.n_bytes / 1e6:,.0f} "
-            "MB; free some, leave optimizers out (--no-optim), or set NANOCHAT_BASE_DIR to a larger disk."
-        )
     staging = base / ".download" / "files"
     with RunLock(staging.parent):
-        shutil.rmtree(staging, ignore_errors=True)  # what a killed download left
+        shutil.rmtree(staging, ignore_errors=True)  # what a killed download left takes room
+        room = measure_space(base) - SPARE_BYTES
+        if plan.n_bytes > room:
+            raise DataError(
+                f"{base} has room for {max(0, room) / 1e6:,.0f} MB, the download needs "
+                f"{plan.n_bytes / 1e6:,.0f} MB; free some, leave optimizers out (--no-optim), or set "
+                "NANOCHAT_BASE_DIR to a larger disk."
+            )
         for file in plan.torn:
             os.replace(file.path, file.path.with_name(f"{file.path.name}.old"))
             on_event(NoteEvent(text=f"{file.path} was shorter than the Hub's: now {file.path.name}.old"))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_JSON_BYTES = 16 * 2**20
-MAX_MAPPED_BYTES = 128 * 2**20  # of a file's pages held while its tensors are cast
+MIN_MAPPED_BYTES = 16 * 2**20  # of a file's pages, or a sixteenth of it, are held while tensors are cast
 MERGED = ("c_q.weight", "c_k.weight", "c_v.weight")  # GPT.from_state copies them: not from mapped pages
 
 
@@ -104,8 +104,8 @@ def load_model(path: Path, specs: dict[str, TensorSpec], dtype: str = "") -> dic
         path: the file.
         specs: what `inspect_model` said of it.
         dtype: float32 or bfloat16 to cast to; most tensors that have it already, and all where it is empty,
-            stay mapped from the file. Of what is copied, the file's pages are let go: at most 128 MB or one
-            tensor of them are in memory at a time.
+            stay mapped from the file. Of what is copied, the file's pages are let go: at most a sixteenth
+            of the file, 16 MB or one tensor of them are in memory at a time.
 
     Raises:
         CheckpointError: torch refuses it, or reads other shapes than were inspected.
@@ -113,10 +113,11 @@ def load_model(path: Path, specs: dict[str, TensorSpec], dtype: str = "") -> dic
     import torch
 
     tensors, cast, mapped = map_model(path, specs), {}, 0
+    most = max(MIN_MAPPED_BYTES, path.stat().st_size // 16)
     todo = [key for key, spec in specs.items() if dtype and (spec.dtype != dtype or key.endswith(MERGED))]
     for key in sorted(todo, key=lambda key: -tensors[key].nbytes):  # the largest while little else is there
         n_bytes = tensors[key].nbytes
-        if mapped and mapped + n_bytes > MAX_MAPPED_BYTES:
+        if mapped and mapped + n_bytes > most:
             tensors, mapped = map_model(path, specs), 0  # the pages read so far go with the old mapping
         cast[key] = tensors[key].to(getattr(torch, dtype), copy=True)
         mapped += n_bytes
