@@ -168,15 +168,15 @@ def test_newer_step_is_damaged(own: Path) -> None:
 @pytest.mark.parametrize("name", ["oct2025/d2", "oct2025/d2-compiled", "head/d2-compiled", "head_d3/d3"])
 def test_cards_of_nanochat(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both eras, compiled keys and shared key heads; random weights are told for what they are."""
-    root, tag = name.split("/")
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(NANOCHAT / root))
-    before = set(read_files(NANOCHAT / root))
+    era, tag = name.split("/")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(NANOCHAT / era))
+    before = set(read_files(NANOCHAT / era))
     result = check_model(f"base/{tag}")
     card = dict(result.card)
-    assert result.verdict == "suspicious" and set(read_files(NANOCHAT / root)) == before
-    assert card["era"].startswith("classic" if root == "oct2025" else "modern")
-    assert "10,000" in card["numerics"] if root == "oct2025" else "100,000" in card["numerics"]
-    expected = json.loads((NANOCHAT / root / "base_checkpoints" / tag / "meta_000010.json").read_text())
+    assert result.verdict == "suspicious" and set(read_files(NANOCHAT / era)) == before
+    assert card["era"].startswith("classic" if era == "oct2025" else "modern")
+    assert "10,000" in card["numerics"] if era == "oct2025" else "100,000" in card["numerics"]
+    expected = json.loads((NANOCHAT / era / "base_checkpoints" / tag / "meta_000010.json").read_text())
     assert f"{expected['val_bpb']:.4f}" in card["val_bpb"] and "10 steps" in card["parameters"]
     assert ("of keys and values" in card["shape"]) == (
         expected["model_config"]["n_kv_head"] != expected["model_config"]["n_head"]
