@@ -1,11 +1,10 @@
 """Which models and runs exist, and opening them.
 
-Hides: paths. An identifier names a model: `base/d4` (its newest step), `base/d4@600`, `base/d4@snap:64`; a
-family alone (`sft`) takes its default tag, the empty text the default model, sft before rl, mid and base.
-What ships with primechat is `shipped/sft` and `shipped/base`; it stands in where no checkpoint exists and
-neither tag nor step is given. A tag is a plain name, so that none leaves the root; a symbolic link that the
-owner put there is followed, as large checkpoints often live on another disk. Reference: nanochat's layout
-below $NANOCHAT_BASE_DIR.
+Hides: paths. An identifier (`primechat.names`) names a model, the empty text the default one, sft before rl,
+mid and base. What ships with primechat is `shipped/sft`, `shipped/base` and what else `list_models` shows; it
+stands in where no checkpoint exists and neither tag nor step is given. A tag is a plain name, so that none
+leaves the root; a symbolic link that the owner put there is followed, as large checkpoints often live on
+another disk. Reference: nanochat's layout below $NANOCHAT_BASE_DIR.
 """
 
 from __future__ import annotations
@@ -26,40 +25,16 @@ from primechat.model.checkpoint import explain_steps, find_steps, list_snapshots
 from primechat.model.era import detect_era
 from primechat.model.runlog import read_metrics
 from primechat.model.weights import inspect_model, read_json
+from primechat.names import FAMILIES, IDENTIFIER, ModelName, parse_identifier
 from primechat.records import NoteEvent, OnEvent, TrainResult
 
 if TYPE_CHECKING:
     from primechat.model.gpt import GPT
     from primechat.text.tokenizer import Tokenizer
 
-FAMILIES = {
-    "base": "base_checkpoints",
-    "mid": "mid_checkpoints",
-    "sft": "chatsft_checkpoints",
-    "rl": "chatrl_checkpoints",
-}
 MAKERS = {"base": "primechat pretrain", "sft": "primechat finetune"}
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "nanochat"
-FORMS = "base/d4, base/d4@600, base/d4@snap:64, sft, shipped/sft"
 logger = logging.getLogger(__name__)
-IDENTIFIER = re.compile(r"(shipped/)?(base|mid|sft|rl)(?:/([^/@]+)(?:@(snap:)?(\d{1,9}))?)?")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelName:
-    """An identifier taken apart; an empty tag is the default one, a step of None the newest."""
-
-    family: str
-    tag: str = ""
-    step: int | None = None
-    snapshot: bool = False
-    shipped: bool = False
-
-    def __str__(self) -> str:
-        if self.shipped:
-            return f"shipped/{self.family}"
-        at = "" if self.step is None else f"@snap:{self.step}" if self.snapshot else f"@{self.step}"
-        return f"{self.family}/{self.tag}{at}" if self.tag else self.family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,28 +70,6 @@ def run_dir(family: str, tag: str) -> Path:
         raise ConfigError(f"source={family!r} must be one of {', '.join(FAMILIES)}; try base.")
     check_tag(tag)
     return base_dir() / FAMILIES[family] / tag
-
-
-def parse_identifier(text: str) -> ModelName:
-    """Take an identifier apart.
-
-    >>> parse_identifier("base/d4@snap:64")
-    ModelName(family='base', tag='d4', step=64, snapshot=True, shipped=False)
-
-    Raises:
-        ConfigError: it has none of the forms that exist.
-    """
-    match = IDENTIFIER.fullmatch(text)
-    if not match or (match[1] and match[3]):
-        raise ConfigError(
-            f"model={text[:80]!r} must be like {FORMS}; `primechat models` lists what there is."
-        )
-    if match[3]:
-        check_tag(match[3])
-    step = int(match[5]) if match[5] else None
-    return ModelName(
-        family=match[2], tag=match[3] or "", step=step, snapshot=bool(match[4]), shipped=bool(match[1])
-    )
 
 
 def list_tags(root: Path, family: str) -> list[Path]:
@@ -161,16 +114,18 @@ def locate_model(name: ModelName) -> tuple[Path, ModelName]:
     Raises:
         CheckpointError: there is none.
     """
+    root = SHIPPED if name.shipped else base_dir()
     if name.tag:
-        folder = run_dir(name.family, name.tag)
+        folder = root / FAMILIES[name.family] / name.tag
         if not folder.is_dir():
-            there = ", ".join(f.name for f in list_tags(base_dir(), name.family)[:8]) or "none"
+            there = ", ".join(f.name for f in list_tags(root, name.family)[:8]) or "none"
+            kind = f"shipped/{name.family}" if name.shipped else name.family
             raise CheckpointError(
-                f"{folder} is missing, the tags of {name.family} are: {there}; name one of those or train it."
+                f"{folder} is missing, the tags of {kind} are: {there}; name one of those or train it."
             )
         return (folder / "snapshots" if name.snapshot else folder), name
     own = None if name.shipped else choose_tag(base_dir(), name.family)
-    faults = explain_tags(SHIPPED if name.shipped else base_dir(), name.family)
+    faults = explain_tags(root, name.family)
     for fault in faults:
         logger.warning("skipped %s", fault)
     if own is not None:
@@ -181,10 +136,14 @@ def locate_model(name: ModelName) -> tuple[Path, ModelName]:
     if faults:
         raise CheckpointError(f"No {name.family} model can be used: {faults[-1]}")
     maker = f"run `{MAKERS[name.family]}`" if name.family in MAKERS else "copy one there"
-    where = SHIPPED if name.shipped else base_dir()
     raise CheckpointError(
-        f"{where / FAMILIES[name.family]} holds no checkpoint; {maker} or see `primechat models`."
+        f"{root / FAMILIES[name.family]} holds no checkpoint; {maker} or see `primechat models`."
     )
+
+
+def pin_step(name: ModelName, step: int) -> ModelName:
+    """Return the name of the step that was opened; the shipped default stays short."""
+    return replace(name, step=step) if name.tag else name
 
 
 def choose_model() -> ModelName:
@@ -236,7 +195,7 @@ def open_model(
     loaded = load_checkpoint(folder, name.step)  # mapped: nothing of the weights is in memory yet
     found = find_tokenizer(folder, tokenizer)
     check_pair(loaded.config, loaded.meta, found, str(name))
-    full = replace(name, step=None if name.shipped else loaded.step)
+    full = pin_step(name, loaded.step)
     said = describe_memory(str(full), loaded.config.n_params * (4 if kind == "float32" else 2), device)
     on_event(NoteEvent(text=said)) if on_event else logger.info("%s", said)
     state = load_checkpoint(folder, loaded.step, dtype=kind).model_state
@@ -343,10 +302,12 @@ def list_models() -> list[ModelEntry]:
 def walk_models(root: Path, shipped: bool) -> Iterator[ModelEntry]:
     """Yield an entry for each run folder below a base directory that holds a model."""
     for family in FAMILIES:
+        default = choose_tag(root, family) if shipped else None  # `shipped/sft` alone
         for folder in list_tags(root, family):
             steps, snapshots = find_steps(folder), list_snapshots(folder)
             where = folder if steps else folder / "snapshots"
-            name = ModelName(family=family, tag=folder.name, shipped=shipped)
+            tag = "" if folder == default else folder.name
+            name = ModelName(family=family, tag=tag, shipped=shipped)
             if not steps:
                 name = replace(name, step=snapshots[-1], snapshot=True)
             step = (steps or snapshots)[-1]
@@ -402,8 +363,9 @@ def load_run(path: str | Path) -> TrainResult:
     tokens, train_s = int(sum(take_number(e, "tokens") for e in trained)), sum(seconds)
     end: dict[str, Any] = done[-1] if done else {"stopped": True}
     family = next((family for family, name in FAMILIES.items() if name == run.parent.name), "run")
+    place = "shipped/" if run.is_relative_to(SHIPPED.resolve()) else ""
     return TrainResult(
-        identifier=f"{family}/{run.name}",
+        identifier=f"{place}{family}/{run.name}",
         path=str(run.relative_to(root)) if run.is_relative_to(root) else str(run),
         step=steps[-1] if steps else int(take_number((trained or [{}])[-1], "step")),
         stopped=bool(end.get("stopped")),

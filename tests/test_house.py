@@ -25,14 +25,15 @@ HOUSE = ROOT / "primechat"
 
 FLOOR_OF = {
     "errors": 0, "config": 0, "records": 0, "protocols": 0, "files": 0, "pickles": 0, "archives": 0, "hub": 0,
+    "names": 0,
     "text": 1, "model": 1, "views": 1,
     "train": 2, "infer": 2, "store": 3, "metrics": 4, "stages": 5, "cloud": 5,
     "cli": 6, "lab": 6, "desk": 6, "lessons": 6,
 }  # fmt: skip
 FREE_FLOORS = (0, 6)  # on the ground and on the roof, rooms of one floor may meet
 TORCHLESS = (
-    "errors", "config", "records", "protocols", "files", "pickles", "archives", "hub", "cloud", "views",
-    "cli",
+    "errors", "config", "records", "protocols", "files", "pickles", "archives", "hub", "names", "cloud",
+    "views", "cli",
 )  # fmt: skip
 TOP_LEVEL = {
     "labs",

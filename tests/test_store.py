@@ -72,10 +72,23 @@ def test_identifiers() -> None:
         "rl/my-run_2.0",
         "shipped/sft",
         "mid/d4@0",
+        "shipped/sft/d4",
+        "shipped/base/timelapse@snap:64",
     ):
         assert str(store.parse_identifier(text)) == text
     wrong = ["", "d4", "base/", "base/d4@", "base/d4@-1", "base/d4@snap:", "base@3", "lora:pirate+sft/d4"]
-    wrong += ["hf:smollm2", "shipped/sft/d4", "base/d4/x", "base/..", "base/../../etc", "BASE/d4", " base"]
+    wrong += [
+        "hf:smollm2",
+        "shipped/",
+        "shipped/d4",
+        "shipped/sft@5",
+        "shipped/sft/../x",
+        "base/d4/x",
+        "base/..",
+        "base/../../etc",
+        "BASE/d4",
+        " base",
+    ]
     for text in (*wrong, "base/d4@5\n"):
         with pytest.raises(ConfigError):
             store.parse_identifier(text)
@@ -223,6 +236,44 @@ def test_shipped_stands_in(base_dir: Path, nothing_shipped: Path) -> None:
     assert store.open_model("")[2]["identifier"] == "base/d1@1", "one's own comes before what ships"
     assert store.open_model("shipped/base")[2]["identifier"] == "shipped/base"
     assert [e.identifier for e in store.list_models()] == ["base/d1", "shipped/base", "shipped/sft"]
+
+
+def test_each_shipped_tag_has_a_name(base_dir: Path, nothing_shipped: Path) -> None:
+    """The largest depth is the default; the others, and snapshots alone, are opened by their tags."""
+    make_tokenizer().save(nothing_shipped / "tokenizer")
+    for tag, step in (("d9", 1), ("d10", 2), ("zebra", 3)):
+        make_run(nothing_shipped, f"base_checkpoints/{tag}", (step,))
+    movie = nothing_shipped / "base_checkpoints" / "timelapse"
+    for step in (0, 64):
+        save_snapshot(movie, step, make_state(step), CONFIG, {})
+    entries = store.list_models()
+    assert {e.identifier: (e.tag, e.steps, e.snapshots) for e in entries} == {
+        "shipped/base": ("d10", (2,), ()),
+        "shipped/base/d9": ("d9", (1,), ()),
+        "shipped/base/timelapse@snap:64": ("timelapse", (), (0, 64)),
+        "shipped/base/zebra": ("zebra", (3,), ()),
+    }
+    for entry in entries:
+        model, _, meta = store.open_model(entry.identifier)
+        path = Path(entry.path) / ("snapshots" if entry.tag == "timelapse" else "")
+        assert Path(meta["path"]) == path and meta["step"] == max(entry.steps or entry.snapshots)
+        weights = make_state(meta["step"])["lm_head.weight"].to(torch.bfloat16 if not entry.steps else None)
+        assert torch.equal(model.lm_head.weight, weights.float())
+        again = store.open_model(meta["identifier"])[2]
+        assert again["identifier"] == meta["identifier"] and again["path"] == meta["path"]
+    first = store.open_model("shipped/base/timelapse@snap:0")[2]
+    assert (first["identifier"], first["step"]) == ("shipped/base/timelapse@snap:0", 0)
+    assert store.load_run("shipped/base/d9").identifier == "shipped/base/d9"
+    make_run(base_dir, "base_checkpoints/d9", (7,))
+    make_tokenizer().save(base_dir / "tokenizer")
+    assert store.open_model("base/d9")[2]["step"] == 7 and store.open_model("shipped/base/d9")[2]["step"] == 1
+    for name, match in (
+        ("shipped/base/d4", "tags of shipped/base are: d10, d9, timelapse, zebra"),
+        ("shipped/base/timelapse@snap:5", "no step 5, there are 0 to 64"),
+        ("shipped/base/d9@5", "no step 5"),
+    ):
+        with pytest.raises(CheckpointError, match=match):
+            store.open_model(name)
 
 
 def test_list_models(base_dir: Path) -> None:

@@ -114,7 +114,7 @@ def check_model(
     result = CheckResult(identifier=str(name), verdict="broken")
     try:
         loaded = load_checkpoint(folder, name.step)
-        full = replace(name, step=None if name.shipped else loaded.step)
+        full = store.pin_step(name, loaded.step)
         result = replace(result, identifier=str(full), card=tuple(describe_design(loaded)))
         check_finite(loaded.model_state)
         found = store.find_tokenizer(folder, tokenizer)

@@ -1,0 +1,62 @@
+"""The names that models go by, taken apart and put together.
+
+Hides: the grammar of an identifier. `base/d4` is the newest step of a run, `base/d4@600` one step,
+`base/d4@snap:64` a snapshot of its weights; a family alone (`sft`) takes its default tag. `shipped/` before
+any of these means what ships with primechat. `hf:smollm2` and `hf:owner/name` are other people's models.
+Reference: primechat.store, which says where each of them lies.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from primechat.config.stages import check_tag
+from primechat.errors import ConfigError
+
+FAMILIES = {
+    "base": "base_checkpoints",
+    "mid": "mid_checkpoints",
+    "sft": "chatsft_checkpoints",
+    "rl": "chatrl_checkpoints",
+}
+FORMS = "base/d4, base/d4@600, base/d4@snap:64, sft, shipped/sft"
+IDENTIFIER = re.compile(r"(shipped/)?(base|mid|sft|rl)(?:/([^/@]+)(?:@(snap:)?(\d{1,9}))?)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelName:
+    """An identifier taken apart; an empty tag is the default one, a step of None the newest."""
+
+    family: str
+    tag: str = ""
+    step: int | None = None
+    snapshot: bool = False
+    shipped: bool = False
+
+    def __str__(self) -> str:
+        at = "" if self.step is None else f"@snap:{self.step}" if self.snapshot else f"@{self.step}"
+        name = f"{self.family}/{self.tag}{at}" if self.tag else self.family
+        return f"shipped/{name}" if self.shipped else name
+
+
+def parse_identifier(text: str) -> ModelName:
+    """Take an identifier apart.
+
+    >>> parse_identifier("base/d4@snap:64")
+    ModelName(family='base', tag='d4', step=64, snapshot=True, shipped=False)
+
+    Raises:
+        ConfigError: it has none of the forms that exist.
+    """
+    match = IDENTIFIER.fullmatch(text)
+    if not match:
+        raise ConfigError(
+            f"model={text[:80]!r} must be like {FORMS}; `primechat models` lists what there is."
+        )
+    if match[3]:
+        check_tag(match[3])
+    step = int(match[5]) if match[5] else None
+    return ModelName(
+        family=match[2], tag=match[3] or "", step=step, snapshot=bool(match[4]), shipped=bool(match[1])
+    )
