@@ -1,0 +1,75 @@
+"""One visual language for every widget, plot and page: calm, one accent colour, dark and light.
+
+Hides: the colours. Widgets take them as CSS variables (`write_variables`), plots by `style_figure` and
+`style_matplotlib`; a plot cannot know whether its page is dark, so its ink is a grey that reads on both.
+Reference: Okabe & Ito 2008 (series that colour-blind readers tell apart); WCAG 2.2 (contrast).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+LIGHT = {
+    "bg": "#ffffff", "surface": "#f6f7f9", "raised": "#ffffff", "ink": "#1d2330", "muted": "#5d6678",
+    "line": "#dfe3ea", "accent": "#2a62c9", "accent-soft": "#e3ecfb", "on-accent": "#ffffff",
+    "good": "#1b7f5a", "warn": "#8f5f00", "bad": "#b3361f",
+}  # fmt: skip
+DARK = {
+    "bg": "#15181e", "surface": "#1e222a", "raised": "#262b35", "ink": "#e6e9ef", "muted": "#a3acbc",
+    "line": "#39414f", "accent": "#86aef8", "accent-soft": "#263a63", "on-accent": "#0f1420",
+    "good": "#5cc79e", "warn": "#e2ad45", "bad": "#f28e77",
+}  # fmt: skip
+SERIES = ("#3f7fe0", "#d9822b", "#2a9d76", "#a45fc4", "#c8506b", "#7a8294")
+INK, FAINT = "#737b8c", "rgba(122, 130, 148, 0.25)"  # of plots: reads on white and on near-black
+HEAT = ((0.0, "rgba(63, 127, 224, 0.02)"), (0.5, "rgba(63, 127, 224, 0.5)"), (1.0, "rgba(63, 127, 224, 1)"))
+FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
+MONO = 'ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace'
+
+
+def write_variables() -> str:
+    """Return the CSS that gives `.pc` its colours, `.pc[data-theme=dark]` the dark ones."""
+    rules = []
+    for selector, colours in ((".pc", LIGHT), ('.pc[data-theme="dark"]', DARK)):
+        lines = "".join(f"--pc-{name}: {value}; " for name, value in colours.items())
+        rules.append(f"{selector} {{ {lines}}}")
+    series = "".join(f"--pc-series-{i}: {colour}; " for i, colour in enumerate(SERIES))
+    return "\n".join([*rules, f".pc {{ {series}--pc-font: {FONT}; --pc-mono: {MONO}; }}"])
+
+
+def style_figure(figure: go.Figure, *, height: int = 340, **layout: Any) -> go.Figure:
+    """Give a plotly figure the house's looks and return it.
+
+    Args:
+        figure: a Figure or FigureWidget, changed in place.
+        height: in pixels.
+        layout: further settings of plotly's layout; they win.
+    """
+    axis = dict(
+        gridcolor=FAINT, zerolinecolor=FAINT, linecolor=FAINT, ticks="outside", tickcolor=FAINT,
+        title_font_size=13, automargin=True,
+    )  # fmt: skip
+    figure.update_layout(
+        height=height, font=dict(family=FONT, size=13, color=INK), paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)", colorway=list(SERIES), margin=dict(l=56, r=24, t=40, b=48),
+        title_font_size=15, hoverlabel=dict(font_family=FONT), showlegend=False,
+    )  # fmt: skip
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
+    return figure.update_layout(**layout)
+
+
+def style_matplotlib() -> dict[str, Any]:
+    """Return matplotlib settings for `plt.rc_context`."""
+    from cycler import cycler
+
+    faint = (0.478, 0.510, 0.580, 0.35)
+    return {
+        "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
+        "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+        "axes.edgecolor": faint, "grid.color": faint, "axes.grid": True, "grid.linewidth": 0.6,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": cycler(color=SERIES),
+        "font.size": 10.5, "axes.titlesize": 12, "figure.dpi": 110, "lines.linewidth": 1.8,
+    }  # fmt: skip

@@ -1,0 +1,157 @@
+// What every widget's script shares: elements, controls, the page's theme, and less traffic.
+
+/** Make an element. Props: class, text, style (object), dataset, on<event>, else attributes. Text is never HTML. */
+export function h(tag, props, ...children) {
+  const node = document.createElement(tag);
+  for (const [key, value] of Object.entries(props ?? {})) {
+    if (value === undefined || value === null || value === false) continue;
+    if (key === "class") node.className = value;
+    else if (key === "text") node.textContent = value;
+    else if (key === "style" && typeof value === "object") {
+      for (const [name, part] of Object.entries(value)) {
+        if (name.startsWith("--")) node.style.setProperty(name, part);
+        else node.style[name] = part;
+      }
+    } else if (key === "dataset") Object.assign(node.dataset, value);
+    else if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else if (key === "value") node.value = value;
+    else node.setAttribute(key, value === true ? "" : String(value));
+  }
+  node.append(...children.flat().filter((child) => child !== undefined && child !== null && child !== false));
+  return node;
+}
+
+/** The page's theme: marimo, JupyterLab, VS Code, else the system's wish. */
+export function readTheme() {
+  const body = document.body, page = document.documentElement;
+  if (body.dataset.jpThemeLight) return body.dataset.jpThemeLight === "false" ? "dark" : "light";
+  if (body.dataset.vscodeThemeKind) return body.dataset.vscodeThemeKind.includes("dark") ? "dark" : "light";
+  for (const node of [body, page]) {
+    const named = node.dataset.theme ?? (node.classList.contains("dark") ? "dark" : node.classList.contains("light") ? "light" : "");
+    if (named) return named.includes("dark") ? "dark" : "light";
+  }
+  return matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+}
+
+/** Begin a widget: a root in the page's theme inside el, `listen` for traits, and `end` to return from render. */
+export function frame({ model, el }, name) {
+  const root = h("div", { class: `pc pc-${name}`, dataset: { theme: readTheme() } });
+  const undo = [];
+  const follow = () => { root.dataset.theme = readTheme(); };
+  const watch = new MutationObserver(follow);
+  for (const node of [document.body, document.documentElement]) {
+    watch.observe(node, { attributes: true, attributeFilter: ["class", "data-theme", "data-jp-theme-light", "data-vscode-theme-kind"] });
+  }
+  const wish = matchMedia("(prefers-color-scheme: dark)");
+  wish.addEventListener("change", follow);
+  undo.push(() => watch.disconnect(), () => wish.removeEventListener("change", follow));
+  const listen = (names, react) => {
+    for (const trait of [names].flat()) {
+      model.on(`change:${trait}`, react);
+      undo.push(() => model.off(`change:${trait}`, react));
+    }
+  };
+  const later = (work) => undo.push(work);
+  el.replaceChildren(root);
+  return { root, listen, later, end: () => undo.forEach((work) => work()) };
+}
+
+/** Set traits and send them; what has not changed is not sent. */
+export function commit(model, values) {
+  for (const [name, value] of Object.entries(values)) model.set(name, value);
+  model.save_changes();
+}
+
+/** Call at most once in ms, the last call always. */
+export function throttle(work, ms) {
+  let timer = 0, last = -Infinity, args = [];
+  return (...given) => {
+    args = given;
+    const wait = last + ms - performance.now();
+    if (timer) return;
+    if (wait <= 0) { last = performance.now(); work(...args); }
+    else timer = setTimeout(() => { timer = 0; last = performance.now(); work(...args); }, wait);
+  };
+}
+
+/** Call once, ms after the last call. */
+export function debounce(work, ms) {
+  let timer = 0;
+  return (...args) => { clearTimeout(timer); timer = setTimeout(() => work(...args), ms); };
+}
+
+/** A number as people write it: 12,345 or 0.123. */
+export function number(value, digits = 0) {
+  return Number(value).toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+}
+
+export function button(text, onclick, { primary = false, title, disabled } = {}) {
+  return h("button", { type: "button", class: primary ? "pc-button pc-primary" : "pc-button", text, title, disabled, onclick });
+}
+
+/** A labelled slider; `input` hears each move. JupyterLab would swallow its arrow keys but for the data attribute. */
+export function slider({ label, min, max, step = 1, value, input, show = String }) {
+  const out = h("output", { class: "pc-value", text: show(value) });
+  const bar = h("input", {
+    type: "range", min, max, step, "aria-label": label, "data-lm-suppress-shortcuts": "true",
+    oninput: () => { out.textContent = show(Number(bar.value)); input(Number(bar.value)); },
+  });
+  bar.value = String(value);
+  const node = h("label", { class: "pc-slider" }, h("span", { class: "pc-label", text: label }), bar, out);
+  return Object.assign(node, { bar, put: (next) => { bar.value = String(next); out.textContent = show(Number(bar.value)); } });
+}
+
+/** A labelled choice; options are [value, text] pairs or plain strings. */
+export function select({ label, options, value, input }) {
+  const box = h("select", { class: "pc-select", "aria-label": label, onchange: () => input(box.value) });
+  const fill = (list, chosen) => {
+    box.replaceChildren(...list.map((entry) => {
+      const [key, text] = Array.isArray(entry) ? entry : [entry, entry];
+      return h("option", { value: key, text });
+    }));
+    box.value = chosen;
+  };
+  fill(options, value);
+  const node = h("label", { class: "pc-field" }, h("span", { class: "pc-label", text: label }), box);
+  return Object.assign(node, { box, fill });
+}
+
+/** A labelled switch. */
+export function toggle({ label, value, input }) {
+  const box = h("input", { type: "checkbox", "data-lm-suppress-shortcuts": "true", onchange: () => input(box.checked) });
+  box.checked = Boolean(value);
+  return Object.assign(h("label", { class: "pc-toggle" }, box, h("span", { text: label })), { box });
+}
+
+/** A row of choices of which one is on; arrow keys move between them. */
+export function tabs({ label, options, value, input }) {
+  const row = h("div", { class: "pc-tabs", role: "tablist", "aria-label": label });
+  const put = (chosen) => {
+    for (const tab of row.children) {
+      const on = tab.dataset.value === chosen;
+      tab.setAttribute("aria-selected", String(on));
+      tab.tabIndex = on ? 0 : -1;
+    }
+  };
+  for (const [key, text] of options) {
+    row.append(h("button", {
+      type: "button", role: "tab", class: "pc-tab", text, dataset: { value: key }, "data-lm-suppress-shortcuts": "true",
+      onclick: () => { put(key); input(key); },
+      onkeydown: (event) => {
+        const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+        if (!step) return;
+        event.preventDefault();
+        const all = [...row.children], next = all[(all.indexOf(event.currentTarget) + step + all.length) % all.length];
+        next.focus();
+        next.click();
+      },
+    }));
+  }
+  put(value);
+  return Object.assign(row, { put });
+}
+
+/** A part that stands behind "more". */
+export function more(title, ...children) {
+  return h("details", { class: "pc-more" }, h("summary", { text: title }), ...children);
+}

@@ -1,0 +1,71 @@
+"""The theme and the base of the widgets: one look, shared code, nothing fetched."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import plotly.graph_objects as go
+import pytest
+
+from primechat.views import theme
+from primechat.views.widgets import kit
+
+WIDGETS = Path(kit.__file__).parent
+
+
+def contrast(one: str, other: str) -> float:
+    """Return the contrast ratio of two colours (WCAG 2.2, 1.4.3)."""
+
+    def light(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((light(one), light(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("colours", [theme.LIGHT, theme.DARK], ids=["light", "dark"])
+def test_text_is_readable(colours: dict[str, str]) -> None:
+    for paper in ("bg", "surface", "raised"):
+        for ink in ("ink", "muted", "accent", "good", "warn", "bad"):
+            assert contrast(colours[ink], colours[paper]) >= 4.5, (ink, paper)
+    assert contrast(colours["on-accent"], colours["accent"]) >= 4.5
+
+
+def test_plots_read_on_both_grounds() -> None:
+    for colour in (theme.INK, *theme.SERIES):
+        assert min(contrast(colour, theme.LIGHT["bg"]), contrast(colour, theme.DARK["bg"])) >= 2.9, colour
+    figure = theme.style_figure(go.Figure(go.Scatter(y=[1, 2])), height=200, yaxis_title="bits per byte")
+    assert figure.layout.height == 200 and figure.layout.yaxis.title.text == "bits per byte"
+    assert figure.layout.font.color == theme.INK
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(theme.style_matplotlib()):
+        assert plt.rcParams["text.color"] == theme.INK
+
+
+def test_variables_of_both_themes() -> None:
+    css = theme.write_variables()
+    assert css.count("--pc-accent: ") == 2 and f"--pc-ink: {theme.DARK['ink']}" in css
+
+
+def test_scripts_are_joined() -> None:
+    own = 'import { frame, h } from "./kit.js";\nexport default { render: (c) => frame(c, "x").end };\n'
+    joined = kit.join_scripts(own)
+    assert "import" not in re.sub(r"//.*|/\*.*?\*/", "", joined, flags=re.S).split()
+    assert joined.count("export ") == 1 and "export default" in joined and "\nfunction frame(" in joined
+
+
+def test_scripts_are_safe_and_alone() -> None:
+    """No text of a model is ever read as HTML, and no page asks another machine for anything."""
+    for path in sorted(WIDGETS.glob("*.js")):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text
+        ), path
+        assert not re.search(r"https?://(?!www\.w3\.org)", text), path
+        assert path.with_suffix(".py").is_file(), f"{path.name} has no module of its stem"
+    for path in sorted(WIDGETS.glob("*.css")):
+        assert not re.search(r"https?://|@import|#[0-9a-fA-F]{3,8}\b", path.read_text(encoding="utf-8")), path
