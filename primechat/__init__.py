@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         TokenizerConfig,
     )
     from primechat.infer.engine import Engine
+    from primechat.metrics.probes import capture
     from primechat.model.gpt import GPT
     from primechat.stages.evaluate import evaluate
     from primechat.stages.finetune import finetune
@@ -43,6 +44,7 @@ _ROOMS = {
     "GPTConfig": "config",
     "Tokenizer": "text.tokenizer",
     "GPT": "model.gpt",
+    "capture": "metrics.probes",
     "Engine": "infer.engine",
     "load_model": "store",
     "load_tokenizer": "store",
@@ -61,6 +63,7 @@ __all__ = [
     "QuickstartConfig",
     "Tokenizer",
     "TokenizerConfig",
+    "capture",
     "evaluate",
     "finetune",
     "list_models",

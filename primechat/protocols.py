@@ -65,6 +65,17 @@ class LanguageModel(Protocol):
         ...
 
 
+class Tap(Protocol):
+    """What a forward pass calls at each named point; it returns what the pass goes on with."""
+
+    @property
+    def extra(self) -> frozenset[str]:
+        """Points that the pass computes only where they are wanted: the attention weights."""
+        ...
+
+    def __call__(self, point: str, x: torch.Tensor, /) -> torch.Tensor: ...
+
+
 @runtime_checkable
 class ChatTokenizer(Protocol):
     """Text to integers and back, and conversations to prompts."""

@@ -53,6 +53,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, left: int | None = None, scale: floa
     return out.transpose(1, 2)
 
 
+def weigh(q: Tensor, k: Tensor, left: int | None, scale: float) -> Tensor:
+    """Return the weights of `attend`, float32 (B, H, T, T): row t is what the token at t reads."""
+    k = k.repeat_interleave(q.size(2) // k.size(2), dim=2)
+    scores = torch.einsum("bthd,bshd->bhts", q.float(), k.float()) * scale
+    mask = make_mask(0, q.size(1), q.size(1), left, q.device)
+    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+
+
 def make_mask(start: int, n_query: int, n_key: int, left: int | None, device: torch.device) -> Tensor:
     """Return which keys 0..n_key-1 the queries start..start+n_query-1 may see, bool (n_query, n_key)."""
     distance = torch.arange(start, start + n_query, device=device)[:, None] - torch.arange(

@@ -21,12 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from primechat.config import GPTConfig
-from primechat.model.attention import KVCache, attend
+from primechat.model.attention import KVCache, attend, weigh
 from primechat.model.losses import cap_logits, sum_cross_entropy, token_cross_entropy
+from primechat.protocols import Tap
 
 EPS = 1.1920929e-07  # 2 ** -23: what nanochat's eps=None comes to in float32 (measured with torch 2.13)
 SMEAR_CHANNELS = 24  # nanochat: the smear's gate reads the first 24 channels
 GATE_CHANNELS = 12  # nanochat: a value embedding's gate reads the first 12
+Rotary = tuple[Tensor, Tensor]  # cos and sin
 TABLE_FACTOR = 10  # nanochat: the rotary table reaches 10 x sequence_len
 
 
@@ -86,7 +88,7 @@ class Attention(nn.Module):
             f.weight = nn.Parameter(part, requires_grad=False)
 
     def forward(
-        self, u: Tensor, ve: Tensor | None, rotary: tuple[Tensor, Tensor], cache: KVCache | None
+        self, u: Tensor, ve: Tensor | None, rotary: Rotary, cache: KVCache | None, tap: Tap | None
     ) -> Tensor:
         """Map the normed stream u (B, T, C) to what attention adds to it (B, T, C)."""
         B, T, _ = u.shape
@@ -99,11 +101,19 @@ class Attention(nn.Module):
             gate = torch.sigmoid(self.ve_gate(u[..., :GATE_CHANNELS]))  # (B, T, K)
             v = torch.addcmul(v, gate.unsqueeze(-1), ve.view_as(v), value=3)
         q, k = norm(rotate(qk, *rotary)).split([self.n_head, self.n_kv_head], dim=2)
+        if tap is not None:
+            here = f"layer.{self.layer}.attn."
+            tap(here + "qk_raw", qk)
+            q, k, v = tap(here + "q", q), tap(here + "k", k), tap(here + "v", v)
+            if here + "weights" in tap.extra:
+                tap(here + "weights", weigh(q, k, self.left, self.scale))
         if cache is None:
             out = attend(q, k, v, self.left, self.scale)
         else:
             out = cache.attend(self.layer, q, k, v, self.left, self.scale)
-        return self.c_proj(out.reshape(B, T, -1))
+        if tap is None:
+            return self.c_proj(out.reshape(B, T, -1))
+        return tap(here + "out", self.c_proj(tap(here + "heads", out).reshape(B, T, -1)))
 
 
 class MLP(nn.Module):
@@ -114,9 +124,12 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor, here: str = "", tap: Tap | None = None) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        return self.c_proj(F.relu(self.c_fc(u)).square())
+        if tap is None:
+            return self.c_proj(F.relu(self.c_fc(u)).square())
+        pre = tap(here + "pre", self.c_fc(u))  # (B, T, 4C)
+        return tap(here + "out", self.c_proj(F.relu(pre).square()))
 
 
 class Block(nn.Module):
@@ -127,11 +140,14 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(config, layer), MLP(config)
 
     def forward(
-        self, x: Tensor, ve: Tensor | None, rotary: tuple[Tensor, Tensor], cache: KVCache | None
+        self, x: Tensor, ve: Tensor | None, rotary: Rotary, cache: KVCache | None, tap: Tap | None
     ) -> Tensor:
         """Map the residual stream (B, T, C) to the next one."""
-        x = x + self.attn(norm(x), ve, rotary, cache)
-        return x + self.mlp(norm(x))
+        x = x + self.attn(norm(x), ve, rotary, cache, tap)
+        if tap is None:
+            return x + self.mlp(norm(x))
+        here = f"layer.{self.attn.layer}."
+        return tap(here + "resid", x + self.mlp(norm(x), here + "mlp.", tap))
 
 
 class LayerPlan:
@@ -199,7 +215,7 @@ class GPT(nn.Module):
             self.smear_gate = Linear(SMEAR_CHANNELS, 1)
         layers = [i for i in range(config.n_layer) if config.has_value_embedding(i)]
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, config.kv_dim) for i in layers})
-        self.rotary: tuple[Tensor, Tensor] | None = None
+        self.rotary: Rotary | None = None
         self.plan: list[LayerPlan] | None = None  # of `decode_token`, once the weights are final
 
     @classmethod
@@ -328,7 +344,7 @@ class GPT(nn.Module):
         return norm(x)
 
     @torch.inference_mode(False)  # a table first needed in decoding must serve training too
-    def build_rotary(self) -> tuple[Tensor, Tensor]:
+    def build_rotary(self) -> Rotary:
         """Return the tables cos and sin, (10 * sequence_len, 1, D), in the compute dtype, made once a
         device.
 
@@ -346,9 +362,11 @@ class GPT(nn.Module):
             self.rotary = torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
         return self.rotary
 
-    def embed(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def embed(self, ids: Tensor, cache: KVCache | None = None, tap: Tap | None = None) -> Tensor:
         """Return the first residual stream (B, T, C): normed embeddings, smeared where the switch is on."""
         e = norm(self.transformer["wte"](ids).to(self.compute_dtype))
+        if tap is not None:
+            e = tap("token", e)
         if not self.config.smear:
             return e
         first = (
@@ -363,8 +381,10 @@ class GPT(nn.Module):
             cache.last_embed = e[:, -1]
         return e + gate * torch.cat((first, e[:, :-1]), dim=1)
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, tap: Tap | None = None) -> Tensor:
         """Return the normed final states (B, T, C) of ids (B, T); with a cache, ids go behind what it holds.
+
+        A tap sees, and may change, what passes the points that `metrics.probes` names.
 
         Raises:
             ValueError: more tokens than the rotary table or the cache has room for.
@@ -382,22 +402,22 @@ class GPT(nn.Module):
         else:
             at = torch.tensor(lengths, device=ids.device)[:, None] + torch.arange(T, device=ids.device)
             rotary = cos[at], sin[at]  # (B, T, 1, D)
-        x = x0 = self.embed(ids, cache)
-        middle = x
+        x = self.embed(ids, cache, tap)
+        x0 = middle = x = x if tap is None else tap("embed", x)
         if self.config.residual_scalars:
             keep, again = self.resid_lambdas.to(x.dtype).unbind(), self.x0_lambdas.to(x.dtype).unbind()
         for i, block in enumerate(self.blocks):
             if self.config.residual_scalars:
                 x = torch.addcmul(x * keep[i], x0, again[i])
             ve = self.value_embeds[str(i)](ids).to(x.dtype) if self.config.has_value_embedding(i) else None
-            x = block(x, ve, rotary, cache)
+            x = block(x, ve, rotary, cache, tap)
             if i == self.config.n_layer // 2:
                 middle = x
         if self.config.backout:
             x = x - self.backout_lambda.to(x.dtype) * middle
         if cache is not None:
             cache.lengths = [n + T for n in cache.lengths]
-        return norm(x)
+        return norm(x) if tap is None else tap("final", norm(tap("last", x)))
 
     def logits(self, h: Tensor) -> Tensor:
         """Return float32 logits (..., V), capped, of normed final states (..., C)."""
