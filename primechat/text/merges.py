@@ -1,0 +1,250 @@
+"""Byte-pair merges one at a time: learning them, and playing back how a text's tokens arose.
+
+Hides: the order of merges. Learning takes the most frequent pair, of equals the one with the smaller ids, as
+rustbpe does; playing back takes the pair whose joint bytes have the lowest rank, of equals the leftmost, as
+tiktoken does. Plain Python, for looking at; training for use is `Tokenizer.train`.
+Reference: Sennrich, Haddow & Birch 2016, Neural Machine Translation of Rare Words with Subword Units, 3.2.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from heapq import heapify, heappop, heappush, nlargest
+from itertools import accumulate, pairwise
+from typing import Protocol
+
+import regex
+import tiktoken
+
+from primechat.text.tokenizer import SPLIT_PATTERN, replace_surrogates
+
+# A character of each class that split patterns ask for; the last is in none of them.
+STAND_INS = {
+    "Lu": "\xc0",
+    "Ll": "\xe0",
+    "Lt": "\u01c5",
+    "Lm": "\u02b0",
+    "Lo": "\xaa",
+    "M": "\u0300",
+    "N": "\xb2",
+}
+NO_CLASS = "\ue000"
+
+
+class Vocabulary(Protocol):
+    """What playing back needs of a tokenizer."""
+
+    @property
+    def pattern(self) -> str: ...
+
+    @property
+    def ranks(self) -> dict[bytes, int]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """A learned merge: the ids of the pair, the bytes of the new token, how often the pair stood there."""
+
+    left: int
+    right: int
+    token: bytes
+    count: int
+
+
+class PairLearner:
+    """Learns merges from texts, one a call of `learn`.
+
+    >>> learner = PairLearner(["low lower lowest"])
+    >>> [learner.learn().token for _ in range(3)]
+    [b'lo', b'low', b' low']
+    """
+
+    def __init__(self, texts: Iterable[str], pattern: str = SPLIT_PATTERN) -> None:
+        pieces = Counter(piece for text in texts for piece in split_pieces(text, pattern))
+        self.tokens = [bytes([i]) for i in range(256)]
+        self._words = [list(piece.encode()) for piece in pieces]
+        self._times = [*pieces.values()]
+        self._pairs: Counter[tuple[int, int]] = Counter()
+        self._where: dict[tuple[int, int], set[int]] = {}
+        for i in range(len(self._words)):
+            self._count(i, 1)
+        self._heap = [(-count, pair) for pair, count in self._pairs.items()]
+        heapify(self._heap)
+        self.n_bytes = self.n_tokens = sum(
+            len(word) * times for word, times in zip(self._words, self._times, strict=True)
+        )
+
+    @property
+    def ranks(self) -> dict[bytes, int]:
+        """The vocabulary so far: the id of each token's bytes."""
+        return {token: i for i, token in enumerate(self.tokens)}
+
+    def learn(self) -> Merge | None:
+        """Merge the most frequent pair everywhere; None when no pair is left."""
+        while self._heap:
+            count, pair = heappop(self._heap)
+            now = self._pairs[pair]
+            if now == -count:
+                return self._merge(pair, now)
+            if now:  # it has fallen since it was filed
+                heappush(self._heap, (-now, pair))
+        return None
+
+    def list_pairs(self, limit: int) -> list[tuple[int, int, int]]:
+        """Return the most frequent pairs as they stand: (left id, right id, count), the next merge first."""
+        top = nlargest(limit, ((count, -a, -b) for (a, b), count in self._pairs.items() if count))
+        return [(-a, -b, count) for count, a, b in top]
+
+    def _merge(self, pair: tuple[int, int], count: int) -> Merge:
+        new = len(self.tokens)
+        self.tokens.append(self.tokens[pair[0]] + self.tokens[pair[1]])
+        fresh: set[tuple[int, int]] = set()
+        for i in self._where.pop(pair):
+            word = self._words[i]
+            self._count(i, -1)
+            at = 0
+            while at < len(word) - 1:
+                if (word[at], word[at + 1]) == pair:
+                    word[at : at + 2] = [new]
+                    self.n_tokens -= self._times[i]
+                at += 1
+            self._count(i, 1)
+            fresh.update(both for both in pairwise(word) if new in both)
+        for both in fresh:
+            heappush(self._heap, (-self._pairs[both], both))
+        return Merge(left=pair[0], right=pair[1], token=self.tokens[new], count=count)
+
+    def _count(self, i: int, sign: int) -> None:
+        times = sign * self._times[i]
+        for pair in pairwise(self._words[i]):
+            self._pairs[pair] += times
+            if sign > 0:
+                self._where.setdefault(pair, set()).add(i)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One move of a replay: its rank, the pair that it joins at its first place, how many places."""
+
+    rank: int
+    left: bytes
+    right: bytes
+    places: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """How a text's tokens arise from its bytes.
+
+    `removed_at[i]` is the number of the step that removes the border before byte i, -1 if it stays; `pieces`
+    are the offsets at which the split pattern cuts, which no merge crosses.
+    """
+
+    data: bytes
+    pieces: tuple[int, ...]
+    removed_at: tuple[int, ...]
+    steps: tuple[Step, ...]
+
+    def tokens_after(self, n_steps: int) -> list[bytes]:
+        """Return the bytes of each token after so many steps."""
+        starts = [i for i, step in enumerate(self.removed_at) if not 0 <= step < n_steps]
+        return [self.data[a:b] for a, b in pairwise([*starts, len(self.data)])]
+
+
+def replay_merges(vocabulary: Vocabulary, text: str) -> Replay:
+    """Return the merges that `encode` makes in a text, lowest rank first over the whole text.
+
+    No merge crosses two pieces, so this order ends in the same tokens as encode's own, piece by piece.
+    """
+    pieces = [piece.encode() for piece in split_pieces(text, vocabulary.pattern)]
+    offsets = [0, *accumulate(map(len, pieces))]
+    known = {piece: [*merge_piece(piece, vocabulary.ranks)] for piece in set(pieces)}
+    queue = [(known[piece][0][0], i, 0) for i, piece in enumerate(pieces) if known[piece]]
+    heapify(queue)
+    removed_at = [-1] * offsets[-1]
+    steps: list[Step] = []
+    while queue:
+        rank, first, places = queue[0][0], queue[0][1:], 0
+        while queue and queue[0][0] == rank:
+            _, i, at = heappop(queue)
+            moves = known[pieces[i]]
+            while at < len(moves) and moves[at][0] == rank:
+                removed_at[offsets[i] + moves[at][2]] = len(steps)
+                at, places = at + 1, places + 1
+            if at < len(moves):
+                heappush(queue, (moves[at][0], i, at))
+        piece = pieces[first[0]]
+        _, start, middle, end = known[piece][first[1]]
+        steps.append(Step(rank=rank, left=piece[start:middle], right=piece[middle:end], places=places))
+    data = b"".join(pieces)
+    return Replay(data=data, pieces=tuple(offsets[:-1]), removed_at=tuple(removed_at), steps=tuple(steps))
+
+
+def merge_piece(piece: bytes, ranks: Mapping[bytes, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Yield the merges within one piece as encode makes them: (rank, start, middle, end)."""
+    end_of = [*range(1, len(piece) + 1)]  # of the part that starts here; -1 where none does
+    start_of = [*range(-1, len(piece) - 1)]  # of the part before the one that starts here
+    queue: list[tuple[int, int, int, int]] = []
+
+    def file(start: int) -> None:
+        if start >= 0 and end_of[start] < len(piece):
+            middle = end_of[start]
+            rank = ranks.get(piece[start : end_of[middle]])
+            if rank is not None:
+                heappush(queue, (rank, start, middle, end_of[middle]))
+
+    for start in range(len(piece)):
+        file(start)
+    while queue:
+        rank, start, middle, end = heappop(queue)
+        if end_of[start] != middle or end_of[middle] != end:
+            continue
+        yield rank, start, middle, end
+        end_of[start], end_of[middle] = end, -1
+        if end < len(piece):
+            start_of[end] = start
+        file(start)
+        file(start_of[start])
+    if (
+        piece and end_of[0] < len(piece) and piece in ranks
+    ):  # tiktoken looks up the whole piece before it merges
+        middle = end_of[0]
+        while middle < len(piece):
+            yield ranks[piece], 0, middle, end_of[middle]
+            middle = end_of[middle]
+
+
+def split_pieces(text: str, pattern: str = SPLIT_PATTERN) -> Iterator[str]:
+    """Yield the pieces into which a split pattern cuts a text, as tiktoken's does.
+
+    The package regex may know a newer Unicode than tiktoken: characters that the two class differently are
+    looked up as one of the class that tiktoken gives them.
+    """
+    text = replace_surrogates(text)
+    compiled = regex.compile(pattern)
+    yield from (text[slice(*match.span())] for match in compiled.finditer(settle_classes(text)))
+
+
+def settle_classes(text: str) -> str:
+    """Return the text with stand-ins for characters that regex and tiktoken class differently."""
+    strange = "".join(sorted({char for char in text if char > "\xff"}))
+    if not strange:
+        return text
+    table: dict[int, str] = {}
+    for name, stand_in in STAND_INS.items():
+        theirs = set(open_probe(name).decode(open_probe(name).encode_ordinary(strange)))
+        ours = set(regex.findall(rf"\p{{{name}}}", strange))
+        table |= {ord(char): NO_CLASS for char in ours - theirs if ord(char) not in table}
+        table |= {ord(char): stand_in for char in theirs - ours}
+    return text.translate(table) if table else text
+
+
+@cache
+def open_probe(name: str) -> tiktoken.Encoding:
+    """Return an encoding that lets only the characters of one class through."""
+    return tiktoken.Encoding(
+        name, pat_str=rf"\p{{{name}}}", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
+    )
