@@ -57,8 +57,21 @@ class Linear(nn.Linear):
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_in, n_out, bias=False)
 
+    def reset_parameters(self) -> None:
+        """Draw nothing on the meta device: there it makes torch import SymPy, 75 MB and seconds."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors; on the meta device nothing is drawn either."""
+
+    def reset_parameters(self) -> None:  # noqa: D102
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class Attention(nn.Module):
@@ -209,12 +222,12 @@ class GPT(nn.Module):
             self.backout_lambda = nn.Parameter(torch.zeros(1))
         rows = config.padded_vocab
         blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.transformer = nn.ModuleDict({"wte": nn.Embedding(rows, config.n_embd), "h": blocks})
+        self.transformer = nn.ModuleDict({"wte": Embedding(rows, config.n_embd), "h": blocks})
         self.lm_head = Linear(config.n_embd, rows)
         if config.smear:
             self.smear_gate = Linear(SMEAR_CHANNELS, 1)
         layers = [i for i in range(config.n_layer) if config.has_value_embedding(i)]
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, config.kv_dim) for i in layers})
+        self.value_embeds = nn.ModuleDict({str(i): Embedding(rows, config.kv_dim) for i in layers})
         self.rotary: Rotary | None = None
         self.plan: list[LayerPlan] | None = None  # of `decode_token`, once the weights are final
 
@@ -295,28 +308,16 @@ class GPT(nn.Module):
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """Return an empty cache for `batch_size` rows of up to `capacity` tokens."""
-        c = self.config
-        return KVCache(
-            c.n_layer,
-            batch_size,
-            c.n_kv_head,
-            capacity,
-            c.head_dim,
-            dtype=self.compute_dtype,
-            device=self.device,
-        )
+        c, dtype = self.config, self.compute_dtype
+        shape = (c.n_layer, batch_size, c.n_kv_head, capacity, c.head_dim)
+        return KVCache(*shape, dtype=dtype, device=self.device)
 
     @torch.inference_mode()
     def advance(self, ids: Tensor, cache: KVCache) -> Tensor:
         """Read ids (B, T) into the cache; return the float32 logits (B, V) that follow the last one."""
-        even = min(cache.lengths) == max(cache.lengths)
-        frozen = not self.lm_head.weight.requires_grad
-        if (
-            frozen
-            and ids.size(1) == 1
-            and even
-            and 0 < cache.lengths[0] < min(self.max_context, cache.capacity)
-        ):
+        n, frozen = cache.lengths[0], not self.lm_head.weight.requires_grad
+        even = n == min(cache.lengths) == max(cache.lengths)
+        if frozen and even and ids.size(1) == 1 and 0 < n < min(self.max_context, cache.capacity):
             if self.plan is None:
                 self.plan = [LayerPlan(cast(Block, block), self, i) for i, block in enumerate(self.blocks)]
             return self.logits(self.decode_token(ids, cache, self.plan))
