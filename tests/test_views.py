@@ -58,14 +58,45 @@ def test_scripts_are_joined() -> None:
     assert joined.count("export ") == 1 and "export default" in joined and "\nfunction frame(" in joined
 
 
+def test_scripts_share_files_once(tmp_path: Path) -> None:
+    (tmp_path / "one.js").write_text('import { h } from "./two.js";\nexport const one = 1;\n')
+    (tmp_path / "two.js").write_text("export function two() { return 2; }\n")
+    own = 'import { one } from "./one.js";\nimport { two } from "./two.js";\nexport default { one, two };\n'
+    joined = kit.join_scripts(own, tmp_path)
+    assert (
+        joined.count("function two()")
+        == joined.count("const one = 1")
+        == joined.count("function frame(")
+        == 1
+    )
+    assert joined.index("function two()") < joined.index("const one = 1") and 'from "' not in joined
+
+
+def test_page_asks_python() -> None:
+    class Adder(kit.Widget):
+        _esm = "export default {}"
+
+        def answer_add(self, a: int, b: int) -> dict[str, int]:
+            return {"sum": a + b}
+
+    widget, sent = Adder(), []
+    widget.send = lambda content, buffers=None: sent.append(content)  # type: ignore[method-assign]
+    widget._hear(widget, {"ask": "add", "given": {"a": 1, "b": 2}, "id": "x"}, [])
+    widget._hear(widget, {"ask": "add", "given": {"a": 1, "b": "2"}, "id": "y"}, [])
+    widget._hear(widget, {"other": 1}, [])
+    assert sent[0] == {"sum": 3, "re": "x"} and len(sent) == 2
+    assert sent[1]["re"] == "y" and "unsupported operand" in sent[1]["error"]
+
+
 def test_scripts_are_safe_and_alone() -> None:
     """No text of a model is ever read as HTML, and no page asks another machine for anything."""
-    for path in sorted(WIDGETS.glob("*.js")):
+    for path in sorted(WIDGETS.rglob("*.js")):
         text = path.read_text(encoding="utf-8")
         assert not re.search(
             r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text
         ), path
         assert not re.search(r"https?://(?!www\.w3\.org)", text), path
-        assert path.with_suffix(".py").is_file(), f"{path.name} has no module of its stem"
-    for path in sorted(WIDGETS.glob("*.css")):
+        shared = any(f'/{path.name}"' in other.read_text(encoding="utf-8") for other in WIDGETS.rglob("*.js"))
+        assert path.with_suffix(".py").is_file() or shared, f"{path.name} is nobody's"
+    for path in sorted(WIDGETS.rglob("*.css")):
         assert not re.search(r"https?://|@import|#[0-9a-fA-F]{3,8}\b", path.read_text(encoding="utf-8")), path

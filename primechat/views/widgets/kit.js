@@ -62,6 +62,26 @@ export function commit(model, values) {
   model.save_changes();
 }
 
+/** Return `ask(name, given)`: it calls the widget's Python method `answer_<name>` and promises its answer. */
+export function asking(model, later) {
+  const open = new Map(), mine = Math.random().toString(36).slice(2);
+  let count = 0;
+  const hear = (message) => open.get(message?.re)?.(message);
+  model.on("msg:custom", hear);
+  later(() => model.off("msg:custom", hear));
+  return (name, given = {}, wait_ms = 30000) => new Promise((resolve, reject) => {
+    const id = `${mine}-${count++}`;
+    const end = setTimeout(() => { open.delete(id); reject(new Error("Python does not answer. Is the notebook running?")); }, wait_ms);
+    open.set(id, (message) => {
+      clearTimeout(end);
+      open.delete(id);
+      if (message.error) reject(new Error(message.error));
+      else resolve(message);
+    });
+    model.send({ ask: name, given, id });
+  });
+}
+
 /** Call at most once in ms, the last call always. */
 export function throttle(work, ms) {
   let timer = 0, last = -Infinity, args = [];

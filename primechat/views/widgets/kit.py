@@ -1,11 +1,13 @@
 """The base of every widget: joins the shared script and looks with those of the widget's own files.
 
-Hides: how a widget without a build step shares code. `kit.js` and `x.js` are plain ES modules; here they
-become one, the import of "./kit.js" dropped. Reference: anywidget.dev, "_esm" and "_css".
+Hides: how a widget without a build step shares code. `kit.js`, `x.js` and what it imports by a relative path
+are plain ES modules; here they become one, the imports dropped. And how the page asks Python: `ask(name,
+given)` in the script calls the widget's method `answer_<name>`. Reference: anywidget.dev, "_esm" and "_css".
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from pathlib import Path
@@ -16,13 +18,25 @@ import anywidget
 from primechat.views.theme import write_variables
 
 HERE = Path(__file__).parent
-IMPORT = re.compile(r'^import\s*\{[^}]*\}\s*from\s*"\./kit\.js";?\s*$', re.M)
+logger = logging.getLogger(__name__)
+IMPORT = re.compile(r'^import\s*\{[^}]*\}\s*from\s*"(\.{1,2}/[\w./-]+\.js)";?[ \t]*$', re.M)
 EXPORT = re.compile(r"^export (?=(?:async )?(?:function|const|let|class)\b)", re.M)
 
 
-def join_scripts(own: str) -> str:
-    """Return a widget's module with the kit's functions in it."""
-    return EXPORT.sub("", (HERE / "kit.js").read_text(encoding="utf-8")) + "\n" + IMPORT.sub("", own)
+def join_scripts(own: str, folder: Path = HERE) -> str:
+    """Return a widget's module with the kit's functions, and those of other files that it imports, in it."""
+    parts: dict[Path, str] = {}
+
+    def add(path: Path) -> None:
+        if path not in parts:
+            text = path.read_text(encoding="utf-8")
+            for name in IMPORT.findall(text):
+                add((path.parent / name).resolve())
+            parts[path] = EXPORT.sub("", IMPORT.sub("", text))
+
+    for path in [HERE / "kit.js", *(folder / name for name in IMPORT.findall(own))]:
+        add(path.resolve())
+    return "\n".join([*parts.values(), IMPORT.sub("", own)])
 
 
 class Widget(anywidget.AnyWidget):
@@ -37,7 +51,22 @@ class Widget(anywidget.AnyWidget):
         if script.is_file():
             looks = path.with_suffix(".css")
             own = looks.read_text(encoding="utf-8") if looks.is_file() else ""
-            cls._esm = join_scripts(script.read_text(encoding="utf-8"))
+            cls._esm = join_scripts(script.read_text(encoding="utf-8"), path.parent)
             kit = (HERE / "kit.css").read_text(encoding="utf-8")
             cls._css = "\n".join([write_variables(), kit, own])
         super().__init_subclass__(**kwargs)
+
+    def __init__(self, **traits: Any) -> None:
+        super().__init__(**traits)
+        self.on_msg(self._hear)
+
+    def _hear(self, _: Any, message: Any, buffers: Any) -> None:
+        """Answer a question of the page; a fault becomes a sentence that the page shows."""
+        if not isinstance(message, dict) or "ask" not in message:
+            return
+        try:
+            answer = getattr(self, f"answer_{message['ask']}")(**message.get("given", {}))
+        except Exception as error:
+            logger.debug("answer_%s failed", message["ask"], exc_info=True)
+            answer = {"error": str(error) or type(error).__name__}
+        self.send({**answer, "re": message.get("id")})
