@@ -1,0 +1,347 @@
+"""How varied a text is, how much it repeats itself, and how sure a model was: the published measures, exact.
+
+Hides: counting. Tokens (words or ids) become integers once, n-grams become single integers, none runs over
+the border of two texts, and everything else is arithmetic on their counts. Two faults of published code are
+not repeated: compressing twice, and dropping the last n-gram.
+Reference: Shaib et al. 2024, Standardizing the Measurement of Text Diversity: report the compression ratio,
+the repetition of long n-grams and self-BLEU together; the other sources stand with each formula.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+from primechat.errors import DataError
+
+Tokens = Sequence[Hashable]  # words of `split_words`, or token ids
+MTLD_BELOW = 0.72  # a factor is complete once its type-token ratio is lower (McCarthy and Jarvis 2010)
+BLEU_FLOOR = 0.1  # matches that stand in for none (method 1 of Chen and Cherry 2014)
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words and the punctuation marks of a text, in lower case.
+
+    >>> split_words("Don't stop, I said!")
+    ["don't", 'stop', ',', 'i', 'said', '!']
+    """
+    return re.findall(r"[^\W_]+(?:['\u2019][^\W_]+)*|[^\w\s]|_", text.lower())
+
+
+def number_grams(texts: Sequence[Tokens], n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Number the n-grams of texts, equal ones alike.
+
+    Returns:
+        The number of each n-gram in order (N,) from 0 without gaps, and the text it stands in (N,).
+    """
+    if n < 1:
+        raise DataError(f"n={n} must be at least 1; try 2.")
+    index: dict[Hashable, int] = {}
+    flat = np.array([index.setdefault(token, len(index)) for text in texts for token in text], np.int64)
+    owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+    codes = flat
+    for k in range(1, n):
+        codes = codes[:-1] * max(len(index), 1) + flat[k:]
+        codes = np.unique(codes, return_inverse=True)[1]  # small again, so that no product overflows
+    last = len(flat) - n + 1
+    whole = owner[:last] == owner[n - 1 :] if last > 0 else np.zeros(0, bool)
+    return np.unique(codes[: max(last, 0)][whole], return_inverse=True)[1], owner[: max(last, 0)][whole]
+
+
+def count_grams(texts: Sequence[Tokens], n: int) -> np.ndarray:
+    """Return how often each n-gram occurs in texts, in order of first appearance by number."""
+    return np.bincount(number_grams(texts, n)[0])
+
+
+def measure_distinct(texts: Sequence[Tokens], n: int = 2) -> float:
+    """Return distinct-n: different n-grams / all n-grams; longer texts score lower. nan where there are none.
+
+    Source: Li et al. 2016, A Diversity-Promoting Objective Function, section 5.
+    """
+    counts = count_grams(texts, n)
+    return len(counts) / float(counts.sum()) if counts.size else float("nan")
+
+
+def measure_ead(texts: Sequence[Tokens], vocab_size: int) -> float:
+    """Return expectation-adjusted distinct: different tokens / those expected of uniform draws.
+
+    Args:
+        texts: C tokens in all, N of them different.
+        vocab_size: V.
+
+    Source: Liu et al. 2022, Rethinking and Refining the Distinct Metric: N / (V (1 - ((V - 1) / V)^C)).
+    """
+    counts = count_grams(texts, 1)
+    expected = -vocab_size * np.expm1(counts.sum() * np.log1p(-1 / vocab_size)) if vocab_size > 1 else 1.0
+    return float(len(counts) / expected) if counts.size else float("nan")
+
+
+def measure_bleu(texts: Sequence[Tokens], max_n: int = 4) -> np.ndarray:
+    """Return the BLEU of each text against all the others, (T,).
+
+    Uniform weights on 1- to max_n-grams, counts clipped to the largest of any other text, the brevity
+    penalty against the other text of nearest length. An order without a match counts 0.1 matches.
+
+    Source: Papineni et al. 2002, section 2; Chen and Cherry 2014, method 1.
+    """
+    n_texts = len(texts)
+    if n_texts < 2:
+        raise DataError(f"self-BLEU compares texts with each other; {n_texts} is too few, give at least 2.")
+    lengths = np.array([len(text) for text in texts], float)
+    logs, dead = np.zeros(n_texts), lengths == 0
+    for n in range(1, max_n + 1):
+        codes, owner = number_grams(texts, n)
+        pairs, counts = np.unique(codes * n_texts + owner, return_counts=True)
+        gram, text = pairs // n_texts, pairs % n_texts
+        order = np.lexsort((-counts, gram))  # within a gram, the text that has most of it comes first
+        gram, text, counts = gram[order], text[order], counts[order]
+        first = np.searchsorted(gram, np.arange(gram.max(initial=-1) + 1))
+        second = first + 1
+        has_second = (second < len(gram)) & (gram[np.minimum(second, len(gram) - 1)] == gram[first])
+        runner_up = np.where(has_second, counts[np.minimum(second, len(gram) - 1)], 0)
+        best = counts[first]
+        others = np.where(np.arange(len(gram)) == first[gram], runner_up[gram], best[gram])
+        matched = np.bincount(text, np.minimum(counts, others), n_texts)
+        total = np.maximum(lengths - n + 1, 1)
+        dead |= (matched == 0) & (n == 1)
+        logs += np.log(np.where(matched > 0, matched, BLEU_FLOOR) / total) / max_n
+    gaps = np.abs(lengths[:, None] - lengths) + np.where(lengths < lengths[:, None], 0, 1e-9)
+    np.fill_diagonal(gaps, np.inf)  # of two equally near the shorter counts
+    nearest = lengths[gaps.argmin(axis=1)]
+    penalty = np.minimum(0, 1 - nearest / np.maximum(lengths, 1))
+    return np.where(dead, 0.0, np.exp(logs + penalty))
+
+
+def measure_selfbleu(texts: Sequence[Tokens], max_n: int = 4) -> float:
+    """Return self-BLEU, the mean BLEU of each text against all the others: 1 where all are the same.
+
+    Source: Zhu et al. 2018, Texygen, section 3.
+    """
+    return float(measure_bleu(texts, max_n).mean())
+
+
+def measure_entropy(texts: Sequence[Tokens], n: int = 2) -> float:
+    """Return the entropy of the n-grams' frequencies in nats, -sum p ln p.
+
+    Source: Zhang et al. 2018, Generating Informative and Diverse Conversational Responses, section 4.
+    """
+    counts = count_grams(texts, n)
+    p = counts / max(counts.sum(), 1)
+    return float(-(p * np.log(p)).sum()) if p.size else float("nan")
+
+
+def fit_zipf(texts: Sequence[Tokens]) -> float:
+    """Return the slope of log frequency on log rank, by least squares; natural text is near -1.
+
+    Source: Holtzman et al. 2020, section 5.2; Zipf 1949.
+    """
+    counts = np.sort(count_grams(texts, 1))[::-1]
+    if len(counts) < 2:
+        return float("nan")
+    return float(np.polyfit(np.log(np.arange(1, len(counts) + 1)), np.log(counts), 1)[0])
+
+
+def measure_mtld(tokens: Tokens) -> float:
+    """Return the mean length of stretches that keep a type-token ratio of 0.72, read both ways.
+
+    A last stretch that is not complete counts as (1 - its ratio) / (1 - 0.72). nan where no token repeats.
+
+    Source: McCarthy and Jarvis 2010, MTLD, vocd-D, and HD-D, p. 384.
+    """
+    codes, _ = number_grams([tokens], 1)
+    factors = [count_factors(codes), count_factors(codes[::-1])]
+    if min(factors) == 0:
+        return float("nan")
+    return float(np.mean([len(codes) / factor for factor in factors]))
+
+
+def count_factors(codes: np.ndarray) -> float:
+    """Return MTLD's factors of a sequence read forward."""
+    before = np.full(len(codes), -1)  # where each token occurred last
+    order = np.argsort(codes, kind="stable")
+    same = codes[order][1:] == codes[order][:-1]
+    before[order[1:][same]] = order[:-1][same]
+    factors, start = 0.0, 0
+    while start < len(codes):
+        types = np.cumsum(before[start:] < start)
+        ratio = types / np.arange(1, len(types) + 1)
+        low = np.flatnonzero(ratio < MTLD_BELOW)
+        if not low.size:
+            return factors + float(1 - ratio[-1]) / (1 - MTLD_BELOW)
+        factors, start = factors + 1, start + int(low[0]) + 1
+    return factors
+
+
+def measure_repetition(tokens: Tokens, n: int = 4) -> float:
+    """Return seq-rep-n of one continuation: 1 - different / all n-grams; 0 where it is shorter than n.
+
+    Source: Welleck et al. 2020, Neural Text Generation with Unlikelihood Training, section 6.1.
+    """
+    counts = count_grams([tokens], n)
+    return 1 - len(counts) / float(counts.sum()) if counts.size else 0.0
+
+
+def measure_diversity(tokens: Tokens) -> float:
+    """Return the product of (1 - seq-rep-n) for n = 2, 3, 4: 1 where no two words repeat in order.
+
+    Source: Su et al. 2022, A Contrastive Framework for Neural Text Generation, section 4.2.
+    """
+    return float(np.prod([1 - measure_repetition(tokens, n) for n in (2, 3, 4)]))
+
+
+def measure_selfrepetition(texts: Sequence[Tokens], n: int = 4) -> float:
+    """Return the mean of ln(1 + occurrences): for each n-gram of a text, the other texts that have it too.
+
+    Source: Salkar et al. 2022, Self-Repetition in Abstractive Neural Summarizers; Shaib et al. 2024.
+    """
+    codes, owner = number_grams(texts, n)
+    pairs = np.unique(codes * max(len(texts), 1) + owner)
+    spread = np.bincount(pairs // max(len(texts), 1))  # texts that have a gram
+    return (
+        float(np.log1p(np.bincount(owner, spread[codes] - 1, len(texts))).mean()) if texts else float("nan")
+    )
+
+
+def measure_compression(text: str) -> float:
+    """Return raw bytes / gzip bytes: higher is more repetitive; short texts score low.
+
+    Source: Shaib et al. 2024, section 3.
+    """
+    raw = text.encode("utf-8", "replace")
+    return len(raw) / len(gzip.compress(raw, 9, mtime=0))
+
+
+def measure_vendi(vectors: np.ndarray) -> float:
+    """Return the effective number of different items: exp of the entropy of the eigenvalues of K / n.
+
+    Args:
+        vectors: (n, d), one an item; K is the cosine of each two, so a vector of zeros is like none.
+
+    Source: Friedman and Dieng 2023, The Vendi Score, definition 3.1.
+    """
+    x = np.asarray(vectors, np.float64)
+    if x.ndim != 2 or not len(x):
+        raise DataError(f"vectors of the shape {x.shape} must be (n, d) with n of at least 1; stack them.")
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    if not norms.all():
+        raise DataError("A vector of zeros has no direction; leave its item out.")
+    x = x / norms
+    gram = x @ x.T if len(x) <= x.shape[1] else x.T @ x  # the same eigenvalues but for zeros
+    p = np.linalg.eigvalsh(gram / len(x))
+    p = p[p > 1e-12]
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def count_vectors(texts: Sequence[Tokens], n: int = 1) -> np.ndarray:
+    """Return the n-gram counts of each text, (T, different n-grams): vectors for `measure_vendi`."""
+    codes, owner = number_grams(texts, n)
+    width = int(codes.max(initial=-1)) + 1
+    return np.bincount(owner * width + codes, minlength=len(texts) * width).reshape(len(texts), width)
+
+
+def measure_prediction(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return entropy and varentropy of predictions, before temperature and truncation.
+
+    Args:
+        logits: (..., V); -inf for a token that cannot occur.
+
+    Returns:
+        H = -sum p ln p in nats, and sum p (ln p + H)^2 in nats squared, (...).
+
+    Source: Shannon 1948; Kontoyiannis and Verdu 2014.
+    """
+    x = np.asarray(logits, np.float64)
+    x = x - x.max(axis=-1, keepdims=True)
+    logp = x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    p, finite = np.exp(logp), np.where(np.isneginf(logp), 0.0, logp)
+    entropy = -(p * finite).sum(axis=-1)
+    return entropy, (p * (finite + entropy[..., None]) ** 2).sum(axis=-1)
+
+
+def measure_drift(vectors: np.ndarray) -> np.ndarray:
+    """Return how far each turn's vector has turned from the first: 1 - cos(e_t, e_0), for (T, d) vectors."""
+    x = np.asarray(vectors, np.float64)
+    norms = np.linalg.norm(x, axis=1)
+    return 1 - x @ x[0] / np.maximum(norms * norms[0], 1e-300)
+
+
+def measure_information(conditional: Sequence[float], marginal: Sequence[float]) -> float:
+    """Return the mutual information of turns in nats: the mean of ln p(y | x) - ln p(y).
+
+    Args:
+        conditional: ln p of each turn y after the turn x before it.
+        marginal: ln p of the same turns on their own.
+
+    Source: Li et al. 2016, section 3; Church and Hanks 1990.
+    """
+    return float(np.mean(np.asarray(conditional, float) - np.asarray(marginal, float)))
+
+
+# How far a number can be trusted
+
+
+def bootstrap_mean(
+    values: Sequence[float], *, draws: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return the mean of values and the ends of its percentile bootstrap interval; nan is left out.
+
+    Args:
+        values: one a seed: what varies from run to run must be what is drawn.
+        draws: resamples.
+        level: share of the resampled means between the ends.
+        seed: of the resampling.
+
+    Source: Efron 1979.
+    """
+    x = np.asarray(values, float)
+    x = x[~np.isnan(x)]
+    if not x.size:
+        return float("nan"), float("nan"), float("nan")
+    means = x[np.random.default_rng(seed).integers(0, x.size, (draws, x.size))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(x.mean()), float(low), float(high)
+
+
+def measure_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
+    """Return Cohen's kappa of two labellers: (agreement - chance) / (1 - chance); nan where chance is 1.
+
+    Source: Cohen 1960.
+    """
+    names = sorted({*first, *second}, key=str)
+    table = np.zeros((len(names), len(names)))
+    for a, b in zip(first, second, strict=True):
+        table[names.index(a), names.index(b)] += 1
+    table /= max(table.sum(), 1)
+    chance = float((table.sum(axis=0) * table.sum(axis=1)).sum())
+    return float("nan") if chance >= 1 else float((np.trace(table) - chance) / (1 - chance))
+
+
+MEASURES: dict[str, Callable[[list[str]], float]] = {
+    # name: of the texts of one group; those that compare texts need two of them
+    "distinct-2": lambda texts: measure_distinct([split_words(text) for text in texts], 2),
+    "distinct-4": lambda texts: measure_distinct([split_words(text) for text in texts], 4),
+    "entropy-2": lambda texts: measure_entropy([split_words(text) for text in texts], 2),
+    "self-BLEU": lambda texts: measure_selfbleu([split_words(text) for text in texts]),
+    "self-repetition": lambda texts: measure_selfrepetition([split_words(text) for text in texts]),
+    "compression": lambda texts: measure_compression("\n".join(texts)),
+    "Zipf slope": lambda texts: fit_zipf([split_words(text) for text in texts]),
+    "MTLD": lambda texts: measure_mtld(split_words("\n".join(texts))),
+    "rep-4": lambda texts: float(np.mean([measure_repetition(split_words(text), 4) for text in texts])),
+    "diversity": lambda texts: float(np.mean([measure_diversity(split_words(text)) for text in texts])),
+    "Vendi": lambda texts: measure_vendi(count_vectors([words for t in texts if (words := split_words(t))])),
+}
+
+
+def measure_texts(texts: Sequence[str], names: Sequence[str] = tuple(MEASURES)) -> dict[str, Any]:
+    """Return the named measures of a group of texts; nan where one cannot be had of so few."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = MEASURES[name](list(texts))
+        except DataError:
+            found[name] = float("nan")
+    return found
