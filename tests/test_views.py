@@ -100,3 +100,14 @@ def test_scripts_are_safe_and_alone() -> None:
         assert path.with_suffix(".py").is_file() or shared, f"{path.name} is nobody's"
     for path in sorted(WIDGETS.rglob("*.css")):
         assert not re.search(r"https?://|@import|#[0-9a-fA-F]{3,8}\b", path.read_text(encoding="utf-8")), path
+
+
+def test_widget_can_be_made() -> None:
+    """ipywidgets derives a class from a widget's own as it is made; script and looks stay what they are."""
+    from primechat.views.widgets.attention.heads import HeadView
+
+    one, two = HeadView(at=3), HeadView()
+    assert one.at == 3 and two.at == 0 and "function paintHeat(" in one._esm
+    assert all(
+        look in one._css for look in ("--pc-accent", ".pc .pc-button", ".pc .pc-token", ".pc .pc-thumb")
+    )

@@ -45,7 +45,7 @@ class GPTBody:
         self.keep = tuple(model.resid_lambdas.tolist()) if scalars else (1.0,) * c.n_layer
         self.again = tuple(model.x0_lambdas.tolist()) if scalars else (0.0,) * c.n_layer
         self.backout = float(model.backout_lambda) if c.backout else 0.0
-        self.middle, self.has_smear = c.n_layer // 2, c.smear
+        self.middle, self.has_smear, self.softcap = c.n_layer // 2, c.smear, c.logit_softcap
 
     def trace(self, ids: Tensor, tap: Tap) -> Tensor:
         """Return float32 logits (B, T, V) of ids (B, T), calling the tap at every point on the way."""

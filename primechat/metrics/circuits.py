@@ -20,6 +20,7 @@ from primechat.metrics.anatomy import GPTBody, dissect
 from primechat.metrics.probes import Capture, capture, check_ids
 from primechat.model.gpt import GPT
 
+Ids = Sequence[int] | np.ndarray
 READABLE = ("token", "embed", "layer.*.attn.heads", "layer.*.mlp.out", "last")  # what attribution needs
 STREAM = ("embed", "layer.*.resid", "last")  # what the lens needs
 
@@ -151,7 +152,7 @@ def attribute(model: Any, seen: Capture, at: int, token: int, against: int | Non
     )
 
 
-def score_heads(weights: np.ndarray, ids: Sequence[int] | np.ndarray) -> HeadScores:
+def score_heads(weights: np.ndarray, ids: Ids) -> HeadScores:
     """Measure what heads read.
 
     Args:
@@ -191,7 +192,7 @@ def shuffle_blocks(model: GPT, seed: int = 0) -> GPT:
     return GPT.from_state(model.config, state, device=str(model.device), dtype=model.compute_dtype)
 
 
-def repeat_text(ids: Sequence[int], seed: int = 0, n_tokens: int = 24) -> np.ndarray:
+def repeat_text(ids: Ids, seed: int = 0, n_tokens: int = 24) -> np.ndarray:
     """Return the distinct tokens of a text in a random order, and all of it once more: only copying helps
     on the second half.
     """
@@ -209,9 +210,7 @@ def list_parts(body: GPTBody) -> list[str]:
     ]
 
 
-def scan_ablations(
-    model: Any, ids: Sequence[int], parts: Sequence[str] | None = None
-) -> Iterator[tuple[str, float]]:
+def scan_ablations(model: Any, ids: Ids, parts: Sequence[str] | None = None) -> Iterator[tuple[str, float]]:
     """Switch off one part after the other; yield each with the change of the mean loss in nats.
 
     Args:
@@ -225,7 +224,7 @@ def scan_ablations(
 
 
 def patch_grid(
-    model: Any, clean: Sequence[int], corrupt: Sequence[int], token: int, against: int
+    model: Any, clean: Ids, corrupt: Ids, token: int, against: int
 ) -> tuple[np.ndarray, float, float]:
     """Carry one state at a time from a clean into a corrupt prompt and see how much of the answer returns.
 

@@ -40,7 +40,8 @@ def join_scripts(own: str, folder: Path = HERE) -> str:
 
 
 class Widget(anywidget.AnyWidget):
-    """A widget whose script and looks stand beside its module, as `<stem>.js` and `<stem>.css`.
+    """A widget whose script and looks stand beside its module, as `<stem>.js` and `<stem>.css`; the looks
+    beside a script that it imports come along.
 
     A subclass declares its state as synchronized traits (`traitlets.Unicode().tag(sync=True)`).
     """
@@ -48,12 +49,13 @@ class Widget(anywidget.AnyWidget):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         path = Path(str(sys.modules[cls.__module__].__file__))
         script = path.with_suffix(".js")
-        if script.is_file():
-            looks = path.with_suffix(".css")
-            own = looks.read_text(encoding="utf-8") if looks.is_file() else ""
-            cls._esm = join_scripts(script.read_text(encoding="utf-8"), path.parent)
-            kit = (HERE / "kit.css").read_text(encoding="utf-8")
-            cls._css = "\n".join([write_variables(), kit, own])
+        if script.is_file() and "_esm" not in cls.__dict__:  # ipywidgets derives a class as it adds traits
+            own = script.read_text(encoding="utf-8")
+            cls._esm = join_scripts(own, path.parent)
+            looks = [(path.parent / name).with_suffix(".css").resolve() for name in IMPORT.findall(own)]
+            wanted = dict.fromkeys([HERE / "kit.css", *looks, path.with_suffix(".css")])
+            found = [look.read_text(encoding="utf-8") for look in wanted if look.is_file()]
+            cls._css = "\n".join([write_variables(), *found])
         super().__init_subclass__(**kwargs)
 
     def __init__(self, **traits: Any) -> None:

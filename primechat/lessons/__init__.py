@@ -1,0 +1,1 @@
+"""What the labs stand on: their instruments, and the checks, hints and solutions of their exercises."""

@@ -1,0 +1,410 @@
+"""The instruments of lab 02: one model and one text under many views that move together.
+
+Hides: which view must hear of which change. Each view is a widget that gets plain data; what the reader does
+to it comes back as a changed trait. Views behind a summary are worked for once they are opened.
+Reference: primechat.views.widgets, heads, switches, stream and scores.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from primechat.errors import PrimechatError
+from primechat.lessons.scene import Scene, save_copying, spell_tokens
+from primechat.metrics import circuits
+from primechat.metrics.probes import capture
+from primechat.store import choose_model, list_models, open_model
+from primechat.views.widgets.attention.heads import HeadView, PromptBar
+from primechat.views.widgets.attention.scores import NeuronView, ScoreView
+from primechat.views.widgets.attention.stream import LensView, PatchView, ShareView, TimeView
+from primechat.views.widgets.attention.switches import SwitchView
+from primechat.views.widgets.kit import Widget
+
+TEXT = "My sister has a small dog. My sister has a big cat. I like the dog, but I love the cat."
+CLEAN, CORRUPT = "I am happy because I am so", "I am sad because I am so"
+SLICE_S = 0.4  # work between two answers to the page
+
+
+class Microscope:
+    """A model and a text under every view of lab 02.
+
+    Args:
+        identifier: a model of `open_model`; empty is the base model that ships, or one's own.
+        text: what it reads first.
+    """
+
+    def __init__(self, identifier: str = "", text: str = TEXT) -> None:
+        entries = [(entry.identifier, entry.architecture) for entry in list_models()]
+        names = [name for name, _ in entries]
+        chosen = identifier or next((n for n in ("shipped/base", "base") if n in names), str(choose_model()))
+        models = [[name, f"{name} ({kind})"] for name, kind in entries]
+        if chosen not in names:
+            models.insert(0, [chosen, chosen])
+        self.prompt = PromptBar(models=models, identifier=chosen, text=text)
+        self.followers: list[Callable[[], None]] = []
+        self.at, self.head = -1, [0, 0]
+        self.open_named(chosen)
+        self.read_text()
+        self.prompt.observe(lambda change: self.change_model(), "identifier")
+        self.prompt.observe(lambda change: self.change_text(), "text")
+
+    # ---- the model and the text
+
+    def open_named(self, identifier: str) -> None:
+        """Open a model; raises PrimechatError."""
+        self.model, self.tokenizer, self.meta = open_model(identifier)
+        self._control: Any = None
+
+    def encode_text(self, text: str) -> np.ndarray:
+        """Return bos and the tokens of a text, cut at the context."""
+        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+        return np.array(ids[: self.model.sequence_len], dtype=np.int64)
+
+    def read_text(self) -> None:
+        """Read the prompt's text; one that is empty leaves what was read before."""
+        ids = self.encode_text(self.prompt.text)
+        n, room = len(self.tokenizer.encode(self.prompt.text)) + 1, self.model.sequence_len
+        cut = f"; only the first {room} are read" if n > room else ""
+        self.prompt.status = f"{n} tokens of {room}, the mark that begins every text included{cut}"
+        self.prompt.problem = "" if n > 2 else "Type at least two tokens."
+        if n > 2:
+            self.scene = Scene(self.model, self.tokenizer, ids)
+            self.at = len(ids) - 1
+            self._control_scene: Scene | None = None
+            self._copy: Scene | None = None
+
+    def change_model(self) -> None:
+        """Open the model that the reader chose; the old one stays if that fails."""
+        self.prompt.status = f"opening {self.prompt.identifier} …"
+        try:
+            self.open_named(self.prompt.identifier)
+        except PrimechatError as error:
+            self.prompt.problem = str(error)
+            return
+        self.head = [0, 0]
+        self.change_text()
+
+    def change_text(self) -> None:
+        """Read the new text and tell every view."""
+        self.read_text()
+        self.tell_all()
+
+    def tell_all(self) -> None:
+        """Bring every view up to date."""
+        for follower in self.followers:
+            follower()
+
+    @property
+    def control(self) -> Scene:
+        """The same text read by the same model with random numbers in its blocks."""
+        if self._control is None:
+            self._control = circuits.shuffle_blocks(self.model)
+        if self._control_scene is None:
+            self._control_scene = Scene(self._control, self.tokenizer, self.scene.ids)
+        return self._control_scene
+
+    @property
+    def copy_scene(self) -> Scene:
+        """The text's words in a random order, and once more."""
+        if self._copy is None:
+            room = (self.model.sequence_len - 1) // 2
+            words = circuits.repeat_text(self.scene.ids[1:], n_tokens=min(40, room))
+            self._copy = Scene(self.model, self.tokenizer, np.concatenate([self.scene.ids[:1], words]))
+        return self._copy
+
+    # ---- the views
+
+    def follow(self, view: Widget, refresh: Callable[[], None], names: list[str]) -> Any:
+        """Refresh a view now, when the text or model changes, and when the reader changes a trait of it."""
+        busy: list[bool] = []
+
+        def run(change: Any = None) -> None:
+            if busy or not getattr(view, "opened", True):
+                return
+            busy.append(True)  # what the refresh itself sets is no wish of the reader's
+            try:
+                refresh()
+            finally:
+                busy.clear()
+
+        self.followers.append(run)
+        view.observe(run, [*names, *(["opened"] if view.has_trait("opened") else [])])
+        run()
+        return view
+
+    def share_traits(self, view: Widget, change: dict[str, Any]) -> None:
+        """Take a place or a head that the reader chose in one view over to all."""
+        old = (self.at, self.head)
+        self.at, self.head = change.get("at", self.at), list(change.get("head", self.head))
+        if (self.at, self.head) != old:
+            self.tell_all()
+
+    def link(self, view: Any, name: str) -> None:
+        """Make a trait of a view and the microscope's value one."""
+        view.observe(lambda change: self.share_traits(view, {name: change["new"]}), name)
+
+    def look(self) -> HeadView:
+        """Return the view of all heads."""
+        view = HeadView(at=self.at, head=self.head)
+
+        def refresh() -> None:
+            scene = self.control if view.control else self.scene
+            thumbs, _ = scene.overview
+            weights = scene.read_head(*self.head)
+            with view.hold_sync():
+                view.head, view.at, view.tokens = list(self.head), self.at, scene.tokens
+                view.thumbs = thumbs.tobytes()
+                view.pattern = np.rint(65535 * weights).astype(np.uint16).tobytes()
+                view.data = {
+                    "n_layer": scene.body.n_layer, "n_head": scene.body.n_head, "side": thumbs.shape[-1],
+                }  # fmt: skip
+
+        self.follow(view, refresh, ["control"])
+        self.link(view, "at")
+        self.link(view, "head")
+        return view
+
+    def ablate(self) -> SwitchView:
+        """Return the board of switches."""
+        view, trial = SwitchView(at=self.at), Trial(self)
+
+        def refresh() -> None:
+            scene = self.copy_scene if view.test == "copy" else self.scene
+            known = set(circuits.list_parts(scene.body))
+            view.off = [part for part in view.off if part in known]
+            cut = capture(scene.model, scene.ids, points=("last",), ablate=view.off)
+            at = self.at if view.test == "text" else min(self.at, len(scene.ids) - 1)
+            before = scene.guess_next(at)
+            after = scene.guess_next(at, cut)
+            places = np.argsort(-np.maximum(before, after), kind="stable")[:8]
+            names = spell_tokens(scene.tokenizer, places)
+            with view.hold_sync():
+                view.at = at
+                view.data = {
+                    "n_layer": scene.body.n_layer, "n_head": scene.body.n_head, "tokens": scene.tokens,
+                    "base": scene.loss, "loss": float(cut.losses.mean()),
+                    "deltas": [0.0, *(cut.losses - scene.seen.losses).astype(float).tolist()],
+                    "saved_base": save_copying(scene.seen.losses), "saved": save_copying(cut.losses),
+                    "guesses": [
+                        {"label": name, "value": float(after[i]), "before": float(before[i])}
+                        for i, name in zip(places, names, strict=True)
+                    ],
+                    **trial.report(scene, view.wish),
+                }  # fmt: skip
+
+        self.follow(view, refresh, ["off", "test", "wish"])
+        self.link(view, "at")
+        return view
+
+    def lens(self) -> LensView:
+        """Return the logit lens."""
+        view = LensView(at=self.at)
+
+        def refresh() -> None:
+            scene = self.control if view.control else self.scene
+            lens, names = scene.lens, {}
+            for i in np.unique(lens.ids):
+                names[int(i)] = spell_tokens(self.tokenizer, [i])[0]
+            cells = [
+                [
+                    {
+                        "top": [[names[int(i)], float(p)] for i, p in zip(ids, probs, strict=True)],
+                        "target": float(target), "bits": float(bits),
+                    }
+                    for ids, probs, target, bits in zip(*row, strict=True)
+                ]
+                for row in zip(lens.ids, lens.probs, lens.target, lens.entropy, strict=True)
+            ]  # fmt: skip
+            with view.hold_sync():
+                view.at = self.at
+                view.data = {"tokens": scene.tokens, "stages": say_stages(lens.stages), "cells": cells}
+
+        self.follow(view, refresh, ["control"])
+        self.link(view, "at")
+        return view
+
+    def shares(self) -> ShareView:
+        """Return the attribution of a logit to parts."""
+        view = ShareView(at=self.at)
+
+        def refresh() -> None:
+            scene = self.scene
+            probs = scene.guess_next(self.at)
+            guesses = scene.name_guesses(probs, 6)
+            token = view.token if view.token in [i for i, _, _ in guesses] else guesses[0][0]
+            found = circuits.attribute(scene.model, scene.seen, self.at, token)
+            cap = getattr(scene.body, "softcap", 0.0)
+            with view.hold_sync():
+                view.at, view.token = self.at, token
+                view.data = {
+                    "tokens": scene.tokens, "parts": list(found.parts), "values": found.values.tolist(),
+                    "words": [say_part(part) for part in found.parts], "logit": found.logit,
+                    "capped": cap * math.tanh(found.logit / cap) if cap else found.logit,
+                    "label": next(text for i, text, _ in guesses if i == token),
+                    "guesses": [{"id": i, "label": text, "value": p} for i, text, p in guesses],
+                }  # fmt: skip
+
+        self.follow(view, refresh, ["token"])
+        self.link(view, "at")
+        return view
+
+    def scores(self) -> ScoreView:
+        """Return the strips of head scores, with those of random numbers."""
+        view = ScoreView(head=self.head)
+
+        def refresh() -> None:
+            copies = [self.copy_scene, Scene(self.control.model, self.tokenizer, self.copy_scene.ids)]
+            plain = [scene.overview[1] for scene in (self.scene, self.control)]
+            copied = [scene.overview[1] for scene in copies]
+            with view.hold_sync():
+                view.head = list(self.head)
+                view.data = {"strips": list(list_strips(plain, copied, len(self.scene.ids)))}
+
+        self.follow(view, refresh, [])
+        self.link(view, "head")
+        return view
+
+    def neurons(self) -> NeuronView:
+        """Return one attention score taken apart."""
+        view = NeuronView(key=0)
+
+        def refresh() -> None:
+            scene, (layer, head) = self.scene, self.head
+            body, at = scene.body, self.at
+            key = view.key if view.key <= at else at
+            names = [f"layer.{layer}.attn.{part}" for part in ("qk_raw", "q", "k", "weights")]
+            seen = capture(scene.model, scene.ids, points=names)
+            group = head // (body.n_head // body.n_kv_head)
+            raw, q, k = seen[names[0]], seen[names[1]][at, head], seen[names[2]][key, group]
+            bands = [
+                ("query as projected", raw[at, head]), ("query turned and normed", q),
+                ("key as projected", raw[key, body.n_head + group]), ("key turned and normed", k),
+                ("query times key", q * k),
+            ]  # fmt: skip
+            product = float((q * k).sum())
+            with view.hold_sync():
+                view.key = key
+                view.data = {
+                    "tokens": scene.tokens, "at": at, "layer": layer, "head": head, "product": product,
+                    "bands": [{"name": name, "values": values.tolist()} for name, values in bands],
+                    "scale": body.scale, "score": body.scale * product,
+                    "weight": float(seen[names[3]][head, at, key]),
+                }  # fmt: skip
+
+        return self.follow(view, refresh, ["key"])
+
+    def patching(self) -> PatchView:
+        """Return the view of states carried between two prompts."""
+        view = PatchView(clean=CLEAN, corrupt=CORRUPT)
+
+        def refresh() -> None:
+            view.data = {**patch_prompts(self, view.clean, view.corrupt)}
+
+        return self.follow(view, refresh, ["clean", "corrupt"])
+
+    def time_machine(self) -> TimeView:
+        """Return the slider over snapshots."""
+        from primechat.lessons.timelapse import Timelapse
+
+        return Timelapse(self).view
+
+
+class Trial:
+    """Each part switched off alone, a slice of time at a time: the page stays alive and can stop it."""
+
+    def __init__(self, scope: Microscope) -> None:
+        self.scope = scope
+        self.scene: Scene | None = None
+        self.walk: Iterator[tuple[str, float]] = iter(())
+        self.found: dict[str, float] = {}
+        self.worst: float | None = None
+        self.turn = 0
+
+    def report(self, scene: Scene, wish: int) -> dict[str, Any]:
+        """Go on if the page wishes so; return what is known by now."""
+        if scene is not self.scene:
+            self.scene, self.found, self.worst, self.turn = scene, {}, None, wish
+        parts = circuits.list_parts(scene.body)
+        running = False
+        if wish > 0 and wish != self.turn:
+            if len(self.found) in (0, len(parts)):
+                self.found = {}
+                self.walk = circuits.scan_ablations(scene.model, scene.ids)
+            t_start = time.monotonic()
+            for part, change in self.walk:
+                self.found[part] = change
+                if time.monotonic() - t_start > SLICE_S:
+                    break
+            running = len(self.found) < len(parts)
+        self.turn = wish
+        return {
+            "scan": self.found or None,
+            "scanning": f"{len(self.found)} of {len(parts)} tried …" if running else "",
+            "turn": wish,
+            "control": self.worst,
+        }
+
+
+def say_stages(stages: tuple[str, ...]) -> list[str]:
+    """Return the stages of a lens in words."""
+    words = {"embed": "embedding", "last": "whole model"}
+    return [words[name] if name in words else f"after layer {name.split('.')[1]}" for name in stages]
+
+
+def say_part(part: str) -> str:
+    """Return a part's name in words."""
+    if not part.startswith("layer."):
+        return {"token": "its embedding", "smear": "token before"}.get(part, part)
+    _, layer, kind, *head = part.split(".")
+    return f"layer {layer}, {'head ' + head[0] if head else kind.upper()}"
+
+
+def list_strips(
+    plain: list[circuits.HeadScores], copied: list[circuits.HeadScores], n_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """Yield the strips: what is measured on the text, and copying on its words said twice."""
+    bits = math.log2(max(2, n_tokens))
+    rows = [
+        ("previous", "Looks one back", "share of attention on the token before", "%", plain, 1.0),
+        ("first", "Rests on the first token", "share of attention on the mark that begins the text", "%",
+         plain, 1.0),
+        ("induction", "Looks for what came next last time", "share on tokens that followed the same word "
+         "before, on your words shuffled and said twice", "%", copied, 1.0),
+        ("distance", "Looks far back", "mean distance of what it reads", "tokens", plain, n_tokens / 2),
+        ("entropy", "Spreads its attention", "entropy: 0 is one token, the right end all alike", "bits",
+         plain, bits),
+    ]  # fmt: skip
+    for field, name, meaning, unit, pair, hi in rows:
+        values, control = (getattr(scores, field) for scores in pair)
+        clean = [[[None if math.isnan(v) else float(v) for v in row] for row in x] for x in (values, control)]
+        yield {
+            "name": name, "meaning": meaning, "unit": unit, "lo": 0.0, "hi": hi,
+            "values": clean[0], "control": clean[1],
+        }  # fmt: skip
+
+
+def patch_prompts(scope: Microscope, clean: str, corrupt: str) -> dict[str, Any]:
+    """Return the grid of two prompts as shares of the way, or the reason why there is none."""
+    rows = [scope.encode_text(text) for text in (clean, corrupt)]
+    words = [spell_tokens(scope.tokenizer, row) for row in rows]
+    if len(rows[0]) != len(rows[1]) or len(rows[0]) < 2:
+        return {
+            "problem": f"The prompts have {len(rows[0])} and {len(rows[1])} tokens; they must have equally "
+            "many, so that each state has its place. Change a word."
+        }
+    best = [int(capture(scope.model, row).last.argmax()) for row in rows]
+    if best[0] == best[1]:
+        name = spell_tokens(scope.tokenizer, best[:1])[0]
+        return {"problem": f"Both prompts expect “{name}”; change one so that they differ."}
+    grid, top, bottom = circuits.patch_grid(scope.model, rows[0], rows[1], *best)
+    stages = ["embedding", *(f"layer {i}" for i in range(len(grid) - 1))]
+    return {
+        "problem": "", "grid": ((grid - bottom) / (top - bottom)).tolist(), "stages": stages,
+        "tokens": [list(pair) for pair in zip(*words, strict=True)],
+        "answers": spell_tokens(scope.tokenizer, best),
+    }  # fmt: skip

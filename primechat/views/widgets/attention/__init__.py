@@ -1,0 +1,1 @@
+"""The views of a forward pass: heads, switches, the stream, scores."""
