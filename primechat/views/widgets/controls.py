@@ -1,0 +1,200 @@
+"""Small controls of every lab: pick a model, guess before the reveal, try an exercise, play with a function.
+
+Hides: how a function's result becomes something that a page can draw. One script serves the four; `kind`
+tells it which one it draws. Reference: ipywidgets' `interact`, of which `Live` is the form for every host.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import traitlets
+
+from primechat.views.widgets.kit import Widget
+
+MAX_ROWS = 200
+
+
+class ModelPicker(Widget):
+    """A choice among the models that are here; `identifier` is the chosen one.
+
+    Args:
+        find: returns the models as dicts of `identifier` and `about`; asked again when the learner wishes.
+        identifier: the first choice; empty takes the first that is found.
+        label: what stands before the choice.
+    """
+
+    kind = traitlets.Unicode("models").tag(sync=True)
+    label = traitlets.Unicode("").tag(sync=True)
+    models: Any = traitlets.List().tag(sync=True)
+    identifier = traitlets.Unicode("").tag(sync=True)
+
+    def __init__(
+        self, find: Callable[[], list[dict[str, str]]], identifier: str = "", label: str = "Model"
+    ) -> None:
+        found = find()
+        known = [model["identifier"] for model in found]
+        first = identifier if identifier in known else known[0] if known else ""
+        self.find = find
+        super().__init__(models=found, identifier=first, label=label)
+
+    def answer_find(self) -> dict[str, Any]:
+        """Look for models again."""
+        self.models = self.find()
+        return {}
+
+
+class Prediction(Widget):
+    """A question whose answer is shown only after a guess; the page keeps the score over a whole lab.
+
+    Args:
+        question: one sentence.
+        options: what can be answered, or two numbers: the ends of a scale.
+        answer: the right option, or the number.
+        why: what is seen after the reveal, in a few sentences.
+        within: how far from the number a guess may be.
+        unit: of the number, for example "%".
+    """
+
+    kind = traitlets.Unicode("prediction").tag(sync=True)
+    question = traitlets.Unicode("").tag(sync=True)
+    options: Any = traitlets.List().tag(sync=True)
+    scale: Any = traitlets.List().tag(sync=True)
+    answer = traitlets.Any().tag(sync=True)
+    why = traitlets.Unicode("").tag(sync=True)
+    within = traitlets.Float(0.0).tag(sync=True)
+    unit = traitlets.Unicode("").tag(sync=True)
+    guess = traitlets.Any(None, allow_none=True).tag(sync=True)
+    revealed = traitlets.Bool(False).tag(sync=True)
+
+    def __init__(
+        self, question: str, options: Sequence[Any], answer: Any, *, why: str = "", within: float = 0.0,
+        unit: str = "",
+    ) -> None:  # fmt: skip
+        is_scale = isinstance(options, tuple) and len(options) == 2 and not isinstance(options[0], str)
+        if is_scale:
+            low, high = map(float, options)
+            shape: dict[str, Any] = {"scale": [low, high], "answer": float(answer)}
+            within = within or (high - low) / 20
+        else:
+            texts = [str(option) for option in options]
+            if str(answer) not in texts:
+                raise ValueError(f"answer={answer!r} must be one of the options {texts}; correct it.")
+            shape = {"options": texts, "answer": str(answer)}
+        super().__init__(question=question, why=why, within=within, unit=unit, **shape)
+
+
+class ExerciseCard(Widget):
+    """What an exercise asks, how the attempt did, a hint and a solution.
+
+    `state` is untried, broken (the rule that does not hold is named), failed (the attempt raised) or passed.
+    """
+
+    kind = traitlets.Unicode("exercise").tag(sync=True)
+    title = traitlets.Unicode("").tag(sync=True)
+    task = traitlets.Unicode("").tag(sync=True)
+    state = traitlets.Unicode("untried").tag(sync=True)
+    rule = traitlets.Unicode("").tag(sync=True)
+    message = traitlets.Unicode("").tag(sync=True)
+    hint = traitlets.Unicode("").tag(sync=True)
+    solution = traitlets.Unicode("").tag(sync=True)
+
+
+class Live(Widget):
+    """A function with a control for each argument; its result is drawn anew at each change.
+
+    Args:
+        function: returns a text, a number, a dict (figures by name), a list of dicts (a table), a matplotlib
+            figure, or a list of these.
+        controls: by argument: a text; a bool; `(low, high)` or `(low, high, start)`, whole where all are;
+            a list of choices.
+        labels: what stands before a control, where the argument's name would not do.
+    """
+
+    kind = traitlets.Unicode("live").tag(sync=True)
+    controls: Any = traitlets.List().tag(sync=True)
+    values = traitlets.Dict().tag(sync=True)
+    output = traitlets.Dict().tag(sync=True)
+
+    def __init__(
+        self, function: Callable[..., Any], *, labels: Mapping[str, str] | None = None, **controls: Any
+    ) -> None:
+        specs = [describe_control(name, spec) for name, spec in controls.items()]
+        names = labels or {}
+        for spec in specs:
+            spec["label"] = names.get(spec["name"], spec["name"].replace("_", " "))
+        self.function = function
+        super().__init__(controls=specs, values={spec["name"]: spec["start"] for spec in specs})
+        self.observe(lambda _: self.refresh(), "values")
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Call the function and show what it returns, or in one sentence why it cannot."""
+        values = dict(self.values)
+        number = values.pop("#", 0)  # counts the page's changes, so that it knows which one is answered
+        try:
+            parts = describe_output(self.function(**values))
+        except Exception as error:  # whatever the learner's function does wrong is told in its place
+            parts = [{"kind": "error", "text": str(error) or type(error).__name__}]
+        self.output = {"#": number, "parts": parts}
+
+
+def describe_control(name: str, spec: Any) -> dict[str, Any]:
+    """Return what the page needs to draw a control."""
+    if isinstance(spec, bool):
+        return {"name": name, "form": "toggle", "start": spec}
+    if isinstance(spec, str):
+        return {"name": name, "form": "text", "start": spec}
+    if isinstance(spec, tuple) and len(spec) in (2, 3):
+        low, high, start = (*spec, spec[0])[:3]
+        whole = all(isinstance(value, int) for value in spec)
+        step = 1 if whole else (high - low) / 100
+        return {"name": name, "form": "slider", "low": low, "high": high, "step": step, "start": start}
+    if isinstance(spec, list) and spec:
+        return {
+            "name": name,
+            "form": "select",
+            "options": [str(item) for item in spec],
+            "start": str(spec[0]),
+        }
+    raise TypeError(
+        f"{name}={spec!r} must be a text, a bool, (low, high), (low, high, start) or a list; write one."
+    )
+
+
+def describe_output(value: Any) -> list[dict[str, Any]]:
+    """Return the parts of a result, each with its kind."""
+    if value is None:
+        return []
+    if hasattr(value, "savefig"):
+        picture = io.BytesIO()
+        value.savefig(picture, format="png", bbox_inches="tight", dpi=144)
+        return [{"kind": "image", "data": base64.b64encode(picture.getvalue()).decode()}]
+    if isinstance(value, Mapping):
+        return [{"kind": "figures", "items": [[str(key), write_value(item)] for key, item in value.items()]}]
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        rows = list(value)
+        if rows and all(isinstance(row, Mapping) for row in rows):
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            cells = [[write_value(row.get(key, "")) for key in columns] for row in rows[:MAX_ROWS]]
+            return [{"kind": "table", "columns": columns, "rows": cells, "left_out": len(rows) - len(cells)}]
+        return [part for item in rows for part in describe_output(item)]
+    return [{"kind": "text", "text": write_value(value)}]
+
+
+def write_value(value: Any) -> str:
+    """Return a value as people read it.
+
+    >>> write_value(1234567), write_value(0.123456), write_value("as it is")
+    ('1,234,567', '0.1235', 'as it is')
+    """
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,121 @@
+"""What labs import: pickers, predictions, exercises, Live; in a script here, in a browser elsewhere."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from primechat import lab, store
+from primechat.lessons import Exercise, is_stub, require
+from primechat.views.widgets.controls import Live, describe_control, describe_output
+
+DOUBLE = Exercise(
+    title="Double",
+    task="Return **twice** `x`.",
+    check=lambda f: require(f(3) == 6, "Doubling", f"double(3) returned {f(3)!r}; twice 3 is 6"),
+    hint="Add.",
+    solution=6,
+    mistakes=(),
+    praise="Well.",
+)
+
+
+def test_lab_starts_without_torch() -> None:
+    code = "import sys, primechat.lab as lab; lab.pick_model(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_show_is_plain_outside_marimo() -> None:
+    widget = Live(lambda k: k, k=(1, 3))
+    assert lab.show(widget) is widget and not lab.in_marimo()
+
+
+def test_picker_offers_what_is_here(base_dir: Path) -> None:
+    every = lab.pick_model()
+    assert [model["identifier"] for model in every.models] == [e.identifier for e in store.list_models()]
+    assert every.identifier == "shipped/sft" and "million parameters" in every.models[0]["about"]
+    chat = lab.pick_model(("sft", "rl"))
+    assert chat.models and all("sft" in model["identifier"] for model in chat.models)
+    assert (
+        lab.pick_model(("mid",)).identifier == "" and lab.pick_model(("base",)).identifier == "shipped/base"
+    )
+    chat.models = []
+    assert chat.answer_find() == {} and chat.models
+
+
+def test_models_are_opened_once(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = lab.borrow_model("shipped/sft")
+    assert lab.borrow_model("shipped/sft")[0] is one[0] and lab.borrow_model()[0] is one[0]
+    monkeypatch.setattr(lab, "CACHE_BYTES", 1)
+    lab.borrow_model("shipped/base")
+    assert lab.borrow_model("shipped/sft")[0] is not one[0], "the older one had to go"
+
+
+def test_prediction_takes_options_or_a_scale() -> None:
+    guess = lab.predict("How many?", ["one", "two"], "two", why="Counted.")
+    assert guess.options == ["one", "two"] and guess.scale == [] and not guess.revealed
+    scale = lab.predict("How much?", (0, 200), 37, unit="%")
+    assert scale.scale == [0, 200] and scale.within == 10 and scale.answer == 37
+    with pytest.raises(ValueError, match="'three' must be one of the options"):
+        lab.predict("How many?", ["one", "two"], "three")
+
+
+def test_exercise_names_the_broken_rule() -> None:
+    def stub(x: Any) -> Any: ...
+
+    def noted(x: Any) -> Any:
+        """Not yet."""
+
+    def fail(x: int) -> int:
+        raise KeyError("a")
+
+    def nothing(x: int) -> None:
+        print(x)
+
+    for attempt in (None, ..., stub, noted):
+        assert lab.exercise(DOUBLE, attempt).state == "untried" and is_stub(attempt)
+    broken = lab.exercise(DOUBLE, lambda x: x + 1)
+    assert (broken.state, broken.rule) == ("broken", "Doubling") and "returned 4" in broken.message
+    failed = lab.exercise(DOUBLE, fail)
+    assert failed.state == "failed" and failed.message == "It raised KeyError: 'a'"
+    assert lab.exercise(DOUBLE, lambda x: 2 * x).state == "passed"
+    assert not is_stub(nothing) and not is_stub(lambda x: x) and DOUBLE.solution_text == "6"
+
+
+def test_live_answers_each_change() -> None:
+    def play(text: str, k: int, loud: bool, mode: str) -> Any:
+        if not text:
+            raise ValueError("type something")
+        return [text.upper() if loud else text[:k], {"length": len(text), "mode": mode}]
+
+    live = Live(play, text="hello", k=(1, 9, 3), loud=False, mode=["a", "b"], labels={"k": "letters"})
+    assert [c["form"] for c in live.controls] == ["text", "slider", "toggle", "select"]
+    assert live.controls[1]["label"] == "letters" and live.controls[1]["step"] == 1
+    assert live.output["parts"][0] == {"kind": "text", "text": "hel"}
+    live.values = {**live.values, "loud": True, "#": 1}
+    assert live.output["#"] == 1 and live.output["parts"][0]["text"] == "HELLO"
+    assert live.output["parts"][1] == {"kind": "figures", "items": [["length", "5"], ["mode", "a"]]}
+    live.values = {**live.values, "text": "", "#": 2}
+    assert live.output == {"#": 2, "parts": [{"kind": "error", "text": "type something"}]}
+
+
+def test_results_become_parts() -> None:
+    rows = [{"a": i, "b": 0.5} for i in range(250)]
+    (table,) = describe_output(rows)
+    assert table["columns"] == ["a", "b"] and len(table["rows"]) == 200 and table["left_out"] == 50
+    assert describe_output(None) == [] and describe_output(1234.5678)[0]["text"] == "1,235"
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, _ = plt.subplots()
+    assert describe_output(figure)[0]["kind"] == "image"
+    plt.close(figure)
+    assert describe_control("k", (0.0, 1.0))["step"] == 0.01
+    with pytest.raises(TypeError, match="k=7 must be"):
+        describe_control("k", 7)
