@@ -39,6 +39,7 @@ DESK = {
     "download": "bring models from the Hugging Face Hub",
     "check": "tell what a model is and whether it is sound",
     "models": "list the models that are on this machine",
+    "plan": "tell what a run needs before it starts: memory, disk, hours, dollars",
     "bench": "measure how fast this machine trains, generates and tokenizes",
 }
 SHORTCUTS = {
@@ -103,6 +104,10 @@ def run_verb(argv: list[str]) -> int:
         from primechat.desk.bench import BenchConfig, run_bench
 
         return run_bench(parse_flags(verb, BenchConfig, argv, BenchConfig(device=device or "auto")))
+    elif verb == "plan":
+        from primechat.desk.cloud import PlanFlags, run_plan
+
+        return run_plan(parse_flags(verb, PlanFlags, argv, PlanFlags(run=full_run(argv))))
     elif verb == "chat":
         from primechat.desk.chat import ChatConfig, run_chat
 
@@ -186,6 +191,21 @@ def build_default(verb: str, cls: Any, argv: list[str], device: str | None) -> A
     if device and hasattr(config, "runtime"):
         config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, device=device))
     return config
+
+
+def full_run(argv: list[str]) -> Any:
+    """Return the run that --depth, --arch and --config name, a full one; takes them out of the words."""
+    from primechat.cloud.plan import full_config
+    from primechat.config import PretrainConfig
+
+    file, depth, arch = (take_option(argv, name) for name in ("--config", "--depth", "--arch"))
+    if file:
+        return read_config(Path(file), PretrainConfig)
+    if depth is not None and not depth.isdecimal():
+        raise ConfigError(f"--depth {depth} must be a whole number from 1 to 256; try 20.")
+    if arch not in (None, "classic", "modern"):
+        raise ConfigError(f"--arch {arch} must be classic or modern; try classic.")
+    return full_config(int(depth or 20), arch or "classic")
 
 
 def read_config(path: Path, cls: type[Config]) -> Config:

@@ -28,6 +28,16 @@ class RuntimeConfig:
     """torch.compile: on, off, or auto (on where the time saved exceeds the time it takes)."""
     micro_batch_rows: int = 0
     """Rows of one forward and backward pass; 0 takes the fastest measured."""
+    checkpoint_blocks: bool = False
+    """Keep only each block's input and compute the block again in the backward pass: for models whose
+    activations do not fit.
+    """
+    max_hours: float = 0.0
+    """Save and stop after so many hours, those before a resume included; 0 is no limit."""
+    max_dollars: float = 0.0
+    """Save and stop once so much is spent at `dollars_per_hour`; 0 is no limit."""
+    dollars_per_hour: float = 0.0
+    """What the machine costs."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("device", DEVICES), ("dtype", DTYPES), ("compile", COMPILE)):
@@ -36,6 +46,19 @@ class RuntimeConfig:
                 raise ConfigError(f"runtime.{name}={value!r} must be one of {', '.join(allowed)}; try auto.")
         for name in ("threads", "micro_batch_rows"):
             check_number(f"runtime.{name}", getattr(self, name), low=0, whole=True)
+        for name in ("max_hours", "max_dollars", "dollars_per_hour"):
+            check_number(f"runtime.{name}", getattr(self, name), low=0)
+        if self.max_dollars and not self.dollars_per_hour:
+            raise ConfigError(
+                f"runtime.max_dollars={self.max_dollars} needs runtime.dollars_per_hour; set it to the price."
+            )
+
+    @property
+    def budget_s(self) -> float:
+        """Seconds until the run has to stop, infinity where nothing limits it."""
+        limits = [3600 * self.max_hours] if self.max_hours else []
+        limits += [3600 * self.max_dollars / self.dollars_per_hour] if self.max_dollars else []
+        return min(limits, default=float("inf"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,11 @@ class PretrainConfig:
     corpus: str = "chitchat"
     """chitchat (ships with primechat), fineweb-edu, climbmix, or a path to .txt, .jsonl or .parquet files."""
     n_shards: int = 8
-    """Shards of fineweb-edu or climbmix to use (about 100 MB and 50 M tokens each)."""
+    """Shards of fineweb-edu or climbmix to use (about 100 MB and 52 M tokens each)."""
+    keep_shards: int = 0
+    """Shards that may lie on the disk at once: read ones are removed to make room; 0 keeps all."""
+    skip_bad_shards: bool = False
+    """Go on without a shard that cannot be read, after naming it, instead of stopping."""
     tokenizer: str = ""
     """Folder of the tokenizer; empty takes the tag's own, else $NANOCHAT_BASE_DIR/tokenizer."""
     batch_tokens: int = 8192
@@ -78,6 +82,9 @@ class PretrainConfig:
         check_tag(self.tag)
         check_training(self, self.model.sequence_len)
         check_number("n_shards", self.n_shards, low=1, whole=True)
+        check_number("keep_shards", self.keep_shards, low=0, whole=True)
+        if self.keep_shards == 1:
+            raise ConfigError("keep_shards=1 leaves no room for the next shard; try 8, or 0 for all.")
         check_number("tokens_per_param", self.tokens_per_param, low=0)
 
 

@@ -64,12 +64,29 @@ def run_bench(config: BenchConfig) -> int:
     }  # fmt: skip
     rows = benches[config.what](config)
     machine = describe_machine()
+    if config.what == "train":
+        keep_speed(rows[-1])
     if config.json:
         print(json.dumps({"bench": config.what, "machine": machine, "rows": rows}, indent=2))
     else:
         print(" · ".join(f"{name} {value}" for name, value in machine.items()))
         show_rows(rows)
     return 0
+
+
+def keep_speed(row: dict[str, Any]) -> None:
+    """Keep what `auto` reached in the base directory, for `primechat plan --gpus here`."""
+    from primechat.cloud.plan import BENCH_FILE, count_flops
+    from primechat.store import base_dir
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = {
+        "flops_per_s": row["tokens_per_s"] * count_flops(PretrainConfig().model),
+        "memory_bytes": memory,
+        "tokens_per_s": row["tokens_per_s"],
+    }
+    base_dir().mkdir(parents=True, exist_ok=True)
+    (base_dir() / BENCH_FILE).write_text(json.dumps(found), encoding="utf-8")
 
 
 def describe_machine() -> dict[str, str]:

@@ -1,0 +1,378 @@
+"""What a pretraining run needs before it is started: parameters, FLOPs, memory, disk, hours, dollars.
+
+Hides: the accounting. Counts are exact; memory is what this code allocates, tensor by tensor, eager (compiled
+it is less), without what the allocator loses between tensors; time is FLOPs over peak times MFU, the share of
+the peak that a run of this kind reached. Reference: Kaplan et al. 2020, section 2.1 (6 FLOPs a matrix
+parameter and token); Chowdhery et al. 2022, appendix B (MFU).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from primechat.config import GPTConfig, LookConfig, PretrainConfig
+from primechat.errors import ConfigError
+from primechat.text.shards import HUB_CORPORA
+
+CHARS_A_TOKEN = 4.8  # of nanochat's tokenizer of 65,536 tokens on FineWeb-Edu; smaller vocabularies have less
+SHARD_CHARS, SHARD_BYTES = 250e6, 100e6
+POD_DISK_BYTES = 80e9
+USABLE = 0.92  # of a GPU's memory: the rest goes to CUDA itself and to gaps between tensors
+LOGITS_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}  # one chunk of model/losses.py
+BLOCK = 128  # queries that attention handles together on a CPU
+BENCH_FILE = "bench.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Something to train on; `mfu` is the share of `peak_flops` (bf16, dense, one GPU) that a run reaches."""
+
+    name: str
+    n_gpus: int
+    memory_bytes: float
+    peak_flops: float
+    mfu: float
+    mfu_source: str
+    dollars_per_hour: float
+    device: str = "cuda"
+
+    @property
+    def flops_per_s(self) -> float:
+        """FLOPs a second of all GPUs in a run."""
+        return self.n_gpus * self.peak_flops * self.mfu
+
+
+GPUS = {  # one GPU: memory, peak, MFU, where that is from, $/h (RunPod's list, late 2025)
+    "H200": (141e9, 989e12, 0.465, "a d20 on 8 of them took 2.96 h", 3.59),
+    "H100": (80e9, 989e12, 0.50, "nanochat's leaderboard, d24 on 8 of them", 2.69),
+    "4090": (24e9, 165e12, 0.40, "a guess, none was measured", 0.69),
+}
+
+
+def find_machine(name: str, base_dir: Path | None = None) -> Machine:
+    """Return a machine by its name.
+
+    Args:
+        name: `8xH200`, `8xH100`, `4090`, any count of one of these, or `here`.
+        base_dir: holds what `primechat bench train` measured here.
+
+    Raises:
+        ConfigError: no such machine, or this one was not measured.
+    """
+    if name == "here":
+        return read_bench(base_dir)
+    match = re.fullmatch(r"(?:(\d{1,3})x)?(\w+)", name)
+    if not match or match[2].upper() not in GPUS or match[1] == "0":
+        raise ConfigError(f"gpus={name!r} must be a count and one of {', '.join(GPUS)}, or here; try 8xH200.")
+    count, kind = int(match[1] or 1), match[2].upper()
+    memory, peak, mfu, source, price = GPUS[kind]
+    return Machine(
+        name=f"{count}x{kind}", n_gpus=count, memory_bytes=memory, peak_flops=peak, mfu=mfu,
+        mfu_source=source, dollars_per_hour=round(count * price, 2),
+    )  # fmt: skip
+
+
+def read_bench(base_dir: Path | None) -> Machine:
+    """Return this machine, as fast as `primechat bench train` found it on the depth-4 model."""
+    path = (base_dir or Path()) / BENCH_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        speed, memory = float(found["flops_per_s"]), float(found["memory_bytes"])
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ConfigError(f"gpus='here' needs {path}; run `primechat bench train` once.") from None
+    return Machine(
+        name="here", n_gpus=1, memory_bytes=memory, peak_flops=speed, mfu=1.0, device="cpu",
+        mfu_source="as `primechat bench train` measured it", dollars_per_hour=0.0,
+    )  # fmt: skip
+
+
+def count_params(model: GPTConfig) -> dict[str, int]:
+    """Return the parameters by kind; they sum to `model.n_params`.
+
+    >>> count_params(GPTConfig.classic(20))["mlp"], sum(count_params(GPTConfig.classic(20)).values())
+    (262144000, 560988160)
+    """
+    rows, width, kv = model.padded_vocab, model.n_embd, model.kv_dim
+    n_tables = sum(model.has_value_embedding(i) for i in range(model.n_layer))
+    counts = {
+        "token embedding": rows * width,
+        "value embeddings": n_tables * rows * kv,
+        "attention": model.n_layer * (2 * width * width + 2 * width * kv) + n_tables * 12 * model.n_kv_head,
+        "mlp": model.n_layer * 8 * width * width,
+        "output head": rows * width,
+    }
+    return {**counts, "scalars and gates": model.n_params - sum(counts.values())}
+
+
+def count_flops(model: GPTConfig) -> int:
+    """Return the FLOPs of one training token, forward and backward.
+
+    Source: 6 x matrix parameters (look-ups are free) + 12 x width x visible tokens a layer. Known error:
+        it ignores norms, softmax and the optimizer, below 2 % from d12 on, and counts a causal row in full.
+
+    >>> count_flops(GPTConfig.classic(20))
+    3491758080
+    """
+    counts = count_params(model)
+    matrices = sum(counts.values()) - counts["token embedding"] - counts["value embeddings"]
+    seen = sum(min(model.window(i) or model.sequence_len, model.sequence_len) for i in range(model.n_layer))
+    return 6 * matrices + 12 * model.n_embd * seen
+
+
+def count_steps(config: PretrainConfig, flops_per_s: float = 0.0) -> int:
+    """Return the optimizer steps of a run: as set, as the seconds allow, or by tokens a parameter."""
+    if config.steps:
+        return config.steps
+    step_flops = config.batch_tokens * count_flops(config.model)
+    if config.seconds and flops_per_s:
+        return max(1, int(config.seconds * flops_per_s / step_flops))
+    return max(1, round(config.tokens_per_param * config.model.n_params / config.batch_tokens))
+
+
+def count_shards(config: PretrainConfig, tokens: float | None = None) -> int:
+    """Return the shards that a run reads once through; 0 for text that is no shards."""
+    if config.corpus not in HUB_CORPORA:
+        return 0
+    tokens = count_steps(config) * config.batch_tokens if tokens is None else tokens
+    return -(-int(tokens * CHARS_A_TOKEN) // int(SHARD_CHARS))
+
+
+def estimate_memory(
+    config: PretrainConfig, rows: int, *, n_gpus: int = 1, device: str = "cuda", dtype: str = "bfloat16"
+) -> dict[str, float]:
+    """Return the bytes of one GPU's memory at the peak of a step, by kind.
+
+    Args:
+        config: the run.
+        rows: of one micro-batch, each of sequence_len tokens.
+        n_gpus: ranks that share the optimizer's states.
+        device: cuda, or cpu.
+        dtype: of matrix products.
+    """
+    model, T = config.model, config.model.sequence_len
+    C, kv, L = model.n_embd, model.kv_dim, model.n_layer
+    counts, size = count_params(model), 4 if dtype == "float32" else 2
+    blocks = counts["attention"] + counts["mlp"]
+    tables = model.n_params - blocks
+    tokens = rows * T
+    # a block keeps, of each token: the inputs and results of its norms, q and k before and after theirs, v,
+    # attention's result, and both sides of relu^2
+    wide = C if device == "cpu" else kv  # a CPU repeats shared key heads
+    a_block = 6 * C + kv + C + 2 * wide + 8 * C + (C if model.residual_scalars else 0)
+    ends = 3 + 2 * model.smear + model.backout
+    n_tables = sum(model.has_value_embedding(i) for i in range(L))
+    norms = (3 * C + kv) * (4 - size)  # a norm in 16 bit keeps its input in float32
+    kept, weights = tokens * (size * a_block + norms), attention_bytes(model, rows, size, device)
+    if config.runtime.checkpoint_blocks:
+        activations = size * tokens * C * (L + ends) + kept + max(weights)
+    else:
+        activations = L * kept + size * tokens * (C * ends + kv * n_tables) + sum(weights)
+    if size == 2:
+        activations += 2 * blocks  # the matrices as they were cast
+    table = 4 * model.padded_vocab * C
+    backward = size * tokens * 10 * C
+    muon_share = -(-L // n_gpus) / L  # matrices are dealt out whole
+    largest = 4 * 4 * C * C * L * muon_share
+    parts = {
+        "weights": 4.0 * model.n_params,
+        "gradients": 4.0 * model.n_params,
+        "optimizer": 8.0 * tables / n_gpus + 4.0 * blocks * muon_share,
+        "activations": float(activations),
+        "logits and update": 3.0 * LOGITS_BYTES[device] + table + backward,
+    }
+    if n_gpus == 1 and rows * T >= config.batch_tokens:  # one pass: gradients grow as activations go
+        parts["activations"] = max(0.0, parts["activations"] - parts["gradients"])
+    # or the optimizer's step is the peak
+    update = largest * (4 if n_gpus == 1 else 4 + n_gpus)
+    parts["logits and update"] += max(0.0, update - parts["activations"] - parts["logits and update"])
+    return parts
+
+
+def attention_bytes(model: GPTConfig, rows: int, size: int, device: str) -> list[int]:
+    """Return the bytes of attention weights that each layer keeps: only on a CPU, for short rows."""
+    T, found = model.sequence_len, []
+    for layer in range(model.n_layer):
+        left, n = model.window(layer), 0
+        for start in range(0, T if device == "cpu" and T <= 1024 else 0, BLOCK):
+            stop = min(start + BLOCK, T)
+            lo = 0 if left is None or left >= T - 1 else max(0, start - left)
+            n += (stop - start) * (stop - lo)
+        found.append(size * rows * model.n_head * n)
+    return found
+
+
+def choose_rows(config: PretrainConfig, machine: Machine) -> int:
+    """Return the largest micro-batch that fits, a power of two that divides a rank's rows; 0 if none does."""
+    share = config.batch_tokens // config.model.sequence_len // machine.n_gpus
+    for rows in (2**i for i in range(12, -1, -1)):
+        if rows <= share and share % rows == 0:
+            need = estimate_memory(config, rows, n_gpus=machine.n_gpus, device=machine.device)
+            if sum(need.values()) <= USABLE * machine.memory_bytes:
+                return rows
+    return 0
+
+
+def estimate_disk(config: PretrainConfig) -> dict[str, float]:
+    """Return the bytes that a run takes at most, by kind.
+
+    While a checkpoint is written, the `keep_checkpoints` before it are still there.
+    """
+    model, look = config.model, config.look
+    counts = count_params(model)
+    blocks = counts["attention"] + counts["mlp"]
+    n = look.keep_checkpoints + 1
+    needed = count_shards(config)
+    shards = min(needed, config.n_shards) if needed else 0
+    if config.keep_shards:
+        shards = min(shards, config.keep_shards)
+    small = 2.0 * model.n_params
+    steps = count_steps(config)
+    snapshots = min(small * (steps.bit_length() + 2), look.snapshot_budget_mb * 1e6)
+    return {
+        "shards of text": (shards + bool(needed)) * SHARD_BYTES,  # one more is validation
+        "weights of checkpoints": n * 4.0 * model.n_params,
+        "optimizer states of checkpoints": n * (8.0 * (model.n_params - blocks) + 4.0 * blocks),
+        "snapshots": snapshots if look.snapshots else 0.0,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run needs; bytes, seconds and dollars are estimates, counts are exact."""
+
+    config: PretrainConfig
+    machine: Machine
+    params: dict[str, int]
+    flops_per_token: int
+    tokens: int
+    steps: int
+    total_flops: float
+    shards: int
+    memory: dict[str, float]
+    micro_batch_rows: int
+    accumulate: int
+    disk: dict[str, float]
+    disk_limit_bytes: float
+    train_s: float
+    dollars: float
+
+    @property
+    def memory_bytes(self) -> float:
+        """Bytes of one GPU at the peak."""
+        return sum(self.memory.values())
+
+    @property
+    def disk_bytes(self) -> float:
+        """Bytes on disk at most."""
+        return sum(self.disk.values())
+
+    @property
+    def fits(self) -> bool:
+        """True where memory and disk are large enough."""
+        return self.micro_batch_rows > 0 and self.disk_bytes <= self.disk_limit_bytes
+
+
+def make_plan(config: PretrainConfig, machine: Machine, *, disk_limit_bytes: float = POD_DISK_BYTES) -> Plan:
+    """Work out what a run needs on a machine.
+
+    Args:
+        config: the run.
+        machine: see `find_machine`; its MFU and price may be replaced.
+        disk_limit_bytes: what the disk holds.
+
+    Raises:
+        ConfigError: the batch is smaller than one row a GPU.
+    """
+    rows_all = config.batch_tokens // config.model.sequence_len
+    if rows_all < machine.n_gpus:
+        raise ConfigError(
+            f"batch_tokens={config.batch_tokens} is {rows_all} rows, {machine.name} needs at least "
+            f"{machine.n_gpus}; try {machine.n_gpus * config.model.sequence_len}."
+        )
+    rows = config.runtime.micro_batch_rows or choose_rows(config, machine)
+    steps, flops = count_steps(config, machine.flops_per_s), count_flops(config.model)
+    tokens = steps * config.batch_tokens
+    train_s = tokens * flops / machine.flops_per_s
+    share = -(-rows_all // machine.n_gpus)
+    return Plan(
+        config=config,
+        machine=machine,
+        params=count_params(config.model),
+        flops_per_token=flops,
+        tokens=tokens,
+        steps=steps,
+        total_flops=float(tokens) * flops,
+        shards=count_shards(config, tokens),
+        memory=estimate_memory(config, max(1, rows), n_gpus=machine.n_gpus, device=machine.device),
+        micro_batch_rows=rows,
+        accumulate=-(-share // max(1, rows)),
+        disk=estimate_disk(config),
+        disk_limit_bytes=disk_limit_bytes,
+        train_s=train_s,
+        dollars=train_s / 3600 * machine.dollars_per_hour,
+    )
+
+
+def full_config(depth: int, arch: str = "classic", corpus: str = "fineweb-edu") -> PretrainConfig:
+    """Return the full run of a depth: nanochat's speedrun recipe, with as many shards as it reads."""
+    shape = GPTConfig.classic if arch == "classic" else GPTConfig.modern
+    look = LookConfig(
+        eval_every=250, eval_tokens=2_097_152, sample_every=1000, save_every=1000, snapshot_budget_mb=16_000
+    )
+    config = PretrainConfig(
+        tag=f"d{depth}", model=shape(depth), corpus=corpus, batch_tokens=524_288, look=look
+    )
+    return replace(config, n_shards=max(1, min(count_shards(config), HUB_CORPORA[corpus][2])))
+
+
+def describe_plan(plan: Plan) -> Iterator[str]:
+    """Yield the plan as lines of plain text."""
+    config, machine, model = plan.config, plan.machine, plan.config.model
+    shape = f"{model.architecture}, {model.n_layer} blocks of width {model.n_embd:,}"
+    yield f"{config.tag}: {shape}, vocabulary {model.vocab_size:,}, rows of {model.sequence_len:,} tokens"
+    yield ""
+    yield from list_parts(f"Parameters {model.n_params:,}", plan.params, 1e6, "M")
+    each, shards = plan.tokens / model.n_params, f", {plan.shards:,} shards" if plan.shards else ""
+    yield f"Text {plan.tokens:,} tokens, {each:.1f} a parameter{shards}"
+    yield f"  {plan.steps:,} steps of {config.batch_tokens:,} tokens"
+    yield f"Work {plan.total_flops:.4g} FLOPs, {plan.flops_per_token:,} a token"
+    size = f"{plan.memory_bytes / 1e9:,.1f} of {machine.memory_bytes / 1e9:,.0f} GB"
+    yield from list_parts(f"Memory {size} of each GPU", plan.memory, 1e9, "GB")
+    if plan.micro_batch_rows:
+        again = f", {plan.accumulate} times a step" if plan.accumulate > 1 else ", once a step"
+        yield f"  {plan.micro_batch_rows} rows at a time on each GPU{again}"
+    else:
+        yield "  DOES NOT FIT, not even one row; try --run.runtime.checkpoint_blocks, more GPUs or less depth"
+    yield from list_parts(f"Disk {plan.disk_bytes / 1e9:,.1f} GB", plan.disk, 1e9, "GB")
+    room = f"{plan.disk_limit_bytes / 1e9:,.0f} GB"
+    if plan.disk_bytes <= plan.disk_limit_bytes:
+        yield f"  fits on {room}"
+    else:
+        yield f"  DOES NOT FIT on {room}; --run.keep_shards 24 removes shards that have been read"
+    yield ""
+    price = f"${plan.dollars:,.0f} at ${machine.dollars_per_hour:,.2f} an hour"
+    cost = f" and {price}" if machine.dollars_per_hour else ""
+    yield f"{machine.name}: {format_hours(plan.train_s)}{cost}"
+    speed = f"{machine.mfu:.1%} MFU" if machine.mfu != 1 else "the speed"
+    yield f"  at {speed} ({machine.mfu_source}); tokenizer, validation and finetuning come on top"
+
+
+def list_parts(title: str, parts: dict[str, float] | dict[str, int], unit: float, name: str) -> Iterator[str]:
+    """Yield a heading and one line a part."""
+    yield title
+    yield from (f"  {value / unit:10,.2f} {name}  {kind}" for kind, value in parts.items() if value)
+
+
+def format_hours(seconds: float) -> str:
+    """Return a duration in the unit that suits it.
+
+    >>> format_hours(90), format_hours(600), format_hours(10649)
+    ('90 s', '10 min', '2.96 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.2f} h"

@@ -1,0 +1,184 @@
+"""What a run needs: figures of runs that are known, counts of models that are built, memory as measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from primechat.cli import main
+from primechat.cloud.forecast import forecast_bpb
+from primechat.cloud.plan import (
+    choose_rows,
+    count_flops,
+    count_params,
+    count_shards,
+    describe_plan,
+    estimate_disk,
+    estimate_memory,
+    find_machine,
+    full_config,
+    make_plan,
+)
+from primechat.config import GPTConfig, PretrainConfig, RuntimeConfig, encode_config
+from primechat.errors import ConfigError
+from primechat.model.gpt import GPT
+
+
+def test_known_runs() -> None:
+    d20 = make_plan(full_config(20), find_machine("8xH200"))
+    assert sum(d20.params.values()) == 560_988_160 and d20.flops_per_token == 3_491_758_080
+    assert (d20.steps, d20.tokens) == (21_400, 11_219_763_200)
+    assert d20.total_flops == pytest.approx(3.918e19, rel=1e-3)
+    assert d20.train_s / 3600 == pytest.approx(2.96, abs=0.01) and d20.dollars == pytest.approx(85, abs=0.5)
+    assert (d20.micro_batch_rows, d20.accumulate, d20.shards) == (32, 1, 216) and d20.fits
+    d32 = make_plan(full_config(32), find_machine("8xH200"))
+    assert sum(d32.params.values()) == 1_879_048_192 and d32.tokens == pytest.approx(37.6e9, rel=1e-3)
+    assert d32.total_flops == pytest.approx(4.54e20, rel=1e-3) and d32.shards == 722
+    assert d32.train_s / 3600 == pytest.approx(34, abs=0.5) and d32.dollars == pytest.approx(980, abs=10)
+    assert d32.disk["shards of text"] == pytest.approx(72e9, rel=0.01) and not d32.fits
+
+
+def test_eviction_fits_the_pod() -> None:
+    small = make_plan(replace(full_config(32), keep_shards=24), find_machine("8xH200"))
+    assert small.fits and small.disk["shards of text"] == 25e8
+    assert "DOES NOT FIT on 80 GB; --run.keep_shards" in "\n".join(
+        describe_plan(make_plan(full_config(32), find_machine("8xH200")))
+    )
+    look = replace(full_config(20).look, snapshot_budget_mb=3000)
+    assert estimate_disk(replace(full_config(20), look=look))["snapshots"] == 3e9
+
+
+SHAPES = [
+    *(GPTConfig.classic(depth, vocab_size=512, sequence_len=64) for depth in (1, 2, 3, 7, 20)),
+    *(GPTConfig.modern(depth, vocab_size=777, sequence_len=64, head_dim=64) for depth in (1, 2, 5, 12)),
+    replace(GPTConfig.modern(4, vocab_size=300, sequence_len=64, head_dim=64), n_kv_head=2),
+    replace(GPTConfig.modern(4, vocab_size=300, sequence_len=64, head_dim=64), smear=False, backout=False),
+    replace(GPTConfig.classic(4, vocab_size=300, sequence_len=64), value_embeddings=True),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=range(len(SHAPES)))
+def test_counts_are_the_built_models(shape: GPTConfig) -> None:
+    with torch.device("meta"):
+        model = GPT(shape)
+    kinds = {
+        "token embedding": "transformer.wte", "value embeddings": "value_embeds", "output head": "lm_head",
+        "attention": ".attn.", "mlp": ".mlp.",
+    }  # fmt: skip
+    built = dict.fromkeys([*kinds, "scalars and gates"], 0)
+    for name, p in model.named_parameters():
+        built[next((kind for kind, part in kinds.items() if part in name), "scalars and gates")] += p.numel()
+    assert count_params(shape) == built
+    assert shape.n_params == sum(built.values())
+
+
+def test_windows_cost_less() -> None:
+    long = GPTConfig.modern(12)
+    assert count_flops(long) < count_flops(replace(long, window_pattern=""))
+    # every look at 2,048 tokens, of 12 layers nine at a quarter
+    assert count_flops(replace(long, window_pattern="")) - count_flops(long) == 12 * 768 * 9 * (2048 - 512)
+
+
+def test_rows_and_memory() -> None:
+    d32, pod = full_config(32), find_machine("8xH100")
+    rows = choose_rows(d32, pod)
+    assert 0 < rows < 32
+    need, more = (sum(estimate_memory(d32, n, n_gpus=8).values()) for n in (rows, 2 * rows))
+    assert need <= 0.92 * 80e9 < more
+    saving = replace(d32, runtime=RuntimeConfig(checkpoint_blocks=True))
+    assert choose_rows(saving, pod) == 32
+    assert choose_rows(full_config(20), replace(pod, memory_bytes=6e9)) == 0
+    lines = describe_plan(make_plan(full_config(20), replace(pod, memory_bytes=6e9)))
+    assert "DOES NOT FIT, not even one row" in "\n".join(lines)
+
+
+MEASURED = [  # shape, rows of a step, of a micro-batch, dtype
+    (GPTConfig.classic(6, vocab_size=16_384, sequence_len=256), 8, 8, "float32"),
+    (GPTConfig.modern(6, vocab_size=8192, sequence_len=512, head_dim=64), 8, 4, "float32"),
+    (GPTConfig.modern(4, vocab_size=4096, sequence_len=256, head_dim=64), 32, 16, "bfloat16"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize(("shape", "rows", "micro", "dtype"), MEASURED, ids=["classic", "modern", "half"])
+def test_memory(shape: GPTConfig, rows: int, micro: int, dtype: str) -> None:
+    def build(model: GPTConfig, rows: int, micro: int) -> PretrainConfig:
+        runtime = RuntimeConfig(device="cpu", dtype=dtype, micro_batch_rows=micro)
+        return PretrainConfig(model=model, batch_tokens=rows * model.sequence_len, runtime=runtime)
+
+    config = build(shape, rows, micro)
+    tiny = build(GPTConfig.modern(1, vocab_size=300, sequence_len=32, head_dim=64), 2, 1)
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("peak_main.py")),
+         *(json.dumps(encode_config(c)) for c in (config, tiny))],
+        capture_output=True, text=True, timeout=300,
+        # each tensor of its own, so that no gaps between them are measured
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    predicted = sum(estimate_memory(config, micro, device="cpu", dtype=dtype).values())
+    assert predicted == pytest.approx(float(done.stdout), rel=0.15)
+
+
+def test_here_and_wrong_names(base_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="run `primechat bench train` once"):
+        find_machine("here", base_dir)
+    base_dir.mkdir()
+    (base_dir / "bench.json").write_text('{"flops_per_s": 4e11, "memory_bytes": 16e9}')
+    here = find_machine("here", base_dir)
+    plan = make_plan(PretrainConfig(seconds=100), here)
+    assert plan.train_s == pytest.approx(100, rel=0.05) and plan.dollars == 0 and plan.shards == 0
+    for name in ("0xH100", "8xB200", "x", "H100x8"):
+        with pytest.raises(ConfigError, match="try 8xH200"):
+            find_machine(name)
+    with pytest.raises(ConfigError, match="needs at least 8; try 16384"):
+        make_plan(replace(full_config(20), batch_tokens=2048), find_machine("8xH200"))
+    assert main(["plan", "--depth", "32", "--mfu", "0.5", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"] == 71_680 and found["machine"]["mfu"] == 0.5
+    assert main(["plan", "--depth", "20", "--dollars_per_hour", "10"]) == 0
+    assert "$30 at $10.00 an hour" in capsys.readouterr().out
+    assert main(["plan", "--depth", "x"]) == 2 and "try 20" in capsys.readouterr().err
+
+
+def test_shards_follow_the_text() -> None:
+    assert full_config(20).n_shards == count_shards(full_config(20)) == 216
+    assert full_config(64).n_shards == 1822 < count_shards(full_config(64))
+
+
+@pytest.mark.parametrize("floor", [0.3, 0.7])
+def test_forecast(floor: float) -> None:
+    def reach(flops: float) -> float:
+        return floor + 60 * flops**-0.13
+
+    compute, target, hits = np.array([1e12, 4e12, 2e13, 8e13]), 4e14, 0
+    for seed in range(40):
+        noise = 1 + 0.005 * np.random.default_rng(seed).standard_normal(5)
+        runs = [(c, reach(c) * n) for c, n in zip(compute, noise, strict=False)]
+        told = forecast_bpb(runs, target)
+        hits += told.low <= reach(target) * noise[-1] <= told.high
+        assert told.low < told.bpb < told.high < runs[-1][1]
+    assert hits >= 32  # of 40; 36 expected
+    near = forecast_bpb(runs, 1e14)
+    assert near.high - near.low < told.high - told.low, "farther is less certain"
+
+
+def test_forecast_refuses() -> None:
+    runs = [(1e12, 2.0), (4e12, 1.8), (1e13, 1.7)]
+    for bad, flops, words in (
+        (runs[:2], 1e14, "too few"), (runs, 1e16, "more than 100 times"),
+        ([(1e12, float("nan"))] * 3, 1e13, "no positive numbers"),
+        ([(c, 2 + i) for i, (c, _) in enumerate(runs)], 1e14, "does not fall"),
+        ([(1e12, 2.0), (1.1e12, 1.9), (1.2e12, 1.8)], 2e12, "nearly one size"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            forecast_bpb(bad, flops)
