@@ -25,7 +25,14 @@ from typing import Any, TypeVar
 
 import primechat
 from primechat.errors import ConfigError, PrimechatError
-from primechat.records import EvaluateResult, QuickstartResult, TokenizerResult, TrainResult, encode_record
+from primechat.records import (
+    EvaluateResult,
+    OverlapResult,
+    QuickstartResult,
+    TokenizerResult,
+    TrainResult,
+    encode_record,
+)
 
 STAGES = {  # verb: (public name of the stage, of its config, its sentence)
     "train-tokenizer": ("train_tokenizer", "TokenizerConfig", "learn which pieces of words become tokens"),
@@ -320,12 +327,24 @@ def describe_result(result: object) -> str:
         return f"Tokenizer: {size}, {result.elapsed_s:.1f} s; in {result.path}"
     if isinstance(result, EvaluateResult):
         scored = f"{result.scored_tokens:,} tokens, {result.scored_bytes:,} bytes, windows of {result.window}"
-        return f"{result.identifier} on {result.corpus}: {result.bpb:.4f} bits per byte ({scored})"
+        measured = f"{result.identifier} on {result.corpus}: {result.bpb:.4f} bits per byte ({scored})"
+        return "\n".join([measured, *(describe_overlap(result.overlap) if result.overlap else ())])
     if isinstance(result, TrainResult):
         quality = f"{result.n_params:,} parameters, {result.val_bpb:.4f} bits per byte"
         speed = f"{result.tokens:,} tokens at {result.tokens_per_s:,.0f} a second"
         return f"{result.identifier}: {quality}, {speed}; in {result.path}"
     return "\n".join(describe_quickstart(result)) if isinstance(result, QuickstartResult) else ""
+
+
+def describe_overlap(overlap: OverlapResult) -> Iterator[str]:
+    """Yield the lines that tell what an evaluation text shares with a training text."""
+    share = overlap.shared_n_grams / max(1, overlap.n_grams)
+    yield (
+        f"Contamination: {overlap.contaminated:,} of {overlap.documents:,} documents share a run of "
+        f"{overlap.n} words with {overlap.training_texts:,} training conversations ({share:.2%} of all runs; "
+        f"{overlap.too_short:,} documents are shorter)."
+    )
+    yield from (f"  shared: {text}" for text in overlap.examples)
 
 
 def describe_quickstart(result: QuickstartResult) -> Iterator[str]:

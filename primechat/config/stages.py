@@ -99,7 +99,26 @@ class FinetuneConfig:
     base: str = ""
     """Model to start from, for example base/d4 or base/d4@600; empty is base/<tag>."""
     dialogues: str = "chitchat"
-    """chitchat (ships with primechat), or a path to .jsonl conversations."""
+    """Sets with weights and caps, for example `chitchat, persona*0.5, talk.jsonl@2000`. Sets: chitchat
+    (ships with primechat), persona, dailydialog, lmsys, magpie, smol-smoltalk, a .jsonl of your own;
+    recipes: topic:music, style:pirate, faq.
+    """
+    language: str = "English"
+    """Language of the conversations, for sets that have several; empty takes all."""
+    personas: bool = True
+    """Give what a set says about the assistant's person as a system message."""
+    dialogue_shards: int = 2
+    """Files to fetch of a set that has many large ones."""
+    layout: str = "packed"
+    """packed lays conversations end to end; padded keeps them in rows of their own."""
+    learn: str = "assistant"
+    """assistant learns from the assistant's tokens; all learns from everybody's (midtraining) and writes to
+    mid_checkpoints.
+    """
+    general: str = ""
+    """Text on whose validation split forgetting is measured; empty takes what the base model was trained on,
+    if it is on this machine; none measures nothing.
+    """
     batch_tokens: int = 4096
     """Tokens of one optimizer step, over all ranks."""
     steps: int = 0
@@ -122,6 +141,9 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         check_tag(self.tag)
         check_training(self, 1)
+        check_choice("layout", self.layout, ("packed", "padded"))
+        check_choice("learn", self.learn, ("assistant", "all"))
+        check_number("dialogue_shards", self.dialogue_shards, low=1, whole=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +166,10 @@ class EvaluateConfig:
     """Tokens of context; 0 is the model's sequence_len."""
     batch_rows: int = 16
     """Windows of one forward pass."""
+    contamination: str = ""
+    """Mixture of dialogues, as `finetune` takes it: tells how many runs of 13 words of the evaluation text
+    stand in it too.
+    """
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """Device and precision."""
 
@@ -188,6 +214,12 @@ def check_tag(tag: object, *, empty: bool = False) -> None:
         re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", tag) or (empty and tag == "")
     ):
         raise ConfigError(f"tag={tag!r} must be a plain name of letters, digits, '.', '_' and '-'; try d4.")
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Refuse a word that is none of the allowed ones."""
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} must be one of {', '.join(allowed)}; try {allowed[0]}.")
 
 
 def check_training(config: PretrainConfig | FinetuneConfig, row_tokens: int) -> None:

@@ -14,9 +14,12 @@ from primechat import store
 from primechat.config import EvaluateConfig
 from primechat.errors import ConfigError
 from primechat.metrics.bits import measure_bits
-from primechat.records import EvaluateResult, OnEvent, PhaseEvent, ProgressEvent
+from primechat.metrics.contamination import measure_overlap
+from primechat.records import EvaluateResult, OnEvent, OverlapResult, PhaseEvent, ProgressEvent
 from primechat.stages.pretrain import cache_text
 from primechat.text.batches import validation_windows
+from primechat.text.corpora import read_documents
+from primechat.text.dialogues import DialogueOptions, stream_dialogues
 from primechat.train.tune import count_cores, list_devices
 
 
@@ -58,6 +61,7 @@ def evaluate(
     cache = cache_text(config.corpus, "val", tokenizer, 1, on_event)
     batches = validation_windows(cache, window, stride, rows=config.batch_rows, max_tokens=config.max_tokens)
     tell(PhaseEvent(name="validation", total=config.max_tokens or cache.tokens, unit="tokens"))
+    overlap = find_overlap(config, on_event) if config.contamination else None
     threads = torch.get_num_threads()
     torch.set_num_threads(config.runtime.threads or count_cores())
     try:
@@ -77,4 +81,13 @@ def evaluate(
         window=window,
         stride=stride,
         elapsed_s=time.perf_counter() - t_start,
+        overlap=overlap,
     )
+
+
+def find_overlap(config: EvaluateConfig, on_event: OnEvent | None) -> OverlapResult:
+    """Return what the evaluation text shares with the training part of a mixture of dialogues."""
+    options = DialogueOptions(language="", base_dir=store.base_dir())
+    training = stream_dialogues(config.contamination, "train", options, on_event=on_event)
+    said = ("\n".join(str(m["content"]) for m in conversation["messages"]) for conversation in training)
+    return measure_overlap(read_documents(config.corpus, "val", base_dir=store.base_dir()), said)

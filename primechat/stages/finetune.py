@@ -1,32 +1,42 @@
 """Teach a base model to answer: train on conversations, on the assistant's tokens only.
 
-Hides: how conversations become rows. They are rendered with their special tokens, laid end to end, and
-every token that is not the assistant's is masked out of the loss. Reference: nanochat's chat SFT; Ouyang et
-al. 2022, section 3.
+Hides: how conversations become rows. They are rendered with their special tokens, laid end to end (or each in
+rows of its own), and every token that is not the assistant's is masked out of the loss. What the model
+forgets meanwhile is measured on the text that it came from. Reference: nanochat's chat SFT and midtraining;
+Ouyang et al. 2022, section 3.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from primechat import store
 from primechat.config import FinetuneConfig
-from primechat.errors import ConfigError
+from primechat.errors import ConfigError, PrimechatError
 from primechat.infer.engine import Engine
-from primechat.model.checkpoint import load_checkpoint
-from primechat.records import OnEvent, TrainResult
-from primechat.stages.pretrain import EVAL_ROWS
+from primechat.model.checkpoint import Loaded, load_checkpoint
+from primechat.records import NoteEvent, OnEvent, TrainResult
+from primechat.stages.pretrain import EVAL_ROWS, cache_text
 from primechat.stages.run import SAMPLE_TOKENS, Job, TrainingRun
-from primechat.text.batches import PackedBatches, TokenCache, build_cache, validation_windows
-from primechat.text.corpora import corpus_identity, read_conversations
+from primechat.text.batches import PackedBatches, PaddedBatches, TokenCache, build_cache, validation_windows
+from primechat.text.corpora import is_local
+from primechat.text.dialogues import (
+    DialogueOptions,
+    identify_mixture,
+    parse_mixture,
+    prepare_set,
+    stream_dialogues,
+)
 from primechat.text.tokenizer import Tokenizer
 
 PROMPTS = ("Hi! How was your day?", "Do you like music?")
 MAX_TOKENS = 2048  # of one conversation
+Windows = Callable[[int, int, int], Iterable[tuple[Tensor, Tensor]]]
 
 
 def finetune(
@@ -48,47 +58,73 @@ def finetune(
     """
     base = config.base or f"base/{config.tag}"
     folder, name = store.locate_model(store.parse_identifier(base))
-    tokenizer = store.load_tokenizer(base)
-    loaded = load_checkpoint(folder, name.step)
-    model, T = loaded.config, loaded.config.sequence_len
+    tokenizer, loaded = store.load_tokenizer(base), load_checkpoint(folder, name.step)
+    job = make_job(config, loaded, tokenizer, f"{base}@{loaded.step}", on_event)
+    return TrainingRun(config, job, on_event, stop).work()
+
+
+def make_job(
+    config: FinetuneConfig, loaded: Loaded, tokenizer: Tokenizer, base: str, on_event: OnEvent | None
+) -> Job:
+    """Return what training on conversations, from a checkpoint, brings to the common loop."""
+    T = loaded.config.sequence_len
     if config.batch_tokens % T:
         near = max(1, round(config.batch_tokens / T)) * T
         raise ConfigError(
             f"batch_tokens={config.batch_tokens} must be a multiple of the base model's sequence_len={T}; "
             f"try {near}."
         )
-    train, val = (cache_dialogues(config.dialogues, split, tokenizer) for split in ("train", "val"))
+    train, val = (cache_dialogues(config, split, tokenizer, on_event) for split in ("train", "val"))
+    if config.learn == "all":
+        train, val = replace(train, mask=None), replace(val, mask=None)
+    kind = PackedBatches if config.layout == "packed" else PaddedBatches
 
     def open_batches(rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None) -> PackedBatches:
-        return PackedBatches(
-            train,
-            sequence_len=T,
-            rows=rows,
-            rank=rank,
-            world_size=world_size,
-            seed=config.seed,
-            cursor=cursor,
-        )
+        shape: Any = dict(sequence_len=T, rows=rows, rank=rank, world_size=world_size, cursor=cursor)
+        return kind(train, seed=config.seed, **shape)
 
-    def start_state() -> dict[str, Tensor]:
-        return loaded.model_state
-
-    job = Job(
-        family="sft",
-        model=model,
-        start_state=start_state,
+    return Job(
+        family="sft" if config.learn == "assistant" else "mid",
+        model=loaded.config,
+        start_state=lambda: loaded.model_state,
         tokenizer=tokenizer,
         open_batches=open_batches,
-        open_windows=lambda tokens, rank, world_size: validation_windows(
-            val, T, rows=EVAL_ROWS, max_tokens=tokens, rank=rank, world_size=world_size
-        ),
+        open_windows=open_cache(val, T),
         last_eval_tokens=config.look.last_eval_tokens,
         default_steps=max(1, round(train.tokens / config.batch_tokens)),
         prompts=PROMPTS,
         write_sample=write_reply,
-        meta={"base": f"{base}@{loaded.step}", "dialogues": corpus_identity(config.dialogues, "train")},
+        meta={"base": base, "dialogues": identify_mixture(config.dialogues, "train", read_options(config))},
+        open_general=open_general(config.general, loaded, tokenizer, on_event),
     )
-    return TrainingRun(config, job, on_event, stop).work()
+
+
+def open_cache(cache: TokenCache, sequence_len: int) -> Windows:
+    """Return what opens the validation windows of a cache."""
+
+    def open_windows(tokens: int, rank: int, world_size: int) -> Iterable[tuple[Tensor, Tensor]]:
+        kind: Any = dict(rows=EVAL_ROWS, max_tokens=tokens, rank=rank, world_size=world_size)
+        return validation_windows(cache, sequence_len, **kind)
+
+    return open_windows
+
+
+def open_general(
+    corpus: str, loaded: Loaded, tokenizer: Tokenizer, on_event: OnEvent | None
+) -> Windows | None:
+    """Return what opens the windows of the text on which forgetting shows; None where there is none."""
+    named = corpus or str((loaded.meta.get("user_config") or {}).get("corpus") or "chitchat")
+    if named == "none" or (not corpus and not is_local(named)):
+        return None
+    try:
+        cache = cache_text(named, "val", tokenizer, 1, on_event)
+    except PrimechatError as error:
+        if corpus:
+            raise
+        if on_event:
+            on_event(NoteEvent(text=f"Forgetting is not measured: {error}"))
+        return None
+    return open_cache(cache, loaded.config.sequence_len)
 
 
 def write_reply(engine: Engine, prompt: str, seed: int) -> str:
@@ -97,12 +133,28 @@ def write_reply(engine: Engine, prompt: str, seed: int) -> str:
     return engine.chat(messages, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=seed).read()
 
 
-def cache_dialogues(dialogues: str, split: str, tokenizer: Tokenizer) -> TokenCache:
+def read_options(config: FinetuneConfig, split: str = "train") -> DialogueOptions:
+    """Return what the config says about reading a split's conversations; both sides are read for training."""
+    return DialogueOptions(
+        language=config.language,
+        personas=config.personas,
+        mirrored=split == "train",
+        base_dir=store.base_dir(),
+        shards=config.dialogue_shards,
+    )
+
+
+def cache_dialogues(
+    config: FinetuneConfig, split: str, tokenizer: Tokenizer, on_event: OnEvent | None = None
+) -> TokenCache:
     """Render a split's conversations once, with their masks, and return the memory-mapped cache."""
+    options = read_options(config, split)
+    for part in parse_mixture(config.dialogues):
+        prepare_set(part.name, options, on_event)
 
     def render() -> Iterator[tuple[list[int], list[int]]]:
-        for conversation in read_conversations(dialogues, split, mirrored=split == "train"):
+        for conversation in stream_dialogues(config.dialogues, split, options):
             yield tokenizer.render_conversation(conversation, max_tokens=MAX_TOKENS)
 
-    key = f"chat-{split}-{corpus_identity(dialogues, split)}"
+    key = f"chat-{split}-{identify_mixture(config.dialogues, split, options)}"
     return build_cache(render(), tokenizer, store.base_dir() / "token_cache", key)

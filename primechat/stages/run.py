@@ -66,6 +66,7 @@ from primechat.train.tune import Tuning, make_loss, tune_runtime
 Config = TypeVar("Config", bound=PretrainConfig | FinetuneConfig)
 SAMPLE_TOKENS = 48
 SAVE_EVERY_S = 60.0
+GENERAL_TOKENS = 100_000  # where the whole validation split is scored at the end
 OPEN_FIELDS = ("resume", "steps")  # what a resumed run may leave out: it takes the frozen value
 
 
@@ -84,7 +85,8 @@ class Job:
 
     `open_batches` takes the rows of one step over all ranks, this rank, the number of ranks and a cursor;
     `open_windows` takes a number of validation tokens (0 is all), this rank and the number of ranks, and
-    yields (ids, targets) batches; `default_steps` is for a config that names neither steps nor seconds.
+    yields (ids, targets) batches, and so does `open_general`, of a text that may be forgotten;
+    `default_steps` is for a config that names neither steps nor seconds.
     """
 
     family: str
@@ -98,6 +100,7 @@ class Job:
     prompts: tuple[str, ...]
     write_sample: Callable[[Engine, str, int], str]
     meta: dict[str, Any]
+    open_general: Callable[[int, int, int], Iterable[tuple[Tensor, Tensor]]] | None = None
 
 
 def write_continuation(engine: Engine, prompt: str, seed: int) -> str:
@@ -353,14 +356,11 @@ class TrainingRun:
         config = self.config
         if last or step % config.look.eval_every == 0:
             tokens = self.job.last_eval_tokens if last else config.look.eval_tokens
-            self.tell(PhaseEvent(name="validation", total=tokens, unit="tokens"))
-            windows = self.job.open_windows(tokens, self.ranks.rank, self.ranks.world_size)
-            bits = measure_bits(
-                lambda x, y: self.model.loss(x, y, "none"), windows, self.job.tokenizer.byte_lengths(),
-                device=self.model.device, on_batch=lambda n: self.tell(ProgressEvent(done=n)),
-            )  # fmt: skip
-            nats, count, n_bytes = sum_numbers([bits.nats, bits.tokens, bits.n_bytes], self.model.device)
-            self.last_bits = Bits(nats=nats, tokens=int(count), n_bytes=int(n_bytes))
+            self.last_bits = self.measure("validation", self.job.open_windows, tokens)
+            general = None
+            if self.job.open_general:
+                few = tokens or GENERAL_TOKENS
+                general = self.measure("general text", self.job.open_general, few).bpb
             self.tell(
                 LossEvent(
                     step=step,
@@ -368,6 +368,7 @@ class TrainingRun:
                     val_loss_nats=self.last_bits.loss_nats,
                     whole=tokens == 0,
                     elapsed_s=self.trained_s,
+                    general_bpb=general,
                 )
             )
         if (
@@ -378,6 +379,19 @@ class TrainingRun:
             for prompt in self.job.prompts:
                 text = self.job.write_sample(self.engine, prompt, step)
                 self.tell(SampleEvent(step=step, prompt=prompt, text=text))
+
+    def measure(
+        self, name: str, opened: Callable[[int, int, int], Iterable[tuple[Tensor, Tensor]]], tokens: int
+    ) -> Bits:
+        """Score a text over all ranks."""
+        self.tell(PhaseEvent(name=name, total=tokens, unit="tokens"))
+        windows = opened(tokens, self.ranks.rank, self.ranks.world_size)
+        bits = measure_bits(
+            lambda x, y: self.model.loss(x, y, "none"), windows, self.job.tokenizer.byte_lengths(),
+            device=self.model.device, on_batch=lambda n: self.tell(ProgressEvent(done=n)),
+        )  # fmt: skip
+        nats, count, n_bytes = sum_numbers([bits.nats, bits.tokens, bits.n_bytes], self.model.device)
+        return Bits(nats=nats, tokens=int(count), n_bytes=int(n_bytes))
 
     def save(self, step: int, last: bool) -> None:
         """Write a snapshot and a checkpoint where it is time to."""

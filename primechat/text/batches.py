@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,6 +70,7 @@ class PackedBatches(Iterator[Batch]):
             raise DataError(f"cursor={cursor!r:.60} is no place in a stream of {total} tokens; start anew.")
         self._epoch, self._position = position["epoch"], position["position"]
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._orders: dict[int, np.ndarray] = {}
 
     @property
     def cursor(self) -> Cursor:
@@ -115,6 +117,49 @@ class PackedBatches(Iterator[Batch]):
         bounds = np.clip(ends[first : last + 1], position, position + count)
         shifts = np.repeat(shift[first : last + 1], np.diff(bounds, prepend=position))
         return np.arange(position, position + count) + shifts
+
+
+class PaddedBatches(PackedBatches):
+    """Endless batches whose rows hold one conversation each, or a piece of T tokens of a longer one.
+
+    What is left of a row is <|bos|>, which is no target. The cursor counts rows of an epoch.
+    """
+
+    def __init__(self, cache: TokenCache, *, sequence_len: int, rows: int, **kind: Any) -> None:
+        """Begin as `PackedBatches` does; arguments are the same."""
+        super().__init__(cache, sequence_len=sequence_len, rows=rows, **kind)
+        starts = [
+            np.arange(a, max(a + 1, b - 1), sequence_len)
+            for a, b in zip(cache.offsets[:-1], cache.offsets[1:], strict=True)
+        ]
+        self.starts = np.concatenate(starts)
+        self.ends = np.repeat(cache.offsets[1:], [len(s) for s in starts])
+        real = np.minimum(self.ends - self.starts - 1, sequence_len).sum()
+        self.waste = 1 - float(real) / (len(self.starts) * sequence_len)
+
+    def __next__(self) -> Batch:
+        """Return ids and targets, int64 (R, T)."""
+        total, first = len(self.starts), self._position + self.rank * self.share
+        picked = []
+        for place in range(first, first + self.share):
+            epoch, at = self._epoch + place // total, place % total
+            if epoch not in self._orders:
+                self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(total)
+            picked.append(self._orders[epoch][at])
+        passed, self._position = divmod(self._position + self.rows, total)
+        self._epoch += passed
+        self._orders = {e: order for e, order in self._orders.items() if e >= self._epoch}
+        where = self.starts[picked][:, None] + np.arange(self.sequence_len + 1)  # (R, T + 1)
+        inside = where < self.ends[picked][:, None]
+        tokens = self.cache.ids[np.minimum(where, self.cache.tokens - 1)].astype(np.int64)
+        learned = (
+            inside
+            if self.cache.mask is None
+            else inside & (self.cache.mask[np.minimum(where, self.cache.tokens - 1)] != 0)
+        )
+        ids = np.where(inside, tokens, self.cache.bos_id)[:, :-1]
+        targets = np.where(learned, tokens, -1)[:, 1:]
+        return torch.from_numpy(ids.copy()), torch.from_numpy(targets.copy())
 
 
 def share_rows(rows: int, world_size: int) -> int:
