@@ -27,6 +27,11 @@ export function percent(share) {
   return share >= 0.995 ? "100 %" : share >= 0.0995 ? `${Math.round(share * 100)} %` : `${(share * 100).toFixed(1)} %`;
 }
 
+/** A number with its sign, as it is printed. */
+export function signed(x, digits = 2) {
+  return `${x < 0 ? "−" : "+"}${Math.abs(x).toFixed(digits)}`;
+}
+
 /** The name of a part in words: layer.1.head.2 -> layer 1, head 2. */
 export function sayPart(part) {
   const [, layer, kind, head] = part.split(".");
@@ -35,7 +40,8 @@ export function sayPart(part) {
 
 /**
  * A text whose tokens can be pointed at: `hover(i)` (-1: none) and `pick(i)`; arrow keys move.
- * `tint(shares, colour)` shades token i by shares[i] in 0..1; `mark(i)` outlines the picked one.
+ * `tint(shares, colour)` shades token i by shares[i] in 0..1; `mark(i)` outlines the picked one,
+ * `read(i)` underlines one.
  */
 export function tokenText({ label, hover = () => {}, pick = () => {} }) {
   const box = h("div", { class: "pc-tokens", role: "listbox", "aria-label": label, onpointerleave: () => hover(-1) });
@@ -75,7 +81,8 @@ export function tokenText({ label, hover = () => {}, pick = () => {} }) {
     node.tabIndex = 0;
     if (box.children[i]) { node.classList.add("pc-picked"); node.setAttribute("aria-selected", "true"); }
   };
-  return Object.assign(box, { put, tint, mark });
+  const read = (i) => { for (const [k, node] of [...box.children].entries()) node.classList.toggle("pc-read", k === i); };
+  return Object.assign(box, { put, tint, mark, read });
 }
 
 function readColour(node, name) {

@@ -1,23 +1,21 @@
 // Heads at work: all of them small, one of them large, and the token that is pointed at.
-import { commit, debounce, frame, h, select, toggle } from "../kit.js";
+import { commit, debounce, frame, h, toggle } from "../kit.js";
 import { onTheme, paintHeat, percent, readBytes, soon, spell, tokenText } from "./draw.js";
 
-/** The prompt and the model that reads it. */
+/** The prompt. */
 function showPrompt({ model, el }) {
   const { root, listen, end } = frame({ model, el }, "prompt");
   const send = debounce(() => commit(model, { text: box.value }), 250);
-  const box = h("textarea", { class: "pc-text pc-mono pc-prompt", "aria-label": "Your text", spellcheck: "false", rows: 3, value: model.get("text"), oninput: send, "data-lm-suppress-shortcuts": "true" });
-  const choice = select({ label: "Model", options: model.get("models"), value: model.get("identifier"), input: (value) => commit(model, { identifier: value }) });
+  const box = h("textarea", { class: "pc-text pc-mono pc-prompt", spellcheck: "false", rows: 3, value: model.get("text"), oninput: send, "data-lm-suppress-shortcuts": "true" });
   const status = h("span", { class: "pc-muted", "aria-live": "polite" }), problem = h("div", { class: "pc-error", role: "alert" });
-  root.append(h("div", { class: "pc-card pc-stack" }, h("div", { class: "pc-row pc-spread" }, choice, status), box, problem));
+  root.append(h("div", { class: "pc-card pc-stack" }, h("label", { class: "pc-stack pc-close" }, h("span", { class: "pc-title", text: "Your text" }), box), status, problem));
   const draw = soon(() => {
-    choice.fill(model.get("models"), model.get("identifier"));
     status.textContent = model.get("status");
     problem.textContent = model.get("problem");
     problem.hidden = !model.get("problem");
     if (document.activeElement !== box) box.value = model.get("text");
   });
-  listen(["models", "identifier", "status", "problem", "text"], draw);
+  listen(["status", "problem", "text"], draw);
   draw();
   return end;
 }
@@ -67,9 +65,10 @@ function showHeads({ model, el }) {
     if (s < 0 || t < 0 || s >= size || t >= size) return;
     over = t;
     point();
+    text.read(s);
     tip.textContent = s > t ? "Tokens cannot read what comes after them." : `“${spell(tokens()[t])}” reads “${spell(tokens()[s])}”: ${percent(row(t)[s])}`;
   });
-  plate.addEventListener("pointerleave", () => { over = -1; tip.textContent = ""; point(); });
+  plate.addEventListener("pointerleave", () => { over = -1; tip.textContent = ""; text.read(-1); point(); });
   plate.addEventListener("click", () => { if (over >= 0) commit(model, { at: over }); });
 
   const draw = soon(() => {
@@ -84,7 +83,7 @@ function showHeads({ model, el }) {
     large.setAttribute("aria-label", `What each token reads in layer ${layer}, head ${head}`);
     paintHeat(large, Float32Array.from(weights, (w) => w / 65535), size, size);
     if (grid.children.length !== d.n_layer * (d.n_head + 1) || grid.dataset.heads !== String(d.n_head)) {
-      grid.style.gridTemplateColumns = `auto repeat(${d.n_head}, minmax(26px, 72px))`;
+      grid.style.gridTemplateColumns = `auto repeat(${d.n_head}, minmax(26px, 92px))`;
       grid.dataset.heads = d.n_head;
       grid.replaceChildren();
       for (let i = 0; i < d.n_layer; i++) {

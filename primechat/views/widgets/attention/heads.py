@@ -1,4 +1,4 @@
-"""The prompt with its model, and all heads at work on it.
+"""The prompt, and all heads at work on it.
 
 Hides: nothing; the page's part stands in heads.js. Reference: Vig 2019 (BertViz).
 """
@@ -11,11 +11,9 @@ from primechat.views.widgets.kit import Widget
 
 
 class PromptBar(Widget):
-    """A model to choose and a text for it; `identifier` and `text` are the reader's."""
+    """A text for the model to read; `text` is the reader's."""
 
     kind = traitlets.Unicode("prompt").tag(sync=True)
-    models: traitlets.List = traitlets.List().tag(sync=True)  # (identifier, what is shown)
-    identifier = traitlets.Unicode().tag(sync=True)
     text = traitlets.Unicode().tag(sync=True)
     status = traitlets.Unicode().tag(sync=True)
     problem = traitlets.Unicode().tag(sync=True)

@@ -1,6 +1,6 @@
 // What heads are like: a strip for each score, with the same heads on random numbers; and one score taken apart.
 import { commit, frame, h, number } from "../kit.js";
-import { card, percent, soon, spell, tokenText } from "./draw.js";
+import { card, percent, signed, soon, spell, tokenText } from "./draw.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 function s(tag, props, text) {
@@ -67,7 +67,7 @@ function showNeurons({ model, el }) {
         style: { background: `color-mix(in srgb, ${v >= 0 ? "var(--pc-accent)" : "var(--pc-series-1)"} ${Math.round((100 * Math.abs(v)) / most)}%, transparent)` },
       }))));
     }));
-    sum.textContent = `The products add up to ${d.product.toFixed(2)}; times ${d.scale.toFixed(3)} that is a score of ${d.score.toFixed(2)}. Against the scores of all other tokens it gets ${percent(d.weight)} of the attention.`;
+    sum.textContent = `The products add up to ${signed(d.product)}; times ${d.scale.toFixed(3)} that is a score of ${signed(d.score)}. Against the scores of all other tokens it gets ${percent(d.weight)} of the attention.`;
   });
   listen(["data", "key"], draw);
   draw();

@@ -1,8 +1,6 @@
 // The residual stream: what it would say at each layer, what each part adds, what carries over, how it grew.
 import { button, commit, debounce, frame, h, number, slider, tabs, throttle, toggle } from "../kit.js";
-import { card, onTheme, paintHeat, percent, readBytes, sayPart, shareBars, soon, spell, tokenText } from "./draw.js";
-
-const signed = (x, digits = 2) => `${x >= 0 ? "+" : "−"}${Math.abs(x).toFixed(digits)}`;
+import { card, onTheme, paintHeat, percent, readBytes, sayPart, shareBars, signed, soon, spell, tokenText } from "./draw.js";
 
 /** Logit lens: a table, a row a stage, a column a token. */
 function showLens({ model, el }) {
@@ -88,22 +86,23 @@ function showPatch({ model, el }) {
   const field = (label, value) => h("input", { class: "pc-input pc-wide-input", type: "text", "aria-label": label, value, oninput: send, "data-lm-suppress-shortcuts": "true" });
   const one = field("first prompt", model.get("clean")), two = field("second prompt", model.get("corrupt"));
   const table = h("table", { class: "pc-grid" }), say = h("p", { class: "pc-say", "aria-live": "polite" });
-  const tip = h("p", { class: "pc-muted pc-tight" });
+  const tip = h("p", { class: "pc-muted pc-tight" }), scroll = h("div", { class: "pc-scroll" }, table);
   card({ model, root }, "More: carry one state from a prompt into another",
     h("label", { class: "pc-line-field" }, h("span", { class: "pc-label", text: "states are taken from" }), one),
     h("label", { class: "pc-line-field" }, h("span", { class: "pc-label", text: "and put, one at a time, into" }), two),
-    say, h("div", { class: "pc-scroll" }, table), tip);
+    say, scroll, tip);
   const draw = soon(() => {
     const d = model.get("data");
-    if (d.problem) { say.textContent = d.problem; table.replaceChildren(); tip.textContent = ""; return; }
+    if (d.problem) { say.textContent = d.problem; scroll.hidden = true; tip.textContent = ""; return; }
     if (!d.grid) return;
-    say.textContent = `The first prompt expects “${spell(d.answers[0])}”, the second “${spell(d.answers[1])}”. Each cell: how far carrying that one state over turns the second answer into the first.`;
+    say.textContent = `The first prompt speaks more for “${spell(d.answers[0])}”, the second for “${spell(d.answers[1])}”. Each cell: how far carrying that one state over moves the second to the first.`;
+    scroll.hidden = false;
     const head = h("tr", {}, h("th", { class: "pc-corner", text: "state after" }), ...d.tokens.map((pair) => h("th", { class: "pc-mono" }, h("div", { text: spell(pair[0]) }), pair[0] !== pair[1] && h("div", { class: "pc-swap", text: spell(pair[1]) }))));
     table.replaceChildren(h("thead", {}, head), h("tbody", {}, ...d.grid.map((cells, r) => h("tr", {}, h("th", { text: d.stages[r] }), ...cells.map((share) => {
       const ink = Math.round(62 * Math.sqrt(Math.min(1, Math.abs(share))));
       return h("td", { class: "pc-cell", text: Math.abs(share) < 0.05 ? "" : percent(share).replace("-", "−"), style: { background: `color-mix(in srgb, ${share < 0 ? "var(--pc-warn)" : "var(--pc-accent)"} ${ink}%, transparent)` } });
     })))));
-    tip.textContent = "0 %: nothing changed. 100 %: the answer is wholly that of the first prompt.";
+    tip.textContent = "0 %: nothing changed. 100 %: the two tokens stand to each other as in the first prompt.";
   });
   listen("data", draw);
   onTheme(root, later, draw);
@@ -130,13 +129,16 @@ function showTime({ model, el }) {
   });
   later(stop);
   const move = (value) => { bar.put(value); send(value); };
+  const body = h("div", { class: "pc-stack" });
   card({ model, root }, "More: the time machine",
-    holder, note, text, h("div", { class: "pc-three" },
+    holder, note, body);
+  body.append(text, h("div", { class: "pc-three" },
     h("div", {}, h("h4", { class: "pc-title", text: "Attention" }), h("p", { class: "pc-muted pc-tight", text: "Every head; rows read columns." }), heads),
     h("div", {}, h("h4", { class: "pc-title", text: "Lens" }), h("p", { class: "pc-muted pc-tight", text: "First guess at each stage." }), lens),
     h("div", {}, heading, h("p", { class: "pc-muted pc-tight", text: "Guesses of the whole model." }), bars, sums)));
   const draw = soon(() => {
     const d = model.get("data"), steps = model.get("steps");
+    body.hidden = Boolean(d.problem);
     if (d.problem) { note.textContent = d.problem; return; }
     if (!steps.length || !d.n_layer) return;
     if (!bar || holder.dataset.steps !== String(steps)) {

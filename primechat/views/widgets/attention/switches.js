@@ -1,8 +1,6 @@
 // A board of switches, one for each head and MLP, and what the model loses when one is off.
 import { button, commit, frame, h, number, tabs } from "../kit.js";
-import { sayPart, shareBars, soon, spell, tokenText } from "./draw.js";
-
-const signed = (x, digits = 2) => `${x >= 0 ? "+" : "−"}${Math.abs(x).toFixed(digits)}`;
+import { sayPart, shareBars, signed, soon, spell, tokenText } from "./draw.js";
 
 function render({ model, el }) {
   const { root, listen, end } = frame({ model, el }, "switches");

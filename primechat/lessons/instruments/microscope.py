@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from primechat.errors import PrimechatError
-from primechat.lessons.scene import Scene, save_copying, spell_tokens
+from primechat.lessons.instruments.scene import Scene, save_copying, spell_tokens
 from primechat.metrics import circuits
 from primechat.metrics.probes import capture
-from primechat.store import choose_model, list_models, open_model
 from primechat.views.widgets.attention.heads import HeadView, PromptBar
 from primechat.views.widgets.attention.scores import NeuronView, ScoreView
 from primechat.views.widgets.attention.stream import LensView, PatchView, ShareView, TimeView
@@ -26,7 +25,7 @@ from primechat.views.widgets.attention.switches import SwitchView
 from primechat.views.widgets.kit import Widget
 
 TEXT = "My sister has a small dog. My sister has a big cat. I like the dog, but I love the cat."
-CLEAN, CORRUPT = "I am happy because I am so", "I am sad because I am so"
+CLEAN, CORRUPT = "I have a dog. My", "I am a dog. My"
 SLICE_S = 0.4  # work between two answers to the page
 
 
@@ -34,31 +33,29 @@ class Microscope:
     """A model and a text under every view of lab 02.
 
     Args:
-        identifier: a model of `open_model`; empty is the base model that ships, or one's own.
-        text: what it reads first.
+        picker: what chooses the model: its `identifier` is read and observed, as `primechat.lab.pick_model`
+            returns it.
+        text: what is read first.
     """
 
-    def __init__(self, identifier: str = "", text: str = TEXT) -> None:
-        entries = [(entry.identifier, entry.architecture) for entry in list_models()]
-        names = [name for name, _ in entries]
-        chosen = identifier or next((n for n in ("shipped/base", "base") if n in names), str(choose_model()))
-        models = [[name, f"{name} ({kind})"] for name, kind in entries]
-        if chosen not in names:
-            models.insert(0, [chosen, chosen])
-        self.prompt = PromptBar(models=models, identifier=chosen, text=text)
+    def __init__(self, picker: Any, text: str = TEXT) -> None:
+        self.picker = getattr(picker, "widget", picker)  # marimo wraps a widget
+        self.prompt = PromptBar(text=text)
         self.followers: list[Callable[[], None]] = []
-        self.at, self.head = -1, [0, 0]
-        self.open_named(chosen)
+        self.open_named(self.picker.identifier)
         self.read_text()
-        self.prompt.observe(lambda change: self.change_model(), "identifier")
+        self.picker.observe(lambda change: self.change_model(), "identifier")
         self.prompt.observe(lambda change: self.change_text(), "text")
 
     # ---- the model and the text
 
     def open_named(self, identifier: str) -> None:
         """Open a model; raises PrimechatError."""
-        self.model, self.tokenizer, self.meta = open_model(identifier)
+        from primechat.lab import borrow_model
+
+        self.model, self.tokenizer, self.meta = borrow_model(identifier)
         self._control: Any = None
+        self.head = [0, 0]
 
     def encode_text(self, text: str) -> np.ndarray:
         """Return bos and the tokens of a text, cut at the context."""
@@ -66,13 +63,13 @@ class Microscope:
         return np.array(ids[: self.model.sequence_len], dtype=np.int64)
 
     def read_text(self) -> None:
-        """Read the prompt's text; one that is empty leaves what was read before."""
-        ids = self.encode_text(self.prompt.text)
+        """Read the prompt's text; one that is too short leaves what was read before."""
         n, room = len(self.tokenizer.encode(self.prompt.text)) + 1, self.model.sequence_len
         cut = f"; only the first {room} are read" if n > room else ""
-        self.prompt.status = f"{n} tokens of {room}, the mark that begins every text included{cut}"
+        self.prompt.status = f"{n} of {room} tokens, the mark that begins every text included{cut}"
         self.prompt.problem = "" if n > 2 else "Type at least two tokens."
-        if n > 2:
+        if n > 2 or not hasattr(self, "scene"):
+            ids = self.encode_text(self.prompt.text if n > 2 else TEXT)
             self.scene = Scene(self.model, self.tokenizer, ids)
             self.at = len(ids) - 1
             self._control_scene: Scene | None = None
@@ -80,13 +77,13 @@ class Microscope:
 
     def change_model(self) -> None:
         """Open the model that the reader chose; the old one stays if that fails."""
-        self.prompt.status = f"opening {self.prompt.identifier} …"
+        self.prompt.status = f"opening {self.picker.identifier} …"
         try:
-            self.open_named(self.prompt.identifier)
+            self.open_named(self.picker.identifier)
         except PrimechatError as error:
             self.prompt.problem = str(error)
             return
-        self.head = [0, 0]
+        self.scene = Scene(self.model, self.tokenizer, self.encode_text(TEXT))
         self.change_text()
 
     def change_text(self) -> None:
@@ -309,7 +306,7 @@ class Microscope:
 
     def time_machine(self) -> TimeView:
         """Return the slider over snapshots."""
-        from primechat.lessons.timelapse import Timelapse
+        from primechat.lessons.instruments.timelapse import Timelapse
 
         return Timelapse(self).view
 
@@ -397,11 +394,13 @@ def patch_prompts(scope: Microscope, clean: str, corrupt: str) -> dict[str, Any]
             "problem": f"The prompts have {len(rows[0])} and {len(rows[1])} tokens; they must have equally "
             "many, so that each state has its place. Change a word."
         }
-    best = [int(capture(scope.model, row).last.argmax()) for row in rows]
-    if best[0] == best[1]:
-        name = spell_tokens(scope.tokenizer, best[:1])[0]
-        return {"problem": f"Both prompts expect “{name}”; change one so that they differ."}
+    first, second = (capture(scope.model, row).last.astype(np.float64) for row in rows)
+    likely = np.union1d(np.argsort(-first)[:12], np.argsort(-second)[:12])
+    lead = (first - second)[likely]
+    best = [int(likely[lead.argmax()]), int(likely[lead.argmin()])]
     grid, top, bottom = circuits.patch_grid(scope.model, rows[0], rows[1], *best)
+    if abs(top - bottom) < 1e-3:
+        return {"problem": "The model expects the same after both prompts; change a word."}
     stages = ["embedding", *(f"layer {i}" for i in range(len(grid) - 1))]
     return {
         "problem": "", "grid": ((grid - bottom) / (top - bottom)).tolist(), "stages": stages,

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from primechat.lessons.scene import Scene, spell_tokens
+from primechat.lessons.instruments.scene import Scene, spell_tokens
 from primechat.store import list_models, open_model
 from primechat.views.widgets.attention.stream import TimeView
 
 if TYPE_CHECKING:
-    from primechat.lessons.microscope import Microscope
+    from primechat.lessons.instruments.microscope import Microscope
 
 HELD = 40  # opened snapshots kept; a small one takes a few megabytes
 
@@ -32,7 +32,7 @@ class Timelapse:
     def choose_run(self) -> None:
         """Take the run of the model that is looked at if it has snapshots, else the one that ships."""
         entries = [entry for entry in list_models() if len(entry.snapshots) > 1]
-        name = self.scope.prompt.identifier.partition("@")[0]
+        name = self.scope.picker.identifier.partition("@")[0]
         entries.sort(key=lambda e: (e.identifier.partition("@")[0] != name, not e.shipped, -len(e.snapshots)))
         run, steps = "", list[int]()
         if entries:
