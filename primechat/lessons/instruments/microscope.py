@@ -27,6 +27,7 @@ from primechat.views.widgets.kit import Widget
 TEXT = "My sister has a small dog. My sister has a big cat. I like the dog, but I love the cat."
 CLEAN, CORRUPT = "I have a dog. My", "I am a dog. My"
 SLICE_S = 0.4  # work between two answers to the page
+SMALL = 50_000_000  # parameters up to which a control is tried unasked
 
 
 class Microscope:
@@ -338,6 +339,9 @@ class Trial:
                 if time.monotonic() - t_start > SLICE_S:
                     break
             running = len(self.found) < len(parts)
+            if not running and self.worst is None and scene.model.config.n_params <= SMALL:
+                changes = circuits.scan_ablations(self.scope.control.model, scene.ids)
+                self.worst = max(abs(change) for _, change in changes)
         self.turn = wish
         return {
             "scan": self.found or None,

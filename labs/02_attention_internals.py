@@ -1,0 +1,248 @@
+import marimo
+
+__generated_with = "0.25.2"
+app = marimo.App(width="medium", app_title="Attention internals")
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    # What does a head read, and what breaks without it?
+
+    A language model cuts text into **tokens**, short pieces of a word or more. It guesses the next token from
+    those before. Before it guesses, every token may look back at the others: the parts that look are called
+    **heads**. A model has several heads in each of its **layers**, the steps that a text passes one after
+    the other.
+
+    Here you watch the heads of a real model at work on your own text, switch some off, and see what the
+    model can no longer do. Every number on this page comes from the model's own forward pass.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    import marimo as mo
+
+    from primechat.lab import exercise, pick_model, predict, show
+    from primechat.lessons.attention_internals import EXERCISES
+    from primechat.lessons.instruments import survey
+    from primechat.lessons.instruments.microscope import Microscope
+
+    return EXERCISES, Microscope, exercise, mo, pick_model, predict, show, survey
+
+
+@app.cell(hide_code=True)
+def _(Microscope, pick_model):
+    picker = pick_model(label="Model", first="shipped/base")
+    scope = Microscope(picker)
+    picker
+    return (scope,)
+
+
+@app.cell(hide_code=True)
+def _(scope, show):
+    show(scope.prompt)
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 1. Look
+
+    For each token, a head divides its attention among that token and all before it; the shares add up to
+    100 %. Guess first, then look.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(predict, scope, survey):
+    _answer, _said = survey.find_favourite(scope.scene)
+    predict(
+        "All heads and all tokens of the text together: what does a token read most?",
+        survey.PLACES,
+        _answer,
+        why=f"Measured on the text above: {_said}. "
+        "Many heads that have nothing to look for rest on the first token.",
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _(scope, show):
+    show(scope.look())
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    Tick **random numbers in the blocks** to see the same heads without training: the pattern that stays is
+    the architecture's, the one that goes is what the model has learned.
+
+    ## 2. Switch off
+
+    Seeing where a head looks does not tell whether it matters. So take it out: its output becomes zero, and
+    the rest of the model has to do without. The **loss** says how surprised the model is by the token that
+    really comes, in nats (a nat is about 1.44 bits); an **MLP** is the part of a layer that works on each
+    token by itself.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(predict, scope, survey):
+    _effect, _said = survey.find_worst(scope.scene)
+    predict(
+        "One single head goes off, the one the model needs most here. How many nats does the loss grow?",
+        survey.EFFECTS,
+        _effect,
+        why=f"{_said} In a small model the work is spread: few heads are needed alone.",
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _(scope, show):
+    show(scope.ablate())
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    Now choose **its words shuffled, twice**. Shuffled words make no sense, so the first half is hard; the
+    second half is the first once more, and easy for a model that looks back and copies. Find the switches
+    that stop the copying. (A model that has read little may not have learned to copy: then the second half
+    is as hard as the first, and that is a finding too.)
+
+    ## 3. Lens
+
+    What a token carries from layer to layer is one list of numbers, the **stream**; each layer adds to it.
+    The lens reads the stream after every layer as if the model ended there.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(predict, scope, survey):
+    _stage, _said, _names = survey.find_settling(scope.scene)
+    predict(
+        "After which stage is the first guess already the final one, for at least half of the tokens?",
+        _names,
+        _stage,
+        why=_said,
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _(scope, show):
+    show(scope.lens())
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 4. More
+
+    Each part below opens with a click. The **time machine** has snapshots, copies of a small model kept while
+    it trained: pull the slider from noise to words. A **logit** is the score of a token before scores become
+    probabilities.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(scope, show):
+    show(scope.time_machine())
+    return
+
+
+@app.cell(hide_code=True)
+def _(scope, show):
+    show(scope.scores())
+    return
+
+
+@app.cell(hide_code=True)
+def _(scope, show):
+    show(scope.shares())
+    return
+
+
+@app.cell(hide_code=True)
+def _(scope, show):
+    show(scope.neurons())
+    return
+
+
+@app.cell(hide_code=True)
+def _(scope, show):
+    show(scope.patching())
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 5. Exercises
+
+    Replace the `...` in each cell and run it. The card says which rule does not hold yet.
+    """)
+    return
+
+
+@app.cell
+def _(EXERCISES, exercise):
+    def weigh_tokens(queries, keys, scale): ...
+
+    exercise(EXERCISES[0], weigh_tokens)
+    return
+
+
+@app.cell
+def _(EXERCISES, exercise):
+    def score_copying(weights, ids): ...
+
+    exercise(EXERCISES[1], score_copying)
+    return
+
+
+@app.cell
+def _(EXERCISES, exercise):
+    def split_logit(written, row): ...
+
+    exercise(EXERCISES[2], split_logit)
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## In your own code
+
+    `capture` keeps what passes any named point of a forward pass, as numpy arrays; `ablate=` switches parts
+    off. Parts and layers count from 0.
+    """)
+    return
+
+
+@app.cell
+def _():
+    from primechat import capture, open_model
+
+    model, tokenizer, _ = open_model("shipped/base")
+    ids = [tokenizer.bos_id, *tokenizer.encode("The cat sat on the mat because the cat")]
+    seen = capture(model, ids, points=["layer.*.attn.weights", "layer.0.resid"])
+    cut = capture(model, ids, ablate=["layer.1.head.0"])
+    print("weights (layers, heads, T, T):", seen.stack("attn.weights").shape)
+    print(f"loss {seen.losses.mean():.3f}, without layer 1, head 0: {cut.losses.mean():.3f} nats")
+    return
+
+
+if __name__ == "__main__":
+    app.run()
