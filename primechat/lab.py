@@ -1,46 +1,41 @@
-"""What a lab imports: show a widget, pick a model, guess before the reveal, try an exercise.
+"""What a lab imports: widgets, a model, a guess, an exercise; settings, a stage and what came of it.
 
-Hides: where a lab runs. The same cell works in marimo, in JupyterLab, in a script and under pytest; a widget
-is wrapped where marimo needs it, and models are opened once a process. Importing this never imports torch.
+Hides: where a lab runs. In a notebook a stage runs on a thread behind Start and Stop, and its settings are a
+form; in a script, under torchrun or pytest it runs at once, and the settings are the command line. Models are
+opened once a process. Importing this never imports torch.
 Reference: labs/00_start_here.py uses each of these once.
 """
 
 from __future__ import annotations
 
-import sys
+import dataclasses
+import inspect
+import os
 import threading
+import typing
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from primechat import store
-from primechat.errors import PrimechatError
+from primechat.desk.forms import build_form, read_command
+from primechat.desk.runner import Runner, in_marimo, in_notebook, keep_runner, show
 from primechat.lessons import Broken, Exercise, is_stub
+from primechat.records import Event, encode_record
 from primechat.store import ModelEntry
 from primechat.views.widgets.controls import ExerciseCard, Live, ModelPicker, Prediction
+from primechat.views.widgets.runs import RunLog, StageControl, Summary, describe_figures
 
 if TYPE_CHECKING:
     from primechat.model.gpt import GPT
     from primechat.text.tokenizer import Tokenizer
 
-__all__ = ["Live", "borrow_model", "exercise", "in_marimo", "pick_model", "predict", "show"]
+__all__ = [
+    "Live", "borrow_model", "exercise", "in_marimo", "in_notebook", "pick_model", "predict", "settings",
+    "show", "stage", "summary",
+]  # fmt: skip
 
 CACHE_BYTES = 2**31  # of weights that stay in memory between cells
-
-
-def in_marimo() -> bool:
-    """Tell whether this runs in a marimo notebook, as opposed to Jupyter or a script."""
-    marimo = sys.modules.get("marimo")
-    return marimo is not None and bool(marimo.running_in_notebook())
-
-
-def show(widget: Any) -> Any:
-    """Return a widget as the present host shows it; its attributes can be read from what is returned.
-
-    Args:
-        widget: one of ours, or a plotly FigureWidget.
-    """
-    return sys.modules["marimo"].ui.anywidget(widget) if in_marimo() else widget
 
 
 def pick_model(families: Sequence[str] = (), *, label: str = "Model", first: str = "") -> Any:
@@ -136,6 +131,63 @@ def measure_model(opened: tuple[Any, Any, dict[str, Any]]) -> int:
     return sum(weight.numel() * weight.element_size() for weight in opened[0].parameters())
 
 
-def explain_error(error: BaseException) -> str:
-    """Return an error as a page shows it: ours are sentences, others are named."""
-    return str(error) if isinstance(error, PrimechatError) else f"{type(error).__name__}: {error}"
+def stage(function: Callable[..., Any], config: Any, *, title: str = "") -> Any:
+    """Return Start and Stop of a stage with a live view; `.result` is what came of it, None until then.
+
+    Args:
+        function: a stage: called with the config, `on_event` and `stop`.
+        config: its settings. In a script the stage runs now, and this returns when it ends.
+        title: what stands above the control.
+    """
+    title = title or inspect.getdoc(type(config)).partition(".")[0]  # type: ignore[union-attr]
+    if in_notebook():
+        return show(keep_runner(Runner(function, config, title)).control)
+    control = StageControl(title, lambda word: None)
+    if os.environ.get("RANK", "0") == "0":
+        from primechat.desk.progress import open_view
+
+        with open_view() as view:
+            control.result = function(config, on_event=view, stop=threading.Event())
+    else:
+        control.result = function(config, stop=threading.Event())
+    control.state = "done"
+    return control
+
+
+def summary(result: Any, *, title: str = "", notes: Sequence[str] = ()) -> Any:
+    """Return what came of a run: figures, curves, samples.
+
+    Args:
+        result: a stage's result, or None where it has not run yet.
+        title: what stands above; empty is the model's identifier.
+        notes: sentences below, for example what to do next.
+    """
+    if result is None:
+        waiting = "Nothing has run yet: press Start above" + ("." if in_marimo() else ", then run this cell.")
+        return show(Summary(title=title or "Result", notes=[waiting]))
+    log, record = RunLog(), encode_record(result)
+    for event in record.pop("events", None) or ():
+        log.add(build_event(event))
+    view = {**log.describe(), "figures": describe_figures(record)}
+    return show(Summary(title=title or record.get("identifier", "Result"), view=view, notes=list(notes)))
+
+
+def build_event(data: Mapping[str, Any]) -> Event:
+    """Return an event from a line of metrics.jsonl."""
+    kinds = {cls.kind: cls for cls in typing.get_args(Event)}
+    cls = kinds[data["kind"]]
+    return cls(**{item.name: data[item.name] for item in dataclasses.fields(cls) if item.name in data})
+
+
+def settings(config: Any, simple: Sequence[str] = ("tag", "steps", "seconds"), *, title: str = "") -> Any:
+    """Return a form of a config; `.config` is the config in force.
+
+    Args:
+        config: what the form starts from. In a script the command line overrides it: --steps 20.
+        simple: the fields to show at once, parts with dots: "runtime.device"; the others are behind "more".
+        title: what stands above the form.
+    """
+    form = build_form(config, simple, title)
+    if not in_notebook():
+        form.config = read_command(config)
+    return show(form)

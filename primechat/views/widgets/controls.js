@@ -1,14 +1,4 @@
-import { frame, h, asking, commit, debounce, number, button, slider, select, toggle, more } from "./kit.js";
-
-/** Plain words with `code` and **bold**, as nodes; nothing is read as HTML. */
-function prose(text) {
-  return text.split(/\n{2,}/).map((block) =>
-    h("p", { class: "pc-prose" }, ...block.split(/(`[^`]+`|\*\*[^*]+\*\*)/).map((part) => {
-      if (part.startsWith("`") && part.length > 2) return h("code", { class: "pc-mono", text: part.slice(1, -1) });
-      if (part.startsWith("**") && part.length > 4) return h("strong", { text: part.slice(2, -2) });
-      return part;
-    })));
-}
+import { frame, h, asking, commit, debounce, number, button, slider, select, toggle, more, prose } from "./kit.js";
 
 function drawModels({ model, root, listen, later }) {
   const ask = asking(model, later);

@@ -175,3 +175,17 @@ export function tabs({ label, options, value, input }) {
 export function more(title, ...children) {
   return h("details", { class: "pc-more" }, h("summary", { text: title }), ...children);
 }
+
+/** Plain words with `code` and **bold**, as nodes; nothing is read as HTML. */
+export function phrase(text) {
+  return text.split(/(`[^`]+`|\*\*[^*]+\*\*)/).map((part) => {
+    if (part.startsWith("`") && part.length > 2) return h("code", { class: "pc-mono", text: part.slice(1, -1) });
+    if (part.startsWith("**") && part.length > 4) return h("strong", { text: part.slice(2, -2) });
+    return part;
+  });
+}
+
+/** The same in paragraphs, parted by empty lines. */
+export function prose(text) {
+  return text.split(/\n{2,}/).map((block) => h("p", { class: "pc-prose" }, ...phrase(block)));
+}

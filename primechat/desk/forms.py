@@ -1,0 +1,172 @@
+"""A config as a form and as a command line, from the dataclass itself: names, types, helps, refusals.
+
+Hides: how a sentence of a refusal finds the field that it is about. Reference: primechat.config.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import shlex
+import sys
+import textwrap
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from primechat.config.runtime import COMPILE, DEVICES, DTYPES
+from primechat.errors import ConfigError
+from primechat.views.widgets.runs import SettingsForm
+
+SECTIONS = {
+    "": "More settings", "model": "The model's shape and switches", "optim": "The optimizer",
+    "look": "How often it is measured and saved", "runtime": "The machine",
+}  # fmt: skip
+CHOICES = {"runtime.device": DEVICES, "runtime.dtype": DTYPES, "runtime.compile": COMPILE}
+
+
+def build_form(config: Any, simple: Sequence[str], title: str) -> SettingsForm:
+    """Return a form that starts from a config; `simple` are the fields to show at once."""
+    fields = list(list_fields(config))
+    start = {name: value for name, value, _, _ in fields}
+    order = {name: i for i, name in enumerate(simple)}
+    shown = [
+        {
+            "name": name, "help": text, "simple": name in order, "section": name_section(name),
+            "form": name_form(name, kind), "choices": list(CHOICES.get(name, ())),
+        }
+        for name, _, kind, text in sorted(fields, key=lambda field: order.get(field[0], len(order)))
+    ]  # fmt: skip
+
+    def change(draft: dict[str, Any]) -> dict[str, Any]:
+        try:
+            new = build_config(config, draft)
+        except ConfigError as error:
+            return {"fault": str(error), "field": find_field(str(error), list(start))}
+        form.config = new
+        values = {name: value for name, value, _, _ in list_fields(new)}
+        return {"values": values, "command": write_command(new)}
+
+    form = SettingsForm(
+        change, title=title or "Settings", fields=shown, start=start, values=dict(start),
+        command=write_command(config),
+    )  # fmt: skip
+    form.config = config
+    return form
+
+
+def name_form(name: str, kind: Any) -> str:
+    """Return how a field is entered."""
+    if name in CHOICES:
+        return "choice"
+    return "toggle" if kind is bool else "number" if kind in (int, float) else "text"
+
+
+def find_field(sentence: str, names: Sequence[str]) -> str:
+    """Return the field that a refusal begins with, empty where it names none of them.
+
+    >>> find_field("model.n_embd=770 must be divisible by 6; try 768.", ["steps", "model.n_embd"])
+    'model.n_embd'
+    """
+    match = re.match(r"[\w.]+", sentence)
+    said = match[0] if match else ""
+    near = [name for name in names if name.rpartition(".")[2] == said.rpartition(".")[2]]
+    return said if said in names else near[0] if near else ""
+
+
+def list_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """Yield name, value, type and help of each plain field of a config, parts included."""
+    types, texts = typing.get_type_hints(type(config)), read_helps(type(config))
+    for item in dataclasses.fields(config):
+        value, name = getattr(config, item.name), prefix + item.name
+        if dataclasses.is_dataclass(value):
+            yield from list_fields(value, f"{name}.")
+        elif isinstance(value, (str, int, float)):
+            yield name, value, types[item.name], texts.get(item.name, "")
+
+
+def read_helps(cls: type) -> dict[str, str]:
+    """Return the help of each field: the string below it."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    body = tree.body if isinstance(tree, ast.ClassDef) else []
+    pairs = zip(body, body[1:], strict=False)
+    return {
+        field.target.id: " ".join(str(below.value.value).split())
+        for field, below in pairs
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+    }
+
+
+def name_section(name: str) -> str:
+    """Return the title of the part of a form that a field stands in."""
+    part = name.rpartition(".")[0]
+    return SECTIONS.get(part, part.capitalize())
+
+
+def build_config(config: Any, draft: Mapping[str, Any], prefix: str = "") -> Any:
+    """Return a config with a form's values in it.
+
+    Raises:
+        ConfigError: a value is none that its field can have.
+    """
+    types, changes = typing.get_type_hints(type(config)), {}
+    for item in dataclasses.fields(config):
+        value, name = getattr(config, item.name), prefix + item.name
+        if dataclasses.is_dataclass(value):
+            changes[item.name] = build_config(value, draft, f"{name}.")
+        elif name in draft:
+            changes[item.name] = read_value(name, draft[name], types[item.name])
+    return dataclasses.replace(config, **changes)
+
+
+def read_value(name: str, value: Any, kind: Any) -> Any:
+    """Return what somebody typed as the type that a field has.
+
+    >>> read_value("steps", "1,000", int), read_value("seconds", "2.5", float), read_value("tag", " d4 ", str)
+    (1000, 2.5, 'd4')
+    """
+    if kind is bool or not isinstance(value, str):
+        return value
+    text = value.strip()
+    if kind is str:
+        return text
+    try:
+        return kind(text.replace(",", "").replace("_", ""))
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"{name}={text!r} must be {what}; write one.") from None
+
+
+def write_command(config: Any) -> str:
+    """Return the command line that runs a config; only what differs from its defaults is named."""
+    from primechat.cli import STAGES
+
+    verb = next((verb for verb, (_, name, _) in STAGES.items() if name == type(config).__name__), None)
+    if verb is None:
+        return repr(config)
+    usual = {name: value for name, value, _, _ in list_fields(type(config)())}
+    words = ["primechat", verb]
+    for name, value, kind, _ in list_fields(config):
+        if usual.get(name) != value:
+            part, dot, last = name.rpartition(".")
+            flag = f"{part}{dot}{'' if value or kind is not bool else 'no_'}{last}"
+            words += [f"--{flag}"] if kind is bool else [f"--{flag}", str(value)]
+    return shlex.join(words)
+
+
+def read_command(config: Any) -> Any:
+    """Return a config with the flags of the script that is running; unchanged elsewhere.
+
+    Raises:
+        ConfigError: a flag has no such value.
+    """
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if "marimo" not in sys.modules or not script or Path(script) != Path(sys.argv[0]):
+        return config
+    from primechat.cli import parse_flags
+
+    return parse_flags(f"lab {Path(script).stem}", type(config), sys.argv[1:], config)

@@ -1,0 +1,197 @@
+"""A running stage as a page shows it: Start and Stop, figures, curves, samples; its settings; its summary.
+
+Hides: how events become one state that is sent at most a few times a second. A control never runs anything
+itself: it calls what it is given. Reference: primechat.records, whose events these are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import traitlets
+
+from primechat.records import (
+    CheckpointEvent,
+    DoneEvent,
+    Event,
+    LossEvent,
+    NoteEvent,
+    PhaseEvent,
+    ProgressEvent,
+    SampleEvent,
+    StepEvent,
+)
+from primechat.views.widgets.kit import Widget
+
+MAX_POINTS, MAX_NOTES, MAX_SAMPLES = 240, 40, 30
+
+
+class RunLog:
+    """What a run has told so far; `describe` returns it as the page draws it."""
+
+    def __init__(self) -> None:
+        self.phase, self.done, self.t_phase = PhaseEvent(name=""), 0.0, time.monotonic()
+        self.training: PhaseEvent | None = None
+        self.restart()
+        self.notes: list[str] = []
+        self.samples: list[list[Any]] = []
+
+    def restart(self) -> None:
+        """Forget the curves: another training begins."""
+        self.steps: list[tuple[int, float]] = []
+        self.losses: list[LossEvent] = []
+        self.last: StepEvent | None = None
+        self.saved: int | None = None
+
+    def add(self, event: Event) -> None:
+        """Take in an event."""
+        if isinstance(event, PhaseEvent):
+            if event.unit == "steps":
+                self.training = event
+                self.restart()
+            self.phase, self.done, self.t_phase = event, 0.0, time.monotonic()
+        elif isinstance(event, ProgressEvent):
+            self.done = event.done
+        elif isinstance(event, StepEvent):
+            self.phase = self.training or self.phase
+            self.last = event
+            self.steps.append((event.step, event.loss_nats))
+        elif isinstance(event, LossEvent):
+            self.losses.append(event)
+        elif isinstance(event, SampleEvent):
+            self.samples = [*self.samples, [event.step, event.prompt, event.text]][-MAX_SAMPLES:]
+        elif isinstance(event, CheckpointEvent) and not event.snapshot:
+            self.saved = event.step
+        elif isinstance(event, NoteEvent):
+            self.notes = [*self.notes, event.text][-MAX_NOTES:]
+        elif isinstance(event, DoneEvent) and not event.stopped:
+            self.done = self.phase.total or self.done
+
+    def describe(self) -> dict[str, Any]:
+        """Return the state as plain data; times are in seconds."""
+        last, phase, done, left = self.last, self.phase, self.done, None
+        if last and phase is self.training:
+            done = float(last.step)
+            left = last.elapsed_s / max(1, last.step) * (last.steps - last.step)
+        elif phase.total and done:
+            left = (time.monotonic() - self.t_phase) / done * (phase.total - done)
+        figures: list[list[str]] = []
+        if last:
+            figures = [
+                [f"{last.step:,} of {last.steps:,}", "steps"],
+                [f"{last.loss_nats:.3f}", "loss, nats per token"],
+                [f"{last.tokens_per_s:,.0f}", "tokens per second"],
+            ]
+        if self.losses:
+            figures.insert(1, [f"{self.losses[-1].val_bpb:.3f}", "bits per byte on new text"])
+        return {
+            "phase": phase.name, "done": done, "total": phase.total, "unit": phase.unit, "left_s": left,
+            "figures": figures, "saved": self.saved, "notes": self.notes, "samples": self.samples,
+            "train": thin_points(self.steps), "steps": last.steps if last else 0,
+            "val": [[event.step, event.val_loss_nats, event.val_bpb] for event in self.losses],
+        }  # fmt: skip
+
+
+def thin_points(points: list[tuple[int, float]], limit: int = MAX_POINTS) -> list[list[float]]:
+    """Return at most `limit` points, each the mean of as many neighbours.
+
+    >>> thin_points([(1, 4.0), (2, 2.0), (3, 1.0), (4, 1.0)], 2)
+    [[1.5, 3.0], [3.5, 1.0]]
+    """
+    size = -(-len(points) // limit) or 1
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [
+        [sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)] for group in groups
+    ]
+
+
+class StageControl(Widget):
+    """Start and Stop of a stage, and what it does meanwhile.
+
+    `state` is ready, running, stopping, stopped, done or failed; `actions` are what the page offers, each a
+    word for `answer_act` and a label. `beat` changes every second while a run is alive, so that a page that
+    hears no more of it can say so. `seen` is the page's echo of the state: it lets marimo re-run what depends
+    on the result, which stands in `result`.
+    """
+
+    kind = traitlets.Unicode("stage").tag(sync=True)
+    title = traitlets.Unicode("").tag(sync=True)
+    state = traitlets.Unicode("ready").tag(sync=True)
+    message = traitlets.Unicode("").tag(sync=True)
+    actions: Any = traitlets.List().tag(sync=True)
+    view: Any = traitlets.Dict().tag(sync=True)
+    beat = traitlets.Int(0).tag(sync=True)
+    seen = traitlets.Unicode("ready").tag(sync=True)
+    result: Any = None
+
+    def __init__(self, title: str, act: Callable[[str], None]) -> None:
+        self.act = act
+        super().__init__(title=title)
+
+    def answer_act(self, word: str) -> dict[str, Any]:
+        """Do what the page asks for."""
+        self.act(word)
+        return {}
+
+
+class SettingsForm(Widget):
+    """Settings as a form; `values` are those in force, `faults` the sentences at the fields that are not.
+
+    `fields` are dicts of name, section, form (text, number, toggle or choice), help, choices and simple.
+    """
+
+    kind = traitlets.Unicode("settings").tag(sync=True)
+    title = traitlets.Unicode("").tag(sync=True)
+    fields: Any = traitlets.List().tag(sync=True)
+    start: Any = traitlets.Dict().tag(sync=True)
+    values: Any = traitlets.Dict().tag(sync=True)
+    command = traitlets.Unicode("").tag(sync=True)
+    revision = traitlets.Int(0).tag(sync=True)
+    config: Any = None
+
+    def __init__(self, change: Callable[[dict[str, Any]], dict[str, Any]], **traits: Any) -> None:
+        self.change = change
+        super().__init__(**traits)
+
+    def answer_change(self, draft: dict[str, Any]) -> dict[str, Any]:
+        """Take the page's draft of all values; a fault is {"fault": sentence, "field": name}."""
+        return self.change(draft)
+
+
+class Summary(Widget):
+    """What came of a run: figures, curves, a text."""
+
+    kind = traitlets.Unicode("summary").tag(sync=True)
+    title = traitlets.Unicode("").tag(sync=True)
+    view: Any = traitlets.Dict().tag(sync=True)
+    notes: Any = traitlets.List().tag(sync=True)
+
+
+UNITS = {"_s": "seconds", "_nats": "nats", "_bytes": "bytes", "bpb": "bits per byte", "_mb": "megabytes"}
+NAMES = {
+    "val_bpb": "bits per byte on new text", "bpb": "bits per byte", "n_params": "parameters",
+    "tokens_per_s": "tokens per second", "train_s": "seconds of training", "total_s": "seconds in all",
+    "elapsed_s": "seconds", "vocab_size": "tokens in the vocabulary", "bytes_per_token": "bytes per token",
+    "loss_nats": "loss, nats per token", "step": "steps of training", "tokens": "tokens read",
+}  # fmt: skip
+
+
+def describe_figures(record: Mapping[str, Any]) -> list[list[str]]:
+    """Return the numbers of a record with plain names.
+
+    >>> describe_figures({"val_bpb": 1.5944, "n_params": 5200000, "path": "base/d4", "stopped": False})
+    [['1.594', 'bits per byte on new text'], ['5,200,000', 'parameters']]
+    """
+    figures = []
+    for name, value in record.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            unit = next((unit for end, unit in UNITS.items() if name.endswith(end)), "")
+            stem = next((name.removesuffix(end) for end in UNITS if name.endswith(end)), name).replace(
+                "_", " "
+            )
+            label = NAMES.get(name) or (f"{stem.strip()}, {unit}" if unit else stem)
+            digits = 0 if isinstance(value, int) or abs(value) >= 100 else 3 if abs(value) < 10 else 1
+            figures.append([f"{value:,.{digits}f}", label])
+    return figures

@@ -1,0 +1,257 @@
+"""A stage behind Start and Stop, its settings as a form and as a command line, and its summary."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import primechat as pc
+from primechat import cli, lab
+from primechat.config import PretrainConfig
+from primechat.desk import runner as desk_runner
+from primechat.desk.forms import build_config, build_form, list_fields, write_command
+from primechat.desk.runner import Runner, find_free
+from primechat.errors import ConfigError
+from primechat.records import (
+    CheckpointEvent,
+    DoneEvent,
+    LossEvent,
+    NoteEvent,
+    PhaseEvent,
+    ProgressEvent,
+    SampleEvent,
+    StepEvent,
+    TrainResult,
+    encode_record,
+)  # fmt: skip
+from primechat.views.widgets.runs import RunLog, thin_points
+
+
+def make_step(step: int, steps: int = 100) -> StepEvent:
+    return StepEvent(
+        step=step, steps=steps, loss_nats=8 - step / 50, lr_ratio=1.0, grad_norm=1.0, update_norm=1.0,
+        tokens=512, tokens_per_s=5000.0, elapsed_s=step / 10,
+    )  # fmt: skip
+
+
+def make_result(stopped: bool = False, events: tuple[dict[str, Any], ...] = ()) -> TrainResult:
+    return TrainResult(
+        identifier="base/d2", path="base_checkpoints/d2", step=3, stopped=stopped, val_bpb=1.5, n_params=1000,
+        tokens=1536, tokens_per_s=100.0, train_s=15.4, total_s=20.0, events=events,
+    )  # fmt: skip
+
+
+def train_slowly(config: PretrainConfig, *, on_event: Any, stop: threading.Event) -> TrainResult:
+    """A stage that goes on until it is stopped."""
+    if config.tag == "taken" and not config.resume:
+        raise ConfigError("tag='taken' has a base model; resume it (--resume) or choose another tag.")
+    on_event(PhaseEvent(name="training base/d2", total=100, unit="steps"))
+    for step in range(1, 101):
+        on_event(make_step(step))
+        if stop.is_set():
+            on_event(CheckpointEvent(step=step, path="model"))
+            on_event(DoneEvent(step=step, elapsed_s=1.0, stopped=True))
+            return make_result(stopped=True)
+        time.sleep(0.02)
+    return make_result()
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    t_end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < t_end, "it did not come to pass"
+        time.sleep(0.01)
+
+
+def test_start_stop_and_go_on() -> None:
+    runner = Runner(train_slowly, PretrainConfig(tag="d2"), "Train")
+    control = runner.control
+    assert control.state == "ready" and control.actions == [["start", "Start"]] and control.result is None
+    control.answer_act("start")
+    control.answer_act("start")  # pressed twice: one run
+    wait_until(lambda: len(control.view.get("train", [])) > 3)
+    assert control.state == "running" and control.actions == [["stop", "Stop and save"]]
+    assert control.view["figures"][0][1] == "steps" and control.view["left_s"] > 0
+    control.answer_act("stop")
+    wait_until(lambda: control.state == "stopped")
+    assert control.result.stopped and "Stopped and saved after" in control.message
+    assert [word for word, _ in control.actions] == ["resume", "afresh"]
+    assert runner not in desk_runner._runners
+    seen: list[PretrainConfig] = []
+    runner.function = lambda config, **_: seen.append(config) or make_result()
+    control.answer_act("resume")
+    wait_until(lambda: control.state == "done")
+    control.answer_act("again")
+    wait_until(lambda: len(seen) == 2 and control.state == "done")
+    assert [config.resume for config in seen] == [True, False]
+
+
+def test_failure_is_told_and_resume_offered() -> None:
+    runner = Runner(train_slowly, PretrainConfig(tag="taken"), "Train")
+    runner.act("start")
+    wait_until(lambda: runner.control.state == "failed")
+    assert "resume it" in runner.control.message and runner.control.actions[0] == ["resume", "Go on"]
+
+    def break_down(config: Any, **_: Any) -> None:
+        raise RuntimeError("out of ink")
+
+    runner = Runner(break_down, PretrainConfig(), "Train")
+    runner.act("start")
+    wait_until(lambda: runner.control.state == "failed")
+    assert runner.control.message == "RuntimeError: out of ink" and runner.control.actions == [
+        ["again", "Run again"]
+    ]
+
+
+def test_run_ends_with_its_cell_and_at_exit() -> None:
+    over = threading.Event()
+    runner = Runner(train_slowly, PretrainConfig(), "Train")
+    runner.is_over = over.is_set
+    runner.act("start")
+    wait_until(lambda: len(runner.log.steps) > 2)
+    over.set()
+    assert runner.thread is not None
+    runner.thread.join(10)
+    assert runner.control.result.stopped, "the cell ran again: stopped and saved"
+    runner = Runner(train_slowly, PretrainConfig(), "Train")
+    runner.act("start")
+    wait_until(lambda: len(runner.log.steps) > 2)
+    desk_runner.end_runs()
+    assert runner.control.result.stopped, "the kernel exits: stopped and saved"
+
+
+def test_jupyter_cell_that_runs_again_stops_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk_runner, "find_cell", lambda: "cell-1")
+    one = desk_runner.keep_runner(Runner(train_slowly, PretrainConfig(), "Train"))
+    one.act("start")
+    two = desk_runner.keep_runner(Runner(train_slowly, PretrainConfig(), "Train"))
+    wait_until(lambda: one.control.state == "stopped")
+    assert two.control.state == "ready"
+
+
+def test_free_tag(base_dir: Path) -> None:
+    assert find_free("d4") == "d4" and find_free("d4-2") == "d4-2"
+    (base_dir / "base_checkpoints").mkdir(parents=True)
+    from primechat import store
+
+    (base_dir / "base_checkpoints" / "d4").symlink_to(store.SHIPPED / "base_checkpoints" / "d4")
+    assert find_free("d4") == "d4-2" and find_free("d4-2") == "d4-2"
+
+
+def test_events_become_one_state() -> None:
+    log = RunLog()
+    log.add(NoteEvent(text="one thread"))
+    log.add(PhaseEvent(name="download", total=100, unit="bytes"))
+    log.add(ProgressEvent(done=50))
+    assert log.describe()["done"] == 50 and log.describe()["left_s"] is not None
+    log.add(PhaseEvent(name="training", total=100, unit="steps"))
+    for step in range(1, 51):
+        log.add(make_step(step))
+    log.add(PhaseEvent(name="validation", total=10, unit="tokens"))
+    log.add(LossEvent(step=50, val_bpb=1.6, val_loss_nats=7.1, whole=True, elapsed_s=5))
+    log.add(SampleEvent(step=50, prompt="A:", text="hi"))
+    log.add(make_step(51))
+    view = log.describe()
+    assert view["phase"] == "training" and view["done"] == 51 and abs(view["left_s"] - 4.9) < 1e-6
+    assert (
+        view["val"] == [[50, 7.1, 1.6]] and view["samples"] == [[50, "A:", "hi"]] and len(view["train"]) == 51
+    )
+    assert view["figures"][:2] == [["51 of 100", "steps"], ["1.600", "bits per byte on new text"]]
+    log.add(PhaseEvent(name="training sft", total=10, unit="steps"))
+    assert log.describe()["train"] == [] and log.describe()["notes"] == ["one thread"]
+    points = thin_points([(i, float(i)) for i in range(1, 1001)])
+    assert len(points) == 200 and points[0] == [3.0, 3.0]
+
+
+def test_form_is_the_config() -> None:
+    config = PretrainConfig()
+    form = build_form(config, ("steps", "model.n_layer"), "")
+    names = [field["name"] for field in form.fields]
+    assert names[:2] == ["steps", "model.n_layer"] and all(field["help"] for field in form.fields)
+    assert {f["name"]: f["form"] for f in form.fields}["runtime.device"] == "choice"
+    draft = {**form.values, "steps": "1,200", "optim.matrix_lr": "0.03", "look.snapshots": False}
+    answer = form.answer_change(draft)
+    assert answer["values"]["steps"] == 1200 and form.config.optim.matrix_lr == 0.03
+    assert answer["command"] == "primechat pretrain --steps 1200 --optim.matrix_lr 0.03 --look.no_snapshots"
+    for change, name, word in (
+        ({"batch_tokens": "500"}, "batch_tokens", "try 512"), ({"steps": "many"}, "steps", "whole number"),
+        ({"runtime.threads": "-1"}, "runtime.threads", "at least 0"), ({"tag": "a/b"}, "tag", "plain name"),
+        ({"model.n_embd": "77"}, "model.n_embd", "divisible"),
+    ):  # fmt: skip
+        answer = form.answer_change({**draft, **change})
+        assert answer["field"] == name and word in answer["fault"] and form.config.steps == 1200
+    assert build_config(config, {}) == config
+
+
+def test_every_config_is_a_form_and_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    for verb, (stage_name, config_name, _) in cli.STAGES.items():
+        cls, ran = getattr(pc, config_name), []
+        monkeypatch.setitem(vars(pc), stage_name, lambda config, ran=ran, **_: ran.append(config))
+        usual = dict((name, value) for name, value, _, _ in list_fields(cls()))
+        numbers = [name for name in usual if name in ("seed", "max_chars", "stride", "look.eval_every")]
+        draft = {**usual, **{name: "7" for name in numbers}, "resume": True, "tag": "my-tag"}
+        form = build_form(cls(), (), "")
+        assert "fault" not in form.answer_change(draft) and form.config != cls()
+        words = shlex.split(write_command(form.config))
+        assert words[:2] == ["primechat", verb] and cli.main(words[1:]) == 0
+        assert ran == [form.config]
+
+
+SCRIPT = """
+    import marimo
+
+    app = marimo.App()
+
+    @app.cell
+    def _():
+        import primechat as pc
+        from primechat.lab import settings, stage, summary
+
+        def count(config, *, on_event=None, stop=None):
+            return config
+
+        form = settings(pc.PretrainConfig(steps=5))
+        run = stage(count, form.config)
+        print(run.result.steps, run.state, type(summary(None)).__name__)
+        return
+
+    if __name__ == "__main__":
+        app.run()
+"""
+
+
+def test_script_runs_in_line_with_its_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "lab.py"
+    path.write_text(textwrap.dedent(SCRIPT))
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, path, *words], capture_output=True, text=True, timeout=120)
+
+    assert run().stdout.split() == ["5", "done", "Summary"]
+    assert run("--steps", "9").stdout.split()[0] == "9"
+    wrong = run("--batch_tokens", "500")
+    assert wrong.returncode != 0 and "try 512" in wrong.stderr
+
+
+def test_summary_shows_figures_and_curves() -> None:
+    events = tuple(
+        {"schema": 1, **encode_record(event)}
+        for event in (
+            make_step(1),
+            LossEvent(step=1, val_bpb=1.6, val_loss_nats=7.1, whole=True, elapsed_s=5),
+        )
+    )
+    found = lab.summary(make_result(events=events), notes=["Talk to it."])
+    assert found.title == "base/d2" and found.notes == ["Talk to it."]
+    assert ["1.500", "bits per byte on new text"] in found.view["figures"]
+    assert found.view["val"] == [[1, 7.1, 1.6]] and len(found.view["train"]) == 1
+    assert "press Start above" in lab.summary(None).notes[0]
