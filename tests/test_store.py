@@ -78,7 +78,7 @@ def test_identifiers() -> None:
         assert str(store.parse_identifier(text)) == text
     wrong = ["", "d4", "base/", "base/d4@", "base/d4@-1", "base/d4@snap:", "base@3", "lora:pirate+sft/d4"]
     wrong += [
-        "hf:smollm2",
+        "hf:smollm",
         "shipped/",
         "shipped/d4",
         "shipped/sft@5",
@@ -93,7 +93,7 @@ def test_identifiers() -> None:
         with pytest.raises(ConfigError):
             store.parse_identifier(text)
     with pytest.raises(ConfigError, match="must be like base/d4, base/d4@600.*primechat models"):
-        store.open_model("hf:smollm2")
+        store.open_model("hf:smollm")
 
 
 @pytest.mark.parametrize("name", ["oct2025", "head", "head_d3"])

@@ -169,7 +169,8 @@ class ChatTalk:
         self.engine, self.identifier = Engine(model, tokenizer), str(meta.get("identifier", identifier))
         for reason in meta.get("skipped", ()):
             self.say(str(reason))
-        self.is_base = self.identifier.removeprefix("shipped/").startswith("base")
+        is_base = self.identifier.removeprefix("shipped/").startswith("base")
+        self.is_base = not meta.get("chat", not is_base)  # a foreign model tells whether it has a template
         if self.interactive:
             self.say(f"This is {self.identifier} on {model.device}. /help lists the commands. {LEAVING}")
         if self.is_base:
