@@ -185,16 +185,38 @@ class Engine:
         Raises:
             ConfigError: the conversation exceeds model.max_context, or an option breaks its rule, at once.
         """
-        return self._reply(self.tokenizer.render_for_completion({"messages": list(messages)}), options)
+        return self.reply(self.tokenizer.render_for_completion({"messages": list(messages)}), **options)
 
     def complete(self, text: str, **options: Unpack[Options]) -> Reply:
         """Return a reply that goes on from a plain text, as a base model does; options as for `chat`."""
-        return self._reply([self.tokenizer.bos_id, *self.tokenizer.encode(text)], options)
+        return self.reply([self.tokenizer.bos_id, *self.tokenizer.encode(text)], **options)
 
-    def _reply(self, ids: list[int], options: Options) -> Reply:
+    def reply(
+        self,
+        ids: Sequence[int],
+        prefix: Sequence[int] = (),
+        n_alternatives: int | None = None,
+        **options: Unpack[Options],
+    ) -> Reply:
+        """Return a reply that goes on from token ids.
+
+        Args:
+            ids: all that stands before the reply.
+            prefix: the reply as far as it was written before; it is part of its text, not of its tokens.
+            n_alternatives: how many of the likeliest tokens each of `Reply.measures` names; None measures
+                nothing.
+            options: as for `chat`.
+
+        Raises:
+            ConfigError: an option or the prompt breaks its rule, at once.
+        """
         settings = Settings(**{"max_new_tokens": 256, **options})  # type: ignore[arg-type]
-        row = self._open_row(ids, 0, settings)
-        return Reply(self._write([row], settings), row, self.tokenizer, self.model.sequence_len)
+        row = self._open_row([*ids, *prefix], 0, settings)
+        if row.tool:
+            for token in prefix:  # an expression that was begun goes on; one just ended is answered
+                row.forced = deque(row.tool.feed(token))
+        steps = self._write([row], settings, n_alternatives)
+        return Reply(steps, row, self.tokenizer, self.model.sequence_len, prefix)
 
     def _open_row(self, ids: Sequence[int], index: int, settings: Settings) -> Row:
         """Check a prompt and make a row of it."""

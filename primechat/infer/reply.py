@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from primechat.errors import PrimechatError
 from primechat.protocols import ChatTokenizer
-from primechat.records import ReplyStats
+from primechat.records import ReplyStats, Token
 from primechat.text.tokenizer import SPECIAL_TOKENS
 
 if TYPE_CHECKING:
@@ -34,14 +34,24 @@ class Reply:
     Attributes:
         text: what has been written so far.
         tokens: its token ids, the stop token included.
+        pieces: (kind, text) of each token, in order, what was written of it before (`prefix`) included; kind
+            is text, python, python_output, or mark for a special token.
+        measures: a `Token` for each of `tokens`, where they were asked for.
         stats: counts and speeds so far. The first token's time (`ttft_s`) includes reading the prompt; speeds
             leave out the time that the reader takes; `context_used` is (prompt + new tokens) /
             model.sequence_len, above 1 beyond the context of its training.
     """
 
-    def __init__(self, steps: Iterator[None], row: Row, tokenizer: ChatTokenizer, sequence_len: int) -> None:
+    def __init__(
+        self,
+        steps: Iterator[None],
+        row: Row,
+        tokenizer: ChatTokenizer,
+        sequence_len: int,
+        prefix: Sequence[int] = (),
+    ) -> None:
         self.text = ""
-        self.tokens = row.tokens
+        self.tokens, self.pieces, self.measures = row.tokens, list[tuple[str, str]](), list[Token]()
         self.stats = ReplyStats(prompt_tokens=len(row.prompt))
         self._row, self._tokenizer, self._sequence_len = row, tokenizer, sequence_len
         self._marks: dict[int, tuple[str, str]] = dict.fromkeys(tokenizer.stop_ids, ("", "text"))
@@ -51,6 +61,9 @@ class Reply:
             except (LookupError, ValueError, PrimechatError):
                 pass  # a foreign tokenizer has other special tokens
         self._parts: list[tuple[str, str]] = []
+        self._kind, self._decoder = "text", codecs.getincrementaldecoder("utf-8")("replace")
+        for token in prefix:
+            self._take(token)
         self._pieces: Iterator[str] | None = self._write_pieces(steps)
 
     def __iter__(self) -> Iterator[str]:
@@ -73,31 +86,39 @@ class Reply:
         return {"role": "assistant", "content": [{"type": kind, "text": text} for kind, text in self._parts]}
 
     def _write_pieces(self, steps: Iterator[None]) -> Generator[str, None, None]:
-        stats, decoder = self.stats, codecs.getincrementaldecoder("utf-8")("replace")
-        kind, busy_s, t_start = "text", 0.0, time.perf_counter()
+        stats, busy_s, t_start = self.stats, 0.0, time.perf_counter()
         t_step = t_start
         try:
             for _ in steps:
                 busy_s += time.perf_counter() - t_step
-                token = self.tokens[-1]
-                if token in self._marks:
-                    piece = self._add(kind, decoder.decode(b"", True))
-                    mark, kind = self._marks[token]
-                    self.text += mark
-                    piece += mark
-                    if kind != "text":
-                        self._parts.append((kind, ""))
-                else:
-                    piece = self._add(kind, decoder.decode(self._tokenizer.token_bytes(token)))
+                piece = self._take(self.tokens[-1])
+                if self._row.measures is not None:
+                    self.measures.append(self._row.measures)
                 self._count(busy_s, time.perf_counter() - t_start)
                 if piece:
                     yield piece
                 t_step = time.perf_counter()
-            if tail := self._add(kind, decoder.decode(b"", True)):
+            if tail := self._add(self._kind, self._decoder.decode(b"", True)):
+                kind, before = self.pieces.pop()
+                self.pieces.append((kind, before + tail))
                 yield tail
         finally:
             stats.total_s, stats.final = time.perf_counter() - t_start, True
             stats.stop_reason = self._row.stop_reason or "cancelled"
+
+    def _take(self, token: int) -> str:
+        """Add a token's text and return it, empty where a code point is not whole yet."""
+        if token not in self._marks:
+            piece = self._add(self._kind, self._decoder.decode(self._tokenizer.token_bytes(token)))
+            self.pieces.append((self._kind, piece))
+            return piece
+        piece = self._add(self._kind, self._decoder.decode(b"", True))
+        mark, self._kind = self._marks[token]
+        self.text += mark
+        if self._kind != "text":
+            self._parts.append((self._kind, ""))
+        self.pieces.append(("mark", piece + mark))
+        return piece + mark
 
     def _add(self, kind: str, text: str) -> str:
         if text:

@@ -1,0 +1,543 @@
+"""A conversation that a page shows: a tree of messages, the model behind it, and a thread that writes.
+
+Hides: time. What the page asks for is answered at once; replies are written on a worker thread that reports
+by `push`, and `stop` is heard within one token. Each session has its own tree and settings, so people on one
+server do not see each other; only models are shared, and nothing here changes them.
+Reference: primechat.views.widgets.chat, the page; primechat.infer.engine.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from primechat.errors import ConfigError, DataError, PrimechatError
+from primechat.records import Token
+from primechat.text.conversation import read_messages
+
+if TYPE_CHECKING:
+    from primechat.infer.engine import Options
+    from primechat.infer.reply import Reply
+
+Opener = Callable[[str], tuple[Any, Any, dict[str, Any]]]  # identifier -> model, tokenizer, metadata
+Push = Callable[[dict[str, Any]], bool]  # to the page; False once nobody listens any more
+
+MAX_COMPARED = 4
+N_ALTERNATIVES = 8
+FLUSH_S = 0.04  # between two reports of a reply: 25 a second are smooth
+KINDS = {"text": 0, "python": 1, "python_output": 2, "mark": 3}
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings:
+    """How replies are sampled, and what the model is told before the first message."""
+
+    system: str = ""
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        from primechat.config.runtime import check_number
+
+        if not isinstance(self.system, str):
+            raise ConfigError(f"system={self.system!r:.40} must be a text; try an empty one.")
+        check_number("temperature", self.temperature, low=0, high=100)
+        check_number("top_k", self.top_k, low=0, whole=True)
+        check_number("top_p", self.top_p, low=1e-6, high=1)
+        check_number("max_new_tokens", self.max_new_tokens, low=1, high=100_000, whole=True)
+        check_number("seed", self.seed, low=0, whole=True)
+
+
+@dataclass(eq=False, kw_only=True)
+class Message:
+    """A message in the tree; of its `children`, the conversation goes on with the one at `pick`."""
+
+    id: int
+    role: str
+    content: Any = ""
+    parent: Message | None = None
+    children: list[Message] = field(default_factory=list)
+    pick: int = 0
+    beside: list[int] = field(default_factory=list)  # the replies that were asked for side by side
+    model: str = ""
+    is_base: bool = False
+    tokens: list[int] = field(default_factory=list)
+    pieces: list[tuple[str, str]] = field(default_factory=list)
+    measures: list[Token] = field(default_factory=list)
+    stats: dict[str, Any] = field(default_factory=dict)
+    state: str = "done"  # waiting, writing, done, stopped, length, context or failed
+    note: str = ""
+
+    @property
+    def text(self) -> str:
+        """What a reader sees of it."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part["text"] for part in self.content)
+
+    def view(self) -> dict[str, Any]:
+        """Return what the page draws."""
+        same = [child.id for child in self.parent.children] if self.parent else [self.id]
+        written = [] if self.tokens or not self.content or self.role == "user" else list_parts(self.content)
+        return {
+            "id": self.id, "role": self.role, "model": self.model, "base": self.is_base, "state": self.state,
+            "note": self.note, "stats": self.stats, "siblings": same, "beside": self.beside,
+            "text": self.text if self.role == "user" else "", "tokens": written or self.list_tokens(0),
+        }  # fmt: skip
+
+    def list_tokens(self, start: int) -> list[list[Any]]:
+        """Return [text, kind, logprob, entropy, rank] of each token from `start`; the page's shortest form."""
+        rows = []
+        for i, (kind, text) in enumerate(self.pieces[start:], start):
+            measured = self.measures[i] if i < len(self.measures) else None
+            figures = [round(measured.logprob, 3), round(measured.entropy, 3), measured.rank] if measured else []
+            rows.append([text, KINDS[kind], *figures])
+        return rows
+
+
+def list_parts(content: Any) -> list[list[Any]]:
+    """Return a message that was loaded, not written here, as the page's tokens, one a part."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [[part["text"], KINDS[part["type"]]] for part in parts]
+
+
+@dataclass(eq=False)
+class Talk:
+    """One conversation of a session."""
+
+    root: Message
+    chosen: list[str]
+
+    def walk(self) -> Iterator[Message]:
+        """Yield the messages of the branch that is shown, first to last."""
+        node = self.root
+        while node.children:
+            node = node.children[min(node.pick, len(node.children) - 1)]
+            yield node
+
+    @property
+    def title(self) -> str:
+        """The first message, shortened."""
+        first = next(self.walk(), None)
+        return "New conversation" if first is None else " ".join(first.text.split())[:48] or "..."
+
+
+class ChatSession:
+    """What one page talks to.
+
+    Args:
+        push: sends a message to the page; returns False once the page is gone.
+        opener: opens a model by its identifier; it is called on the worker thread.
+        find_models: returns [{"id", "label", "about"}] of the models that can be chosen.
+        model: identifier to begin with.
+        settings: how to begin.
+    """
+
+    def __init__(
+        self,
+        push: Push,
+        opener: Opener,
+        find_models: Callable[[], list[dict[str, str]]],
+        model: str,
+        settings: ChatSettings | None = None,
+    ) -> None:
+        self.push, self.opener, self.find_models = push, opener, find_models
+        self.settings = settings or ChatSettings()
+        self._nodes: dict[int, Message] = {}
+        self._worker: threading.Thread | None = None
+        self._threads: dict[str, int] = {}  # that decode a model fastest
+        self.busy = False  # a reply is being written
+        self._cancel = threading.Event()
+        self.talks = [Talk(self._add(None, "root"), [model])]
+        self.at = 0
+
+    # what the page asks for; each returns its answer
+
+    def act(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
+        """Do what the page asks for.
+
+        Raises:
+            PrimechatError: it cannot be done; a sentence for the reader.
+        """
+        acts: dict[str, Callable[..., dict[str, Any] | None]] = {
+            "ready": self.show_all, "send": self.send, "stop": self.stop, "edit": self.edit,
+            "regenerate": self.regenerate, "go_on": self.go_on, "branch": self.branch, "choose": self.choose,
+            "alternatives": self.list_alternatives, "models": self.choose_models, "settings": self.change,
+            "new": self.begin, "open": self.open_talk, "save": self.save, "load": self.load,
+        }  # fmt: skip
+        if name not in acts:
+            raise ConfigError(f"act={name!r} must be one of {', '.join(acts)}; reload the page.")
+        return acts[name](**given) or {}
+
+    @property
+    def talk(self) -> Talk:
+        """The conversation that is shown."""
+        return self.talks[self.at]
+
+    def show_all(self) -> dict[str, Any]:
+        """Return everything that the page shows, and open the model meanwhile."""
+        if not self.busy:
+            self._start([])
+        return {**self._describe(nodes=[node.view() for node in self._drawn()]), "models": self.find_models()}
+
+    def send(self, text: str) -> None:
+        """Add the reader's message and let the chosen models answer."""
+        self._refuse_busy()
+        if not text.strip():
+            raise ConfigError("The message is empty; write something.")
+        last = self.talk.root
+        for last in self.talk.walk():
+            pass
+        if last.role == "user":  # its reply failed: the new text takes its place
+            last = last.parent or self.talk.root
+        self._ask(self._add(last, "user", text))
+
+    def edit(self, id: int, text: str) -> None:
+        """Put another message beside one of the reader's, and let it be answered."""
+        self._refuse_busy()
+        node = self._find(id, "user")
+        if not text.strip():
+            raise ConfigError("The message is empty; write something.")
+        self._ask(self._add(node.parent, "user", text))
+
+    def regenerate(self, id: int) -> None:
+        """Let the model answer anew, with the next seed, beside a reply that is there."""
+        self._refuse_busy()
+        node = self._find(id, "assistant")
+        self._start([self._add(node.parent, "assistant", model=self.talk.chosen[0])])
+
+    def go_on(self, id: int) -> None:
+        """Let the model write on where a reply ended."""
+        self._refuse_busy()
+        node = self._find(id, "assistant")
+        node.state = "waiting"
+        self._start([node], keep=len(node.tokens))
+
+    def branch(self, id: int, index: int, token: int) -> None:
+        """Write a reply anew from its token `index` on, which becomes `token`."""
+        self._refuse_busy()
+        node = self._find(id, "assistant")
+        measured = self._measure(node, index)
+        logprobs = dict(measured.alternatives)
+        if token not in logprobs:
+            raise ConfigError(f"token={token} must be one of the {len(logprobs)} alternatives; choose one.")
+        rank = list(logprobs).index(token)
+        forced = Token(**{**asdict(measured), "id": token, "logprob": logprobs[token], "rank": rank})
+        new = self._add(node.parent, "assistant", model=node.model)
+        new.tokens, new.measures = [*node.tokens[:index], token], [*node.measures[:index], forced]
+        self._start([new], keep=index + 1)
+
+    def list_alternatives(self, id: int, index: int) -> dict[str, Any]:
+        """Return what the model could have written at a token, with probabilities."""
+        node = self._find(id, "assistant")
+        measured = self._measure(node, index)
+        _, tokenizer, _ = self.opener(node.model)
+        rows = [
+            {"id": i, "text": tokenizer.token_bytes(i).decode("utf-8", "replace"), "p": math.exp(logprob)}
+            for i, logprob in measured.alternatives
+        ]
+        return {"rows": rows, "taken": measured.id, "p": math.exp(measured.logprob), "rank": measured.rank}
+
+    def choose(self, id: int) -> dict[str, Any]:
+        """Show the branch of a message."""
+        node = self._find(id)
+        assert node.parent, "only the root has none"
+        node.parent.pick = node.parent.children.index(node)
+        return self._describe(nodes=[node.view() for node in self._drawn()])
+
+    def stop(self) -> None:
+        """Stop within one token; the text stays."""
+        self._cancel.set()
+
+    def choose_models(self, chosen: Sequence[str]) -> dict[str, Any]:
+        """Talk to other models from the next message on; several answer side by side."""
+        names = list(dict.fromkeys(map(str, chosen)))
+        if not 1 <= len(names) <= MAX_COMPARED:
+            raise ConfigError(f"{len(names)} models are chosen; 1 to {MAX_COMPARED} can answer.")
+        self.talk.chosen = names
+        if not self.busy:
+            self._start([])
+        return self._describe()
+
+    def change(self, **values: Any) -> dict[str, Any]:
+        """Change settings; replies from the next on follow them."""
+        self.settings = ChatSettings(**{**asdict(self.settings), **values})
+        return self._describe()
+
+    def begin(self) -> dict[str, Any]:
+        """Begin a new conversation; the others stay."""
+        self._refuse_busy()
+        if self.talk.root.children:
+            self.talks.append(Talk(self._add(None, "root"), list(self.talk.chosen)))
+            self.at = len(self.talks) - 1
+        return self._describe(nodes=[])
+
+    def open_talk(self, index: int) -> dict[str, Any]:
+        """Show another conversation of this session."""
+        self._refuse_busy()
+        self.at = min(max(int(index), 0), len(self.talks) - 1)
+        return self._describe(nodes=[node.view() for node in self._drawn()])
+
+    def save(self) -> dict[str, Any]:
+        """Return the session as JSON lines, one conversation each, the branch that is shown.
+
+        `primechat finetune` reads them; it needs at least two, one of them for validation.
+        """
+        lines = []
+        for talk in self.talks:
+            messages = [{"role": node.role, "content": node.content} for node in talk.walk() if node.content]
+            if messages and self.settings.system:
+                messages.insert(0, {"role": "system", "content": self.settings.system})
+            if messages:
+                lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
+        if not lines:
+            raise ConfigError("Nothing has been said yet; write a message first.")
+        return {"text": "\n".join(lines) + "\n", "name": "conversations.jsonl", "count": len(lines)}
+
+    def load(self, text: str) -> dict[str, Any]:
+        """Add conversations from JSON lines and show the first of them."""
+        self._refuse_busy()
+        found = []
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                    found.append(read_messages({"messages": row} if isinstance(row, list) else row))
+                except (ValueError, RecursionError, PrimechatError) as error:
+                    reason = str(error) if isinstance(error, PrimechatError) else "it is no JSON"
+                    raise DataError(f"Line {number} of the file cannot be used: {reason}") from None
+        if not found:
+            raise DataError("The file holds no conversation; give JSON lines with a list of messages.")
+        at, chosen = len(self.talks), list(self.talk.chosen)
+        for messages in found:
+            node = root = self._add(None, "root")
+            for message in messages:
+                if message["role"] == "system":
+                    self.settings = ChatSettings(**{**asdict(self.settings), "system": message["content"]})
+                else:
+                    node = self._add(node, message["role"], message["content"])
+            self.talks.append(Talk(root, chosen))
+        self.talks = self.talks[at if not self.talk.root.children and at == 1 else 0 :]
+        self.at = len(self.talks) - len(found)
+        return self._describe(nodes=[node.view() for node in self._drawn()])
+
+    # the tree
+
+    def _add(self, parent: Message | None, role: str, content: Any = "", model: str = "") -> Message:
+        node = Message(id=len(self._nodes), role=role, content=content, parent=parent, model=model)
+        self._nodes[node.id] = node
+        if role == "assistant" and not content:
+            node.state = "waiting"
+        if parent is not None:
+            parent.children.append(node)
+            parent.pick = len(parent.children) - 1
+        return node
+
+    def _find(self, id: int, role: str = "") -> Message:
+        node = self._nodes.get(id)
+        if node is None or node.role == "root" or (role and node.role != role):
+            raise ConfigError(f"message {id!r} must be one of this page's {role} messages; reload the page.")
+        return node
+
+    def _measure(self, node: Message, index: int) -> Token:
+        if not 0 <= index < len(node.measures):
+            raise ConfigError("This text was not written here, so its alternatives are not known; regenerate it.")
+        return node.measures[index]
+
+    def _drawn(self) -> Iterator[Message]:
+        """Yield what the page draws: the branch, and the replies beside those of it."""
+        for node in list(self.talk.walk()):
+            yield node
+            if node.beside:
+                yield from (self._nodes[id] for id in node.beside if id != node.id)
+
+    def _describe(self, nodes: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "path": [node.id for node in self.talk.walk()],
+            "chosen": self.talk.chosen, "settings": asdict(self.settings), "busy": self.busy,
+            "talks": [talk.title for talk in self.talks], "at": self.at,
+        }  # fmt: skip
+        return state if nodes is None else {**state, "nodes": nodes}
+
+    def _ask(self, asked: Message) -> None:
+        """Make an empty reply of each chosen model below a message, and have them written."""
+        replies = [self._add(asked, "assistant", model=name) for name in self.talk.chosen]
+        if len(replies) > 1:
+            for reply in replies:
+                reply.beside = [node.id for node in replies]
+        asked.pick = 0
+        self._start(replies)
+
+    # the worker
+
+    def _refuse_busy(self) -> None:
+        if self.busy:
+            raise ConfigError("A reply is being written; stop it first.")
+
+    def _start(self, replies: list[Message], keep: int = 0) -> None:
+        """Write replies on a thread; `keep` tokens of each stand already. Without any, open the models."""
+        before = self._worker
+        self.busy, self._cancel = bool(replies), threading.Event()
+        self._worker = threading.Thread(target=self._work, args=(replies, keep, before), daemon=True)
+        self._worker.start()
+
+    def _work(self, replies: list[Message], keep: int, before: threading.Thread | None) -> None:
+        if before is not None:
+            before.join()
+        if replies:
+            asked = [node for node in [replies[0].parent] if node and node.role != "root"]
+            self._tell(kind="update", nodes=[node.view() for node in [*asked, *replies]], **self._describe())
+        else:
+            self._prepare(self.talk.chosen)
+        for node in replies:
+            if self._cancel.is_set():
+                node.state, node.note = "stopped", "Stopped before its first token."
+            else:
+                try:
+                    self._write(node, keep)
+                except Exception as error:  # of any model: the page says it, the notebook lives on
+                    logger.debug("a reply failed", exc_info=True)
+                    node.state, node.note = "failed", explain_fault(error)
+            self._tell(kind="update", nodes=[node.view()])
+        if replies:
+            self.busy = False
+            self._tell(kind="update", nodes=[], busy=False)
+
+    def _prepare(self, names: Sequence[str]) -> None:
+        """Open models before they are needed."""
+        for name in names:
+            try:
+                self._open(name)
+            except Exception as error:  # told again where it is used
+                self._tell(kind="status", text=explain_fault(error), fault=True)
+
+    def _open(self, name: str) -> tuple[Any, Any, dict[str, Any]]:
+        import torch
+
+        from primechat.infer.threads import settle_threads
+
+        if name not in self._threads:
+            self._tell(kind="status", text=f"Opening {name} …")
+        opened = self.opener(name)
+        if name not in self._threads:
+            self._threads[name] = settle_threads(opened[0])
+            self._tell(kind="status", text="")
+        torch.set_num_threads(self._threads[name])  # it is each thread's own
+        return opened
+
+    def _write(self, node: Message, keep: int) -> None:
+        from primechat.infer.engine import Engine
+
+        model, tokenizer, meta = self._open(node.model)
+        node.is_base = is_base(str(meta.get("identifier", node.model)))
+        engine = Engine(model, tokenizer)
+        seed = self.settings.seed + (node.parent.children.index(node) if node.parent and not node.beside else 0)
+        options: Options = {
+            "max_new_tokens": self.settings.max_new_tokens, "temperature": self.settings.temperature,
+            "top_k": self.settings.top_k or None, "top_p": self.settings.top_p, "seed": seed,
+            "cancel": self._cancel,
+        }  # fmt: skip
+        prefix = node.tokens[:keep]
+        while prefix and prefix[-1] in tokenizer.stop_ids:
+            prefix.pop()
+        if not node.tokens and node.content and keep == 0 and node.state == "waiting":
+            prefix = tokenizer.encode(node.text)  # a loaded reply goes on from its text
+        reply = engine.reply(self._render(node, tokenizer), prefix, N_ALTERNATIVES, **options)
+        node.state, node.note, node.pieces = "writing", "", reply.pieces
+        begun, measured = len(reply.pieces), node.measures[: len(prefix)]
+        sent, t_flush = 0, 0.0
+        for _ in reply:
+            if time.perf_counter() - t_flush >= FLUSH_S:
+                node.measures = merge_measures(measured, reply, begun)
+                rows = node.list_tokens(sent)
+                if not self._tell(kind="tokens", id=node.id, at=sent, tokens=rows, stats=asdict(reply.stats)):
+                    self._cancel.set()
+                sent, t_flush = len(reply.pieces), time.perf_counter()
+        self._close(node, reply, [*prefix, *reply.tokens], merge_measures(measured, reply, begun), seed)
+
+    def _close(
+        self, node: Message, reply: Reply, tokens: list[int], measures: list[Token], seed: int
+    ) -> None:
+        """Keep what was written."""
+        node.tokens, node.pieces, node.measures = tokens, list(reply.pieces), measures
+        node.content = reply.message["content"]
+        ends = {"stop": "done", "cancelled": "stopped"}
+        node.state = ends.get(reply.stats.stop_reason, reply.stats.stop_reason)
+        own = reply.measures
+        node.stats = {
+            **asdict(reply.stats), "seed": seed, "temperature": self.settings.temperature,
+            "entropy": sum(token.entropy for token in own) / len(own) if own else 0.0,
+        }  # fmt: skip
+
+    def _render(self, node: Message, tokenizer: Any) -> list[int]:
+        """Return the ids before a reply: the branch above it as a chat, or as plain text for a base model."""
+        above: list[Message] = []
+        asked = node.parent
+        while asked is not None and asked.role != "root":
+            above.insert(0, asked)
+            asked = asked.parent
+        if node.is_base:
+            return [tokenizer.bos_id, *tokenizer.encode("".join(message.text for message in above))]
+        system = [{"role": "system", "content": self.settings.system}] if self.settings.system else []
+        said = [{"role": message.role, "content": message.content} for message in above]
+        return tokenizer.render_for_completion({"messages": [*system, *said]})
+
+    def _tell(self, **message: Any) -> bool:
+        try:
+            return self.push(message)
+        except Exception:  # the page or its kernel is gone
+            return False
+
+
+def merge_measures(before: list[Token], reply: Reply, begun: int) -> list[Token]:
+    """Return the measures of a reply's tokens behind those of its `begun` first ones, where these are known."""
+    return [*before, *reply.measures] if len(before) == begun else []
+
+
+def is_base(identifier: str) -> bool:
+    """Tell whether a model goes on with text and knows no questions or answers."""
+    return identifier.rpartition("+")[2].removeprefix("shipped/").startswith("base")
+
+
+def explain_fault(error: BaseException) -> str:
+    """Return an error as a page shows it: ours are sentences, others are named."""
+    return str(error) if isinstance(error, PrimechatError) else f"{type(error).__name__}: {error}"
+
+
+def open_chat(
+    model: str = "", *, settings: ChatSettings | None = None, height: str = "74vh", opener: Opener | None = None
+) -> Any:
+    """Return a chat page with a session of its own.
+
+    Args:
+        model: identifier to begin with; empty is the default model.
+        settings: how to begin.
+        height: of the page in CSS units.
+        opener: opens a model by its identifier; None shares what other cells of the process have opened.
+    """
+    from primechat import store
+    from primechat.lab import borrow_model, describe_entry
+    from primechat.views.widgets.chat import ChatView
+
+    def find_models() -> list[dict[str, str]]:
+        return [
+            {"id": entry.identifier, "label": entry.identifier, "about": describe_entry(entry)}
+            for entry in store.list_models()
+        ]
+
+    session = ChatSession(
+        lambda message: view.push(message), opener or borrow_model, find_models,
+        model or str(store.choose_model()), settings,
+    )  # fmt: skip
+    view = ChatView(session.act, height=height)
+    return view
