@@ -19,11 +19,11 @@ def _(mo):
 
 
 @app.cell
-def _(mo):
+def _():
     from primechat.desk.session import open_chat
+    from primechat.lab import show
 
-    chat = mo.ui.anywidget(open_chat())
-    chat
+    show(open_chat())
     return
 
 

@@ -8,18 +8,17 @@ Reference: primechat.views.widgets.chat, the page; primechat.infer.engine.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from primechat.errors import ConfigError, DataError, PrimechatError
+from primechat.desk.tree import ChatSettings, Message, Talk, read_jsonl, write_jsonl
+from primechat.errors import ConfigError, PrimechatError
 from primechat.records import Token
-from primechat.text.conversation import read_messages
 
 if TYPE_CHECKING:
     from primechat.infer.engine import Options
@@ -31,105 +30,7 @@ Push = Callable[[dict[str, Any]], bool]  # to the page; False once nobody listen
 MAX_COMPARED = 4
 N_ALTERNATIVES = 8
 FLUSH_S = 0.04  # between two reports of a reply: 25 a second are smooth
-KINDS = {"text": 0, "python": 1, "python_output": 2, "mark": 3}
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatSettings:
-    """How replies are sampled, and what the model is told before the first message."""
-
-    system: str = ""
-    temperature: float = 0.8
-    top_k: int = 50
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        from primechat.config.runtime import check_number
-
-        if not isinstance(self.system, str):
-            raise ConfigError(f"system={self.system!r:.40} must be a text; try an empty one.")
-        check_number("temperature", self.temperature, low=0, high=100)
-        check_number("top_k", self.top_k, low=0, whole=True)
-        check_number("top_p", self.top_p, low=1e-6, high=1)
-        check_number("max_new_tokens", self.max_new_tokens, low=1, high=100_000, whole=True)
-        check_number("seed", self.seed, low=0, whole=True)
-
-
-@dataclass(eq=False, kw_only=True)
-class Message:
-    """A message in the tree; of its `children`, the conversation goes on with the one at `pick`."""
-
-    id: int
-    role: str
-    content: Any = ""
-    parent: Message | None = None
-    children: list[Message] = field(default_factory=list)
-    pick: int = 0
-    beside: list[int] = field(default_factory=list)  # the replies that were asked for side by side
-    model: str = ""
-    is_base: bool = False
-    tokens: list[int] = field(default_factory=list)
-    pieces: list[tuple[str, str]] = field(default_factory=list)
-    measures: list[Token] = field(default_factory=list)
-    stats: dict[str, Any] = field(default_factory=dict)
-    state: str = "done"  # waiting, writing, done, stopped, length, context or failed
-    note: str = ""
-
-    @property
-    def text(self) -> str:
-        """What a reader sees of it."""
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part["text"] for part in self.content)
-
-    def view(self) -> dict[str, Any]:
-        """Return what the page draws."""
-        same = [child.id for child in self.parent.children] if self.parent else [self.id]
-        written = [] if self.tokens or not self.content or self.role == "user" else list_parts(self.content)
-        return {
-            "id": self.id, "role": self.role, "model": self.model, "base": self.is_base, "state": self.state,
-            "note": self.note, "stats": self.stats, "siblings": same, "beside": self.beside,
-            "text": self.text if self.role == "user" else "", "tokens": written or self.list_tokens(0),
-        }  # fmt: skip
-
-    def list_tokens(self, start: int) -> list[list[Any]]:
-        """Return [text, kind, logprob, entropy, rank] of each token from `start`; the page's shortest form."""
-        rows = []
-        for i, (kind, text) in enumerate(self.pieces[start:], start):
-            measured = self.measures[i] if i < len(self.measures) else None
-            figures = [round(measured.logprob, 3), round(measured.entropy, 3), measured.rank] if measured else []
-            rows.append([text, KINDS[kind], *figures])
-        return rows
-
-
-def list_parts(content: Any) -> list[list[Any]]:
-    """Return a message that was loaded, not written here, as the page's tokens, one a part."""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return [[part["text"], KINDS[part["type"]]] for part in parts]
-
-
-@dataclass(eq=False)
-class Talk:
-    """One conversation of a session."""
-
-    root: Message
-    chosen: list[str]
-
-    def walk(self) -> Iterator[Message]:
-        """Yield the messages of the branch that is shown, first to last."""
-        node = self.root
-        while node.children:
-            node = node.children[min(node.pick, len(node.children) - 1)]
-            yield node
-
-    @property
-    def title(self) -> str:
-        """The first message, shortened."""
-        first = next(self.walk(), None)
-        return "New conversation" if first is None else " ".join(first.text.split())[:48] or "..."
 
 
 class ChatSession:
@@ -195,9 +96,7 @@ class ChatSession:
         self._refuse_busy()
         if not text.strip():
             raise ConfigError("The message is empty; write something.")
-        last = self.talk.root
-        for last in self.talk.walk():
-            pass
+        last = [self.talk.root, *self.talk.walk()][-1]
         if last.role == "user":  # its reply failed: the new text takes its place
             last = last.parent or self.talk.root
         self._ask(self._add(last, "user", text))
@@ -293,13 +192,7 @@ class ChatSession:
 
         `primechat finetune` reads them; it needs at least two, one of them for validation.
         """
-        lines = []
-        for talk in self.talks:
-            messages = [{"role": node.role, "content": node.content} for node in talk.walk() if node.content]
-            if messages and self.settings.system:
-                messages.insert(0, {"role": "system", "content": self.settings.system})
-            if messages:
-                lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
+        lines = write_jsonl(self.talks, self.settings.system)
         if not lines:
             raise ConfigError("Nothing has been said yet; write a message first.")
         return {"text": "\n".join(lines) + "\n", "name": "conversations.jsonl", "count": len(lines)}
@@ -307,17 +200,7 @@ class ChatSession:
     def load(self, text: str) -> dict[str, Any]:
         """Add conversations from JSON lines and show the first of them."""
         self._refuse_busy()
-        found = []
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                    found.append(read_messages({"messages": row} if isinstance(row, list) else row))
-                except (ValueError, RecursionError, PrimechatError) as error:
-                    reason = str(error) if isinstance(error, PrimechatError) else "it is no JSON"
-                    raise DataError(f"Line {number} of the file cannot be used: {reason}") from None
-        if not found:
-            raise DataError("The file holds no conversation; give JSON lines with a list of messages.")
+        found = read_jsonl(text)
         at, chosen = len(self.talks), list(self.talk.chosen)
         for messages in found:
             node = root = self._add(None, "root")
@@ -351,7 +234,9 @@ class ChatSession:
 
     def _measure(self, node: Message, index: int) -> Token:
         if not 0 <= index < len(node.measures):
-            raise ConfigError("This text was not written here, so its alternatives are not known; regenerate it.")
+            raise ConfigError(
+                "This text was not written here, so its alternatives are not known; regenerate it."
+            )
         return node.measures[index]
 
     def _drawn(self) -> Iterator[Message]:
@@ -441,7 +326,9 @@ class ChatSession:
         model, tokenizer, meta = self._open(node.model)
         node.is_base = is_base(str(meta.get("identifier", node.model)))
         engine = Engine(model, tokenizer)
-        seed = self.settings.seed + (node.parent.children.index(node) if node.parent and not node.beside else 0)
+        seed = self.settings.seed + (
+            node.parent.children.index(node) if node.parent and not node.beside else 0
+        )
         options: Options = {
             "max_new_tokens": self.settings.max_new_tokens, "temperature": self.settings.temperature,
             "top_k": self.settings.top_k or None, "top_p": self.settings.top_p, "seed": seed,
@@ -500,7 +387,7 @@ class ChatSession:
 
 
 def merge_measures(before: list[Token], reply: Reply, begun: int) -> list[Token]:
-    """Return the measures of a reply's tokens behind those of its `begun` first ones, where these are known."""
+    """Return the measures of a reply's tokens after those of its first `begun` ones, if these are known."""
     return [*before, *reply.measures] if len(before) == begun else []
 
 
@@ -515,7 +402,11 @@ def explain_fault(error: BaseException) -> str:
 
 
 def open_chat(
-    model: str = "", *, settings: ChatSettings | None = None, height: str = "74vh", opener: Opener | None = None
+    model: str = "",
+    *,
+    settings: ChatSettings | None = None,
+    height: str = "74vh",
+    opener: Opener | None = None,
 ) -> Any:
     """Return a chat page with a session of its own.
 

@@ -79,10 +79,20 @@ function render({ model, el }) {
     if (found) { event.preventDefault(); found(); }
   }
 
+  /** Do work that may take the focused node off the page; the line then gets the focus, so that keys are heard. */
+  function keepFocus(work) {
+    const here = root.getRootNode().activeElement, inside = here && root.contains(here);
+    work();
+    const now = root.getRootNode().activeElement;
+    if (inside && (!now || !root.contains(now))) input.focus({ preventScroll: true });
+  }
+
   // ---- what Python says
 
   function take(message) {
-    if (!alive) return;
+    if (alive) keepFocus(() => takeIn(message));
+  }
+  function takeIn(message) {
     for (const node of message.nodes ?? []) {
       nodes.set(node.id, node);
       drawn.get(node.id)?.redraw();
@@ -123,7 +133,7 @@ function render({ model, el }) {
     const name = (id) => state.models.find((entry) => entry.id === id)?.label ?? id;
     const options = (chosen) => [...state.models.map((entry) => [entry.id, entry.label]), ...(state.models.some((entry) => entry.id === chosen) ? [] : [[chosen, name(chosen)]])];
     const put = (i, value) => { const next = [...state.chosen]; if (value === null) next.splice(i, 1); else next[i] = value; quietly("models", { chosen: next }); };
-    picks.replaceChildren(
+    picks.replaceChildren(...[
       ...state.chosen.map((chosen, i) => h("span", { class: "pc-chat-pick" },
         h("select", { class: "pc-select", "aria-label": i ? `Model ${i + 1}` : "Model", title: state.models.find((entry) => entry.id === chosen)?.about, onchange: (event) => put(i, event.target.value) },
           ...options(chosen).map(([id, label]) => h("option", { value: id, text: label, selected: id === chosen }))),
@@ -131,7 +141,8 @@ function render({ model, el }) {
       state.chosen.length < Math.min(4, state.models.length) && button("+ Compare", () => {
         const free = state.models.find((entry) => !state.chosen.includes(entry.id));
         if (free) put(state.chosen.length, free.id);
-      }, { title: "Ask another model the same, side by side" }));
+      }, { title: "Ask another model the same, side by side" }),
+    ].filter(Boolean));
     for (const box of picks.querySelectorAll("select")) box.value = state.chosen[[...picks.querySelectorAll("select")].indexOf(box)];
     alpha.hidden = !state.chosen.some((id) => id.startsWith("lora:"));
   }
@@ -175,6 +186,10 @@ function render({ model, el }) {
     return el;
   }
   const toEnd = throttle(() => { if (follows) scroll.scrollTop = scroll.scrollHeight; }, 30);
+  const size = new ResizeObserver(toEnd);
+  size.observe(list);
+  size.observe(scroll);
+  later(() => size.disconnect());
 
   function switcher(node) {
     if ((node.siblings?.length ?? 0) < 2) return null;
@@ -226,7 +241,7 @@ function render({ model, el }) {
       name.textContent = state.models.find((entry) => entry.id === node.model)?.label ?? node.model;
       name.hidden = !node.model;
       const next = showTokens || colour ? `tokens ${colour}` : "text";
-      if (next !== mode) { body.replaceChildren(); body.pcBlocks = undefined; mode = next; shown = -1; seen = ""; }
+      if (next !== mode) { body.replaceChildren(); body.classList.toggle("pc-chat-tokens", next !== "text"); mode = next; shown = -1; seen = ""; }
       const key = `${node.tokens.length}:${text.length}`;
       if (next !== "text") {
         if (key !== seen) shown = drawTokens(body, node, shown);
@@ -251,11 +266,12 @@ function render({ model, el }) {
           action("Tokens", () => putTokens(!showTokens), "Show its tokens; click one for its alternatives (Alt T)"),
           !taken && !state.busy && action("Go on with this one", () => quietly("choose", { id }))),
       ].filter(Boolean);
-      const within = footer.contains(root.getRootNode().activeElement) && !writing;
-      if (!within || footer.childElementCount !== parts.length) footer.replaceChildren(...parts);
-      else footer.replaceChildren(...parts);
+      const within = footer.contains(root.getRootNode().activeElement);
+      const held = within ? root.getRootNode().activeElement.textContent : "";
+      footer.replaceChildren(...parts);
+      if (held) [...footer.querySelectorAll("button")].find((one) => one.textContent === held)?.focus();
     };
-    const redraw = () => { if (!queued) { queued = true; requestAnimationFrame(paint); } };
+    const redraw = () => { if (!queued) { queued = true; requestAnimationFrame(() => keepFocus(paint)); } };
     paint();
     return { el, redraw };
   }
@@ -290,7 +306,6 @@ function render({ model, el }) {
   }
   /** Draw a reply as tokens, from the last one drawn on; return how many are drawn. */
   function drawTokens(body, node, shown) {
-    body.classList.add("pc-chat-tokens");
     const keep = Math.max(0, Math.min(shown, node.tokens.length) - 1); // the last may have grown
     while (body.childNodes.length > keep) body.lastChild.remove();
     node.tokens.slice(keep).forEach((token, i) => {
@@ -343,7 +358,7 @@ function render({ model, el }) {
     const all = [...popup.querySelectorAll("button:not(:disabled)")];
     all[(all.indexOf(root.getRootNode().activeElement) + step + all.length) % all.length]?.focus();
   });
-  function closePopup() { popup.hidden = true; opener?.focus(); }
+  function closePopup() { popup.hidden = true; (opener?.isConnected ? opener : input).focus({ preventScroll: true }); }
   function visible(text) { return text.replace(/ /g, "␣").replace(/\n/g, "⏎") || "(end)"; }
   function putTokens(on) {
     showTokens = on;

@@ -1,0 +1,154 @@
+"""The conversations of a chat page: a tree of messages each, and its form as JSON lines.
+
+Hides: which branch is shown. Editing, answering anew and branching add a message beside another; nothing that
+was said is lost, and each message remembers which of its answers the conversation goes on with.
+Reference: primechat.text.conversation, whose rules a saved conversation keeps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from primechat.config.runtime import check_number
+from primechat.errors import ConfigError, DataError, PrimechatError
+from primechat.records import Token
+from primechat.text.conversation import read_messages
+
+KINDS = {"text": 0, "python": 1, "python_output": 2, "mark": 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings:
+    """How replies are sampled, and what the model is told before the first message."""
+
+    system: str = ""
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.system, str):
+            raise ConfigError(f"system={self.system!r:.40} must be a text; try an empty one.")
+        check_number("temperature", self.temperature, low=0, high=100)
+        check_number("top_k", self.top_k, low=0, whole=True)
+        check_number("top_p", self.top_p, low=1e-6, high=1)
+        check_number("max_new_tokens", self.max_new_tokens, low=1, high=100_000, whole=True)
+        check_number("seed", self.seed, low=0, whole=True)
+
+
+@dataclass(eq=False, kw_only=True)
+class Message:
+    """A message in the tree; of its `children`, the conversation goes on with the one at `pick`."""
+
+    id: int
+    role: str
+    content: Any = ""
+    parent: Message | None = None
+    children: list[Message] = field(default_factory=list)
+    pick: int = 0
+    beside: list[int] = field(default_factory=list)  # the replies that were asked for side by side
+    model: str = ""
+    is_base: bool = False
+    tokens: list[int] = field(default_factory=list)
+    pieces: list[tuple[str, str]] = field(default_factory=list)
+    measures: list[Token] = field(default_factory=list)
+    stats: dict[str, Any] = field(default_factory=dict)
+    state: str = "done"  # waiting, writing, done, stopped, length, context or failed
+    note: str = ""
+
+    @property
+    def text(self) -> str:
+        """What a reader sees of it."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part["text"] for part in self.content)
+
+    def view(self) -> dict[str, Any]:
+        """Return what the page draws."""
+        same = [child.id for child in self.parent.children] if self.parent else [self.id]
+        written = [] if self.tokens or not self.content or self.role == "user" else list_parts(self.content)
+        return {
+            "id": self.id, "role": self.role, "model": self.model, "base": self.is_base, "state": self.state,
+            "note": self.note, "stats": self.stats, "siblings": same, "beside": self.beside,
+            "text": self.text if self.role == "user" else "", "tokens": written or self.list_tokens(0),
+        }  # fmt: skip
+
+    def list_tokens(self, start: int) -> list[list[Any]]:
+        """Return [text, kind, logprob, entropy, rank] of each token from `start`: what the page is sent."""
+        rows = []
+        for i, (kind, text) in enumerate(self.pieces[start:], start):
+            measured = self.measures[i] if i < len(self.measures) else None
+            figures = (
+                [round(measured.logprob, 3), round(measured.entropy, 3), measured.rank] if measured else []
+            )
+            rows.append([text, KINDS[kind], *figures])
+        return rows
+
+
+def list_parts(content: Any) -> list[list[Any]]:
+    """Return a message that was loaded, not written here, as the page's tokens, one a part."""
+    if isinstance(content, str):
+        return [[content, 0]]
+    around = {"text": ("", ""), "python": ("[", "]"), "python_output": (" = [", "]")}
+    rows: list[list[Any]] = []
+    for part in content:
+        first, last = around[part["type"]]
+        rows += [[first, KINDS["mark"]], [part["text"], KINDS[part["type"]]], [last, KINDS["mark"]]]
+    return [row for row in rows if row[0]]
+
+
+@dataclass(eq=False)
+class Talk:
+    """One conversation of a session."""
+
+    root: Message
+    chosen: list[str]
+
+    def walk(self) -> Iterator[Message]:
+        """Yield the messages of the branch that is shown, first to last."""
+        node = self.root
+        while node.children:
+            node = node.children[min(node.pick, len(node.children) - 1)]
+            yield node
+
+    @property
+    def title(self) -> str:
+        """The first message, shortened."""
+        first = next(self.walk(), None)
+        return "New conversation" if first is None else " ".join(first.text.split())[:48] or "..."
+
+
+def write_jsonl(talks: Iterable[Talk], system: str) -> list[str]:
+    """Return a JSON line for each conversation in which something was said: the branch that is shown."""
+    lines = []
+    for talk in talks:
+        messages = [{"role": node.role, "content": node.content} for node in talk.walk() if node.content]
+        if messages:
+            first = [{"role": "system", "content": system}] if system else []
+            lines.append(json.dumps({"messages": [*first, *messages]}, ensure_ascii=False))
+    return lines
+
+
+def read_jsonl(text: str) -> list[list[dict[str, Any]]]:
+    """Return the messages of each conversation in JSON lines, checked.
+
+    Raises:
+        DataError: there is none, or a line breaks a rule.
+    """
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                found.append(read_messages({"messages": row} if isinstance(row, list) else row))
+            except (ValueError, RecursionError, PrimechatError) as error:
+                reason = str(error) if isinstance(error, PrimechatError) else "it is no JSON"
+                raise DataError(f"Line {number} of the file cannot be used: {reason}") from None
+    if not found:
+        raise DataError("The file holds no conversation; give JSON lines with a list of messages.")
+    return found

@@ -1,0 +1,310 @@
+"""The chat page in a browser: what a reader does, and what a hostile model cannot do."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("playwright", reason="needs the extra test")
+from browser import Browser, LabPage, Server, browser, lab_page, start_host  # noqa: E402, F401
+
+pytestmark = pytest.mark.slow
+APP = """
+import marimo
+
+app = marimo.App(width="full")
+
+
+@app.cell
+def _():
+    import sys
+
+    sys.path.insert(0, {tests!r})
+    from chat_pages import open_page
+
+    from primechat.lab import show
+
+    show(open_page())
+    return
+
+
+if __name__ == "__main__":
+    app.run()
+"""
+HOSTILE = [
+    "<script>window.pwned = 1</script>",
+    "<img src=x onerror='window.pwned = 2'>",
+    "[click](javascript:window.pwned=3)",
+    "![x](https://example.invalid/spy.png) <svg onload='window.pwned=4'>",
+    "<a href='javascript:window.pwned=5'>a</a> [b](data:text/html,<script>window.pwned=6</script>)",
+    "</div></article><style>* { display: none }</style><iframe srcdoc='<script>parent.pwned=7</script>'>",
+    "**never [closed `and _so ~~on\n\n- <b>list\n> quote <i>\n```html\n<script>window.pwned = 8</script>",
+    "[ok](https://example.org/a_b) and JaVaScRiPt:window.pwned=9 [c](  java\tscript:window.pwned=10 )",
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    scratch = tmp_path_factory.mktemp("chat")
+    path = scratch / "page.py"
+    path.write_text(APP.format(tests=str(Path(__file__).parent)), encoding="utf-8")
+    with start_host("run", path, scratch) as found:
+        yield found
+
+
+class Chat:
+    """What a reader does on the page."""
+
+    def __init__(self, opened: LabPage) -> None:
+        self.opened, self.page = opened, opened.page
+        self.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        self.line = self.page.get_by_label("Message", exact=True)
+        self.line.wait_for(timeout=60_000)
+        self.page.get_by_label("Model", exact=True).wait_for(timeout=60_000)
+
+    def say(self, text: str, wait: bool = True) -> None:
+        self.line.fill(text)
+        self.line.press("Enter")
+        if wait:
+            self.settle()
+
+    def settle(self) -> None:
+        self.page.wait_for_timeout(150)
+        self.page.get_by_role("button", name="Send", exact=True).wait_for(timeout=30_000)
+        self.page.wait_for_timeout(80)
+
+    @property
+    def replies(self) -> list[str]:
+        return self.page.locator(".pc-chat-reply .pc-chat-body").all_inner_texts()
+
+    @property
+    def said(self) -> list[str]:
+        return self.page.locator(".pc-chat-said").all_inner_texts()
+
+    def press(self, name: str, at: int = -1) -> None:
+        found = self.page.get_by_role("button", name=name, exact=True)
+        (found.last if at < 0 else found.nth(at)).click()
+
+    def clipboard(self) -> str:
+        self.page.wait_for_timeout(100)
+        return str(self.page.evaluate("navigator.clipboard.readText()"))
+
+
+@pytest.fixture
+def chat(server: Server, lab_page: Callable[..., LabPage]) -> Iterator[Chat]:  # noqa: F811
+    found = Chat(lab_page(server.url))
+    yield found
+    found.opened.check()
+
+
+def test_pick_stream_stop_copy(chat: Chat) -> None:
+    page = chat.page
+    chat.say("Hello, you!")
+    assert chat.replies == ["Hello, you!"]
+    figures = page.locator(".pc-chat-figures")
+    assert re.fullmatch(r"[\d,.]+ tokens/s · first token [\d.,]+ m?s · 27 tokens", figures.inner_text())
+    chat.press("more")
+    assert "15 read + 12 written" in page.locator(".pc-chat-more").inner_text()
+    chat.press("Copy")
+    assert chat.clipboard() == "Hello, you!"
+
+    page.get_by_label("Model", exact=True).select_option("shipped/base")  # in the middle of the talk
+    chat.say("and now?")
+    assert chat.replies[-1] == "AND NOW?"
+    chat.press("Copy all")
+    assert chat.clipboard() == (
+        "You: Hello, you!\n\nshipped/sft: Hello, you!\n\nYou: and now?\n\nshipped/base: AND NOW?"
+    )
+
+    chat.say("endless: go", wait=False)
+    page.get_by_role("button", name="Stop", exact=True).wait_for()
+    page.wait_for_timeout(700)
+    first = len(chat.replies[-1])
+    assert figures.last.inner_text().startswith("~")
+    page.wait_for_timeout(300)
+    assert len(chat.replies[-1]) > first > 20, "it appears as it is written"
+    t_start = time.perf_counter()
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Send", exact=True).wait_for(timeout=5000)
+    assert time.perf_counter() - t_start < 1.5
+    kept = chat.replies[-1]
+    page.wait_for_timeout(400)
+    assert chat.replies[-1] == kept and "Stopped." in page.locator(".pc-chat-reply").last.inner_text()
+    assert not figures.last.inner_text().startswith("~")
+    chat.press("Copy")
+    assert chat.clipboard().startswith("on and on and")
+
+
+def test_edit_regenerate_and_turn(chat: Chat) -> None:
+    chat.say("first")
+    chat.say("second")
+    chat.line.press("ArrowUp")  # edits the last message
+    chat.page.keyboard.type(" thought")
+    chat.page.keyboard.press("Enter")
+    chat.settle()
+    assert chat.said == ["first", "second thought"] and chat.replies[-1] == "second thought"
+    chat.page.get_by_role("button", name="The answer before").last.click()
+    chat.settle()
+    assert chat.said == ["first", "second"]
+    chat.page.keyboard.press("Alt+r")
+    chat.settle()
+    assert "2 / 2" in chat.page.locator(".pc-chat-reply").last.inner_text()
+    chat.page.keyboard.press("Alt+ArrowLeft")
+    chat.settle()
+    assert "1 / 2" in chat.page.locator(".pc-chat-reply").last.inner_text()
+
+
+def test_a_token_its_alternatives_and_a_branch(chat: Chat) -> None:
+    chat.say("hello")
+    chat.page.keyboard.press("Alt+t")
+    tokens = chat.page.locator(".pc-chat-token")
+    tokens.first.wait_for()
+    assert tokens.all_inner_texts()[:5] == list("hello")
+    tokens.first.focus()
+    chat.page.keyboard.press("ArrowRight")
+    chat.page.keyboard.press("Enter")
+    popup = chat.page.get_by_role("dialog")
+    popup.wait_for()
+    options = popup.get_by_role("button").all_inner_texts()
+    assert options[0].split()[0] == "e" and options[1].split()[0] == "x" and len(options) == 8
+    chat.page.screenshot()
+    popup.get_by_role("button").nth(1).click()
+    chat.settle()
+    chat.page.wait_for_timeout(200)
+    assert "".join(tokens.all_inner_texts()).startswith("hxllo")
+    chat.page.keyboard.press("Alt+t")
+    chat.page.wait_for_timeout(200)
+    assert chat.replies == ["hxllo"]
+
+
+def test_compare_side_by_side(chat: Chat) -> None:
+    chat.press("+ Compare")
+    chat.page.get_by_label("Model 2").wait_for()
+    chat.say("same")
+    assert chat.replies == ["same", "SAME"]
+    boxes = [one.bounding_box() for one in chat.page.locator(".pc-chat-reply").all()]
+    assert all(boxes) and boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] < boxes[1]["x"]  # type: ignore[index]
+    chat.press("Go on with this one")
+    chat.settle()
+    chat.page.get_by_role("button", name="Leave out shipped/base").click()
+    chat.page.get_by_label("Model 2").wait_for(state="detached")
+    chat.say("on")
+    chat.press("Copy all")
+    assert "shipped/base: SAME" in chat.clipboard() and "shipped/sft: same" not in chat.clipboard()
+
+
+def test_settings_save_and_load(chat: Chat, tmp_path: Path) -> None:
+    page = chat.page
+    chat.press("Settings")
+    page.get_by_label("System prompt").fill("Be brief.")
+    page.get_by_label("Seed").fill("7")
+    page.wait_for_timeout(400)
+    chat.say("{2*21} is it")
+    reply = page.locator(".pc-chat-reply").last
+    assert reply.locator(".pc-chat-call").inner_text() == "2*21"
+    assert reply.locator(".pc-chat-result").inner_text() == "42"
+    chat.press("more")
+    assert "seed 7" in reply.inner_text()
+    with page.expect_download() as download:
+        chat.press("Save")
+    saved = Path(download.value.path()).read_text(encoding="utf-8")
+    messages = json.loads(saved)["messages"]
+    assert (
+        messages[0] == {"role": "system", "content": "Be brief."} and messages[1]["content"] == "{2*21} is it"
+    )
+    path = tmp_path / "talks.jsonl"
+    path.write_text(saved * 2, encoding="utf-8")
+    page.locator("input[type=file]").set_input_files(path)
+    page.get_by_label("Conversation").first.wait_for()
+    chat.settle()
+    assert chat.said == ["{2*21} is it"]
+    chat.say("goes on")
+    assert chat.replies[-1] == "goes on"
+
+
+def test_nothing_that_a_model_writes_can_act(chat: Chat) -> None:
+    page, asked = chat.page, []
+    page.on("request", lambda request: asked.append(request.url))
+    for text in HOSTILE:
+        chat.line.fill(text)
+        chat.press("Send")
+        chat.settle()
+    assert len(chat.replies) == len(HOSTILE)
+    for link in page.locator(".pc-md a").all():
+        assert (link.get_attribute("href") or "").startswith("https://example.org/")
+        assert "noopener" in (link.get_attribute("rel") or "")
+    for bad in ("script", "img", "svg", "iframe", "style", "b", "i", "[onerror]", "[onload]"):
+        assert page.locator(f".pc-chat-body {bad}").count() == 0, bad
+    assert page.evaluate("window.pwned") is None
+    assert not [url for url in asked if "example" in url]
+    assert "<script>window.pwned = 1</script>" in chat.replies[0] and "window.pwned=3" in chat.replies[2]
+    assert page.locator(".pc-md-code").last.inner_text() == "<script>window.pwned = 8</script>"
+    chat.say("still here")
+    assert chat.replies[-1] == "still here"
+
+
+def test_markdown_is_drawn(chat: Chat) -> None:
+    chat.line.fill(
+        "# Title\n\nSome **bold** and *soft* `code_x` text_with_names.\n\n1. one\n2. two\n   - inner\n\n"
+        "| a | b |\n|---|---|\n| 1 | 2 |\n\n> said"
+    )
+    chat.press("Send")
+    chat.settle()
+    body = chat.page.locator(".pc-chat-body")
+    for where, text in (
+        (".pc-md-heading", "Title"), ("strong", "bold"), ("em", "soft"), (".pc-md-inline", "code_x"),
+        ("ol > li >> nth=0", "one"), ("ol ul li", "inner"), ("td >> nth=1", "2"), ("blockquote", "said"),
+    ):  # fmt: skip
+        assert body.locator(where).inner_text() == text
+    assert body.locator("em").count() == 1
+
+
+def test_long_talks_stay_smooth(chat: Chat, tmp_path: Path) -> None:
+    words = "a few **plain** words that were said, " * 12
+    messages = [{"role": ("user", "assistant")[i % 2], "content": f"{i}: {words}"} for i in range(200)]
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"messages": messages}), encoding="utf-8")
+    page = chat.page
+    page.locator("input[type=file]").set_input_files(path)
+    chat.settle()
+    chat.say("endless: while scrolling", wait=False)
+    page.get_by_role("button", name="Stop", exact=True).wait_for()
+    frames: list[float] = page.locator(".pc-chat-scroll").evaluate(
+        """(scroll) => new Promise((resolve) => {
+          const times = [];
+          let last = performance.now(), n = 0;
+          const next = (now) => {
+            times.push(now - last);
+            last = now;
+            scroll.scrollTop = (Math.sin(n / 15) + 1) / 2 * scroll.scrollHeight;
+            if (++n < 120) requestAnimationFrame(next); else resolve(times);
+          };
+          requestAnimationFrame(next);
+        })"""
+    )
+    chat.press("Stop")
+    chat.settle()
+    assert len(chat.said) == 101
+    frames = sorted(frames[5:])
+    median, high = frames[len(frames) // 2], frames[int(len(frames) * 0.9)]
+    assert median <= 60, f"half of the frames took {median:.0f} ms or more, nine in ten {high:.0f} ms"
+
+
+def test_two_people_on_one_server(chat: Chat, server: Server, browser: Browser) -> None:  # noqa: F811
+    chat.say("my secret")
+    context: Any = browser.new_context()
+    try:
+        page = context.new_page()
+        page.goto(server.url)
+        other = Chat(LabPage(page, server.url))
+        other.say("who is there?")
+        assert other.said == ["who is there?"] and "secret" not in page.locator("body").inner_text()
+    finally:
+        context.close()
+    assert chat.said == ["my secret"]

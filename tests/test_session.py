@@ -1,0 +1,279 @@
+"""The session behind a chat page: the tree, the worker, what it tells the page."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_pages import MODELS, TOKENIZER, EchoModel, open_echo
+
+from primechat.desk.session import ChatSession
+from primechat.desk.tree import ChatSettings
+from primechat.errors import ConfigError, DataError
+from primechat.text.corpora import load_conversations
+
+
+class Page:
+    """A page without a browser: keeps the nodes that it was sent."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.nodes: dict[int, dict[str, Any]] = {}
+        self.told: list[dict[str, Any]] = []
+        self.listens = True
+        start = ChatSettings(**{"temperature": 0.0, "max_new_tokens": 20_000, **settings})
+        models = [{"id": name, "label": name, "about": ""} for name in MODELS]
+        self.session = ChatSession(self.push, open_echo, lambda: models, "shipped/sft", start)
+        self.do("ready")
+        self.wait()
+
+    def push(self, message: dict[str, Any]) -> bool:
+        json.dumps(message)
+        self.told.append(message)
+        for node in message.get("nodes", []):
+            self.nodes[node["id"]] = node
+        if message["kind"] == "tokens":
+            node = self.nodes[message["id"]]
+            node["tokens"][message["at"] :] = message["tokens"]
+        return self.listens
+
+    def do(self, name: str, **given: Any) -> dict[str, Any]:
+        answer = self.session.act(name, given)
+        for node in answer.get("nodes", []):
+            self.nodes[node["id"]] = node
+        return answer
+
+    def wait(self) -> None:
+        worker = self.session._worker
+        assert worker is not None
+        worker.join(20)
+        assert not worker.is_alive() and not self.session.busy
+
+    def say(self, text: str) -> dict[str, Any]:
+        self.do("send", text=text)
+        self.wait()
+        return self.last
+
+    @property
+    def path(self) -> list[int]:
+        return [node.id for node in self.session.talk.walk()]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.nodes[self.path[-1]]
+
+
+def read(node: dict[str, Any]) -> str:
+    return node["text"] or "".join(token[0] for token in node["tokens"])
+
+
+def test_replies_come_as_they_are_written() -> None:
+    page = Page()
+    reply = page.say("héllo 👋 wörld")
+    assert read(reply) == "héllo 👋 wörld" and reply["state"] == "done"
+    assert [len(t) for t in reply["tokens"]] == [5] * len(reply["tokens"])  # all measured
+    stats = reply["stats"]
+    assert stats["final"] and stats["new_tokens"] == len("héllo 👋 wörld".encode()) + 1
+    assert stats["prompt_tokens"] == stats["new_tokens"] + 3 and stats["stop_reason"] == "stop"
+    assert stats["ttft_s"] > 0 and stats["entropy"] > 0 and stats["seed"] == 0
+    page.say("again")
+    assert [read(page.nodes[i]) for i in page.path[2:]] == ["again", "again"]
+    page.do("models", chosen=["slow"])
+    page.say("streamed, bit by bit, and not all at once at the end")
+    streams = [m for m in page.told if m["kind"] == "tokens" and m["id"] == page.path[-1]]
+    assert len(streams) >= 3 and not streams[0]["stats"]["final"]
+    assert all(a["at"] + len(a["tokens"]) == b["at"] for a, b in zip(streams, streams[1:], strict=False))
+
+
+def test_stop_is_heard_within_a_token() -> None:
+    page = Page()
+    page.do("models", chosen=["slow"])
+    page.wait()
+    page.do("send", text="endless: x")
+    model = MODELS["slow"]
+    while sum(m["kind"] == "tokens" for m in page.told) < 4:
+        time.sleep(0.005)
+    t_start = time.perf_counter()
+    before = model.steps
+    page.do("stop")
+    page.wait()
+    assert model.steps - before <= 2 and time.perf_counter() - t_start < 0.3  # one may have been under way
+    assert page.last["state"] == "stopped" and read(page.last).startswith("on and on")
+    steps = model.steps
+    time.sleep(0.05)
+    assert model.steps == steps
+    kept = read(page.last)
+    page.session.settings = ChatSettings(temperature=0, max_new_tokens=14)
+    page.do("go_on", id=page.path[-1])
+    page.wait()
+    assert read(page.last).startswith(kept) and len(read(page.last)) == len(kept) + 14
+    assert page.last["state"] == "length"
+
+
+def test_stop_counts_exactly_one_step() -> None:
+    page = Page()
+    model, seen = EchoModel(), []
+
+    def note() -> None:
+        seen.append(page.session._cancel.is_set())
+        if len(seen) == 20:
+            page.session.stop()
+
+    model.on_advance = note
+    page.session.opener = lambda name: (model, TOKENIZER, {"identifier": "sft/echo"})
+    page.say("endless: x")
+    assert len(seen) == 20 and page.last["state"] == "stopped"  # no pass began after the stop
+    assert page.last["stats"]["new_tokens"] in (19, 20)
+
+
+def test_a_page_that_is_gone_ends_its_reply() -> None:
+    page = Page()
+    page.listens = False
+    page.do("send", text="endless: x")
+    page.wait()
+    assert page.session._cancel.is_set()
+
+
+def test_edit_regenerate_branch_choose() -> None:
+    page = Page()
+    page.say("one")
+    page.say("two")
+    first, answer = page.path[0], page.path[1]
+    page.do("edit", id=first, text="uno")
+    page.wait()
+    assert [read(page.nodes[i]) for i in page.path] == ["uno", "uno"]
+    assert page.nodes[page.path[0]]["siblings"] == [first, page.path[0]]
+    shown = page.do("choose", id=first)
+    assert [read(n) for n in shown["nodes"]] == ["one", "one", "two", "two"]  # nothing was lost
+    page.do("regenerate", id=answer)
+    page.wait()
+    assert len(page.last["siblings"]) == 2 and read(page.last) == "one" and page.last["stats"]["seed"] == 1
+    found = page.do("alternatives", id=answer, index=1)
+    assert found["rows"][0]["text"] == "n" and found["taken"] == ord("n") and found["rank"] == 0
+    assert found["rows"][1]["text"] == "x" and 0 < found["rows"][1]["p"] < found["rows"][0]["p"]
+    page.do("branch", id=answer, index=1, token=ord("x"))
+    page.wait()
+    assert read(page.last) == "oxe" and len(page.last["siblings"]) == 3
+    assert [len(t) for t in page.last["tokens"]] == [5, 5, 5, 5] and page.last["tokens"][1][4] == 1
+    assert page.do("alternatives", id=page.last["id"], index=1)["taken"] == ord("x")
+    with pytest.raises(ConfigError, match="alternatives"):
+        page.do("branch", id=answer, index=1, token=3)
+
+
+def test_models_switch_and_compare() -> None:
+    page = Page()
+    page.say("hi")
+    page.do("models", chosen=["shipped/base"])
+    page.wait()
+    assert read(page.say("loud")) == "LOUD"
+    page.do("models", chosen=["shipped/sft", "shipped/base", "shipped/sft", "slow"])
+    page.wait()
+    page.say("both")
+    beside = page.last["beside"]
+    assert len(beside) == 3 and [read(page.nodes[i]) for i in beside] == ["both", "BOTH", "both"]
+    page.do("choose", id=beside[1])
+    page.do("models", chosen=["shipped/sft"])
+    page.say("on")
+    assert read(page.nodes[page.path[-3]]) == "BOTH"
+    assert {n["id"] for n in page.do("ready")["nodes"]} >= set(beside)
+    for chosen in ([], list("abcde")):
+        with pytest.raises(ConfigError, match="1 to 4"):
+            page.do("models", chosen=chosen)
+
+
+def test_tools_are_shown_and_saved(tmp_path: Path) -> None:
+    page = Page(system="Be brief.")
+    reply = page.say("{1+2}!")
+    assert [(t[0], t[1]) for t in reply["tokens"]] == [
+        ("[", 3), ("1", 1), ("+", 1), ("2", 1), ("]", 3), (" = [", 3), ("3", 2), ("]", 3), ("!", 0), ("", 3),
+    ]  # fmt: skip
+    page.do("new")
+    page.say("second")
+    saved = page.do("save")
+    path = tmp_path / saved["name"]
+    path.write_text(saved["text"], encoding="utf-8")
+    loaded = load_conversations(path)  # what finetune reads
+    assert len(loaded) == 2 and loaded[0]["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert [part["type"] for part in loaded[0]["messages"][2]["content"]] == [
+        "python",
+        "python_output",
+        "text",
+    ]
+    other = Page()
+    shown = other.do("load", text=saved["text"])
+    assert [read(n) for n in shown["nodes"]] == ["{1+2}!", "[1+2] = [3]!"] and shown["settings"][
+        "system"
+    ] == "Be brief."
+    assert shown["talks"] == ["{1+2}!", "second"] and shown["at"] == 0
+    assert read(other.say("more")) == "more"
+    assert other.do("open", index=1)["path"] and other.do("save")["count"] == 2
+    first = other.path[1]
+    other.do("go_on", id=first)  # a reply that was loaded goes on from its text
+    other.wait()
+    assert read(other.nodes[first]).startswith("second")
+    with pytest.raises(ConfigError, match="not known"):
+        other.do("alternatives", id=other.do("open", index=0)["path"][1], index=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("", "no conversation"),
+        ("{", "Line 1.*no JSON"),
+        ('\n{"messages": []}', "Line 2"),
+        ('[{"role": "x"}]', "x"),
+    ],
+)
+def test_files_that_cannot_be_loaded(text: str, wrong: str) -> None:
+    page = Page()
+    with pytest.raises(DataError, match=wrong):
+        page.do("load", text=text)
+    assert page.path == []
+
+
+def test_refusals_are_sentences() -> None:
+    page = Page()
+    for act, given in (("send", {"text": " "}), ("edit", {"id": 99, "text": "x"}), ("nothing", {})):
+        with pytest.raises(ConfigError):
+            page.do(act, **given)
+    for wrong in ({"temperature": -1}, {"top_k": 1.5}, {"system": 3}, {"seed": -1}):
+        with pytest.raises(ConfigError):
+            page.do("settings", **wrong)
+    page.do("models", chosen=["slow"])
+    page.wait()
+    page.do("send", text="endless: x")
+    for act, given in (("send", {"text": "x"}), ("new", {}), ("edit", {"id": 1, "text": "x"})):
+        with pytest.raises(ConfigError, match="stop it first"):
+            page.do(act, **given)
+    page.do("stop")
+    page.wait()
+
+
+def test_a_model_that_fails_is_told() -> None:
+    page = Page()
+    page.do("models", chosen=["missing"])
+    page.wait()
+    assert any(m["kind"] == "status" and m.get("fault") for m in page.told)
+    reply = page.say("hi")
+    assert reply["state"] == "failed" and "missing" in reply["note"]
+    page.do("models", chosen=["shipped/sft"])
+    page.wait()
+    assert read(page.say("hi")) == "hi"  # the talk goes on
+
+
+def test_sessions_do_not_see_each_other() -> None:
+    one, two = Page(), Page()
+    one.say("secret")
+    assert two.do("ready")["nodes"] == [] and two.path == []
+    two.do("settings", temperature=1.5)
+    assert one.session.settings.temperature == 0.0
+    pages = [Page() for _ in range(4)]
+    threads = [threading.Thread(target=p.say, args=(f"page {i}",)) for i, p in enumerate(pages)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [read(p.last) for p in pages] == [f"page {i}" for i in range(4)]
