@@ -58,6 +58,7 @@ P = (0.5, 0.25, 0.125, 0.125)
 
 
 def draw_token(p: Sequence[float], u: float) -> int:
+    """Return the index in whose stretch u falls."""
     total = 0.0
     for i, share in enumerate(p):
         total += share
@@ -88,6 +89,7 @@ def check_draw(draw: Callable[[Sequence[float], float], int]) -> None:
 
 
 def keep_nucleus(p: Sequence[float], top_p: float) -> list[int]:
+    """Return the smallest set of the likeliest tokens that reaches top_p."""
     kept: list[int] = []
     total = 0.0
     for i in sorted(range(len(p)), key=lambda i: -p[i]):
@@ -116,6 +118,7 @@ def check_nucleus(keep: Callable[[Sequence[float], float], Iterable[int]]) -> No
 
 
 def stream_text(pieces: Iterable[bytes]) -> Iterator[str]:
+    """Yield the text of bytes as soon as it is whole."""
     import codecs
 
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
