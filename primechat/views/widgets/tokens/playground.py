@@ -1,0 +1,135 @@
+"""The playground: type, and see the text cut into tokens; compare up to three tokenizers.
+
+Hides: what goes over the wire. The page sends each edit and gets back, for each tokenizer shown, the run of
+tokens that changed: ids and lengths in bytes. The page knows the text and places the chips itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import traitlets
+
+from primechat.views.widgets.kit import Widget
+
+MAX_SHOWN = 3
+
+
+class Encoder(Protocol):
+    """What the playground needs of a tokenizer."""
+
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A tokenizer that can be chosen: a key, what to call it, the context to count against, how to open it."""
+
+    key: str
+    label: str
+    context: int
+    open: Callable[[], Any]
+
+
+class Opened:
+    """Tokenizers that are open, each opened once."""
+
+    def __init__(self, choices: Sequence[Choice]) -> None:
+        self.choices = {choice.key: choice for choice in choices}
+        self._open: dict[str, Any] = {}
+        self._lengths: dict[str, np.ndarray] = {}
+
+    def get(self, key: str) -> Any:
+        """Return a tokenizer by its key."""
+        if key not in self._open:
+            self._open[key] = self.choices[key].open()
+        return self._open[key]
+
+    def cut(self, key: str, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids and lengths in bytes of a text's tokens: int32 (N,), int32 (N,)."""
+        encoder = self.get(key)
+        ids = np.asarray(encoder.encode(text), dtype=np.int32)
+        if key not in self._lengths:
+            sizes = (len(encoder.token_bytes(i)) for i in range(encoder.vocab_size))
+            self._lengths[key] = np.fromiter(sizes, np.int32, encoder.vocab_size)
+        lengths = self._lengths[key][ids]
+        if int(lengths.sum()) != len(text.encode("utf-8", "replace")):
+            raise ValueError(
+                f"{self.choices[key].label} rewrites the text before it cuts it, so its {len(ids):,} tokens "
+                "cannot be drawn over it; choose another."
+            )
+        return ids, lengths
+
+    def describe(self) -> list[list[Any]]:
+        """Return what the page needs to offer the choices: key, label, context."""
+        return [[choice.key, choice.label, choice.context] for choice in self.choices.values()]
+
+
+def find_change(old: np.ndarray, new: np.ndarray) -> tuple[int, int]:
+    """Return (at, cut): `old[at : at + cut]` is all that differs, the rest stands at both ends of `new`."""
+    shared = min(len(old), len(new))
+    differ = np.flatnonzero(old[:shared] != new[:shared])
+    at = int(differ[0]) if len(differ) else shared
+    rest = shared - at
+    differ = np.flatnonzero(old[len(old) - rest :][::-1] != new[len(new) - rest :][::-1])
+    tail = int(differ[0]) if len(differ) else rest
+    return at, len(old) - at - tail
+
+
+class Playground(Widget):
+    """Chips under the caret, bytes, counts and cost; `text` follows the page when typing pauses."""
+
+    text = traitlets.Unicode().tag(sync=True)
+    shown = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    choices = traitlets.List().tag(sync=True)
+    start = traitlets.Dict().tag(sync=True)
+
+    def __init__(self, opened: Opened, text: str, shown: Sequence[str]) -> None:
+        super().__init__(text=text, shown=list(shown), choices=opened.describe())
+        self._opened = opened
+        self._draft, self._revision = b"", 0
+        self._ids: dict[str, np.ndarray] = {}
+        self.start = {**self.answer_open(text, list(shown)), "text": text}
+
+    def answer_open(self, text: str, shown: list[str]) -> dict[str, Any]:
+        """Take a whole text and the tokenizers to show it with; answer all of their tokens."""
+        self._draft = text.encode("utf-16-le", "surrogatepass")
+        self._ids = {}
+        return self._answer(text, shown)
+
+    def answer_edit(self, revision: int, at: int, cut: int, put: str, shown: list[str]) -> dict[str, Any]:
+        """Take an edit, counted in the page's UTF-16 units; answer the tokens that changed."""
+        if revision != self._revision:
+            return {"stale": True}  # another view of this widget has edited since: the page sends its text
+        end = 2 * (at + cut)
+        self._draft = self._draft[: 2 * at] + put.encode("utf-16-le", "surrogatepass") + self._draft[end:]
+        return self._answer(self._draft.decode("utf-16-le", "replace"), shown)
+
+    def _answer(self, text: str, shown: list[str]) -> dict[str, Any]:
+        self._revision += 1
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        panes = [self._cut_pane(key, text) for key in shown[:MAX_SHOWN]]
+        return {"revision": self._revision, "panes": panes}
+
+    def _cut_pane(self, key: str, text: str) -> dict[str, Any]:
+        try:
+            ids, lengths = self._opened.cut(key, text)
+        except Exception as error:  # offline, damaged, refused: the other panes go on
+            self._ids.pop(key, None)
+            return {"key": key, "fault": str(error) or type(error).__name__}
+        whole = key not in self._ids
+        old = self._ids.get(key, np.empty(0, np.int32))
+        at, cut = find_change(old, ids)
+        self._ids[key] = ids
+        put = slice(at, len(ids) - (len(old) - at - cut))
+        return {
+            "key": key, "whole": whole, "at": at, "cut": cut,
+            "ids": ids[put].tolist(), "sizes": lengths[put].tolist(), "vocab_size": self._opened.get(key).vocab_size,
+        }  # fmt: skip
