@@ -88,7 +88,8 @@ function makeSheet() {
 
 function render({ model, el }) {
   const ui = frame({ model, el }, "playground"), { root } = ui, ask = asking(model, ui.later);
-  const choices = new Map(model.get("choices").map(([key, label, context]) => [key, { label, context }]));
+  const readChoices = () => new Map(model.get("choices").map(([key, label, context]) => [key, { label, context }]));
+  let choices = readChoices();
   const start = model.get("start");
   let text = model.get("text"), shown = [...model.get("shown")], revision = -1;
   let panes = [], panesText = start.text, view = "whole", spaces = false, active = 0, busy = false, editedAt = 0, price = 2.5, context = 0;
@@ -220,6 +221,8 @@ function render({ model, el }) {
     drawSheets();
     pump();
   });
+
+  ui.listen("choices", () => { choices = readChoices(); drawChooser(); if (shown.some((key) => !panes.find((pane) => pane.key === key && !pane.fault))) reopen(); });
 
   // ---- drawing the texts
   function currentGroups(pane) { // those of the last answer, moved by what was typed since

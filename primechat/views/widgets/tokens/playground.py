@@ -6,70 +6,16 @@ tokens that changed: ids and lengths in bytes. The page knows the text and place
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import traitlets
 
 from primechat.views.widgets.kit import Widget
+from primechat.views.widgets.tokens.choices import Opened
 
 MAX_SHOWN = 3
-
-
-class Encoder(Protocol):
-    """What the playground needs of a tokenizer."""
-
-    vocab_size: int
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def token_bytes(self, token_id: int) -> bytes: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """A tokenizer that can be chosen: a key, what to call it, the context to count against, how to open it."""
-
-    key: str
-    label: str
-    context: int
-    open: Callable[[], Any]
-
-
-class Opened:
-    """Tokenizers that are open, each opened once."""
-
-    def __init__(self, choices: Sequence[Choice]) -> None:
-        self.choices = {choice.key: choice for choice in choices}
-        self._open: dict[str, Any] = {}
-        self._lengths: dict[str, np.ndarray] = {}
-
-    def get(self, key: str) -> Any:
-        """Return a tokenizer by its key."""
-        if key not in self._open:
-            self._open[key] = self.choices[key].open()
-        return self._open[key]
-
-    def cut(self, key: str, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids and lengths in bytes of a text's tokens: int32 (N,), int32 (N,)."""
-        encoder = self.get(key)
-        ids = np.asarray(encoder.encode(text), dtype=np.int32)
-        if key not in self._lengths:
-            sizes = (len(encoder.token_bytes(i)) for i in range(encoder.vocab_size))
-            self._lengths[key] = np.fromiter(sizes, np.int32, encoder.vocab_size)
-        lengths = self._lengths[key][ids]
-        if int(lengths.sum()) != len(text.encode("utf-8", "replace")):
-            raise ValueError(
-                f"{self.choices[key].label} rewrites the text before it cuts it, so its {len(ids):,} tokens "
-                "cannot be drawn over it; choose another."
-            )
-        return ids, lengths
-
-    def describe(self) -> list[list[Any]]:
-        """Return what the page needs to offer the choices: key, label, context."""
-        return [[choice.key, choice.label, choice.context] for choice in self.choices.values()]
 
 
 def find_change(old: np.ndarray, new: np.ndarray) -> tuple[int, int]:
@@ -88,7 +34,7 @@ class Playground(Widget):
 
     text = traitlets.Unicode().tag(sync=True)
     shown = traitlets.List(traitlets.Unicode()).tag(sync=True)
-    choices = traitlets.List().tag(sync=True)
+    choices: Any = traitlets.List().tag(sync=True)
     start = traitlets.Dict().tag(sync=True)
 
     def __init__(self, opened: Opened, text: str, shown: Sequence[str]) -> None:
@@ -96,6 +42,7 @@ class Playground(Widget):
         self._opened = opened
         self._draft, self._revision = b"", 0
         self._ids: dict[str, np.ndarray] = {}
+        opened.on_change.append(lambda: setattr(self, "choices", opened.describe()))
         self.start = {**self.answer_open(text, list(shown)), "text": text}
 
     def answer_open(self, text: str, shown: list[str]) -> dict[str, Any]:
@@ -129,7 +76,8 @@ class Playground(Widget):
         at, cut = find_change(old, ids)
         self._ids[key] = ids
         put = slice(at, len(ids) - (len(old) - at - cut))
+        size = self._opened.get(key).vocab_size
         return {
             "key": key, "whole": whole, "at": at, "cut": cut,
-            "ids": ids[put].tolist(), "sizes": lengths[put].tolist(), "vocab_size": self._opened.get(key).vocab_size,
+            "ids": ids[put].tolist(), "sizes": lengths[put].tolist(), "vocab_size": size,
         }  # fmt: skip
