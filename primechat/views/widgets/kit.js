@@ -82,6 +82,17 @@ export function asking(model, later) {
   });
 }
 
+/** Do something once, when a node first comes into sight; `later` takes what ends the watch. */
+export function whenSeen(node, work, later) {
+  const watch = new IntersectionObserver((entries) => {
+    if (!entries.some((entry) => entry.isIntersecting)) return;
+    watch.disconnect();
+    work();
+  }, { rootMargin: "200px" });
+  watch.observe(node);
+  later(() => watch.disconnect());
+}
+
 /** Call at most once in ms, the last call always. */
 export function throttle(work, ms) {
   let timer = 0, last = -Infinity, args = [];

@@ -7,7 +7,7 @@ const PART = { text: "says", python: "calls Python", python_output: "is told the
 function render({ model, el }) {
   const ui = frame({ model, el }, "chatformat"), { root } = ui, ask = asking(model, ui.later);
   let messages = structuredClone(model.get("messages")), drawn = model.get("start"), count = 0;
-  const keys = model.get("keys");
+  const keys = model.get("formats");
   if (!keys.length) { root.append(h("div", { class: "pc-note", text: "No tokenizer with chat tokens is here: train or download a model first." })); return ui.end; }
   const contextOf = () => keys.find(([key]) => key === choice.box.value)?.[2] ?? 256;
   const choice = select({ label: "Tokenizer", options: keys.map(([key, label]) => [key, label]), value: model.get("key"), input: (key) => { most.value = String(contextOf()); commit(model, { key }); draw(); } });
@@ -33,7 +33,7 @@ function render({ model, el }) {
       const last = i === messages.length - 1;
       return h("div", { class: `pc-message pc-${message.role}` },
         h("div", { class: "pc-row pc-between" }, h("strong", { text: WHO[message.role] }), last || message.role === "system" ? button("×", () => { messages.splice(i, 1); drawList(); draw(); }, { title: "Take this message away" }) : null),
-        parts.map((part, j) => [parts.length > 1 ? h("span", { class: "pc-muted", text: PART[part.type] }) : null,
+        parts.flatMap((part, j) => [parts.length > 1 ? h("span", { class: "pc-muted", text: PART[part.type] }) : null,
           box(part.text, `${WHO[message.role]} ${PART[part.type]}`, (text) => { if (typeof message.content === "string") message.content = text; else message.content[j].text = text; })]));
     }));
     const end = messages.at(-1)?.role, next = end === "user" ? "assistant" : "user";

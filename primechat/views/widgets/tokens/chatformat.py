@@ -17,7 +17,7 @@ class ChatFormat(Widget):
     """Build a conversation and see its tokens; `messages` is what the page has built."""
 
     messages: Any = traitlets.List().tag(sync=True)
-    keys: Any = traitlets.List().tag(sync=True)
+    formats: Any = traitlets.List().tag(sync=True)
     key = traitlets.Unicode().tag(sync=True)
     start = traitlets.Dict().tag(sync=True)
 
@@ -35,7 +35,9 @@ class ChatFormat(Widget):
                 `cut` (tokens beyond the context) for a key, messages and a most number of tokens.
             messages: as `render_conversation` takes them.
         """
-        super().__init__(keys=[list(key) for key in keys], key=keys[0][0] if keys else "", messages=messages)
+        super().__init__(
+            formats=[list(key) for key in keys], key=keys[0][0] if keys else "", messages=messages
+        )
         self._draw = draw
         self.start = self.answer_draw(self.key, messages, keys[0][2]) if keys else {}
 

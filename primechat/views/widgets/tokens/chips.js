@@ -85,7 +85,7 @@ export function ground(tints) {
 /** A text with its white space and control characters made visible. */
 export function showSpaces(text) {
   return text.replace(/ /g, "·").replace(/\t/g, "→").replace(/\r?\n|\r/g, "↵").replace(/\u00a0/g, "⍽")
-    .replace(/[\x00-\x08\x0b-\x1f\x7f]/g, (char) => String.fromCharCode(char === "\x7f" ? 0x2421 : 0x2400 + char.charCodeAt(0)));
+    .replace(/[\x00-\x08\x0b-\x1f\x7f]/g, (char) => `<${char.charCodeAt(0).toString(16).padStart(2, "0")}>`);
 }
 
 /** Bytes as people write them: f0 9f a7 91. */

@@ -48,7 +48,7 @@ class Opened:
         return self._open[key]
 
     def add(self, choice: Choice) -> None:
-        """Offer one more, or another under a key that is there; the pages that show the choices hear of it."""
+        """Offer one more, or another under a key that is there; the pages that show them hear of it."""
         self.choices[choice.key] = choice
         self._open.pop(choice.key, None)
         self._lengths.pop(choice.key, None)

@@ -1,4 +1,4 @@
-import { asking, button, commit, frame, h, number, select, tabs } from "../kit.js";
+import { asking, button, commit, frame, h, number, select, tabs, whenSeen } from "../kit.js";
 import { TINTS, countCharacters, findBorders, ground, groupTokens } from "./chips.js";
 
 const MEASURES = [["density", "Tokens a 100 characters"], ["ratio", "Times the English count"], ["tokens", "Tokens"]];
@@ -63,7 +63,7 @@ function render({ model, el }) {
   }
   ui.listen("choices", draw);
   draw();
-  choose(shown);
+  whenSeen(root, () => choose(shown), ui.later);
   root.dataset.ready = "true";
   return ui.end;
 }

@@ -1,4 +1,4 @@
-"""What the same words cost in other languages and in code: tokens a 100 characters, for up to three tokenizers.
+"""What the same words cost in other languages and in code, for up to three tokenizers.
 
 Hides: nothing; the page counts characters as people see them, this counts tokens.
 """
@@ -35,7 +35,7 @@ class FertilityTable(Widget):
         super().__init__(passages=[list(p) for p in passages], shown=list(shown), choices=opened.describe())
         self._opened = opened
         opened.on_change.append(lambda: setattr(self, "choices", opened.describe()))
-        self.start = {"columns": [self.answer_measure(key) for key in shown]}
+        self.start = {"columns": [self.answer_measure(key) for key in shown[:1]]}  # the rest when it is seen
 
     def answer_measure(self, key: str) -> dict[str, Any]:
         """Return the tokens' lengths in bytes of each passage."""

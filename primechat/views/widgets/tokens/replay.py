@@ -24,7 +24,9 @@ class MergeReplay(Widget):
     choices: Any = traitlets.List().tag(sync=True)
     start = traitlets.Dict().tag(sync=True)
 
-    def __init__(self, opened: Opened, play: Callable[[Any, str], dict[str, Any]], text: str, key: str) -> None:
+    def __init__(
+        self, opened: Opened, play: Callable[[Any, str], dict[str, Any]], text: str, key: str
+    ) -> None:
         """Show a replay.
 
         Args:

@@ -1,11 +1,12 @@
-import { asking, button, commit, frame, h, number, select, slider } from "../kit.js";
+import { asking, button, commit, frame, h, number, select, slider, whenSeen } from "../kit.js";
 import { TINTS, readBytes } from "./chips.js";
 
 const SPEEDS = { slow: 1, fast: 12, full: 4000 };
 
 function render({ model, el }) {
   const ui = frame({ model, el }, "trainer"), { root } = ui, ask = asking(model, ui.later);
-  let state = model.get("start"), counts = [...state.counts], running = false, speed = "fast", mine = 0, goal = state.goal, dirty = false;
+  let state = { vocab_size: 256 + model.get("special_count"), pairs: [], latest: [], preview: [], n_bytes: 0, n_tokens: 0 };
+  let counts = [], running = false, speed = "fast", mine = 0, goal = 512, dirty = false;
   const samples = [...model.get("samples"), ["", "my own text"]];
   const source = select({ label: "Learn from", options: samples, value: samples[0][0], input: () => { own.hidden = source.box.value !== ""; dirty = true; if (own.hidden) restart(); } });
   const area = h("textarea", { class: "pc-text", rows: 4, placeholder: "Paste a text: a few thousand characters are enough", "aria-label": "Your own text", "data-lm-suppress-shortcuts": "true", oninput: () => { dirty = true; } });
@@ -17,8 +18,8 @@ function render({ model, el }) {
   const fault = h("div", { class: "pc-error", role: "alert", hidden: true });
   const facts = h("div", { class: "pc-muted", role: "status" }), said = h("div", { class: "pc-note", hidden: true });
   const pairs = h("tbody"), latest = h("tbody"), preview = h("div", { class: "pc-preview" });
-  const curve = svg("svg", { viewBox: "0 0 340 190", class: "pc-curve", role: "img", "aria-label": "How often the merged pair stood in the text, merge by merge" });
-  const table = (title, heads, body) => h("div", {}, h("h3", { class: "pc-title", text: title }), h("table", { class: "pc-table" }, h("thead", {}, h("tr", {}, heads.map((text) => h("th", { text, class: /often|Id/.test(text) ? "pc-right" : "" })))), body));
+  const curve = svg("svg", { viewBox: "0 0 340 230", class: "pc-curve", role: "img", "aria-label": "How often the merged pair stood in the text, merge by merge" });
+  const table = (title, heads, body) => h("div", {}, h("h3", { class: "pc-title", text: title }), h("table", { class: /last/.test(title) ? "pc-table pc-latest" : "pc-table" }, h("thead", {}, h("tr", {}, heads.map((text) => h("th", { text, class: /often|Id/.test(text) ? "pc-right" : "" })))), body));
   root.append(h("div", { class: "pc-stack" },
     h("div", { class: "pc-row" }, source, size, pace), own, h("div", { class: "pc-row" }, go, one, again, facts), fault,
     h("div", {}, h("div", { class: "pc-muted", text: "A sentence, cut with the merges learned so far" }), preview), said,
@@ -57,7 +58,7 @@ function render({ model, el }) {
     Object.assign(root.dataset, { vocabSize: state.vocab_size, running, full });
   }
   function drawCurve() {
-    const left = 50, right = 330, top = 12, bottom = 150, n = Math.max(2, goal - 256 - model.get("special_count"));
+    const left = 50, right = 330, top = 12, bottom = 190, n = Math.max(2, goal - 256 - model.get("special_count"));
     const high = Math.max(10, counts[0] ?? state.pairs[0]?.[2] ?? 10);
     const x = (i) => left + ((right - left) * i) / n, y = (count) => bottom - ((bottom - top) * Math.log(Math.max(1, count))) / Math.log(high);
     const nodes = [];
@@ -99,8 +100,15 @@ function render({ model, el }) {
     return answer;
   }
   draw();
-  ask("state", {}, 20000).then((answer) => { if (!running && (answer.vocab_size !== state.vocab_size || answer.n_bytes !== state.n_bytes)) { goal = answer.goal; size.put(goal); take(answer); } }).catch(() => {});
-  root.dataset.ready = "true";
+  facts.textContent = "Reading the text and counting its pairs …";
+  whenSeen(root, async () => {
+    const answer = await safely(() => ask("state"));
+    if (!answer || running) return;
+    goal = answer.goal;
+    size.put(goal);
+    take(answer);
+    root.dataset.ready = "true";
+  }, ui.later);
   return ui.end;
 }
 

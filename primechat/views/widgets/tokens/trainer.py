@@ -24,7 +24,6 @@ class TokenizerTrainer(Widget):
     samples: Any = traitlets.List().tag(sync=True)
     special_count = traitlets.Int().tag(sync=True)
     preview = traitlets.Unicode().tag(sync=True)
-    start = traitlets.Dict().tag(sync=True)
     done = traitlets.Bool().tag(sync=True)
 
     def __init__(
@@ -53,7 +52,7 @@ class TokenizerTrainer(Widget):
         self.learner: Any = None
         self._counts: list[int] = []
         self._goal, self._said = 0, ""
-        self.start = self.answer_begin(samples[0][0], "", 512)
+        self._first = samples[0][0]
 
     def answer_begin(self, sample: str, text: str, vocab_size: int) -> dict[str, Any]:
         """Count the pairs of a text; nothing is merged yet."""
@@ -82,15 +81,17 @@ class TokenizerTrainer(Widget):
 
     def answer_state(self, first: int = 0) -> dict[str, Any]:
         """Answer how far it is: all of what is drawn, the counts from merge `first` on."""
+        if self.learner is None:  # the page is seen for the first time
+            return self.answer_begin(self._first, "", 512)
         learner = self.learner
-        pairs = learner.list_pairs(PAIRS)
+        pairs, cut = learner.list_pairs(PAIRS), self._cut(learner, self.preview)
         latest = range(max(256, len(learner.tokens) - LATEST), len(learner.tokens))
         return {
             "vocab_size": len(learner.tokens) + self.special_count, "goal": self._goal, "said": self._said,
             "pairs": [[list(learner.tokens[a]), list(learner.tokens[b]), count] for a, b, count in pairs],
             "latest": [[i, list(learner.tokens[i]), self._counts[i - 256]] for i in latest],
             "first": first, "counts": self._counts[first:], "n_bytes": learner.n_bytes,
-            "n_tokens": learner.n_tokens, "preview": [list(token) for token in self._cut(learner, self.preview)],
+            "n_tokens": learner.n_tokens, "preview": [list(token) for token in cut],
         }  # fmt: skip
 
     def _is_full(self) -> bool:

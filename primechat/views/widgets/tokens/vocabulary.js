@@ -44,8 +44,8 @@ function render({ model, el }) {
       said.textContent = answer.said;
       said.hidden = false;
       found = { ...found, never: answer.never };
-      kind.fill(kinds(), (query.kind = "never seen"));
-      order.fill(orders(), query.order);
+      query.kind = "never seen";
+      query.order = "longest"; // learned pieces first, bytes last
       await search();
     } catch (error) { fault.textContent = error.message; fault.hidden = false; }
     counter.disabled = false;

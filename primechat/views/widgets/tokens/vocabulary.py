@@ -66,8 +66,8 @@ class VocabularyBrowser(Widget):
 
         Args:
             opened: the tokenizers.
-            count: returns of a tokenizer how often each token stands in the training text, (vocab_size,), and
-                a sentence on what was counted.
+            count: returns of a tokenizer how often each token stands in the training text, (vocab_size,), -1
+                where it stands for no text, and a sentence on what was counted.
             key: of the first tokenizer.
             about: what is counted and how long it takes, for the button.
         """
@@ -86,7 +86,7 @@ class VocabularyBrowser(Widget):
     def answer_find(
         self, key: str, query: str = "", kind: str = "", order: str = "id", offset: int = 0, limit: int = 120
     ) -> dict[str, Any]:
-        """Return some rows of what a search finds: (id, bytes, kind, count or None), and how many there are."""
+        """Return some rows of what a search finds: (id, bytes, kind, count or None), and their number."""
         index = self._index(key)
         keep = np.ones(len(index.tokens), dtype=bool)
         if kind == "never seen" and index.counts is not None:
@@ -110,7 +110,7 @@ class VocabularyBrowser(Widget):
                 int(i),
                 list(index.tokens[i][:48]),
                 KINDS[index.kinds[i]],
-                None if counts is None else int(counts[i]),
+                None if counts is None or counts[i] < 0 else int(counts[i]),
             ]
             for i in ids[offset : offset + limit]
         ]
