@@ -19,6 +19,15 @@ from torch import Tensor
 BLOCK = 128  # queries handled together on a CPU: keys after the block are never touched
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (j, j + D/2) of x (B, T, H, D) by minus the angle of their position.
+
+    The tables (.., T, 1, D) hold cos twice, and sin followed by -sin.
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((b, a), dim=-1), sin)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, left: int | None = None, scale: float | None = None) -> Tensor:
     """Attend causally from each token to itself and to at most `left` tokens before it.
 

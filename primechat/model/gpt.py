@@ -14,16 +14,19 @@ A model loaded for inference holds its parameters in the compute dtype.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from primechat.config import GPTConfig
-from primechat.model.attention import KVCache, attend, weigh
+from primechat.model.attention import KVCache, attend, rotate, weigh
 from primechat.model.losses import cap_logits, sum_cross_entropy, token_cross_entropy
 from primechat.protocols import Tap
+
+if TYPE_CHECKING:
+    from primechat.model.lora import Adapter
 
 EPS = 1.1920929e-07  # 2 ** -23: what nanochat's eps=None comes to in float32 (measured with torch 2.13)
 SMEAR_CHANNELS = 24  # nanochat: the smear's gate reads the first 24 channels
@@ -42,20 +45,12 @@ def norm(x: Tensor) -> Tensor:
     return x * (width**0.5 / torch.hypot(length, length.new_full((), (width * EPS) ** 0.5)))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (j, j + D/2) of x (B, T, H, D) by minus the angle of their position.
-
-    The tables (.., T, 1, D) hold cos twice, and sin followed by -sin.
-    """
-    a, b = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((b, a), dim=-1), sin)
-
-
 class Linear(nn.Linear):
     """A map without bias that computes in the dtype of its input."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_in, n_out, bias=False)
+        self.adapter: Adapter | None = None  # what model.lora hangs beside it
 
     def reset_parameters(self) -> None:
         """Draw nothing on the meta device: there it makes torch import SymPy, 75 MB and seconds."""
@@ -63,7 +58,12 @@ class Linear(nn.Linear):
             super().reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        return F.linear(x, self.weight.to(x.dtype))
+        y = F.linear(x, self.weight.to(x.dtype))
+        return y if self.adapter is None else self.adapter.add_to(y, x)
+
+    def whole_weight(self) -> Tensor:
+        """Return the weight with what its adapters add."""
+        return self.weight if self.adapter is None else self.adapter.make_whole(self.weight)
 
 
 class Embedding(nn.Embedding):
@@ -108,7 +108,12 @@ class Attention(nn.Module):
         weight = self.qkv
         if weight is None or self.c_q.weight.requires_grad:
             weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])
-        heads = F.linear(u, weight.to(u.dtype)).view(B, T, -1, self.head_dim)
+        heads = F.linear(u, weight.to(u.dtype))
+        maps = (self.c_q, self.c_k, self.c_v)
+        if any(f.adapter is not None for f in maps):
+            pairs = zip(maps, heads.split([len(f.weight) for f in maps], dim=-1), strict=True)
+            heads = torch.cat([y if f.adapter is None else f.adapter.add_to(y, u) for f, y in pairs], dim=-1)
+        heads = heads.view(B, T, -1, self.head_dim)
         qk, v = heads.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)  # (B, T, H + K, D)
         if ve is not None:
             gate = torch.sigmoid(self.ve_gate(u[..., :GATE_CHANNELS]))  # (B, T, K)
@@ -164,18 +169,17 @@ class Block(nn.Module):
 
 
 class LayerPlan:
-    """One block's weights and numbers laid out for `GPT.decode_token`; the weights are not copied."""
+    """One block's weights and numbers laid out for `GPT.decode_token`; only adapted weights are copied."""
 
     def __init__(self, block: Block, model: GPT, layer: int) -> None:
         attn, mlp, config = block.attn, block.mlp, model.config
         self.layer, self.left, self.scale = layer, attn.left, attn.scale
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.qkv = (
-            attn.qkv
-            if attn.qkv is not None
-            else torch.cat([f.weight for f in (attn.c_q, attn.c_k, attn.c_v)])
-        )
-        self.proj, self.fc, self.out = attn.c_proj.weight.T, mlp.c_fc.weight, mlp.c_proj.weight.T
+        maps = (attn.c_q, attn.c_k, attn.c_v)
+        plain = attn.qkv is not None and all(f.adapter is None for f in maps)
+        self.qkv = cast(Tensor, attn.qkv) if plain else torch.cat([f.whole_weight() for f in maps])
+        self.proj, self.fc = attn.c_proj.whole_weight().T, mlp.c_fc.whole_weight()
+        self.out = mlp.c_proj.whole_weight().T
         self.keep = float(model.resid_lambdas[layer]) if config.residual_scalars else None
         self.again = float(model.x0_lambdas[layer]) if config.residual_scalars else 0.0
         has_table = config.has_value_embedding(layer)
@@ -315,7 +319,7 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def advance(self, ids: Tensor, cache: KVCache) -> Tensor:
         """Read ids (B, T) into the cache; return the float32 logits (B, V) that follow the last one."""
-        n, frozen = cache.lengths[0], not self.lm_head.weight.requires_grad
+        n, frozen = cache.lengths[0], not (self.lm_head.weight.requires_grad or self.training)
         even = n == min(cache.lengths) == max(cache.lengths)
         if frozen and even and ids.size(1) == 1 and 0 < n < min(self.max_context, cache.capacity):
             if self.plan is None:

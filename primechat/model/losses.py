@@ -38,9 +38,9 @@ class HeadLoss(torch.autograd.Function):
         # h (N, C), weight (P, C) with P >= vocab rows, targets (N,)
         w = weight[:vocab].to(h.dtype)
         total = torch.zeros((), dtype=torch.float32, device=h.device)
-        need = any(ctx.needs_input_grad[:2])
-        dh = torch.empty_like(h) if need else None
-        dw = torch.zeros_like(weight, dtype=torch.float32) if need else None
+        need_h, need_w = ctx.needs_input_grad[:2]
+        dh = torch.empty_like(h) if need_h or need_w else None
+        dw = torch.zeros_like(weight, dtype=torch.float32) if need_w else None  # a frozen head needs none
         step = chunk_rows(len(h), vocab, h.device.type)
         for x, y, i in zip(h.split(step), targets.split(step), range(0, len(h), step), strict=True):
             z = (x @ w.mT).float()  # (n, V)
@@ -60,7 +60,7 @@ class HeadLoss(torch.autograd.Function):
                 e = z.sub_(top).exp_()
                 sums = e.sum(dim=-1)
                 total += ((sums.log() - z_y) * keep).sum()
-            if dh is None or dw is None:
+            if dh is None:
                 continue
             # d loss / d z = (softmax - onehot) * slope of the cap; each row's 1 / sum goes to the smaller
             # factor
@@ -72,10 +72,12 @@ class HeadLoss(torch.autograd.Function):
             scale = (keep / sums)[:, None]
             g = e.to(h.dtype)
             dh[i : i + len(y)] = (g @ w) * scale.to(h.dtype)
+            if dw is None:
+                continue
             dw[:vocab].addmm_(g.mT, (x * scale).to(h.dtype)) if h.dtype == torch.float32 else dw[:vocab].add_(
                 g.mT @ (x * scale).to(h.dtype)
             )
-        if dh is not None and dw is not None:
+        if dh is not None:
             ctx.save_for_backward(dh, dw)
             ctx.weight_dtype = weight.dtype
         return total
@@ -84,7 +86,8 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dh, dw = ctx.saved_tensors
         (g,) = grads
-        return dh * g.to(dh.dtype), (dw * g).to(ctx.weight_dtype), None, None, None
+        moved = None if dw is None else (dw * g).to(ctx.weight_dtype)
+        return dh * g.to(dh.dtype), moved, None, None, None
 
 
 def sum_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab: int) -> Tensor:

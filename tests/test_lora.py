@@ -1,0 +1,209 @@
+"""Adapters: nothing at first, exactly; the same by every way; PEFT's files both ways."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from primechat.config import GPTConfig
+from primechat.errors import CheckpointError, ConfigError
+from primechat.model import lora
+from primechat.model.gpt import GPT
+from primechat.model.lora import LoraSpec
+
+SHAPE = replace(
+    GPTConfig.modern(3, vocab_size=300, sequence_len=32, head_dim=16), n_embd=32, n_head=2, n_kv_head=2
+)
+IDS = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(5))
+
+
+def make_model(train: bool = False) -> GPT:
+    model = GPT(SHAPE)
+    model.init_weights(torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.05)
+    if train:
+        return model
+    return GPT.from_state(SHAPE, {k: v.detach().clone() for k, v in model.state_dict().items()})
+
+
+def fill(model: GPT, name: str, seed: int) -> None:
+    """Give an adapter's B values, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for linear in lora.list_targets(model).values():
+        if linear.adapter is not None and name in linear.adapter.b:
+            linear.adapter.b[name].data.normal_(std=0.1, generator=generator)
+
+
+def generator(seed: int = 2) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def decode(model: GPT) -> Tensor:
+    """The logits after each token, one at a time through the cache."""
+    cache = model.new_cache(2, 32)
+    return torch.stack([model.advance(IDS[:, i : i + 1], cache) for i in range(IDS.size(1))], dim=1)
+
+
+def test_fresh_adapter_changes_nothing() -> None:
+    model = make_model()
+    before, stepped = model(IDS), decode(model)
+    params = lora.attach(model, "new", LoraSpec(rank=4), generator=generator())
+    assert len(params) == 2 * 6 * 3 and torch.equal(model(IDS), before)
+    assert torch.allclose(decode(model), stepped, atol=1e-5)
+    lora.attach(model, "none", LoraSpec(rank=0))
+    assert torch.equal(model(IDS), before) and list(lora.list_adapters(model)) == ["new"]
+    lora.detach(model, "new")
+    assert lora.list_adapters(model) == {} and torch.equal(decode(model), stepped)
+    assert set(model.state_dict()) == set(GPT(SHAPE).state_dict())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_dials_and_merging(rslora: bool) -> None:
+    model = make_model()
+    base, stepped = model(IDS), decode(model)
+    spec = LoraSpec(rank=4, alpha=8, rslora=rslora)
+    assert spec.scale == (4.0 if rslora else 2.0)
+    for name, seed in (("a", 3), ("b", 4)):
+        lora.attach(model, name, spec, generator=generator(seed))
+        fill(model, name, seed)
+    both = model(IDS)
+    lora.turn_dial(model, "b", 0.0)
+    only_a = model(IDS)
+    assert (both - only_a).abs().max() > 1e-2 and (only_a - base).abs().max() > 1e-2
+    lora.turn_dial(model, "a", 0.0)
+    assert torch.equal(model(IDS), base) and torch.equal(decode(model), stepped)
+    lora.turn_dial(model, "a", 1.5)
+    scaled = model(IDS)
+    assert torch.allclose(decode(model), scaled, atol=1e-4)  # the short way through single tokens sees it too
+    before = lora.merge(model)
+    assert torch.allclose(model(IDS), scaled, atol=1e-4) and lora.list_adapters(model) == {"a": 0, "b": 0}
+    lora.unmerge(model, before)
+    assert torch.equal(model(IDS), base)
+    lora.turn_dial(model, "a", 1.5)
+    assert torch.equal(model(IDS), scaled)
+    with pytest.raises(ConfigError, match=r"adapter='c' must be one of this model's \(a, b\)"):
+        lora.turn_dial(model, "c", 1.0)
+
+
+def test_change_has_the_rank() -> None:
+    model = make_model()
+    lora.attach(model, "a", LoraSpec(rank=3, targets=("c_fc", "attn.c_proj")), generator=generator())
+    fill(model, "a", 1)
+    changes = lora.weight_changes(model)
+    assert len(changes) == 6 and all(torch.linalg.matrix_rank(w, atol=1e-5) == 3 for w in changes.values())
+    with pytest.raises(ConfigError, match="targets=.*must be some of c_q"):
+        lora.list_targets(model, ("lm_head",))
+
+
+def test_only_the_adapter_learns() -> None:
+    model = make_model(train=True)
+    params = lora.attach(model, "a", LoraSpec(rank=2, dropout=0.5), generator=generator(), train=True)
+    fill(model, "a", 1)
+    assert [p for p in model.parameters() if p.requires_grad] == params
+    targets = torch.randint(0, 300, (2, 20), generator=generator(9))
+    model.loss(IDS, targets).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in params)
+    assert model.lm_head.weight.grad is None
+    first, second = model.loss(IDS, targets), model.loss(IDS, targets)
+    assert first != second  # dropout draws anew, in training only
+    model.eval()
+    assert model.loss(IDS, targets) == model.loss(IDS, targets)
+    # the gradient is that of the plain formula
+    model.zero_grad()
+    model.loss(IDS, targets).backward()
+    path, linear = next(iter(lora.list_targets(model).items()))
+    got = linear.adapter.b["a"].grad.clone()
+    plain = make_model(train=True).eval()
+    weights = {p: m.whole_weight().detach() for p, m in lora.list_targets(model).items()}
+    with torch.no_grad():
+        for p, m in lora.list_targets(plain).items():
+            m.weight.copy_(weights[p])
+    plain.loss(IDS, targets).backward()
+    by_hand = dict(plain.named_modules())[path].weight.grad @ linear.adapter.a["a"].T * 8.0
+    assert torch.allclose(got, by_hand, atol=1e-5)
+
+
+class Wrapped(nn.Module):
+    """A model as PEFT wants one: plain linear maps under the same paths."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        for path, linear in lora.list_targets(model).items():
+            parent: nn.Module = self
+            *inner, last = path.split(".")
+            for part in inner:
+                if not hasattr(parent, part):
+                    setattr(parent, part, nn.Module())
+                parent = getattr(parent, part)
+            plain = nn.Linear(linear.in_features, linear.out_features, bias=False)
+            plain.weight.data.copy_(linear.weight)
+            setattr(parent, last, plain)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_peft_reads_ours_and_we_read_peft(tmp_path: Path, rslora: bool) -> None:
+    peft = pytest.importorskip("peft", reason="peft is a test extra")
+    model = make_model()
+    spec = LoraSpec(rank=4, alpha=6, rslora=rslora, targets=("c_q", "mlp.c_proj", "attn.c_proj"))
+    lora.attach(model, "mine", spec, generator=generator())
+    fill(model, "mine", 1)
+    lora.save_adapter(model, "mine", spec, tmp_path / "ours", base="sft/d4")
+    loaded = peft.PeftModel.from_pretrained(Wrapped(model), str(tmp_path / "ours"))
+    for path, change in lora.weight_changes(model).items():
+        theirs = dict(loaded.base_model.model.named_modules())[path]
+        assert torch.allclose(theirs.get_delta_weight("default"), change, atol=1e-6)
+    # and back: what peft made and saved
+    config = peft.LoraConfig(
+        r=3, lora_alpha=9, use_rslora=rslora, target_modules=["c_fc", "c_v"], init_lora_weights=False
+    )
+    made = peft.get_peft_model(Wrapped(model), config)
+    made.save_pretrained(str(tmp_path / "theirs"))
+    lora.detach(model, "mine")
+    spec = lora.load_adapter(model, "theirs", tmp_path / "theirs")
+    assert (spec.rank, spec.rslora, spec.targets) == (3, rslora, ("c_v", "c_fc"))
+    changes = lora.weight_changes(model)
+    assert len(changes) == 6
+    for path, change in changes.items():
+        theirs = dict(made.base_model.model.named_modules())[path]
+        assert torch.allclose(theirs.get_delta_weight("default"), change, atol=1e-6)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    model, spec = make_model(), LoraSpec(rank=2)
+    with pytest.raises(CheckpointError, match="holds no adapter_config.json"):
+        lora.load_adapter(model, "a", tmp_path)
+    lora.attach(model, "a", spec, generator=generator())
+    lora.save_adapter(model, "a", spec, tmp_path)
+    lora.detach(model, "a")
+    path = tmp_path / "adapter_config.json"
+    good = json.loads(path.read_text())
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"peft_type": "IA3"}, "only LORA"), ({"use_dora": True}, "use_dora=T"), ({"bias": "all"}, "bias="),
+        ({"r": 3}, "rank 3 need"), ({"r": "x"}, "must be numbers"), ({"rank_pattern": {"c_q": 4}}, "several"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ]  # fmt: skip
+    for change, said in changes:
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(CheckpointError, match=said):
+            lora.load_adapter(model, "a", tmp_path)
+        assert lora.list_adapters(model) == {}
+    path.write_text(json.dumps(good))
+    other = GPT.from_state(
+        replace(SHAPE, n_layer=2),
+        {k: v.detach() for k, v in GPT(replace(SHAPE, n_layer=2)).state_dict().items()},
+    )
+    with pytest.raises(CheckpointError, match="has not or does not adapt"):
+        lora.load_adapter(other, "a", tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        lora.load_adapter(model, "a", tmp_path)
