@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         EvaluateConfig,
         FinetuneConfig,
         GPTConfig,
+        LoRAConfig,
         PretrainConfig,
         QuickstartConfig,
         TokenizerConfig,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from primechat.model.gpt import GPT
     from primechat.stages.evaluate import evaluate
     from primechat.stages.finetune import finetune
+    from primechat.stages.lora import train_lora
     from primechat.stages.pretrain import pretrain
     from primechat.stages.quickstart import quickstart
     from primechat.stages.tokenizer import train_tokenizer
@@ -34,11 +36,13 @@ _ROOMS = {
     "train_tokenizer": "stages.tokenizer",
     "pretrain": "stages.pretrain",
     "finetune": "stages.finetune",
+    "train_lora": "stages.lora",
     "evaluate": "stages.evaluate",
     "quickstart": "stages.quickstart",
     "TokenizerConfig": "config",
     "PretrainConfig": "config",
     "FinetuneConfig": "config",
+    "LoRAConfig": "config",
     "EvaluateConfig": "config",
     "QuickstartConfig": "config",
     "GPTConfig": "config",
@@ -59,6 +63,7 @@ __all__ = [
     "FinetuneConfig",
     "GPT",
     "GPTConfig",
+    "LoRAConfig",
     "PretrainConfig",
     "QuickstartConfig",
     "Tokenizer",
@@ -73,6 +78,7 @@ __all__ = [
     "open_model",
     "pretrain",
     "quickstart",
+    "train_lora",
     "train_tokenizer",
 ]
 

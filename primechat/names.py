@@ -3,6 +3,7 @@
 Hides: the grammar of an identifier. `base/d4` is the newest step of a run, `base/d4@600` one step,
 `base/d4@snap:64` a snapshot of its weights; a family alone (`sft`) takes its default tag. `shipped/` before
 any of these means what ships with primechat. `hf:smollm2` and `hf:owner/name` are other people's models.
+`lora:pirate*0.5+sft/d4` is a model with an adapter at half its strength; several may stand before the model.
 Reference: primechat.store, which says where each of them lies.
 """
 
@@ -20,7 +21,9 @@ FAMILIES = {
     "sft": "chatsft_checkpoints",
     "rl": "chatrl_checkpoints",
 }
-FORMS = "base/d4, base/d4@600, base/d4@snap:64, sft, shipped/sft, hf:smollm2"
+FORMS = "base/d4, base/d4@600, base/d4@snap:64, sft, shipped/sft, hf:smollm2, lora:pirate+sft/d4"
+ADAPTER = re.compile(r"lora:([A-Za-z0-9][A-Za-z0-9_-]{0,99})(?:\*(\d{1,3}(?:\.\d+)?))?")
+ADAPTER_FOLDER = "lora_checkpoints"
 IDENTIFIER = re.compile(r"(shipped/)?(base|mid|sft|rl)(?:/([^/@]+)(?:@(snap:)?(\d{1,9}))?)?")
 FOREIGN = re.compile(r"hf:(smollm2|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[A-Za-z0-9][\w.-]*)?)", re.ASCII)
 
@@ -37,28 +40,34 @@ class ModelName:
     step: int | None = None
     snapshot: bool = False
     shipped: bool = False
+    adapters: tuple[tuple[str, float], ...] = ()  # each with its dial
 
     def __str__(self) -> str:
         if self.family == "hf":
             return f"hf:{self.tag}"
         at = "" if self.step is None else f"@snap:{self.step}" if self.snapshot else f"@{self.step}"
         name = f"{self.family}/{self.tag}{at}" if self.tag else self.family
-        return f"shipped/{name}" if self.shipped else name
+        beside = "".join(f"lora:{a}{'' if dial == 1 else f'*{dial:g}'}+" for a, dial in self.adapters)
+        return f"{beside}shipped/{name}" if self.shipped else f"{beside}{name}"
 
 
 def parse_identifier(text: str) -> ModelName:
     """Take an identifier apart.
 
-    >>> parse_identifier("base/d4@snap:64")
-    ModelName(family='base', tag='d4', step=64, snapshot=True, shipped=False)
+    >>> parse_identifier("base/d4@snap:64").step
+    64
+    >>> parse_identifier("lora:pirate*0.5+lora:music+sft/d4").adapters
+    (('pirate', 0.5), ('music', 1.0))
 
     Raises:
         ConfigError: it has none of the forms that exist.
     """
     if foreign := FOREIGN.fullmatch(text):
         return ModelName(family="hf", tag=foreign[1])
-    match = IDENTIFIER.fullmatch(text)
-    if not match:
+    *beside, plain = text.split("+")
+    adapters = [ADAPTER.fullmatch(part) for part in beside]
+    match = IDENTIFIER.fullmatch(plain)
+    if not match or not all(adapters):
         raise ConfigError(
             f"model={text[:80]!r} must be like {FORMS}; `primechat models` lists what there is."
         )
@@ -66,5 +75,6 @@ def parse_identifier(text: str) -> ModelName:
         check_tag(match[3])
     step = int(match[5]) if match[5] else None
     return ModelName(
-        family=match[2], tag=match[3] or "", step=step, snapshot=bool(match[4]), shipped=bool(match[1])
-    )
+        family=match[2], tag=match[3] or "", step=step, snapshot=bool(match[4]), shipped=bool(match[1]),
+        adapters=tuple((a[1], float(a[2] or 1)) for a in adapters if a),
+    )  # fmt: skip

@@ -28,7 +28,7 @@ from primechat.model.checkpoint import explain_steps, find_steps, list_snapshots
 from primechat.model.era import detect_era
 from primechat.model.runlog import read_metrics
 from primechat.model.weights import inspect_model, read_json
-from primechat.names import FAMILIES, IDENTIFIER, ModelName, parse_identifier
+from primechat.names import ADAPTER_FOLDER, FAMILIES, IDENTIFIER, ModelName, parse_identifier
 from primechat.records import NoteEvent, OnEvent, TrainResult
 
 if TYPE_CHECKING:
@@ -69,10 +69,11 @@ def run_dir(family: str, tag: str) -> Path:
     Raises:
         ConfigError: an unknown family, or a tag that is no plain name.
     """
-    if family not in FAMILIES:
-        raise ConfigError(f"source={family!r} must be one of {', '.join(FAMILIES)}; try base.")
+    folders = {**FAMILIES, "lora": ADAPTER_FOLDER}
+    if family not in folders:
+        raise ConfigError(f"source={family!r} must be one of {', '.join(folders)}; try base.")
     check_tag(tag)
-    return base_dir() / FAMILIES[family] / tag
+    return base_dir() / folders[family] / tag
 
 
 def list_tags(root: Path, family: str) -> list[Path]:
@@ -219,6 +220,10 @@ def open_model(
     tell_memory(full, loaded.config.n_params)
     state = load_checkpoint(folder, loaded.step, dtype=kind).model_state
     model = GPT.from_state(loaded.config, state, device=device, dtype=getattr(torch, kind))
+    for adapter, dial in name.adapters:
+        from primechat.model.lora import open_adapter
+
+        open_adapter(model, adapter, run_dir("lora", adapter), found.identity, dial)
     if not loaded.meta.get("tokenizer_identity"):
         warn_unrecorded(str(full), folder, model, found)
     if phase == "train":
@@ -320,8 +325,22 @@ def load_tokenizer(identifier: str = "") -> Tokenizer:
 
 def list_models() -> list[ModelEntry]:
     """Return every model on this disk, one's own first, foreign ones last, without importing torch."""
-    own = walk_models(base_dir(), shipped=False)
+    own = [*walk_models(base_dir(), shipped=False), *walk_adapters(base_dir() / ADAPTER_FOLDER)]
     return [*own, *walk_models(SHIPPED, shipped=True), *walk_foreign()]
+
+
+def walk_adapters(parent: Path) -> Iterator[ModelEntry]:
+    """Yield an entry for each adapter that is there; its identifier names the base that it was trained on."""
+    for path in sorted(parent.glob("*/adapter_model.safetensors")):
+        folder, config = path.parent, path.with_name("adapter_config.json")
+        if is_tag(folder.name) and config.is_file():
+            facts, size = read_json(config), path.stat().st_size
+            yield ModelEntry(
+                identifier=f"lora:{folder.name}+{facts.get('base_model_name_or_path') or 'sft'}",
+                family="lora", tag=folder.name, steps=tuple(find_steps(folder)), snapshots=(), n_bytes=size,
+                architecture=f"rank {facts.get('r')}", n_params=size // 4, val_bpb=None,
+                tokenizer_identity=None, path=str(folder),
+            )  # fmt: skip
 
 
 def walk_models(root: Path, shipped: bool) -> Iterator[ModelEntry]:

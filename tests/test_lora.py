@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from primechat.config import GPTConfig
+from primechat import store
+from primechat.config import (
+    EvaluateConfig,
+    FinetuneConfig,
+    GPTConfig,
+    LookConfig,
+    LoRAConfig,
+    PretrainConfig,
+    RuntimeConfig,
+    TokenizerConfig,
+)
 from primechat.errors import CheckpointError, ConfigError
 from primechat.model import lora
 from primechat.model.gpt import GPT
 from primechat.model.lora import LoraSpec
+from primechat.stages.evaluate import evaluate
+from primechat.stages.finetune import finetune
+from primechat.stages.lora import train_lora
+from primechat.stages.pretrain import pretrain
+from primechat.stages.tokenizer import train_tokenizer
 
 SHAPE = replace(
     GPTConfig.modern(3, vocab_size=300, sequence_len=32, head_dim=16), n_embd=32, n_head=2, n_kv_head=2
@@ -207,3 +224,82 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="cannot be read"):
         lora.load_adapter(model, "a", tmp_path)
+
+
+# The stage
+
+WORDS = "the cat sat on a mat and ate my hat while you ran to see what we did with all that jam".split()
+FIXED = RuntimeConfig(device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=2)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    """A chat model of three small blocks, and the path of its dialogues."""
+    rng = np.random.default_rng(0)
+    text, talk = tmp_path / "words.jsonl", tmp_path / "talk.jsonl"
+    lines = [" ".join(rng.choice(WORDS, size=60)) for _ in range(80)]
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    pairs = [[" ".join(rng.choice(WORDS, size=8)) for _ in range(2)] for _ in range(60)]
+    rows = [[{"role": "user", "content": q}, {"role": "assistant", "content": a.upper()}] for q, a in pairs]
+    talk.write_text("\n".join(map(json.dumps, rows)))
+    train_tokenizer(TokenizerConfig(corpus=str(text), vocab_size=300))
+    look = LookConfig(eval_tokens=256, snapshots=False, sample_every=-1)
+    pretrain(
+        PretrainConfig(
+            tag="d3", model=SHAPE, corpus=str(text), batch_tokens=128, steps=6, runtime=FIXED, look=look
+        )
+    )
+    finetune(
+        FinetuneConfig(tag="d3", dialogues=str(talk), batch_tokens=128, steps=3, runtime=FIXED, look=look)
+    )
+    return str(talk)
+
+
+def test_stage_and_identifiers(base: str) -> None:
+    look = LookConfig(eval_tokens=256, save_every=4, eval_every=4, snapshots=False)
+    config = LoRAConfig(
+        tag="loud", base="sft/d3", dialogues=base, rank=4, batch_tokens=128, steps=8, runtime=FIXED, look=look
+    )
+    result = train_lora(config)
+    assert result.identifier == "lora:loud+sft/d3@3" and result.path == "lora_checkpoints/loud"
+    losses = [e for e in result.events if e["kind"] == "loss"]
+    assert losses[-1]["val_bpb"] < losses[0]["val_bpb"] and losses[-1]["general_bpb"] > 0
+    folder = store.base_dir() / result.path
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer"} < set(os.listdir(folder))
+    assert (folder / "model_000008.pt").stat().st_size < result.n_params * 4 + 20_000
+    plain, tokenizer, _ = store.open_model("sft/d3")
+    model, _, meta = store.open_model("lora:loud*0.5+sft/d3")
+    assert meta["identifier"] == "lora:loud*0.5+sft/d3@3" and lora.list_adapters(model) == {"loud": 0.5}
+    assert result.n_params == sum(p.numel() for p in lora.read_state(model, "loud").values())
+    assert not torch.equal(model(IDS), plain(IDS))
+    lora.turn_dial(model, "loud", 0.0)
+    assert torch.equal(model(IDS), plain(IDS))  # a dial of 0 is the base, exactly
+    # resumed at step 4, it ends in the unbroken run's matrices
+    whole = store.open_model("lora:loud+sft/d3")[0](IDS)
+    for name in ("model_000008.pt", "optim_000008_rank0.pt", "meta_000008.json"):
+        (folder / name).unlink()
+    assert train_lora(replace(config, resume=True)).step == 8
+    assert torch.equal(store.open_model("lora:loud+sft/d3")[0](IDS), whole)
+    train_lora(replace(config, tag="other", seed=1, steps=2))
+    both = store.open_model("lora:loud+lora:other+sft/d3")[0]
+    assert list(lora.list_adapters(both)) == ["loud", "other"]
+    entries = {e.identifier: e for e in store.list_models()}
+    assert entries["lora:loud+sft/d3@3"].steps == (4, 8)
+    assert evaluate(
+        EvaluateConfig(model="lora:loud+sft/d3", corpus=str(Path(base).parent / "words.jsonl"))
+    ).bpb
+
+
+def test_stage_refuses(base: str) -> None:
+    with pytest.raises(CheckpointError, match="the adapters are: none"):
+        store.open_model("lora:none+sft/d3")
+    for name in ("lora:+sft", "lora:a", "lora:a+", "lora:a*x+sft", "lora:a.b+sft"):
+        with pytest.raises(ConfigError, match="must be like"):
+            store.open_model(name)
+    for wrong, said in ((dict(rank=0), "rank=0"), (dict(learn="all"), "learn='all'")):
+        with pytest.raises(ConfigError, match=said):
+            train_lora(LoRAConfig(base="sft/d3", dialogues=base, runtime=FIXED, **wrong))
+    with pytest.raises(ConfigError, match="no dot"):
+        LoRAConfig(tag="a.b")
+    with pytest.raises(ConfigError, match="dropout"):
+        LoRAConfig(dropout=1.0)

@@ -74,9 +74,20 @@ def test_identifiers() -> None:
         "mid/d4@0",
         "shipped/sft/d4",
         "shipped/base/timelapse@snap:64",
+        "lora:pirate*0.5+lora:music+sft/d4@600",
     ):
         assert str(store.parse_identifier(text)) == text
-    wrong = ["", "d4", "base/", "base/d4@", "base/d4@-1", "base/d4@snap:", "base@3", "lora:pirate+sft/d4"]
+    wrong = [
+        "",
+        "d4",
+        "base/",
+        "base/d4@",
+        "base/d4@-1",
+        "base/d4@snap:",
+        "base@3",
+        "lora:pirate",
+        "lora:+sft",
+    ]
     wrong += [
         "hf:smollm",
         "shipped/",

@@ -6,6 +6,7 @@ from primechat.config.runtime import LookConfig, OptimConfig, RuntimeConfig
 from primechat.config.stages import (
     EvaluateConfig,
     FinetuneConfig,
+    LoRAConfig,
     PretrainConfig,
     QuickstartConfig,
     TokenizerConfig,
@@ -15,6 +16,7 @@ __all__ = [
     "EvaluateConfig",
     "FinetuneConfig",
     "GPTConfig",
+    "LoRAConfig",
     "LookConfig",
     "OptimConfig",
     "PretrainConfig",

@@ -75,6 +75,8 @@ class OptimConfig:
     """AdamW's learning rate of the output head."""
     scalar_lr: float = 0.5
     """AdamW's learning rate of the learned scalars."""
+    added_lr: float = 0.005
+    """AdamW's learning rate of what stands beside the model: adapters, projectors."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the matrices; falls to 0 with the schedule."""
     momentum: float = 0.95
@@ -89,7 +91,10 @@ class OptimConfig:
     """Learning rate of the last step, as a share of the peak."""
 
     def __post_init__(self) -> None:
-        for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "grad_clip"):
+        for name in (
+            "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "added_lr", "weight_decay",
+            "grad_clip",
+        ):  # fmt: skip
             check_number(f"optim.{name}", getattr(self, name), low=0)
         for name in ("momentum", "warmup_ratio", "warmdown_ratio", "final_lr_ratio"):
             check_number(f"optim.{name}", getattr(self, name), low=0, high=1)

@@ -147,6 +147,40 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRAConfig(FinetuneConfig):
+    """Train an adapter: thin matrices beside a model's own, which stay as they are."""
+
+    tag: str = "pirate"
+    """Name of the adapter, as in lora:pirate+sft/d4."""
+    base: str = "sft"
+    """Model to adapt, for example sft/d4 or shipped/sft."""
+    dialogues: str = "style:pirate"
+    """Sets and recipes with weights and caps, as `finetune` takes them; recipes: topic:music, style:pirate,
+    style:polite, faq, faq:FILE.
+    """
+    rank: int = 8
+    """Rank r of the matrices; 0 adds nothing."""
+    alpha: float = 16.0
+    """Their product is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+    dropout: float = 0.0
+    """Share of the inputs that an adapter does not see at each step."""
+    targets: tuple[str, ...] = ("c_q", "c_k", "c_v", "attn.c_proj", "c_fc", "mlp.c_proj")
+    """Linear maps to adapt."""
+    batch_tokens: int = 4096
+    """Tokens of one optimizer step, over all ranks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "." in self.tag:
+            raise ConfigError(f"tag={self.tag!r} must have no dot, as it names an adapter; try pirate.")
+        check_number("rank", self.rank, low=0, high=65_536, whole=True)
+        check_number("alpha", self.alpha, low=0)
+        check_number("dropout", self.dropout, low=0, high=0.95)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Measure a model: bits per byte on validation text."""
 

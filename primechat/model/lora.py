@@ -228,8 +228,10 @@ def read_state(model: GPT, name: str) -> dict[str, Tensor]:
     return state
 
 
-def save_adapter(model: GPT, name: str, spec: LoraSpec, folder: Path | str, base: str = "") -> None:
-    """Write an adapter as PEFT's two files; `base` is only told to the reader."""
+def save_adapter(
+    model: GPT, name: str, spec: LoraSpec, folder: Path | str, base: str = "", **labels: str
+) -> None:
+    """Write an adapter as PEFT's two files; base and labels (in its header) tell where it is from."""
     from safetensors.torch import save
 
     folder = Path(folder)
@@ -240,8 +242,38 @@ def save_adapter(model: GPT, name: str, spec: LoraSpec, folder: Path | str, base
         "lora_alpha": spec.alpha, "lora_dropout": spec.dropout, "use_rslora": spec.rslora,
         "target_modules": list(spec.targets), "bias": "none", "inference_mode": True,
     }  # fmt: skip
-    write_whole(folder / "adapter_model.safetensors", save(state, metadata={"format": "pt"}))
+    write_whole(folder / "adapter_model.safetensors", save(state, metadata={"format": "pt", **labels}))
     write_whole(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
+
+
+def read_labels(folder: Path | str) -> dict[str, str]:
+    """Return the labels in the header of an adapter's weights."""
+    from safetensors import safe_open
+
+    with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def open_adapter(model: GPT, name: str, folder: Path, tokenizer_identity: str, dial: float = 1.0) -> None:
+    """Put an adapter beside a model, its dial set.
+
+    Raises:
+        CheckpointError: there is none, or it was trained for another model or tokenizer.
+    """
+    if not folder.is_dir():
+        there = sorted(f.name for f in folder.parent.iterdir()) if folder.parent.is_dir() else []
+        raise CheckpointError(
+            f"{folder} is missing, the adapters are: {', '.join(there[:8]) or 'none'}; name one of those or "
+            f"run `primechat lora --tag {name}`."
+        )
+    load_adapter(model, name, folder)
+    identity = read_labels(folder).get("tokenizer_identity")
+    if identity and identity != tokenizer_identity:
+        raise CheckpointError(
+            f"lora:{name} was trained with the tokenizer {identity[:12]}, this model has "
+            f"{tokenizer_identity[:12]}; use it with its base."
+        )
+    turn_dial(model, name, dial)
 
 
 def load_adapter(model: GPT, name: str, folder: Path | str, *, train: bool = False) -> LoraSpec:

@@ -12,33 +12,24 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from primechat import store
-from primechat.config import (
-    FinetuneConfig,
-    GPTConfig,
-    PretrainConfig,
-    decode_config,
-    encode_config,
-    find_difference,
-)
+from primechat.config import FinetuneConfig, PretrainConfig, decode_config, encode_config, find_difference
 from primechat.errors import ConfigError
 from primechat.infer.engine import Engine
 from primechat.metrics.bits import Bits, measure_bits
 from primechat.model.checkpoint import (
     find_steps,
-    load_checkpoint,
     measure_snapshots,
     prune_checkpoints,
-    save_checkpoint,
     save_snapshot,
 )  # fmt: skip
 from primechat.model.gpt import GPT
@@ -57,50 +48,17 @@ from primechat.records import (
     TrainResult,
     encode_record,
 )  # fmt: skip
-from primechat.text.tokenizer import Tokenizer
+from primechat.stages.job import Job as Job
 from primechat.train.loop import fit
 from primechat.train.optim import Optimizer
 from primechat.train.parallel import Ranks, any_rank, gather_objects, join_ranks, share_object, sum_numbers
-from primechat.train.tune import Tuning, make_loss, tune_runtime
+from primechat.train.tune import Tuning, tune_runtime
 
 Config = TypeVar("Config", bound=PretrainConfig | FinetuneConfig)
 SAMPLE_TOKENS = 48
 SAVE_EVERY_S = 60.0
 GENERAL_TOKENS = 100_000  # where the whole validation split is scored at the end
 OPEN_FIELDS = ("resume", "steps")  # what a resumed run may leave out: it takes the frozen value
-
-
-class Batches(Protocol):
-    """Endless batches with a cursor that names the next token."""
-
-    @property
-    def cursor(self) -> dict[str, Any]: ...
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a stage brings: its model, its text, and how to look at it.
-
-    `open_batches` takes the rows of one step over all ranks, this rank, the number of ranks and a cursor;
-    `open_windows` takes a number of validation tokens (0 is all), this rank and the number of ranks, and
-    yields (ids, targets) batches, and so does `open_general`, of a text that may be forgotten;
-    `default_steps` is for a config that names neither steps nor seconds.
-    """
-
-    family: str
-    model: GPTConfig
-    start_state: Callable[[], dict[str, Tensor]] | None
-    tokenizer: Tokenizer
-    open_batches: Callable[[int, int, int, dict[str, Any] | None], Batches]
-    open_windows: Callable[[int, int, int], Iterable[tuple[Tensor, Tensor]]]
-    last_eval_tokens: int
-    default_steps: int
-    prompts: tuple[str, ...]
-    write_sample: Callable[[Engine, str, int], str]
-    meta: dict[str, Any]
-    open_general: Callable[[int, int, int], Iterable[tuple[Tensor, Tensor]]] | None = None
 
 
 def write_continuation(engine: Engine, prompt: str, seed: int) -> str:
@@ -228,11 +186,12 @@ class TrainingRun:
         if config.resume:
             config = take_frozen(config, self.folder)
             if find_steps(self.folder):
-                loaded = load_checkpoint(self.folder, want_optim=True)
+                loaded = job.load_step(self.folder)
                 for reason in loaded.skipped:
                     self.tell(NoteEvent(text=f"Skipped {reason}"))
         self.config = config
         model = GPT(job.model)
+        job.prepare(model)
         rank, world = self.ranks.rank, self.ranks.world_size
         loss = None
         if not config.resume:
@@ -246,12 +205,7 @@ class TrainingRun:
             torch.set_num_threads(config.runtime.threads)
         model.to("cpu")  # fresh weights are drawn there, so that they are the same on every device
         model.compute_dtype = dtype
-        if loaded is not None:
-            model.load_state_dict(loaded.model_state)
-        elif job.start_state is not None:
-            model.load_state_dict(job.start_state())
-        else:
-            model.init_weights(torch.Generator().manual_seed(config.seed))
+        job.fill_model(model, loaded, config.seed)
         model.to(device)
         optimizer = Optimizer(model, config.optim, job.model.n_embd, half=dtype == torch.bfloat16)
         start_step, cursor = 0, None
@@ -269,7 +223,7 @@ class TrainingRun:
         self.model, self.optimizer = model, optimizer
         self.batches = job.open_batches(rows, rank, world, cursor)
         self.engine = Engine(model, job.tokenizer)
-        self.tell(PhaseEvent(name=f"training {job.family}/{config.tag}", total=config.steps, unit="steps"))
+        self.tell(PhaseEvent(name=f"training {job.identify(config.tag)}", total=config.steps, unit="steps"))
         offset_s = self.trained_s
 
         def on_step(event: StepEvent) -> None:
@@ -280,7 +234,7 @@ class TrainingRun:
         step = fit(
             optimizer,
             self.batches,
-            loss or make_loss(model, config.runtime),
+            loss or job.make_loss(model, config.runtime),
             steps=config.steps,
             start_step=start_step,
             micro_batch_rows=config.runtime.micro_batch_rows,
@@ -294,14 +248,14 @@ class TrainingRun:
         stopped = step < config.steps
         self.tell(DoneEvent(step=step, elapsed_s=self.trained_s, stopped=stopped))
         return TrainResult(
-            identifier=f"{job.family}/{config.tag}",
+            identifier=job.identify(config.tag),
             path=str(self.folder.relative_to(store.base_dir())),
             step=step,
             stopped=stopped,
             val_bpb=self.last_bits.bpb
             if self.last_bits.n_bytes or loaded is None
             else loaded.meta["val_bpb"],
-            n_params=job.model.n_params,
+            n_params=job.count_params(model),
             tokens=self.tokens,
             tokens_per_s=self.tokens / self.trained_s if self.trained_s else 0.0,
             train_s=self.trained_s,
@@ -329,6 +283,7 @@ class TrainingRun:
             self.ranks,
             seconds=config.seconds,
             steps=steps,
+            make=self.job.make_loss,
         )
         for note in tuning.notes:
             self.tell(NoteEvent(text=note))
@@ -411,14 +366,7 @@ class TrainingRun:
         if main:
             state = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
             meta = {**self.describe(step), "cursors": cursors}
-            save_checkpoint(
-                self.folder,
-                step,
-                model_state=self.model.state_dict(),
-                config=self.job.model,
-                optim_state=state,
-                meta=meta,
-            )
+            self.job.save_step(self.folder, step, self.model, state, meta)
             prune_checkpoints(self.folder, look.keep_checkpoints)
             self.tell(CheckpointEvent(step=step, path=f"model_{step:06d}.pt"))
         self.t_saved = time.monotonic()

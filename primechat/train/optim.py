@@ -88,9 +88,15 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: OptimConfig, width: int, half: bool = False) -> None:
         self.config = config
         by_width = (width / 768) ** -0.5
-        kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "head": [], "scalar": []}
+        kinds: dict[str, list[nn.Parameter]] = {
+            "matrix": [], "embedding": [], "head": [], "scalar": [], "added": [],
+        }  # fmt: skip
         for name, p in model.named_parameters():
-            if name.startswith(SCALARS):
+            if not p.requires_grad:
+                continue
+            if ".adapter." in name or name.startswith("projector"):
+                kinds["added"].append(p)
+            elif name.startswith(SCALARS):
                 kinds["scalar"].append(p)
             elif name.startswith("lm_head"):
                 kinds["head"].append(p)
@@ -102,6 +108,7 @@ class Optimizer:
             "embedding": config.embedding_lr * by_width,
             "head": config.unembedding_lr * by_width,
             "scalar": config.scalar_lr * 0.01,
+            "added": config.added_lr,
         }
         groups = [{"params": kinds[k], "lr": lr, "peak": lr} for k, lr in rates.items() if kinds[k]]
         self.adam = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)

@@ -25,6 +25,7 @@ from primechat.train.loop import SumLoss
 from primechat.train.optim import Optimizer
 from primechat.train.parallel import Ranks, share_object
 
+MakeLoss = Callable[[GPT, RuntimeConfig], SumLoss]
 LIMIT_S = 10.0
 # What compiling brought on a 2-core server CPU where nothing was measured yet: seconds, and eager time /
 # compiled time
@@ -115,14 +116,15 @@ def settle_model(model: GPT, candidate: Candidate) -> None:
     model.compute_dtype = getattr(torch, candidate.dtype)
 
 
-def measure_candidate(model: GPT, ids: Tensor, targets: Tensor, candidate: Candidate) -> Candidate:
+def measure_candidate(
+    model: GPT, ids: Tensor, targets: Tensor, candidate: Candidate, make: MakeLoss
+) -> Candidate:
     """Return the candidate with the speed it reached on these rows (R, T); none of its memory stays."""
     settle_model(model, candidate)
+    loss = make(model, RuntimeConfig(compile="off"))
     x, y = (t[: candidate.rows].to(candidate.device) for t in (ids, targets))
     try:
-        seconds = time_call(
-            lambda: run_micro(model, lambda a, b: model.loss(a, b, "sum"), x, y), candidate.device
-        )
+        seconds = time_call(lambda: run_micro(model, loss, x, y), candidate.device)
     except torch.OutOfMemoryError:
         model.zero_grad(set_to_none=True)
         return candidate
@@ -140,6 +142,7 @@ def tune_runtime(
     seconds: float = 0.0,
     steps: int = 0,
     known: dict[str, float] | None = None,
+    make: MakeLoss | None = None,
 ) -> Tuning:
     """Choose how to run, by running.
 
@@ -153,11 +156,12 @@ def tune_runtime(
         seconds: training time to fill, or 0.
         steps: optimizer steps of the run where `seconds` is 0.
         known: `compile_s`, `gain_float32`, `gain_bfloat16` as measured on this machine before.
+        make: makes the run's loss; None is `make_loss`.
 
     Returns:
         The settings with nothing left open. The model is on the chosen device.
     """
-    t_start = time.perf_counter()
+    t_start, make = time.perf_counter(), make or make_loss
     n_rows = len(ids)
     cores = max(1, count_cores() // ranks.world_size)
     threads = [runtime.threads] if runtime.threads else sorted({1, cores})
@@ -170,7 +174,7 @@ def tune_runtime(
         if tried and time.perf_counter() - t_start > LIMIT_S * 0.8:
             skipped = True
         elif candidate not in (replace(c, tokens_per_s=0.0) for c in tried):
-            tried.append(measure_candidate(model, ids, targets, candidate))
+            tried.append(measure_candidate(model, ids, targets, candidate, make))
 
     for device in list_devices(runtime.device):
         dtypes = (
@@ -199,7 +203,7 @@ def tune_runtime(
             "runtime.micro_batch_rows=1."
         )
     settle_model(model, best)
-    loss = make_loss(model, replace(runtime, compile="off"))
+    loss = make(model, replace(runtime, compile="off"))
     x, y = (t[: best.rows].to(best.device) for t in (ids, targets))
     micro_s, optim_s = best.rows * ids.size(1) / best.tokens_per_s, 0.0
     if ranks.world_size == 1:
@@ -220,7 +224,7 @@ def tune_runtime(
     )  # fmt: skip
     compile_s = 0.0
     if chosen.compile == "on":
-        loss = make_loss(model, chosen)
+        loss = make(model, chosen)
         try:
             compile_s = time_call(lambda: run_micro(model, loss, x, y), best.device, repeats=0)
             fast_s = time_call(lambda: run_micro(model, loss, x, y), best.device)
@@ -228,7 +232,7 @@ def tune_runtime(
             step_s = n_rows / best.rows * fast_s + optim_s
         except Exception as error:  # any failure of the compiler leaves the eager program, which works
             chosen = replace(chosen, compile="off")
-            loss = make_loss(model, chosen)
+            loss = make(model, chosen)
             why = f"compilation failed ({type(error).__name__}), so the program runs as it is"
     notes = [
         f"{c.device} {c.dtype}, {c.threads} thread(s), {c.rows} rows: {c.tokens_per_s:,.0f} tokens/s"

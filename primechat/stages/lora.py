@@ -1,0 +1,115 @@
+"""Train an adapter on conversations; the model beside which it stands is never written.
+
+Hides: how an adapter's run is kept. Its checkpoints hold the adapter and its optimizer alone; with each of
+them PEFT's two files are written anew, which is what `lora:<tag>+<base>` opens.
+Reference: Hu et al. 2021; `primechat.model.lora`.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from primechat import store
+from primechat.config import LoRAConfig
+from primechat.errors import CheckpointError, ConfigError
+from primechat.model import lora
+from primechat.model.checkpoint import Loaded, commit_step, find_steps, load_checkpoint, read_meta, read_optim
+from primechat.model.gpt import GPT
+from primechat.model.weights import load_tensors
+from primechat.records import OnEvent, TrainResult
+from primechat.stages.finetune import make_job
+from primechat.stages.job import Job
+from primechat.stages.run import TrainingRun
+
+
+def train_lora(
+    config: LoRAConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+) -> TrainResult:
+    """Train an adapter, or go on with one.
+
+    Args:
+        config: model to adapt, dialogues or a recipe, rank, length, optimizer, machine.
+        on_event: hears of steps, validations (general_bpb shows what is forgotten) and samples.
+        stop: once set, the run saves and ends after the present step.
+
+    Returns:
+        What came of it; its identifier opens the model with the adapter.
+
+    Raises:
+        ConfigError: settings contradict each other, the model or the run that is there.
+        PrimechatError: text, tokenizer or checkpoints cannot be used.
+    """
+    if config.learn != "assistant":
+        raise ConfigError(f"learn={config.learn!r} must be assistant for an adapter; leave it out.")
+    if not config.rank:
+        raise ConfigError("rank=0 has nothing to train; try 8.")
+    folder, name = store.locate_model(store.parse_identifier(config.base))
+    loaded, tokenizer = load_checkpoint(folder, name.step), store.load_tokenizer(config.base)
+    base = str(store.pin_step(name, loaded.step))
+    plain = make_job(config, loaded, tokenizer, base, on_event)
+    spec = lora.LoraSpec(
+        rank=config.rank, alpha=config.alpha, rslora=config.rslora, dropout=config.dropout,
+        targets=config.targets,
+    )  # fmt: skip
+    kept = {item.name: getattr(plain, item.name) for item in fields(plain)} | {"family": "lora"}
+    job = LoraJob(**kept, spec=spec, tag=config.tag, base=base, seed=config.seed)
+    return TrainingRun(config, job, on_event, stop).work()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraJob(Job):
+    """A job in which only an adapter learns."""
+
+    spec: lora.LoraSpec
+    tag: str
+    base: str
+    seed: int
+
+    def identify(self, tag: str) -> str:
+        """Return the identifier of the model with the adapter."""
+        return f"lora:{tag}+{self.base}"
+
+    def count_params(self, model: GPT) -> int:
+        """Return the adapter's parameters."""
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def prepare(self, model: GPT) -> None:
+        """Put a fresh adapter beside the model and freeze the rest."""
+        lora.detach(model, self.tag)
+        generator = torch.Generator().manual_seed(self.seed)
+        lora.attach(model, self.tag, self.spec, generator=generator, train=True)
+
+    def fill_model(self, model: GPT, loaded: Loaded | None, seed: int) -> None:
+        """Put in the base's weights, and the adapter of the step to go on from."""
+        assert self.start_state is not None, "an adapter has a base"
+        model.load_state_dict(self.start_state(), strict=False)
+        self.prepare(model)  # anew: measuring has trained it a little
+        if loaded is not None:
+            for key, tensor in lora.read_state(model, self.tag).items():
+                tensor.copy_(loaded.model_state[key])
+
+    def load_step(self, folder: Path) -> Loaded:
+        """Return the newest step of an adapter's run."""
+        step = find_steps(folder)[-1]
+        meta = read_meta(folder, step)
+        state = load_tensors(folder / f"model_{step:06d}.pt")
+        if not isinstance(state, dict) or "lora" not in meta:
+            raise CheckpointError(f"{folder} holds no adapter's run; choose another tag.")
+        optim_state = read_optim(folder, step, meta)
+        return Loaded(step=step, config=self.model, model_state=state, meta=meta, optim_state=optim_state)
+
+    def save_step(
+        self, folder: Path, step: int, model: GPT, optim_state: dict[str, Any], meta: dict[str, Any]
+    ) -> None:
+        """Commit the adapter and its optimizer, then write PEFT's files."""
+        state = lora.read_state(model, self.tag)
+        names = f"model_{step:06d}.pt", f"optim_{step:06d}_rank0.pt"
+        whole = {**meta, "step": step, "lora": {"base": self.base, "rank": self.spec.rank}}
+        commit_step(folder, step, dict(zip(names, (state, optim_state), strict=True)), whole)
+        identity = self.tokenizer.identity
+        lora.save_adapter(model, self.tag, self.spec, folder, self.base, tokenizer_identity=identity)
