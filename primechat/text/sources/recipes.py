@@ -97,7 +97,7 @@ def speak_pirate(text: str) -> str:
     """Return a sentence as a pirate of the films would say it.
 
     >>> speak_pirate("Hello my friend.")
-    'Ahoy me matey. Shiver me timbers!'
+    'Ahoy me matey. Arr!'
     """
 
     def swap(match: re.Match[str]) -> str:
