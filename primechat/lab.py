@@ -56,8 +56,10 @@ def pick_model(families: Sequence[str] = (), *, label: str = "Model", first: str
 
 def describe_entry(entry: ModelEntry) -> str:
     """Return what a learner wants to know of a model: size, quality, age."""
-    step = max(entry.steps or entry.snapshots)
-    parts = [f"{entry.n_params / 1e6:,.1f} million parameters", f"{step:,} steps of training"]
+    parts = [f"{entry.n_params / 1e6:,.1f} million parameters"] if entry.n_params else []
+    steps = entry.steps or entry.snapshots
+    if steps:  # a model of other people's has none
+        parts.append(f"{max(steps):,} steps of training")
     if entry.val_bpb is not None:
         parts.append(f"{entry.val_bpb:.2f} bits per byte")
     return " · ".join([*parts, *(["ships with primechat"] if entry.shipped else [])])

@@ -203,7 +203,12 @@ def lab_page(browser: Browser) -> Iterator[Callable[..., LabPage]]:
             found.page.on("pageerror", lambda error: hear(f"page error: {error}"))
             found.page.on(
                 "console",
-                lambda said: hear(said.text, str(said.location.get("url"))) if said.type == "error" else None,
+                # marimo logs an exception of a cell as plain text
+                lambda said: (
+                    hear(said.text, str(said.location.get("url")))
+                    if said.type == "error" or "internal error" in said.text
+                    else None
+                ),
             )
             found.page.goto(url)
             return found

@@ -119,3 +119,11 @@ def test_results_become_parts() -> None:
     assert describe_control("k", (0.0, 1.0))["step"] == 0.01
     with pytest.raises(TypeError, match="k=7 must be"):
         describe_control("k", 7)
+
+
+def test_a_model_without_steps_is_described() -> None:
+    foreign = store.ModelEntry(
+        identifier="hf:x", family="hf", tag="x", steps=(), snapshots=(), n_bytes=1, architecture="Llama", n_params=0,
+        val_bpb=None, tokenizer_identity=None, path="x",
+    )  # fmt: skip
+    assert lab.describe_entry(foreign) == ""
