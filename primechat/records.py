@@ -212,3 +212,46 @@ class QuickstartResult:
     chat: TrainResult
     dialogue: tuple[dict[str, str], ...]
     total_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channel:
+    """One fact of each point, (N,): a number, or the index of one of `names`; `whole` numbers are counts."""
+
+    key: str
+    title: str
+    values: Any
+    names: tuple[str, ...] = ()
+    whole: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cloud:
+    """Points to look at: `places` (F, N, 3) float32 in F frames, of which a picture uses the first `n_axes`.
+
+    `labels` are the points' names. By frame: `shown`, the share of the variance that the picture shows (none
+    for UMAP), and `kept`, the share of ten true neighbours that stay neighbours on it; `chance` is what
+    random places would keep.
+    """
+
+    title: str
+    labels: tuple[str, ...]
+    places: Any
+    frames: tuple[str, ...]
+    channels: tuple[Channel, ...]
+    method: str = "PCA"
+    n_axes: int = 2
+    shown: tuple[float, ...] = ()
+    kept: tuple[float, ...] = ()
+    chance: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearby:
+    """The neighbours of one point, nearest first: in the true space (with cosines) and on the picture."""
+
+    true: tuple[int, ...]
+    cosines: tuple[float, ...]
+    drawn: tuple[int, ...]
+    chance: float

@@ -1,0 +1,153 @@
+"""Figures of lab 03: bars beside their control, lengths against frequency, courses over training.
+
+Hides: how a figure is drawn so that it reads on white and on near-black. Labels stand at what they name.
+Reference: primechat.views.theme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from primechat.views.theme import INK, SERIES, style_matplotlib
+
+CONTROL = SERIES[5]
+WIDTH = 10.2  # inches, as wide as a lab's column at a readable size of letters
+
+
+def begin_style() -> Any:
+    """Return the context in which a figure gets the house's looks."""
+    from matplotlib import rc_context
+
+    style: Any = style_matplotlib()
+    return rc_context(style)
+
+
+def start_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    """Return a figure and its axes, `columns` beside each other, in the house's looks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    return figure, axes[0] if columns == 1 else axes
+
+
+def draw_bars(
+    rows: Sequence[tuple[str, float, bool]], *, title: str, unit: str, digits: int = 1, top: float = 0.0
+) -> Any:
+    """Draw one bar a row, controls in grey.
+
+    Args:
+        rows: (label, value, whether it is a control).
+        title: what is measured.
+        unit: of the values; stands below the axis.
+        digits: behind the point.
+        top: end of the axis; 0 fits it.
+    """
+    with begin_style():
+        figure, axes = start_figure(WIDTH, 0.75 + 0.4 * len(rows))
+        values = [value for _, value, _ in rows]
+        colours = [CONTROL if control else SERIES[0] for _, _, control in rows]
+        bars = axes.barh(range(len(rows)), values, color=colours, height=0.62)
+        axes.bar_label(bars, [f"{value:,.{digits}f}" for value in values], padding=4, color=INK)
+        axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+        axes.invert_yaxis()
+        axes.set_xlim(min(0, *values), (top or max(values) or 1) * 1.12)
+        axes.set_xlabel(unit)
+        axes.set_title(title, loc="left")
+        axes.grid(visible=False, axis="y")
+        return figure
+
+
+def draw_groups(
+    rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], *, title: str, unit: str
+) -> Any:
+    """Draw a group of bars a row, each named once; the last of a group is a control."""
+    with begin_style():
+        figure, axes = start_figure(WIDTH, 0.9 + 0.75 * len(rows))
+        high = 0.8 / len(names)
+        colours = [*SERIES[: len(names) - 1], CONTROL]
+        most = max([max(values) for _, values in rows] + [1e-9])
+        for j, (name, colour) in enumerate(zip(names, colours, strict=True)):
+            places = [i + (j - (len(names) - 1) / 2) * high for i in range(len(rows))]
+            values = [row[1][j] for row in rows]
+            bars = axes.barh(places, values, height=high * 0.88, color=colour)
+            texts = [f"{value:.0f}" + (f"  {name}" if i == 0 else "") for i, value in enumerate(values)]
+            axes.bar_label(bars, texts, padding=4, color=INK, fontsize=9.5)
+        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+        axes.invert_yaxis()
+        axes.set_xlim(0, most * 1.45)
+        axes.set_xlabel(unit)
+        axes.set_title(title, loc="left")
+        axes.grid(visible=False, axis="y")
+        return figure
+
+
+def draw_norms(
+    counts: np.ndarray, norms: np.ndarray, labels: Sequence[str], *, real: float, shuffled: float, title: str
+) -> Any:
+    """Draw each token's length against how often it was seen, beside the same lengths dealt out at random."""
+    rng = np.random.default_rng(0)
+    shown = np.arange(len(counts)) if len(counts) <= 6000 else rng.choice(len(counts), 6000, replace=False)
+    with begin_style():
+        figure, axes = start_figure(WIDTH, 3.9, columns=2)
+        panels = (
+            (norms, real, "as trained", SERIES[0]),
+            (rng.permutation(norms), shuffled, "shuffled", CONTROL),
+        )
+        for place, (values, correlation, name, colour) in zip(axes, panels, strict=True):
+            place.scatter(counts[shown] + 0.5, values[shown], s=6, alpha=0.5, color=colour, linewidths=0)
+            place.set_xscale("log")
+            place.set_ylim(0, float(norms.max()) * 1.08)
+            place.set_xlabel("times seen in the sample, plus ½")
+            place.set_title(f"{name}: rank correlation {correlation:+.2f}", loc="left")
+        axes[0].set_ylabel(title)
+        for i in np.unique([norms.argmax(), norms.argmin(), counts.argmax()]):
+            axes[0].annotate(
+                labels[i], (counts[i] + 0.5, norms[i]), xytext=(5, 3), textcoords="offset points"
+            )
+        return figure
+
+
+def draw_course(
+    places: Sequence[float], lines: Mapping[str, Sequence[float]], *, title: str, x_label: str, y_label: str,
+    controls: Sequence[str] = (), names: Sequence[str] = (),
+) -> Any:  # fmt: skip
+    """Draw lines over training steps or layers, each named at its end, controls dashed and grey.
+
+    Args:
+        places: along the x axis; powers of two are drawn on a logarithmic axis.
+        lines: values by name.
+        title: what is seen.
+        x_label: with its unit.
+        y_label: with its unit.
+        controls: which lines are controls.
+        names: what stands at the places instead of numbers.
+    """
+    with begin_style():
+        figure, axes = start_figure(WIDTH, 3.8)
+        for j, (name, values) in enumerate(lines.items()):
+            control = name in controls
+            colour = CONTROL if control else SERIES[j % 5]
+            axes.plot(
+                places, values, color=colour, linestyle="--" if control else "-", marker="o", markersize=3.5
+            )
+            axes.annotate(
+                name,
+                (places[-1], values[-1]),
+                xytext=(8, 0),
+                textcoords="offset points",
+                va="center",
+                color=colour,
+            )
+        if len(places) > 3 and places[-1] > 50:
+            axes.set_xscale("symlog", linthresh=1, base=2)
+            axes.set_xticks(places, [f"{int(x):,}" for x in places])
+        if names:
+            axes.set_xticks(places, names)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.set_title(title, loc="left")
+        return figure
