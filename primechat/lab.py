@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from primechat import store
 from primechat.desk.forms import build_form, read_command
-from primechat.desk.runner import Runner, in_marimo, in_notebook, keep_runner, show
+from primechat.desk.runner import in_marimo, in_notebook, open_control, show
 from primechat.lessons import Broken, Exercise, is_stub
 from primechat.records import Event, encode_record
 from primechat.store import ModelEntry
@@ -143,7 +143,7 @@ def stage(function: Callable[..., Any], config: Any, *, title: str = "") -> Any:
     """
     title = title or inspect.getdoc(type(config)).partition(".")[0]  # type: ignore[union-attr]
     if in_notebook():
-        return show(keep_runner(Runner(function, config, title)).control)
+        return show(open_control(function, config, title))
     control = StageControl(title, lambda word: None)
     if os.environ.get("RANK", "0") == "0":
         from primechat.desk.progress import open_view

@@ -65,6 +65,11 @@ def train_slowly(config: PretrainConfig, *, on_event: Any, stop: threading.Event
     return make_result()
 
 
+def start_runner(function: Any, config: Any) -> tuple[Runner, Any]:
+    runner = Runner(function, config)
+    return runner, runner.join("Train")
+
+
 def wait_until(true: Callable[[], bool]) -> None:
     t_end = time.monotonic() + 20
     while not true():
@@ -73,8 +78,7 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 
 def test_start_stop_and_go_on() -> None:
-    runner = Runner(train_slowly, PretrainConfig(tag="d2"), "Train")
-    control = runner.control
+    runner, control = start_runner(train_slowly, PretrainConfig(tag="d2"))
     assert control.state == "ready" and control.actions == [["start", "Start"]] and control.result is None
     control.answer_act("start")
     control.answer_act("start")  # pressed twice: one run
@@ -96,46 +100,55 @@ def test_start_stop_and_go_on() -> None:
 
 
 def test_failure_is_told_and_resume_offered() -> None:
-    runner = Runner(train_slowly, PretrainConfig(tag="taken"), "Train")
+    runner, control = start_runner(train_slowly, PretrainConfig(tag="taken"))
     runner.act("start")
-    wait_until(lambda: runner.control.state == "failed")
-    assert "resume it" in runner.control.message and runner.control.actions[0] == ["resume", "Go on"]
+    wait_until(lambda: control.state == "failed")
+    assert "resume it" in control.message and control.actions[0] == ["resume", "Go on"]
 
     def break_down(config: Any, **_: Any) -> None:
         raise RuntimeError("out of ink")
 
-    runner = Runner(break_down, PretrainConfig(), "Train")
+    runner, control = start_runner(break_down, PretrainConfig())
     runner.act("start")
-    wait_until(lambda: runner.control.state == "failed")
-    assert runner.control.message == "RuntimeError: out of ink" and runner.control.actions == [
-        ["again", "Run again"]
-    ]
+    wait_until(lambda: control.state == "failed")
+    assert control.message == "RuntimeError: out of ink" and control.actions == [["again", "Run again"]]
 
 
-def test_run_ends_with_its_cell_and_at_exit() -> None:
+def test_run_ends_with_its_cell_and_at_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     over = threading.Event()
-    runner = Runner(train_slowly, PretrainConfig(), "Train")
-    runner.is_over = over.is_set
+    monkeypatch.setattr(desk_runner, "watch_cell", lambda: over.is_set)
+    runner, control = start_runner(train_slowly, PretrainConfig())
     runner.act("start")
     wait_until(lambda: len(runner.log.steps) > 2)
     over.set()
-    assert runner.thread is not None
-    runner.thread.join(10)
-    assert runner.control.result.stopped, "the cell ran again: stopped and saved"
-    runner = Runner(train_slowly, PretrainConfig(), "Train")
+    wait_until(lambda: control.state == "stopped")
+    over.clear()
+    runner, control = start_runner(train_slowly, PretrainConfig())
     runner.act("start")
     wait_until(lambda: len(runner.log.steps) > 2)
     desk_runner.end_runs()
-    assert runner.control.result.stopped, "the kernel exits: stopped and saved"
+    assert control.state == "stopped", "the kernel exits: stopped and saved"
 
 
 def test_jupyter_cell_that_runs_again_stops_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(desk_runner, "find_cell", lambda: "cell-1")
-    one = desk_runner.keep_runner(Runner(train_slowly, PretrainConfig(), "Train"))
-    one.act("start")
-    two = desk_runner.keep_runner(Runner(train_slowly, PretrainConfig(), "Train"))
-    wait_until(lambda: one.control.state == "stopped")
-    assert two.control.state == "ready"
+    one = desk_runner.open_control(train_slowly, PretrainConfig(), "Train")
+    one.answer_act("start")
+    two = desk_runner.open_control(train_slowly, PretrainConfig(), "Train")
+    wait_until(lambda: one.state == "stopped")
+    assert two.state == "ready"
+
+
+def test_page_that_opens_again_joins_the_run() -> None:
+    runner, first = start_runner(train_slowly, PretrainConfig())
+    first.answer_act("start")
+    second = runner.join("Train")
+    assert second.state == "running"
+    wait_until(lambda: len(second.view["train"]) > 3)
+    second.answer_act("stop")
+    wait_until(lambda: first.state == second.state == "stopped")
+    assert first.result is second.result and first.result.stopped
+    assert runner.join("Train").state == "stopped", "one that comes later sees how it ended"
 
 
 def test_free_tag(base_dir: Path) -> None:

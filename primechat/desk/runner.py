@@ -52,7 +52,7 @@ def show(widget: Any) -> Any:
 
 
 class StopWish(threading.Event):
-    """A wish to stop that is also true once the cell or the session that it belongs to is over."""
+    """A wish to stop that is also true once the cells or sessions that it belongs to are over."""
 
     def __init__(self, is_over: Callable[[], bool]) -> None:
         super().__init__()
@@ -64,49 +64,75 @@ class StopWish(threading.Event):
 
 
 class Runner:
-    """Runs a stage on a thread for a control, one run at a time."""
+    """Runs a stage on a thread, one run at a time; each control that joins shows the same run.
 
-    def __init__(self, function: Callable[..., Any], config: Any, title: str) -> None:
+    It lives as long as one of the cells (or, in an app, sessions) that made a control for it.
+    """
+
+    def __init__(self, function: Callable[..., Any], config: Any) -> None:
         self.function, self.config = function, config
-        self.control = StageControl(title, self.act)
-        self.log, self.lock = RunLog(), threading.Lock()
-        self.is_over = watch_cell()
+        self.controls: list[tuple[StageControl, Callable[[], bool]]] = []
+        self.log, self.lock = RunLog(), threading.RLock()
         self.stop = StopWish(self.is_over)
         self.thread: threading.Thread | None = None
+        self.state: dict[str, Any] = {}
         self.offer("ready")
 
-    def offer(self, state: str, message: str = "") -> None:
-        """Tell the page how things stand, and what can be done now."""
+    @property
+    def is_busy(self) -> bool:
+        """Tell whether a run is under way."""
+        return self.state["state"] in ("running", "stopping")
+
+    def is_over(self) -> bool:
+        """Tell whether nobody's cell or session is left."""
+        return all(over() for _, over in self.controls)
+
+    def join(self, title: str) -> StageControl:
+        """Return a new control of this run."""
+        control = StageControl(title, self.act)
+        with self.lock:
+            self.controls.append((control, watch_cell()))
+            self.tell(view=self.log.describe(), **self.state)
+        return control
+
+    def tell(self, **traits: Any) -> None:
+        """Bring every control that still lives up to date."""
+        self.controls = [pair for pair in self.controls if not pair[1]()] or self.controls[-1:]
+        for control, _ in self.controls:
+            with control.hold_sync():
+                for name, value in traits.items():
+                    setattr(control, name, value)
+
+    def offer(self, state: str, message: str = "", result: Any = None) -> None:
+        """Tell the pages how things stand, and what can be done now."""
         start, go_on, afresh = ("start", "Start"), ("resume", "Go on"), ("afresh", "Start afresh")
         has_resume = hasattr(self.config, "resume") and hasattr(self.config, "tag")
         actions = {"ready": [start], "running": [("stop", "Stop and save")], "stopping": []}.get(state)
         if actions is None:
             is_there = state == "stopped" or (state == "failed" and "resume" in message)
             actions = [go_on, afresh] if has_resume and is_there else [("again", "Run again")]
-        with self.control.hold_sync():
-            self.control.actions = [list(action) for action in actions]
-            self.control.message, self.control.state = message, state
+        listed = [list(action) for action in actions]
+        self.state = {"result": result, "actions": listed, "message": message, "state": state}
+        self.tell(**self.state)
 
     def act(self, word: str) -> None:
-        """Do what a button asks for."""
-        if word == "stop":
-            self.stop.set()
-            if self.thread and self.thread.is_alive():
+        """Do what a button asks for; a second press of the same one does nothing."""
+        with self.lock:
+            if word == "stop" and self.is_busy:
+                self.stop.set()
                 self.offer("stopping", "This step is finished and saved first.")
-            return
-        if self.thread and self.thread.is_alive():
-            return  # a second press of Start
-        config = self.config
-        if word == "resume":
-            config = dataclasses.replace(config, resume=True)
-        elif hasattr(config, "tag"):  # afresh, or once more: under a name of its own
-            config = dataclasses.replace(config, tag=find_free(config.tag))
-            config = dataclasses.replace(config, resume=False) if hasattr(config, "resume") else config
-        self.stop, self.log = StopWish(self.is_over), RunLog()
-        self.control.result = None
-        self.offer("running")
-        self.thread = threading.Thread(target=self.work, args=(config,), daemon=True)
-        _runners.append(self)
+            if word == "stop" or self.is_busy:
+                return
+            config = self.config
+            if word == "resume":
+                config = dataclasses.replace(config, resume=True)
+            elif word != "start" and hasattr(config, "tag"):  # afresh, or once more: under a name of its own
+                config = dataclasses.replace(config, tag=find_free(config.tag))
+                config = dataclasses.replace(config, resume=False) if hasattr(config, "resume") else config
+            self.stop, self.log = StopWish(self.is_over), RunLog()
+            self.offer("running")
+            self.thread = threading.Thread(target=self.work, args=(config,), daemon=True)
+            _runners.append(self)
         self.thread.start()
         threading.Thread(target=self.report, args=(self.thread,), daemon=True).start()
 
@@ -117,11 +143,11 @@ class Runner:
             state, message = self.judge(result)
         except Exception as error:  # whatever ends a run is told where the learner looks
             result, state, message = None, "failed", explain_error(error)
-        self.config = config if result is not None else self.config
-        self.control.result = result
-        self.control.view = self.log.describe()
-        self.offer(state, message)
-        _runners.remove(self)
+        with self.lock:
+            self.config = config if result is not None else self.config
+            _runners.remove(self)
+            self.tell(view=self.log.describe())
+            self.offer(state, message, result)
 
     def judge(self, result: Any) -> tuple[str, str]:
         """Return the state that a result means, and a sentence."""
@@ -140,14 +166,16 @@ class Runner:
     def report(self, thread: threading.Thread) -> None:
         """Send what changed, a few times a second, and a sign of life while the run lives."""
         shown: dict[str, Any] = {}
-        t_beat = time.monotonic()
-        while thread.is_alive() and not self.is_over():
+        beat, t_beat = 0, time.monotonic()
+        while thread.is_alive():
             with self.lock:
                 view = self.log.describe()
-            if view != shown and self.control.state in ("running", "stopping"):
-                self.control.view = shown = view
-            if time.monotonic() - t_beat > BEAT_EVERY_S:
-                t_beat, self.control.beat = time.monotonic(), self.control.beat + 1
+                if self.is_busy and view != shown:
+                    shown = view
+                    self.tell(view=view)
+                if self.is_busy and time.monotonic() - t_beat > BEAT_EVERY_S:
+                    beat, t_beat = beat + 1, time.monotonic()
+                    self.tell(beat=beat)
             thread.join(SEND_EVERY_S)
 
 
@@ -158,9 +186,10 @@ _cells: dict[str, Runner] = {}
 def watch_cell() -> Callable[[], bool]:
     """Return a function that tells whether the present cell has run again, or its session is over."""
     if not in_marimo():
-        return lambda: False  # in Jupyter `stage` itself sees that a cell runs again
+        return lambda: False  # in Jupyter `open_control` itself sees that a cell runs again
     token = sys.modules["marimo"].Thread(target=lambda: None)  # never started: it only knows its cell's life
-    return lambda: bool(token.should_exit)
+    kernel = threading.current_thread()  # an app's session has a thread of its own
+    return lambda: bool(token.should_exit) or not kernel.is_alive()
 
 
 def find_cell() -> str:
@@ -169,15 +198,24 @@ def find_cell() -> str:
     return str(shell.get_parent().get("metadata", {}).get("cellId", "")) if shell is not None else ""
 
 
-def keep_runner(runner: Runner) -> Runner:
-    """Return a runner, once the one that its Jupyter cell made before has been asked to stop."""
-    cell = find_cell()
+def open_control(function: Callable[..., Any], config: Any, title: str) -> StageControl:
+    """Return a control of a stage.
+
+    In an app a page that is opened again joins the run that goes on; a Jupyter cell that runs again has its
+    former run stopped and saved, as marimo does with a cell of a notebook.
+    """
+    if in_marimo() and sys.modules["marimo"].app_meta().mode == "run":
+        key = (function, getattr(config, "tag", ""))
+        for runner in list(_runners):
+            if (runner.function, getattr(runner.config, "tag", "")) == key:
+                return runner.join(title)
+    runner, cell = Runner(function, config), find_cell()
     if cell:
         before = _cells.get(cell)
         if before is not None:
             before.stop.set()
         _cells[cell] = runner
-    return runner
+    return runner.join(title)
 
 
 @atexit.register
