@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from primechat import store
-from primechat.desk.forms import build_form, read_command
-from primechat.desk.runner import in_marimo, in_notebook, open_control, show
+from primechat.desk.labs.forms import build_form, read_command
+from primechat.desk.labs.runner import in_marimo, in_notebook, open_control, show
 from primechat.lessons import Broken, Exercise, is_stub
 from primechat.records import Event, encode_record
 from primechat.store import ModelEntry
@@ -62,7 +62,8 @@ def describe_entry(entry: ModelEntry) -> str:
         parts.append(f"{max(steps):,} steps of training")
     if entry.val_bpb is not None:
         parts.append(f"{entry.val_bpb:.2f} bits per byte")
-    return " · ".join([*parts, *(["ships with primechat"] if entry.shipped else [])])
+    origin = "ships with primechat" if entry.shipped else "another project's" if entry.family == "hf" else ""
+    return " · ".join([*parts, *([origin] if origin else [])])
 
 
 def predict(
@@ -114,11 +115,15 @@ def borrow_model(identifier: str = "", *, device: str = "cpu") -> tuple[GPT, Tok
     Raises:
         PrimechatError: as `open_model`.
     """
-    folder, name = store.locate_model(
-        store.parse_identifier(identifier) if identifier else store.choose_model()
-    )
-    step = name.step if name.step is not None else max(store.find_steps(folder), default=None)
-    key = (folder, step, device)
+    name = store.parse_identifier(identifier) if identifier else store.choose_model()
+    key: tuple[Any, ...] = (str(name), device)
+    if name.family != "hf":
+        folder, name = store.locate_model(name)
+        key = (
+            folder,
+            max(store.find_steps(folder), default=None) if name.step is None else name.step,
+            device,
+        )
     with _lock:
         if key not in _models:
             _models[key] = store.open_model(str(name), device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,9 @@ def test_picker_offers_what_is_here(base_dir: Path) -> None:
     assert (
         lab.pick_model(("mid",)).identifier == "" and lab.pick_model(("base",)).identifier == "shipped/base"
     )
+    assert "another project's" in lab.describe_entry(dataclasses.replace(
+        store.list_models()[0], family="hf", identifier="hf:smollm2", steps=(), snapshots=(), shipped=False
+    ))  # fmt: skip
     chat.models = []
     assert chat.answer_find() == {} and chat.models
 

@@ -17,9 +17,9 @@ import pytest
 import primechat as pc
 from primechat import cli, lab
 from primechat.config import PretrainConfig
-from primechat.desk import runner as desk_runner
-from primechat.desk.forms import build_config, build_form, list_fields, write_command
-from primechat.desk.runner import Runner, find_free
+from primechat.desk.labs import runner as desk_runner
+from primechat.desk.labs.forms import build_config, build_form, list_fields, write_command
+from primechat.desk.labs.runner import Runner, find_free
 from primechat.errors import ConfigError
 from primechat.records import (
     CheckpointEvent,
