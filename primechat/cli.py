@@ -45,6 +45,7 @@ STAGES = {  # verb: (public name of the stage, of its config, its sentence)
 DESK = {
     "chat": "talk to a model in the terminal",
     "download": "bring models from the Hugging Face Hub",
+    "convert": "turn a classic model into a Hugging Face folder, or back",
     "check": "tell what a model is and whether it is sound",
     "models": "list the models that are on this machine",
     "plan": "tell what a run needs before it starts: memory, disk, hours, dollars",
@@ -108,6 +109,10 @@ def run_verb(argv: list[str]) -> int:
 
         start = CheckConfig(device=device or "cpu")
         return run_check(parse_flags(verb, CheckConfig, name_model(argv), start))
+    elif verb == "convert":
+        from primechat.desk.convert import ConvertConfig, run_convert
+
+        return run_convert(parse_flags(verb, ConvertConfig, argv, ConvertConfig()))
     elif verb == "bench":
         from primechat.desk.bench import BenchConfig, run_bench
 
