@@ -212,9 +212,11 @@ def count_tokens(tokenizer: Any) -> tuple[np.ndarray, str]:
         ids = [i for found in map(tokenizer.encode, texts) for i in found]
         counts += np.bincount(ids, minlength=tokenizer.vocab_size)
     counts[tokenizer.vocab_size - len(tokenizer.specials) :] = -1
-    never = int((counts == 0).sum())
+    never = [tokenizer.token_bytes(int(i)) for i in np.flatnonzero(counts == 0)]
+    n_bytes = sum(len(token) == 1 for token in never)
     return counts, (
         f"{int(counts[counts > 0].sum()):,} tokens of {n_documents:,} conversations were counted. "
-        f"{never:,} tokens stand nowhere in them: a model trained on this text never saw them, and what it makes of them is chance. "
-        "Single bytes of other scripts are among them, and pieces that always grew on into a longer token."
+        f"{len(never):,} tokens stand nowhere in them: {n_bytes:,} single bytes, mostly of other scripts, and "
+        f"{len(never) - n_bytes:,} longer ones. A model trained on this text alone never saw them, and what it "
+        "makes of them is chance."
     )

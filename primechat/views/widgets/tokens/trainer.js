@@ -58,7 +58,7 @@ function render({ model, el }) {
     Object.assign(root.dataset, { vocabSize: state.vocab_size, running, full });
   }
   function drawCurve() {
-    const left = 50, right = 330, top = 12, bottom = 190, n = Math.max(2, goal - 256 - model.get("special_count"));
+    const left = 50, right = 330, top = 30, bottom = 196, n = Math.max(2, goal - 256 - model.get("special_count"));
     const high = Math.max(10, counts[0] ?? state.pairs[0]?.[2] ?? 10);
     const x = (i) => left + ((right - left) * i) / n, y = (count) => bottom - ((bottom - top) * Math.log(Math.max(1, count))) / Math.log(high);
     const nodes = [];
@@ -67,7 +67,7 @@ function render({ model, el }) {
     for (let i = 0; i < counts.length; i += stride) points.push(`${x(i).toFixed(1)},${y(counts[i]).toFixed(1)}`);
     nodes.push(svg("polyline", { points: points.join(" "), class: "pc-line" }));
     if (counts.length) nodes.push(svg("circle", { cx: x(counts.length - 1), cy: y(counts.at(-1)), r: 3.5, class: "pc-dot" }));
-    nodes.push(svg("text", { x: left, y: bottom + 18, class: "pc-tick" }, "merge 1"), svg("text", { x: right, y: bottom + 18, class: "pc-tick", "text-anchor": "end" }, number(n)), svg("text", { x: (left + right) / 2, y: bottom + 34, class: "pc-tick", "text-anchor": "middle" }, "times that the pair stood in the text, log scale"));
+    nodes.push(svg("text", { x: left, y: bottom + 18, class: "pc-tick" }, "merge 1"), svg("text", { x: right, y: bottom + 18, class: "pc-tick", "text-anchor": "end" }, number(n)), svg("text", { x: 0, y: 12, class: "pc-tick" }, "times in the text, log scale"));
     curve.replaceChildren(...nodes);
   }
   async function safely(work) {
