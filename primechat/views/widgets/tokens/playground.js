@@ -92,7 +92,7 @@ function render({ model, el }) {
   let choices = readChoices();
   const start = model.get("start");
   let text = model.get("text"), shown = [...model.get("shown")], revision = -1;
-  let panes = [], panesText = start.text, view = "whole", spaces = false, active = 0, busy = false, editedAt = 0, price = 2.5, context = 0;
+  let panes = [], panesText = start.text, view = "whole", spaces = false, active = 0, busy = false, editedAt = 0, settled = 0, price = 2.5, context = 0;
   let focus = null; // { pane, group }: where the pointer is; else the caret decides
 
   // ---- the editor
@@ -152,7 +152,7 @@ function render({ model, el }) {
         if (answer.stale) { revision = -1; continue; }
         take(answer, asked);
         root.dataset.received = String(answer.panes.reduce((sum, pane) => sum + (pane.ids?.length ?? 0), 0));
-        if (since) { root.offsetHeight; root.dataset.settledMs = (performance.now() - since).toFixed(1); }
+        if (since && since !== settled) { settled = since; root.offsetHeight; root.dataset.settledMs = (performance.now() - since).toFixed(1); }
         if (names.join() !== shown.join()) revision = -1;
       }
       fault.hidden = true;
@@ -181,6 +181,7 @@ function render({ model, el }) {
       return Object.assign(pane, { groups: groupTokens(asked, pane.sizes, borders), vocab_size: part.vocab_size });
     });
     panesText = asked;
+    Object.assign(root.dataset, { shown: asked.length, keys: panes.map((pane) => pane.key).join() }); // for who waits for it
     revision = answer.revision;
     active = Math.min(active, Math.max(0, panes.length - 1));
     panes.characters = countCharacters(borders);
