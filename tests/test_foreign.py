@@ -20,6 +20,9 @@ from primechat.errors import CheckpointError, ConfigError, DataError, HubError
 from primechat.infer.admission import KNOWN_TEXT
 from primechat.infer.engine import Engine
 from primechat.infer.sampling import seed_row
+from primechat.metrics.anatomy import dissect
+from primechat.metrics.circuits import attribute, read_lens
+from primechat.metrics.probes import capture
 from primechat.names import parse_identifier
 from primechat.protocols import ChatTokenizer, LanguageModel
 
@@ -312,6 +315,53 @@ def test_damaged_cache_is_passed_over(cache: Path, inner: Any) -> None:
     (folder / "model.safetensors").write_bytes(b"\xff" * 20)
     (entry,) = [e for e in store.list_models() if e.family == "hf" and e.tag == "acme/tiny"]
     assert entry.n_params == 0
+
+
+def count_hooks(network: Any) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in network.modules())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+def test_probes(kind: str) -> None:
+    """A capture holds what transformers itself reports, parts can be switched off, and the lens reads."""
+    network = make_network(kind)
+    model, ids = ForeignModel(network), [5, 9, 300, 9, 17, 5, 80, 2, 44, 120, 7, 7]
+    seen = capture(model, ids, points=["*"])
+    network.set_attn_implementation("eager")
+    out = network(torch.tensor([ids]), output_hidden_states=True, output_attentions=True)
+    network.set_attn_implementation("sdpa")
+    for i in range(2):
+        weights = seen[f"layer.{i}.attn.weights"]
+        assert np.allclose(weights, out.attentions[i][0], atol=1e-5) and np.allclose(weights.sum(-1), 1)
+        written = np.einsum("thd,hdc->tc", seen[f"layer.{i}.attn.heads"], dissect(model).head_map(i))
+        assert kind == "gpt2" or np.allclose(written, seen[f"layer.{i}.attn.out"], atol=1e-4)
+    assert np.allclose(seen["embed"], out.hidden_states[0][0], atol=1e-5)
+    assert np.allclose(seen["layer.0.resid"], out.hidden_states[1][0], atol=1e-5)
+    assert np.allclose(seen["final"], out.hidden_states[2][0], atol=1e-4)
+    assert np.allclose(seen["logits"], out.logits[0], atol=1e-4) and np.allclose(
+        seen["logits"][-1], seen.last
+    )
+    hooks = count_hooks(network)  # transformers leaves some of its own
+    plain = capture(model, ids)
+    assert np.allclose(plain.last, seen.last, atol=1e-4) and network.config._attn_implementation == "sdpa"
+    with pytest.raises(ConfigError):
+        capture(model, ids, ablate=["layer.9.mlp"])
+    assert count_hooks(network) == hooks, "ours are taken off"
+    mute = capture(model, ids, points=["layer.0.*"], ablate=["layer.0.attn", "layer.0.mlp"])
+    assert not mute["layer.0.attn.out"].any()
+    assert np.allclose(mute["layer.0.resid"], seen["embed"], atol=1e-5), "the stream passes by"
+    one = capture(model, ids, points=["layer.1.attn.heads"], ablate=["layer.1.head.2"])
+    assert not one["layer.1.attn.heads"][:, 2].any() and one["layer.1.attn.heads"][:, 3].any()
+    assert not np.allclose(one.last, seen.last, atol=1e-4)
+    lens = read_lens(model, seen)
+    assert lens.stages[0] == "embed" and lens.ids[-1, -1, 0] == int(seen.last.argmax())
+    if kind == "gpt2":
+        with pytest.raises(ConfigError, match="no plain sum over its parts"):
+            attribute(model, seen, -1, 7)
+        return
+    parts = attribute(model, seen, -1, int(seen.last.argmax()))
+    assert parts.values.sum() == pytest.approx(parts.logit, abs=1e-3)
+    assert parts.logit == pytest.approx(float(seen.last.max()), abs=1e-3)
 
 
 @needs_smollm2
