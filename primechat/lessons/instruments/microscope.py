@@ -42,7 +42,7 @@ class Microscope:
     def __init__(self, picker: Any, text: str = TEXT) -> None:
         self.picker = getattr(picker, "widget", picker)  # marimo wraps a widget
         self.prompt = PromptBar(text=text)
-        self.followers: list[Callable[[], None]] = []
+        self.followers: list[tuple[str, Callable[[], None]]] = []
         self.open_named(self.picker.identifier)
         self.read_text()
         self.picker.observe(lambda change: self.change_model(), "identifier")
@@ -92,10 +92,11 @@ class Microscope:
         self.read_text()
         self.tell_all()
 
-    def tell_all(self) -> None:
-        """Bring every view up to date."""
-        for follower in self.followers:
-            follower()
+    def tell_all(self, changed: str = "") -> None:
+        """Bring every view up to date that heeds what changed: at, head, or empty for model or text."""
+        for heeds, follower in self.followers:
+            if changed in heeds:
+                follower()
 
     @property
     def control(self) -> Scene:
@@ -117,8 +118,12 @@ class Microscope:
 
     # ---- the views
 
-    def follow(self, view: Widget, refresh: Callable[[], None], names: list[str]) -> Any:
-        """Refresh a view now, when the text or model changes, and when the reader changes a trait of it."""
+    def follow(
+        self, view: Widget, refresh: Callable[[], None], names: list[str], heeds: str = "at head"
+    ) -> Any:
+        """Refresh a view now, when the text or model changes, when one of `heeds` does, and when the reader
+        changes a trait of it.
+        """
         busy: list[bool] = []
 
         def run(change: Any = None) -> None:
@@ -130,21 +135,20 @@ class Microscope:
             finally:
                 busy.clear()
 
-        self.followers.append(run)
+        self.followers.append((heeds, run))
         view.observe(run, [*names, *(["opened"] if view.has_trait("opened") else [])])
         run()
         return view
 
-    def share_traits(self, view: Widget, change: dict[str, Any]) -> None:
-        """Take a place or a head that the reader chose in one view over to all."""
-        old = (self.at, self.head)
-        self.at, self.head = change.get("at", self.at), list(change.get("head", self.head))
-        if (self.at, self.head) != old:
-            self.tell_all()
-
     def link(self, view: Any, name: str) -> None:
         """Make a trait of a view and the microscope's value one."""
-        view.observe(lambda change: self.share_traits(view, {name: change["new"]}), name)
+
+        def share(change: Any) -> None:
+            if change["new"] != getattr(self, name):
+                setattr(self, name, change["new"])
+                self.tell_all(name)
+
+        view.observe(share, name)
 
     def look(self) -> HeadView:
         """Return the view of all heads."""
@@ -160,6 +164,7 @@ class Microscope:
                 view.pattern = np.rint(65535 * weights).astype(np.uint16).tobytes()
                 view.data = {
                     "n_layer": scene.body.n_layer, "n_head": scene.body.n_head, "side": thumbs.shape[-1],
+                    "head": list(self.head),
                 }  # fmt: skip
 
         self.follow(view, refresh, ["control"])
@@ -195,7 +200,7 @@ class Microscope:
                     **trial.report(scene, view.wish),
                 }  # fmt: skip
 
-        self.follow(view, refresh, ["off", "test", "wish"])
+        self.follow(view, refresh, ["off", "test", "wish"], "at")
         self.link(view, "at")
         return view
 
@@ -205,24 +210,11 @@ class Microscope:
 
         def refresh() -> None:
             scene = self.control if view.control else self.scene
-            lens, names = scene.lens, {}
-            for i in np.unique(lens.ids):
-                names[int(i)] = spell_tokens(self.tokenizer, [i])[0]
-            cells = [
-                [
-                    {
-                        "top": [[names[int(i)], float(p)] for i, p in zip(ids, probs, strict=True)],
-                        "target": float(target), "bits": float(bits),
-                    }
-                    for ids, probs, target, bits in zip(*row, strict=True)
-                ]
-                for row in zip(lens.ids, lens.probs, lens.target, lens.entropy, strict=True)
-            ]  # fmt: skip
             with view.hold_sync():
                 view.at = self.at
-                view.data = {"tokens": scene.tokens, "stages": say_stages(lens.stages), "cells": cells}
+                view.data = scene.lens_table
 
-        self.follow(view, refresh, ["control"])
+        self.follow(view, refresh, ["control"], "at")
         self.link(view, "at")
         return view
 
@@ -247,7 +239,7 @@ class Microscope:
                     "guesses": [{"id": i, "label": text, "value": p} for i, text, p in guesses],
                 }  # fmt: skip
 
-        self.follow(view, refresh, ["token"])
+        self.follow(view, refresh, ["token"], "at")
         self.link(view, "at")
         return view
 
@@ -263,7 +255,7 @@ class Microscope:
                 view.head = list(self.head)
                 view.data = {"strips": list(list_strips(plain, copied, len(self.scene.ids)))}
 
-        self.follow(view, refresh, [])
+        self.follow(view, refresh, [], "head")
         self.link(view, "head")
         return view
 
@@ -303,7 +295,7 @@ class Microscope:
         def refresh() -> None:
             view.data = {**patch_prompts(self, view.clean, view.corrupt)}
 
-        return self.follow(view, refresh, ["clean", "corrupt"])
+        return self.follow(view, refresh, ["clean", "corrupt"], "")
 
     def time_machine(self) -> TimeView:
         """Return the slider over snapshots."""
@@ -349,12 +341,6 @@ class Trial:
             "turn": wish,
             "control": self.worst,
         }
-
-
-def say_stages(stages: tuple[str, ...]) -> list[str]:
-    """Return the stages of a lens in words."""
-    words = {"embed": "embedding", "last": "whole model"}
-    return [words[name] if name in words else f"after layer {name.split('.')[1]}" for name in stages]
 
 
 def say_part(part: str) -> str:

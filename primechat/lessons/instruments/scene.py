@@ -71,6 +71,26 @@ class Scene:
         """The logit lens, three guesses a cell."""
         return circuits.read_lens(self.model, self.seen)
 
+    @cached_property
+    def lens_table(self) -> dict[str, Any]:
+        """The lens as a view takes it: tokens, stages in words, and cells (stages, T) of three guesses."""
+        lens = self.lens
+        ids = np.unique(lens.ids)
+        known = dict(zip(ids.tolist(), spell_tokens(self.tokenizer, ids), strict=True))
+        cells = [
+            [
+                {
+                    "top": [[known[int(i)], float(p)] for i, p in zip(ids, probs, strict=True)],
+                    "target": float(target), "bits": float(bits),
+                }
+                for ids, probs, target, bits in zip(*row, strict=True)
+            ]
+            for row in zip(lens.ids, lens.probs, lens.target, lens.entropy, strict=True)
+        ]  # fmt: skip
+        words = {"embed": "embedding", "last": "whole model"}
+        stages = [words.get(name) or f"after layer {name.split('.')[1]}" for name in lens.stages]
+        return {"tokens": self.tokens, "stages": stages, "cells": cells}
+
     def walk_weights(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first layer, weights (layers, H, T, T)) in slices that fit."""
         room = max(1, WEIGHT_ROOM // (self.body.n_head * len(self.ids) ** 2))

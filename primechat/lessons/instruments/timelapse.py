@@ -26,8 +26,7 @@ class Timelapse:
         self.run, self.steps = "", list[int]()
         self.view = TimeView()
         self.scenes: dict[tuple[int, str], Scene] = {}
-        scope.follow(self.view, self.refresh, ["moment"])
-        self.view.observe(lambda change: self.refresh(), "at")
+        scope.follow(self.view, self.refresh, ["moment", "at"], "")
 
     def choose_run(self) -> None:
         """Take the run of the model that is looked at if it has snapshots, else the one that ships."""

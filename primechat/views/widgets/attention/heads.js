@@ -78,7 +78,7 @@ function showHeads({ model, el }) {
     text.mark(model.get("at"));
     weights = readBytes(model.get("pattern"), Uint16Array);
     size = Math.round(Math.sqrt(weights.length));
-    const [layer, head] = model.get("head");
+    const [layer, head] = d.head, wanted = model.get("head");
     title.textContent = `Layer ${layer}, head ${head}`;
     large.setAttribute("aria-label", `What each token reads in layer ${layer}, head ${head}`);
     paintHeat(large, Float32Array.from(weights, (w) => w / 65535), size, size);
@@ -109,7 +109,7 @@ function showHeads({ model, el }) {
     grid.querySelectorAll(".pc-thumb").forEach((node, k) => {
       const i = Math.floor(k / d.n_head), j = k % d.n_head;
       paintHeat(node.firstChild, Float32Array.from(small.subarray(k * n * n, (k + 1) * n * n), (w) => w / 255), n, n, model.get("control") ? "--pc-muted" : "--pc-accent");
-      node.setAttribute("aria-pressed", String(i === layer && j === head));
+      node.setAttribute("aria-pressed", String(i === wanted[0] && j === wanted[1]));
     });
     control.box.checked = model.get("control");
     point();
