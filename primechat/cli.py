@@ -43,6 +43,7 @@ STAGES = {  # verb: (public name of the stage, of its config, its sentence)
     "quickstart": ("quickstart", "QuickstartConfig", "all of the above in minutes, on text that is here"),
 }
 DESK = {
+    "lab": "open the labs: notebooks to learn by, in JupyterLab or marimo",
     "chat": "talk to a model in the terminal",
     "download": "bring models from the Hugging Face Hub",
     "convert": "turn a classic model into a Hugging Face folder, or back",
@@ -121,6 +122,10 @@ def run_verb(argv: list[str]) -> int:
         from primechat.desk.cloud import PlanFlags, run_plan
 
         return run_plan(parse_flags(verb, PlanFlags, argv, PlanFlags(run=full_run(argv))))
+    elif verb == "lab":
+        from primechat.desk.labs.twins import LabConfig, run_lab
+
+        return run_lab(parse_flags(verb, LabConfig, argv, LabConfig()))
     elif verb == "chat":
         from primechat.desk.chat import ChatConfig, run_chat
 

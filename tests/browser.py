@@ -1,7 +1,7 @@
 """A headless browser, and the hosts of a lab for it to open: `marimo run`, `marimo edit`, JupyterLab.
 
-Import the fixtures that a test needs: `from browser import browser, lab_page, serve`. Each server gets a free
-port, no token and a base directory of its own, and it and its children end with the test.
+Every test can ask for the fixtures `browser`, `serve` and `lab_page`. Each server gets a free port, no token
+and a base directory of its own, and it and its children end with the test.
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@ os.environ.update(
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "FORCE_COLOR", "HF_TOKEN"):
     os.environ.pop(_name, None)
 
+from browser import browser, lab_page, serve  # noqa: E402, F401  # fixtures for every test
+
 
 class NetworkUsed(RuntimeError):
     """A test left this machine; no OSError, so that the code under test cannot take it for a bad line."""

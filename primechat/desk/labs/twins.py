@@ -1,0 +1,228 @@
+"""`primechat lab`: which labs there are, opening one, and the Jupyter twin of each.
+
+Hides: how a marimo file becomes a notebook that any Jupyter opens. marimo's own export writes the cells;
+here a first cell is added, folded code stays folded, and nothing of this machine remains.
+Reference: nbformat.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from primechat.errors import ConfigError, DataError
+
+ROOT = Path(__file__).resolve().parents[3]
+LABS = ROOT / "labs"
+FIRST_CELL = """\
+# The Jupyter twin of labs/{name}.py; `primechat lab sync` writes it anew.
+import sys
+
+try:
+    import primechat
+except ImportError:
+    raise ImportError(
+        f"primechat is not installed in {{sys.executable}}. In a terminal, in the folder of primechat: "
+        f"{{sys.executable}} -m pip install -e '.[labs]', then Kernel > Restart. Or choose the kernel of the "
+        "environment that has it."
+    ) from None
+print(f"primechat {{primechat.__version__}}, Python {{sys.version.split()[0]}}: {{sys.executable}}")"""
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabConfig:
+    """Open the labs: `primechat lab` starts JupyterLab, `primechat lab 01` opens a lab in it.
+
+    `primechat lab sync` writes the Jupyter twins of the labs anew.
+    """
+
+    lab: Positional[str] = ""
+    """Number of a lab, or sync."""
+    app: bool = False
+    """Open it as an app, without code: `marimo run`."""
+    edit: bool = False
+    """Open it in marimo's own editor: `marimo edit`."""
+    list: bool = False
+    """List the labs and open none."""
+    check: bool = False
+    """Of sync: write nothing, and fail where a twin is out of date."""
+    port: int = 0
+    """Port of the server; 0 takes a free one."""
+    headless: bool = False
+    """Open no browser."""
+
+
+def list_labs() -> list[Path]:
+    """Return the labs, by number."""
+    return sorted(LABS.glob("[0-9][0-9]_*.py"))
+
+
+def find_lab(name: str) -> Path:
+    """Return a lab by its number or name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    stem = Path(name).stem
+    found = [
+        path for path in list_labs() if stem in (path.stem, path.stem[:2]) or f"0{stem}" == path.stem[:2]
+    ]
+    if len(found) != 1:
+        there = ", ".join(path.stem[:2] for path in list_labs())
+        raise ConfigError(f"lab={name!r} must be one of {there}; `primechat lab --list` shows their names.")
+    return found[0]
+
+
+def read_title(path: Path) -> str:
+    """Return a lab's question: its first heading."""
+    found = re.search(r"mo\.md\([^#]*# (.+?)[\"')]*$", path.read_text(encoding="utf-8"), re.M)
+    return found[1] if found else ""
+
+
+def run_lab(config: LabConfig) -> int:
+    """Do what a `primechat lab` asks for.
+
+    Raises:
+        ConfigError: there is no such lab, or the labs' packages are missing.
+    """
+    if config.list:
+        for path in list_labs():
+            print(f"{path.stem[:2]}  {path.stem[3:]:24}{read_title(path)}")
+        return 0
+    if config.lab == "sync":
+        return sync_twins(check=config.check)
+    missing = [name for name in ("marimo", "jupyterlab", "anywidget") if not find_spec(name)]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} must be installed for the labs; run {sys.executable} -m pip install -e "
+            f"'.[labs]' in {ROOT}."
+        )
+    words, environment = build_words(config, find_lab(config.lab) if config.lab else None)
+    os.execve(words[0], words, environment)  # Ctrl-C and the exit code are the server's own
+
+
+def build_words(config: LabConfig, path: Path | None) -> tuple[list[str], dict[str, str]]:
+    """Return the command that opens a lab, and its environment.
+
+    Raises:
+        ConfigError: --app or --edit without a lab.
+    """
+    # marimo's server finds `marimo` on the path, also where the environment is not activated.
+    places = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    environment = {**os.environ, "PATH": os.pathsep.join(places)}
+    if config.app or config.edit:
+        if path is None:
+            raise ConfigError("--app and --edit open one lab; name it, for example `primechat lab 01 --app`.")
+        words = [sys.executable, "-m", "marimo", "run" if config.app else "edit", str(path)]
+        words += [
+            *(["--headless"] if config.headless else []),
+            *(["--port", str(config.port)] if config.port else []),
+        ]
+        return words, environment
+    where = f"/notebooks/{path.stem}.ipynb" if path else ""
+    words = [
+        sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={LABS}",
+        f"--LabApp.default_url=/lab/tree{where}",
+        "--MarimoProxyConfig.no_sandbox=True",  # else labs run in an empty environment and are changed
+    ]  # fmt: skip
+    words += [*(["--no-browser"] if config.headless else [])]
+    words += [f"--ServerApp.port={config.port}"] if config.port else []
+    return words, environment
+
+
+def sync_twins(*, check: bool = False) -> int:
+    """Write labs/notebooks anew, or only tell what is out of date.
+
+    Returns:
+        0, or 1 where a twin was out of date and is only checked.
+    """
+    folder, stale = LABS / "notebooks", 0
+    twins = {folder / f"{path.stem}.ipynb": path for path in list_labs()}
+    for twin, path in twins.items():
+        text = write_twin(path)
+        if twin.is_file() and twin.read_text(encoding="utf-8") == text:
+            continue
+        stale += 1
+        print(f"{'out of date' if check else 'written'}: {twin.relative_to(ROOT)}")
+        if not check:
+            folder.mkdir(exist_ok=True)
+            twin.write_text(text, encoding="utf-8")
+    for twin in sorted(set(folder.glob("*.ipynb")) - set(twins)):
+        stale += 1
+        print(f"{'has no lab' if check else 'removed'}: {twin.relative_to(ROOT)}")
+        if not check:
+            twin.unlink()
+    if check and stale:
+        print("Run `primechat lab sync` and keep what it writes.")
+    return int(check and stale > 0)
+
+
+def write_twin(path: Path) -> str:
+    """Return a lab as a Jupyter notebook's text.
+
+    Raises:
+        DataError: marimo cannot read it.
+    """
+    words = [sys.executable, "-m", "marimo", "export", "ipynb", str(path), "--sort", "top-down"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    try:
+        cells = json.loads(done.stdout)["cells"]
+    except ValueError:
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise DataError(
+            f"{path} could not be exported: marimo said {said!r}; `marimo check` tells more."
+        ) from None
+    for cell, folded in zip(cells, read_folds(path), strict=True):
+        cell["metadata"] = (
+            {"jupyter": {"source_hidden": True}} if folded and cell["cell_type"] == "code" else {}
+        )
+    cells = [
+        cell
+        for cell in cells
+        if "".join(cell["source"]).strip() != "import marimo as mo" or uses_marimo(cells)
+    ]
+    first = {
+        "cell_type": "code", "execution_count": None, "id": "start", "outputs": [],
+        "metadata": {"jupyter": {"source_hidden": True}},
+        "source": FIRST_CELL.format(name=path.stem).splitlines(keepends=True),
+    }  # fmt: skip
+    notebook = {
+        "cells": [first, *cells],
+        "metadata": {"kernelspec": KERNEL, "language_info": {"name": "python"}},
+        "nbformat": 4, "nbformat_minor": 5,
+    }  # fmt: skip
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
+def read_folds(path: Path) -> list[bool]:
+    """Return of each cell of a lab whether its code is folded."""
+    folds = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        marks = (
+            [node.items[0].context_expr]
+            if isinstance(node, ast.With)
+            else getattr(node, "decorator_list", [])
+        )
+        for mark in marks:
+            if ast.unparse(mark).startswith("app."):
+                words = mark.keywords if isinstance(mark, ast.Call) else []
+                folds.append(
+                    any(word.arg == "hide_code" and ast.unparse(word.value) == "True" for word in words)
+                )
+    return folds
+
+
+def uses_marimo(cells: list[dict[str, Any]]) -> bool:
+    """Tell whether a code cell of a twin still needs marimo."""
+    return any("mo." in "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
