@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from primechat.config import (
+        DistillConfig,
         EvaluateConfig,
         FinetuneConfig,
         GPTConfig,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from primechat.infer.engine import Engine
     from primechat.metrics.probes import capture
     from primechat.model.gpt import GPT
+    from primechat.stages.distill import distill
     from primechat.stages.evaluate import evaluate
     from primechat.stages.finetune import finetune
     from primechat.stages.lora import train_lora
@@ -37,12 +39,14 @@ _ROOMS = {
     "pretrain": "stages.pretrain",
     "finetune": "stages.finetune",
     "train_lora": "stages.lora",
+    "distill": "stages.distill",
     "evaluate": "stages.evaluate",
     "quickstart": "stages.quickstart",
     "TokenizerConfig": "config",
     "PretrainConfig": "config",
     "FinetuneConfig": "config",
     "LoRAConfig": "config",
+    "DistillConfig": "config",
     "EvaluateConfig": "config",
     "QuickstartConfig": "config",
     "GPTConfig": "config",
@@ -58,6 +62,7 @@ _ROOMS = {
 }
 
 __all__ = [
+    "DistillConfig",
     "EvaluateConfig",
     "Engine",
     "FinetuneConfig",
@@ -69,6 +74,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerConfig",
     "capture",
+    "distill",
     "evaluate",
     "finetune",
     "list_models",

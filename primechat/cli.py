@@ -39,6 +39,7 @@ STAGES = {  # verb: (public name of the stage, of its config, its sentence)
     "pretrain": ("pretrain", "PretrainConfig", "train a base model to go on with any text"),
     "finetune": ("finetune", "FinetuneConfig", "teach a base model to answer"),
     "lora": ("train_lora", "LoRAConfig", "teach a model a manner or topic by an adapter"),
+    "distill": ("distill", "DistillConfig", "teach a small model what a large one knows"),
     "evaluate": ("evaluate", "EvaluateConfig", "measure a model in bits per byte on text it has not seen"),
     "quickstart": ("quickstart", "QuickstartConfig", "all of the above in minutes, on text that is here"),
 }

@@ -55,7 +55,8 @@ class StepEvent:
 @dataclass(frozen=True, kw_only=True)
 class LossEvent:
     """One validation; `whole` tells whether the whole split was scored, `general_bpb` is on a general text,
-    where a stage that could forget it measures that.
+    where a stage that could forget it measures that; a student's retention, agreement and KL are against
+    its teacher.
     """
 
     step: int
@@ -64,6 +65,9 @@ class LossEvent:
     whole: bool
     elapsed_s: float
     general_bpb: float | None = None
+    retention: float | None = None
+    agreement: float | None = None
+    kl_nats: float | None = None
     kind: str = "loss"
 
 
@@ -185,6 +189,28 @@ class OverlapResult:
     shared_n_grams: int
     training_texts: int
     examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceGroup:
+    """A student beside its teacher on some places of a text; retention is 1 where it is as good."""
+
+    name: str
+    tokens: int
+    student_bpb: float
+    teacher_bpb: float
+    untrained_bpb: float
+    retention: float
+    agreement: float
+    kl_nats: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetentionResult:
+    """A student beside its teacher: in all, and grouped by frequency, position and kind."""
+
+    total: PlaceGroup
+    groups: dict[str, tuple[PlaceGroup, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from primechat.config.codec import decode_config, encode_config, find_difference
 from primechat.config.model import GPTConfig
 from primechat.config.runtime import LookConfig, OptimConfig, RuntimeConfig
 from primechat.config.stages import (
+    DistillConfig,
     EvaluateConfig,
     FinetuneConfig,
     LoRAConfig,
@@ -13,6 +14,7 @@ from primechat.config.stages import (
 )
 
 __all__ = [
+    "DistillConfig",
     "EvaluateConfig",
     "FinetuneConfig",
     "GPTConfig",

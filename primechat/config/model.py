@@ -6,7 +6,8 @@ Hides: how a depth becomes a shape. Reference: nanochat, the code of October 202
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 from primechat.errors import ConfigError
@@ -196,6 +197,42 @@ def check_depth(depth: int) -> None:
         raise ConfigError(
             f"depth={depth!r} must be a whole number from 1 to 256; try 4 on a laptop, 20 in the cloud."
         )
+
+
+STUDENTS = {"100m": (10, 512, 8), "100m-deep": (28, 384, 6), "100m-flat": (3, 640, 10)}  # for a d20
+SHARES = {"half": 1 / 2, "quarter": 1 / 4, "eighth": 1 / 8}
+
+
+def shrink_model(teacher: GPTConfig, size: str) -> GPTConfig:
+    """Return a student's shape: the teacher's vocabulary, context and switches, fewer and narrower layers.
+
+    Args:
+        teacher: the model to learn from.
+        size: half, quarter or eighth of its parameters, as near as whole heads and layers allow, or one of
+            the presets near 100 million parameters at 65,536 tokens: 100m, 100m-deep, 100m-flat.
+
+    >>> shrink_model(GPTConfig.classic(20), "100m").n_params
+    98566144
+    """
+    if size in STUDENTS:
+        return shape_student(teacher, *STUDENTS[size])
+    if size not in SHARES:
+        raise ConfigError(f"size={size!r} must be one of {', '.join([*SHARES, *STUDENTS])}; try quarter.")
+    wanted, slim = SHARES[size] * teacher.n_params, teacher.n_embd / teacher.n_layer
+
+    def miss(config: GPTConfig) -> float:
+        off = abs(math.log(config.n_params / wanted))
+        return 4 * off + abs(math.log(config.n_embd / config.n_layer / slim))
+
+    head_dim = next(d for d in (128, 64, 32, 16, teacher.head_dim) if teacher.n_embd >= 8 * d or d <= 16)
+    widths = [w for w in range(head_dim, teacher.n_embd + 1, head_dim) if w >= 24]  # what a smear reads
+    shapes = [(n, w, w // head_dim) for n in range(1, teacher.n_layer + 1) for w in widths]
+    return min((shape_student(teacher, *shape) for shape in shapes), key=miss)
+
+
+def shape_student(teacher: GPTConfig, n_layer: int, n_embd: int, n_head: int) -> GPTConfig:
+    """Return a teacher's config with another shape."""
+    return replace(teacher, n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_head)
 
 
 def classic_switches() -> dict[str, Any]:

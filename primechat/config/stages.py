@@ -181,6 +181,70 @@ class LoRAConfig(FinetuneConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig(FinetuneConfig):
+    """Teach a small model a large one's probabilities."""
+
+    tag: str = "student"
+    """Name of the student's folder: in base_checkpoints, with dialogues in chatsft_checkpoints."""
+    base: str = ""
+    """Student to go on with, for example base/student; empty starts from fresh weights."""
+    teacher: str = ""
+    """Model to learn from, for example base/d20; empty is the default model."""
+    size: str = "quarter"
+    """half, quarter or eighth of the teacher's parameters, or 100m, 100m-deep, 100m-flat for a d20."""
+    n_layer: int = 0
+    """The student's blocks; 0 takes what `size` gives."""
+    n_embd: int = 0
+    """The student's width; 0 takes what `size` gives."""
+    n_head: int = 0
+    """The student's heads; 0 takes what `size` gives."""
+    corpus: str = "chitchat"
+    """Text to learn on: chitchat, fineweb-edu, climbmix or a path; unused where dialogues are given."""
+    n_shards: int = 8
+    """Shards of fineweb-edu or climbmix to use."""
+    dialogues: str = ""
+    """Conversations to learn on instead, on the assistant's tokens; as `finetune` takes them."""
+    general: str = "none"
+    """Text on whose validation split forgetting is measured; none measures nothing."""
+    alpha: float = 0.1
+    """Share of the loss on the text itself; 1 leaves the teacher out: the control."""
+    temperature: float = 2.0
+    """Both distributions are softened by this; the loss is scaled back by its square."""
+    loss: str = "forward"
+    """forward or reverse KL, or jsd."""
+    beta: float = 0.5
+    """The teacher's share in jsd's mixture."""
+    hidden: float = 0.0
+    """Weight of a term on the last hidden states, through a learned projector."""
+    top_k: int = 0
+    """Keep this many of the teacher's likeliest tokens on disk, with one bucket for the rest, so that
+    further passes and further students need no teacher; 0 asks the teacher each time.
+    """
+    on_policy: float = 0.0
+    """Share of the rows that the student writes itself, from the beginning of a text on."""
+    batch_tokens: int = 4096
+    """Tokens of one optimizer step, over all ranks."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, low, high in (
+            ("alpha", 0, 1), ("temperature", 0.1, 100), ("beta", 0.001, 0.999), ("hidden", 0, 1000),
+            ("on_policy", 0, 1),
+        ):  # fmt: skip
+            check_number(name, getattr(self, name), low=low, high=high)
+        for name in ("n_layer", "n_embd", "n_head", "top_k"):
+            check_number(name, getattr(self, name), low=0, whole=True)
+        if self.top_k and self.on_policy:
+            raise ConfigError(
+                f"top_k={self.top_k} must be 0 with on_policy={self.on_policy}: what the student writes is "
+                "never seen again; drop one of them."
+            )
+        check_choice("loss", self.loss, ("forward", "reverse", "jsd"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Measure a model: bits per byte on validation text."""
 

@@ -124,3 +124,51 @@ def token_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, cap: float, 
         return torch.cat([score(a, b) for a, b in pairs]).view(targets.shape)
     parts = [torch.utils.checkpoint.checkpoint(score, a, b, use_reentrant=False) for a, b in pairs]
     return torch.cat(parts).view(targets.shape)
+
+
+# Distances between a student's and a teacher's distributions
+
+DIVERGENCES = ("forward", "reverse", "jsd")
+
+
+def diverge(log_q: Tensor, log_p: Tensor, kind: str = "forward", beta: float = 0.5) -> Tensor:
+    """Return how far a student's distribution q is from a teacher's p, in nats.
+
+    Args:
+        log_q: (n, V) float32 log-probabilities of the student.
+        log_p: (n, V) of the teacher.
+        kind: forward, KL(p, q): q must cover all that p does; reverse, KL(q, p): q must not go where p does
+            not; jsd, the generalised Jensen-Shannon divergence.
+        beta: of jsd: the teacher's share in the mixture m.
+
+    Returns:
+        (n,), at least 0.
+
+    Source: Hinton et al. 2015 (forward); Gu et al. 2024, MiniLLM (reverse); Agarwal et al. 2024, GKD,
+        equation 3: beta KL(p, m) + (1 - beta) KL(q, m) with m = beta p + (1 - beta) q.
+    """
+    if kind == "forward":
+        return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    if kind == "reverse":
+        return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    shares = torch.tensor([beta, 1 - beta], device=log_q.device).log()
+    log_m = torch.logaddexp(log_p + shares[0], log_q + shares[1])
+    of_p = F.kl_div(log_m, log_p, reduction="none", log_target=True).sum(-1)
+    of_q = F.kl_div(log_m, log_q, reduction="none", log_target=True).sum(-1)
+    return beta * of_p + (1 - beta) * of_q
+
+
+def bucket_top(log_p: Tensor, ids: Tensor) -> Tensor:
+    """Return the log-probabilities of some tokens and, last, of all the others together.
+
+    Args:
+        log_p: (n, V) log-probabilities.
+        ids: (n, k) the tokens that stand alone.
+
+    Returns:
+        (n, k + 1), a distribution again: without the last bucket the k would have to be scaled up to 1,
+        which tells the student that nothing else can follow.
+    """
+    top = log_p.gather(-1, ids)
+    rest = log_p.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.cat([top, rest.clamp(min=-30.0)], dim=-1)

@@ -324,6 +324,7 @@ class TrainingRun:
                     whole=tokens == 0,
                     elapsed_s=self.trained_s,
                     general_bpb=general,
+                    **self.job.measure_more(self.model, tokens),
                 )
             )
         if (

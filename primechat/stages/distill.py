@@ -1,0 +1,259 @@
+"""Teach a small model a large one's probabilities, and measure along the way what it keeps.
+
+Hides: where the student's text comes from. It is a corpus, or conversations, cut into rows as in the other
+stages; a share of the rows may be the student's own, written on from the beginning of a text, so that it
+learns where its own mistakes lead. The control is the same run with alpha=1: no teacher.
+Reference: Hinton et al. 2015; Agarwal et al. 2024 (on-policy distillation); `train.teacher` for the loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from primechat import store
+from primechat.config import DistillConfig, GPTConfig, RuntimeConfig
+from primechat.config.model import shape_student, shrink_model
+from primechat.errors import ConfigError
+from primechat.infer.engine import Engine
+from primechat.metrics.retention import measure_retention
+from primechat.model.checkpoint import Loaded, load_checkpoint
+from primechat.model.era import list_shapes
+from primechat.model.gpt import GPT
+from primechat.records import NoteEvent, OnEvent, TrainResult
+from primechat.stages.finetune import make_job, open_cache
+from primechat.stages.job import Batches, Job
+from primechat.stages.pretrain import CHAT_PROMPTS, TEXT_PROMPTS, cache_text
+from primechat.stages.run import TrainingRun, write_continuation
+from primechat.text.batches import PackedBatches
+from primechat.text.corpora import corpus_identity
+from primechat.text.tokenizer import Tokenizer
+from primechat.train.loop import SumLoss
+from primechat.train.teacher import DistillLoss, Mix, TeacherCache, make_projector, mark_own
+from primechat.train.tune import list_devices
+
+PROMPT_SHARE = 4  # a row that the student writes itself begins with a quarter of a row of text
+COMPARED_TOKENS = 16_384  # of each validation, for agreement and KL
+
+
+def distill(
+    config: DistillConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+) -> TrainResult:
+    """Train a student, or go on with one.
+
+    Args:
+        config: teacher, student's size, text, loss, length, optimizer, machine.
+        on_event: hears of steps, validations (with retention, agreement and KL) and samples.
+        stop: once set, the run saves and ends after the present step.
+
+    Returns:
+        What came of it; val_bpb is the student's.
+
+    Raises:
+        ConfigError: settings contradict each other, the teacher or the run that is there.
+        CheckpointError: teacher or student cannot be opened, or their tokenizers differ.
+    """
+    device = list_devices(config.runtime.device)[0]
+    teacher, tokenizer, meta = store.open_model(config.teacher, device=device, on_event=on_event)
+    if not isinstance(teacher, GPT):
+        raise ConfigError(f"teacher={config.teacher!r} must be a model of this program's kind; try base/d20.")
+    shape, start = choose_student(config, teacher.config, tokenizer)
+    if on_event:
+        share = shape.n_params / teacher.config.n_params
+        said = f"The student has {shape.n_params:,} parameters, {share:.1%} of the teacher's"
+        on_event(NoteEvent(text=f"{said} ({shape.n_layer} layers of width {shape.n_embd})."))
+    pretend = Loaded(step=0, config=shape, model_state={}, meta={"user_config": {}})
+    plain = (
+        make_job(config, pretend, tokenizer, meta["identifier"], on_event)
+        if config.dialogues
+        else make_text_job(config, shape, tokenizer, on_event)
+    )
+    mix = Mix(
+        alpha=config.alpha, temperature=config.temperature, kind=config.loss, beta=config.beta,
+        hidden=config.hidden, top_k=config.top_k,
+    )  # fmt: skip
+    if not config.dialogues or config.learn == "all":
+        plain = replace(plain, family="base")
+    made: dict[str, GPT] = {}
+
+    def open_batches(rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None) -> Batches:
+        inner = plain.open_batches(rows, rank, world_size, cursor)
+        if not config.on_policy:
+            return inner
+        return OwnBatches(inner, made["student"], tokenizer, config.on_policy, config.seed)
+
+    kept = {item.name: getattr(plain, item.name) for item in fields(plain)} | {"open_batches": open_batches}
+    kept |= {"start_state": None if start is None else (lambda: start.model_state)}
+    kept["meta"] = {**plain.meta, "teacher": meta["identifier"]}
+    job = DistillJob(
+        **kept, teacher=teacher, mix=mix, seed=config.seed, made=made,
+        cache=open_teacher_cache(config, meta, shape.sequence_len),
+    )  # fmt: skip
+    return TrainingRun(config, job, on_event, stop).work()
+
+
+def choose_student(
+    config: DistillConfig, teacher: GPTConfig, tokenizer: Tokenizer
+) -> tuple[GPTConfig, Loaded | None]:
+    """Return the student's shape, and the checkpoint to start from if there is one.
+
+    Raises:
+        CheckpointError: that checkpoint has another tokenizer than the teacher.
+    """
+    if config.base:
+        folder, name = store.locate_model(store.parse_identifier(config.base))
+        loaded = load_checkpoint(folder, name.step)
+        store.check_pair(loaded.config, loaded.meta, tokenizer, config.base)
+        return loaded.config, loaded
+    given = (config.n_layer, config.n_embd, config.n_head)
+    if any(given):
+        if not all(given):
+            raise ConfigError(
+                f"n_layer={given[0]}, n_embd={given[1]}, n_head={given[2]} must be given together; "
+                "or choose a size."
+            )
+        return shape_student(teacher, *given), None
+    return shrink_model(teacher, config.size), None
+
+
+def make_text_job(
+    config: DistillConfig, shape: GPTConfig, tokenizer: Tokenizer, on_event: OnEvent | None
+) -> Job:
+    """Return a job on plain text."""
+    train, val = (
+        cache_text(config.corpus, split, tokenizer, config.n_shards, on_event) for split in ("train", "val")
+    )
+    T = shape.sequence_len
+    if config.batch_tokens % T:
+        near = max(1, round(config.batch_tokens / T)) * T
+        raise ConfigError(
+            f"batch_tokens={config.batch_tokens} must be a multiple of sequence_len={T}; try {near}."
+        )
+
+    def open_batches(rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None) -> PackedBatches:
+        shape: Any = dict(sequence_len=T, rows=rows, rank=rank, world_size=world_size, cursor=cursor)
+        return PackedBatches(train, seed=config.seed, **shape)
+
+    return Job(
+        family="base", model=shape, start_state=None, tokenizer=tokenizer, open_batches=open_batches,
+        open_windows=open_cache(val, T), last_eval_tokens=config.look.last_eval_tokens,
+        default_steps=max(1, round(train.tokens / config.batch_tokens)),
+        prompts=CHAT_PROMPTS if config.corpus == "chitchat" else TEXT_PROMPTS,
+        write_sample=write_continuation,
+        meta={"corpus": corpus_identity(config.corpus, "train", n_shards=config.n_shards)},
+    )  # fmt: skip
+
+
+def open_teacher_cache(config: DistillConfig, meta: dict[str, Any], sequence_len: int) -> TeacherCache | None:
+    """Return the file of the teacher's likeliest tokens; None where none is asked for."""
+    if not config.top_k:
+        return None
+    key = f"{meta['path']}@{meta['step']} {config.top_k} {config.temperature} {sequence_len}"
+    name = hashlib.sha256(key.encode()).hexdigest()[:24]
+    return TeacherCache(store.base_dir() / "teacher_cache" / name, config.top_k, sequence_len)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillJob(Job):
+    """A job whose loss asks a teacher; `made` holds the student once it exists."""
+
+    teacher: GPT
+    mix: Mix
+    seed: int
+    cache: TeacherCache | None
+    made: dict[str, GPT]
+
+    def prepare(self, model: GPT) -> None:
+        """Put a projector beside the student where hidden states are compared."""
+        self.made["student"] = model
+        if self.mix.hidden and self.mix.alpha < 1:
+            width = self.teacher.config.n_embd
+            model.add_module("projector", make_projector(self.model.n_embd, width, self.seed))
+
+    def fill_model(self, model: GPT, loaded: Loaded | None, seed: int) -> None:
+        """Put in the weights, and a projector as it was or fresh."""
+        self.prepare(model)
+        extra = {k: v for k, v in model.state_dict().items() if k.startswith("projector")}
+        if loaded is not None and loaded.optim_state is not None:
+            extra |= loaded.optim_state.get("projector", {})
+        if loaded is None and self.start_state is None:
+            model.init_weights(torch.Generator().manual_seed(seed))
+            self.prepare(model)
+        else:
+            state = loaded.model_state if loaded is not None else self.start_state()  # type: ignore[misc]
+            model.load_state_dict({**state, **extra})
+
+    def make_loss(self, model: GPT, runtime: RuntimeConfig) -> SumLoss:
+        """Return the loss against the teacher."""
+        return DistillLoss(model, self.teacher, self.mix, self.cache)
+
+    def save_step(
+        self, folder: Any, step: int, model: GPT, optim_state: dict[str, Any], meta: dict[str, Any]
+    ) -> None:
+        """Commit the student; the projector goes with the optimizer, as only training needs it."""
+        state, shapes = model.state_dict(), list_shapes(self.model)
+        extra = {key: tensor for key, tensor in state.items() if key not in shapes}
+        plain = _Weights({key: tensor for key, tensor in state.items() if key in shapes})
+        super().save_step(folder, step, plain, {**optim_state, "projector": extra}, meta)  # type: ignore[arg-type]
+
+    def measure_more(self, model: GPT, tokens: int) -> dict[str, Any]:
+        """Return retention, agreement and KL on the beginning of the validation text."""
+        windows = self.open_windows(min(tokens or COMPARED_TOKENS, COMPARED_TOKENS), 0, 1)
+        self.teacher.compute_dtype = model.compute_dtype
+        found = measure_retention(model, self.teacher, windows, self.tokenizer.byte_lengths()).total
+        return {"retention": found.retention, "agreement": found.agreement, "kl_nats": found.kl_nats}
+
+
+class _Weights:
+    """Tensors that answer to `state_dict`, as a model does."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.state
+
+
+class OwnBatches:
+    """Batches of which a share of the rows is written by the student, from the beginning of a row of text."""
+
+    def __init__(self, inner: Batches, model: GPT, tokenizer: Tokenizer, share: float, seed: int) -> None:
+        self.inner, self.share, self.seed = inner, share, seed
+        self.engine = Engine(model, tokenizer)
+        self.source = iter(inner)
+
+    @property
+    def cursor(self) -> dict[str, Any]:
+        """The place of the next token of the text."""
+        return self.inner.cursor
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        """Return ids and targets (R, T); targets of the student's own words are marked."""
+        place = self.cursor
+        ids, targets = next(self.source)
+        rng = np.random.default_rng([self.seed, *(int(v) for v in place.values() if isinstance(v, int))])
+        mine = [i for i in range(len(ids)) if rng.random() < self.share]
+        T = ids.size(1)
+        start = max(1, T // PROMPT_SHARE)
+        if not mine:
+            return ids, targets
+        prompts = [ids[i, :start].tolist() for i in mine]
+        seed = int(rng.integers(2**31))
+        written = self.engine.generate_batch(prompts, max_new_tokens=T + 1 - start, seed=seed, stop_ids=())
+        ids, targets = ids.clone(), targets.clone()
+        for i, words in zip(mine, written, strict=True):
+            row = torch.tensor([*prompts[mine.index(i)], *words])
+            ids[i] = row[:-1]
+            targets[i] = -1
+            targets[i, start - 1 :] = mark_own(row[start:], self.engine.tokenizer.vocab_size)
+        return ids, targets

@@ -1,0 +1,184 @@
+"""The loss of distillation: a student learns a teacher's probabilities beside, or instead of, the text.
+
+Hides: that the two (B*T, V) matrices of logits never exist whole, and that a teacher's likeliest tokens may
+come from a file instead of the teacher. Targets of V and more are tokens that the student wrote itself
+(`mark_own`): there it learns from the teacher alone.
+Reference: Hinton et al. 2015; Sanh et al. 2019 (the term on hidden states); Agarwal et al. 2024 (on-policy).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from primechat.model.gpt import GPT
+from primechat.model.losses import bucket_top, chunk_rows, diverge
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """What the loss is made of: alpha * CE + (1 - alpha) * T^2 * divergence + hidden * (1 - cosine)."""
+
+    alpha: float = 0.1
+    temperature: float = 2.0
+    kind: str = "forward"
+    beta: float = 0.5
+    hidden: float = 0.0
+    top_k: int = 0
+
+
+def mark_own(targets: Tensor, vocab_size: int) -> Tensor:
+    """Return targets marked as the student's own words."""
+    return torch.where(targets >= 0, targets + vocab_size, targets)
+
+
+class TeacherCache:
+    """The teacher's k likeliest tokens for rows of text, on disk: rows seen before cost no forward pass.
+
+    Two files grow together: token ids, and log-probabilities at the loss's temperature in float16.
+    """
+
+    def __init__(self, folder: Path, k: int, sequence_len: int) -> None:
+        self.k, self.sequence_len = k, sequence_len
+        folder.mkdir(parents=True, exist_ok=True)
+        self.paths = folder / "ids.bin", folder / "logprobs.bin", folder / "rows.bin"
+        names = self.paths[2].read_bytes() if self.paths[2].exists() else b""
+        size = sequence_len * k
+        whole = min([len(names) // 16, *(p.stat().st_size // (size * n) if p.exists() else 0
+                                         for p, n in zip(self.paths[:2], (4, 2), strict=True))])  # fmt: skip
+        self.places = {names[i * 16 : i * 16 + 16]: i for i in range(whole)}  # a torn last row is not used
+        for path, width in zip(self.paths, (size * 4, size * 2, 16), strict=True):
+            with path.open("ab") as file:
+                file.truncate(whole * width)
+        self.hits = self.misses = 0
+
+    def find(self, ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return token ids (B, T, k) and their log-probabilities, or None where a row is new."""
+        names = [self.name(row) for row in ids]
+        if not all(name in self.places for name in names):
+            return None
+        places = np.array([self.places[name] for name in names])
+        self.hits += len(places)
+        shape = (len(self.places), self.sequence_len, self.k)
+        tokens = np.memmap(self.paths[0], np.uint32, "r", shape=shape)[places]
+        logs = np.memmap(self.paths[1], np.float16, "r", shape=shape)[places]
+        found = torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(logs.astype(np.float32))
+        return found[0].to(ids.device), found[1].to(ids.device)
+
+    def add(self, ids: Tensor, tokens: Tensor, logs: Tensor) -> None:
+        """Note rows (B, T) with what the teacher says of them (B, T, k)."""
+        for row, t, p in zip(ids, tokens, logs, strict=True):
+            name = self.name(row)
+            if name in self.places:
+                continue
+            self.misses += 1
+            parts = t.cpu().numpy().astype(np.uint32), p.float().cpu().numpy().astype(np.float16)
+            for path, data in zip(self.paths, (*(x.tobytes() for x in parts), name), strict=True):
+                with path.open("ab") as file:
+                    file.write(data)
+            self.places[name] = len(self.places)
+
+    def name(self, row: Tensor) -> bytes:
+        """Return what a row of ids is known by."""
+        return hashlib.blake2b(row.cpu().numpy().astype(np.int64).tobytes(), digest_size=16).digest()
+
+
+class DistillLoss:
+    """The summed loss of a micro-batch; with a projector, hidden states are compared too."""
+
+    def __init__(self, student: GPT, teacher: GPT, mix: Mix, cache: TeacherCache | None = None) -> None:
+        self.student, self.teacher, self.mix, self.cache = student, teacher, mix, cache
+
+    def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum over the targets that count, in nats."""
+        mix, student, V = self.mix, self.student, self.student.vocab_size
+        keep = (targets >= 0).flatten()
+        own = targets.flatten()[keep] >= V
+        words = targets.flatten()[keep] % V
+        h = student.hidden(ids)
+        hs = h.flatten(0, 1)[keep]
+        if mix.alpha == 1 and not mix.hidden:
+            return self.sum_chunks(hs, None, None, words, own)
+        top = self.cache.find(ids) if self.cache is not None and not mix.hidden else None
+        ht = None
+        if top is None:
+            ht = self.read_teacher(ids)
+            if self.cache is not None:
+                top = self.name_top(ht)
+                self.cache.add(ids, *top)
+        picked = None if top is None else (top[0].flatten(0, 1)[keep], top[1].flatten(0, 1)[keep])
+        total = self.sum_chunks(hs, None if ht is None else ht.flatten(0, 1)[keep], picked, words, own)
+        if mix.hidden and ht is not None:
+            projected = student.get_submodule("projector")(hs.float())
+            near = F.cosine_similarity(projected, ht.flatten(0, 1)[keep].float(), dim=-1)
+            total = total + mix.hidden * (1 - near).sum()
+        return total
+
+    def read_teacher(self, ids: Tensor) -> Tensor:
+        """Return the teacher's final states (B, T, C)."""
+        teacher = self.teacher
+        if teacher.device != ids.device:
+            teacher.to(ids.device)
+        teacher.compute_dtype = self.student.compute_dtype
+        with torch.no_grad():
+            return teacher.hidden(ids)
+
+    def name_top(self, ht: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the teacher's k likeliest tokens of each place and their log-probabilities (B, T, k), as the file
+        has them, so that a row counts the same whether it is new or not.
+        """
+        with torch.no_grad():
+            logits = [self.teacher.logits(part) / self.mix.temperature for part in ht]
+            best = [torch.log_softmax(z, -1).topk(self.mix.top_k, -1) for z in logits]
+        return torch.stack([b.indices for b in best]), torch.stack([b.values for b in best]).half().float()
+
+    def sum_chunks(
+        self, hs: Tensor, ht: Tensor | None, top: tuple[Tensor, Tensor] | None, words: Tensor, own: Tensor
+    ) -> Tensor:
+        """Walk the heads chunk by chunk; logits are computed again in the backward pass."""
+        step = chunk_rows(len(hs), 2 * self.student.vocab_size, hs.device.type)
+        total = hs.new_zeros((), dtype=torch.float32)
+        for i in range(0, len(hs), step):
+            part = slice(i, i + step)
+            teach = None if ht is None or top is not None else ht[part]
+            picked = None if top is None else (top[0][part], top[1][part])
+            score = torch.utils.checkpoint.checkpoint(
+                self.score, hs[part], teach, picked, words[part], own[part], use_reentrant=False
+            )
+            total = total + score
+        return total
+
+    def score(
+        self, hs: Tensor, ht: Tensor | None, top: tuple[Tensor, Tensor] | None, words: Tensor, own: Tensor
+    ) -> Tensor:
+        """Return the summed loss of some places."""
+        mix, z = self.mix, self.student.logits(hs)  # (n, V)
+        T = mix.temperature
+        ce = F.cross_entropy(z, words, reduction="none")
+        if ht is None and top is None:
+            return torch.where(own, 0.0, ce).sum()
+        log_q = torch.log_softmax(z / T, -1)
+        if top is not None:
+            log_q = bucket_top(log_q, top[0])
+            rest = torch.log1p(-top[1].exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+            log_p = torch.cat([top[1], rest], -1)
+        else:
+            assert ht is not None, "the teacher or its file"
+            with torch.no_grad():
+                log_p = torch.log_softmax(self.teacher.logits(ht) / T, -1)
+        far = T * T * diverge(log_q, log_p, mix.kind, mix.beta)
+        return torch.where(own, far, mix.alpha * ce + (1 - mix.alpha) * far).sum()
+
+
+def make_projector(n_student: int, n_teacher: int, seed: int) -> nn.Linear:
+    """Return the learned map from the student's final states to the teacher's."""
+    projector = nn.Linear(n_student, n_teacher, bias=False)
+    with torch.no_grad():
+        projector.weight.normal_(std=n_student**-0.5, generator=torch.Generator().manual_seed(seed))
+    return projector

@@ -1,0 +1,299 @@
+"""Distillation: the loss is its formula, the control is plain training, retention is what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from primechat import store
+from primechat.config import (
+    DistillConfig,
+    GPTConfig,
+    LookConfig,
+    PretrainConfig,
+    RuntimeConfig,
+    TokenizerConfig,
+)
+from primechat.config.model import SHARES, STUDENTS, shrink_model
+from primechat.errors import CheckpointError, ConfigError
+from primechat.metrics.retention import measure_retention, name_kind
+from primechat.model.gpt import GPT
+from primechat.model.losses import bucket_top, diverge
+from primechat.stages.distill import OwnBatches, distill
+from primechat.stages.pretrain import pretrain
+from primechat.stages.tokenizer import train_tokenizer
+from primechat.train.teacher import DistillLoss, Mix, TeacherCache, make_projector, mark_own
+from tests.tiny import VOCAB_SIZE, byte_tokenizer
+
+SHAPE = replace(
+    GPTConfig.modern(3, vocab_size=300, sequence_len=32, head_dim=16), n_embd=32, n_head=2, n_kv_head=2
+)
+SMALL = replace(SHAPE, n_layer=1, n_embd=24, n_head=1, n_kv_head=1)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make_model(shape: GPTConfig, seed: int, train: bool = False) -> GPT:
+    model = GPT(shape)
+    model.init_weights(generator(seed))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator(seed + 1)), alpha=0.2)
+    return model if train else model.requires_grad_(False).eval()
+
+
+IDS = torch.randint(0, 300, (3, 20), generator=generator(5))
+WORDS_THERE = torch.rand(3, 20, generator=generator(7)) < 0.7
+TARGETS = torch.where(WORDS_THERE, torch.randint(0, 300, (3, 20), generator=generator(6)), -1)
+
+
+def draw(seed: int, n: int = 5, V: int = 11) -> Tensor:
+    return torch.log_softmax(2 * torch.randn(n, V, generator=generator(seed)).double(), -1)
+
+
+def test_divergences_are_their_formulas() -> None:
+    log_q, log_p = draw(1), draw(2)
+    q, p = log_q.exp(), log_p.exp()
+    assert torch.allclose(diverge(log_q, log_p), (p * (log_p - log_q)).sum(-1))
+    assert torch.allclose(diverge(log_q, log_p, "reverse"), (q * (log_q - log_p)).sum(-1))
+    m = 0.3 * p + 0.7 * q
+    by_hand = 0.3 * (p * (log_p - m.log())).sum(-1) + 0.7 * (q * (log_q - m.log())).sum(-1)
+    assert torch.allclose(diverge(log_q, log_p, "jsd", 0.3), by_hand, atol=1e-7)
+    half = diverge(log_q, log_p, "jsd", 0.5)
+    assert torch.allclose(half, diverge(log_p, log_q, "jsd", 0.5), atol=1e-7) and (half < math.log(2)).all()
+    for kind in ("forward", "reverse", "jsd"):
+        assert diverge(log_p, log_p, kind).abs().max() < 1e-7 and (diverge(log_q, log_p, kind) > 0).all()
+
+
+def test_tail_bucket_is_a_distribution() -> None:
+    log_q, log_p = draw(1), draw(2)
+    ids = log_p.topk(3, -1).indices
+    q, p = bucket_top(log_q, ids), bucket_top(log_p, ids)
+    assert torch.allclose(q.exp().sum(-1), torch.ones(5).double()) and p.shape == (5, 4)
+    assert (diverge(q, p) <= diverge(log_q, log_p) + 1e-9).all()  # merging tokens loses information
+    renormalised = [torch.log_softmax(x.gather(-1, ids), -1) for x in (log_q, log_p)]
+    assert not torch.allclose(diverge(*renormalised), diverge(q, p), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_loss_is_the_formula(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("primechat.train.teacher.chunk_rows", lambda *_: 7)  # several chunks
+    student, teacher = make_model(SMALL, 1, train=True), make_model(SHAPE, 2)
+    mix = Mix(alpha=0.3, temperature=2.5, kind=kind, beta=0.4)
+    loss = DistillLoss(student, teacher, mix)(IDS, TARGETS)
+    loss.backward()
+    got = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    z, t = student(IDS).double(), teacher(IDS).double()
+    keep = TARGETS >= 0
+    ce = F.cross_entropy(z[keep], TARGETS[keep], reduction="sum")
+    far = diverge(torch.log_softmax(z[keep] / 2.5, -1), torch.log_softmax(t[keep] / 2.5, -1), kind, 0.4).sum()
+    plain = 0.3 * ce + 0.7 * 2.5**2 * far
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    plain.backward()
+    for name, p in student.named_parameters():
+        if name in got:
+            assert torch.allclose(got[name], p.grad, atol=1e-3 * float(p.grad.abs().max()) + 1e-6), name
+
+
+def test_control_is_plain_training() -> None:
+    student = make_model(SMALL, 1, train=True)
+    loss = DistillLoss(student, make_model(SHAPE, 2), Mix(alpha=1.0))(IDS, TARGETS)
+    assert loss.item() == pytest.approx(student.loss(IDS, TARGETS, "sum").item(), rel=1e-5)
+    same = make_model(SHAPE, 2)
+    copy = make_model(SHAPE, 2, train=True)
+    assert DistillLoss(copy, same, Mix(alpha=0.0))(IDS, TARGETS).item() == pytest.approx(0, abs=1e-3)
+
+
+def test_own_words_learn_from_the_teacher_alone() -> None:
+    student, teacher = make_model(SMALL, 1, train=True), make_model(SHAPE, 2)
+    own = mark_own(TARGETS, 300)
+    assert (own[TARGETS >= 0] >= 300).all() and (own[TARGETS < 0] == -1).all()
+    a = DistillLoss(student, teacher, Mix(alpha=0.5))(IDS, own)
+    b = DistillLoss(student, teacher, Mix(alpha=0.0))(IDS, TARGETS)
+    assert a.item() == pytest.approx(b.item(), rel=1e-5)
+
+
+def test_hidden_term_needs_a_projector() -> None:
+    student, teacher = make_model(SMALL, 1, train=True), make_model(SHAPE, 2)
+    student.add_module("projector", make_projector(24, 32, 0))
+    with_it = DistillLoss(student, teacher, Mix(hidden=2.0))(IDS, TARGETS)
+    without = DistillLoss(student, teacher, Mix())(IDS, TARGETS)
+    keep = TARGETS >= 0
+    near = F.cosine_similarity(
+        student.projector(student.hidden(IDS)[keep]), teacher.hidden(IDS)[keep], dim=-1
+    )
+    assert (with_it - without).item() == pytest.approx(2 * (1 - near).sum().item(), rel=1e-4)
+    with_it.backward()
+    assert student.projector.weight.grad.abs().sum() > 0
+
+
+def test_teacher_on_disk(tmp_path: Path) -> None:
+    """All tokens kept give the teacher's loss; few give the bucketed one; the second pass asks nobody."""
+    student, teacher = make_model(SMALL, 1, train=True), make_model(SHAPE, 2)
+    whole = DistillLoss(student, teacher, Mix())(IDS, TARGETS)
+    for k, rel in ((299, 1e-2), (8, 0.9)):
+        mix = Mix(top_k=k)
+        cache = TeacherCache(tmp_path / str(k), k, 20)
+        first = DistillLoss(student, teacher, mix, cache)(IDS, TARGETS)
+        assert first.item() == pytest.approx(whole.item(), rel=rel) and cache.misses == 3 and not cache.hits
+        again = TeacherCache(tmp_path / str(k), k, 20)
+        second = DistillLoss(student, None, mix, again)(IDS[[2, 0, 1]], TARGETS[[2, 0, 1]])  # type: ignore[arg-type]
+        assert second.item() == pytest.approx(first.item(), rel=1e-3) and again.hits == 3
+    with (tmp_path / "8" / "logprobs.bin").open("r+b") as file:
+        file.truncate(20 * 8 * 2 * 2 + 5)  # a write that was cut off
+    torn = TeacherCache(tmp_path / "8", 8, 20)
+    assert len(torn.places) == 2 and torn.find(IDS) is None and torn.find(IDS[:2]) is not None
+
+
+def test_retention_of_a_teacher_is_whole() -> None:
+    teacher, other = make_model(SHAPE, 2), make_model(SHAPE, 9)
+    lengths = np.array([0] * 9 + [2] * 291)
+    windows = [(IDS, TARGETS)]
+    own = measure_retention(teacher, teacher, windows, lengths)
+    assert own.total.retention == 1 and own.total.agreement == 1 and own.total.kl_nats == pytest.approx(0)
+    found = measure_retention(other, teacher, windows, lengths, name_kind=lambda i: "ab"[i % 2])
+    keep = (TARGETS >= 9).flatten()
+    nats = F.cross_entropy(other(IDS).flatten(0, 1)[keep], TARGETS.flatten()[keep])
+    assert found.total.student_bpb == pytest.approx(nats.item() / math.log(2) / 2, rel=1e-5)
+    assert found.total.untrained_bpb == pytest.approx(math.log2(300) / 2)
+    assert found.total.kl_nats > 0 and found.total.tokens == keep.sum()
+    for groups in found.groups.values():
+        assert sum(group.tokens for group in groups) == found.total.tokens and len(groups) > 1
+        mean = sum(g.tokens * g.kl_nats for g in groups) / found.total.tokens
+        assert mean == pytest.approx(found.total.kl_nats)
+    assert name_kind("The") == "begins a word" and name_kind("...") == "punctuation"
+
+
+def test_sizes() -> None:
+    d20 = GPTConfig.classic(20)
+    counts = {size: shrink_model(d20, size).n_params for size in STUDENTS}
+    assert counts == {"100m": 98_566_144, "100m-deep": 99_876_864, "100m-flat": 98_631_680}
+    for teacher in (d20, GPTConfig.modern(4, vocab_size=2048, sequence_len=256, head_dim=64)):
+        sizes = [shrink_model(teacher, size) for size in SHARES]
+        for share, student in zip(SHARES.values(), sizes, strict=True):
+            assert student.n_params / teacher.n_params == pytest.approx(share, rel=0.25)
+            assert student.vocab_size == teacher.vocab_size
+            assert student.n_layer <= teacher.n_layer and student.n_embd <= teacher.n_embd
+    with pytest.raises(ConfigError, match="size='tiny'"):
+        shrink_model(d20, "tiny")
+
+
+def test_rows_of_ones_own() -> None:
+    tokenizer = byte_tokenizer()
+    model = make_model(replace(SMALL, vocab_size=VOCAB_SIZE), 1, train=True)
+
+    class Inner:
+        cursor = {"epoch": 0, "position": 3}
+
+        def __iter__(self) -> Any:
+            while True:
+                yield torch.arange(48).view(4, 12), torch.arange(1, 49).view(4, 12)
+
+    ids, targets = next(OwnBatches(Inner(), model, tokenizer, 0.5, seed=1))
+    mine = [i for i in range(4) if (targets[i] == -1).any()]
+    assert 0 < len(mine) < 4
+    for i in range(4):
+        if i not in mine:
+            assert torch.equal(ids[i], torch.arange(48).view(4, 12)[i])
+            continue
+        assert torch.equal(ids[i, :3], torch.arange(48).view(4, 12)[i, :3]) and (targets[i, :2] == -1).all()
+        assert torch.equal(targets[i, 2:-1] - VOCAB_SIZE, ids[i, 3:])
+    again = next(OwnBatches(Inner(), model, tokenizer, 0.5, seed=1))
+    assert torch.equal(again[0], ids)
+
+
+# The stage
+
+WORDS = "the cat sat on a mat and ate my hat while you ran to see what we did with all that jam".split()
+FIXED = RuntimeConfig(device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=2)
+LOOK = LookConfig(eval_every=4, save_every=4, eval_tokens=256, snapshots=False, sample_every=-1)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "words.jsonl"
+    lines = [" ".join(rng.choice(WORDS, size=60)) for _ in range(80)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    train_tokenizer(TokenizerConfig(tag="d3", corpus=str(path), vocab_size=300))
+    kind: Any = dict(model=SHAPE, corpus=str(path), batch_tokens=128, steps=12, runtime=FIXED, look=LOOK)
+    pretrain(PretrainConfig(tag="d3", **kind))
+    return str(path)
+
+
+def read_weights(identifier: str) -> dict[str, Tensor]:
+    return store.open_model(identifier)[0].state_dict()
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"hidden": 0.5}, {"top_k": 16}, {"on_policy": 0.5}, {"alpha": 1.0, "loss": "jsd"}]
+)
+def test_stage_resumes_to_the_bit(corpus: str, change: dict[str, Any]) -> None:
+    config = DistillConfig(
+        tag="small", teacher="base/d3", corpus=corpus, n_layer=1, n_embd=24, n_head=1, batch_tokens=128,
+        steps=8, runtime=FIXED, look=LOOK, **change,
+    )  # fmt: skip
+    result = distill(config)
+    assert result.identifier == "base/small" and result.n_params == SMALL.n_params
+    losses = [e for e in result.events if e["kind"] == "loss"]
+    assert losses[-1]["val_bpb"] < losses[0]["val_bpb"] and losses[-1]["retention"] > losses[0]["retention"]
+    assert 0 <= losses[-1]["agreement"] <= 1 and losses[-1]["kl_nats"] < losses[0]["kl_nats"]
+    whole = read_weights("base/small@8")
+    assert "projector.weight" not in whole
+    folder = store.run_dir("base", "small")
+    for name in ("model_000008.pt", "optim_000008_rank0.pt", "meta_000008.json"):
+        (folder / name).unlink()
+    assert distill(replace(config, resume=True)).step == 8
+    for key, tensor in read_weights("base/small@8").items():
+        assert torch.equal(tensor, whole[key]), key
+
+
+def test_stage_refuses_and_goes_on(corpus: str, tmp_path: Path) -> None:
+    config = DistillConfig(
+        tag="sized", teacher="base/d3", corpus=corpus, size="half", batch_tokens=128, steps=2, runtime=FIXED,
+        look=LOOK,
+    )  # fmt: skip
+    distill(config)
+    more = distill(replace(config, tag="more", base="base/sized"))
+    assert more.step == 2
+    with pytest.raises(ConfigError, match="must be given together"):
+        distill(replace(config, tag="x", n_layer=2))
+    with pytest.raises(ConfigError, match="top_k=4 must be 0"):
+        DistillConfig(top_k=4, on_policy=0.5)
+    train_tokenizer(TokenizerConfig(tag="other", corpus=corpus, vocab_size=299))
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": f"zebra quilt {i} vex"}) + "\n" for i in range(40)))
+    train_tokenizer(TokenizerConfig(tag="alien", corpus=str(other), vocab_size=290))
+    shape = replace(SMALL, vocab_size=290)
+    pretrain(
+        PretrainConfig(
+            tag="alien", model=shape, corpus=str(other), batch_tokens=128, steps=1, runtime=FIXED, look=LOOK
+        )
+    )
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        distill(replace(config, tag="y", base="base/alien"))
+
+
+def test_stage_on_conversations(corpus: str, tmp_path: Path) -> None:
+    path = tmp_path / "talk.jsonl"
+    rng = np.random.default_rng(1)
+    said = [[" ".join(rng.choice(WORDS, size=8)) for _ in range(2)] for _ in range(60)]
+    rows = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in said]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    config = DistillConfig(
+        tag="talker", teacher="base/d3", dialogues=str(path), size="eighth", batch_tokens=128, steps=3,
+        runtime=FIXED, look=LOOK,
+    )  # fmt: skip
+    assert distill(config).identifier == "sft/talker"
