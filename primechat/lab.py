@@ -123,6 +123,7 @@ def borrow_model(identifier: str = "", *, device: str = "cpu") -> tuple[GPT, Tok
             folder,
             max(store.find_steps(folder), default=None) if name.step is None else name.step,
             device,
+            name.adapters,
         )
     with _lock:
         if key not in _models:

@@ -337,7 +337,7 @@ def walk_adapters(parent: Path) -> Iterator[ModelEntry]:
             facts, size = read_json(config), path.stat().st_size
             yield ModelEntry(
                 identifier=f"lora:{folder.name}+{facts.get('base_model_name_or_path') or 'sft'}",
-                family="lora", tag=folder.name, steps=tuple(find_steps(folder)), snapshots=(), n_bytes=size,
+                family="lora", tag=folder.name, steps=tuple(find_steps(folder)) or (0,), snapshots=(), n_bytes=size,
                 architecture=f"rank {facts.get('r')}", n_params=size // 4, val_bpb=None,
                 tokenizer_identity=None, path=str(folder),
             )  # fmt: skip

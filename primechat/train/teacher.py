@@ -130,8 +130,9 @@ class DistillLoss:
             return teacher.hidden(ids)
 
     def name_top(self, ht: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the teacher's k likeliest tokens of each place and their log-probabilities (B, T, k), as the file
-        has them, so that a row counts the same whether it is new or not.
+        """Return the teacher's k likeliest tokens of each place and their log-probabilities (B, T, k).
+
+        These are rounded as the file has them, so that a row counts the same whether it is new or not.
         """
         with torch.no_grad():
             logits = [self.teacher.logits(part) / self.mix.temperature for part in ht]
