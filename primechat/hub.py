@@ -253,7 +253,8 @@ def fetch_model(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, _, revision = name.partition("@")
-    kind: dict[str, Any] = {"allow_patterns": MODEL_FILES, "ignore_patterns": NEEDLESS}
+    kind: dict[str, Any] = {"allow_patterns": MODEL_FILES, "ignore_patterns": NEEDLESS, "etag_timeout": 5}
+    kind["endpoint"] = os.environ.get("HF_ENDPOINT")
     try:
         folder = Path(snapshot_download(repo, revision=revision or None, **kind))
     except Exception as error:  # the Hub's, the network's or the disk's

