@@ -41,6 +41,7 @@ class GPTBody:
             c.n_kv_head,
             c.head_dim,
         )
+        self.n_params = c.n_params
         self.scale = c.qk_gain**2 / c.head_dim**0.5  # from the product of a query and a key to a score
         self.windows = tuple(c.window(i) for i in range(c.n_layer))
         scalars = c.residual_scalars
@@ -85,7 +86,7 @@ class ForeignBody:
         self.attn = [find_part(layer, "self_attn", "attn", "attention") for layer in self.layers]
         self.proj = [find_part(attn, "o_proj", "c_proj", "out_proj", "dense") for attn in self.attn]
         self.mlp = [find_part(layer, "mlp", "feed_forward") for layer in self.layers]
-        c = model.settings
+        c, self.n_params = model.settings, sum(p.numel() for p in model.network.parameters())
         self.n_layer, self.n_head = len(self.layers), int(c.num_attention_heads)
         self.n_kv_head = int(getattr(c, "num_key_value_heads", None) or self.n_head)
         self.head_dim = int(getattr(c, "head_dim", None) or c.hidden_size // self.n_head)

@@ -8,6 +8,7 @@ parts. Reference: nostalgebraist 2020 (logit lens); Elhage et al. 2021 (attribut
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -178,18 +179,28 @@ def score_heads(weights: np.ndarray, ids: Ids) -> HeadScores:
     )
 
 
-def shuffle_blocks(model: GPT, seed: int = 0) -> GPT:
+def shuffle_blocks(model: Any, seed: int = 0) -> Any:
     """Return the model with fresh random numbers of the same spread in every block's matrix: the control.
 
     Embeddings and output map are shared with the model, not copied.
     """
-    generator, state = torch.Generator().manual_seed(seed), dict[str, torch.Tensor]()
-    for key, p in model.state_dict().items():
-        if ".h." in key:
-            noise = torch.randn(p.shape, generator=generator, dtype=torch.float32)
-            p = (noise * p.float().std().cpu()).to(p)
-        state[key] = p
-    return GPT.from_state(model.config, state, device=str(model.device), dtype=model.compute_dtype)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(p: torch.Tensor) -> torch.Tensor:
+        return (torch.randn(p.shape, generator=generator) * p.float().std().cpu()).to(p)
+
+    if isinstance(model, GPT):
+        state = {key: draw(p) if ".h." in key else p for key, p in model.state_dict().items()}
+        return GPT.from_state(model.config, state, device=str(model.device), dtype=model.compute_dtype)
+    body = dissect(model)
+    blocks = {id(p) for layer in body.layers for p in layer.parameters()}
+    kept = {id(p): p for p in model.network.parameters() if id(p) not in blocks}
+    twin = copy.copy(model)
+    twin.network = copy.deepcopy(model.network, kept)
+    with torch.no_grad():
+        for p in (p for layer in dissect(twin).layers for p in layer.parameters() if p.ndim > 1):
+            p.copy_(draw(p))
+    return twin
 
 
 def repeat_text(ids: Ids, seed: int = 0, n_tokens: int = 24) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from primechat.errors import PrimechatError
+from primechat.errors import ConfigError, PrimechatError
 from primechat.lessons.instruments.scene import Scene, save_copying, spell_tokens
 from primechat.metrics import circuits
 from primechat.metrics.probes import capture
@@ -132,6 +132,8 @@ class Microscope:
             busy.append(True)  # what the refresh itself sets is no wish of the reader's
             try:
                 refresh()
+            except PrimechatError as error:  # this model has not what the view needs: it says so
+                view.data = {"problem": str(error)}
             finally:
                 busy.clear()
 
@@ -266,6 +268,8 @@ class Microscope:
         def refresh() -> None:
             scene, (layer, head) = self.scene, self.head
             body, at = scene.body, self.at
+            if "attn.q" not in body.layer_points:
+                raise ConfigError("Queries and keys can be seen in models of ours only; choose one above.")
             key = view.key if view.key <= at else at
             names = [f"layer.{layer}.attn.{part}" for part in ("qk_raw", "q", "k", "weights")]
             seen = capture(scene.model, scene.ids, points=names)
@@ -331,7 +335,7 @@ class Trial:
                 if time.monotonic() - t_start > SLICE_S:
                     break
             running = len(self.found) < len(parts)
-            if not running and self.worst is None and scene.model.config.n_params <= SMALL:
+            if not running and self.worst is None and scene.body.n_params <= SMALL:
                 changes = circuits.scan_ablations(self.scope.control.model, scene.ids)
                 self.worst = max(abs(change) for _, change in changes)
         self.turn = wish

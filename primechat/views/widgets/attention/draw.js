@@ -114,6 +114,17 @@ export function shareBars(box, rows, { pick, chosen } = {}) {
     h("span", { class: "pc-value pc-share-value", text: percent(value) }))));
 }
 
+/** Say why there is nothing to see, if so; true if a view must not draw. */
+export function complain(root, data) {
+  const card = root.querySelector(".pc-card");
+  let said = root.querySelector(":scope .pc-complaint");
+  if (!said) card.prepend(said = h("div", { class: "pc-error pc-complaint", role: "alert" }));
+  said.textContent = data.problem ?? "";
+  said.hidden = !data.problem;
+  for (const node of card.children) if (node !== said && !node.matches("[data-keep]")) node.classList.toggle("pc-away", Boolean(data.problem));
+  return Boolean(data.problem);
+}
+
 /** Call work when the theme of the widget changes. */
 export function onTheme(root, later, work) {
   const watch = new MutationObserver(work);

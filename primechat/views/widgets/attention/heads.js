@@ -1,6 +1,6 @@
 // Heads at work: all of them small, one of them large, and the token that is pointed at.
 import { commit, debounce, frame, h, toggle } from "../kit.js";
-import { onTheme, paintHeat, percent, readBytes, soon, spell, tokenText } from "./draw.js";
+import { complain, onTheme, paintHeat, percent, readBytes, soon, spell, tokenText } from "./draw.js";
 
 /** The prompt. */
 function showPrompt({ model, el }) {
@@ -73,6 +73,7 @@ function showHeads({ model, el }) {
 
   const draw = soon(() => {
     const d = model.get("data");
+    if (complain(root, d)) return;
     if (!d.n_layer) return;
     text.put(tokens());
     text.mark(model.get("at"));

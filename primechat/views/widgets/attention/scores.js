@@ -1,6 +1,6 @@
 // What heads are like: a strip for each score, with the same heads on random numbers; and one score taken apart.
 import { commit, frame, h, number } from "../kit.js";
-import { card, percent, signed, soon, spell, tokenText } from "./draw.js";
+import { card, complain, percent, signed, soon, spell, tokenText } from "./draw.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 function s(tag, props, text) {
@@ -40,7 +40,10 @@ function showScores({ model, el }) {
     control?.forEach((row) => row.forEach((v) => { if (v !== null) picture.append(s("circle", { cx: x(v), cy: 48, r: 4.5, class: "pc-dot pc-random" })); }));
     return h("div", {}, h("div", {}, h("span", { class: "pc-title", text: name }), h("span", { class: "pc-muted", text: `  ${meaning}` })), picture);
   }
-  const draw = soon(() => strips.replaceChildren(...(model.get("data").strips ?? []).map(strip)));
+  const draw = soon(() => {
+    const d = model.get("data");
+    if (!complain(root, d)) strips.replaceChildren(...(d.strips ?? []).map(strip));
+  });
   listen(["data", "head"], draw);
   draw();
   return end;
@@ -55,6 +58,7 @@ function showNeurons({ model, el }) {
     say, text, rows, sum);
   const draw = soon(() => {
     const d = model.get("data");
+    if (complain(root, d)) return;
     if (!d.bands) return;
     text.put(d.tokens);
     text.mark(model.get("key"));

@@ -1,6 +1,6 @@
 // The residual stream: what it would say at each layer, what each part adds, what carries over, how it grew.
 import { button, commit, debounce, frame, h, number, slider, tabs, throttle, toggle } from "../kit.js";
-import { card, onTheme, paintHeat, percent, readBytes, sayPart, shareBars, signed, soon, spell, tokenText } from "./draw.js";
+import { card, complain, onTheme, paintHeat, percent, readBytes, sayPart, shareBars, signed, soon, spell, tokenText } from "./draw.js";
 
 /** Logit lens: a table, a row a stage, a column a token. */
 function showLens({ model, el }) {
@@ -28,7 +28,7 @@ function showLens({ model, el }) {
   }
   const draw = soon(() => {
     const d = model.get("data");
-    if (!d.stages) return;
+    if (complain(root, d) || !d.stages) return;
     const head = h("tr", {}, h("th", { class: "pc-corner", text: "after reading" }), ...d.tokens.map((token, t) => h("th", { class: t === model.get("at") ? "pc-mono pc-here" : "pc-mono", text: spell(token) })));
     const rows = d.cells.map((cells, r) => h("tr", {}, h("th", { text: d.stages[r] }), ...cells.map((cell, t) => h("td", {
       class: "pc-mono", text: spell(cell.top[0][0]), dataset: { r, t }, title: `${percent(cell.top[0][1])}`,
@@ -59,7 +59,7 @@ function showShares({ model, el }) {
     h("div", {}, h("h4", { class: "pc-title", text: "Who adds to its logit" }), h("p", { class: "pc-muted pc-tight", text: "Right: speaks for the token. Left: against it." }), bars, sum)));
   const draw = soon(() => {
     const d = model.get("data");
-    if (!d.parts) return;
+    if (complain(root, d) || !d.parts) return;
     text.put(d.tokens);
     text.mark(model.get("at"));
     shareBars(choices, d.guesses.map(({ label, value }) => ({ label, value })), {
@@ -88,15 +88,13 @@ function showPatch({ model, el }) {
   const table = h("table", { class: "pc-grid" }), say = h("p", { class: "pc-say", "aria-live": "polite" });
   const tip = h("p", { class: "pc-muted pc-tight" }), scroll = h("div", { class: "pc-scroll" }, table);
   card({ model, root }, "More: carry one state from a prompt into another",
-    h("label", { class: "pc-line-field" }, h("span", { class: "pc-label", text: "states are taken from" }), one),
-    h("label", { class: "pc-line-field" }, h("span", { class: "pc-label", text: "and put, one at a time, into" }), two),
+    h("label", { class: "pc-line-field", "data-keep": true }, h("span", { class: "pc-label", text: "states are taken from" }), one),
+    h("label", { class: "pc-line-field", "data-keep": true }, h("span", { class: "pc-label", text: "and put, one at a time, into" }), two),
     say, scroll, tip);
   const draw = soon(() => {
     const d = model.get("data");
-    if (d.problem) { say.textContent = d.problem; scroll.hidden = true; tip.textContent = ""; return; }
-    if (!d.grid) return;
+    if (complain(root, d) || !d.grid) return;
     say.textContent = `The first prompt speaks more for “${spell(d.answers[0])}”, the second for “${spell(d.answers[1])}”. Each cell: how far carrying that one state over moves the second to the first.`;
-    scroll.hidden = false;
     const head = h("tr", {}, h("th", { class: "pc-corner", text: "state after" }), ...d.tokens.map((pair) => h("th", { class: "pc-mono" }, h("div", { text: spell(pair[0]) }), pair[0] !== pair[1] && h("div", { class: "pc-swap", text: spell(pair[1]) }))));
     table.replaceChildren(h("thead", {}, head), h("tbody", {}, ...d.grid.map((cells, r) => h("tr", {}, h("th", { text: d.stages[r] }), ...cells.map((share) => {
       const ink = Math.round(62 * Math.sqrt(Math.min(1, Math.abs(share))));
@@ -138,9 +136,7 @@ function showTime({ model, el }) {
     h("div", {}, heading, h("p", { class: "pc-muted pc-tight", text: "Guesses of the whole model." }), bars, sums)));
   const draw = soon(() => {
     const d = model.get("data"), steps = model.get("steps");
-    body.hidden = Boolean(d.problem);
-    if (d.problem) { note.textContent = d.problem; return; }
-    if (!steps.length || !d.n_layer) return;
+    if (complain(root, d) || !steps.length || !d.n_layer) return;
     if (!bar || holder.dataset.steps !== String(steps)) {
       holder.dataset.steps = String(steps);
       bar = slider({ label: "training step", min: 0, max: steps.length - 1, value: model.get("moment"), show: (i) => number(steps[i]), input: send });

@@ -1,6 +1,6 @@
 // A board of switches, one for each head and MLP, and what the model loses when one is off.
 import { button, commit, frame, h, number, tabs } from "../kit.js";
-import { sayPart, shareBars, signed, soon, spell, tokenText } from "./draw.js";
+import { complain, sayPart, shareBars, signed, soon, spell, tokenText } from "./draw.js";
 
 function render({ model, el }) {
   const { root, listen, end } = frame({ model, el }, "switches");
@@ -37,6 +37,7 @@ function render({ model, el }) {
 
   const draw = soon(() => {
     const d = model.get("data"), off = model.get("off");
+    if (complain(root, d)) return;
     if (!d.n_layer) return;
     test.put(model.get("test"));
     const shape = `${d.n_layer}x${d.n_head}`;
