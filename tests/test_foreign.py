@@ -23,7 +23,7 @@ from primechat.infer.admission import KNOWN_TEXT
 from primechat.infer.engine import Engine
 from primechat.infer.sampling import seed_row
 from primechat.metrics.anatomy import dissect
-from primechat.metrics.circuits import attribute, read_lens
+from primechat.metrics.circuits import attribute, read_lens, shuffle_blocks
 from primechat.metrics.probes import capture
 from primechat.names import parse_identifier
 from primechat.protocols import ChatTokenizer, LanguageModel
@@ -384,6 +384,10 @@ def test_probes(kind: str) -> None:
     one = capture(model, ids, points=["layer.1.attn.heads"], ablate=["layer.1.head.2"])
     assert not one["layer.1.attn.heads"][:, 2].any() and one["layer.1.attn.heads"][:, 3].any()
     assert not np.allclose(one.last, seen.last, atol=1e-4)
+    control = shuffle_blocks(model)
+    assert not np.allclose(capture(control, ids).last, seen.last, atol=1e-2)
+    shared, own = (m.network.get_input_embeddings().weight for m in (control, model))
+    assert shared.data_ptr() == own.data_ptr() and np.array_equal(capture(model, ids).last, plain.last)
     lens = read_lens(model, seen)
     assert lens.stages[0] == "embed" and lens.ids[-1, -1, 0] == int(seen.last.argmax())
     if kind == "gpt2":

@@ -29,6 +29,7 @@ from primechat.metrics.circuits import (
 from primechat.metrics.probes import Patch, list_points
 from primechat.model.attention import attend
 from primechat.model.gpt import GPT
+from primechat.model.lora import LoraSpec, attach
 
 MODERN = replace(
     GPTConfig.modern(3, vocab_size=97, sequence_len=48, head_dim=16), n_embd=64, n_head=4, n_kv_head=2
@@ -148,6 +149,22 @@ def test_attribution_of_a_part_is_its_effect() -> None:
     value = dict(zip(*(lambda a: (a.parts, a.values))(attribute(model, seen, -1, 7)), strict=True))
     pull = dissect(model).readout(torch.from_numpy(seen["last"][-1]), [7]).numpy()[0]
     assert value["layer.2.mlp"] == pytest.approx(float(seen["layer.2.mlp.out"][-1] @ pull), abs=1e-5)
+
+
+def test_adapters_are_seen() -> None:
+    """With adapters beside its maps a logit is still the sum of the parts, and the control has none."""
+    model = make_model("modern")
+    plain = capture(model, IDS).last
+    attach(model, "more", LoraSpec(rank=4), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if ".adapter.b" in key:
+                p.normal_(std=0.3, generator=torch.Generator().manual_seed(4))
+    seen = capture(model, IDS, points=READABLE)
+    assert not np.allclose(seen.last, plain, atol=1e-2)
+    parts = attribute(model, seen, -1, 7)
+    assert parts.values.sum() == pytest.approx(parts.logit, abs=1e-4)
+    assert not any("adapter" in key for key in shuffle_blocks(model).state_dict())
 
 
 def test_lens_ends_at_the_model() -> None:

@@ -67,7 +67,7 @@ class GPTBody:
 
     def head_map(self, layer: int) -> Tensor:
         """Return (H, D, C): how each head's result is written into the stream."""
-        weight = cast(Block, self.model.blocks[layer]).attn.c_proj.weight  # (C, H * D)
+        weight = cast(Block, self.model.blocks[layer]).attn.c_proj.whole_weight()  # (C, H * D)
         return weight.T.reshape(self.n_head, self.head_dim, -1)
 
 

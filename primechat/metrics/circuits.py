@@ -190,7 +190,8 @@ def shuffle_blocks(model: Any, seed: int = 0) -> Any:
         return (torch.randn(p.shape, generator=generator) * p.float().std().cpu()).to(p)
 
     if isinstance(model, GPT):
-        state = {key: draw(p) if ".h." in key else p for key, p in model.state_dict().items()}
+        own = {key: p for key, p in model.state_dict().items() if ".adapter." not in key}
+        state = {key: draw(p) if ".h." in key else p for key, p in own.items()}
         return GPT.from_state(model.config, state, device=str(model.device), dtype=model.compute_dtype)
     body = dissect(model)
     blocks = {id(p) for layer in body.layers for p in layer.parameters()}
