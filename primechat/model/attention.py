@@ -123,6 +123,35 @@ class BlockAttention(torch.autograd.Function):
         return *(x.view(B, H, T, D) for x in (dq, dk, dv)), None, None
 
 
+class TokenStep:
+    """Where one more token a row goes, and which keys it sees: worked out once for all layers.
+
+    Args:
+        lengths: tokens that each row holds; `at` is the position of the next ones, (B,), or one number.
+        device: of the cache.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.first, self.last = min(lengths), max(lengths)
+        self.at: Tensor | int = self.last
+        self.masks: dict[int | None, Tensor | None] = {}
+        if self.first < self.last:
+            self.at = torch.tensor(lengths, device=device)
+            self.rows = torch.arange(len(lengths), device=device)
+            self.distance = self.at[:, None] - torch.arange(self.last + 1, device=device)  # (B, S)
+
+    def see(self, left: int | None) -> tuple[int, Tensor | None]:
+        """Return the first key that any row sees, and from it on which each does, (B, 1, 1, S) or None."""
+        lo = 0 if left is None else max(0, self.first - left)
+        if self.first == self.last:
+            return lo, None
+        if left not in self.masks:
+            distance = self.distance[:, lo:]
+            mask = distance >= 0 if left is None else (distance >= 0) & (distance <= left)
+            self.masks[left] = mask[:, None, None]
+        return lo, self.masks[left]
+
+
 class KVCache:
     """Keys, values and the smear's last embedding of what a GPT has read; rows may differ in length."""
 
@@ -162,6 +191,24 @@ class KVCache:
         cache = KVCache.__new__(KVCache)
         cache.keys, cache.values, cache.lengths, cache.last_embed = keys, values, lengths, last
         return cache
+
+    def attend_token(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, left: int | None, scale: float, step: TokenStep
+    ) -> Tensor:
+        """Do what `attend` does for one token a row: q (B, H, D), k and v (B, K, D); return (B, H, 1, D)."""
+        keys, values = self.keys[layer], self.values[layer]  # (B, K, S, D)
+        lo, mask = step.see(left)
+        if isinstance(step.at, int):
+            keys[:, :, step.at], values[:, :, step.at] = k, v
+        else:
+            keys[step.rows, :, step.at], values[step.rows, :, step.at] = k, v
+        k, v, grouped = (
+            keys[:, :, lo : step.last + 1],
+            values[:, :, lo : step.last + 1],
+            q.size(1) != k.size(1),
+        )
+        q = q.unsqueeze(2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, left: int | None, scale: float) -> Tensor:
         """Store k and v (B, T, K, D) behind what is there and attend from q (B, T, H, D); `lengths` stay as

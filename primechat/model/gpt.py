@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from primechat.config import GPTConfig
-from primechat.model.attention import KVCache, attend, rotate, weigh
+from primechat.model.attention import KVCache, TokenStep, attend, rotate, weigh
 from primechat.model.losses import cap_logits, sum_cross_entropy, token_cross_entropy
 from primechat.protocols import Tap
 
@@ -186,8 +186,10 @@ class LayerPlan:
         self.table = cast(nn.Embedding, model.value_embeds[str(layer)]).weight if has_table else None
         self.gate = attn.ve_gate.weight if has_table else None
 
-    def run(self, x: Tensor, ids: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, at: int) -> Tensor:
-        """Map the stream x (B, C) at position `at` to the next one, and store its keys and values."""
+    def run(
+        self, x: Tensor, ids: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, step: TokenStep
+    ) -> Tensor:
+        """Map the stream x (B, C) of one token a row to the next one, and store its keys and values."""
         u = norm(x)
         heads = F.linear(u, self.qkv).view(len(x), -1, self.head_dim)  # (B, H + 2K, D)
         n_turned = self.n_head + self.n_kv_head
@@ -196,16 +198,8 @@ class LayerPlan:
             gate = torch.sigmoid(F.linear(u[:, :GATE_CHANNELS], self.gate))  # (B, K)
             v = torch.addcmul(v, gate.unsqueeze(-1), self.table[ids].view_as(v), value=3)
         qk = norm(torch.addcmul(qk * cos, torch.roll(qk, self.head_dim // 2, -1), sin))
-        keys, values = cache.keys[self.layer], cache.values[self.layer]  # (B, K, S, D)
-        keys[:, :, at], values[:, :, at] = qk[:, self.n_head :], v
-        lo = 0 if self.left is None else max(0, at - self.left)
-        out = F.scaled_dot_product_attention(
-            qk[:, : self.n_head].unsqueeze(2),
-            keys[:, :, lo : at + 1],
-            values[:, :, lo : at + 1],
-            scale=self.scale,
-            enable_gqa=self.n_head != self.n_kv_head,
-        )
+        q, k = qk[:, : self.n_head], qk[:, self.n_head :]
+        out = cache.attend_token(self.layer, q, k, v, self.left, self.scale, step)
         x = torch.addmm(x, out.reshape(len(x), -1), self.proj)
         return torch.addmm(x, F.linear(norm(x), self.fc).relu_().square_(), self.out)
 
@@ -319,33 +313,33 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def advance(self, ids: Tensor, cache: KVCache) -> Tensor:
         """Read ids (B, T) into the cache; return the float32 logits (B, V) that follow the last one."""
-        n, frozen = cache.lengths[0], not (self.lm_head.weight.requires_grad or self.training)
-        even = n == min(cache.lengths) == max(cache.lengths)
-        if frozen and even and ids.size(1) == 1 and 0 < n < min(self.max_context, cache.capacity):
+        frozen = not (self.lm_head.weight.requires_grad or self.training)
+        room = min(self.max_context, cache.capacity)
+        if frozen and ids.size(1) == 1 and min(cache.lengths) > 0 and max(cache.lengths) < room:
             if self.plan is None:
                 self.plan = [LayerPlan(cast(Block, block), self, i) for i, block in enumerate(self.blocks)]
             return self.logits(self.decode_token(ids, cache, self.plan))
         return self.logits(self.hidden(ids, cache)[:, -1])
 
     def decode_token(self, ids: Tensor, cache: KVCache, plan: list[LayerPlan]) -> Tensor:
-        """Do what `hidden` does for one token a row, ids (B, 1), rows of one length; return (B, C).
+        """Do what `hidden` does for one token a row, ids (B, 1); return (B, C).
 
         The same formulas on two-dimensional tensors with the fewest calls: a small model's token is
         otherwise spent half in Python.
         """
-        at = cache.lengths[0]
-        cos, sin = (table[at, 0] for table in self.build_rotary())  # (D,)
+        step = TokenStep(cache.lengths, self.device)
+        cos, sin = (table[step.at] for table in self.build_rotary())  # (B, 1, D), or (1, D) for one length
         x = x0 = middle = self.embed(ids, cache)[:, 0]  # (B, C)
         flat = ids[:, 0]
         for i, layer in enumerate(plan):
             if layer.keep is not None:
                 x = torch.add(x * layer.keep, x0, alpha=layer.again)
-            x = layer.run(x, flat, cos, sin, cache, at)
+            x = layer.run(x, flat, cos, sin, cache, step)
             if i == self.config.n_layer // 2:
                 middle = x
         if self.config.backout:
             x = x - self.backout_lambda * middle
-        cache.lengths = [at + 1] * len(cache.lengths)
+        cache.lengths = [n + 1 for n in cache.lengths]
         return norm(x)
 
     @torch.inference_mode(False)  # a table first needed in decoding must serve training too
