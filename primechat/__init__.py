@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from primechat.config import (
+        AutochatConfig,
         DistillConfig,
         EvaluateConfig,
         FinetuneConfig,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from primechat.infer.engine import Engine
     from primechat.metrics.probes import capture
     from primechat.model.gpt import GPT
+    from primechat.stages.autochat import autochat
     from primechat.stages.distill import distill
     from primechat.stages.evaluate import evaluate
     from primechat.stages.finetune import finetune
@@ -41,8 +43,10 @@ _ROOMS = {
     "train_lora": "stages.lora",
     "distill": "stages.distill",
     "evaluate": "stages.evaluate",
+    "autochat": "stages.autochat",
     "quickstart": "stages.quickstart",
     "TokenizerConfig": "config",
+    "AutochatConfig": "config",
     "PretrainConfig": "config",
     "FinetuneConfig": "config",
     "LoRAConfig": "config",
@@ -63,6 +67,7 @@ _ROOMS = {
 
 __all__ = [
     "DistillConfig",
+    "AutochatConfig",
     "EvaluateConfig",
     "Engine",
     "FinetuneConfig",
@@ -73,6 +78,7 @@ __all__ = [
     "QuickstartConfig",
     "Tokenizer",
     "TokenizerConfig",
+    "autochat",
     "capture",
     "distill",
     "evaluate",

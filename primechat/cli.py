@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import primechat
 from primechat.errors import ConfigError, PrimechatError
 from primechat.records import (
+    AutochatResult,
     EvaluateResult,
     OverlapResult,
     QuickstartResult,
@@ -41,6 +42,7 @@ STAGES = {  # verb: (public name of the stage, of its config, its sentence)
     "lora": ("train_lora", "LoRAConfig", "teach a model a manner or topic by an adapter"),
     "distill": ("distill", "DistillConfig", "teach a small model what a large one knows"),
     "evaluate": ("evaluate", "EvaluateConfig", "measure a model in bits per byte on text it has not seen"),
+    "autochat": ("autochat", "AutochatConfig", "let models talk to each other, every token measured"),
     "quickstart": ("quickstart", "QuickstartConfig", "all of the above in minutes, on text that is here"),
 }
 DESK = {
@@ -329,7 +331,7 @@ def is_stopped(result: object) -> bool:
     """Tell whether a stage was asked to end before its work was done."""
     if isinstance(result, QuickstartResult):
         return result.base.stopped or result.chat.stopped
-    return isinstance(result, TrainResult) and result.stopped
+    return isinstance(result, (TrainResult, AutochatResult)) and result.stopped
 
 
 def describe_result(result: object) -> str:
@@ -345,6 +347,10 @@ def describe_result(result: object) -> str:
         quality = f"{result.n_params:,} parameters, {result.val_bpb:.4f} bits per byte"
         speed = f"{result.tokens:,} tokens at {result.tokens_per_s:,.0f} a second"
         return f"{result.identifier}: {quality}, {speed}; in {result.path}"
+    if isinstance(result, AutochatResult):
+        talks = f"{result.n_talks} conversations of {result.turns} turns"
+        speed = f"{result.tokens:,} tokens at {result.tokens_per_s:,.0f} a second"
+        return f"{result.tag}: {talks}, {speed}; in {', '.join(result.generations)}"
     return "\n".join(describe_quickstart(result)) if isinstance(result, QuickstartResult) else ""
 
 

@@ -149,6 +149,40 @@ class ReplyStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One turn of a conversation; `model` is human for text that none wrote, and then there are no tokens.
+
+    `logprob`, `entropy`, `varentropy` and `rank` are those of `Token`, one a token; `stopped` tells whether
+    the model ended the turn itself, its last token then being the one that ended it.
+    """
+
+    speaker: int
+    model: str
+    text: str
+    ids: list[int] = field(default_factory=list)
+    logprob: list[float] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
+    varentropy: list[float] = field(default_factory=list)
+    rank: list[int] = field(default_factory=list)
+    stopped: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutochatResult:
+    """Conversations of models; paths are relative to the base directory, one a generation."""
+
+    tag: str
+    path: str
+    n_talks: int
+    turns: int
+    stopped: bool
+    tokens: int
+    tokens_per_s: float
+    total_s: float
+    generations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenizerResult:
     """A trained tokenizer."""
 

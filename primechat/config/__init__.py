@@ -12,9 +12,11 @@ from primechat.config.stages import (
     QuickstartConfig,
     TokenizerConfig,
 )
+from primechat.config.talk import AutochatConfig
 
 __all__ = [
     "DistillConfig",
+    "AutochatConfig",
     "EvaluateConfig",
     "FinetuneConfig",
     "GPTConfig",

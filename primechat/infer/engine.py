@@ -157,6 +157,27 @@ class Engine:
             pass
         return [row.tokens[:-1] if row.stop_reason == "stop" else row.tokens for row in rows]
 
+    def measure_batch(
+        self, prompts: Sequence[Sequence[int]], **options: Unpack[Options]
+    ) -> list[list[Token]]:
+        """Return what `generate_batch` writes, the stop token included, each token with its measures.
+
+        Args:
+            prompts: token ids, of any lengths; row i draws from the seed `seed_row(seed, i)`.
+            options: as for `generate`.
+
+        Raises:
+            ConfigError: an option or a prompt breaks its rule.
+        """
+        settings = Settings(**options)
+        rows = [self._open_row(prompt, i, settings) for i, prompt in enumerate(prompts)]
+        found: list[list[Token]] = [[] for _ in rows]
+        for _ in self._write(rows, settings, 0):
+            for row, tokens in zip(rows, found, strict=True):
+                if len(row.tokens) > len(tokens) and row.measures is not None:
+                    tokens.append(row.measures)
+        return found
+
     def stream(
         self, ids: Sequence[int], *, n_alternatives: int = 0, **options: Unpack[Options]
     ) -> Iterator[Token]:

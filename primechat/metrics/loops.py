@@ -1,0 +1,161 @@
+"""Does a conversation go round in circles? A detector, and the controls that it is measured against.
+
+Hides: what counts as a loop. Within a turn: a phrase at its end three times in a row. Between turns: a turn
+that says almost what one of the last four said, three times running; empty turns are alike. The detector
+knows words only, not meaning: it misses a talk that says one thing in ever new words.
+Reference: Xu et al. 2022, Learning to Break the Loop (sentences reinforce themselves); Holtzman et al. 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from primechat.metrics.diversity import split_words
+
+if TYPE_CHECKING:
+    from primechat.protocols import ChatTokenizer
+
+MIN_REPEATS = 3  # of a phrase in a row, or of turns running
+MIN_WORDS = 6  # that a repeated phrase covers in all: "no, no, no" is no loop
+NEAR = 0.7  # share of common words from which on two turns say almost the same
+REACH = 4  # turns that a turn is compared with
+SHORT = 3  # words: a shorter turn (ok, yes, thanks) is alike only to one just the same
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Where a conversation begins to go round: `turn` from 0, what repeats, and after how many turns."""
+
+    turn: int
+    kind: str  # phrase, turns or silence
+    period: int
+
+
+def find_phrase(words: Sequence[str]) -> int:
+    """Return the length of the phrase that a text ends in at least three times in a row, 0 for none."""
+    n = len(words)
+    for period in range(1, n // MIN_REPEATS + 1):
+        repeats = 1
+        while (repeats + 1) * period <= n and list(words[n - period :]) == list(
+            words[n - (repeats + 1) * period : n - repeats * period]
+        ):
+            repeats += 1
+        if repeats >= MIN_REPEATS and repeats * period >= MIN_WORDS:
+            return period
+    return 0
+
+
+def compare_turns(first: Sequence[str], second: Sequence[str]) -> float:
+    """Return the share of words that two turns have in common, with repetitions (Jaccard's index)."""
+    if min(len(first), len(second)) < SHORT:
+        return float(list(first) == list(second))
+    names = {word: i for i, word in enumerate(dict.fromkeys([*first, *second]))}
+    counts = [np.bincount([names[word] for word in words], minlength=len(names)) for words in (first, second)]
+    return float(np.minimum(*counts).sum() / np.maximum(*counts).sum())
+
+
+def find_loop(texts: Sequence[str]) -> Loop | None:
+    """Return where a conversation begins to go round in circles, None where it does not.
+
+    Args:
+        texts: its turns.
+    """
+    turns, runs = [split_words(text) for text in texts], [0] * (REACH + 1)
+    for t, words in enumerate(turns):
+        if period := find_phrase([word for word in words if word.isalnum()] or words):
+            return Loop(t, "phrase", period)
+        for back in range(1, REACH + 1):
+            alike = t >= back and compare_turns(words, turns[t - back]) >= NEAR
+            runs[back] = runs[back] + 1 if alike else 0
+            if (
+                runs[back] >= MIN_REPEATS - 1 and runs[back] >= back
+            ):  # said three times, or a whole round again
+                kind = "turns" if any(turns[t - i] for i in range(back)) else "silence"
+                return Loop(max(0, t - runs[back] + 1), kind, back)
+    return None
+
+
+# Controls
+
+
+def shuffle_talks(talks: Sequence[Sequence[str]], seed: int = 0) -> list[list[str]]:
+    """Return conversations of the same lengths whose turns are drawn from all of them: no thread is left."""
+    order = np.random.default_rng(seed).permutation(sum(map(len, talks)))
+    flat = [text for talk in talks for text in talk]
+    shuffled = iter([flat[i] for i in order])
+    return [[next(shuffled) for _ in talk] for talk in talks]
+
+
+def plant_loop(talk: Sequence[str], *, kind: str = "turns", period: int = 2, at: int = 4) -> list[str]:
+    """Return a conversation that goes round from turn `at` on, to test a detector.
+
+    Args:
+        talk: of at least `at` turns.
+        kind: turns repeats the `period` turns before `at`; phrase repeats words within each turn.
+        period: turns of a round.
+        at: the first turn that repeats.
+    """
+    kept = list(talk[:at])
+    if kind == "phrase":
+        return kept + [" ".join([" ".join(text.split()[:4])] * 6) for text in talk[at:]]
+    return kept + [kept[at - period + i % period] for i in range(len(talk) - at)]
+
+
+# What a model does with repetition
+
+
+def measure_repeats(model: Any, tokenizer: ChatTokenizer, sentence: str, repeats: int = 12) -> list[float]:
+    """Return the mean probability of a sentence's tokens, each time that it is said once more.
+
+    Args:
+        model: ours; its logits of the whole text are read in one pass.
+        sentence: said over and over, a space between.
+        repeats: at most; as many as fit the model's sequence_len.
+
+    Source: Xu et al. 2022, section 2: the probability of a sentence against the times it stood before.
+    """
+    import torch
+
+    unit = tokenizer.encode(f" {sentence.strip()}")
+    repeats = min(repeats, (model.sequence_len - 1) // len(unit))
+    ids = torch.tensor([[tokenizer.bos_id, *unit * repeats]], device=model.device)
+    with torch.inference_mode():
+        logp = model(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None])[0, :, 0]
+    return logp.exp().view(repeats, len(unit)).mean(1).tolist()
+
+
+def embed_texts(model: Any, tokenizer: ChatTokenizer, texts: Sequence[str]) -> np.ndarray:
+    """Return a vector for each text, (T, n_embd): the mean of the model's last states over its tokens."""
+    import torch
+
+    rows = []
+    with torch.inference_mode():
+        for text in texts:
+            ids = [tokenizer.bos_id, *tokenizer.encode(text)][: model.sequence_len]
+            states = model.hidden(torch.tensor([ids], device=model.device))[0]
+            rows.append(states[1:].mean(0) if len(ids) > 1 else states[0])
+    return torch.stack(rows).float().cpu().numpy()
+
+
+def score_turns(model: Any, tokenizer: ChatTokenizer, talk: Sequence[str]) -> tuple[list[float], list[float]]:
+    """Return ln p of each turn but the first, after the turn before it and on its own, for
+    `diversity.measure_information`.
+
+    Source: Li et al. 2016, section 3.
+    """
+    import torch
+
+    def score(before: list[int], text: str) -> float:
+        ids = [tokenizer.bos_id, *before, *tokenizer.encode(text)][-model.sequence_len :]
+        start = len(ids) - len(tokenizer.encode(text))
+        row = torch.tensor([ids], device=model.device)
+        with torch.inference_mode():
+            logp = model(row[:, :-1]).log_softmax(-1).gather(-1, row[:, 1:, None])[0, :, 0]
+        return float(logp[max(start - 1, 0) :].sum())
+
+    pairs = [(tokenizer.encode(a + "\n"), b) for a, b in zip(talk, talk[1:], strict=False)]
+    return [score(before, text) for before, text in pairs], [score([], text) for _, text in pairs]

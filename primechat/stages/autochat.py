@@ -1,0 +1,280 @@
+"""Let models talk: many conversations at once, turn by turn, each token with its entropy.
+
+Hides: the two points of view. Each speaker sees its own turns as the assistant's and the other's as the
+user's; what no longer fits its context is forgotten, oldest first. A turn of all conversations is one batch,
+written to disk before the next; what a kill tears is drawn anew from the same seeds. Model collapse is the
+same in a loop: a generation learns from what the one before has said (Shumailov et al. 2024).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from primechat import store
+from primechat.config import FinetuneConfig, LookConfig, decode_config, encode_config, find_difference
+from primechat.config.talk import AutochatConfig
+from primechat.errors import ConfigError, DataError
+from primechat.files import write_whole
+from primechat.infer.engine import Engine
+from primechat.infer.sampling import seed_row
+from primechat.infer.threads import settle_threads
+from primechat.model.runlog import RunLock
+from primechat.records import AutochatResult, OnEvent, PhaseEvent, ProgressEvent, Turn
+from primechat.stages.finetune import finetune
+from primechat.stages.run import pick_device
+from primechat.text.corpora import read_conversations
+
+HUMAN = "human"  # stands where a model's name stands
+TUNE_TOKENS = 4096  # of one optimizer step of a generation
+
+
+def autochat(
+    config: AutochatConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+) -> AutochatResult:
+    """Let a model talk to itself or to another, and, with generations, learn from it and talk again.
+
+    Args:
+        config: models, sampling, how many conversations.
+        on_event: hears of turns.
+        stop: ends after the present turn; what was said is kept, and resume goes on.
+
+    Returns:
+        Where the conversations are, and how fast they were written.
+
+    Raises:
+        ConfigError: settings contradict those of the conversations that are there.
+        PrimechatError: a model or text cannot be used.
+    """
+    t_start, results = time.perf_counter(), list[AutochatResult]()
+    model = config.model or str(store.choose_model())
+    for generation in range(config.generations + 1):
+        tag = f"{config.tag}-g{generation}" if config.generations else config.tag
+        part = replace(config, tag=tag, model=model, generations=0)
+        results.append(run_talks(part, on_event, stop))
+        if results[-1].stopped or generation == config.generations:
+            break
+        model = learn_talks(config, results[-1], model, generation + 1, on_event, stop)
+        if stop is not None and stop.is_set():
+            break
+    last = results[-1]
+    whole = len(results) == config.generations + 1 and not last.stopped
+    return replace(
+        last, path=results[0].path, generations=tuple(one.path for one in results), stopped=not whole,
+        total_s=time.perf_counter() - t_start,
+    )  # fmt: skip
+
+
+def learn_talks(
+    config: AutochatConfig,
+    said: AutochatResult,
+    model: str,
+    generation: int,
+    on_event: OnEvent | None,
+    stop: threading.Event | None,
+) -> str:
+    """Fine-tune a model on what it said and a share of human conversations; return the new one's name."""
+    talks = read_talks(said.path)
+    own = [build_messages(turns) for turns in talks]
+    n_human = round(len(own) * config.human_share / (1 - config.human_share))
+    human = [talk["messages"] for talk in islice(read_conversations("chitchat", "train"), n_human)]
+    path = store.base_dir() / said.path / "learned.jsonl"
+    mixed = [messages for messages in [*human, *own] if len(messages) > 1]
+    lines = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in mixed]
+    write_whole(path, ("\n".join(lines) + "\n").encode())
+    tag = f"{config.tag}-g{generation}"
+    look = LookConfig(snapshots=False, sample_every=-1, eval_every=config.tune_steps)
+    there = store.run_dir("sft", tag).is_dir()
+    result = finetune(
+        FinetuneConfig(
+            tag=tag, base=model, dialogues=str(path), steps=config.tune_steps, batch_tokens=TUNE_TOKENS,
+            seed=config.seed, look=look, runtime=config.runtime, resume=config.resume and there,
+        ),
+        on_event=on_event, stop=stop,
+    )  # fmt: skip
+    return result.identifier
+
+
+def run_talks(
+    config: AutochatConfig, on_event: OnEvent | None, stop: threading.Event | None
+) -> AutochatResult:
+    """Write the conversations of one config, going on with what is there."""
+    t_start, tell = time.perf_counter(), on_event or (lambda event: None)
+    folder = store.base_dir() / "autochat" / config.tag
+    with RunLock(folder):
+        openings = read_openings(config.openings, config.n_talks)
+        speakers = [Speaker(config, name or config.model) for name in (config.model, config.partner)]
+        if speakers[0].identifier == speakers[1].identifier:
+            speakers[1] = speakers[0]
+        lines = open_folder(config, folder)
+        tell(PhaseEvent(name="autochat", total=config.n_talks * config.turns, unit="turns"))
+        new_tokens, busy_s = 0, 0.0
+        with (folder / "talks.jsonl").open("ab") as file:
+            for start in range(0, config.n_talks, config.batch_rows):
+                rows = range(start, min(start + config.batch_rows, config.n_talks))
+                talks = {i: lines[i] for i in rows}
+                for turn in range(min(map(len, talks.values())), config.turns):
+                    if stop is not None and stop.is_set():
+                        break
+                    t_turn = time.perf_counter()
+                    new = take_turn(config, speakers[turn % 2], turn, talks, openings)
+                    busy_s += time.perf_counter() - t_turn
+                    new_tokens += sum(len(one.ids) for one in new)
+                    for i, one in zip(rows, new, strict=True):
+                        talks[i].append(one)
+                        file.write(json.dumps({"talk": i, "turn": turn, **vars(one)}).encode() + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                    tell(ProgressEvent(done=sum(map(len, lines))))
+    done = sum(map(len, lines))
+    return AutochatResult(
+        tag=config.tag, path=str(folder.relative_to(store.base_dir())), n_talks=config.n_talks,
+        turns=config.turns, stopped=done < config.n_talks * config.turns, tokens=new_tokens,
+        tokens_per_s=new_tokens / max(busy_s, 1e-9), total_s=time.perf_counter() - t_start,
+    )  # fmt: skip
+
+
+class Speaker:
+    """A model with its engine, as one side of conversations."""
+
+    def __init__(self, config: AutochatConfig, identifier: str) -> None:
+        device = pick_device(config.runtime.device)
+        model, tokenizer, meta = store.open_model(identifier, device=device, dtype=pick_dtype(config))
+        settle_threads(model)
+        self.engine, self.identifier = Engine(model, tokenizer), str(meta.get("identifier", identifier))
+
+    def render(self, turns: Sequence[Turn], speaker: int, persona: str, room: int) -> list[int]:
+        """Return the prompt of a speaker's next turn: as many of the last turns as fit in `room` tokens."""
+        first = next(i for i, turn in enumerate(turns) if turn.speaker != speaker)  # the other begins
+        system = [{"role": "system", "content": persona}] if persona else []
+        for start in range(first, len(turns), 2):
+            messages = [
+                {"role": "assistant" if turn.speaker == speaker else "user", "content": turn.text}
+                for turn in turns[start:]
+            ]
+            ids = self.engine.tokenizer.render_for_completion({"messages": [*system, *messages]})
+            if len(ids) <= room:
+                return ids
+        return ids[: self.engine.model.max_context // 2]
+
+
+def pick_dtype(config: AutochatConfig) -> str:
+    """Return the precision of the weights."""
+    return "auto" if config.runtime.dtype == "auto" else config.runtime.dtype
+
+
+def take_turn(
+    config: AutochatConfig, speaker: Speaker, turn: int, talks: dict[int, list[Turn]], openings: Sequence[str]
+) -> list[Turn]:
+    """Return the next turn of each conversation."""
+    side = turn % 2
+    if turn == 0 or (config.human_every and turn % config.human_every == 0):
+        texts = [openings[(i + turn) % len(openings)] for i in talks]
+        return [Turn(speaker=side, model=HUMAN, text=text) for text in texts]
+    engine, first = speaker.engine, min(talks)
+    room = max(engine.model.sequence_len - config.max_new_tokens, 1)
+    prompts = [speaker.render(turns, side, config.personas[side], room) for turns in talks.values()]
+    tokens = engine.measure_batch(
+        prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+        top_k=config.top_k or None, top_p=config.top_p,
+        seed=seed_row(config.seed, 1 + turn + config.turns * first),
+    )  # fmt: skip
+    new = []
+    for row in tokens:
+        stopped = bool(row) and row[-1].id in engine.tokenizer.stop_ids
+        text = engine.tokenizer.decode([token.id for token in row[: len(row) - stopped]])
+        new.append(
+            Turn(
+                speaker=side, model=speaker.identifier, text=text, ids=[token.id for token in row],
+                logprob=[round(token.logprob, 4) for token in row],
+                entropy=[round(token.entropy, 4) for token in row],
+                varentropy=[round(token.varentropy, 4) for token in row],
+                rank=[token.rank for token in row], stopped=stopped,
+            )
+        )  # fmt: skip
+    return new
+
+
+def read_openings(openings: str, count: int) -> list[str]:
+    """Return the first turns: of held-out human conversations, or the lines of a file."""
+    if openings == "chitchat":
+        firsts = (talk["messages"][0]["content"] for talk in read_conversations("chitchat", "val"))
+        return list(islice((text for text in firsts if 8 <= len(text) <= 200), max(count, 64)))
+    try:
+        found = Path(openings).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"openings={openings!r} cannot be read ({error}); give chitchat or a .txt file."
+        ) from None
+    lines = [line.strip() for line in found if line.strip()]
+    if not lines:
+        raise DataError(f"openings={openings!r} has no line of text; write one opening a line.")
+    return lines
+
+
+def open_folder(config: AutochatConfig, folder: Path) -> list[list[Turn]]:
+    """Return the turns that are there, whole turns of whole batches only, after checking the config."""
+    path, talks = folder / "config.json", [list[Turn]() for _ in range(config.n_talks)]
+    given = replace(config, resume=True)
+    if path.is_file():
+        if not config.resume:
+            raise ConfigError(
+                f"{folder} holds conversations; add --resume to go on, or choose another --tag."
+            )
+        frozen = decode_config(json.loads(path.read_text(encoding="utf-8")), AutochatConfig, str(path))
+        if difference := find_difference(frozen, given, ("runtime",)):
+            raise ConfigError(
+                f"{difference} (the conversations', then yours); drop that flag or change --tag."
+            )
+        talks = read_talks(folder, config.n_talks)
+        for start in range(0, config.n_talks, config.batch_rows):
+            group = talks[start : start + config.batch_rows]
+            whole = min(map(len, group))
+            for turns in group:
+                del turns[whole:]
+    else:
+        write_whole(path, json.dumps(encode_config(given), indent=2).encode())
+    lines = [
+        json.dumps({"talk": i, "turn": turn, **vars(one)})
+        for i, turns in enumerate(talks)
+        for turn, one in enumerate(turns)
+    ]
+    write_whole(folder / "talks.jsonl", "".join(line + "\n" for line in lines).encode())
+    return talks
+
+
+def read_talks(path: str | Path, n_talks: int = 0) -> list[list[Turn]]:
+    """Return the conversations of a folder, absolute or relative to the base directory, turn by turn.
+
+    Raises:
+        DataError: there are none.
+    """
+    file, talks = store.base_dir() / path / "talks.jsonl", dict[int, list[Turn]]()
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); run `primechat autochat`.") from None
+    for line in lines:
+        try:
+            row: dict[str, Any] = json.loads(line)
+            talk, turn = row.pop("talk"), row.pop("turn")
+            turns = talks.setdefault(talk, [])
+            if turn == len(turns):  # a line written twice, or after a hole, is left out
+                turns.append(Turn(**row))
+        except (ValueError, LookupError, TypeError):
+            continue  # torn by a kill
+    return [talks.get(i, []) for i in range(max(n_talks, max(talks, default=-1) + 1))]
+
+
+def build_messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    """Return a conversation as messages that finetune reads, to the last turn of the second speaker."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[turn.speaker], "content": turn.text} for turn in turns]
+    return messages[: len(messages) // 2 * 2]
