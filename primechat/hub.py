@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -240,23 +241,37 @@ MAX_HEADER = 100_000_000  # bytes of a safetensors header, the format's own limi
 NEEDLESS = ["*/*", "consolidated*", "adapter_*"]  # weights once more, in other layouts
 
 
-def fetch_model(name: str) -> Path:
+def fetch_model(name: str, tell: Callable[[str], None] = lambda text: None) -> Path:
     """Return the folder of a model in Hugging Face's cache, with data only; what is missing is fetched.
 
     Args:
         name: owner/name or owner/name@revision.
+        tell: hears how much is to be fetched, before it is.
 
     Raises:
         HubError: the Hub cannot be reached or refuses, and the model is not in the cache.
+        DataError: the disk is too small.
         CheckpointError: it has no safetensors.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     repo, _, revision = name.partition("@")
     kind: dict[str, Any] = {"allow_patterns": MODEL_FILES, "ignore_patterns": NEEDLESS, "etag_timeout": 5}
     kind["endpoint"] = os.environ.get("HF_ENDPOINT")
+    kind["revision"], missing = revision or None, 0
+    with suppress(Exception):  # what keeps it from the Hub is told below, unless the cache has the model
+        plan = snapshot_download(repo, dry_run=True, **kind)
+        missing = sum(file.file_size or 0 for file in plan if file.will_download)
+    if missing:
+        place = next(f for f in Path(HF_HUB_CACHE).absolute().parents if f.exists())
+        free, needs = shutil.disk_usage(place).free, f"hf:{name}: {missing / 1e6:,.1f} MB to fetch"
+        if missing > free:
+            room = f"{place} has room for {free / 1e6:,.0f} MB"
+            raise DataError(f"{needs}, {room}; free some, or set HF_HOME to a larger disk.")
+        tell(f"{needs} from the Hub into Hugging Face's cache, which has {free / 1e6:,.0f} MB free.")
     try:
-        folder = Path(snapshot_download(repo, revision=revision or None, **kind))
+        folder = Path(snapshot_download(repo, **kind))
     except Exception as error:  # the Hub's, the network's or the disk's
         reason, remedy = explain(find_cause(error))
         raise HubError(f"hf:{name} cannot be fetched ({reason}); {remedy}.") from None

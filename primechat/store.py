@@ -201,17 +201,19 @@ def open_model(
     name = parse_identifier(identifier) if identifier else choose_model()
     kind = "float32" if dtype == "float32" or (dtype == "auto" and "cuda" not in device) else "bfloat16"
 
+    def tell(text: str) -> None:
+        on_event(NoteEvent(text=text)) if on_event else logger.info("%s", text)
+
     def tell_memory(name: ModelName, n_params: int) -> None:
-        said = describe_memory(str(name), n_params * (4 if kind == "float32" else 2), device)
-        on_event(NoteEvent(text=said)) if on_event else logger.info("%s", said)
+        tell(describe_memory(str(name), n_params * (4 if kind == "float32" else 2), device))
 
     if name.family == "hf" and phase == "eval":
         from primechat.model.foreign import open_foreign
 
         if tokenizer:
             raise ConfigError(f"{name} has a tokenizer of its own; leave out --tokenizer.")
-        other: Any = open_foreign(name.tag, device, getattr(torch, kind), partial(tell_memory, name))
-        return other  # it offers what the protocols ask for
+        parts: Any = open_foreign(name.tag, device, getattr(torch, kind), partial(tell_memory, name), tell)
+        return parts  # they offer what the protocols ask for
     folder, name = locate_model(name)
     loaded = load_checkpoint(folder, name.step)  # mapped: nothing of the weights is in memory yet
     found = find_tokenizer(folder, tokenizer)
@@ -337,8 +339,8 @@ def walk_adapters(parent: Path) -> Iterator[ModelEntry]:
             facts, size = read_json(config), path.stat().st_size
             yield ModelEntry(
                 identifier=f"lora:{folder.name}+{facts.get('base_model_name_or_path') or 'sft'}",
-                family="lora", tag=folder.name, steps=tuple(find_steps(folder)) or (0,), snapshots=(), n_bytes=size,
-                architecture=f"rank {facts.get('r')}", n_params=size // 4, val_bpb=None,
+                family="lora", tag=folder.name, steps=tuple(find_steps(folder)) or (0,), snapshots=(),
+                n_bytes=size, architecture=f"rank {facts.get('r')}", n_params=size // 4, val_bpb=None,
                 tokenizer_identity=None, path=str(folder),
             )  # fmt: skip
 

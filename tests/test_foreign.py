@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -317,8 +318,18 @@ def test_fetched_from_a_hub(cache: Path, inner: Any, monkeypatch: pytest.MonkeyP
         there.refuse["acme/gated"] = (403, "GatedRepo")
         monkeypatch.setenv("HF_ENDPOINT", there.url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        model, tokenizer, meta = store.open_model("hf:acme/tiny", dtype="bfloat16")
+        room = shutil.disk_usage(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: room._replace(free=50_000))
+            with pytest.raises(
+                DataError, match="MB to fetch, .* has room for 0 MB; free some, or set HF_HOME"
+            ):
+                store.open_model("hf:acme/tiny")
+        assert not [name for name in there.log if name in files], "it is told before anything moves"
+        events: list[Any] = []
+        model, tokenizer, meta = store.open_model("hf:acme/tiny", dtype="bfloat16", on_event=events.append)
         assert meta["revision"] == HUB_COMMIT and model.n_params
+        assert "MB to fetch from the Hub into Hugging Face's cache, which has " in events[0].text
         fetched = {name for name in there.log if not name.startswith("list ")}
         assert fetched == {
             n for n in files if n.endswith((".json", ".safetensors", ".jinja")) and "/" not in n
@@ -331,7 +342,8 @@ def test_fetched_from_a_hub(cache: Path, inner: Any, monkeypatch: pytest.MonkeyP
             with pytest.raises(HubError, match=match):
                 store.open_model(f"hf:{name}")
         there.log.clear()
-        store.open_model("hf:acme/tiny", dtype="bfloat16")
+        store.open_model("hf:acme/tiny", dtype="bfloat16", on_event=events.append)
+        assert "to fetch" not in events[-1].text and len(events) == 3
         assert not [name for name in there.log if not name.startswith("list ")], "it is here already"
     assert store.open_model("hf:acme/tiny")[2]["revision"] == HUB_COMMIT, "the Hub is gone, the model is here"
 

