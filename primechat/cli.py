@@ -52,7 +52,7 @@ DESK = {
     "convert": "turn a classic model into a Hugging Face folder, or back",
     "check": "tell what a model is and whether it is sound",
     "models": "list the models that are on this machine",
-    "plan": "tell what a run needs before it starts: memory, disk, hours, dollars",
+    "plan": "tell what a run needs: memory, disk, hours, dollars",
     "bench": "measure how fast this machine trains, generates and tokenizes",
 }
 SHORTCUTS = {

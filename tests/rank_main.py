@@ -1,8 +1,9 @@
-"""One rank of test_train.test_two_ranks: trains on its half of the rows and writes its weights."""
+"""One rank of the tests of several: trains on its share of the rows, and writes losses, weights and state."""
 
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -10,23 +11,45 @@ import torch.distributed as dist
 from test_train import make_batches, make_model
 
 from primechat.config import OptimConfig
+from primechat.records import StepEvent
+from primechat.text.batches import share_rows
 from primechat.train.loop import fit
 from primechat.train.optim import Optimizer
-from primechat.train.parallel import join_ranks
+from primechat.train.parallel import SpreadLoss, join_ranks
 
 
-def main() -> None:
-    """Train six steps."""
+def main(folder: Path, end: int, half: bool, start: str) -> None:
+    """Train to a step of the 50, from a state where one is named."""
     torch.set_num_threads(1)
     ranks = join_ranks("cpu")
-    half = slice(2 * ranks.rank, 2 * ranks.rank + 2)
-    batches = [(x[half], y[half]) for x, y in make_batches()]
-    model = make_model()
-    optimizer = Optimizer(model, OptimConfig(), 32)
-    fit(optimizer, batches, lambda x, y: model.loss(x, y, "sum"), steps=6, micro_batch_rows=2)
-    torch.save(model.state_dict(), Path(sys.argv[1]) / f"rank{ranks.rank}.pt")
-    dist.destroy_process_group()
+    rows = 4
+    first, share = share_rows(rows, ranks.rank, ranks.world_size)
+    batches = [(x[first : first + share], y[first : first + share]) for x, y in make_batches(rows)]
+    model, begin = make_model(), 0
+    if start:
+        state = torch.load(start, weights_only=True)
+        model.load_state_dict(state["model"])
+        begin = state["step"]
+    optimizer = Optimizer(model, OptimConfig(), 32, half=half)
+    if start:
+        optimizer.load_state_dict(state["optimizer"])
+    losses: list[float] = []
+    stop = threading.Event()
+
+    def note(event: StepEvent) -> None:
+        losses.append(event.loss_nats)
+        if event.step == end:
+            stop.set()
+
+    fit(
+        optimizer, batches[begin:], SpreadLoss(model), steps=50, start_step=begin, micro_batch_rows=1,
+        on_step=note, stop=stop,
+    )  # fmt: skip
+    found = {"model": model.state_dict(), "losses": losses, "optimizer": optimizer.state_dict(), "step": end}
+    torch.save(found, folder / f"rank{ranks.rank}.pt")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "half", sys.argv[4])

@@ -21,6 +21,7 @@ from primechat.text.batches import (
     build_cache,
     validation_windows,
 )
+from primechat.text.shards import ShardFeed
 from primechat.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 BYTES = Tokenizer(
@@ -97,8 +98,8 @@ def test_tensors() -> None:
 
 def test_wrong_settings() -> None:
     cache = make_cache([10])
-    with pytest.raises(ConfigError, match="rows=5 of a step must be divisible by world_size=2"):
-        PackedBatches(cache, sequence_len=4, rows=5, world_size=2)
+    with pytest.raises(ConfigError, match="rows=1 of a step are fewer than world_size=2"):
+        PackedBatches(cache, sequence_len=4, rows=1, world_size=2)
     for cursor in ({"epoch": 0, "position": 10}, {"epoch": 0}, {"epoch": 0, "position": -1}):
         with pytest.raises(DataError, match="is no place in a stream of 10 tokens"):
             PackedBatches(cache, sequence_len=4, rows=4, cursor=cursor)
@@ -237,40 +238,69 @@ def shards(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def read_stream(batches: ShardBatches, steps: int) -> tuple[list[int], list[int], list[dict]]:
+def open_shards(paths: list[Path], **kwargs: Any) -> ShardBatches:
+    return ShardBatches(make_feed(paths), BYTES, **{"sequence_len": 5, "rows": 2, **kwargs})
+
+
+def make_feed(paths: list[Path]) -> ShardFeed:
+    return ShardFeed([path.name for path in paths], paths[0].parent)
+
+
+def read_steps(
+    paths: list[Path], world: int, steps: int, cursor: Any = None, rows: int = 4, **kwargs: Any
+) -> tuple[list[int], list[int], list[dict]]:
+    """The ids and targets of all ranks, in the order of the stream, and the cursor after each step."""
+    shape: Any = dict(rows=rows, world_size=world, cursor=cursor, **kwargs)
+    ranks = [open_shards(paths, rank=rank, **shape) for rank in range(world)]
     ids, targets, cursors = [], [], []
     for _ in range(steps):
-        i, t = next(batches)
-        ids += i.flatten().tolist()
-        targets += t.flatten().tolist()
-        cursors.append(json.loads(json.dumps(batches.cursor)))
-    batches.close()
+        for i, t in [next(rank) for rank in ranks]:
+            ids += i.flatten().tolist()
+            targets += t.flatten().tolist()
+        assert len({json.dumps(rank.cursor) for rank in ranks}) == 1
+        cursors.append(json.loads(json.dumps(ranks[0].cursor)))
+    for rank in ranks:
+        rank.close()
     return ids, targets, cursors
 
 
-def read_groups(paths: list[Path]) -> list[list[int]]:
+def read_texts(paths: list[Path]) -> list[int]:
     import pyarrow.parquet as pq
 
-    files = [pq.ParquetFile(path) for path in paths]
-    tables = [
-        file.read_row_group(i).column(0).to_pylist() for file in files for i in range(file.num_row_groups)
-    ]
-    return [sum(([256, *(text or "").encode()] for text in table), []) for table in tables]
+    texts = [text for path in paths for text in pq.read_table(path).column(0).to_pylist()]
+    return sum(([256, *(text or "").encode()] for text in texts), [])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_shards_are_dealt_out(shards: list[Path], world: int) -> None:
-    groups = read_groups(shards)
-    for rank in range(world):
-        epoch = sum(groups[rank::world], [])
-        steps = 2 * len(epoch) // 10 + 1
-        kwargs = dict(sequence_len=5, rows=2 * world, rank=rank, world_size=world)
-        ids, targets, cursors = read_stream(ShardBatches(shards, BYTES, **kwargs), steps)
-        assert ids == (epoch * 3)[: len(ids)] and targets == (epoch * 3)[1 : len(ids) + 1]
-        assert cursors[-1]["epoch"] == 2 and cursors[0]["epoch"] == 0
-        for k in range(0, steps - 1, 3):
-            rest = read_stream(ShardBatches(shards, BYTES, cursor=cursors[k], **kwargs), steps - k - 1)
-            assert rest == (ids[10 * k + 10 :], targets[10 * k + 10 :], cursors[k + 1 :])
+def test_shards_are_one_stream(shards: list[Path], world: int) -> None:
+    epoch = read_texts(shards)
+    steps = 2 * len(epoch) // 20 + 1
+    ids, targets, cursors = read_steps(shards, world, steps)
+    assert ids == (epoch * 3)[: len(ids)] and targets == (epoch * 3)[1 : len(ids) + 1]
+    assert cursors[-1]["epoch"] == 2 and cursors[0]["epoch"] == 0
+    for k in range(0, steps - 1, 3):
+        rest = read_steps(shards, world, steps - k - 1, cursors[k])
+        assert rest == (ids[20 * k + 20 :], targets[20 * k + 20 :], cursors[k + 1 :])
+
+
+def test_every_document_once_through_kills(shards: list[Path]) -> None:
+    """Runs that are killed, lose what they did since their checkpoint, and come back on other ranks."""
+    chance, epoch = random.Random(5), read_texts(shards)
+    kept: list[int] = []
+    cursor = None
+    while len(kept) < 2 * len(epoch):
+        world, steps = chance.choice([1, 2, 3, 4]), chance.randint(1, 6)
+        ids, _, cursors = read_steps(shards, world, steps, cursor, rows=chance.choice([4, 6]))
+        saved = chance.randint(0, steps)  # the steps before the last checkpoint
+        if saved:
+            kept += ids[: len(ids) // steps * saved]
+            cursor = cursors[saved - 1]
+
+    def list_documents(tokens: list[int]) -> Counter[tuple[int, ...]]:
+        cuts = [i for i, token in enumerate(tokens) if token == 256] + [len(tokens)]
+        return Counter(tuple(tokens[a:b]) for a, b in zip(cuts, cuts[1:], strict=False))
+
+    assert list_documents(kept[: 2 * len(epoch)]) == list_documents(epoch * 2)
 
 
 def shard_threads() -> list[threading.Thread]:
@@ -278,14 +308,14 @@ def shard_threads() -> list[threading.Thread]:
 
 
 def test_thread_ends(shards: list[Path]) -> None:
-    batches = ShardBatches(shards, BYTES, sequence_len=5, rows=2)
+    batches = open_shards(shards)
     next(batches)
     (thread,) = shard_threads()
     del batches
     gc.collect()
     thread.join(10)
     assert not thread.is_alive()
-    batches = ShardBatches(shards, BYTES, sequence_len=5, rows=2)
+    batches = open_shards(shards)
     batches.close()
     assert shard_threads() == []
     with pytest.raises(DataError, match="are closed"):
@@ -293,17 +323,13 @@ def test_thread_ends(shards: list[Path]) -> None:
             next(batches)
 
 
-def test_shard_errors(shards: list[Path], tmp_path: Path) -> None:
-    kwargs: dict[str, Any] = dict(sequence_len=5, rows=2)
-    cursor = {"epoch": 0, "shard": 0, "row_group": 0, "document": 0, "offset": 0, "world_size": 1}
-    for change in ({"world_size": 2}, {"shard": 9}, {"row_group": 99}, {"document": 99}):
+def test_shard_errors(shards: list[Path]) -> None:
+    cursor = {"epoch": 0, "shard": 0, "row_group": 0, "document": 0, "offset": 0}
+    for change in ({"shard": 9}, {"row_group": 99}, {"document": 99}):
         with pytest.raises(DataError, match="cursor="):
-            ShardBatches(shards, BYTES, cursor={**cursor, **change}, **kwargs)
-    with pytest.raises(DataError, match="too few row groups for 100 ranks"):
-        ShardBatches(shards, BYTES, sequence_len=5, rows=100, rank=99, world_size=100)
-    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match="is damaged or no parquet file"):
-        ShardBatches([tmp_path / "bad.parquet"], BYTES, **kwargs)
+            open_shards(shards, cursor={**cursor, **change})
+    with pytest.raises(ConfigError, match="rows=2 of a step are fewer than world_size=3"):
+        open_shards(shards, rank=0, world_size=3)
 
     class Failing(Tokenizer):
         def encode_batch(self, texts: Any, threads: int = 0) -> list[list[int]]:
@@ -311,26 +337,74 @@ def test_shard_errors(shards: list[Path], tmp_path: Path) -> None:
                 raise DataError("the tokenizer broke")
             return super().encode_batch(texts, threads)
 
-    batches = ShardBatches(shards, Failing(BYTES.pattern, BYTES.ranks, BYTES.specials), **kwargs)
+    broken = Failing(BYTES.pattern, BYTES.ranks, BYTES.specials)
+    batches = ShardBatches(make_feed(shards), broken, sequence_len=5, rows=2)
     with pytest.raises(DataError, match="the tokenizer broke"):
         for _ in range(1000):
             next(batches)
-    batches = ShardBatches(shards, BYTES, **kwargs)
-    shards[2].unlink()
-    del batches
-    gc.collect()
     assert all(not thread.join(10) and not thread.is_alive() for thread in shard_threads())
 
 
-def test_shard_vanishes(shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from primechat.text import batches as module
+@pytest.mark.parametrize("harm", ["torn", "text", "column"])
+def test_bad_shard(shards: list[Path], harm: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    listed = module.list_groups(shards)
-    monkeypatch.setattr(module, "list_groups", lambda paths: listed)
-    shards[0].write_bytes(b"PAR1 gone PAR1")
-    with pytest.raises(DataError, match=r"0.parquet row group 0 cannot be read"):
-        ShardBatches(shards, BYTES, sequence_len=5, rows=2)
-    assert shard_threads() == []
+    good = read_texts([shards[0], shards[2]])
+    if harm == "column":
+        pq.write_table(pa.table({"words": ["a"]}), shards[1])
+    else:
+        data = shards[1].read_bytes()
+        shards[1].write_bytes(data[: len(data) // 2] if harm == "torn" else b"no parquet at all")
+    with pytest.raises(DataError, match=r"1.parquet (is damaged|has no column).*--skip_bad_shards"):
+        read_steps(shards, 1, 60)
+    told: list[Any] = []
+    ids, _, cursors = read_steps(shards, 1, len(good) // 20 + 1, skip_bad=True, on_event=told.append)
+    assert ids == (good * 2)[: len(ids)], "what stands in the others is read, in order"
+    assert "Skipped a shard" in told[0].text and "1.parquet" in told[0].text
+    assert read_steps(shards, 1, 1, cursors[-2], skip_bad=True)[0] == ids[-20:]
+    for path in shards:
+        path.write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="none of the 3 shards can be read"):
+        open_shards(shards, skip_bad=True)
+
+
+def test_damage_inside_a_shard(shards: list[Path]) -> None:
+    """A row group that does not unpack, found while reading: the rest of its shard is left out."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(shards[0]) as file:
+        column = file.metadata.row_group(1).column(0)
+        start = column.dictionary_page_offset or column.data_page_offset
+    data = bytearray(shards[0].read_bytes())
+    data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    whole = read_texts(shards[1:])
+    shards[0].write_bytes(data)
+    with pytest.raises(DataError, match="0.parquet row group 1 cannot be read"):
+        read_steps(shards, 1, 60)
+    ids, _, _ = read_steps(shards, 2, 30, skip_bad=True)
+    assert "".join(map(chr, whole[:80])) in "".join(map(chr, ids))
+
+
+def test_missing_shard_is_waited_for(shards: list[Path]) -> None:
+    aside, whole = shards[1].with_suffix(".aside"), read_texts(shards)
+    shards[1].rename(aside)
+    batches, got = open_shards(shards), []
+    timer = threading.Timer(0.5, lambda: aside.rename(shards[1]))
+    timer.start()
+    while len(got) < len(whole):
+        got += next(batches)[0].flatten().tolist()
+    timer.join()
+    batches.close()
+    assert got[: len(whole)] == whole
+    shards[2].unlink()
+    batches = open_shards(shards, cursor={"epoch": 0, "shard": 1, "row_group": 0, "document": 0, "offset": 0})
+    closing = threading.Timer(0.3, batches.close)
+    closing.start()
+    with pytest.raises(DataError, match="closed"):
+        for _ in range(1000):
+            next(batches)
+    closing.join()
 
 
 def test_padded_rows_hold_one_conversation(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import http.server
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -305,6 +306,53 @@ def test_offline(hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.Monke
     )
     with pytest.raises(HubError, match="the Hub cannot be asked"):
         shard_paths("climbmix", "train", 2, base_dir=tmp_path)
+
+
+def wait_until(condition: Any) -> None:
+    limit = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < limit, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_feed_fetches_ahead(hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "POLL_S", 0.01)
+    monkeypatch.setattr(shards, "RETRY_S", 0.05)
+    folder = tmp_path / "base_data_climbmix"
+    feed = shards.open_feed("climbmix", 3, tmp_path, fetches=True, keep=2)
+    follower = shards.open_feed("climbmix", 3, tmp_path, fetches=False)
+    hub.refuse = 503  # the Hub is down at first: training waits, the feed tries again
+    feed.begin(0)
+    wait_until(lambda: feed.reason)
+    hub.refuse = 0
+    assert follower.wait(0).read_bytes() == hub.files["shard_00000.parquet"], "another rank waits for it"
+    assert feed.wait(1).read_bytes() == hub.files["shard_00001.parquet"] and feed.reason == ""
+    time.sleep(0.1)
+    assert not (folder / "shard_00002.parquet").exists(), "no more than two at once"
+    follower.release(1)
+    assert (folder / "shard_00000.parquet").exists(), "only the one that fetches removes"
+    feed.release(1)
+    assert not (folder / "shard_00000.parquet").exists()
+    feed.wait(2)
+    feed.release(2)  # the epoch's end: the first shard comes again
+    feed.wait(0)
+    assert hub.log.count("shard_00000.parquet") == 2
+    feed.close()
+    assert feed.thread is not None
+    feed.thread.join(10)
+    assert not feed.thread.is_alive()
+
+
+def test_feed_gives_up(hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "POLL_S", 0.01)
+    monkeypatch.setattr(shards, "RETRY_S", 0.01)
+    monkeypatch.setattr(shards, "PATIENCE_S", 0.5)
+    hub.refuse = 403
+    feed = shards.open_feed("climbmix", 3, tmp_path, fetches=True)
+    feed.begin(0)
+    with pytest.raises(HubError, match=r"shard_00000.parquet did not come .*access is not granted.*resume"):
+        feed.wait(0)
+    feed.close()
 
 
 def test_silent_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from primechat.model.gpt import GPT
 from primechat.records import StepEvent
 from primechat.train.loop import fit, lr_ratio, muon_momentum
 from primechat.train.optim import Muon, Optimizer, orthogonalize
-from primechat.train.parallel import Ranks
+from primechat.train.parallel import Ranks, is_echo
 from primechat.train.tune import Candidate, decide_compile, list_devices, tune_runtime
 
 # three layers: with fewer, backout changes nothing and its gradient is a rounding error
@@ -42,7 +43,7 @@ def make_model(seed: int = 0) -> GPT:
 def make_batches(rows: int = 4, start: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """A learnable text: token i is followed by token (3 i + 1) mod 61; some targets are ignored."""
     rng, batches = np.random.default_rng(0), []
-    for _ in range(40):
+    for _ in range(50):
         ids = np.empty((rows, 17), dtype=np.int64)
         ids[:, 0] = rng.integers(61, size=rows)
         for t in range(16):
@@ -242,31 +243,63 @@ def test_missing_device() -> None:
         list_devices("cuda")
 
 
-@pytest.mark.slow
-def test_two_ranks(tmp_path: Path) -> None:
-    """Two processes over gloo learn what one learns, and agree to the bit with each other."""
+def run_ranks(
+    folder: Path, world: int, end: int, half: bool = False, start: str = ""
+) -> list[dict[str, Any]]:
+    """Train on `world` gloo ranks; return what each of them wrote."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     script = Path(__file__).with_name("rank_main.py")
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    words = [str(folder), str(end), "half" if half else "float", start]
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path)],
+            [sys.executable, str(script), *words],
             env={
-                **os.environ,
-                "RANK": str(r),
-                "LOCAL_RANK": str(r),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "PYTHONPATH": str(script.parent),
+                **os.environ, **place, "RANK": str(r), "LOCAL_RANK": str(r),
+                "PYTHONPATH": os.pathsep.join([str(script.parent), str(script.parent.parent)]),
             },
         )
-        for r in range(2)
-    ]
-    assert [p.wait(timeout=180) for p in ranks] == [0, 0]
-    alone, fresh = train(6, 4)[0], dict(make_model().named_parameters())
-    states = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]
-    for name, p in alone.named_parameters():
-        assert torch.equal(states[0][name], states[1][name]), name
-        assert_same_move(states[0][name], p, fresh[name])
+        for r in range(world)
+    ]  # fmt: skip
+    assert [p.wait(timeout=240) for p in ranks] == [0] * world
+    return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(world)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Weights and losses of one process after 50 steps of the same rows."""
+    model, events = train(50, 1)
+    return model.state_dict(), [event.loss_nats for event in events]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_learn_as_one(
+    tmp_path: Path, world: int, alone: tuple[dict[str, torch.Tensor], list[float]]
+) -> None:
+    """Processes over gloo learn what one learns, and agree to the bit."""
+    weights, losses = alone
+    ranks, fresh = run_ranks(tmp_path, world, 50), make_model().state_dict()
+    assert losses[-1] < 0.8 * losses[0]
+    np.testing.assert_allclose(ranks[0]["losses"], losses, rtol=0, atol=1e-5)
+    for name, p in weights.items():
+        assert all(torch.equal(rank["model"][name], ranks[0]["model"][name]) for rank in ranks), name
+        assert_same_move(ranks[0]["model"][name], p, fresh[name])
+
+
+@pytest.mark.slow
+def test_state_fits_any_ranks(tmp_path: Path, alone: tuple[dict[str, torch.Tensor], list[float]]) -> None:
+    """Two ranks save, three with uneven shares of the rows go on, then one."""
+    place = ""
+    for world, first, end in ((2, 0, 20), (3, 20, 35), (1, 35, 50)):
+        ranks = run_ranks(tmp_path, world, end, start=place)
+        np.testing.assert_allclose(ranks[0]["losses"], alone[1][first:end], rtol=0, atol=1e-5)
+        place = str(tmp_path / f"to{end}.pt")
+        (tmp_path / "rank0.pt").rename(place)
+
+
+def test_echoes_of_another_rank() -> None:
+    assert is_echo(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"))
+    assert not is_echo(RuntimeError("expected a tensor")) and not is_echo(ValueError("closed by peer"))

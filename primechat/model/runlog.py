@@ -1,11 +1,12 @@
-"""What lies in a run's folder beside its weights: who is writing, and what was measured.
+"""What lies in a run's folder beside its weights: who is writing, what was measured, and the settings.
 
-Hides: the lock file and metrics.jsonl. The lock is the kernel's (flock), so that a killed process frees it;
-the owner's name is only there to be shown. Reference: flock(2); jsonlines.org.
+Hides: the lock file, metrics.jsonl and config.json. The lock is the kernel's (flock), so that a killed
+process frees it; the owner's name is only there to be shown. Reference: flock(2); jsonlines.org.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -14,13 +15,18 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from primechat.errors import CheckpointError
+from primechat.config import decode_config, find_difference
+from primechat.errors import CheckpointError, ConfigError
 from primechat.files import write_whole
 
 LOG_SCHEMA = 1
+OPEN_FIELDS = ("resume", "steps")  # what a resumed run may leave out: it takes the frozen value
+BUDGET = ("max_hours", "max_dollars", "dollars_per_hour")  # what it may change
+Config = TypeVar("Config")
 NO_FLOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
 
@@ -150,3 +156,45 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
         if event.pop("schema", LOG_SCHEMA) != LOG_SCHEMA:
             raise CheckpointError(f"{path} was written by a newer primechat; update this one to read it.")
     return events
+
+
+def read_frozen(folder: Path, kind: type[Config]) -> Config:
+    """Return the settings that a run froze.
+
+    Raises:
+        ConfigError: they are missing or damaged.
+    """
+    path = folder / "config.json"
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}); restore it, or start under another tag."
+        ) from error
+    return decode_config(data, kind, str(path))
+
+
+def take_frozen(config: Any, folder: Path) -> Any:
+    """Return the settings that a run froze, once it is sure that the given ones do not contradict them.
+
+    Raises:
+        ConfigError: a field differs, by name.
+    """
+    frozen = read_frozen(folder, type(config))
+    given = replace(
+        config, runtime=fill_open(config.runtime, frozen.runtime), look=fill_open(config.look, frozen.look)
+    )
+    ignore = (*(OPEN_FIELDS if not config.steps else OPEN_FIELDS[:1]), *(f"runtime.{n}" for n in BUDGET))
+    difference = find_difference(frozen, given, ignore)
+    if difference:
+        rule = "a resumed run must keep its settings; drop that flag, or start under another tag"
+        raise ConfigError(f"{difference} (the run's, then yours): {rule}.")
+    budget = {name: getattr(given.runtime, name) for name in BUDGET}
+    return replace(frozen, resume=True, runtime=replace(frozen.runtime, **budget))
+
+
+def fill_open(given: Any, frozen: Any) -> Any:
+    """Return the given settings with the frozen ones where they were left open (auto or 0)."""
+    names = [item.name for item in dataclasses.fields(given) if getattr(given, item.name) in ("auto", 0)]
+    kept = {n: getattr(frozen, n) for n in names if not isinstance(getattr(given, n), bool)}
+    return replace(given, **kept)

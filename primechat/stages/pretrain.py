@@ -15,10 +15,12 @@ from primechat import store
 from primechat.config import PretrainConfig
 from primechat.errors import ConfigError
 from primechat.records import OnEvent, TrainResult
-from primechat.stages.run import Job, TrainingRun, write_continuation
+from primechat.stages.run import Job, TrainingRun, pick_device, write_continuation
 from primechat.text.batches import PackedBatches, ShardBatches, TokenCache, build_cache, validation_windows
-from primechat.text.corpora import corpus_identity, is_local, read_documents, shard_paths
+from primechat.text.corpora import corpus_identity, is_local, read_documents
+from primechat.text.shards import open_feed
 from primechat.text.tokenizer import Tokenizer
+from primechat.train.parallel import join_ranks, wait_turn
 
 EVAL_ROWS = 16
 SHARD_EVAL_TOKENS = 20 * 524_288  # as nanochat: of a shard's 50 M tokens
@@ -47,17 +49,22 @@ def pretrain(
     tokenizer = choose_tokenizer(config)
     model, T = config.model, config.model.sequence_len
     local, note = is_local(config.corpus), on_event
-    val = cache_text(config.corpus, "val", tokenizer, config.n_shards, note)
-    train = cache_text(config.corpus, "train", tokenizer, config.n_shards, note) if local else None
-    shards = (
-        [] if local else shard_paths(config.corpus, "train", config.n_shards, note, base_dir=store.base_dir())
-    )
+    ranks = join_ranks(pick_device(config.runtime.device))
+    with wait_turn(ranks):
+        val = cache_text(config.corpus, "val", tokenizer, config.n_shards, note)
+        train = cache_text(config.corpus, "train", tokenizer, config.n_shards, note) if local else None
+    feed = None if local else open_feed(
+        config.corpus, config.n_shards, store.base_dir(), fetches=ranks.local_rank == 0,
+        keep=config.keep_shards, on_event=note,
+    )  # fmt: skip
 
     def open_batches(rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None) -> Any:
         shape: Any = dict(sequence_len=T, rows=rows, rank=rank, world_size=world_size, cursor=cursor)
-        if train is not None:
+        if feed is None:
+            assert train is not None, "local text has a cache"
             return PackedBatches(train, seed=config.seed, **shape)
-        return ShardBatches(shards, tokenizer, **shape)
+        note = on_event if rank == 0 else None
+        return ShardBatches(feed, tokenizer, **shape, skip_bad=config.skip_bad_shards, on_event=note)
 
     job = Job(
         family="base",
@@ -74,7 +81,11 @@ def pretrain(
         write_sample=write_continuation,
         meta={"corpus": corpus_identity(config.corpus, "train", n_shards=config.n_shards)},
     )
-    return TrainingRun(config, job, on_event, stop).work()
+    try:
+        return TrainingRun(config, job, on_event, stop).work()
+    finally:
+        if feed is not None:
+            feed.close()
 
 
 def choose_tokenizer(config: PretrainConfig) -> Tokenizer:

@@ -22,10 +22,10 @@ from primechat.config import (
 from primechat.errors import ConfigError
 from primechat.infer.engine import Engine
 from primechat.infer.threads import settle_threads
+from primechat.model.runlog import read_frozen
 from primechat.records import OnEvent, QuickstartResult
 from primechat.stages.finetune import finetune
 from primechat.stages.pretrain import pretrain
-from primechat.stages.run import read_frozen
 from primechat.stages.tokenizer import train_tokenizer
 
 QUESTIONS = ("Hi! How are you today?", "What do you like to do?", "Nice. Do you have any pets?")

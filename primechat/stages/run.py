@@ -7,7 +7,6 @@ left open), metrics.jsonl (one event a line), the checkpoints and a tokenizer of
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import threading
@@ -16,14 +15,14 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from primechat import store
-from primechat.config import FinetuneConfig, PretrainConfig, decode_config, encode_config, find_difference
-from primechat.errors import ConfigError
+from primechat.config import FinetuneConfig, PretrainConfig, encode_config
+from primechat.errors import ConfigError, DataError
 from primechat.infer.engine import Engine
 from primechat.metrics.bits import Bits, measure_bits
 from primechat.model.checkpoint import (
@@ -33,7 +32,7 @@ from primechat.model.checkpoint import (
     save_snapshot,
 )  # fmt: skip
 from primechat.model.gpt import GPT
-from primechat.model.runlog import MetricsLog, RunLock, read_metrics, write_whole
+from primechat.model.runlog import MetricsLog, RunLock, read_metrics, take_frozen, write_whole
 from primechat.records import (
     CheckpointEvent,
     DoneEvent,
@@ -51,14 +50,20 @@ from primechat.records import (
 from primechat.stages.job import Job as Job
 from primechat.train.loop import fit
 from primechat.train.optim import Optimizer
-from primechat.train.parallel import Ranks, any_rank, gather_objects, join_ranks, share_object, sum_numbers
+from primechat.train.parallel import (
+    Ranks,
+    SpreadLoss,
+    any_rank,
+    gather_objects,
+    join_ranks,
+    share_object,
+    sum_numbers,
+)  # fmt: skip
 from primechat.train.tune import Tuning, tune_runtime
 
-Config = TypeVar("Config", bound=PretrainConfig | FinetuneConfig)
 SAMPLE_TOKENS = 48
 SAVE_EVERY_S = 60.0
 GENERAL_TOKENS = 100_000  # where the whole validation split is scored at the end
-OPEN_FIELDS = ("resume", "steps")  # what a resumed run may leave out: it takes the frozen value
 
 
 def write_continuation(engine: Engine, prompt: str, seed: int) -> str:
@@ -85,50 +90,6 @@ def open_folder(config: PretrainConfig | FinetuneConfig, family: str) -> Path:
             f"tag={config.tag!r} has no {family} run to resume in {folder}; leave out --resume to start it."
         )
     return folder
-
-
-def read_frozen(folder: Path, kind: type[Config]) -> Config:
-    """Return the settings that a run froze.
-
-    Raises:
-        ConfigError: they are missing or damaged.
-    """
-    path = folder / "config.json"
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path} cannot be read ({error}); restore it, or start under another tag."
-        ) from error
-    return decode_config(data, kind, str(path))
-
-
-def take_frozen(config: Config, folder: Path) -> Config:
-    """Return the settings that a run froze, once it is sure that the given ones do not contradict them.
-
-    Raises:
-        ConfigError: a field differs, by name.
-    """
-    frozen = read_frozen(folder, type(config))
-    given = replace(
-        config, runtime=fill_open(config.runtime, frozen.runtime), look=fill_open(config.look, frozen.look)
-    )
-    ignore = OPEN_FIELDS if not config.steps else OPEN_FIELDS[:1]
-    difference = find_difference(frozen, given, ignore)
-    if difference:
-        raise ConfigError(
-            f"{difference} (the run's, then yours): a resumed run must keep its settings; drop that flag, "
-            "or start under "
-            "another tag."
-        )
-    return replace(frozen, resume=True)
-
-
-def fill_open(given: Any, frozen: Any) -> Any:
-    """Return the given settings with the frozen ones where they were left open (auto or 0)."""
-    names = [item.name for item in dataclasses.fields(given) if getattr(given, item.name) in ("auto", 0)]
-    kept = {n: getattr(frozen, n) for n in names if not isinstance(getattr(given, n), bool)}
-    return replace(given, **kept)
 
 
 def pick_power(step: int) -> bool:
@@ -174,15 +135,12 @@ class TrainingRun:
 
     def train(self) -> TrainResult:
         """Set up, train, and return the result."""
-        job, world = self.job, self.ranks.world_size
-        rows, unit = self.config.batch_tokens // job.model.sequence_len, job.model.sequence_len * world
-        if self.config.batch_tokens % unit:
-            raise ConfigError(
-                f"batch_tokens={self.config.batch_tokens} must be a multiple of sequence_len x ranks = "
-                f"{job.model.sequence_len} x {world}; try {unit * max(1, rows // world)}."
-            )
-        config = self.config
-        loaded = None
+        job, config, loaded = self.job, self.config, None
+        rows, rank, world = (
+            config.batch_tokens // job.model.sequence_len,
+            self.ranks.rank,
+            self.ranks.world_size,
+        )
         if config.resume:
             config = take_frozen(config, self.folder)
             if find_steps(self.folder):
@@ -190,13 +148,14 @@ class TrainingRun:
                 for reason in loaded.skipped:
                     self.tell(NoteEvent(text=f"Skipped {reason}"))
         self.config = config
-        model = GPT(job.model)
+        model, loss = GPT(job.model), None
+        model.checkpoint_blocks = config.runtime.checkpoint_blocks
         job.prepare(model)
-        rank, world = self.ranks.rank, self.ranks.world_size
-        loss = None
         if not config.resume:
-            tuning = self.tune(model, *next(iter(job.open_batches(rows, rank, world, None))))
-            loss = tuning.loss
+            batches = job.open_batches(rows, rank, world, None)
+            tuning = self.tune(model, *next(iter(batches)))
+            getattr(batches, "close", lambda: None)()
+            loss = tuning.loss if world == 1 else None
             config = self.config = self.freeze(tuning)
         if self.ranks.is_main:
             self.write_config()
@@ -212,9 +171,9 @@ class TrainingRun:
         if loaded is not None and loaded.optim_state is not None:
             optimizer.load_state_dict(loaded.optim_state["optimizer"])
             torch.set_rng_state(loaded.optim_state["rng"])
-            start_step, cursors = loaded.step, loaded.meta["cursors"]
-            cursor = cursors[rank] if rank < len(cursors) else cursors[0]
+            start_step, cursor = loaded.step, loaded.meta["cursors"][0]
             self.trained_s, self.tokens = float(loaded.meta["train_s"]), int(loaded.meta["tokens"])
+            self.t_start -= float(loaded.meta.get("spent_s", 0))
             self.tell(NoteEvent(text=f"Going on from step {start_step} of {config.steps}."))
         if self.ranks.is_main:
             self.log = MetricsLog(self.folder)
@@ -230,11 +189,16 @@ class TrainingRun:
             self.trained_s, self.tokens_per_s = event.elapsed_s, event.tokens_per_s
             self.tokens += event.tokens
             self.tell(event)
+            spent_s = time.perf_counter() - self.t_start
+            if spent_s > config.runtime.budget_s and not self.stop.is_set():
+                self.stop.set()
+                rest = "resume with a higher --max-hours or --max-dollars to go on"
+                self.tell(NoteEvent(text=f"The budget is spent ({spent_s / 3600:.2f} h): saving; {rest}."))
 
         step = fit(
             optimizer,
             self.batches,
-            loss or job.make_loss(model, config.runtime),
+            loss or SpreadLoss(model, job.make_loss(model, config.runtime)),
             steps=config.steps,
             start_step=start_step,
             micro_batch_rows=config.runtime.micro_batch_rows,
@@ -353,7 +317,8 @@ class TrainingRun:
         """Write a snapshot and a checkpoint where it is time to."""
         look, main = self.config.look, self.ranks.is_main
         small = look.snapshots and (last or pick_power(step))
-        if main and small and measure_snapshots(self.folder) < look.snapshot_budget_mb * 1e6:
+        room = look.snapshot_budget_mb * 1e6 - 2 * self.job.model.n_params
+        if main and small and measure_snapshots(self.folder) <= room:
             save_snapshot(self.folder, step, self.model.state_dict(), self.job.model, self.describe(step))
             self.tell(CheckpointEvent(step=step, path=f"snapshots/model_{step:06d}.pt", snapshot=True))
         if look.save_every:
@@ -363,13 +328,21 @@ class TrainingRun:
         if step == self.saved_step or not any_rank(main and (last or due), self.model.device):
             return
         cursors = gather_objects(self.batches.cursor)
+        if cursors.count(cursors[0]) < len(cursors):  # nodes with shards of their own may differ
+            raise DataError(
+                f"step {step}: the ranks read different text; compare the nodes' shards and resume."
+            )
         self.saved_step, t_start = step, time.monotonic()
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }  # by all ranks together
         if main:
-            state = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
-            meta = {**self.describe(step), "cursors": cursors}
+            meta = {**self.describe(step), "cursors": cursors[:1]}
             self.job.save_step(self.folder, step, self.model, state, meta)
             prune_checkpoints(self.folder, look.keep_checkpoints)
             self.tell(CheckpointEvent(step=step, path=f"model_{step:06d}.pt"))
+        getattr(self.batches, "release", lambda: None)()  # of shards that no resumed run will read
         self.t_saved = time.monotonic()
         self.save_s = self.t_saved - t_start
 
@@ -382,6 +355,7 @@ class TrainingRun:
             "tokenizer_identity": self.job.tokenizer.identity,
             "tokens": self.tokens,
             "train_s": self.trained_s,
+            "spent_s": time.perf_counter() - self.t_start,
             "user_config": encode_config(self.config),
         }
 

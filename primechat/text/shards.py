@@ -1,24 +1,31 @@
 """Shards of the big corpora, brought from the Hugging Face Hub into a folder.
 
-Hides: which shards are asked for. A finished one is not fetched again, its size is compared with the Hub's
-where there is a network. Without one, what is missing is said within 5 s.
-Reference: nanochat's dataset.py: its names and folders.
+Hides: which shards are asked for, and when. A finished one is not fetched again, its size is compared with
+the Hub's where there is a network. Without one, what is missing is said within 5 s. A feed fetches on while
+training runs. Reference: nanochat's dataset.py: its names and folders.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from primechat.errors import DataError, HubError
 from primechat.hub import HubFile, ask_hub, explain, fetch_files
-from primechat.records import OnEvent
+from primechat.records import NoteEvent, OnEvent
 
 # corpus: (repository, folder in the base directory, number of the last shard, which is validation)
 HUB_CORPORA = {
     "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", "base_data", 1822),
     "climbmix": ("karpathy/climbmix-400b-shuffle", "base_data_climbmix", 6542),
 }
+PATIENCE_S = 1800.0  # how long training waits for a shard that cannot be had now
+RETRY_S, POLL_S = 20.0, 0.2
+AT_ONCE = 4  # shards fetched together
 
 
 def list_shards(corpus: str, split: str, n_shards: int) -> list[str]:
@@ -87,3 +94,126 @@ def probe_sizes(repo: str, names: list[str]) -> dict[str, int]:
         if not sizes.get(name):
             raise HubError(f"{repo} has no file {name} on the Hub; ask for fewer shards.")
     return sizes
+
+
+class ShardFeed:
+    """Shards in the order of reading: those that are missing are fetched in the background, or waited for."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        folder: Path,
+        *,
+        repo: str = "",
+        keep: int = 0,
+        on_event: OnEvent | None = None,
+    ) -> None:
+        """Nothing is fetched before `begin`.
+
+        Args:
+            names: Files, in the order of reading; after the last the first one follows.
+            folder: Where they are.
+            repo: Where they are fetched from; empty fetches nothing, as another process of this machine does.
+            keep: Most shards on the disk at once, 0 for all; others are removed once released.
+            on_event: Hears of what keeps a shard from coming.
+        """
+        self.names, self.folder, self.repo, self.keep = list(names), folder, repo, keep
+        self.tell, self.reason = on_event or (lambda event: None), ""
+        self.position, self.closed = 0, threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def begin(self, shard: int) -> None:
+        """Read from a shard on, and fetch from there."""
+        self.position = shard
+        if self.repo and self.thread is None:
+            self.thread = threading.Thread(target=self._fetch_all, name="primechat-feed", daemon=True)
+            self.thread.start()
+
+    def wait(self, shard: int, stop: threading.Event | None = None) -> Path:
+        """Return a shard's path once it is there.
+
+        Raises:
+            HubError: It does not come.
+            DataError: The feed was closed, or the reader.
+        """
+        path, t_start = self.folder / self.names[shard], time.monotonic()
+        told = False
+        while not path.is_file():
+            waited_s = time.monotonic() - t_start
+            if self.closed.is_set() or (stop is not None and stop.is_set()):
+                raise DataError("these shards are closed; open them again.")
+            if waited_s > PATIENCE_S:
+                reason = f" ({self.reason})" if self.reason else ""
+                raise HubError(
+                    f"{path.name} did not come in {waited_s / 60:.0f} minutes{reason}; check the network and "
+                    "resume."
+                )
+            if waited_s > 5 and not told:
+                self.tell(NoteEvent(text=f"Waiting for {path.name}. {self.reason}".strip()))
+                told = True
+            self.closed.wait(POLL_S)
+        return path
+
+    def release(self, shard: int) -> None:
+        """Tell that reading has come to a shard for good: those before it may go, later ones may come."""
+        self.position = shard
+        if self.keep and self.repo:
+            inside = {self.names[i] for i in self._window()}
+            for name in set(self.names) - inside:
+                (self.folder / name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """End fetching; what is under way is left to its thread."""
+        self.closed.set()
+
+    def _window(self) -> list[int]:
+        """Return the shards that may be on the disk, in the order of reading."""
+        n = len(self.names)
+        return [(self.position + i) % n for i in range(min(n, self.keep or n))]
+
+    def _fetch_all(self) -> None:
+        """Fetch what is missing, nearest first, until closed; a failure is told once and tried again."""
+        sizes: dict[str, int] = {}
+        while not self.closed.is_set():
+            missing = [i for i in self._window() if not (self.folder / self.names[i]).is_file()][:AT_ONCE]
+            try:
+                if missing:
+                    names = [self.names[i] for i in missing]
+                    if not set(names) <= set(sizes):
+                        sizes |= ask_hub(partial(probe_sizes, self.repo, names))
+                    wanted = [
+                        HubFile(
+                            repo=self.repo, name=n, path=self.folder / n, size=sizes[n], repo_type="dataset"
+                        )
+                        for n in names
+                    ]
+                    fetch_files(wanted, self.folder / ".download", lambda _: None, at_once=AT_ONCE)
+                    self.reason = ""
+                self.closed.wait(POLL_S if missing else 1.0)
+            except Exception as error:  # whatever it is, training has what is there
+                self.reason = str(error) if isinstance(error, HubError) else explain(error)[0]
+                self.closed.wait(RETRY_S)
+
+
+def open_feed(
+    corpus: str, n_shards: int, base_dir: Path, *, fetches: bool, keep: int = 0,
+    on_event: OnEvent | None = None,
+) -> ShardFeed:  # fmt: skip
+    """Return the feed of a Hub corpus's training shards.
+
+    Args:
+        corpus: fineweb-edu or climbmix.
+        n_shards: Shards of the split.
+        base_dir: Holds base_data and base_data_climbmix.
+        fetches: True on one process of a machine.
+        keep: Most shards on the disk at once, 0 for all.
+        on_event: Hears of what keeps a shard from coming.
+    """
+    repo, subfolder, _ = HUB_CORPORA[corpus]
+    return ShardFeed(
+        list_shards(corpus, "train", n_shards), Path(base_dir) / subfolder, repo=repo if fetches else "",
+        keep=keep, on_event=on_event,
+    )  # fmt: skip

@@ -12,16 +12,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from primechat.errors import DataError
-from primechat.records import OnEvent, PhaseEvent, ProgressEvent
+from primechat.records import NoteEvent, OnEvent, PhaseEvent, ProgressEvent
+from primechat.text.shards import ShardFeed
 from primechat.text.tokenizer import Tokenizer
 
 SCHEMA = 1
@@ -166,21 +168,50 @@ class Group:
     offsets: np.ndarray  # (documents + 1,)
 
 
-def list_groups(paths: Sequence[Path]) -> list[tuple[int, int]]:
-    """Return (shard, row group) of all shards in order."""
+def read_groups(
+    feed: ShardFeed,
+    tokenizer: Tokenizer,
+    threads: int,
+    start: dict[str, int],
+    stop: threading.Event,
+    skip_bad: bool,
+    tell: OnEvent,
+) -> Iterator[Group]:
+    """Yield the row groups of all shards in order, epoch after epoch, from a place on; waits for shards.
+
+    Raises:
+        DataError: A shard cannot be read and is not to be skipped, or none can.
+    """
+    shard, row_group, found = start["shard"], start["row_group"], True
+    for epoch in count(start["epoch"]):
+        while shard < len(feed):
+            path = feed.wait(shard, stop)
+            try:
+                for i in list_groups(path):
+                    if i >= row_group:
+                        found = True
+                        yield read_group(path, (epoch, shard, i), tokenizer, threads)
+            except DataError as error:
+                if not skip_bad:
+                    raise DataError(f"{error} Or go on without it: --skip_bad_shards.") from None
+                tell(NoteEvent(text=f"Skipped a shard: {error}"))
+            shard, row_group = shard + 1, 0
+        if not found:
+            raise DataError(f"none of the {len(feed)} shards can be read; replace them.")
+        shard, found = 0, False
+
+
+def list_groups(path: Path) -> list[int]:
+    """Return the row groups of a shard that hold rows."""
     import pyarrow.parquet as pq
 
-    groups = []
-    for shard, path in enumerate(paths):
-        try:
-            with pq.ParquetFile(path) as file:
-                if "text" not in file.schema_arrow.names:
-                    raise DataError(f"{path} has no column `text`; give shards that have.")
-                sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-                groups += [(shard, i) for i, size in enumerate(sizes) if size]
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} is damaged or no parquet file ({error!s:.80}); replace it.") from None
-    return groups
+    try:
+        with pq.ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                raise DataError(f"{path} has no column `text`; give shards that have.")
+            return [i for i in range(file.num_row_groups) if file.metadata.row_group(i).num_rows]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged or no parquet file ({error!s:.80}); replace it.") from None
 
 
 def read_group(path: Path, place: tuple[int, int, int], tokenizer: Tokenizer, threads: int) -> Group:

@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -20,7 +21,7 @@ from primechat.config import OptimConfig
 from primechat.errors import PrimechatError
 from primechat.records import StepEvent
 from primechat.train.optim import Optimizer
-from primechat.train.parallel import any_rank, sum_grads, sum_numbers
+from primechat.train.parallel import SpreadLoss, any_rank, sum_grads, sum_numbers
 
 SumLoss = Callable[[Tensor, Tensor], Tensor]  # ids, targets (b, T) -> summed nats
 
@@ -74,7 +75,8 @@ def fit(
     Args:
         optimizer: holds the parameters.
         batches: yields this rank's (ids, targets) of each step.
-        loss: summed nats of a micro-batch, with gradients.
+        loss: summed nats of a micro-batch, with gradients; a `SpreadLoss` sums these over the ranks while
+            the backward pass runs, those of any other are summed after it.
         steps: optimizer steps of the whole run; the schedule stretches over them.
         start_step: steps already done.
         micro_batch_rows: rows of one forward and backward pass.
@@ -102,14 +104,17 @@ def fit(
     while step < steps:
         t_start = time.perf_counter()
         ids, targets = next(source)
-        (counted,) = sum_numbers([float((targets >= 0).sum())], device)
+        counted, tokens = sum_numbers([float((targets >= 0).sum()), float(ids.numel())], device)
         nats = torch.zeros((), device=device)
-        for x, y in zip(ids.split(micro_batch_rows), targets.split(micro_batch_rows), strict=True):
+        pairs = list(zip(ids.split(micro_batch_rows), targets.split(micro_batch_rows), strict=True))
+        for i, (x, y) in enumerate(pairs):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            part = loss(x, y) / max(1.0, counted)
-            part.backward()
+            with loss.no_sync() if isinstance(loss, SpreadLoss) and i + 1 < len(pairs) else nullcontext():
+                part = loss(x, y) / max(1.0, counted)
+                part.backward()
             nats += part.detach()
-        sum_grads(optimizer.params)
+        if not isinstance(loss, SpreadLoss):
+            sum_grads(optimizer.params)
         (mean_nats,) = sum_numbers([float(nats)], device)
         if not math.isfinite(mean_nats):
             raise PrimechatError(
@@ -122,7 +127,6 @@ def fit(
         step += 1
         spent_s = time.perf_counter() - t_start
         elapsed_s += spent_s
-        (tokens,) = sum_numbers([float(ids.numel())], device)
         if on_step:
             on_step(
                 StepEvent(

@@ -1,20 +1,22 @@
 """The optimizer: Muon for the matrices of the blocks, fused AdamW for embeddings, head and scalars.
 
 Hides: which parameter gets which rule. Reference: Jordan et al. 2024 (Muon); Amsel et al. 2025 (Polar
-Express); Li et al. 2025 (NorMuon); learning rates and their scaling by width as in nanochat. State is whole
-on every rank, so that a run can resume on another number of ranks.
+Express); Li et al. 2025 (NorMuon); learning rates and their scaling by width as in nanochat. With several
+ranks each keeps the state of its share alone, moves that share, and gets the others' while it computes;
+`state_dict` is whole all the same, so that a run can resume on another number of ranks.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from primechat.config import OptimConfig
-from primechat.train.parallel import share_work
+from primechat.train.parallel import Share, sum_numbers
 
 # Polar Express, Amsel et al. 2025, degree 5, five steps, for singular values from 1e-3 to 1
 POLAR_STEPS = (
@@ -50,36 +52,113 @@ class Muon:
             groups[tuple(p.shape)].append(p)
         self.groups = [groups[shape] for shape in sorted(groups)]
         self.half = half
-        self.momenta = [torch.zeros(len(g), *g[0].shape, device=g[0].device) for g in self.groups]
-        self.second = [torch.zeros(len(g), *row_shape(g[0]), device=g[0].device) for g in self.groups]
+        self.shares = [Share(len(g)) for g in self.groups]
+        pairs = [(s.hi - s.lo, g[0]) for s, g in zip(self.shares, self.groups, strict=True)]
+        self.momenta = [torch.zeros(n, *p.shape, device=p.device) for n, p in pairs]
+        self.second = [torch.zeros(n, *row_shape(p), device=p.device) for n, p in pairs]
 
     def step(self, lr: float, momentum: float, weight_decay: float, beta2: float = 0.95) -> float:
         """Move all matrices by one step; return the squared norm of the move."""
-        moved = 0.0
-        for params, m, s in zip(self.groups, self.momenta, self.second, strict=True):
-            grad = torch.stack([p.grad for p in params if p.grad is not None]).float()
-            m.lerp_(grad, 1 - momentum)
-            grad.lerp_(m, momentum)  # Nesterov
-            work = grad.to(torch.bfloat16) if self.half else grad
-            update = share_work(work, orthogonalize).float()
-            # NorMuon: even out the rows by a running mean square, at the same total norm
-            dim = 2 if s.size(2) == 1 else 1
-            size = update.norm(dim=(1, 2), keepdim=True)
-            s.lerp_(update.square().mean(dim=dim, keepdim=True), 1 - beta2)
-            update = update / s.clamp(min=1e-10).sqrt()
-            update *= size / update.norm(dim=(1, 2), keepdim=True).clamp(min=1e-10)
-            scale = lr * max(1.0, params[0].size(0) / params[0].size(1)) ** 0.5
-            for p, u in zip(params, update, strict=True):
-                if weight_decay:
-                    p.mul_(1 - lr * weight_decay)
-                p.add_(u, alpha=-scale)
-            moved += float(update.square().sum()) * scale**2
-        return moved
+        moved, coming = 0.0, []
+        for params, share, m, s in zip(self.groups, self.shares, self.momenta, self.second, strict=True):
+            mine = params[share.lo : share.hi]
+            if mine:
+                moved += self.move(mine, m, s, lr, momentum, weight_decay, beta2)
+            if share.world_size > 1:  # the next stack is computed while this one travels
+                stack = torch.stack([*mine]) if mine else params[0].new_zeros(0, *params[0].shape)
+                coming.append((params, share, share.gather(stack)))
+        for params, share, wait in coming:
+            whole = wait()
+            others = [i for i in range(len(params)) if not share.lo <= i < share.hi]
+            if others:
+                torch._foreach_copy_([params[i] for i in others], [whole[i] for i in others])
+        device = self.momenta[0].device if self.momenta else torch.device("cpu")
+        return sum_numbers([moved], device)[0]
+
+    def move(
+        self, params: list[nn.Parameter], m: Tensor, s: Tensor, lr: float, momentum: float,
+        weight_decay: float, beta2: float,
+    ) -> float:  # fmt: skip
+        """Move matrices of one shape; return the squared norm of the move."""
+        grad = torch.stack([p.grad for p in params if p.grad is not None]).float()
+        m.lerp_(grad, 1 - momentum)
+        grad.lerp_(m, momentum)  # Nesterov
+        update = orthogonalize(grad.to(torch.bfloat16) if self.half else grad).float()
+        # NorMuon: even out the rows by a running mean square, at the same total norm
+        dim = 2 if s.size(2) == 1 else 1
+        size = update.norm(dim=(1, 2), keepdim=True)
+        s.lerp_(update.square().mean(dim=dim, keepdim=True), 1 - beta2)
+        update = update / s.clamp(min=1e-10).sqrt()
+        update *= size / update.norm(dim=(1, 2), keepdim=True).clamp(min=1e-10)
+        scale = lr * max(1.0, params[0].size(0) / params[0].size(1)) ** 0.5
+        for p, u in zip(params, update, strict=True):
+            if weight_decay:
+                p.mul_(1 - lr * weight_decay)
+            p.add_(u, alpha=-scale)
+        return float(update.square().sum()) * scale**2
 
 
 def row_shape(p: Tensor) -> tuple[int, int]:
     """Return the shape of a second moment with one number along the longer side of a matrix."""
     return (p.size(0), 1) if p.size(0) >= p.size(1) else (1, p.size(1))
+
+
+class Adam:
+    """Fused AdamW; of a table each rank keeps and moves its rows, scalars are moved on every rank."""
+
+    def __init__(self, groups: list[tuple[list[nn.Parameter], float]]) -> None:
+        self.params = [p for params, _ in groups for p in params]
+        self.shares = [Share(len(p)) if p.ndim == 2 and len(p) > 1 else None for p in self.params]
+        self.mine = {
+            p: nn.Parameter(p.data[share.lo : share.hi]) if share and share.world_size > 1 else p
+            for p, share in zip(self.params, self.shares, strict=True)
+        }
+        self.adam = torch.optim.AdamW(
+            [{"params": [self.mine[p] for p in params], "lr": lr, "peak": lr} for params, lr in groups],
+            betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True,
+        )  # fmt: skip
+
+    def step(self, ratio: float) -> Callable[[], None]:
+        """Move this rank's rows; the call that is returned waits for the others'."""
+        for group in self.adam.param_groups:
+            group["lr"] = group["peak"] * ratio
+        for p, share in zip(self.params, self.shares, strict=True):
+            if self.mine[p] is not p and share and p.grad is not None:
+                self.mine[p].grad = p.grad[share.lo : share.hi]
+        self.adam.step()
+        coming = []
+        for p, share in zip(self.params, self.shares, strict=True):
+            if self.mine[p] is not p and share:
+                self.mine[p].grad = None
+                coming.append((p, share.gather(self.mine[p].data)))
+
+        def wait() -> None:
+            for p, whole in coming:
+                p.copy_(whole())
+
+        return wait
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return AdamW's state of whole tables."""
+        state = self.adam.state_dict()
+        whole = {}
+        for i, (p, share) in enumerate(zip(self.params, self.shares, strict=True)):
+            whole[i] = dict(state["state"].get(i, {}))
+            for key in ("exp_avg", "exp_avg_sq"):
+                if self.mine[p] is not p and share and key in whole[i]:
+                    whole[i][key] = share.gather(whole[i][key])().clone()
+        return {**state, "state": {i: found for i, found in whole.items() if found}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take this rank's rows of a whole state."""
+        mine = {}
+        for i, found in state["state"].items():
+            p, share = self.params[int(i)], self.shares[int(i)]
+            mine[i] = dict(found)
+            for key in ("exp_avg", "exp_avg_sq"):
+                if self.mine[p] is not p and share:
+                    mine[i][key] = found[key][share.lo : share.hi].clone()
+        self.adam.load_state_dict({**state, "state": mine})
 
 
 class Optimizer:
@@ -110,8 +189,7 @@ class Optimizer:
             "scalar": config.scalar_lr * 0.01,
             "added": config.added_lr,
         }
-        groups = [{"params": kinds[k], "lr": lr, "peak": lr} for k, lr in rates.items() if kinds[k]]
-        self.adam = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+        self.adam = Adam([(kinds[k], lr) for k, lr in rates.items() if kinds[k]])
 
     @torch.no_grad()
     def step(self, ratio: float, momentum: float) -> tuple[float, float]:
@@ -128,21 +206,27 @@ class Optimizer:
         norm = float(torch.nn.utils.get_total_norm(grads))
         if self.config.grad_clip and norm > self.config.grad_clip:
             torch._foreach_mul_(grads, self.config.grad_clip / norm)
-        for group in self.adam.param_groups:
-            group["lr"] = group["peak"] * ratio
-        self.adam.step()
+        wait = self.adam.step(ratio)
         moved = self.muon.step(self.config.matrix_lr * ratio, momentum, self.config.weight_decay * ratio)
+        wait()
         for p in self.params:
             p.grad = None
         return norm, moved**0.5
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the next step depends on, as plain containers of tensors."""
-        return {"adam": self.adam.state_dict(), "momenta": self.muon.momenta, "second": self.muon.second}
+        """Return everything that the next step depends on, as plain containers of tensors, whole.
+
+        With several ranks all of them must call this; the tensors are copies then.
+        """
+        parts = zip(self.muon.shares, self.muon.momenta, self.muon.second, strict=True)
+        whole = [(share.gather(m)(), share.gather(s)()) for share, m, s in parts]
+        return {
+            "adam": self.adam.state_dict(), "momenta": [m for m, _ in whole], "second": [s for _, s in whole],
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where `state_dict` was taken."""
+        """Take up where `state_dict` was taken, on any number of ranks."""
         self.adam.load_state_dict(state["adam"])
         for mine, theirs in ((self.muon.momenta, state["momenta"]), (self.muon.second, state["second"])):
-            for a, b in zip(mine, theirs, strict=True):
-                a.copy_(b)
+            for share, a, b in zip(self.muon.shares, mine, theirs, strict=True):
+                a.copy_(b[share.lo : share.hi])

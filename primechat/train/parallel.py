@@ -1,23 +1,30 @@
-"""Several processes, one model: who am I, and sums over all of us.
+"""Several processes, one model: who am I, sums over all of us, and who owns which part of the optimizer.
 
-Hides: torch.distributed. Started by torchrun there are WORLD_SIZE ranks (NCCL on CUDA, gloo elsewhere);
-otherwise one rank, and every function here is free. Gradients are summed, each loss being divided by the
-tokens of all ranks before.
+Hides: torch.distributed. Started by torchrun there are WORLD_SIZE ranks (NCCL on CUDA, gloo elsewhere), on
+one node or on several (torchrun's rendezvous); otherwise one rank, and every function here is free.
+Gradients are summed while the backward pass still runs, each loss being divided by the tokens of all ranks
+before. Reference: Li et al. 2020 (DistributedDataParallel); Rajbhandari et al. 2020 (ZeRO, stage 1).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 Shared = TypeVar("Shared")
 BUCKET_BYTES = 128 * 2**20
+PATIENCE = timedelta(minutes=60)  # a rank may wait for a shard, or for rank 0 to write a checkpoint
+# what a rank says whose neighbour has gone: not the cause, so nothing to print
+ECHOES = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited")
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,18 @@ def join_ranks(device_type: str) -> Ranks:
     if device_type == "cuda":
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=PATIENCE)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank)
+
+
+@contextmanager
+def wait_turn(ranks: Ranks) -> Iterator[None]:
+    """Let each machine's first rank go through a block before its others: it prepares what they share."""
+    if dist.is_initialized() and ranks.local_rank:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and not ranks.local_rank:
+        dist.barrier()
 
 
 def sum_grads(params: Iterable[Tensor]) -> None:
@@ -97,20 +114,98 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return sum_numbers([float(flag)], device)[0] > 0
 
 
-def share_work(stack: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply `work` to a stack (n, ...) of independent matrices, each rank doing its share; all get all
-    results.
+def is_echo(error: BaseException) -> bool:
+    """Tell whether an error only says that another rank has gone."""
+    network = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
+    return network or (isinstance(error, RuntimeError) and any(words in str(error) for words in ECHOES))
 
-    Source: the owner-computes scheme of distributed Muon (Jordan et al. 2024), here by matrix.
+
+class LossModule(nn.Module):
+    """A loss and the model behind it as one module, which is what DistributedDataParallel takes."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed nats of ids and targets (b, T)."""
+        return self.loss(ids, targets)
+
+
+class SpreadLoss:
+    """A summed loss whose gradients are summed over all ranks while the backward pass runs.
+
+    A compiled loss is compiled in pieces, one a bucket of gradients, so that it overlaps too.
     """
-    if not dist.is_initialized():
-        return work(stack)
-    world_size, n = dist.get_world_size(), len(stack)
-    share = -(-n // world_size)
-    mine = stack[dist.get_rank() * share : (dist.get_rank() + 1) * share]
-    padded = stack.new_zeros(share, *stack.shape[1:])
-    if len(mine):
-        padded[: len(mine)] = work(mine)
-    parts = [torch.empty_like(padded) for _ in range(world_size)]
-    dist.all_gather(parts, padded)
-    return torch.cat(parts)[:n]
+
+    def __init__(self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.call: Callable[[Tensor, Tensor], Tensor] = loss
+        self.parallel: DistributedDataParallel | None = None
+        if dist.is_initialized():
+            module = LossModule(model, loss)
+            self.call = self.parallel = DistributedDataParallel(module, gradient_as_bucket_view=True)
+            self.parallel.register_comm_hook(None, sum_bucket)
+
+    def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed nats of this rank's ids and targets (b, T)."""
+        total: Tensor = self.call(ids, targets)
+        return total
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Return a context in which gradients stay with this rank: of all micro-batches but the last."""
+        quiet: AbstractContextManager[None] = self.parallel.no_sync() if self.parallel else nullcontext()
+        return quiet
+
+
+def sum_bucket(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Sum a bucket of gradients over all ranks; without this hook they would be averaged."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None, "an asynchronous call returns its work"
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+# DistributedDataParallel compares the types themselves, not their names
+sum_bucket.__annotations__.update(bucket=dist.GradBucket, **{"return": torch.futures.Future[Tensor]})
+
+
+# its name before torch 2.12
+gather_whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Share:
+    """This rank's part of the rows of a tensor (n, ...): rows `lo` to `hi`, as even as whole rows allow.
+
+    >>> Share(10).lo, Share(10).hi
+    (0, 10)
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n, self.world_size = n, dist.get_world_size() if dist.is_initialized() else 1
+        self.size = -(-n // self.world_size)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        self.lo, self.hi = min(n, rank * self.size), min(n, (rank + 1) * self.size)
+
+    def gather(self, mine: Tensor) -> Callable[[], Tensor]:
+        """Begin to bring all parts together; the call that is returned waits for them.
+
+        Args:
+            mine: this rank's rows (hi - lo, ...).
+
+        Returns:
+            A call that gives all rows (n, ...), on every rank.
+        """
+        if self.world_size == 1:
+            return lambda: mine
+        padded = mine.contiguous()
+        if len(mine) < self.size:
+            padded = mine.new_zeros(self.size, *mine.shape[1:])
+            padded[: len(mine)] = mine
+        whole = mine.new_empty(self.size * self.world_size, *mine.shape[1:])
+        work = gather_whole(whole, padded, async_op=True)
+
+        def wait() -> Tensor:
+            assert work is not None, "an asynchronous call returns its work"
+            work.wait()
+            return whole[: self.n]
+
+        return wait
