@@ -121,8 +121,7 @@ def _(mo):
 
 @app.cell
 def _(EXERCISES, exercise):
-    def draw(p, u):
-        ...
+    def draw(p, u): ...
 
     exercise(EXERCISES[0], draw)
     return
@@ -130,8 +129,7 @@ def _(EXERCISES, exercise):
 
 @app.cell
 def _(EXERCISES, exercise):
-    def keep(p, top_p):
-        ...
+    def keep(p, top_p): ...
 
     exercise(EXERCISES[1], keep)
     return
@@ -139,8 +137,7 @@ def _(EXERCISES, exercise):
 
 @app.cell
 def _(EXERCISES, exercise):
-    def stream(pieces):
-        ...
+    def stream(pieces): ...
 
     exercise(EXERCISES[2], stream)
     return

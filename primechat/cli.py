@@ -17,7 +17,9 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -53,8 +55,12 @@ DESK = {
     "check": "tell what a model is and whether it is sound",
     "models": "list the models that are on this machine",
     "plan": "tell what a run needs: memory, disk, hours, dollars",
+    "export": "write a lab as a folder that runs on rented GPUs",
+    "preflight": "test a rented machine in a minute, before money is spent",
+    "pull": "bring a run home from a rented machine",
     "bench": "measure how fast this machine trains, generates and tokenizes",
 }
+CLOUD = ("plan", "export", "preflight", "pull")
 SHORTCUTS = {
     "--device": "--device cpu|mps|cuda stands for --runtime.device.",
     "--config": "--config FILE starts from a saved config.json or a run's folder; flags override it.",
@@ -75,13 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0 also after a clean stop, 1 for a check that finds a fault, 2 for what a user can
         mend, 130 for an interrupt.
     """
-    rank = os.environ.get("RANK", "0")
     try:
         return run_verb(list(sys.argv[1:] if argv is None else argv))
-    except PrimechatError as error:
-        who = "primechat" if rank == "0" else f"primechat (rank {rank})"
-        print(f"{who}: {error}", file=sys.stderr)
-        return 2
     except SystemExit as error:  # tyro's, after a help text or a wrong flag
         return error.code if isinstance(error.code, int) else 0
     except KeyboardInterrupt:
@@ -90,6 +91,44 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `primechat models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        return explain_end(error)
+
+
+def explain_end(error: Exception) -> int:
+    """Tell why a run ends, once for all ranks of a machine, and return the exit code.
+
+    A rank whose neighbour has gone says nothing: the neighbour knows the cause. An error of the program
+    itself goes on as a traceback.
+    """
+    alone, rank = os.environ.get("WORLD_SIZE", "1") == "1", os.environ.get("RANK", "0")
+    who = "primechat" if rank == "0" else f"primechat (rank {rank})"
+    if isinstance(error, PrimechatError):
+        if alone or claim_report():
+            print(f"{who}: {error}", file=sys.stderr, flush=True)
+        return 2
+    if alone:
+        raise error
+    from primechat.train.parallel import is_echo
+
+    if not is_echo(error) and claim_report():
+        traceback.print_exception(error)
+        print(
+            f"{who} failed, so all ranks end; resume from the last checkpoint.", file=sys.stderr, flush=True
+        )
+    sys.stderr.flush()
+    os._exit(1)  # the interpreter's own end may wait for ranks that are gone
+
+
+def claim_report() -> bool:
+    """Tell whether this rank is the first of its machine that has something to say of this start."""
+    start = [os.environ.get(name, "") for name in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")]
+    path = Path(tempfile.gettempdir()) / f"primechat-end-{os.getppid()}-{'-'.join(start)}"
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
 
 
 def run_verb(argv: list[str]) -> int:
@@ -121,10 +160,10 @@ def run_verb(argv: list[str]) -> int:
         from primechat.desk.bench import BenchConfig, run_bench
 
         return run_bench(parse_flags(verb, BenchConfig, argv, BenchConfig(device=device or "auto")))
-    elif verb == "plan":
-        from primechat.desk.cloud import PlanFlags, run_plan
+    elif verb in CLOUD:
+        from primechat.desk.cloud import run_cloud
 
-        return run_plan(parse_flags(verb, PlanFlags, argv, PlanFlags(run=full_run(argv))))
+        return run_cloud(verb, argv)
     elif verb == "lab":
         from primechat.desk.labs.twins import LabConfig, run_lab
 
@@ -214,21 +253,6 @@ def build_default(verb: str, cls: Any, argv: list[str], device: str | None) -> A
     return config
 
 
-def full_run(argv: list[str]) -> Any:
-    """Return the run that --depth, --arch and --config name, a full one; takes them out of the words."""
-    from primechat.cloud.plan import full_config
-    from primechat.config import PretrainConfig
-
-    file, depth, arch = (take_option(argv, name) for name in ("--config", "--depth", "--arch"))
-    if file:
-        return read_config(Path(file), PretrainConfig)
-    if depth is not None and not depth.isdecimal():
-        raise ConfigError(f"--depth {depth} must be a whole number from 1 to 256; try 20.")
-    if arch not in (None, "classic", "modern"):
-        raise ConfigError(f"--arch {arch} must be classic or modern; try classic.")
-    return full_config(int(depth or 20), arch or "classic")
-
-
 def read_config(path: Path, cls: type[Config]) -> Config:
     """Read a config from a JSON file or a run's folder."""
     from primechat.config import decode_config
@@ -278,14 +302,9 @@ def run_stage(verb: str, argv: list[str], device: str | None) -> int:
         text for key, text in SHORTCUTS.items() if verb == "pretrain" or key in ("--device", "--config")
     ]
     config = parse_flags(verb, cls, argv, default, "\n\n" + "\n".join(fitting))
+    result = call_stage(getattr(primechat, name), config)
     if os.environ.get("RANK", "0") != "0":
-        with stop_on_signal() as stop:
-            getattr(primechat, name)(config, stop=stop)
         return 0
-    from primechat.desk.progress import open_view
-
-    with stop_on_signal() as stop, open_view() as view:
-        result = getattr(primechat, name)(config, on_event=view, stop=stop)
     if is_stopped(result):
         place = [] if device is None else ["--device", device]
         if isinstance(result, QuickstartResult) and not config.tag:
@@ -297,10 +316,24 @@ def run_stage(verb: str, argv: list[str], device: str | None) -> int:
     return 0
 
 
+def call_stage(function: Any, config: Any) -> Any:
+    """Run a stage as a program does: Ctrl-C and SIGTERM save and stop it, rank 0 shows how far it is."""
+    if os.environ.get("RANK", "0") != "0":
+        with stop_on_signal() as stop:
+            return function(config, stop=stop)
+    from primechat.desk.progress import open_view
+
+    with stop_on_signal() as stop, open_view() as view:
+        return function(config, on_event=view, stop=stop)
+
+
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
     """Yield an event that the first Ctrl-C (or SIGTERM) sets; a second one ends the process at once."""
     stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
     kinds = (signal.SIGINT, signal.SIGTERM)
 
     def ask_stop(number: int, frame: FrameType | None) -> None:
@@ -310,6 +343,8 @@ def stop_on_signal() -> Iterator[threading.Event]:
         show_cursor = (
             b"\x1b[?25h" if os.isatty(2) else b""
         )  # a bar hides it, and an end at once does not bring it back
+        if os.environ.get("RANK", "0") != "0":
+            return
         os.write(
             2, show_cursor + b"\nStopping: this step is finished and saved; Ctrl-C again quits at once.\n"
         )

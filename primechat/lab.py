@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import threading
 import typing
 from collections import OrderedDict
@@ -150,14 +149,10 @@ def stage(function: Callable[..., Any], config: Any, *, title: str = "") -> Any:
     title = title or inspect.getdoc(type(config)).partition(".")[0]  # type: ignore[union-attr]
     if in_notebook():
         return show(open_control(function, config, title))
-    control = StageControl(title, lambda word: None)
-    if os.environ.get("RANK", "0") == "0":
-        from primechat.desk.progress import open_view
+    from primechat.cli import call_stage
 
-        with open_view() as view:
-            control.result = function(config, on_event=view, stop=threading.Event())
-    else:
-        control.result = function(config, stop=threading.Event())
+    control = StageControl(title, lambda word: None)
+    control.result = call_stage(function, config)
     control.state = "done"
     return control
 

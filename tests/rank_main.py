@@ -42,7 +42,7 @@ def main(folder: Path, end: int, half: bool, start: str) -> None:
             stop.set()
 
     fit(
-        optimizer, batches[begin:], SpreadLoss(model), steps=50, start_step=begin, micro_batch_rows=1,
+        optimizer, batches[begin:], SpreadLoss(model, lambda x, y: model.loss(x, y, "sum")), steps=50, start_step=begin, micro_batch_rows=1,
         on_step=note, stop=stop,
     )  # fmt: skip
     found = {"model": model.state_dict(), "losses": losses, "optimizer": optimizer.state_dict(), "step": end}

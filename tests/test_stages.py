@@ -182,8 +182,8 @@ def test_run_locked(corpus: str) -> None:
 
 def test_config_refusals(corpus: str) -> None:
     with pytest.raises(DataError, match="tokenizer"):
-        pretrain(make_config(corpus))
-    train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
+        pretrain(make_config(corpus, tokenizer="nowhere"))
+    train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300, tag="d3"))
     with pytest.raises(ConfigError, match="vocab_size=301 must be that of the tokenizer"):
         pretrain(make_config(corpus, model=replace(SHAPE, vocab_size=301)))
     with pytest.raises(DataError, match="--tag"):

@@ -1,18 +1,34 @@
 """What the command line says about a run elsewhere: `primechat plan`, `export`, `preflight`, `pull`.
 
-Hides: how flags become a run and a machine. Reference: primechat.cloud.
+Hides: how flags become a run, a machine and a place. Reference: primechat.cloud.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-from primechat.cloud.plan import Plan, describe_plan, find_machine, full_config, make_plan  # fmt: skip
+import tyro
+
+from primechat.cli import parse_flags, read_config, take_option
+from primechat.cloud.export import POD_BASE, export_lab, find_lab, shrink_config
+from primechat.cloud.plan import Plan, describe_plan, find_machine, full_config, make_plan
 from primechat.config import PretrainConfig, encode_config
 from primechat.config.runtime import check_number
+from primechat.errors import ConfigError, PrimechatError
+from primechat.model.runlog import read_metrics
 from primechat.records import encode_record
-from primechat.store import base_dir
+from primechat.store import FAMILIES, base_dir, run_dir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +62,59 @@ class PlanFlags:
         return make_plan(self.run, machine, disk_limit_bytes=self.disk_gb * 1e9)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportFlags(PlanFlags):
+    """Write a lab as a folder that runs on rented GPUs: script, settings, launcher, the library."""
+
+    lab: tyro.conf.Positional[str] = "05"
+    """Number of the lab."""
+    output: str = ""
+    """Folder to write; empty is runs/<tag>."""
+    rehearse: bool = False
+    """Run what was written for 20 steps of a tiny model with 2 processes on this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullFlags:
+    """Bring a run's metrics and weights home over ssh."""
+
+    source: tyro.conf.Positional[str] = ""
+    """USER@HOST:RUN, the run as base/d20, sft/d20 or the path of its folder there."""
+    optim: bool = False
+    """Bring the optimizer's states too, to train on here."""
+    port: int = 22
+    """Port of ssh; RunPod shows it."""
+    base_dir: str = POD_BASE
+    """Base directory over there."""
+
+
+def run_cloud(verb: str, argv: list[str]) -> int:
+    """Run one of these verbs and return its exit code."""
+    if verb == "pull":
+        return run_pull(parse_flags(verb, PullFlags, argv, PullFlags()))
+    if verb == "preflight":
+        from primechat.desk.preflight import PreflightFlags, run_preflight
+
+        start = PreflightFlags(run=full_run(argv))
+        return run_preflight(parse_flags(verb, PreflightFlags, argv, start))
+    if verb == "plan":
+        return run_plan(parse_flags(verb, PlanFlags, argv, PlanFlags(run=full_run(argv))))
+    output = take_option(argv, "-o") or ""
+    return run_export(parse_flags(verb, ExportFlags, argv, ExportFlags(run=full_run(argv), output=output)))
+
+
+def full_run(argv: list[str]) -> PretrainConfig:
+    """Return the run that --depth, --arch and --config name, a full one; takes them out of the words."""
+    file, depth, arch = (take_option(argv, name) for name in ("--config", "--depth", "--arch"))
+    if file:
+        return read_config(Path(file), PretrainConfig)
+    if depth is not None and not depth.isdecimal():
+        raise ConfigError(f"--depth {depth} must be a whole number from 1 to 256; try 20.")
+    if arch not in (None, "classic", "modern"):
+        raise ConfigError(f"--arch {arch} must be classic or modern; try classic.")
+    return full_config(int(depth or 20), arch or "classic")
+
+
 def run_plan(flags: PlanFlags) -> int:
     """Print a plan.
 
@@ -60,3 +129,98 @@ def run_plan(flags: PlanFlags) -> int:
     else:
         print("\n".join(describe_plan(plan)))
     return 0 if plan.fits else 1
+
+
+def run_export(flags: ExportFlags) -> int:
+    """Write the folder, and rehearse it if asked.
+
+    Returns:
+        The exit code: 1 where the rehearsal fails.
+    """
+    lab, plan = find_lab(flags.lab), flags.plan()
+    folder = Path(flags.output or f"runs/{flags.run.tag}").expanduser()
+    for path in export_lab(lab, flags.run, plan, folder):
+        print(path)
+    if not plan.fits:
+        print(f"It will not fit on {plan.machine.name} as planned; `primechat plan` tells why.")
+    if flags.rehearse:
+        return rehearse(folder)
+    print(f"How to start it stands in {folder / 'README.md'}; --rehearse tries it here first.")
+    return 0
+
+
+def rehearse(folder: Path, ranks: int = 2, say: Any = print) -> int:
+    """Run an exported folder by its own launcher: 20 steps, tiny, on this machine's CPU; then resume it.
+
+    Returns:
+        The exit code: 1 where something did not go as it must.
+    """
+    config = read_config(folder / "config.json", PretrainConfig)
+    (folder / "rehearsal.json").write_text(json.dumps(encode_config(shrink_config(config)), indent=2))
+    say(f"Rehearsal: 20 steps of a tiny model with {ranks} processes, by {folder / 'launch.sh'} ...")
+    t_start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="primechat-rehearsal-") as place:
+        keep = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        env = {
+            **keep, "NANOCHAT_BASE_DIR": place, "RANKS": str(ranks), "CONFIG": "rehearsal.json",
+            "TAG": "rehearsal", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }  # fmt: skip
+        for words in (["--max_hours", "1"], []):  # the second time it finds the run, resumes, and is done
+            done = subprocess.run(
+                ["bash", "launch.sh", "run", *words], cwd=folder, env=env, capture_output=True, text=True
+            )
+            if done.returncode:
+                say(f"The rehearsal failed (exit code {done.returncode}):\n{done.stderr[-3000:]}")
+                return 1
+        run = Path(place) / "base_checkpoints" / "rehearsal"
+        losses = [e["loss_nats"] for e in read_metrics(run / "metrics.jsonl") if e["kind"] == "step"]
+    if len(losses) != 20 or losses[-1] >= losses[0]:
+        say(f"The rehearsal ran, but its losses are wrong: {losses}.")
+        return 1
+    spent_s = time.perf_counter() - t_start
+    say(f"It went well in {spent_s:.0f} s: 20 steps, loss {losses[0]:.2f} to {losses[-1]:.2f}, resumed.")
+    return 0
+
+
+def plan_pull(flags: PullFlags) -> tuple[list[str], Path]:
+    """Return the rsync command that a pull runs, and where its files go.
+
+    Raises:
+        ConfigError: the source is not like USER@HOST:RUN.
+    """
+    host, colon, run = flags.source.partition(":")
+    match = re.fullmatch(rf"({'|'.join(FAMILIES)})/([^/@]+)", run)
+    path = f"{flags.base_dir}/{FAMILIES[match[1]]}/{match[2]}" if match else run.rstrip("/")
+    parent = Path(path).parent.name
+    family = match[1] if match else next((f for f, name in FAMILIES.items() if name == parent), "base")
+    if not colon or not re.fullmatch(r"\w[\w.-]*@\w[\w.-]*", host) or not path:
+        raise ConfigError(
+            f"source={flags.source!r} must be USER@HOST:RUN; try root@203.0.113.7:base/d20 --port 22001."
+        )
+    target = run_dir(family, Path(path).name)
+    skip = [] if flags.optim else ["--exclude=optim_*"]
+    ssh = shlex.join(["ssh", "-p", str(flags.port)])
+    words = ["rsync", "-rt", "--partial", "--info=progress2", *skip, "-e", ssh]
+    return [*words, f"{host}:{shlex.quote(path)}/", f"{target}/"], target
+
+
+def run_pull(flags: PullFlags) -> int:
+    """Copy a run's folder home, and say how to look at it.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        PrimechatError: rsync is missing, or fails.
+    """
+    command, target = plan_pull(flags)
+    if not shutil.which("rsync"):
+        raise PrimechatError("rsync is not installed here, it must be on both machines; install it.")
+    target.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(command)
+    if done.returncode:
+        raise PrimechatError(
+            f"rsync ended with {done.returncode}: {shlex.join(command)}; correct host or run."
+        )
+    print(f"Here: {target}. Look at it: primechat report {target}")
+    return 0

@@ -17,6 +17,7 @@ from primechat.desk.progress import open_view
 from primechat.errors import ConfigError, PrimechatError
 from primechat.model.download import TOKENIZER_FILES, Parcel, is_safe, measure_space, plan_download, run_plan
 from primechat.store import FAMILIES, base_dir, run_dir
+from primechat.text.shards import HUB_CORPORA, shard_paths
 
 DEFAULT = "diego-d20-base"
 TOKENIZER_REPO = "karpathy/nanochat-d32"
@@ -48,6 +49,8 @@ class DownloadConfig:
     """Leave out the default model."""
     no_optim: bool = False
     """Leave out optimizers: they are needed only to go on with a training in nanochat."""
+    shards: str = ""
+    """Fetch pretraining text instead: corpus and number of shards, as in fineweb-edu:8."""
     revision: str = ""
     """Branch, tag or commit of the models' and extras' repositories; main when empty."""
     token: str = ""
@@ -96,6 +99,8 @@ def run_download(config: DownloadConfig) -> int:
     from huggingface_hub import logging
 
     logging.set_verbosity_error()  # its warnings would cut through the bars; its errors are told here
+    if config.shards:
+        return fetch_shards(config.shards)
     parcels, token, base = list(build_parcels(config)), config.token or None, base_dir()
     if not parcels:
         raise ConfigError("Nothing is left to download; drop a --skip flag or name a --bundle or an --extra.")
@@ -128,3 +133,21 @@ def show_check(identifier: str) -> int:
         return 1
     print(result)
     return int(result.verdict == "broken")
+
+
+def fetch_shards(wanted: str) -> int:
+    """Fetch the first shards of a corpus, and the one that is validation.
+
+    Raises:
+        ConfigError: it is not like fineweb-edu:8.
+    """
+    corpus, _, count = wanted.partition(":")
+    if corpus not in HUB_CORPORA or not count.isdecimal():
+        raise ConfigError(
+            f"--shards {wanted} must be one of {', '.join(HUB_CORPORA)} and a number; try fineweb-edu:8."
+        )
+    with open_view() as view:
+        for split in ("train", "val"):
+            paths = shard_paths(corpus, split, int(count), view, base_dir=base_dir())
+    print(f"{count} shards of {corpus} and its validation are in {paths[0].parent}")
+    return 0

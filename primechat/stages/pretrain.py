@@ -9,13 +9,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from primechat import store
-from primechat.config import PretrainConfig
+from primechat.config import PretrainConfig, TokenizerConfig
 from primechat.errors import ConfigError
 from primechat.records import OnEvent, TrainResult
 from primechat.stages.run import Job, TrainingRun, pick_device, write_continuation
+from primechat.stages.tokenizer import train_tokenizer
 from primechat.text.batches import PackedBatches, ShardBatches, TokenCache, build_cache, validation_windows
 from primechat.text.corpora import corpus_identity, is_local, read_documents
 from primechat.text.shards import open_feed
@@ -46,11 +48,11 @@ def pretrain(
         ConfigError: settings contradict each other, the tokenizer or the run that is there.
         PrimechatError: text, tokenizer or checkpoints cannot be used.
     """
-    tokenizer = choose_tokenizer(config)
     model, T = config.model, config.model.sequence_len
     local, note = is_local(config.corpus), on_event
     ranks = join_ranks(pick_device(config.runtime.device))
     with wait_turn(ranks):
+        tokenizer = choose_tokenizer(config, on_event)
         val = cache_text(config.corpus, "val", tokenizer, config.n_shards, note)
         train = cache_text(config.corpus, "train", tokenizer, config.n_shards, note) if local else None
     feed = None if local else open_feed(
@@ -88,19 +90,26 @@ def pretrain(
             feed.close()
 
 
-def choose_tokenizer(config: PretrainConfig) -> Tokenizer:
-    """Return the named tokenizer, else the tag's own, else the base directory's.
+def choose_tokenizer(config: PretrainConfig, on_event: OnEvent | None = None) -> Tokenizer:
+    """Return the named tokenizer, else the tag's own, else the base directory's if it fits; or train one.
 
     Raises:
-        ConfigError: its vocabulary is not the model's.
+        ConfigError: the vocabulary of one that is named, or the tag's own, is not the model's.
     """
     own = store.run_dir("base", config.tag) / "tokenizer"
-    folder = config.tokenizer or (own if own.exists() else store.base_dir() / "tokenizer")
+    wanted, shared = config.model.vocab_size, store.base_dir() / "tokenizer"
+    folder = Path(config.tokenizer) if config.tokenizer else own
+    if not config.tokenizer and not own.exists():
+        if (shared / "tokenizer.pkl").exists() and Tokenizer.load(shared).vocab_size == wanted:
+            folder = shared
+        else:
+            made = TokenizerConfig(tag=config.tag, corpus=config.corpus, vocab_size=wanted)
+            train_tokenizer(made, on_event=on_event)
     tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size != config.model.vocab_size:
+    if tokenizer.vocab_size != wanted:
         raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} must be that of the tokenizer in {folder}, "
-            f"{tokenizer.vocab_size}; set it so, or train a tokenizer with --tag {config.tag}."
+            f"model.vocab_size={wanted} must be that of the tokenizer in {folder}, {tokenizer.vocab_size}; "
+            "set it so, or take another --tag, which gets a tokenizer of its own."
         )
     return tokenizer
 

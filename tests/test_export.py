@@ -1,0 +1,212 @@
+"""A lab becomes a folder that runs: what it holds, that it computes the same, that it is rehearsed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+import primechat
+from primechat import cli, store
+from primechat.cloud.export import IMAGE, export_lab, find_lab, read_cells, shrink_config, write_script
+from primechat.cloud.plan import find_machine, full_config, make_plan
+from primechat.config import PretrainConfig, decode_config, encode_config
+from primechat.desk.cloud import PullFlags, plan_pull, rehearse
+from primechat.errors import ConfigError
+from primechat.model.runlog import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAD = "import marimo\n\napp = marimo.App()\n\n\n"
+
+
+def write_lab(folder: Path, *cells: str) -> Path:
+    path = folder / "05_small.py"
+    path.write_text(HEAD + "\n\n\n".join(cells) + '\n\n\nif __name__ == "__main__":\n    app.run()\n')
+    return path
+
+
+PROSE = (
+    '@app.cell(hide_code=True)\ndef _(mo):\n    mo.md(r"""\n    # Why?\n\n    Because.\n    """)\n    return'
+)
+HIDDEN = "@app.cell(hide_code=True)\ndef _():\n    import marimo as mo\n    return (mo,)"
+PROGRAM = (
+    "@app.cell\ndef _():\n    import math\n    from primechat.lab import settings, show\n"
+    "    return math, settings, show",
+    "@app.cell\ndef _(math, show):\n    # a comment\n    x = [\n        math.pi,\n    ]\n"
+    "    show(x)\n    x\n    return (x,)",
+)  # fmt: skip
+
+
+def test_cells_and_script(tmp_path: Path) -> None:
+    lab = write_lab(tmp_path, HIDDEN, PROSE, *PROGRAM)
+    kinds = [cell.kind for cell in read_cells(lab.read_text())]
+    assert kinds == ["display", "prose", "program", "program"]
+    script = write_script(lab)
+    assert "# # Why?\n#\n# Because." in script and "marimo" not in script.replace("labs", "")
+    assert "from primechat.desk.script import settings\n" in script and "show" not in script
+    assert script.rstrip().endswith("x = [\n    math.pi,\n]")
+    compile(script, "run.py", "exec")
+
+
+def test_script_refuses(tmp_path: Path) -> None:
+    needs = "@app.cell\ndef _(hidden):\n    y = hidden + 1\n    return (y,)"
+    makes = "@app.cell(hide_code=True)\ndef _():\n    hidden = 1\n    return (hidden,)"
+    with pytest.raises(ConfigError, match="needs hidden, which only hidden cells define"):
+        write_script(write_lab(tmp_path, makes, needs))
+    with pytest.raises(ConfigError, match="nothing to export"):
+        write_script(write_lab(tmp_path, PROSE, makes))
+    tools = "@app.cell\ndef _():\n    from primechat.lab import predict\n    return (predict,)"
+    with pytest.raises(ConfigError, match="imports predict from primechat.lab"):
+        write_script(write_lab(tmp_path, tools))
+    with pytest.raises(ConfigError, match="must be the number of a lab"):
+        find_lab("77")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "d20"
+    config = full_config(20)
+    export_lab(find_lab("05"), config, make_plan(config, find_machine("8xH200")), folder)
+    return folder
+
+
+def test_folder(exported: Path) -> None:
+    config = decode_config(json.loads((exported / "config.json").read_text()), PretrainConfig)
+    assert config == full_config(20)
+    read_me, launch = (exported / "README.md").read_text(), (exported / "launch.sh").read_text()
+    for words in (
+        "export NANOCHAT_BASE_DIR=/workspace/cache/nanochat",
+        IMAGE,
+        "2.96 h and $85",
+        "tmux attach",
+    ):
+        assert words in read_me, words
+    assert "primechat pull root@POD:base/d20" in read_me and "@" not in read_me.replace("root@", "")
+    assert '--nproc_per_node="${RANKS:-8}"' in launch and os.access(exported / "launch.sh", os.X_OK)
+    assert subprocess.run(["bash", "-n", exported / "launch.sh"]).returncode == 0
+    source, copied = ROOT / "primechat", exported / "src" / "primechat"
+    assert (copied / "train" / "loop.py").read_bytes() == (source / "train" / "loop.py").read_bytes()
+    assert not list(copied.rglob("__pycache__"))
+
+
+def test_sky_task(exported: Path) -> None:
+    """The keys and values that SkyPilot 0.14's schema has for a RunPod task."""
+    task = yaml.safe_load((exported / "sky.yaml").read_text())
+    assert set(task) <= {"name", "resources", "workdir", "envs", "secrets", "setup", "run", "num_nodes"}
+    found = task["resources"]
+    assert set(found) <= {"infra", "accelerators", "image_id", "disk_size", "autostop"}
+    assert (found["infra"], found["accelerators"]) == ("runpod", "H200-SXM:8")
+    assert found["image_id"] == f"docker:{IMAGE}" and found["autostop"] == {"idle_minutes": 10, "down": True}
+    assert found["disk_size"] >= 80 and task["secrets"] == {"HF_TOKEN": None}
+    assert "launch.sh run" in task["run"] and task["name"] == "primechat-d20"
+
+
+def run_script(folder: Path, base: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "run.py", *words], cwd=folder, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": str(folder / "src")},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_script_is_the_library_call(exported: Path, tmp_path: Path, base_dir: Path) -> None:
+    """Lab, exported script and library call: bit-identical losses for 20 steps."""
+    config = replace(shrink_config(full_config(2)), tag="same")
+    primechat.pretrain(config)
+    asked = run_script(exported, tmp_path, "--help")
+    assert (
+        asked.returncode == 0 and "--model.n_layer" in asked.stdout and "--tokens_per_param" in asked.stdout
+    )
+    file = tmp_path / "same.json"
+    file.write_text(json.dumps(encode_config(config)))
+    done = run_script(exported, tmp_path / "script", "--config", str(file))
+    assert done.returncode == 0, done.stderr
+    lab = subprocess.run(
+        [sys.executable, str(find_lab("05")), "--config", str(file)],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "lab"), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert lab.returncode == 0, lab.stderr
+    losses = [
+        [
+            e["loss_nats"]
+            for e in read_metrics(base / "base_checkpoints/same/metrics.jsonl")
+            if e["kind"] == "step"
+        ]
+        for base in (base_dir, tmp_path / "script", tmp_path / "lab")
+    ]
+    assert losses[0] == losses[1] == losses[2] and len(losses[0]) == 20
+    wrong = run_script(exported, tmp_path, "--batch_tokens", "7")
+    assert wrong.returncode == 2 and "batch_tokens=7" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.slow
+def test_rehearsal(exported: Path) -> None:
+    said: list[str] = []
+    assert rehearse(exported, say=said.append) == 0, said
+    assert "20 steps, loss" in said[-1]
+    launcher = exported / "launch.sh"
+    whole = launcher.read_text()
+    launcher.write_text(whole.replace("run.py --config", "run.py --no_such_flag --config"))
+    assert rehearse(exported, say=said.append) == 1 and "no_such_flag" in said[-1]
+    launcher.write_text(whole)
+
+
+def test_export_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["export", "05", "--depth", "32", "--gpus", "8xH100", "-o", str(tmp_path / "d32")]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "It will not fit on 8xH100 as planned" in said and "README.md" in said
+    assert json.loads((tmp_path / "d32" / "config.json").read_text())["model"]["n_layer"] == 32
+
+
+def test_pull(
+    base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, target = plan_pull(PullFlags(source="root@1.2.3.4:base/d20", port=22001))
+    assert target == base_dir / "base_checkpoints" / "d20" and "--exclude=optim_*" in command
+    assert command[-2] == "root@1.2.3.4:/workspace/cache/nanochat/base_checkpoints/d20/"
+    assert command[command.index("-e") + 1] == "ssh -p 22001"
+    command, target = plan_pull(PullFlags(source="me@pod:/data/x/chatsft_checkpoints/mine/", optim=True))
+    assert target == store.run_dir("sft", "mine") and "--exclude=optim_*" not in command
+    for wrong in ("", "base/d20", "pod:base/d20", "-oX@h:base/d20", "a@b:"):
+        with pytest.raises(ConfigError, match="must be USER@HOST:RUN"):
+            plan_pull(PullFlags(source=wrong))
+    far, bin_ = tmp_path / "far" / "base_checkpoints" / "d9", tmp_path / "bin"
+    far.mkdir(parents=True)
+    bin_.mkdir()
+    for name in ("metrics.jsonl", "model_000001.pt", "optim_000001_rank0.pt"):
+        (far / name).write_text("x")
+    fake = bin_ / "rsync"  # copies like rsync over ssh, minus the network
+    fake.write_text(
+        "#!/usr/bin/env python3\nimport glob, os, shutil, sys\nsource, target = sys.argv[-2:]\n"
+        "for p in glob.glob(source.split(':', 1)[1] + '*'):\n"
+        "    if not ('--exclude=optim_*' in sys.argv and 'optim_' in p): shutil.copy(p, target)\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_}{os.pathsep}{os.environ['PATH']}")
+    assert cli.main(["pull", "me@pod:base/d9", "--base_dir", str(tmp_path / "far")]) == 0
+    assert sorted(p.name for p in store.run_dir("base", "d9").iterdir()) == [
+        "metrics.jsonl",
+        "model_000001.pt",
+    ]
+    assert "primechat report" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_preflight_on_cpu(base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(encode_config(shrink_config(full_config(2)))))
+    code = cli.main(["preflight", "--config", str(file), "--cpu_ranks", "2", "--disk_gb", "100"])
+    said = capsys.readouterr().out
+    assert "2 ranks over gloo" in said and "tokens a second" in said and "free in" in said
+    assert code == (0 if "Ready" in said else 1)
+    assert cli.main(["preflight", "--config", str(file), "--gpus", "8xH200"]) == 1
+    said = capsys.readouterr().out
+    assert "NO  GPUs        0 of 8 wanted" in said and "do not start" in said
