@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import inspect
 import io
 import json
@@ -60,6 +61,14 @@ DESK = {
     "pull": "bring a run home from a rented machine",
     "bench": "measure how fast this machine trains, generates and tokenizes",
 }
+PROGRAMS = {  # verb: module of the desk, its config, what runs it
+    "download": ("download", "DownloadConfig", "run_download"),
+    "check": ("check", "CheckConfig", "run_check"),
+    "convert": ("convert", "ConvertConfig", "run_convert"),
+    "bench": ("bench", "BenchConfig", "run_bench"),
+    "lab": ("labs.twins", "LabConfig", "run_lab"),
+    "chat": ("chat", "ChatConfig", "run_chat"),
+}
 CLOUD = ("plan", "export", "preflight", "pull")
 SHORTCUTS = {
     "--device": "--device cpu|mps|cuda stands for --runtime.device.",
@@ -98,8 +107,7 @@ def main(argv: list[str] | None = None) -> int:
 def explain_end(error: Exception) -> int:
     """Tell why a run ends, once for all ranks of a machine, and return the exit code.
 
-    A rank whose neighbour has gone says nothing: the neighbour knows the cause. An error of the program
-    itself goes on as a traceback.
+    A rank whose neighbour has gone says nothing; an error of the program itself goes on as a traceback.
     """
     alone, rank = os.environ.get("WORLD_SIZE", "1") == "1", os.environ.get("RANK", "0")
     who = "primechat" if rank == "0" else f"primechat (rank {rank})"
@@ -124,11 +132,10 @@ def claim_report() -> bool:
     """Tell whether this rank is the first of its machine that has something to say of this start."""
     start = [os.environ.get(name, "") for name in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")]
     path = Path(tempfile.gettempdir()) / f"primechat-end-{os.getppid()}-{'-'.join(start)}"
-    try:
+    with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    return True
+        return True
+    return False
 
 
 def run_verb(argv: list[str]) -> int:
@@ -143,35 +150,17 @@ def run_verb(argv: list[str]) -> int:
         return run_stage(verb, argv, device)
     elif verb == "models":
         return show_models(parse_flags(verb, ModelsFlags, argv, ModelsFlags()))
-    elif verb == "download":
-        from primechat.desk.download import DownloadConfig, run_download
-
-        return run_download(parse_flags(verb, DownloadConfig, argv, DownloadConfig()))
-    elif verb == "check":
-        from primechat.desk.check import CheckConfig, run_check
-
-        start = CheckConfig(device=device or "cpu")
-        return run_check(parse_flags(verb, CheckConfig, name_model(argv), start))
-    elif verb == "convert":
-        from primechat.desk.convert import ConvertConfig, run_convert
-
-        return run_convert(parse_flags(verb, ConvertConfig, argv, ConvertConfig()))
-    elif verb == "bench":
-        from primechat.desk.bench import BenchConfig, run_bench
-
-        return run_bench(parse_flags(verb, BenchConfig, argv, BenchConfig(device=device or "auto")))
     elif verb in CLOUD:
         from primechat.desk.cloud import run_cloud
 
         return run_cloud(verb, argv)
-    elif verb == "lab":
-        from primechat.desk.labs.twins import LabConfig, run_lab
-
-        return run_lab(parse_flags(verb, LabConfig, argv, LabConfig()))
-    elif verb == "chat":
-        from primechat.desk.chat import ChatConfig, run_chat
-
-        return run_chat(parse_flags(verb, ChatConfig, name_model(argv), ChatConfig(device=device or "auto")))
+    elif verb in PROGRAMS:
+        place, config, run = PROGRAMS[verb]
+        module = importlib.import_module(f"primechat.desk.{place}")
+        cls: Any = getattr(module, config)
+        start = cls(device=device) if device and hasattr(cls, "device") else cls()
+        words = name_model(argv) if verb in ("check", "chat") else argv
+        return int(getattr(module, run)(parse_flags(verb, cls, words, start)))
     else:
         near = difflib.get_close_matches(verb, [*STAGES, *DESK], 1)
         remedy = f"did you mean `primechat {near[0]}`?" if near else "`primechat --help` lists them."
@@ -340,9 +329,8 @@ def stop_on_signal() -> Iterator[threading.Event]:
         stop.set()
         for kind in kinds:
             signal.signal(kind, signal.SIG_DFL)
-        show_cursor = (
-            b"\x1b[?25h" if os.isatty(2) else b""
-        )  # a bar hides it, and an end at once does not bring it back
+        # a bar hides it, and an end at once does not bring it back
+        show_cursor = b"\x1b[?25h" if os.isatty(2) else b""
         if os.environ.get("RANK", "0") != "0":
             return
         os.write(

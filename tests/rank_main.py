@@ -41,10 +41,17 @@ def main(folder: Path, end: int, half: bool, start: str) -> None:
         if event.step == end:
             stop.set()
 
+    loss = SpreadLoss(model, lambda x, y: model.loss(x, y, "sum"))
     fit(
-        optimizer, batches[begin:], SpreadLoss(model, lambda x, y: model.loss(x, y, "sum")), steps=50, start_step=begin, micro_batch_rows=1,
-        on_step=note, stop=stop,
-    )  # fmt: skip
+        optimizer,
+        batches[begin:],
+        loss,
+        steps=50,
+        start_step=begin,
+        micro_batch_rows=1,
+        on_step=note,
+        stop=stop,
+    )
     found = {"model": model.state_dict(), "losses": losses, "optimizer": optimizer.state_dict(), "step": end}
     torch.save(found, folder / f"rank{ranks.rank}.pt")
     if dist.is_initialized():

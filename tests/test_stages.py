@@ -187,7 +187,7 @@ def test_config_refusals(corpus: str) -> None:
     with pytest.raises(ConfigError, match="vocab_size=301 must be that of the tokenizer"):
         pretrain(make_config(corpus, model=replace(SHAPE, vocab_size=301)))
     with pytest.raises(DataError, match="--tag"):
-        train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=280))
+        train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=280, tag="d3"))
 
 
 def test_seconds_fill(corpus: str) -> None:

@@ -435,10 +435,8 @@ class GPT(nn.Module):
             targets: (B, T) int64; -1 is ignored.
             reduction: mean over the targets that count, sum, or none for (B, T) with 0 where ignored.
         """
-        h, head = (
-            self.hidden(ids),
-            (self.lm_head.weight, targets, self.config.logit_softcap, self.config.vocab_size),
-        )
+        h, c = self.hidden(ids), self.config
+        head = (self.lm_head.weight, targets, c.logit_softcap, c.vocab_size)
         if reduction == "none":
             return token_cross_entropy(h, *head)
         total = sum_cross_entropy(h, *head)
