@@ -151,7 +151,7 @@ def run_verb(argv: list[str]) -> int:
     elif verb == "models":
         return show_models(parse_flags(verb, ModelsFlags, argv, ModelsFlags()))
     elif verb in CLOUD:
-        from primechat.desk.cloud import run_cloud
+        from primechat.desk.pods.verbs import run_cloud
 
         return run_cloud(verb, argv)
     elif verb in PROGRAMS:

@@ -17,7 +17,7 @@ from primechat import cli, store
 from primechat.cloud.export import IMAGE, export_lab, find_lab, read_cells, shrink_config, write_script
 from primechat.cloud.plan import find_machine, full_config, make_plan
 from primechat.config import PretrainConfig, decode_config, encode_config
-from primechat.desk.cloud import PullFlags, plan_pull, rehearse
+from primechat.desk.pods.verbs import PullFlags, plan_pull, rehearse
 from primechat.errors import ConfigError
 from primechat.model.runlog import read_metrics
 
@@ -49,7 +49,7 @@ def test_cells_and_script(tmp_path: Path) -> None:
     assert kinds == ["display", "prose", "program", "program"]
     script = write_script(lab)
     assert "# # Why?\n#\n# Because." in script and "marimo" not in script.replace("labs", "")
-    assert "from primechat.desk.script import settings\n" in script and "show" not in script
+    assert "from primechat.desk.pods.script import settings\n" in script and "show" not in script
     assert script.rstrip().endswith("x = [\n    math.pi,\n]")
     compile(script, "run.py", "exec")
 

@@ -134,7 +134,7 @@ def test_cache_ragged() -> None:
 
 def test_cache_full() -> None:
     model = make_gpt()
-    with pytest.raises(ValueError, match="7 tokens do not fit, there is room for 6"):
+    with pytest.raises(ValueError, match="7 tokens do not fit in 6 places"):
         model.advance(torch.zeros(1, 7, dtype=torch.long), model.new_cache(1, 6))
     with pytest.raises(ValueError, match="room for 480"):
         model.hidden(torch.zeros(1, 481, dtype=torch.long))
@@ -244,3 +244,34 @@ def test_reopened_trains() -> None:
     model.loss(ids[:, :-1], ids[:, 1:]).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and float(p.grad.abs().sum()) > 0, name
+
+
+@pytest.mark.parametrize("shape", [GPTConfig.classic(4, vocab_size=300, sequence_len=64),
+                                   GPTConfig.modern(4, vocab_size=300, sequence_len=64, head_dim=64)])  # fmt: skip
+def test_checkpointed_blocks(shape: GPTConfig) -> None:
+    """Computing blocks again gives the same loss and gradients, and keeps far less in between."""
+    model = GPT(shape)
+    model.init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.02)
+    ids = torch.randint(300, (4, 64), generator=torch.Generator().manual_seed(2))
+    found = []
+    for spare in (False, True):
+        kept: dict[int, int] = {}
+        model.checkpoint_blocks = spare
+
+        def keep(t: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = model.loss(ids, ids, "sum")
+        loss.backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append((loss.detach(), grads, sum(kept.values())))
+        model.zero_grad()
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+    weights = sum(p.nbytes for p in model.parameters())
+    assert found[1][2] - weights < 0.3 * (found[0][2] - weights)

@@ -23,7 +23,7 @@ from primechat.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404"
 POD_BASE = "/workspace/cache/nanochat"
-SCRIPT_NAMES = {"settings", "stage", "summary"}  # what desk/script.py offers of a lab's tools
+SCRIPT_NAMES = {"settings", "stage", "summary"}  # what desk/pods/script.py offers of a lab's tools
 FAMILY_OF = {"PretrainConfig": "base_checkpoints", "FinetuneConfig": "chatsft_checkpoints"}
 TOP_FILES = ("pyproject.toml", "README.md", "LICENSE")
 
@@ -101,7 +101,7 @@ def write_program(body: list[ast.stmt], text: str) -> str:
                     f"{', '.join(sorted(SCRIPT_NAMES))}; import it in a cell with hidden code."
                 )
             kept.append(
-                f"from primechat.desk.script import {', '.join(n for n in names if n in SCRIPT_NAMES)}"
+                f"from primechat.desk.pods.script import {', '.join(n for n in names if n in SCRIPT_NAMES)}"
             )
             continue
         kept.append(textwrap.dedent("\n".join(lines[part.lineno - 1 : part.end_lineno])))

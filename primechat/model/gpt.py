@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from primechat.config import GPTConfig
 from primechat.model.attention import KVCache, TokenStep, attend, rotate, weigh
@@ -393,9 +394,7 @@ class GPT(nn.Module):
         lengths = [0] if cache is None else cache.lengths
         room = self.max_context if cache is None else min(self.max_context, cache.capacity)
         if max(lengths) + T > room:
-            raise ValueError(
-                f"{max(lengths) + T} tokens do not fit, there is room for {room}; shorten the text."
-            )
+            raise ValueError(f"{max(lengths) + T} tokens do not fit in {room} places; shorten the text.")
         cos, sin = self.build_rotary()
         if min(lengths) == max(lengths):
             rotary = cos[lengths[0] : lengths[0] + T], sin[lengths[0] : lengths[0] + T]
@@ -410,7 +409,8 @@ class GPT(nn.Module):
             if self.config.residual_scalars:
                 x = torch.addcmul(x * keep[i], x0, again[i])
             ve = self.value_embeds[str(i)](ids).to(x.dtype) if self.config.has_value_embedding(i) else None
-            x = block(x, ve, rotary, cache, tap)
+            inside, spare = (x, ve, rotary, cache, tap), self.checkpoint_blocks and torch.is_grad_enabled()
+            x = checkpoint(block, *inside, use_reentrant=False) if spare else block(*inside)
             if i == self.config.n_layer // 2:
                 middle = x
         if self.config.backout:

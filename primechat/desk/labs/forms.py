@@ -167,6 +167,6 @@ def read_command(config: Any) -> Any:
     script = getattr(sys.modules["__main__"], "__file__", None)
     if "marimo" not in sys.modules or not script or Path(script) != Path(sys.argv[0]):
         return config
-    from primechat.desk.script import read_flags
+    from primechat.desk.pods.script import read_flags
 
     return read_flags(config)

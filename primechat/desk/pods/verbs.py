@@ -93,7 +93,7 @@ def run_cloud(verb: str, argv: list[str]) -> int:
     if verb == "pull":
         return run_pull(parse_flags(verb, PullFlags, argv, PullFlags()))
     if verb == "preflight":
-        from primechat.desk.preflight import PreflightFlags, run_preflight
+        from primechat.desk.pods.preflight import PreflightFlags, run_preflight
 
         start = PreflightFlags(run=full_run(argv))
         return run_preflight(parse_flags(verb, PreflightFlags, argv, start))

@@ -22,7 +22,7 @@ from typing import Any
 
 from primechat.cloud.plan import Plan, format_hours
 from primechat.config import PretrainConfig, decode_config, encode_config
-from primechat.desk.cloud import PlanFlags
+from primechat.desk.pods.verbs import PlanFlags
 from primechat.store import base_dir
 from primechat.text.shards import HUB_CORPORA, list_shards, probe_sizes
 
@@ -125,7 +125,13 @@ def check_steps(plan: Plan, ranks: int, device: str) -> Iterator[Finding]:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(encode_config(config), file)
         file.flush()
-        words = ["--standalone", f"--nproc_per_node={ranks}", "-m", "primechat.desk.preflight", file.name]
+        words = [
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            "-m",
+            "primechat.desk.pods.preflight",
+            file.name,
+        ]
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "torch.distributed.run", *words], capture_output=True, text=True,

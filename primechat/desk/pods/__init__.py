@@ -1,0 +1,1 @@
+"""Runs elsewhere: plan, export, rehearse, preflight, pull; and what a script has there."""
