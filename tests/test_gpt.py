@@ -136,7 +136,7 @@ def test_cache_full() -> None:
     model = make_gpt()
     with pytest.raises(ValueError, match="7 tokens do not fit in 6 places"):
         model.advance(torch.zeros(1, 7, dtype=torch.long), model.new_cache(1, 6))
-    with pytest.raises(ValueError, match="room for 480"):
+    with pytest.raises(ValueError, match="in 480 places"):
         model.hidden(torch.zeros(1, 481, dtype=torch.long))
 
 

