@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,9 +30,11 @@ from primechat.metrics.circuits import (
 )
 from primechat.metrics.probes import Patch, list_points
 from primechat.model.attention import attend
+from primechat.model.checkpoint import load_checkpoint
 from primechat.model.gpt import GPT
 from primechat.model.lora import LoraSpec, attach
 
+FIXTURES = Path(__file__).parent / "fixtures" / "nanochat"
 MODERN = replace(
     GPTConfig.modern(3, vocab_size=97, sequence_len=48, head_dim=16), n_embd=64, n_head=4, n_kv_head=2
 )
@@ -68,6 +72,22 @@ def test_reading_changes_nothing(name: str) -> None:
     nothing = capture(model, IDS, points=["logits"], ablate=(), patch=Patch(source=seen, points=()))
     same = capture(model, IDS, points=["logits"], patch=Patch(source=seen, points=("layer.0.resid",)))
     assert np.array_equal(nothing["logits"], want) and np.array_equal(same["logits"], want)
+
+
+@pytest.mark.parametrize(("era", "tag"), [("oct2025", "d2"), ("head", "d2"), ("head_d3", "d3")])
+def test_published_formats(era: str, tag: str) -> None:
+    """On nanochat's own checkpoints: its logits, and the parts that make them."""
+    loaded = load_checkpoint(FIXTURES / era / "base_checkpoints" / tag)
+    model = GPT.from_state(replace(loaded.config, rope_dtype="float32"), loaded.model_state)
+    expected = json.loads((FIXTURES / era / "expected.json").read_text())
+    for prompt in expected["prompts"]:
+        seen = capture(model, prompt["ids"], points=READABLE)
+        want = np.array(prompt["logits_last_f32_rotary"])
+        assert np.abs(seen.last - want).max() < 1e-4
+        token, cap = int(want.argmax()), model.config.logit_softcap
+        parts = attribute(model, seen, -1, token)
+        assert parts.values.sum() == pytest.approx(parts.logit, abs=1e-4)
+        assert cap * math.tanh(parts.values.sum() / cap) == pytest.approx(want[token], abs=2e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -275,11 +275,14 @@ class Microscope:
             seen = capture(scene.model, scene.ids, points=names)
             group = head // (body.n_head // body.n_kv_head)
             raw, q, k = seen[names[0]], seen[names[1]][at, head], seen[names[2]][key, group]
+            asks, offers = raw[at, head], raw[key, body.n_head + group]
             bands = [
-                ("query as projected", raw[at, head]), ("query turned and normed", q),
-                ("key as projected", raw[key, body.n_head + group]), ("key turned and normed", k),
+                (f"query as projected{say_length(asks)}", asks),
+                (f"turned by place, normed{say_length(q)}", q),
+                (f"key as projected{say_length(offers)}", offers),
+                (f"turned by place, normed{say_length(k)}", k),
                 ("query times key", q * k),
-            ]  # fmt: skip
+            ]
             product = float((q * k).sum())
             with view.hold_sync():
                 view.key = key
@@ -345,6 +348,11 @@ class Trial:
             "turn": wish,
             "control": self.worst,
         }
+
+
+def say_length(x: np.ndarray) -> str:
+    """Return a vector's length as part of a label."""
+    return f", length {np.linalg.norm(x):.1f}"
 
 
 def say_part(part: str) -> str:

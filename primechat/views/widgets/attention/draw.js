@@ -24,6 +24,7 @@ export function spell(token) {
 }
 
 export function percent(share) {
+  if (share < 0) return `−${percent(-share)}`;
   return share >= 0.995 ? "100 %" : share >= 0.0995 ? `${Math.round(share * 100)} %` : `${(share * 100).toFixed(1)} %`;
 }
 

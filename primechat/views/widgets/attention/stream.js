@@ -11,7 +11,7 @@ function showLens({ model, el }) {
   const detail = h("div", { class: "pc-detail", "aria-live": "polite" });
   let spot = null;
   root.append(h("div", { class: "pc-card pc-stack" },
-    h("div", { class: "pc-row pc-spread" }, h("span", { class: "pc-muted", text: "Each cell: the next token the model would say if it stopped there. The darker, the surer." }), control),
+    h("div", { class: "pc-row pc-spread" }, h("span", { class: "pc-muted", text: "Each cell: the next token the model would say if it stopped there. The stronger the colour, the surer." }), control),
     scroll, detail));
   function explain() {
     const d = model.get("data");
@@ -98,7 +98,7 @@ function showPatch({ model, el }) {
     const head = h("tr", {}, h("th", { class: "pc-corner", text: "state after" }), ...d.tokens.map((pair) => h("th", { class: "pc-mono" }, h("div", { text: spell(pair[0]) }), pair[0] !== pair[1] && h("div", { class: "pc-swap", text: spell(pair[1]) }))));
     table.replaceChildren(h("thead", {}, head), h("tbody", {}, ...d.grid.map((cells, r) => h("tr", {}, h("th", { text: d.stages[r] }), ...cells.map((share) => {
       const ink = Math.round(62 * Math.sqrt(Math.min(1, Math.abs(share))));
-      return h("td", { class: "pc-cell", text: Math.abs(share) < 0.05 ? "" : percent(share).replace("-", "−"), style: { background: `color-mix(in srgb, ${share < 0 ? "var(--pc-warn)" : "var(--pc-accent)"} ${ink}%, transparent)` } });
+      return h("td", { class: "pc-cell", text: Math.abs(share) < 0.05 ? "" : percent(share), style: { background: `color-mix(in srgb, ${share < 0 ? "var(--pc-warn)" : "var(--pc-accent)"} ${ink}%, transparent)` } });
     })))));
     tip.textContent = "0 %: nothing changed. 100 %: the two tokens stand to each other as in the first prompt.";
   });
