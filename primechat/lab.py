@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from primechat import store
+from primechat.desk.labs import runner
 from primechat.desk.labs.forms import build_form, read_command
 from primechat.desk.labs.runner import in_marimo, in_notebook, open_control, show
 from primechat.lessons import Broken, Exercise, is_stub
@@ -147,7 +148,7 @@ def stage(function: Callable[..., Any], config: Any, *, title: str = "") -> Any:
         title: what stands above the control.
     """
     title = title or inspect.getdoc(type(config)).partition(".")[0]  # type: ignore[union-attr]
-    if in_notebook():
+    if in_notebook() or runner.still:
         return show(open_control(function, config, title))
     from primechat.cli import call_stage
 

@@ -33,7 +33,7 @@ HOSTS = ("run", "edit", "jupyter")
 # What hosts themselves say of things that no lab can help; anything else is a fault.
 HARMLESS = re.compile(
     r"favicon|ResizeObserver loop|/lsp|jupyterlab-lsp|custom\.css|/api/ai|copilot|third-party cookie"
-    r"|restore the debugger state|WebGL.*(?:fallback|Performance)|GPU stall|autocomplete attribute|debugger state",
+    r"|restore the debugger state|WebGL.*(?:fallback|Performance)|GPU stall|autocomplete attribute",
     re.I,
 )
 

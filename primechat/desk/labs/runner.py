@@ -22,6 +22,7 @@ from primechat.views.widgets.runs import RunLog, StageControl
 
 SEND_EVERY_S, BEAT_EVERY_S = 0.3, 1.0
 END_WAIT_S = 20.0  # for a run to save when the kernel exits
+still = False  # while a lab is made into a page, stages wait for a Start that nobody presses
 
 
 def in_marimo() -> bool:

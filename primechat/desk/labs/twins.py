@@ -44,11 +44,14 @@ KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": 
 class LabConfig:
     """Open the labs: `primechat lab` starts JupyterLab, `primechat lab 01` opens a lab in it.
 
-    `primechat lab sync` writes the Jupyter twins of the labs anew.
+    `primechat lab sync` writes the Jupyter twins of the labs anew, `primechat lab render OUT` writes each lab
+    as a page that needs neither Python nor a network.
     """
 
     lab: Positional[str] = ""
-    """Number of a lab, or sync."""
+    """Number of a lab, or sync, or render."""
+    out: Positional[str] = ""
+    """Of render: the folder to write."""
     app: bool = False
     """Open it as an app, without code: `marimo run`."""
     edit: bool = False
@@ -57,6 +60,8 @@ class LabConfig:
     """List the labs and open none."""
     check: bool = False
     """Of sync: write nothing, and fail where a twin is out of date."""
+    train: bool = False
+    """Of render: run the stages too, which takes minutes."""
     port: int = 0
     """Port of the server; 0 takes a free one."""
     headless: bool = False
@@ -108,6 +113,12 @@ def run_lab(config: LabConfig) -> int:
             f"{', '.join(missing)} must be installed for the labs; run {sys.executable} -m pip install -e "
             f"'.[labs]' in {ROOT}."
         )
+    if config.lab == "render":
+        from primechat.desk.labs.pages import write_pages
+
+        if not config.out:
+            raise ConfigError("render needs a folder to write to; for example `primechat lab render pages`.")
+        return write_pages(Path(config.out), train=config.train)
     words, environment = build_words(config, find_lab(config.lab) if config.lab else None)
     os.execve(words[0], words, environment)  # Ctrl-C and the exit code are the server's own
 
