@@ -70,7 +70,7 @@ def read_cards(lab: LabPage) -> list[tuple[str, list[int]]]:
 
 
 def read_figure(lab: LabPage, name: str) -> str:
-    return str(lab.page.locator(f'.pc-playground dd[data-name="{name}"]').inner_text())
+    return str(lab.page.locator(f'.pc-playground [data-name="{name}"]').inner_text())
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ function render({ model, el }) {
   const editor = h("div", { class: "pc-editor", onscroll: () => drawSheets() }, h("div", { class: "pc-paper" }, main.node, area));
   const detail = h("div", { class: "pc-detail pc-mono", role: "status" });
   const fault = h("div", { class: "pc-error", role: "alert", hidden: true });
-  const stats = h("dl", { class: "pc-stats" });
+  const stats = h("div", { class: "pc-stats" });
   const others = h("div", { class: "pc-others" });
   const chooser = h("div", { class: "pc-row pc-chooser" });
   const cards = h("div", { class: "pc-cards", tabindex: "0", "aria-label": "Tokens one by one", onscroll: () => { scrolled = cards.scrollTop; drawCards(); } }, h("div", { class: "pc-spacer" }));
@@ -288,8 +288,8 @@ function render({ model, el }) {
     ["bytes", ["bytes"], "In UTF-8, the way text is stored"], ["density", ["tokens a 100 characters"]], ["share", ["of a context of ", contextBox]],
     ["cost", ["at $ ", priceBox, " a million tokens"]],
   ]) {
-    figures[name] = h("dd", { dataset: { name } });
-    stats.append(h("div", { class: "pc-stat", title }, figures[name], h("dt", {}, ...label)));
+    figures[name] = h("span", { dataset: { name } });
+    stats.append(h("div", { class: "pc-stat", title }, figures[name], h("span", { class: "pc-caption" }, ...label)));
   }
   function drawStats(keep = false) {
     const pane = panes[0], n = pane?.ids.length ?? 0;
