@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -238,6 +239,7 @@ def explain(error: Exception) -> tuple[str, str]:
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]  # all that is fetched of a model
 MAX_HEADER = 100_000_000  # bytes of a safetensors header, the format's own limit
+GGUF_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a value, by its type
 NEEDLESS = ["*/*", "consolidated*", "adapter_*"]  # weights once more, in other layouts
 
 
@@ -289,6 +291,44 @@ def count_params(folder: Path) -> int:
             head = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER)))
             total += sum(math.prod(spec["shape"]) for name, spec in head.items() if name != "__metadata__")
     return total
+
+
+def count_gguf(path: Path) -> int:
+    """Return the number of parameters in a GGUF file, by its header; 0 for a damaged one.
+
+    Source: ggml, docs/gguf.md: typed keys and values, then each tensor's name, shape, type and place.
+    """
+
+    def take(kind: str) -> int:
+        return int(struct.unpack("<" + kind, file.read(struct.calcsize("<" + kind)))[0])
+
+    def skip(kind: int) -> None:
+        if kind == 8:  # a text
+            file.seek(take("Q"), os.SEEK_CUR)
+        elif kind == 9:  # a list
+            inner, n = take("I"), take("Q")
+            if inner in GGUF_BYTES:
+                file.seek(n * GGUF_BYTES[inner], os.SEEK_CUR)
+            else:
+                for _ in range(n):
+                    skip(inner)
+        else:
+            file.seek(GGUF_BYTES[kind], os.SEEK_CUR)
+
+    total = 0
+    with suppress(OSError, struct.error, KeyError, OverflowError), path.open("rb") as file:
+        if file.read(4) != b"GGUF" or take("I") not in (2, 3):
+            return 0
+        n_tensors, n_values = take("Q"), take("Q")
+        for _ in range(n_values):
+            skip(8)
+            skip(take("I"))
+        for _ in range(n_tensors):
+            skip(8)
+            total += math.prod([take("Q") for _ in range(take("I"))])
+            file.seek(12, os.SEEK_CUR)  # type and place
+        return total
+    return 0
 
 
 def find_package() -> Path | None:

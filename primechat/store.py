@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from primechat.config import GPTConfig, decode_config
 from primechat.config.stages import check_tag
 from primechat.errors import CheckpointError, ConfigError
-from primechat.hub import count_params, find_package, list_cached
+from primechat.hub import count_gguf, count_params, find_package, list_cached
 from primechat.model.checkpoint import explain_steps, find_steps, list_snapshots, load_checkpoint, read_meta
 from primechat.model.era import detect_era
 from primechat.model.runlog import read_metrics
@@ -378,10 +378,11 @@ def walk_foreign() -> Iterator[ModelEntry]:
     places = [("smollm2", packed.parent)] if packed else []
     for tag, folder in [*places, *list_cached()]:
         kind = "gguf" if tag == "smollm2" else "safetensors"
+        count = count_gguf(packed) if packed and tag == "smollm2" else count_params(folder)
         yield ModelEntry(
             identifier=f"hf:{tag}", family="hf", tag=tag, path=str(folder), steps=(), snapshots=(),
             n_bytes=sum(path.stat().st_size for path in folder.glob(f"*.{kind}")), architecture="foreign",
-            n_params=count_params(folder), val_bpb=None, tokenizer_identity=None,
+            n_params=count, val_bpb=None, tokenizer_identity=None,
         )  # fmt: skip
 
 

@@ -411,11 +411,41 @@ def test_probes(kind: str) -> None:
     assert parts.logit == pytest.approx(float(seen.last.max()), abs=1e-3)
 
 
+def test_gguf_is_counted(tmp_path: Path) -> None:
+    """Values of every kind are stepped over; a cut or a strange file counts for nothing, at once."""
+    gguf = pytest.importorskip("gguf", reason="needs the extra hf: pip install -e '.[hf]'")
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_string("a", "text")
+    writer.add_array("b", ["one", "two"])
+    writer.add_array("c", [1.5, 2.5])
+    writer.add_bool("d", True)
+    writer.add_uint64("e", 7)
+    writer.add_tensor("x", np.zeros((3, 5), dtype=np.float32))
+    writer.add_tensor("y", np.zeros(4, dtype=np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    data = path.read_bytes()
+    assert hub.count_gguf(path) == 19 == sum(int(t.n_elements) for t in gguf.GGUFReader(path).tensors)
+    for wrong in (
+        data[:100],
+        b"",
+        b"GGUX" + data[4:],
+        data[:16] + b"\xff" * 8 + data[24:],
+        b"GGUF" + b"\xff" * 99,
+    ):
+        path.write_bytes(wrong)
+        assert hub.count_gguf(path) == 0
+
+
 @needs_smollm2
 @pytest.mark.slow
 def test_smollm2_answers() -> None:
     """A real model: listed, it knows a capital, and writes what transformers writes, by the verb too."""
-    assert "hf:smollm2" in {entry.identifier for entry in store.list_models()}
+    (entry,) = [entry for entry in store.list_models() if entry.identifier == "hf:smollm2"]
+    assert entry.n_params == 134_515_008
     model, tokenizer, meta = store.open_model("hf:smollm2")
     assert meta["chat"] and model.n_params == 134_515_008 and model.max_context == 8192
     engine, said = Engine(model, tokenizer), [{"role": "user", "content": "What is the capital of France?"}]

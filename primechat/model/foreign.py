@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from primechat.errors import CheckpointError, ConfigError, DataError, PrimechatError
-from primechat.hub import count_params, fetch_model, find_package
+from primechat.hub import count_gguf, count_params, fetch_model, find_package
 from primechat.protocols import Conversation
 
 LENGTHS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")  # as configurations name it
@@ -116,13 +116,6 @@ def open_tokenizer(name: str) -> ForeignTokenizer:
             folder, **kind, trust_remote_code=False, local_files_only=True
         )
         return ForeignTokenizer(inner, name)
-
-
-def count_gguf(path: Path) -> int:
-    """Return the number of parameters in a GGUF file."""
-    import gguf
-
-    return sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(path).tensors)
 
 
 @contextmanager
