@@ -19,6 +19,7 @@ from primechat.metrics.probes import capture
 from primechat.model.checkpoint import save_snapshot
 from primechat.store import open_model
 from primechat.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+from primechat.views.widgets.atlas import AtlasView
 
 
 @pytest.fixture(scope="module")
@@ -298,3 +299,65 @@ def test_time_atlas_has_one_basis(shipped: tuple, base_dir: Path) -> None:
     assert np.array_equal(still[0], still[2])
     with pytest.raises(ConfigError, match="UMAP cannot show 3 frames"):
         atlas.start("input")
+
+
+# ---- the widget
+
+
+class Job:
+    """A picture that takes two looks."""
+
+    elapsed_s, expected_s = 1.0, 2.0
+
+    def __init__(self, picture: maps.Picture) -> None:
+        self.picture, self.looks = picture, 0
+
+    def poll(self) -> maps.Picture | None:
+        self.looks += 1
+        return self.picture if self.looks > 1 else None
+
+    def stop(self) -> maps.Picture:
+        return maps.Picture(places=self.picture.places, method="PCA", note="it was stopped")
+
+
+def test_view_sends_what_the_source_says(shipped: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer, _ = shipped
+    atlas = TokenAtlas(model, tokenizer, np.arange(tokenizer.vocab_size))
+    view = AtlasView(atlas, picked=300)
+    near = atlas.near("input", "PCA", 2, 0, 300)
+    assert (
+        view.picked == 300 and view.nearby["true"] == near.true and view.nearby["key"] == "300,0,input,PCA,2"
+    )
+    places = np.frombuffer(view.places, dtype="<f4").reshape(1, -1, 3)
+    assert np.array_equal(places, atlas.show("input").places)
+    facts = np.frombuffer(view.facts, dtype="<f4").reshape(4, -1)
+    assert np.array_equal(facts[1], np.arange(tokenizer.vocab_size)) and view.cloud["channels"][1]["whole"]
+    view.answer_show("output", "PCA", 3)
+    assert (view.space, view.n_axes, view.cloud["kept"]) == (
+        "output",
+        3,
+        [*atlas.show("output", "PCA", 3).kept],
+    )
+    view.chosen = [5, 300]
+    rows = view.selected()
+    assert rows["id"] == [5, 300] and rows["frequency"] == [5, 300] and rows["kind"][0] in tables.KINDS
+
+    picture = maps.Picture(places=atlas.show("output").places[0, :, :2], method="UMAP")
+    monkeypatch.setattr(atlas, "start", lambda space, n_axes: Job(picture))
+    assert view.answer_lay_out("start") == {"running": True, "elapsed_s": 1.0, "expected_s": 2.0}
+    assert view.laying_out and view.answer_lay_out("poll") == {"running": False}
+    assert (view.method, view.n_axes, view.laying_out) == ("UMAP", 2, False)
+    view.answer_show("input", "UMAP", 2)
+    assert view.method == "PCA", "the other table has no such picture yet"
+    view.answer_lay_out("start")
+    view.answer_lay_out("stop")
+    assert view.method == "PCA" and view.cloud["note"] == "it was stopped" and view.job is None
+    view.answer_show("output", "UMAP", 2)
+    assert view.method == "UMAP", "kept"
+
+    other = TextAtlas(model, tokenizer)
+    other.read("My sister has a small dog.")
+    view.take_source(other)
+    assert view.space == "states" and view.chosen == [] and view.picked == -1
+    with pytest.raises(ConfigError, match="write more"):
+        view.answer_read("a")

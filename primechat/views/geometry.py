@@ -48,7 +48,7 @@ def draw_bars(
     """
     with begin_style():
         figure, axes = start_figure(WIDTH, 0.75 + 0.4 * len(rows))
-        values = [value for _, value, _ in rows]
+        values = [round(value, digits) + 0.0 for _, value, _ in rows]  # no -0.0
         colours = [CONTROL if control else SERIES[0] for _, _, control in rows]
         bars = axes.barh(range(len(rows)), values, color=colours, height=0.62)
         axes.bar_label(bars, [f"{value:,.{digits}f}" for value in values], padding=4, color=INK)
@@ -105,9 +105,10 @@ def draw_norms(
             place.set_title(f"{name}: rank correlation {correlation:+.2f}", loc="left")
         axes[0].set_ylabel(title)
         for i in np.unique([norms.argmax(), norms.argmin(), counts.argmax()]):
-            axes[0].annotate(
-                labels[i], (counts[i] + 0.5, norms[i]), xytext=(5, 3), textcoords="offset points"
-            )
+            left = counts[i] > np.sqrt(counts.max())
+            at, side = (-5 if left else 5, 3), "right" if left else "left"
+            place = counts[i] + 0.5, norms[i]
+            axes[0].annotate(labels[i], place, xytext=at, textcoords="offset points", ha=side, color=INK)
         return figure
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from primechat.errors import ConfigError, PrimechatError
 from primechat.metrics.embeddings import maps, tables
-from primechat.metrics.embeddings.atlas import N_NEAR, TextAtlas, TimeAtlas, TokenAtlas
+from primechat.metrics.embeddings.atlas import N_NEAR, TextAtlas, TimeAtlas, TokenAtlas, name_stage
 from primechat.store import list_models
+from primechat.text.corpora import read_documents
 from primechat.views import geometry
 from primechat.views.widgets.atlas import AtlasView
 from primechat.views.widgets.controls import Live
@@ -213,26 +215,30 @@ class Explorer:
         """Return figures of how evenly each table's vectors point, beside random numbers."""
 
         def draw() -> Any:
-            found = {t: maps.measure_isotropy(self.atlas.fetch(k)[-1]) for k, t in self.atlas.spaces.items()}
             shape = self.atlas.fetch("input")[-1].shape
             noise = maps.measure_isotropy(np.random.default_rng(0).normal(size=shape))
-            cosines = [
-                ("random numbers", noise.cosine, True),
-                *((t, f.cosine, False) for t, f in found.items()),
-            ]
-            widths = [
-                ("random numbers", noise.n_axes, True),
-                *((t, f.n_axes, False) for t, f in found.items()),
-            ]
+            cosines, widths = ([("random numbers", x, True)] for x in (noise.cosine, noise.n_axes))
+            for key, title in self.atlas.spaces.items():
+                found = maps.measure_isotropy(self.atlas.fetch(key)[-1])
+                cosines.append((title, found.cosine, False))
+                widths.append((title, found.n_axes, False))
+            for name, states in zip(*tables.read_states(self.model, self.draw_text()), strict=True):
+                title = f"states of a text, {name_stage(name)}"
+                cosines.append((title, maps.measure_isotropy(states).cosine, False))
             lean, use = "Do all vectors lean one way?", f"How many of {shape[1]} axes carry the differences?"
             return [
-                geometry.draw_bars(cosines, title=lean, unit="mean cosine of two tokens", digits=3),
+                geometry.draw_bars(cosines, title=lean, unit="mean cosine of two tokens", digits=2),
                 geometry.draw_bars(widths, title=use, unit="axes in use", digits=0),
             ]
 
         return self.live(draw)
 
     # ---- time and text
+
+    def draw_text(self) -> list[int]:
+        """Return the ids of a text that the model was not trained on, as long as its context, at most 256."""
+        text = "\n".join(islice(read_documents("chitchat", "val"), 8))
+        return self.tokenizer.encode(text)[: min(256, self.model.sequence_len)]
 
     def find_run(self) -> list[str]:
         """Return the snapshots of the model's own run, else of the run that ships, else of any."""
@@ -278,7 +284,10 @@ class Explorer:
 
         def follow() -> None:
             source.model, source.tokenizer = self.model, self.tokenizer
-            made.answer_read(made.text)
+            try:
+                made.answer_read(made.text)
+            except PrimechatError as error:
+                made.problem = str(error)
 
         self.followers.append(follow)
         return made

@@ -14,7 +14,7 @@ import numpy as np
 
 from primechat.errors import ConfigError
 from primechat.metrics.embeddings import maps, tables
-from primechat.metrics.probes import capture
+from primechat.model.gpt import GPT
 from primechat.records import Channel, Cloud, Nearby
 from primechat.store import open_model
 from primechat.text.tokenizer import Tokenizer
@@ -143,7 +143,7 @@ class TokenAtlas(Atlas):
     def scale(self, space: str, table: np.ndarray) -> np.ndarray:
         """Note the lengths of a table's rows and return the rows as the model uses them."""
         self.norms[space] = np.linalg.norm(table, axis=1)
-        return maps.scale_rows(table) if space == "input" else table
+        return maps.scale_rows(table) if space == "input" and isinstance(self.model, GPT) else table
 
     def describe(self, space: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Channel, ...]]:
         """Return what is known of tokens."""
@@ -222,7 +222,7 @@ class TextAtlas(Atlas):
         if len(ids) < 6:
             raise ConfigError(f"text={text[:40]!r} has {len(ids) - 1} tokens and must have five; write more.")
         self.stages, states = tables.read_states(self.model, ids)
-        self.ids, self.losses = np.array(ids), capture(self.model, ids).losses
+        self.ids, self.surprise = np.array(ids), tables.measure_surprise(self.model, ids)
         self.vectors, self.clouds = {"states": states}, {}
 
     def load(self, space: str) -> np.ndarray:
@@ -234,12 +234,14 @@ class TextAtlas(Atlas):
         kinds = tables.sort_kinds(self.tokenizer)
         channels = (
             Channel(key="place", title="place in the text", values=np.arange(len(self.ids)), whole=True),
-            Channel(key="surprise", title="surprise, nats", values=np.r_[0, self.losses]),
+            Channel(key="surprise", title="surprise, nats", values=self.surprise),
             Channel(key="kind", title="kind of token", values=kinds[self.ids], names=tables.KINDS),
         )
-        return tuple(tables.name_token(self.tokenizer, i) for i in self.ids), self.name_stages(), channels
+        labels = tuple(tables.name_token(self.tokenizer, i) for i in self.ids)
+        return labels, tuple(map(name_stage, self.stages)), channels
 
-    def name_stages(self) -> tuple[str, ...]:
-        """Return the stages in words."""
-        words = {"embed": "embedding", "last": "before the output"}
-        return tuple(words.get(s) or f"after layer {s.split('.')[1]}" for s in self.stages)
+
+def name_stage(stage: str) -> str:
+    """Return a stage of the stream in words."""
+    words = {"embed": "entering layer 0", "last": "before the output"}
+    return words.get(stage) or f"after layer {stage.split('.')[1]}"

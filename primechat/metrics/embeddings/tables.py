@@ -15,10 +15,12 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 
 from primechat.errors import ConfigError
 from primechat.metrics.embeddings.maps import scale_rows
 from primechat.metrics.probes import capture, to_numpy
+from primechat.model.foreign import ForeignModel
 from primechat.model.gpt import GPT
 from primechat.text.corpora import read_documents
 from primechat.text.tokenizer import Tokenizer
@@ -53,15 +55,15 @@ class AnalogyScore:
 
 def list_tables(model: Any) -> dict[str, str]:
     """Return the tables that a model has, each with a title."""
-    check_model(model)
     tables = {"input": "input embeddings", "output": "output embeddings"}
-    return tables | {f"value.{i}": f"value embeddings of layer {i}" for i in model.value_embeds}
-
-
-def check_model(model: Any) -> None:
-    """Refuse a model whose tables are not known."""
-    if not isinstance(model, GPT):
-        raise ConfigError(f"{type(model).__name__} has no tables that are known; open one with open_model.")
+    if isinstance(model, ForeignModel):
+        one, two = model.network.get_input_embeddings(), model.network.get_output_embeddings()
+        return (
+            {"input": "embeddings, input and output"} if two is None or one.weight is two.weight else tables
+        )
+    if isinstance(model, GPT):
+        return tables | {f"value.{i}": f"value embeddings of layer {i}" for i in model.value_embeds}
+    raise ConfigError(f"{type(model).__name__} has no tables that are known; open one with open_model.")
 
 
 def read_table(model: Any, table: str) -> np.ndarray:
@@ -73,7 +75,11 @@ def read_table(model: Any, table: str) -> np.ndarray:
     there = list_tables(model)
     if table not in there:
         raise ConfigError(f"table={table!r} must be one of {', '.join(there)}; try input.")
-    if table == "input":
+    if isinstance(model, ForeignModel):
+        network = model.network
+        part = network.get_input_embeddings() if table == "input" else network.get_output_embeddings()
+        weight = part.weight
+    elif table == "input":
         weight = model.transformer["wte"].weight
     else:
         weight = model.lm_head.weight if table == "output" else model.value_embeds[table[6:]].weight
@@ -85,8 +91,21 @@ def read_states(model: Any, ids: Sequence[int] | np.ndarray) -> tuple[tuple[str,
 
     The stages are the embedding, what each layer leaves, and what the final norm reads.
     """
+    if isinstance(model, ForeignModel):
+        row = torch.tensor([list(ids)], device=model.device)
+        with torch.inference_mode():
+            seen = model.network(row, output_hidden_states=True, use_cache=False).hidden_states
+        names = ["embed", *(f"layer.{i}.resid" for i in range(len(seen) - 2)), "last"]
+        return tuple(names), np.stack([scale_rows(to_numpy(x[0])) for x in seen])
     points = capture(model, ids, points=("embed", "layer.*.resid", "last")).points
     return tuple(points), np.stack([scale_rows(x) for x in points.values()])
+
+
+def measure_surprise(model: Any, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return the loss in nats of each token after those before it (T,); that of the first is 0."""
+    row = torch.tensor([list(ids)], device=model.device)
+    with torch.no_grad():
+        return np.r_[0, to_numpy(model.loss(row[:, :-1], row[:, 1:], reduction="none")[0])]
 
 
 def name_token(tokenizer: Any, token_id: int) -> str:

@@ -184,6 +184,7 @@ function render(context) {
     say();
     if (!same || state.picked < 0) pick(Math.min(n - 1, model.get("picked")), false, true);
     else requestNear();
+    if (search.value) find(search.value);
     rank();
     showTable();
   }
@@ -194,7 +195,7 @@ function render(context) {
       parts.push(`This picture shows ${number(100 * cloud.shown[now], 1)} % of the differences between the vectors.`);
     } else if (cloud.method === "UMAP") parts.push("UMAP keeps neighbours together; its axes, and distances across the map, mean nothing.");
     if (cloud.kept.length) {
-      parts.push(`Of ten true neighbours of a token, ${number(10 * cloud.kept[now], 1)} are neighbours here too (by chance: ${number(10 * cloud.chance, 2)}).`);
+      parts.push(`Of ten true neighbours of a token, ${number(10 * cloud.kept[now], 1)} are neighbours here too (by chance: ${number(10 * cloud.chance, cloud.chance < 0.001 ? 4 : 2)}).`);
     }
     if (cloud.note) parts.unshift(cloud.note);
     note.textContent = parts.join(" ");
@@ -327,7 +328,7 @@ function render(context) {
         type: "button", class: "pc-atlas-near", dataset: { shared: String(shared) }, title: shared ? "In both lists" : "In this list only", onclick: () => pick(j),
       }, h("span", { class: "pc-mono", text: name(j) }), ...(value === undefined ? [] : [h("span", { class: "pc-value", text: number(value, 2) })]));
       parts.push(
-        h("p", { class: "pc-atlas-both" }, h("b", { text: `${both} of ${total} agree` }), h("span", { class: "pc-muted", text: ` (${number((100 * both) / total)} %; by chance ${number(100 * state.near.chance, 1)} %)` })),
+        h("p", { class: "pc-atlas-both" }, h("b", { text: `${both} of ${total} agree` }), h("span", { class: "pc-muted", text: ` (${number((100 * both) / total)} %; by chance ${number(100 * state.near.chance, state.near.chance < 0.002 ? 3 : 1)} %)` })),
         h("div", { class: "pc-atlas-lists" },
           h("div", { class: "pc-atlas-true" }, h("div", { class: "pc-label", text: "truly nearest (cosine)" }), ...state.near.true.map((j, n) => row(j, drawn.has(j), state.near.cosines[n]))),
           h("div", { class: "pc-atlas-drawn" }, h("div", { class: "pc-label", text: "nearest on the picture" }), ...state.near.drawn.map((j) => row(j, real.has(j))))));
@@ -341,7 +342,8 @@ function render(context) {
     const query = text.replace(/ /g, "·").toLowerCase();
     state.hits = query ? [] : null;
     if (query) for (let i = 0; i < state.n; i++) if (name(i).toLowerCase().includes(query)) state.hits.push(i);
-    if (state.hits) state.hits.sort((a, b) => name(a).length - name(b).length || a - b);
+    const counts = get("frequency") >= 0 ? state.facts[get("frequency")] : null, bare = (i) => name(i).replace(/·/g, "").length;
+    if (state.hits) state.hits.sort((a, b) => bare(a) - bare(b) || (counts ? counts[b] - counts[a] : 0) || a - b);
     found.textContent = state.hits ? `${number(state.hits.length)} found` : "";
     take.hidden = !state.hits?.length;
     rank();

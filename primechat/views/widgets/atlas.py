@@ -163,10 +163,9 @@ class AtlasView(Widget):
                 return {"running": False}
             except Exception:  # not laid out yet
                 self.job, self.at = self.source.start(self.space, n_axes), (self.space, n_axes)
-        elif action == "stop" and self.job is not None:
-            self.job.stop()
-            self.job = None
-        picture = self.job.poll() if self.job is not None else None
+        picture = None
+        if self.job is not None:
+            picture = self.job.stop() if action == "stop" else self.job.poll()
         if picture is not None:
             self.job = None
             space, n_axes = self.at

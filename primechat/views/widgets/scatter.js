@@ -80,7 +80,7 @@ function openPainter(canvas) {
       gl.uniform1f(where.deep, deep ? 1 : 0);
       gl.drawArrays(gl.POINTS, 0, count);
     },
-    finish: () => gl.finish(),
+    finish: () => gl.readPixels(0, 0, 1, 1, gl.RGBA, gl.UNSIGNED_BYTE, new Uint8Array(4)), // waits, as gl.finish need not
     end: () => gl.getExtension("WEBGL_lose_context")?.loseContext(),
   };
 }
