@@ -196,6 +196,7 @@ def test_what_a_folder_holds(home: Path) -> None:
         "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "all may be read by the same people"
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and "# base/d2-compiled" in card
     assert "2 layers, width 64, 4 heads, 600 tokens, context 256" in card and "{" not in card.replace(

@@ -123,6 +123,8 @@ def export_model(identifier: str, folder: str) -> Path:
                 (building / name).write_text(text, encoding="utf-8")
             state = {rename_tensor(key): tensor for key, tensor in loaded.model_state.items()}
             save_file(state, building / "model.safetensors", metadata={"format": "pt"})
+            rights = (building / "config.json").stat().st_mode  # safetensors gives them to the owner alone
+            (building / "model.safetensors").chmod(rights)
             os.rename(building, out)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written ({error.strerror}); choose another place.") from None
