@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         LoRAConfig,
         PretrainConfig,
         QuickstartConfig,
+        SpeedrunConfig,
         TokenizerConfig,
     )
     from primechat.infer.engine import Engine
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from primechat.stages.finetune import finetune
     from primechat.stages.lora import train_lora
     from primechat.stages.pretrain import pretrain
-    from primechat.stages.quickstart import quickstart
+    from primechat.stages.quickstart import quickstart, speedrun
     from primechat.stages.tokenizer import train_tokenizer
     from primechat.store import list_models, load_model, load_run, load_tokenizer, open_model
     from primechat.text.tokenizer import Tokenizer
@@ -45,6 +46,7 @@ _ROOMS = {
     "evaluate": "stages.evaluate",
     "autochat": "stages.autochat",
     "quickstart": "stages.quickstart",
+    "speedrun": "stages.quickstart",
     "TokenizerConfig": "config",
     "AutochatConfig": "config",
     "PretrainConfig": "config",
@@ -53,6 +55,7 @@ _ROOMS = {
     "DistillConfig": "config",
     "EvaluateConfig": "config",
     "QuickstartConfig": "config",
+    "SpeedrunConfig": "config",
     "GPTConfig": "config",
     "Tokenizer": "text.tokenizer",
     "GPT": "model.gpt",
@@ -76,6 +79,7 @@ __all__ = [
     "LoRAConfig",
     "PretrainConfig",
     "QuickstartConfig",
+    "SpeedrunConfig",
     "Tokenizer",
     "TokenizerConfig",
     "autochat",
@@ -90,6 +94,7 @@ __all__ = [
     "open_model",
     "pretrain",
     "quickstart",
+    "speedrun",
     "train_lora",
     "train_tokenizer",
 ]

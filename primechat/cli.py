@@ -33,6 +33,7 @@ from primechat.records import (
     EvaluateResult,
     OverlapResult,
     QuickstartResult,
+    SpeedrunResult,
     TokenizerResult,
     TrainResult,
 )
@@ -45,6 +46,7 @@ STAGES = {  # verb: (public name of the stage, of its config, its sentence)
     "distill": ("distill", "DistillConfig", "teach a small model what a large one knows"),
     "evaluate": ("evaluate", "EvaluateConfig", "measure a model in bits per byte on text it has not seen"),
     "autochat": ("autochat", "AutochatConfig", "let models talk to each other, every token measured"),
+    "speedrun": ("speedrun", "SpeedrunConfig", "a full run on GPUs: tokenizer, base, chat, evaluation"),
     "quickstart": ("quickstart", "QuickstartConfig", "all of the above in minutes, on text that is here"),
 }
 DESK = {
@@ -58,6 +60,7 @@ DESK = {
     "export": "write a lab as a folder that runs on rented GPUs",
     "preflight": "test a rented machine in a minute, before money is spent",
     "pull": "bring a run home from a rented machine",
+    "report": "write a run's curves and samples as one page and pictures",
     "bench": "measure how fast this machine trains, generates and tokenizes",
 }
 PROGRAMS = {  # verb: module of the desk, its config, what runs it
@@ -66,6 +69,7 @@ PROGRAMS = {  # verb: module of the desk, its config, what runs it
     "check": ("check", "CheckConfig", "run_check"),
     "convert": ("convert", "ConvertConfig", "run_convert"),
     "bench": ("bench", "BenchConfig", "run_bench"),
+    "report": ("report", "ReportFlags", "run_report"),
     "lab": ("labs.twins", "LabConfig", "run_lab"),
     "chat": ("chat", "ChatConfig", "run_chat"),
 }
@@ -157,7 +161,7 @@ def run_verb(argv: list[str]) -> int:
         module = importlib.import_module(f"primechat.desk.{place}")
         cls: Any = getattr(module, config)
         start = cls(device=device) if device and hasattr(cls, "device") else cls()
-        words = name_model(argv) if verb in ("check", "chat") else argv
+        words = name_model(argv) if verb in ("check", "chat", "report") else argv
         return int(getattr(module, run)(parse_flags(verb, cls, words, start)))
     else:
         near = difflib.get_close_matches(verb, [*STAGES, *DESK], 1)
@@ -229,6 +233,10 @@ def parse_flags(verb: str, cls: type[Config], argv: list[str], default: Config, 
 
 def build_default(verb: str, cls: Any, argv: list[str], device: str | None) -> Any:
     """Return the config that the flags start from; takes the shortcuts out of the words."""
+    if verb == "speedrun":
+        from primechat.desk.pods.verbs import full_run
+
+        return cls(pretrain=full_run(argv))
     file = take_option(argv, "--config")
     config = read_config(Path(file), cls) if file else cls()
     if verb == "pretrain":
@@ -372,6 +380,9 @@ def describe_result(result: object) -> str:
         talks = f"{result.n_talks} conversations of {result.turns} turns"
         speed = f"{result.tokens:,} tokens at {result.tokens_per_s:,.0f} a second"
         return f"{result.tag}: {talks}, {speed}; in {', '.join(result.generations)}"
+    if isinstance(result, SpeedrunResult):
+        parts = (result.base, result.chat, result.evaluation)
+        return "\n".join(describe_result(part) for part in parts if part is not None)
     return "\n".join(describe_quickstart(result)) if isinstance(result, QuickstartResult) else ""
 
 

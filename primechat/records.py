@@ -264,6 +264,15 @@ class EvaluateResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeedrunResult:
+    """What a full run made; what it did not come to, being stopped, is None."""
+
+    base: TrainResult
+    chat: TrainResult | None
+    evaluation: EvaluateResult | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuickstartResult:
     """What a quickstart made."""
 

@@ -8,6 +8,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,18 @@ def test_stage_help_comes_from_the_config_without_torch(
     code = f"import sys; from primechat.cli import main; main(['{verb}', '--help'])"
     done = run_python(f"{code}; print('torch' in sys.modules)")
     assert done.stdout.splitlines()[-1] == "False", done.stderr
-    config = getattr(primechat, cli.STAGES[verb][1])()
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        inner = dataclasses.fields(value) if dataclasses.is_dataclass(value) else []
-        for name in [f"{item.name}.{field.name}" for field in inner] or [item.name]:
-            head, dot, last = name.rpartition(".")
-            assert f"--{name} " in done.stdout or f"--{head}{dot}no_{last} " in done.stdout, name
+
+    def list_names(config: Any, prefix: str = "") -> Iterator[str]:
+        for item in dataclasses.fields(config):
+            value = getattr(config, item.name)
+            if dataclasses.is_dataclass(value):
+                yield from list_names(value, f"{prefix}{item.name}.")
+            else:
+                yield prefix + item.name
+
+    for name in list_names(getattr(primechat, cli.STAGES[verb][1])()):
+        head, dot, last = name.rpartition(".")
+        assert f"--{name} " in done.stdout or f"--{head}{dot}no_{last} " in done.stdout, name
     assert "--device cpu|mps|cuda" in " ".join(done.stdout.split())
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from primechat import store
+from primechat import cli, store
 from primechat.config import (
     EvaluateConfig,
     FinetuneConfig,
@@ -21,16 +21,17 @@ from primechat.config import (
     PretrainConfig,
     QuickstartConfig,
     RuntimeConfig,
+    SpeedrunConfig,
     TokenizerConfig,
 )
 from primechat.errors import ConfigError, DataError
 from primechat.model.checkpoint import find_steps, list_snapshots, load_checkpoint
 from primechat.model.runlog import RunLock, read_metrics
-from primechat.records import Event
+from primechat.records import Event, StepEvent
 from primechat.stages.evaluate import evaluate
 from primechat.stages.finetune import finetune
 from primechat.stages.pretrain import pretrain
-from primechat.stages.quickstart import quickstart
+from primechat.stages.quickstart import quickstart, speedrun
 from primechat.stages.tokenizer import train_tokenizer
 
 WORDS = "the cat sat on a mat and ate my hat while you ran to see what we did with all that jam".split()
@@ -224,6 +225,35 @@ def test_finetune_run(corpus: str, dialogues: str) -> None:
     assert finetune(replace(config, resume=True)).step == 8
     with pytest.raises(ConfigError, match="batch_tokens=100 must be a multiple"):
         finetune(replace(config, tag="other", base="base/d3", batch_tokens=100))
+
+
+def test_speedrun_and_report(
+    corpus: str, dialogues: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three stages in a row, stopped in the second, resumed there; and a page about what came of it."""
+    talks = FinetuneConfig(dialogues=dialogues, batch_tokens=128, steps=8, runtime=FIXED)
+    config = SpeedrunConfig(pretrain=make_config(corpus), finetune=talks, eval_tokens=500)
+    stop, seen = threading.Event(), []
+
+    def hear(event: Any) -> None:
+        seen.append(event)
+        if isinstance(event, StepEvent) and event.step == 3 and event.steps == 8:
+            stop.set()
+
+    first = speedrun(config, on_event=hear, stop=stop)
+    assert first.base.step == 12 and first.chat is not None and first.chat.stopped and first.chat.step == 3
+    again = speedrun(replace(config, resume=True))
+    assert again.chat is not None and again.chat.step == 8 and again.base.step == 12
+    assert again.evaluation is not None and again.evaluation.identifier == "base/d3"
+    assert 400 < again.evaluation.scored_tokens <= 500  # <|bos|> has no bytes to score
+    with pytest.raises(ConfigError, match="resume it"):
+        speedrun(config)
+    assert cli.main(["report", "base/d3", "--output", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 5 and "<script" not in page and "step 12" in page
+    for name in ("loss", "bpb", "speed", "rate", "norms"):
+        assert (tmp_path / "page" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert cli.main(["report", "base/none"]) == 2 and "none" in capsys.readouterr().err
 
 
 def test_finetune_mixture(corpus: str, dialogues: str) -> None:

@@ -10,6 +10,7 @@ from primechat.config.stages import (
     LoRAConfig,
     PretrainConfig,
     QuickstartConfig,
+    SpeedrunConfig,
     TokenizerConfig,
 )
 from primechat.config.talk import AutochatConfig
@@ -26,6 +27,7 @@ __all__ = [
     "PretrainConfig",
     "QuickstartConfig",
     "RuntimeConfig",
+    "SpeedrunConfig",
     "TokenizerConfig",
     "decode_config",
     "encode_config",

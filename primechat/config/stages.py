@@ -306,6 +306,25 @@ class QuickstartConfig:
         check_number("seed", self.seed, low=0, whole=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpeedrunConfig:
+    """A full run, stage by stage: tokenizer, base model, chat model, evaluation; made for torchrun."""
+
+    tag: str = ""
+    """Unused: the tag is that of `pretrain`."""
+    resume: bool = False
+    """Go on with the stage that an interrupted run had come to."""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    """Base model, its tokenizer included; --depth gives all of it."""
+    finetune: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(batch_tokens=65_536))
+    """Chat model; its tag and base are those of `pretrain`."""
+    eval_tokens: int = 10_485_760
+    """Validation tokens that the base model is measured on at the end; 0 is the whole split."""
+
+    def __post_init__(self) -> None:
+        check_number("eval_tokens", self.eval_tokens, low=0, whole=True)
+
+
 def check_tag(tag: object, *, empty: bool = False) -> None:
     """Refuse a tag that is no plain folder name."""
     if not isinstance(tag, str) or not (

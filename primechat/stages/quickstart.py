@@ -1,29 +1,33 @@
-"""All stages on the text that ships with primechat: tokenizer, base model, chat model, and a first dialogue.
+"""All stages in a row: in minutes on the text that ships with primechat, or a full run on rented GPUs.
 
-Hides: how a time budget becomes settings of each stage.
+Hides: how a time budget becomes settings of each stage, and which stage a full run had come to.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from dataclasses import replace
 
 from primechat import store
 from primechat.config import (
+    EvaluateConfig,
     FinetuneConfig,
     GPTConfig,
     LookConfig,
     OptimConfig,
     PretrainConfig,
     QuickstartConfig,
+    SpeedrunConfig,
     TokenizerConfig,
 )  # fmt: skip
 from primechat.errors import ConfigError
 from primechat.infer.engine import Engine
 from primechat.infer.threads import settle_threads
 from primechat.model.runlog import read_frozen
-from primechat.records import OnEvent, QuickstartResult
+from primechat.records import OnEvent, QuickstartResult, SpeedrunResult
+from primechat.stages.evaluate import evaluate
 from primechat.stages.finetune import finetune
 from primechat.stages.pretrain import pretrain
 from primechat.stages.tokenizer import train_tokenizer
@@ -86,6 +90,42 @@ def quickstart(
     return QuickstartResult(
         tokenizer=tokenizer, base=base, chat=chat, dialogue=dialogue, total_s=time.perf_counter() - t_start
     )
+
+
+def speedrun(
+    config: SpeedrunConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+) -> SpeedrunResult:
+    """Make a tokenizer, a base model and a chat model, and measure the base model.
+
+    Args:
+        config: the stages' settings.
+        on_event: hears of everything.
+        stop: once set, the running stage saves and ends, and the rest is left out.
+
+    Returns:
+        The stages' results. A finished stage is not done again by a resumed run.
+
+    Raises:
+        ConfigError: there is a run of this tag and `resume` is not set.
+        PrimechatError: as the stages do.
+    """
+    tag, stop = config.pretrain.tag, stop or threading.Event()
+
+    def goes_on(family: str) -> bool:
+        return config.resume and (store.run_dir(family, tag) / "config.json").exists()
+
+    base = pretrain(replace(config.pretrain, resume=goes_on("base")), on_event=on_event, stop=stop)
+    if base.stopped:
+        return SpeedrunResult(base=base, chat=None, evaluation=None)
+    talks = replace(config.finetune, tag=tag, base=f"base/{tag}", resume=goes_on("sft"))
+    chat = finetune(talks, on_event=on_event, stop=stop)
+    if chat.stopped or os.environ.get("RANK", "0") != "0":
+        return SpeedrunResult(base=base, chat=chat, evaluation=None)
+    measured = EvaluateConfig(
+        model=f"base/{tag}", corpus=config.pretrain.corpus, max_tokens=config.eval_tokens,
+        runtime=replace(config.pretrain.runtime, checkpoint_blocks=False),
+    )  # fmt: skip
+    return SpeedrunResult(base=base, chat=chat, evaluation=evaluate(measured, on_event=on_event, stop=stop))
 
 
 def choose_tag(config: QuickstartConfig) -> str:

@@ -1,0 +1,201 @@
+"""`primechat report`: a run's curves, samples and settings as one HTML page, and the curves as PNGs.
+
+Hides: how they are drawn. It reads the run's folder alone, so that a run that came home from another machine
+is shown like one of this one, and the page needs nothing beside it. Reference: store.load_run.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from primechat.desk.progress import format_seconds
+from primechat.errors import PrimechatError
+from primechat.records import TrainResult
+from primechat.store import base_dir, load_run
+from primechat.views.theme import DARK, FONT, LIGHT, SERIES, style_matplotlib
+
+SMOOTH = 0.03  # of the run: the width over which a step's loss is averaged
+CURVES = (  # file, title, what is drawn: event, field, label
+    ("loss", "Training loss, nats a token", (("step", "loss_nats"),)),
+    ("bpb", "Validation, bits per byte", (("loss", "val_bpb"), ("loss", "general_bpb"))),
+    ("speed", "Tokens a second", (("step", "tokens_per_s"),)),
+    ("rate", "Learning rate, share of its peak", (("step", "lr_ratio"),)),
+    ("norms", "Norms", (("step", "grad_norm"), ("step", "update_norm"))),
+)
+LABELS = {
+    "grad_norm": "gradient",
+    "update_norm": "update",
+    "val_bpb": "validation",
+    "general_bpb": "text it knew",
+}
+STYLE = """
+body { font: 16px/1.55 %s; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.5rem;
+       color: var(--ink); background: var(--bg) }
+h1 { font-size: 1.7rem; margin: 0 0 1rem } h2 { font-size: 1.15rem; margin: 2.5rem 0 .6rem }
+dl { display: flex; flex-wrap: wrap; gap: 1rem 2.6rem; margin: 0 }
+dt { color: var(--muted); font-size: .85rem }
+dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1.6rem }
+figure { margin: 0 } img { width: 100%% }
+table { border-collapse: collapse; width: 100%% } td { text-align: left; vertical-align: top;
+       border-bottom: 1px solid var(--line); padding: .45rem .8rem .45rem 0 }
+td:first-child { color: var(--muted); white-space: nowrap; font-variant-numeric: tabular-nums }
+pre { white-space: pre-wrap; font-size: .85rem; background: var(--surface); padding: 1rem;
+      border-radius: 8px }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportFlags:
+    """Write a run's curves, samples and settings as one HTML page, and the curves as PNGs."""
+
+    model: str = ""
+    """The run: base/d4, sft/d4, or the path of its folder."""
+    output: str = ""
+    """Folder to write; empty is `report` in the run's folder."""
+
+
+def run_report(flags: ReportFlags) -> int:
+    """Write the report of a run.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        PrimechatError: there is no such run, or nothing to draw with.
+    """
+    if not flags.model:
+        raise PrimechatError("report needs a run; name one, as in `primechat report base/d4`.")
+    run = load_run(flags.model)
+    folder = base_dir() / run.path
+    target = Path(flags.output).expanduser() if flags.output else folder / "report"
+    target.mkdir(parents=True, exist_ok=True)
+    pictures = {name: draw_curve(run, title, lines) for name, title, lines in CURVES}
+    drawn = {name: data for name, data in pictures.items() if data}
+    for name, data in drawn.items():
+        (target / f"{name}.png").write_bytes(data)
+    path = target / "index.html"
+    path.write_text(write_page(run, folder, drawn), encoding="utf-8")
+    print(f"{path} and {len(drawn)} pictures beside it")
+    return 0
+
+
+def read_series(run: TrainResult, kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps and values of one field of a run's events, where it has numbers."""
+    pairs = [(e["step"], e.get(name)) for e in run.events if e.get("kind") == kind]
+    found = [(step, value) for step, value in pairs if isinstance(value, (int, float))]
+    return np.array([s for s, _ in found], float), np.array([v for _, v in found], float)
+
+
+def smooth_series(values: np.ndarray) -> np.ndarray:
+    """Return a running mean over a small share of the run; shorter at the ends."""
+    width = max(1, round(len(values) * SMOOTH))
+    kernel = np.ones(width)
+    ones = np.convolve(np.ones(len(values)), kernel, "same")
+    return np.convolve(values, kernel, "same") / ones
+
+
+def draw_curve(run: TrainResult, title: str, lines: tuple[tuple[str, str], ...]) -> bytes:
+    """Return a PNG of some fields over the steps, empty where the run has none of them."""
+    series = [(name, *read_series(run, kind, name)) for kind, name in lines]
+    series = [(name, x, y) for name, x, y in series if len(x)]
+    if not series:
+        return b""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise PrimechatError(
+            "report draws with matplotlib, which is missing; pip install matplotlib."
+        ) from None
+    with rc_context(style_matplotlib()):  # type: ignore[arg-type]
+        return paint_curve(Figure(figsize=(7, 3.6), dpi=130, layout="constrained"), title, series)
+
+
+def paint_curve(figure: Any, title: str, series: list[tuple[str, np.ndarray, np.ndarray]]) -> bytes:
+    """Draw series on an empty figure and return it as a PNG."""
+    axes = figure.subplots()
+    for (name, x, y), colour in zip(series, SERIES, strict=False):
+        noisy = len(y) > 60
+        if noisy:
+            axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(
+            x,
+            smooth_series(y) if noisy else y,
+            color=colour,
+            linewidth=1.8,
+            marker="" if noisy else "o",
+            markersize=3,
+        )
+        if len(series) > 1:
+            axes.annotate(f" {LABELS.get(name, name)}", (x[-1], y[-1]), color=colour, va="center")
+    axes.set(title=title, xlabel="optimizer steps")
+    axes.margins(x=0.02 if len(series) == 1 else 0.12)
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
+
+
+def write_page(run: TrainResult, folder: Path, pictures: dict[str, bytes]) -> str:
+    """Return the page."""
+    titles = {name: title for name, title, _ in CURVES}
+    plots = "".join(
+        f'<figure><img alt="{titles[name]}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+        "</figure>"
+        for name, data in pictures.items()
+    )
+    figures = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in list_figures(run))
+    name = html.escape(run.identifier)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>'
+        f"<style>{write_style()}</style>"
+        f"<h1>{name}</h1><dl>{figures}</dl><h2>Curves</h2><div class=plots>{plots}</div>"
+        f"{''.join(write_samples(run))}{write_settings(folder)}</html>\n"
+    )
+
+
+def write_style() -> str:
+    """Return the page's style, light or dark as the reader's system is."""
+    light, dark = ("".join(f"--{name}: {value}; " for name, value in t.items()) for t in (LIGHT, DARK))
+    scheme = f":root {{ color-scheme: light dark; {light}}}"
+    return f"{scheme}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}{STYLE % FONT}"
+
+
+def list_figures(run: TrainResult) -> Iterator[tuple[str, str]]:
+    """Yield the numbers of a run with their names."""
+    yield "parameters", f"{run.n_params:,}"
+    yield "validation", f"{run.val_bpb:.4f} bits per byte"
+    yield "steps", f"{run.step:,}" + (", stopped" if run.stopped else "")
+    yield "tokens", f"{run.tokens:,}"
+    yield "training time", format_seconds(run.train_s)
+    yield "speed", f"{run.tokens_per_s:,.0f} tokens a second"
+
+
+def write_samples(run: TrainResult) -> Iterator[str]:
+    """Yield for each prompt what the model wrote after it, over the training."""
+    samples = [e for e in run.events if e.get("kind") == "sample"]
+    for prompt in dict.fromkeys(str(e["prompt"]) for e in samples):
+        rows = "".join(
+            f"<tr><td>step {e['step']:,}<td>{html.escape(str(e['text']))}"
+            for e in samples
+            if e["prompt"] == prompt
+        )
+        yield f"<h2>{html.escape(prompt)} …</h2><table>{rows}</table>"
+
+
+def write_settings(folder: Path) -> str:
+    """Return the run's settings as a part of the page."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return ""
+    settings: Any = json.loads(path.read_text(encoding="utf-8"))
+    return f"<h2>Settings</h2><pre>{html.escape(json.dumps(settings, indent=2))}</pre>"
