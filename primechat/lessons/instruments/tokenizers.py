@@ -36,7 +36,7 @@ OPENAI = {
 }  # fmt: skip
 TEXT = """Why did my word become these tokens?
 
-In short: everyday words are one token each, but strawberries, internationalization and a naïve café are cut.
+Some words are one token; strawberries, internationalization and a naïve café are cut into several.
 So are numbers: 7, 42, 1984, 3.14159. An astronaut 🧑🏽‍🚀 costs a dozen tokens or more.
 What of Привет or 你好?
 
@@ -73,7 +73,7 @@ class Tokenizers:
 
     def __init__(self) -> None:
         own = list_own()
-        self.chat_keys = [choice.key for choice in own]
+        self.chat_keys = [choice.key for choice in own if not choice.key.startswith("hf:")]
         openai = [
             Choice(key=name, label=label, context=context, open=partial(open_encoding, name))
             for name, (label, context) in OPENAI.items()
@@ -89,6 +89,11 @@ class Tokenizers:
     def count(self, text: str) -> int:
         """Return how many tokens a text is for it."""
         return len(self.tokenizer.encode(text))
+
+    def guess_count(self, text: str) -> tuple[list[str], str]:
+        """Return what one may answer when asked how many tokens a text is, and the right answer."""
+        options = [*map(str, range(1, 7)), "7 or more"]
+        return options, options[min(self.count(text), len(options)) - 1]
 
     def playground(self, text: str = TEXT) -> Playground:
         """Return the playground."""
@@ -156,16 +161,28 @@ def list_own() -> list[Choice]:
     """Return a choice for each tokenizer of a model that is here, models of one tokenizer together."""
     groups: dict[str, list[store.ModelEntry]] = {}
     for entry in store.list_models():
-        groups.setdefault(entry.tokenizer_identity or entry.identifier, []).append(entry)
+        if entry.family != "lora":  # an adapter has its base's
+            groups.setdefault(entry.tokenizer_identity or entry.identifier, []).append(entry)
     choices = []
     for entries in groups.values():
-        config, _ = store.read_design(Path(entries[0].path), max(entries[0].steps, default=0))
-        names = ", ".join(entry.identifier for entry in entries[:2]) + (" …" if len(entries) > 2 else "")
-        key = entries[0].identifier
-        context = config.sequence_len if config else 2048
-        choices.append(Choice(key=key, label=names, context=context, open=partial(store.load_tokenizer, key)))
+        first = max(entries, key=lambda entry: (bool(entry.steps), entry.family == "sft"))
+        names = ", ".join(entry.identifier for entry in [first, *(e for e in entries if e is not first)][:2])
+        label = names + (" …" if len(entries) > 2 else "")
+        reader = partial(store.load_tokenizer, first.identifier)
+        choices.append(Choice(key=first.identifier, label=label, context=read_context(first), open=reader))
     default = str(store.choose_model())
-    return sorted(choices, key=lambda choice: default not in choice.label)
+    return sorted(choices, key=lambda choice: (choice.key != default, choice.key.startswith("hf:")))
+
+
+def read_context(entry: store.ModelEntry) -> int:
+    """Return how many tokens a model was trained to read at once; 2048 where it does not say."""
+    if entry.family == "hf":
+        path = Path(entry.path) / "config.json"
+        told = store.read_json(path).get("max_position_embeddings") if path.is_file() else None
+        return told if isinstance(told, int) else 2048
+    folder = Path(entry.path) if entry.steps else Path(entry.path) / "snapshots"
+    config, _ = store.read_design(folder, max(entry.steps or entry.snapshots))
+    return config.sequence_len if config else 2048
 
 
 def play_merges(tokenizer: Any, text: str) -> dict[str, Any]:
@@ -211,12 +228,11 @@ def count_tokens(tokenizer: Any) -> tuple[np.ndarray, str]:
         n_documents += len(texts)
         ids = [i for found in map(tokenizer.encode, texts) for i in found]
         counts += np.bincount(ids, minlength=tokenizer.vocab_size)
-    counts[tokenizer.vocab_size - len(tokenizer.specials) :] = -1
+    counts[list(tokenizer.specials.values())] = -1
     never = [tokenizer.token_bytes(int(i)) for i in np.flatnonzero(counts == 0)]
-    n_bytes = sum(len(token) == 1 for token in never)
+    n_bytes, n_read = sum(len(token) == 1 for token in never), int(counts[counts > 0].sum())
     return counts, (
-        f"{int(counts[counts > 0].sum()):,} tokens of {n_documents:,} conversations were counted. "
-        f"{len(never):,} tokens stand nowhere in them: {n_bytes:,} single bytes, mostly of other scripts, and "
-        f"{len(never) - n_bytes:,} longer ones. A model trained on this text alone never saw them, and what it "
-        "makes of them is chance."
+        f"{n_read:,} tokens of {n_documents:,} conversations were counted. {len(never):,} stand nowhere in "
+        f"them: {n_bytes:,} single bytes, mostly of other scripts, and {len(never) - n_bytes:,} longer ones. "
+        "A model trained on this text alone never saw them, and what it makes of them is chance."
     )

@@ -104,7 +104,7 @@ function render({ model, el }) {
   const main = makeSheet();
   const editor = h("div", { class: "pc-editor", onscroll: () => drawSheets() }, h("div", { class: "pc-paper" }, main.node, area));
   const detail = h("div", { class: "pc-detail pc-mono", role: "status" });
-  const fault = h("div", { class: "pc-error", role: "alert", hidden: true });
+  const fault = h("div", { class: "pc-error", role: "alert", hidden: true }), waiting = h("div", { class: "pc-note", role: "status", hidden: true });
   const stats = h("div", { class: "pc-stats" });
   const others = h("div", { class: "pc-others" });
   const chooser = h("div", { class: "pc-row pc-chooser" });
@@ -117,7 +117,7 @@ function render({ model, el }) {
   root.append(
     h("div", { class: "pc-stack" },
       h("div", { class: "pc-row pc-between" }, chooser, toggle({ label: "Show white space", value: spaces, input: (on) => { spaces = on; drawSheets(); } })),
-      h("div", {}, editor, detail), fault, stats, others,
+      waiting, h("div", {}, editor, detail), fault, stats, others,
       h("div", {}, h("div", { class: "pc-row pc-between pc-cards-head" }, h("div", { class: "pc-row" }, h("h3", { class: "pc-title", text: "Every token with its id" }), cardTabs), how), cards)));
 
   function drawChooser() {
@@ -138,7 +138,9 @@ function render({ model, el }) {
     context = 0;
     drawChooser();
     revision = -1;
-    pump();
+    const names = shown.filter((key) => !panes.some((pane) => pane.key === key && !pane.fault)).map((key) => choices.get(key)?.label ?? key);
+    const tell = setTimeout(() => { waiting.textContent = `Opening ${names.join(" and ")}. The first time this may take a while.`; waiting.hidden = !names.length; }, 300);
+    pump().finally(() => { clearTimeout(tell); waiting.hidden = true; });
   }
   async function pump() {
     if (busy) return;
@@ -147,7 +149,7 @@ function render({ model, el }) {
       while (revision < 0 || panesText !== text) {
         const asked = text, since = editedAt, names = [...shown];
         const answer = revision < 0
-          ? await ask("open", { text: asked, shown: names }, 60000)
+          ? await ask("open", { text: asked, shown: names }, 180000)
           : await ask("edit", { revision, ...findEdit(panesText, asked), shown: names });
         if (answer.stale) { revision = -1; continue; }
         take(answer, asked);

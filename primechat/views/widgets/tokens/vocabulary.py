@@ -22,17 +22,13 @@ class Index:
     """What is searched of one vocabulary."""
 
     def __init__(self, tokenizer: Any) -> None:
-        n_special = len(getattr(tokenizer, "specials", {}) or {})
-        first_special = tokenizer.vocab_size - n_special
+        special = set((getattr(tokenizer, "specials", None) or {}).values())
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         self.texts = [token.decode("utf-8", "replace").lower() for token in self.tokens]
         self.lengths = np.array([len(text) for text in self.texts])
-        self.kinds = np.array(
-            [
-                len(KINDS) - 1 if i >= first_special else find_kind(token)
-                for i, token in enumerate(self.tokens)
-            ]
-        )
+        last = len(KINDS) - 1
+        kinds = [last if i in special else find_kind(token) for i, token in enumerate(self.tokens)]
+        self.kinds = np.array(kinds)
         self.counts: np.ndarray | None = None
 
 
