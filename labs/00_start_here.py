@@ -1,0 +1,181 @@
+import marimo
+
+__generated_with = "0.25.2"
+app = marimo.App(width="medium", app_title="Start here")
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    # Does a ChatGPT of my own run on this machine?
+
+    Yes, and in five minutes you will talk to it. A **language model** is a list of numbers, its **parameters**,
+    and a rule that turns a text into a guess at what comes next. It reads and writes **tokens**, short pieces
+    of words. A small one is part of primechat, so nothing needs to be downloaded.
+
+    ## 1. What is here (one minute)
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    import marimo as mo
+
+    from primechat.desk.session import open_chat
+    from primechat.lab import exercise, predict, show
+    from primechat.lessons.instruments.firststeps import (
+        name_magnitude,
+        open_check,
+        open_download,
+        open_machine,
+    )
+    from primechat.lessons.start_here import EXERCISES
+    from primechat.store import list_models
+
+    return (
+        EXERCISES,
+        exercise,
+        list_models,
+        mo,
+        name_magnitude,
+        open_chat,
+        open_check,
+        open_download,
+        open_machine,
+        predict,
+        show,
+    )
+
+
+@app.cell(hide_code=True)
+def _(open_machine, show):
+    show(open_machine())
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    A name such as `shipped/sft` or `base/d4` says where a model comes from: **base** models go on with any text,
+    **sft** models were then taught to answer. Before you look closer, guess:
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(list_models, name_magnitude, predict):
+    _size = next(entry.n_params for entry in list_models() if entry.shipped)
+    predict(
+        "How many parameters has the model that ships with primechat?",
+        ["thousands", "millions", "billions"],
+        name_magnitude(_size),
+        why=f"It has **{_size:,}**. GPT-2, of 2019, had up to 1.5 billion, today's largest have about a trillion. "
+        "Small is enough to see how everything works, and too small to know anything about the world.",
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 2. Is it sound? (one minute)
+
+    A file of numbers looks the same whether it has learned something or not. So let the model read a page of
+    plain English and measure its surprise in **bits per byte**: how many yes-or-no answers it would need, on
+    average, to be told the next byte. Beside it stand three readers that know nothing: the same model with
+    the ids of its tokens shuffled, a model with random weights, and one that holds all tokens equally likely.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(open_check, show):
+    show(open_check())
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 3. Talk to it (two minutes)
+
+    Ask how its day was; ask about food, music or a pet. It has read small talk and little else, so it chats,
+    and it makes things up: it does not know who was president, or what you said an hour ago. **Stop** ends a
+    reply at once, and **Tokens** shows what else it could have said.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(open_chat, show):
+    show(open_chat("shipped/sft", height="560px"))
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 4. Bring in a larger one, if you like
+
+    These come from the Hugging Face Hub, a public library of models. **Show its size** only asks; nothing is
+    moved before you press **Download**. On a laptop the smallest of them writes a few tokens a second.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(open_download, show):
+    show(open_download())
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 5. Two exercises
+
+    Replace the `...` in a cell and run it (Shift+Enter); the card says what does not hold yet. In an app the
+    cells cannot be changed: open the lab with `primechat lab 00`.
+    """)
+    return
+
+
+@app.cell
+def _(EXERCISES, exercise):
+    def weigh_model(n_params, dtype):
+        ...
+
+
+    exercise(EXERCISES[0], weigh_model)
+    return
+
+
+@app.cell
+def _(EXERCISES, exercise):
+    def measure_bits(nats, n_bytes):
+        ...
+
+
+    exercise(EXERCISES[1], measure_bits)
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## Where to go next
+
+    - **01 Tokenizer playground**: why did my word become these tokens?
+    - **02 Attention internals**: what does a part of the model read, and what breaks without it?
+    - **03 Embedding atlas**: which words does it hold to be related?
+    - **05 Pretraining**: noise becomes words, on this machine, in minutes.
+    - **10 Chat**: the page above, larger.
+
+    `primechat lab --list` names them all; `primechat quickstart` makes a model of your own, from nothing.
+    """)
+    return
+
+
+if __name__ == "__main__":
+    app.run()

@@ -1,0 +1,197 @@
+"""What lab 00 stands on: facts of this machine, a check of a model, a download, each for its card.
+
+Hides: threads. A check and a download run on threads of their own and tell their card how far they are.
+Reference: primechat.desk.check, primechat.desk.download.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import threading
+import time
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+import primechat
+from primechat import store
+from primechat.desk.labs.runner import explain_error
+from primechat.errors import PrimechatError
+from primechat.lab import describe_entry
+from primechat.model.download import Plan, measure_space
+from primechat.records import Event, PhaseEvent, ProgressEvent
+from primechat.views.widgets.start import CheckCard, DownloadCard, MachineCard
+
+BUNDLES = {
+    "diego-d20-base": "a base model of nanochat's depth 20, 561 million parameters: it goes on with any text",
+    "sdobson-d20": "a chat model of depth 20",
+    "d32": "nanochat's own chat model of depth 32, 1.9 billion parameters, if there is room",
+}
+EXTRAS = {
+    "transformers": "other people's models",
+    "umap": "the map of lab 03",
+    "tiktoken": "other tokenizers",
+}
+MAGNITUDES = (("thousands", 1e6), ("millions", 1e9), ("billions", 1e12), ("trillions", float("inf")))
+
+
+def open_machine() -> MachineCard:
+    """Return the card of this machine and of the models that are here."""
+    return MachineCard(find_facts)
+
+
+def find_facts() -> dict[str, Any]:
+    """Return what the card of the machine shows."""
+    base = store.base_dir()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    missing = [f"`{name}` ({use})" for name, use in EXTRAS.items() if not find_spec(name)]
+    rows = [
+        (
+            "primechat",
+            primechat.__version__,
+            f"Python {platform.python_version()}, torch {find_version('torch')}",
+        ),
+        ("computes on", *name_device()),
+        ("memory", f"{memory:,.0f} GB", f"{os.cpu_count()} cores"),
+        ("free disk", f"{measure_space(base) / 1e9:,.0f} GB", ""),
+        ("notebooks", f"marimo {find_version('marimo')}, JupyterLab {find_version('jupyterlab')}", ""),
+        ("not installed", "some extras" if missing else "nothing that the labs use", ", ".join(missing)),
+    ]
+    models = [{"identifier": e.identifier, "about": describe_entry(e)} for e in store.list_models()]
+    place = str(base).replace(os.path.expanduser("~"), "~", 1)
+    return {"rows": [list(row) for row in rows], "models": models, "place": place}
+
+
+def find_version(name: str) -> str:
+    """Return the version of a package, or that there is none."""
+    try:
+        return version(name).partition("+")[0]
+    except PackageNotFoundError:
+        return "(missing)"
+
+
+def name_device() -> tuple[str, str]:
+    """Return what a model runs on here and a remark, without importing torch."""
+    if shutil.which("nvidia-smi"):
+        return "a CUDA GPU", "models fit it as far as its own memory goes"
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return "Apple silicon", "its GPU is used where it is the faster one"
+    return "the CPU", "all labs are made for that; a GPU is not needed"
+
+
+def name_magnitude(number: float) -> str:
+    """Return how large a number is: thousands, millions, billions or trillions."""
+    return next(name for name, limit in MAGNITUDES if number < limit)
+
+
+def open_check() -> CheckCard:
+    """Return the card that checks a model on this machine."""
+    entries = [entry for entry in store.list_models() if entry.family in store.FAMILIES]
+    entries.sort(key=lambda entry: not (entry.shipped and entry.family == "sft"))
+    return CheckCard([entry.identifier for entry in entries], begin_check)
+
+
+def begin_check(card: CheckCard, identifier: str) -> None:
+    """Check a model on a thread of its own."""
+    card.message = "It reads a page of plain English four times: a few seconds for a small model."
+    card.state = "running"
+    threading.Thread(target=run_check, args=(card, identifier), daemon=True).start()
+
+
+def run_check(card: CheckCard, identifier: str) -> None:
+    """Check a model and report it to the card."""
+    try:
+        from primechat.desk.check import check_model
+
+        result = check_model(identifier)
+    except Exception as error:  # told where the learner looks
+        card.message, card.state = explain_error(error), "failed"
+        return
+    bars = [
+        ("this model", result.bpb, True), ("its ids shuffled", result.shuffled_bpb, False),
+        ("random weights", result.fresh_bpb, False), ("every token equally likely", result.noise_bpb, False),
+    ]  # fmt: skip
+    card.report = {
+        "verdict": result.verdict, "identifier": result.identifier, "sample": result.sample,
+        "sentence": f"{'; '.join((*result.reasons, result.advice))}.",
+        "rows": [list(row) for row in result.card],
+        "bars": [[name, value, own] for name, value, own in bars if value is not None],
+    }  # fmt: skip
+    card.state = "done"
+
+
+class Stopped(PrimechatError):
+    """The learner pressed Stop."""
+
+
+class Downloader:
+    """Plans and fetches for one card, one thing at a time."""
+
+    def __init__(self) -> None:
+        self.stop, self.plan = threading.Event(), Plan(fetch=(), whole=(), kept=(), torn=(), n_bytes=0)
+        self.total, self.t_start, self.t_told = 0.0, 0.0, 0.0
+
+    def act(self, card: DownloadCard, word: str, bundle: str) -> None:
+        """Do what a button asks for."""
+        if word == "stop":
+            self.stop.set()
+            if card.state == "asking":  # the Hub's answer is no longer waited for
+                card.message, card.state = "", "ready"
+        elif card.state not in ("asking", "loading"):
+            self.stop = threading.Event()
+            card.message, card.state = "", "asking" if word == "plan" else "loading"
+            work = self.ask if word == "plan" else self.fetch
+            threading.Thread(target=self.work, args=(card, work, bundle, self.stop), daemon=True).start()
+
+    def work(self, card: DownloadCard, job: Any, bundle: str, stop: threading.Event) -> None:
+        """Run a job and tell how it ended."""
+        try:
+            state, message = job(card, bundle)
+        except Exception as error:  # told where the learner looks
+            state, message = ("ready" if isinstance(error, Stopped) else "failed"), explain_error(error)
+        if not (stop.is_set() and job == self.ask):
+            card.message, card.state = message, state
+
+    def ask(self, card: DownloadCard, bundle: str) -> tuple[str, str]:
+        """Find out what a bundle would bring; nothing is moved."""
+        from primechat.desk.download import DownloadConfig, build_parcels
+        from primechat.model.download import plan_download
+
+        config = DownloadConfig(bundle=(bundle,), no_optim=True)  # type: ignore[arg-type]
+        plan = plan_download(list(build_parcels(config)), optim=False)
+        if self.stop.is_set():
+            return "ready", ""
+        self.plan = plan
+        base = store.base_dir()
+        fates = (("", plan.fetch), ("is here", plan.whole), ("another one is here and stays", plan.kept))
+        files = [
+            [str(file.path.relative_to(base)), file.size, fate] for fate, group in fates for file in group
+        ]
+        card.plan = {"bundle": bundle, "files": files, "total": plan.n_bytes, "free": measure_space(base)}
+        return "planned", "" if plan.fetch else "All of it is here already."
+
+    def fetch(self, card: DownloadCard, bundle: str) -> tuple[str, str]:
+        """Fetch what was planned."""
+        from primechat.model.download import run_plan
+
+        run_plan(self.plan, store.base_dir(), lambda event: self.hear(card, event))
+        return "done", "It is here. Check it above, then talk to it; the pickers of all labs show it."
+
+    def hear(self, card: DownloadCard, event: Event) -> None:
+        """Tell the card how far the download is; end it where Stop was pressed."""
+        if self.stop.is_set():
+            raise Stopped("Stopped. Files that were whole stay; the next try fetches the others.")
+        if isinstance(event, PhaseEvent):
+            self.total, self.t_start = event.total, time.monotonic()
+        elif isinstance(event, ProgressEvent) and time.monotonic() - self.t_told > 0.4:
+            self.t_told = time.monotonic()
+            left = (self.t_told - self.t_start) * (self.total / event.done - 1) if event.done else None
+            card.progress = {"done": event.done, "total": self.total, "left_s": left}
+
+
+def open_download() -> DownloadCard:
+    """Return the card that brings in models from the Hugging Face Hub."""
+    bundles = [{"name": name, "title": name, "about": about} for name, about in BUNDLES.items()]
+    return DownloadCard(bundles, Downloader().act)

@@ -1,0 +1,85 @@
+"""The cards of the first lab: this machine and its models, whether a model is sound, bringing one in.
+
+Hides: nothing is computed here. A card shows what it is given and calls what it is given; answers come on
+other threads and are set as traits. Reference: primechat.desk.check, primechat.desk.download.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import traitlets
+
+from primechat.views.widgets.kit import Widget
+
+
+class MachineCard(Widget):
+    """What is installed, what the machine has, and which models are here.
+
+    `rows` are (name, value, remark) and `models` dicts of identifier, about and where; `find` returns both
+    anew.
+    """
+
+    kind = traitlets.Unicode("machine").tag(sync=True)
+    rows: Any = traitlets.List().tag(sync=True)
+    models: Any = traitlets.List().tag(sync=True)
+    place = traitlets.Unicode("").tag(sync=True)
+
+    def __init__(self, find: Callable[[], dict[str, Any]]) -> None:
+        self.find = find
+        super().__init__(**find())
+
+    def answer_find(self) -> dict[str, Any]:
+        """Look again."""
+        for name, value in self.find().items():
+            setattr(self, name, value)
+        return {}
+
+
+class CheckCard(Widget):
+    """Whether a model is whole and has its own tokenizer.
+
+    `report` has verdict, sentence, rows of (name, text), bars of (name, bits per byte, is it the model) and a
+    sample; `state` is ready, running, done or failed.
+    """
+
+    kind = traitlets.Unicode("check").tag(sync=True)
+    models: Any = traitlets.List().tag(sync=True)
+    state = traitlets.Unicode("ready").tag(sync=True)
+    message = traitlets.Unicode("").tag(sync=True)
+    report: Any = traitlets.Dict().tag(sync=True)
+
+    def __init__(self, models: list[str], check: Callable[[CheckCard, str], None]) -> None:
+        self.check = check
+        super().__init__(models=models)
+
+    def answer_check(self, identifier: str) -> dict[str, Any]:
+        """Begin a check, unless one is under way."""
+        if self.state != "running":
+            self.check(self, identifier)
+        return {}
+
+
+class DownloadCard(Widget):
+    """Models to bring in: their sizes first, without moving anything, then the download with Stop.
+
+    `bundles` are dicts of name, title and about; `plan` has files of (name, bytes, fate), total and free;
+    `state` is ready, asking, planned, loading, done or failed; `progress` has done, total and left_s.
+    """
+
+    kind = traitlets.Unicode("download").tag(sync=True)
+    bundles: Any = traitlets.List().tag(sync=True)
+    state = traitlets.Unicode("ready").tag(sync=True)
+    message = traitlets.Unicode("").tag(sync=True)
+    plan: Any = traitlets.Dict().tag(sync=True)
+    progress: Any = traitlets.Dict().tag(sync=True)
+
+    def __init__(self, bundles: list[dict[str, str]], act: Callable[[DownloadCard, str, str], None]) -> None:
+        self.act = act
+        super().__init__(bundles=bundles)
+
+    def answer_act(self, word: str, bundle: str = "") -> dict[str, Any]:
+        """Do what a button asks for: plan, fetch or stop."""
+        self.act(self, word, bundle)
+        return {}

@@ -1,0 +1,111 @@
+"""Lab 00: facts of the machine, a check of a model, a download that asks first and stops."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_runner import wait_until
+
+import primechat.desk.download as desk_download
+import primechat.model.download as model_download
+from primechat import store
+from primechat.errors import HubError
+from primechat.hub import HubFile
+from primechat.lessons.instruments import firststeps
+from primechat.model.download import Plan
+from primechat.records import PhaseEvent, ProgressEvent
+
+
+def test_machine_card_tells_what_is_here(base_dir: Path) -> None:
+    card = firststeps.open_machine()
+    names = [row[0] for row in card.rows]
+    assert names == ["primechat", "computes on", "memory", "free disk", "notebooks", "not installed"]
+    assert [model["identifier"] for model in card.models] == [e.identifier for e in store.list_models()]
+    card.models = []
+    assert card.answer_find() == {} and card.models and card.place == str(base_dir)
+    assert firststeps.find_version("no-such-package") == "(missing)"
+    assert [firststeps.name_magnitude(n) for n in (9e3, 5e6, 2e9, 1e12)] == [
+        "thousands",
+        "millions",
+        "billions",
+        "trillions",
+    ]
+
+
+def test_check_card_compares_with_readers_that_know_nothing(base_dir: Path) -> None:
+    card = firststeps.open_check()
+    assert card.models[0] == "shipped/sft"
+    card.answer_check("shipped/sft")
+    wait_until(lambda: card.state == "done")
+    report = card.report
+    assert [bar[0] for bar in report["bars"]] == [
+        "this model",
+        "its ids shuffled",
+        "random weights",
+        "every token equally likely",
+    ]
+    own, *others = [value for _, value, _ in report["bars"]]
+    assert own < min(others) and report["verdict"] == "ok" and report["sample"] and report["rows"]
+    card.answer_check("base/nothing")
+    wait_until(lambda: card.state == "failed")
+    assert "nothing" in card.message
+
+
+def make_plan(base: Path) -> Plan:
+    file = HubFile(
+        repo="owner/name",
+        name="model_1.pt",
+        revision="abc",
+        size=10_000_000,
+        path=base / "x" / "model_1.pt",
+        sha256="",
+    )
+    return Plan(fetch=(file,), whole=(), kept=(), torn=(), n_bytes=file.size)
+
+
+def test_download_asks_first_then_fetches_or_stops(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    monkeypatch.setattr(desk_download, "build_parcels", lambda config: [config])
+    monkeypatch.setattr(model_download, "plan_download", lambda parcels, **_: make_plan(base_dir))
+    fetched: list[Plan] = []
+
+    def run_plan(plan: Plan, base: Path, on_event: Any, **_: Any) -> None:
+        on_event(PhaseEvent(name="download", total=plan.n_bytes, unit="bytes"))
+        for done in range(1, 200):
+            go.wait(0.02)
+            on_event(ProgressEvent(done=done * 50_000))
+        fetched.append(plan)
+
+    monkeypatch.setattr(model_download, "run_plan", run_plan)
+    card = firststeps.open_download()
+    assert {b["name"] for b in card.bundles} == set(desk_download.BUNDLES)
+    card.answer_act("plan", "d32")
+    wait_until(lambda: card.state == "planned")
+    assert card.plan["files"] == [["x/model_1.pt", 10_000_000, ""]] and card.plan["total"] == 10_000_000
+    assert not base_dir.exists(), "asking moves nothing"
+    card.answer_act("fetch", "d32")
+    wait_until(lambda: bool(card.progress))
+    card.answer_act("stop", "d32")
+    wait_until(lambda: card.state == "ready")
+    assert "Stopped" in card.message and not fetched
+    go.set()
+    card.answer_act("plan", "d32")
+    wait_until(lambda: card.state == "planned")
+    card.answer_act("fetch", "d32")
+    wait_until(lambda: card.state == "done")
+    assert len(fetched) == 1
+
+
+def test_download_tells_why_it_cannot(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(parcels: Any, **_: Any) -> Plan:
+        raise HubError("the Hub cannot be reached; check the network.")
+
+    monkeypatch.setattr(desk_download, "build_parcels", lambda config: [config])
+    monkeypatch.setattr(model_download, "plan_download", refuse)
+    card = firststeps.open_download()
+    card.answer_act("plan", "d32")
+    wait_until(lambda: card.state == "failed")
+    assert "cannot be reached" in card.message
