@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from primechat.metrics.diversity import split_words
+from primechat.records import Turn
 
 if TYPE_CHECKING:
     from primechat.protocols import ChatTokenizer
@@ -159,3 +160,72 @@ def score_turns(model: Any, tokenizer: ChatTokenizer, talk: Sequence[str]) -> tu
 
     pairs = [(tokenizer.encode(a + "\n"), b) for a, b in zip(talk, talk[1:], strict=False)]
     return [score(before, text) for before, text in pairs], [score([], text) for _, text in pairs]
+
+
+# Turn by turn
+
+MEASURES = {  # of a turn: (what it says, the value at which the heat strip is full)
+    "entropy": ("how open its choices were, nats a token", 5.0),
+    "surprise": ("how unlikely the model held its words, nats a token", 6.0),
+    "said before": ("share of its three-word pieces that an earlier turn had", 1.0),
+    "like its last": ("share of words in common with the speaker's turn before", 1.0),
+    "new words": ("share of its words that stand nowhere before", 1.0),
+    "words": ("its length in words", 40.0),
+}
+
+
+def measure_turns(turns: Sequence[Turn]) -> dict[str, np.ndarray]:
+    """Return MEASURES of each turn of a conversation, (T,) each; nan where there is nothing to measure."""
+    found = {name: np.full(len(turns), np.nan) for name in MEASURES}
+    words = [split_words(turn.text) for turn in turns]
+    seen_words, seen_grams = set[str](), set[tuple[str, ...]]()
+    for t, (turn, own) in enumerate(zip(turns, words, strict=True)):
+        grams = [tuple(own[i : i + 3]) for i in range(len(own) - 2)]
+        found["words"][t] = len(own)
+        if turn.entropy:
+            found["entropy"][t] = np.mean(turn.entropy)
+            found["surprise"][t] = -np.mean(turn.logprob)
+        if grams and t:
+            found["said before"][t] = np.mean([gram in seen_grams for gram in grams])
+        if own and t:
+            found["new words"][t] = np.mean([word not in seen_words for word in own])
+        if t >= 2:
+            found["like its last"][t] = compare_turns(own, words[t - 2])
+        seen_words.update(own)
+        seen_grams.update(grams)
+    return found
+
+
+def read_talk(model: Any, tokenizer: ChatTokenizer, texts: Sequence[str]) -> list[Turn]:
+    """Return a conversation with the measures of a model that reads it, each turn as if it were to say it.
+
+    So that people's talk can stand beside a model's own: the entropy is the reader's, not the writer's.
+    """
+    import torch
+
+    from primechat.infer.sampling import measure_logits
+
+    turns = []
+    for t, text in enumerate(texts):
+        ids = tokenizer.encode(text)
+        if not t or not ids:
+            turns.append(Turn(speaker=t % 2, model="human", text=text))
+            continue
+        for start in range((t + 1) % 2, t, 2):
+            messages = [
+                {"role": ("user", "assistant")[(i - start) % 2], "content": texts[i]} for i in range(start, t)
+            ]
+            prompt = tokenizer.render_for_completion({"messages": messages})
+            if len(prompt) + len(ids) <= model.sequence_len:
+                break
+        row = [*prompt, *ids][-model.sequence_len :]
+        kept = ids[-min(len(ids), len(row) - 1) :]
+        with torch.inference_mode():
+            logits = model(torch.tensor([row], device=model.device))[0, -len(kept) - 1 : -1]
+            tokens = measure_logits(logits, torch.tensor(kept, device=model.device))
+        figures: dict[str, Any] = {
+            name: [getattr(token, name) for token in tokens]
+            for name in ("logprob", "entropy", "varentropy", "rank")
+        }
+        turns.append(Turn(speaker=t % 2, model="human", text=text, ids=kept, **figures))
+    return turns

@@ -6,8 +6,10 @@ primechat.views.theme.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import plotly.graph_objects as go
 
 from primechat.views.theme import SERIES, style_figure
@@ -37,3 +39,175 @@ def draw_ranks(shares: Mapping[str, Mapping[str, float]]) -> go.FigureWidget:
     figure.update_xaxes(title_text="Place among all tokens, the likeliest first")
     figure.update_yaxes(title_text="Share of tokens, %", rangemode="tozero")
     return figure
+
+
+COLOURS = {"the model": SERIES[0], "people": SERIES[2], "shuffled": SERIES[5], "planted loop": SERIES[1]}
+
+
+def pick_colour(name: str, i: int = 0) -> str:
+    """Return the colour that a name has in all pictures of a lab."""
+    return COLOURS.get(name, SERIES[i % len(SERIES)])
+
+
+def label_line(figure: go.FigureWidget, x: float, y: float, name: str, colour: str, shift: int = 0) -> None:
+    """Write a line's name at its end, in its colour."""
+    figure.add_annotation(
+        x=x, y=y, text=name, showarrow=False, xanchor="left", xshift=6, yshift=shift, font_color=colour
+    )
+
+
+def draw_bands(traces: Mapping[str, np.ndarray], what: str) -> go.FigureWidget:
+    """Draw a measure turn by turn: each group's mean, and for the first the middle 80 % of its conversations.
+
+    Args:
+        traces: for each group, (conversations, turns); nan where nothing was measured.
+        what: the measure with its unit, for the axis.
+    """
+    figure = go.FigureWidget()
+    ends: list[tuple[float, str, str]] = []
+    for i, (name, x) in enumerate(traces.items()):
+        known = ~np.isnan(x).all(axis=0)
+        turns, colour = np.flatnonzero(known), pick_colour(name, i)
+        if not turns.size:
+            continue
+        mean = np.nanmean(x[:, known], axis=0)
+        if i == 0 and len(x) > 2:
+            low, high = np.nanquantile(x[:, known], [0.1, 0.9], axis=0)
+            figure.add_scatter(
+                x=[*turns, *turns[::-1]], y=[*high, *low[::-1]], fill="toself", line_width=0, opacity=0.25,
+                fillcolor=colour, hoverinfo="skip", mode="lines",
+            )  # fmt: skip
+        figure.add_scatter(
+            x=turns, y=mean, mode="lines+markers", line_color=colour, marker_size=5, name=name,
+            hovertemplate="turn %{x}: %{y:.2f}<extra>" + name + "</extra>",
+        )  # fmt: skip
+        ends.append((float(mean[-1]), name, colour))
+    top = max((y for y, _, _ in ends), default=1.0) or 1.0
+    below = -np.inf
+    last = max((x.shape[1] - 1 for x in traces.values()), default=1)
+    for y, name, colour in sorted(ends):
+        below = max(y, below + 0.08 * top)
+        label_line(figure, last, below, name, colour)
+    style_figure(figure, height=330, title_text=f"{what}, turn by turn", margin_r=110)
+    figure.update_xaxes(title_text="Turn")
+    figure.update_yaxes(title_text=what, rangemode="tozero")
+    return figure
+
+
+def draw_repeats(found: Mapping[str, Sequence[float]], sentence: str) -> go.FigureWidget:
+    """Draw how likely a sentence becomes the more often it has been said."""
+    figure = go.FigureWidget()
+    for i, (name, p) in enumerate(found.items()):
+        colour = SERIES[0] if i == 0 else SERIES[5]
+        figure.add_scatter(
+            x=list(range(len(p))), y=list(p), mode="lines+markers", line_color=colour, marker_size=6,
+            hovertemplate="said %{x} times before: %{y:.3f}<extra>" + name + "</extra>",
+        )  # fmt: skip
+        label_line(figure, len(p) - 1, p[-1], name, colour, shift=7 * (1 - 2 * i))
+    style_figure(figure, height=300, title_text=f"“{sentence}”, said over and over", margin_r=130)
+    figure.update_xaxes(title_text="Times that it was said before")
+    figure.update_yaxes(title_text="Mean probability of its tokens", range=[0, 1.02])
+    return figure
+
+
+def draw_drift(maps: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> go.FigureWidget:
+    """Draw a conversation's way over a map of its turns, for each group; the larger the dot, the later."""
+    figure = go.FigureWidget()
+    for i, (name, (places, drift)) in enumerate(maps.items()):
+        colour = pick_colour(name, i)
+        figure.add_scatter(
+            x=places[:, 0], y=places[:, 1], mode="lines+markers", line=dict(color=colour, width=1),
+            marker=dict(color=colour, size=np.linspace(5, 15, len(places))), customdata=drift,
+            hovertemplate="turn %{pointNumber}, drift %{customdata:.2f}<extra>" + name + "</extra>",
+            opacity=1 if i == 0 else 0.55,
+        )  # fmt: skip
+        label_line(figure, float(places[-1, 0]), float(places[-1, 1]), f"{name}, last turn", colour)
+    style_figure(figure, height=380, title_text="Where the conversation goes", margin_r=120)
+    figure.update_xaxes(title_text="First direction of most difference", showticklabels=False)
+    figure.update_yaxes(title_text="Second", showticklabels=False)
+    return figure
+
+
+Spread = Mapping[str, tuple[float, float, float]]
+
+
+def draw_spreads(groups: Mapping[str, Spread], title: str) -> go.FigureWidget:
+    """Draw each measure of each group: a dot for its mean, a bar for its interval; a panel a measure."""
+    from plotly.subplots import make_subplots
+
+    names = list(next(iter(groups.values()), {}))
+    figure = go.FigureWidget(
+        make_subplots(
+            rows=1, cols=max(len(names), 1), shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.025
+        )
+    )
+    labels = list(groups)[::-1]
+    for c, measure in enumerate(names, 1):
+        for i, (name, found) in enumerate(groups.items()):
+            mean, low, high = found[measure]
+            figure.add_scatter(
+                x=[mean], y=[name], mode="markers", marker=dict(color=pick_colour(name, i), size=9),
+                row=1, col=c, error_x=dict(
+                    type="data", symmetric=False, array=[high - mean], arrayminus=[mean - low], width=0
+                ),
+                hovertemplate=f"{name}, {measure}: %{{x:.3f}}, {low:.3f} to {high:.3f}<extra></extra>",
+            )  # fmt: skip
+    style_figure(
+        figure, height=110 + 34 * len(groups), title_text=title, margin=dict(l=150, r=16, t=80, b=40)
+    )
+    figure.update_yaxes(categoryorder="array", categoryarray=labels, ticks="")
+    figure.update_xaxes(nticks=3)
+    figure.update_annotations(font_size=13)
+    return figure
+
+
+def draw_generations(found: Mapping[str, Sequence[Spread]], people: Spread, measure: str) -> go.FigureWidget:
+    """Draw a measure against the generation, for each mix, with intervals and people's line.
+
+    Args:
+        found: for each mix, the measures of each generation.
+        people: those of people's talk.
+        measure: which to draw.
+    """
+    figure = go.FigureWidget()
+    longest = max(map(len, found.values()), default=1)
+    for i, (name, spreads) in enumerate(found.items()):
+        values, colour = [one[measure] for one in spreads], SERIES[i]
+        figure.add_scatter(
+            x=list(range(len(values))), y=[v[0] for v in values], mode="lines+markers", line_color=colour,
+            error_y=dict(type="data", symmetric=False, array=[v[2] - v[0] for v in values],
+                         arrayminus=[v[0] - v[1] for v in values], width=4),
+            hovertemplate="generation %{x}: %{y:.3f}<extra>" + name + "</extra>",
+        )  # fmt: skip
+        label_line(figure, len(values) - 1, values[-1][0], name, colour, shift=9 * (1 - 2 * i))
+    figure.add_hline(y=people[measure][0], line_color=COLOURS["people"], line_dash="dot")
+    figure.add_hrect(
+        y0=people[measure][1], y1=people[measure][2], fillcolor=COLOURS["people"], opacity=0.12, line_width=0
+    )
+    figure.add_annotation(
+        x=0, y=people[measure][0], text="people", showarrow=False, xanchor="left", yshift=9,
+        font_color=COLOURS["people"],
+    )  # fmt: skip
+    title = f"{measure} against the generation" if found else f"{measure}: nothing yet, press Start above"
+    style_figure(figure, height=330, title_text=title, margin_r=160)
+    figure.update_xaxes(
+        title_text="Generation: 0 is the model as it was", dtick=1, range=[-0.1, max(longest, 2) - 0.9]
+    )
+    figure.update_yaxes(title_text=measure)
+    return figure
+
+
+def save_strip(values: Mapping[str, np.ndarray], scales: Mapping[str, float], path: Path) -> list[Path]:
+    """Write a heat strip as PNG and SVG; return the files."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    axes = figure.subplots()
+    shares = np.array([values[name] / scales[name] for name in values])
+    axes.imshow(np.clip(shares, 0, 1), aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.set_xlabel("Turn")
+    files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for file in files:
+        figure.savefig(file, dpi=160)
+    return files

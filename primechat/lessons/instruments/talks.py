@@ -1,0 +1,244 @@
+"""The instrument of lab 09: a model's talk with itself, beside people's and three controls.
+
+Hides: where the conversations come from. The model's are kept in autochat/, so that a lab that opens again
+shows the same ones; what people said is read by the same model, so that its entropy can be compared.
+Reference: primechat.stages.autochat, primechat.metrics.loops.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from primechat.config import AutochatConfig
+from primechat.metrics.diversity import bootstrap_mean, measure_drift, measure_texts
+from primechat.metrics.loops import (
+    MEASURES,
+    embed_texts,
+    find_loop,
+    measure_repeats,
+    measure_turns,
+    plant_loop,
+    read_talk,
+    shuffle_talks,
+)
+from primechat.records import AutochatResult, OnEvent, Turn
+from primechat.stages.autochat import autochat, read_talks
+from primechat.text.corpora import read_conversations
+
+Talks = list[list[Turn]]
+ABOUT = {
+    "the model": "The model talks to itself; only the first turn is a person's.",
+    "people": "Two people; the model reads along, and its entropy is shown.",
+    "shuffled": "The same people's turns in a random order: nothing follows from anything.",
+    "planted loop": "People's talk that was made to go round from turn 4 on, to see what a loop looks like.",
+}
+SENTENCE = "I like to go out with my friends."
+KEPT = ("distinct-2", "self-BLEU", "self-repetition", "compression", "MTLD", "Vendi")
+
+
+class Study:
+    """A model's conversations and their controls.
+
+    Args:
+        picker: of a chat model; its identifier is read now.
+        opener: opens it.
+        n_talks: conversations of the first look.
+        turns: of each.
+    """
+
+    def __init__(
+        self, picker: Any, opener: Callable[[str], Any], *, n_talks: int = 6, turns: int = 12
+    ) -> None:
+        self.model, self.tokenizer, meta = opener(picker.identifier)
+        self.identifier, self.turns = picker.identifier, turns
+        self.tag = re.sub(r"[^A-Za-z0-9]+", "-", f"lab09-{picker.identifier}-{meta.get('step', 0)}").strip(
+            "-"
+        )
+        self.config = AutochatConfig(
+            tag=self.tag,
+            model=picker.identifier,
+            n_talks=n_talks,
+            turns=turns,
+            max_new_tokens=32,
+            resume=True,
+        )
+        human = find_people(turns, n_talks)
+        made = {
+            "people": human,
+            "shuffled": shuffle_talks(human),
+            "planted loop": [plant_loop(talk, period=1 + i % 3) for i, talk in enumerate(human[:3])],
+        }
+        self.groups: dict[str, Talks] = {"the model": read_talks(autochat(self.config).path)}
+        for name, talks in made.items():
+            self.groups[name] = [read_talk(self.model, self.tokenizer, talk) for talk in talks]
+
+    def show_strips(self) -> Any:
+        """Return the heat strips of all groups."""
+        from primechat.views.widgets.strips import TalkStrips
+
+        rows = [{"name": name, "about": about, "full": full} for name, (about, full) in MEASURES.items()]
+        groups = [
+            {"name": name, "about": ABOUT[name], "talks": [self.describe(turns) for turns in talks]}
+            for name, talks in self.groups.items()
+        ]
+        return TalkStrips(rows, groups)
+
+    def describe(self, turns: Sequence[Turn]) -> dict[str, Any]:
+        """Return a conversation as the strips show it."""
+        values, loop = measure_turns(turns), find_loop([turn.text for turn in turns])
+        drawn = []
+        for t, turn in enumerate(turns):
+            texts = [self.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in turn.ids]
+            last = len(texts) - turn.stopped
+            tokens = zip(texts, turn.entropy, np.exp(turn.logprob), turn.rank, strict=True)
+            drawn.append(
+                {
+                    "who": turn.model, "text": turn.text,
+                    "values": [None if np.isnan(v[t]) else round(float(v[t]), 3) for v in values.values()],
+                    "tokens": [[text, round(h, 3), round(float(p), 4), r] for text, h, p, r in tokens][:last],
+                }
+            )  # fmt: skip
+        first = " ".join(turns[0].text.split())
+        return {"title": first[:40] or "...", "loop": loop.turn if loop else -1, "turns": drawn}
+
+    def trace(self, measure: str, extra: Talks | None = None) -> dict[str, np.ndarray]:
+        """Return a measure of each group, (talks, turns); `extra` takes the place of the first look."""
+        groups = {**self.groups, **({"the model": extra} if extra else {})}
+        groups.pop("planted loop")
+        return {
+            name: np.array([measure_turns(turns)[measure] for turns in talks])
+            for name, talks in groups.items()
+        }
+
+    def trace_repeats(self) -> dict[str, list[float]]:
+        """Return the probability of a sentence each time it is said again: this model, and random weights."""
+        import torch
+
+        from primechat.model.gpt import GPT
+
+        fresh = GPT(self.model.config)
+        fresh.init_weights(torch.Generator().manual_seed(0))
+        found = {"this model": self.model, "random weights": fresh.requires_grad_(False).eval()}
+        return {name: measure_repeats(one, self.tokenizer, SENTENCE) for name, one in found.items()}
+
+    def map_drift(self, talk: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return for a conversation of each group the turns on a common map (T, 2), and their drift (T,)."""
+        chosen = {name: talks[min(talk, len(talks) - 1)] for name, talks in self.groups.items()}
+        chosen.pop("planted loop")
+        vectors = {
+            name: embed_texts(self.model, self.tokenizer, [turn.text for turn in turns])
+            for name, turns in chosen.items()
+        }
+        whole = np.concatenate(list(vectors.values()))
+        _, _, axes = np.linalg.svd(whole - whole.mean(0), full_matrices=False)
+        return {name: ((x - whole.mean(0)) @ axes[:2].T, measure_drift(x)) for name, x in vectors.items()}
+
+    def tell_trend(self) -> tuple[str, str]:
+        """Return whether the model's entropy rises, falls or stays over a conversation, and the figures."""
+        x = self.trace("entropy")["the model"]
+        third = max(1, (x.shape[1] - 1) // 3)
+        early, late = float(np.nanmean(x[:, 1 : 1 + third])), float(np.nanmean(x[:, -third:]))
+        word = "It falls" if late < 0.95 * early else "It rises" if late > 1.05 * early else "It stays"
+        return word, f"{early:.2f} nats a token in the first third, {late:.2f} in the last"
+
+    def compare_groups(self) -> dict[str, dict[str, tuple[float, float, float]]]:
+        """Return the published measures of each group, with intervals over its conversations."""
+        return {name: measure_spread(talks) for name, talks in self.groups.items()}
+
+    def export(self, folder: str | Path) -> list[Path]:
+        """Write every turn as CSV and the first strip as PNG and SVG; return the files."""
+        from primechat.views.talk import save_strip
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        table = folder / "turns.csv"
+        with table.open("w", newline="", encoding="utf-8") as file:
+            out = csv.writer(file)
+            out.writerow(["group", "talk", "turn", "model", "text", *MEASURES])
+            for name, talks in self.groups.items():
+                for i, turns in enumerate(talks):
+                    values = measure_turns(turns)
+                    for t, turn in enumerate(turns):
+                        figures = [f"{v[t]:.4f}" for v in values.values()]
+                        out.writerow([name, i, t, turn.model, turn.text, *figures])
+        values = measure_turns(self.groups["the model"][0])
+        scales = {name: full for name, (_, full) in MEASURES.items()}
+        return [table, *save_strip(values, scales, folder / "strip")]
+
+
+def find_people(turns: int, count: int) -> list[list[str]]:
+    """Return held-out conversations of people, cut to so many turns."""
+    texts = ([m["content"][:200] for m in talk["messages"]] for talk in read_conversations("chitchat", "val"))
+    return [talk[:turns] for talk in islice((talk for talk in texts if len(talk) >= turns), count)]
+
+
+def measure_spread(talks: Talks, names: Sequence[str] = KEPT) -> dict[str, tuple[float, float, float]]:
+    """Return each measure's mean over conversations and its bootstrap interval."""
+    found = [measure_texts([turn.text for turn in turns[1:] if turn.text.strip()], names) for turns in talks]
+    return {name: bootstrap_mean([one[name] for one in found]) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Conversations under several settings or over generations, by name."""
+
+    paths: dict[str, tuple[str, ...]]
+    stopped: bool = False
+
+    def measure(self, names: Sequence[str] = KEPT) -> dict[str, list[dict[str, tuple[float, float, float]]]]:
+        """Return the measures of each name, one entry a generation."""
+        return {
+            name: [measure_spread(read_talks(path), names) for path in paths]
+            for name, paths in self.paths.items()
+        }
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as it was": {},
+    "temperature 0.3": {"temperature": 0.3},
+    "temperature 1.2": {"temperature": 1.2},
+    "top-p 0.9": {"top_k": 0, "top_p": 0.9},
+    "a person every 4th turn": {"human_every": 4},
+}
+
+
+def run_variants(
+    config: AutochatConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+) -> Comparison:
+    """Let the model talk under each of VARIANTS, from the same openings and seeds."""
+    return run_each(config, VARIANTS, on_event, stop)
+
+
+def run_collapse(
+    config: AutochatConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+) -> Comparison:
+    """Let the model learn from its own talk for some generations, alone and with people's talk mixed in."""
+    shares = {"only its own talk": {"human_share": 0.0}, "half of it people's": {"human_share": 0.5}}
+    return run_each(config, shares, on_event, stop)
+
+
+def run_each(
+    config: AutochatConfig,
+    variants: dict[str, dict[str, Any]],
+    on_event: OnEvent | None,
+    stop: threading.Event | None,
+) -> Comparison:
+    """Run a config with each set of changes; what ran before is not run again."""
+    paths: dict[str, tuple[str, ...]] = {}
+    for i, (name, changes) in enumerate(variants.items()):
+        result: AutochatResult = autochat(
+            replace(config, tag=f"{config.tag}-{i}", resume=True, **changes), on_event=on_event, stop=stop
+        )
+        paths[name] = result.generations
+        if stop is not None and stop.is_set():
+            return Comparison(paths=paths, stopped=True)
+    return Comparison(paths=paths)

@@ -1,0 +1,67 @@
+// A conversation as a heat strip, and the turn behind a cell.
+
+import { frame, h, number, select, tabs } from "./kit.js";
+
+function render({ model, el }) {
+  const { root, listen, end } = frame({ model, el }, "strips");
+  let group = 0, talk = 0, turn = 1, by = "entropy";
+  const grid = h("div", { class: "pc-strips-grid", role: "grid" }), reading = h("div", { class: "pc-card pc-strips-reading", "aria-live": "polite" });
+  const head = h("div", { class: "pc-row" }), about = h("p", { class: "pc-muted pc-strips-about" });
+  root.append(head, about, grid, reading);
+
+  const now = () => model.get("groups")[group]?.talks[talk];
+  function drawHead() {
+    const groups = model.get("groups");
+    head.replaceChildren(
+      tabs({ label: "Who talks", options: groups.map((one, i) => [String(i), one.name]), value: String(group), input: (value) => { group = Number(value); talk = Math.min(talk, groups[group].talks.length - 1); drawHead(); draw(); } }),
+      select({ label: "Conversation", options: groups[group].talks.map((one, i) => [String(i), one.title]), value: String(talk), input: (value) => { talk = Number(value); draw(); } }));
+    about.textContent = groups[group].about;
+  }
+  function draw() {
+    const chosen = now(), rows = model.get("rows");
+    if (!chosen) return;
+    turn = Math.min(turn, chosen.turns.length - 1);
+    grid.style.setProperty("--pc-turns", chosen.turns.length);
+    grid.replaceChildren(h("span", { class: "pc-strips-name pc-muted", text: "turn" }), ...chosen.turns.map((_, t) => h("span", { class: "pc-strips-number", text: String(t) })),
+      ...rows.flatMap((row, r) => [h("span", { class: "pc-strips-name", text: row.name, title: row.about }), ...chosen.turns.map((one, t) => {
+        const value = one.values[r], share = value === null ? 0 : Math.max(0, Math.min(1, value / row.full));
+        return h("button", {
+          type: "button", class: "pc-strips-cell", role: "gridcell", dataset: { t, r, chosen: String(t === turn) }, tabindex: t === turn && r === 0 ? 0 : -1, "data-lm-suppress-shortcuts": "true",
+          "aria-label": `turn ${t}, ${row.name} ${value === null ? "not measured" : number(value, 2)}`, title: value === null ? `${row.name}: nothing to measure` : `${row.name} ${number(value, 2)}: ${row.about}`,
+          text: value === null ? "·" : "", style: { "--pc-heat": `${Math.round(100 * share)}%` }, onclick: () => pick(t),
+        });
+      })]));
+    drawReading();
+  }
+  function pick(t) {
+    turn = t;
+    for (const cell of grid.querySelectorAll(".pc-strips-cell")) { cell.dataset.chosen = String(Number(cell.dataset.t) === t); cell.tabIndex = Number(cell.dataset.t) === t && cell.dataset.r === "0" ? 0 : -1; }
+    drawReading();
+  }
+  grid.addEventListener("keydown", (event) => {
+    const cell = event.target.closest(".pc-strips-cell"), move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+    if (!cell || !move) return;
+    event.preventDefault();
+    event.stopPropagation();
+    const next = grid.querySelector(`[data-t="${Number(cell.dataset.t) + move[0]}"][data-r="${Number(cell.dataset.r) + move[1]}"]`);
+    if (next) { pick(Number(next.dataset.t)); next.focus(); }
+  });
+  function drawReading() {
+    const chosen = now(), one = chosen.turns[turn], rows = model.get("rows");
+    const level = (token) => (by === "entropy" ? token[1] / 5 : by === "p" ? -Math.log(Math.max(token[2], 1e-9)) / 6 : Math.log1p(token[3]) / 5);
+    const tokens = one.tokens.map((token) => h("span", { class: "pc-strips-token", text: token[0], title: `entropy ${number(token[1], 2)} nats · probability ${number(token[2], 3)} · rank ${token[3] + 1}`, style: { "--pc-heat": `${Math.round(75 * Math.max(0, Math.min(1, level(token))))}%` } }));
+    const before = chosen.turns[turn - 1];
+    reading.replaceChildren(
+      h("div", { class: "pc-row" }, h("b", { text: `Turn ${turn}` }), h("span", { class: "pc-muted", text: one.who }), chosen.loop >= 0 && h("span", { class: "pc-strips-loop", text: `goes round from turn ${chosen.loop} on` }),
+        h("span", { class: "pc-strips-gap" }), select({ label: "Colour by", options: [["entropy", "entropy"], ["p", "improbability"], ["rank", "rank"]], value: by, input: (value) => { by = value; drawReading(); } })),
+      before ? h("p", { class: "pc-muted pc-strips-before", text: `before: ${before.text || "(nothing)"}` }) : "",
+      h("p", { class: "pc-strips-text" }, ...(tokens.length ? tokens : [one.text || "(nothing)"])),
+      h("p", { class: "pc-muted", text: rows.map((row, r) => `${row.name} ${one.values[r] === null ? "–" : number(one.values[r], 2)}`).join(" · ") }));
+  }
+  listen(["groups", "rows"], () => { group = Math.min(group, model.get("groups").length - 1); talk = 0; drawHead(); draw(); });
+  drawHead();
+  draw();
+  return end;
+}
+
+export default { render };

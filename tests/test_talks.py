@@ -1,0 +1,181 @@
+"""Lab 09's instrument and pictures: measures turn by turn, controls, heat strips, what is exported."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from primechat import store
+from primechat.lab import borrow_model
+from primechat.lessons.instruments import talks
+from primechat.metrics.loops import MEASURES, measure_turns, read_talk
+from primechat.records import Turn
+from primechat.views import talk
+
+plotly = pytest.importorskip("plotly", reason="needs the extra labs")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> talks.Study:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("base")))
+        return talks.Study(SimpleNamespace(identifier="shipped/sft"), borrow_model, n_talks=3, turns=10)
+
+
+def test_turns_are_measured_by_hand() -> None:
+    turns = [
+        Turn(speaker=0, model="human", text="I like red cats."),
+        Turn(speaker=1, model="x", text="I like red dogs!", ids=[1, 2], entropy=[1, 3], logprob=[-1, -2]),
+        Turn(speaker=0, model="x", text="I like red cats."),
+        Turn(speaker=1, model="x", text=""),
+    ]
+    found = measure_turns(turns)
+    assert set(found) == set(MEASURES)
+    assert found["entropy"][1] == 2 and found["surprise"][1] == 1.5 and np.isnan(found["entropy"][2])
+    # i-like-red was said, like-red-dogs and red-dogs-! were not
+    assert found["said before"][1] == pytest.approx(1 / 3) and found["said before"][2] == 1
+    assert found["new words"][1] == pytest.approx(2 / 5) and found["new words"][2] == 0
+    assert (
+        found["like its last"][2] == 1
+        and found["like its last"][3] == 0
+        and np.isnan(found["like its last"][1])
+    )
+    assert found["words"].tolist() == [5, 5, 5, 0]
+
+
+def test_reading_measures_what_the_engine_would() -> None:
+    model, tokenizer, _ = store.open_model("shipped/sft")
+    texts = ["Hi there!", "Hello, how are you?", "Fine."]
+    turns = read_talk(model, tokenizer, texts)
+    prompt = tokenizer.render_for_completion(
+        {"messages": [{"role": "user", "content": "Hello, how are you?"}]}
+    )
+    ids = tokenizer.encode("Fine.")
+    with torch.inference_mode():
+        logp = model(torch.tensor([[*prompt, *ids]]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+    assert turns[2].logprob == pytest.approx([float(logp[i, t]) for i, t in enumerate(ids)], abs=1e-4)
+    assert not turns[0].ids and turns[1].ids == tokenizer.encode(texts[1])
+    long = read_talk(model, tokenizer, ["word " * 300, "more " * 400, "end"])  # beyond the context
+    assert len(long[1].ids) < model.sequence_len and long[2].entropy
+
+
+def test_a_study_has_its_controls(study: talks.Study) -> None:
+    assert list(study.groups) == list(talks.ABOUT)
+    assert sorted(t.text for one in study.groups["people"] for t in one) == sorted(
+        t.text for one in study.groups["shuffled"] for t in one
+    )
+    widget = study.show_strips()
+    assert [row["name"] for row in widget.rows] == list(MEASURES)
+    loops = {group["name"]: [one["loop"] for one in group["talks"]] for group in widget.groups}
+    assert all(loop >= 4 for loop in loops["planted loop"])
+    turn = widget.groups[0]["talks"][0]["turns"][1]
+    assert turn["who"].startswith("shipped/sft") and len(turn["values"]) == len(MEASURES)
+    assert "".join(token[0] for token in turn["tokens"]) == turn["text"] or "\ufffd" in str(turn["tokens"])
+    word, said = study.tell_trend()
+    assert word in ("It rises", "It stays", "It falls") and said.count("nats") == 1
+    spread = study.compare_groups()
+    assert spread["planted loop"]["self-BLEU"][0] > spread["people"]["self-BLEU"][2]
+    assert all(low <= mean <= high for group in spread.values() for mean, low, high in group.values())
+
+
+def test_pictures_show_what_they_are_given(study: talks.Study) -> None:
+    bands = talk.draw_bands(study.trace("entropy"), "Entropy")
+    assert {note.text for note in bands.layout.annotations} == {"the model", "people", "shuffled"}
+    expected = np.nanmean([measure_turns(one)["entropy"][1:] for one in study.groups["people"]], axis=0)
+    assert bands.data[2].y == pytest.approx(expected) or bands.data[1].y == pytest.approx(expected)
+    repeats = study.trace_repeats()
+    assert talk.draw_repeats(repeats, "x").data[0].y == pytest.approx(repeats["this model"])
+    assert max(repeats["random weights"]) < 0.01  # all tokens alike
+    drift = talk.draw_drift(study.map_drift())
+    assert len(drift.data) == 3 and drift.data[0].customdata[0] == pytest.approx(0, abs=1e-6)
+    spreads = study.compare_groups()
+    assert len(talk.draw_spreads(spreads, "x").data) == len(spreads) * len(talks.KEPT)
+    generations = {"own": [spreads["people"], spreads["planted loop"]]}
+    drawn = talk.draw_generations(generations, spreads["people"], "Vendi")
+    assert drawn.data[0].y == pytest.approx(
+        [spreads[name]["Vendi"][0] for name in ("people", "planted loop")]
+    )
+    assert "press Start" in talk.draw_generations({}, spreads["people"], "Vendi").layout.title.text
+
+
+def test_export(study: talks.Study, tmp_path: Path) -> None:
+    files = study.export(tmp_path / "out")
+    assert [file.name for file in files] == ["turns.csv", "strip.png", "strip.svg"]
+    rows = list(csv.DictReader(files[0].read_text(encoding="utf-8").splitlines()))
+    assert len(rows) == sum(len(one) for group in study.groups.values() for one in group)
+    assert files[1].read_bytes()[:4] == b"\x89PNG" and b"<svg" in files[2].read_bytes()[:600]
+
+
+def test_variants_and_generations_are_measured(
+    study: talks.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    from dataclasses import replace
+
+    small = replace(study.config, tag="ab", n_talks=2, turns=3, max_new_tokens=4)
+    found = talks.run_variants(small)
+    measured = found.measure(("distinct-2",))
+    assert list(measured) == list(talks.VARIANTS) and not found.stopped
+    assert all(len(one) == 1 and 0 < one[0]["distinct-2"][0] <= 1 for one in measured.values())
+
+
+@pytest.mark.slow
+def test_strips_on_a_page(tmp_path: Path) -> None:
+    """Cells, keys and the reading below, in Chromium, without a model."""
+    browser = pytest.importorskip("browser", reason="needs playwright")
+    app = tmp_path / "strips.py"
+    app.write_text(STRIPS, encoding="utf-8")
+    import shutil
+
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium")
+    if not path:
+        pytest.skip("needs Chromium")
+    with browser.start_host("run", app, tmp_path) as server, sync_playwright() as driver:
+        page = driver.chromium.launch(executable_path=path, args=browser.FLAGS).new_page()
+        page.goto(server.url)
+        page.locator(".pc-strips-cell").first.wait_for(timeout=60_000)
+        assert page.locator(".pc-strips-cell").count() == 6
+        page.locator(".pc-strips-cell[data-t='2'][data-r='0']").click()
+        assert "<b>third</b>" in page.locator(".pc-strips-text").inner_text()
+        assert page.locator(".pc-strips-text b").count() == 0
+        page.keyboard.press("ArrowLeft")
+        assert "second" in page.locator(".pc-strips-text").inner_text()
+        assert "goes round from turn 1 on" in page.locator(".pc-strips-reading").inner_text()
+        page.get_by_role("tab", name="other").click()
+        assert page.locator(".pc-strips-cell").count() == 2
+
+
+STRIPS = """
+import marimo
+
+app = marimo.App()
+
+
+@app.cell
+def _():
+    from primechat.lab import show
+    from primechat.views.widgets.strips import TalkStrips
+
+    def turn(text, a, b):
+        return {"who": "x", "text": text, "values": [a, b], "tokens": [[text, 1.0, 0.5, 0]]}
+
+    rows = [{"name": n, "about": n, "full": 1.0} for n in ("one", "two")]
+    turns = [turn("first", None, 0.5), turn("second", 1, 2), turn("<b>third</b>", 0, 0)]
+    talks = [{"title": "t", "loop": 1, "turns": turns}]
+    groups = [{"name": "main", "about": "", "talks": talks}]
+    alone = [{"title": "o", "loop": -1, "turns": [turn("alone", 1, 1)]}]
+    groups.append({"name": "other", "about": "", "talks": alone})
+    show(TalkStrips(rows, groups))
+    return
+
+
+if __name__ == "__main__":
+    app.run()
+"""
