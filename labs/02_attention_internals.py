@@ -115,8 +115,9 @@ def _(mo):
     mo.md(r"""
     Now choose **its words shuffled, twice**. Shuffled words make no sense, so the first half is hard; the
     second half is the first once more, and easy for a model that looks back and copies. Find the switches
-    that stop the copying. (A model that has read little may not have learned to copy: then the second half
-    is as hard as the first, and that is a finding too.)
+    that stop the copying; **Try each one alone** does it for you. A small model that has read little may not
+    have learned to copy: then the second half is as hard as the first, and that is a finding too. A model
+    that has is one pick away: `hf:smollm2`, if it is installed.
 
     ## 3. Lens
 

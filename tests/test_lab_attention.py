@@ -138,6 +138,9 @@ def check_lens(page: Page, truth: Any) -> None:
     assert [text.replace("·", " ").strip() for text in shown] == [text.strip() for text in want]
     lens.locator('td[data-r="1"][data-t="2"]').hover()
     expect(lens.locator(".pc-detail h4")).to_contain_text("after layer 0")
+    lens.locator(".pc-scroll").focus()
+    page.keyboard.press("ArrowDown")
+    expect(lens.locator(".pc-detail h4")).to_contain_text("after layer 1")
 
 
 def check_more(page: Page, truth: Any) -> None:
@@ -171,7 +174,7 @@ def check_more(page: Page, truth: Any) -> None:
 
 
 def check_typing(page: Page, truth: Any) -> None:
-    """A new text moves every view."""
+    """A new text and another model move every view."""
     prompt = find(page, "prompt")
     prompt.locator("textarea").fill("one two one two one")
     ids = [truth.tokenizer.bos_id, *truth.tokenizer.encode("one two one two one")]
@@ -179,6 +182,10 @@ def check_typing(page: Page, truth: Any) -> None:
     loss = capture(truth.model, ids).losses.mean()
     expect(find(page, "switches").locator(".pc-stat dd").first).to_have_text(f"{loss:.2f}", timeout=20_000)
     expect(find(page, "lens").locator("thead th")).to_have_count(len(ids) + 1, timeout=20_000)
+    find(page, "models").locator("select").select_option("shipped/sft")
+    other = capture(lab.borrow_model("shipped/sft")[0], ids).losses.mean()
+    assert f"{other:.2f}" != f"{loss:.2f}"
+    expect(find(page, "switches").locator(".pc-stat dd").first).to_have_text(f"{other:.2f}", timeout=20_000)
     find(page, "prompt").locator("textarea").fill("")
     expect(page.get_by_text("Type at least two tokens.")).to_be_visible(timeout=20_000)
 

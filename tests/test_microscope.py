@@ -122,6 +122,13 @@ def test_trial_goes_on_slice_by_slice(scope: Microscope, monkeypatch: pytest.Mon
     assert len(view.data["scan"]) == 1, "a wish after the end begins anew"
     view.wish = -1
     assert not view.data["scanning"], "stopped"
+    view.test = "copy"
+    assert view.data["scan"] is None, "another text, another trial"
+    view.wish = 1
+    lost = save_copying(capture(scope.model, scope.copy_scene.ids).losses) - save_copying(
+        capture(scope.model, scope.copy_scene.ids, ablate=[parts[0]]).losses
+    )
+    assert view.data["scan"][parts[0]] == pytest.approx(lost, abs=1e-6)
     assert Trial(scope).report(scope.scene, 0)["scan"] is None
 
 

@@ -9,7 +9,7 @@ parts. Reference: nostalgebraist 2020 (logit lens); Elhage et al. 2021 (attribut
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,17 +222,23 @@ def list_parts(body: GPTBody) -> list[str]:
     ]
 
 
-def scan_ablations(model: Any, ids: Ids, parts: Sequence[str] | None = None) -> Iterator[tuple[str, float]]:
-    """Switch off one part after the other; yield each with the change of the mean loss in nats.
+def scan_ablations(
+    model: Any,
+    ids: Ids,
+    parts: Sequence[str] | None = None,
+    measure: Callable[[np.ndarray], float] = lambda losses: float(losses.mean()),
+) -> Iterator[tuple[str, float]]:
+    """Switch off one part after the other; yield each with how much a measure of the losses grows.
 
     Args:
         model: the model.
         ids: (T,) of at least two tokens.
         parts: None is each head and each MLP.
+        measure: of the losses (T - 1,) in nats; their mean.
     """
-    whole = float(capture(model, ids).losses.mean())
+    whole = measure(capture(model, ids).losses)
     for part in list_parts(dissect(model)) if parts is None else parts:
-        yield part, float(capture(model, ids, ablate=(part,)).losses.mean()) - whole
+        yield part, measure(capture(model, ids, ablate=(part,)).losses) - whole
 
 
 def patch_grid(

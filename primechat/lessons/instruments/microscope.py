@@ -199,7 +199,7 @@ class Microscope:
                         {"label": name, "value": float(after[i]), "before": float(before[i])}
                         for i, name in zip(places, names, strict=True)
                     ],
-                    **trial.report(scene, view.wish),
+                    **trial.report(scene, view.wish, view.test == "copy"),
                 }  # fmt: skip
 
         self.follow(view, refresh, ["off", "test", "wish"], "at")
@@ -322,8 +322,9 @@ class Trial:
         self.worst: float | None = None
         self.turn = 0
 
-    def report(self, scene: Scene, wish: int) -> dict[str, Any]:
-        """Go on if the page wishes so; return what is known by now."""
+    def report(self, scene: Scene, wish: int, copying: bool = False) -> dict[str, Any]:
+        """Go on if the page wishes so; return what is known by now: loss gained, or copying lost."""
+        measure: dict[str, Any] = {"measure": lambda losses: -save_copying(losses)} if copying else {}
         if scene is not self.scene:
             self.scene, self.found, self.worst, self.turn = scene, {}, None, wish
         parts = circuits.list_parts(scene.body)
@@ -331,7 +332,7 @@ class Trial:
         if wish > 0 and wish != self.turn:
             if len(self.found) in (0, len(parts)):
                 self.found = {}
-                self.walk = circuits.scan_ablations(scene.model, scene.ids)
+                self.walk = circuits.scan_ablations(scene.model, scene.ids, **measure)
             t_start = time.monotonic()
             for part, change in self.walk:
                 self.found[part] = change
@@ -339,7 +340,7 @@ class Trial:
                     break
             running = len(self.found) < len(parts)
             if not running and self.worst is None and scene.body.n_params <= SMALL:
-                changes = circuits.scan_ablations(self.scope.control.model, scene.ids)
+                changes = circuits.scan_ablations(self.scope.control.model, scene.ids, **measure)
                 self.worst = max(abs(change) for _, change in changes)
         self.turn = wish
         return {

@@ -7,7 +7,7 @@ function showLens({ model, el }) {
   const { root, listen, end } = frame({ model, el }, "lens");
   const control = toggle({ label: "random numbers in the blocks instead", value: model.get("control"), input: (on) => commit(model, { control: on }) });
   const table = h("table", { class: "pc-grid" });
-  const scroll = h("div", { class: "pc-scroll", tabindex: 0, "aria-label": "Guesses by layer and token" }, table);
+  const scroll = h("div", { class: "pc-scroll", tabindex: 0, "aria-label": "Guesses by layer and token; arrow keys move", "data-lm-suppress-shortcuts": "true" }, table);
   const detail = h("div", { class: "pc-detail", "aria-live": "polite" });
   let spot = null;
   root.append(h("div", { class: "pc-card pc-stack" },
@@ -43,6 +43,20 @@ function showLens({ model, el }) {
   table.addEventListener("pointerover", (event) => { const at = locate(event); if (at) { spot = at; explain(); } });
   table.addEventListener("pointerleave", () => { spot = null; explain(); });
   table.addEventListener("click", (event) => { const at = locate(event); if (at) commit(model, { at: at[1] }); });
+  scroll.addEventListener("keydown", (event) => {
+    const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] ?? [];
+    const d = model.get("data");
+    if (down === undefined || !d.stages) return;
+    event.preventDefault();
+    event.stopPropagation();
+    const [r, t] = spot ?? [d.stages.length - 1, model.get("at")];
+    spot = [Math.min(Math.max(r + down, 0), d.stages.length - 1), Math.min(Math.max(t + right, 0), d.tokens.length - 1)];
+    explain();
+    const cell = table.querySelector(`td[data-r="${spot[0]}"][data-t="${spot[1]}"]`);
+    table.querySelector(".pc-spot")?.classList.remove("pc-spot");
+    cell.classList.add("pc-spot");
+    cell.scrollIntoView({ block: "nearest", inline: "nearest" });
+  });
   listen(["data", "at", "control"], draw);
   draw();
   return end;
