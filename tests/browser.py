@@ -222,6 +222,8 @@ def run_all_cells(page: Page, timeout_s: float = 120) -> None:
     page.wait_for_selector(
         ".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached", timeout=60_000
     )
+    # The notebook is idle also while there is no kernel yet, and then nothing can be restarted.
+    page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for(timeout=60_000)
     page.locator(
         'button[data-command="notebook:restart-run-all"], [data-command="notebook:restart-run-all"] button'
     ).first.click()

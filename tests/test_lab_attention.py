@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from browser import HOSTS, ROOT, LabPage, Server, browser, lab_page, serve
+from browser import HOSTS, ROOT, LabPage, Server, browser, lab_page, run_all_cells, serve
 from playwright.sync_api import Locator, Page, expect
 
 from primechat import capture, lab
@@ -31,34 +28,19 @@ def find(page: Page, name: str) -> Locator:
     return view
 
 
-def run_twin(page: Page) -> None:
-    """In JupyterLab: restart the kernel and run all cells, most of which hide source and number."""
-    idle = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
-    page.wait_for_selector(idle, state="attached", timeout=60_000)
-    page.locator('[data-command="notebook:restart-run-all"]').first.click()
-    page.wait_for_timeout(1000)  # a dialog that is clicked as it appears closes without an answer
-    page.locator(".jp-Dialog .jp-mod-accept").click(timeout=10_000)
-    page.wait_for_selector(".pc-patch", state="attached", timeout=120_000)
-    page.wait_for_selector(idle, state="attached", timeout=120_000)
-
-
 def open_lab(
     host: str, serve: Callable[..., Server], lab_page: Callable[..., LabPage], tmp_path: Path, theme: str
 ) -> tuple[LabPage, float]:
     """Return the lab's page in a host, and the seconds until all heads were drawn."""
     path = LAB
     if host == "jupyter":
-        path = tmp_path / f"{LAB.stem}.ipynb"
-        words = ["-m", "marimo", "-y", "export", "ipynb", str(LAB), "-o", str(path), "--sort", "top-down"]
-        subprocess.run([sys.executable, *words], check=True, capture_output=True, timeout=120, cwd=ROOT)
-        twin = json.loads(path.read_text())  # without a kernel's name JupyterLab would ask for one
-        twin["metadata"]["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        path.write_text(json.dumps(twin))
+        path = tmp_path / f"{LAB.stem}.ipynb"  # JupyterLab saves what it has run
+        path.write_bytes((ROOT / "labs" / "notebooks" / path.name).read_bytes())
     server = serve(host, path)
     t_start = time.monotonic()
     found = lab_page(server.url, theme)
     if host == "jupyter":
-        run_twin(found.page)
+        run_all_cells(found.page, 180)
     found.page.wait_for_selector(".pc-headgrid canvas", timeout=90_000, state="attached")
     return found, time.monotonic() - t_start
 
