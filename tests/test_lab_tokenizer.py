@@ -235,13 +235,25 @@ def test_play_train_chat_and_search(in_run: LabPage) -> None:
     trainer.get_by_role("button", name="Go on").click()
     trainer.get_by_role("button", name="Pause").click()
     page.wait_for_selector('.pc-trainer[data-running="false"]')
-    paused = trainer.get_attribute("data-vocab-size")
-    page.wait_for_timeout(400)
+    page.wait_for_timeout(700)  # what was under way arrives
+    paused = trainer.get_attribute("data-vocab-size") or ""
+    page.wait_for_timeout(500)
     assert 266 <= int(paused) < 512 and trainer.get_attribute("data-vocab-size") == paused
     trainer.get_by_role("button", name="Go on").click()
     page.wait_for_selector('.pc-trainer[data-full="true"]', timeout=60_000)
     page.wait_for_selector(".pc-trainer .pc-note:not([hidden])")
     assert "the same merges in the same order" in trainer.locator(".pc-note").inner_text()
+    trainer.get_by_label("Learn from").select_option("")
+    trainer.get_by_role("button", name="Learn").click()
+    wait_until(lab, lambda: trainer.locator(".pc-error").is_visible(), "an empty text is not refused")
+    trainer.get_by_label("Your own text").fill("she sells sea shells by the sea shore, " * 20)
+    trainer.get_by_role("button", name="Learn").click()
+    wait_until(lab, lambda: trainer.get_attribute("data-full") == "true", "my own text is not learned from")
+    assert not trainer.locator(".pc-error").is_visible()
+    assert (
+        "·sea" in trainer.locator(".pc-latest").inner_text()
+        or int(trainer.get_attribute("data-vocab-size") or 0) < 512
+    ), "so short a text runs out of pairs"
     page.locator(".pc-playground select").first.select_option("mine")
     mine = page.locator(".pc-playground")
     wait_until(lab, lambda: mine.get_attribute("data-keys") == "mine", "my own tokenizer does not cut")

@@ -8,8 +8,8 @@ function render({ model, el }) {
   let state = { vocab_size: 256 + model.get("special_count"), pairs: [], latest: [], preview: [], n_bytes: 0, n_tokens: 0 };
   let counts = [], running = false, speed = "fast", mine = 0, goal = 512, dirty = false;
   const samples = [...model.get("samples"), ["", "my own text"]];
-  const source = select({ label: "Learn from", options: samples, value: samples[0][0], input: () => { own.hidden = source.box.value !== ""; dirty = true; if (own.hidden) restart(); } });
-  const area = h("textarea", { class: "pc-text", rows: 4, placeholder: "Paste a text: a few thousand characters are enough", "aria-label": "Your own text", "data-lm-suppress-shortcuts": "true", oninput: () => { dirty = true; } });
+  const source = select({ label: "Learn from", options: samples, value: samples[0][0], input: () => { own.hidden = source.box.value !== ""; dirty = true; if (own.hidden) restart(); else stop(); } });
+  const area = h("textarea", { class: "pc-text", rows: 4, placeholder: "Paste a text: a few thousand characters are enough", "aria-label": "Your own text", "data-lm-suppress-shortcuts": "true", oninput: () => { dirty = true; draw(); } });
   const own = h("div", { hidden: true }, area);
   const size = slider({ label: "Vocabulary", min: 272, max: 4096, step: 16, value: goal, input: (value) => { goal = value; draw(); }, show: (value) => `${number(value)} tokens` });
   const pace = select({ label: "Pace", options: [["slow", "one by one"], ["fast", "quick"], ["full", "as fast as it can"]], value: speed, input: (value) => { speed = value; } });
@@ -39,10 +39,10 @@ function render({ model, el }) {
     draw();
   }
   function draw() {
-    const made = counts.length, full = state.vocab_size >= goal;
+    const made = counts.length, full = state.vocab_size >= goal && !dirty;
     facts.textContent = `${number(state.vocab_size)} of ${number(goal)} tokens · ${number(state.n_bytes)} bytes of text are ${number(state.n_tokens)} tokens now: ${number(state.n_bytes / Math.max(1, state.n_tokens), 2)} bytes a token`;
-    go.textContent = running ? "Pause" : made && !full ? "Go on" : "Learn";
-    go.disabled = full && !running && !dirty;
+    go.textContent = running ? "Pause" : made && !full && !dirty ? "Go on" : "Learn";
+    go.disabled = full && !running;
     one.disabled = full;
     again.disabled = !made && !dirty;
     const most = state.pairs[0]?.[2] ?? 1;
@@ -74,7 +74,7 @@ function render({ model, el }) {
     try { fault.hidden = true; return await work(); } catch (error) { fault.textContent = error.message; fault.hidden = false; running = false; draw(); return null; }
   }
   async function step(merges) {
-    if (dirty && !(await restart())) return null;
+    if (dirty && !(await begin())) return null;
     const answer = await safely(() => ask("advance", { merges, vocab_size: goal }));
     if (answer) { if (answer.goal < goal) { goal = answer.goal; size.put(goal); } take(answer); }
     return answer;
@@ -91,13 +91,16 @@ function render({ model, el }) {
     if (turn === mine) stop();
   }
   function stop() { mine++; running = false; draw(); }
-  async function restart() {
-    mine++;
-    running = false;
+  async function begin() {
     facts.textContent = "Reading the text and counting its pairs …";
     const answer = await safely(() => ask("begin", { sample: source.box.value, text: area.value, vocab_size: goal }));
     if (answer) { dirty = false; counts = []; take(answer); }
     return answer;
+  }
+  function restart() {
+    mine++;
+    running = false;
+    return begin();
   }
   draw();
   facts.textContent = "Reading the text and counting its pairs …";
