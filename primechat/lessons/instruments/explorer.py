@@ -50,12 +50,15 @@ class Explorer:
 
     def change_model(self) -> None:
         """Follow the picker; what cannot be opened is told beside the map."""
+        self.view.notice = f"Opening {self.picker.identifier} …"
         try:
             self.open_named(self.picker.identifier)
+            self.view.take_source(self.atlas, picked=self.choose_token())
         except PrimechatError as error:
             self.view.problem = str(error)
             return
-        self.view.take_source(self.atlas, picked=self.choose_token())
+        finally:
+            self.view.notice = ""
         for follow in self.followers:
             follow()
 

@@ -211,23 +211,24 @@ def score_analogies(
     if n < 3:
         return None
     rng = np.random.default_rng(seed)
-    first, second = np.divmod(np.arange(n * n), n)
-    asked = np.flatnonzero(first != second)
-    if len(asked) > max_questions:
-        asked = rng.choice(asked, max_questions, replace=False)
-    a, b = pairs[first[asked]].T
-    c, d = pairs[second[asked]].T
-    x, y = rng.integers(0, len(table), (2, len(asked)))  # the control's step leads between any two tokens
+    if n * (n - 1) <= max_questions:
+        first, second = np.nonzero(~np.eye(n, dtype=bool))
+    else:  # drawn, not listed: a large vocabulary has millions of them
+        first = rng.integers(0, n, max_questions)
+        second = (first + rng.integers(1, n, max_questions)) % n
+    a, b = pairs[first].T
+    c, d = pairs[second].T
+    x, y = rng.integers(0, len(table), (2, len(first)))  # the control's step leads between any two tokens
     unit = scale_rows(table)
 
     def hit(target: np.ndarray, barred: tuple[np.ndarray, ...]) -> float:
         right = 0
-        for rows in np.array_split(np.arange(len(asked)), max(1, len(asked) // 256)):
+        for rows in np.array_split(np.arange(len(first)), max(1, len(first) // 256)):
             cosines = scale_rows(target[rows]) @ unit.T
             for ids in barred:
                 cosines[np.arange(len(rows)), ids[rows]] = -np.inf
             right += int((cosines.argmax(1) == d[rows]).sum())
-        return right / len(asked)
+        return right / len(first)
 
     texts = [
         (tokenizer.token_bytes(i).decode(), tokenizer.token_bytes(j).decode()) for i, j in pairs.tolist()
@@ -235,7 +236,7 @@ def score_analogies(
     return AnalogyScore(
         rule=rule,
         pairs=tuple(texts),
-        n=len(asked),
+        n=len(first),
         offset=hit(unit[c] + unit[b] - unit[a], (a, b, c)),
         near=hit(unit[c], (a, b, c)),
         shuffled=hit(unit[c] + unit[y] - unit[x], (x, y, c)),

@@ -436,11 +436,19 @@ function render(context) {
   listen("spaces", () => spaceBox?.fill(model.get("spaces"), model.get("space")));
   listen("nearby", () => { // Python picked a point, for example for another model
     const i = model.get("picked");
-    if (i !== state.picked && i >= 0 && i < state.n) pick(i, false, true);
+    if (i < 0 || i >= state.n) return;
+    if (i !== state.picked) pick(i, false, true);
+    else arrive(i, model.get("nearby"));
   });
   const complain = () => { if (model.get("problem")) fault(model.get("problem")); };
   listen("problem", complain);
   complain();
+  listen("notice", () => {
+    clearTimeout(state.poll);
+    work.hidden = !model.get("notice");
+    work.replaceChildren(h("span", { role: "status", text: model.get("notice") }));
+    if (work.hidden) complain();
+  });
   const themes = new MutationObserver(() => { recolour(); scatter.invalidate(false); });
   themes.observe(root, { attributes: true, attributeFilter: ["data-theme"] });
   later(() => { state.gone = true; clearTimeout(state.poll); themes.disconnect(); scatter.end(); });

@@ -61,6 +61,7 @@ class AtlasView(Widget):
     text = traitlets.Unicode().tag(sync=True)
     laying_out = traitlets.Bool(False).tag(sync=True)
     problem = traitlets.Unicode().tag(sync=True)
+    notice = traitlets.Unicode().tag(sync=True)  # what the page waits for
 
     def __init__(
         self,
