@@ -99,7 +99,7 @@ def _(predict, scope, survey):
         "One single head goes off, the one the model needs most here. How many nats does the loss grow?",
         survey.EFFECTS,
         _effect,
-        why=f"{_said} In a small model the work is spread: few heads are needed alone.",
+        why=f"{_said} What a head shows when you look is not yet what it is worth.",
     )
     return
 

@@ -129,6 +129,10 @@ def test_trial_goes_on_slice_by_slice(scope: Microscope, monkeypatch: pytest.Mon
         capture(scope.model, scope.copy_scene.ids, ablate=[parts[0]]).losses
     )
     assert view.data["scan"][parts[0]] == pytest.approx(lost, abs=1e-6)
+    while view.data["scanning"]:
+        view.wish += 1
+    random = capture(scope.control.model, scope.copy_scene.ids).losses
+    assert view.data["control"] == pytest.approx(save_copying(random), abs=1e-6)
     assert Trial(scope).report(scope.scene, 0)["scan"] is None
 
 

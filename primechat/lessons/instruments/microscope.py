@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from primechat.desk.labs import runner
 from primechat.errors import ConfigError, PrimechatError
 from primechat.lessons.instruments.scene import Scene, save_copying, spell_tokens
 from primechat.metrics import circuits
@@ -138,6 +139,8 @@ class Microscope:
                 busy.clear()
 
         self.followers.append((heeds, run))
+        if runner.still and view.has_trait("opened"):
+            view.set_trait("opened", True)  # a page to read has nobody to open it later
         view.observe(run, [*names, *(["opened"] if view.has_trait("opened") else [])])
         run()
         return view
@@ -323,7 +326,10 @@ class Trial:
         self.turn = 0
 
     def report(self, scene: Scene, wish: int, copying: bool = False) -> dict[str, Any]:
-        """Go on if the page wishes so; return what is known by now: loss gained, or copying lost."""
+        """Go on if the page wishes so; return what is known by now: loss gained, or copying lost.
+
+        The control with random blocks is the largest change there, or what copying saves there.
+        """
         measure: dict[str, Any] = {"measure": lambda losses: -save_copying(losses)} if copying else {}
         if scene is not self.scene:
             self.scene, self.found, self.worst, self.turn = scene, {}, None, wish
@@ -340,8 +346,12 @@ class Trial:
                     break
             running = len(self.found) < len(parts)
             if not running and self.worst is None and scene.body.n_params <= SMALL:
-                changes = circuits.scan_ablations(self.scope.control.model, scene.ids, **measure)
-                self.worst = max(abs(change) for _, change in changes)
+                control = self.scope.control.model
+                if copying:
+                    self.worst = save_copying(capture(control, scene.ids).losses)
+                else:
+                    changes = circuits.scan_ablations(control, scene.ids)
+                    self.worst = max(abs(change) for _, change in changes)
         self.turn = wish
         return {
             "scan": self.found or None,
