@@ -199,6 +199,11 @@ def find_cell() -> str:
     return str(shell.get_parent().get("metadata", {}).get("cellId", "")) if shell is not None else ""
 
 
+def name_run(function: Callable[..., Any], config: Any) -> tuple[Any, str]:
+    """Return what tells runs apart; a lab's own function is made anew for each page, from the same code."""
+    return getattr(function, "__code__", function), str(getattr(config, "tag", ""))
+
+
 def open_control(function: Callable[..., Any], config: Any, title: str) -> StageControl:
     """Return a control of a stage.
 
@@ -206,9 +211,8 @@ def open_control(function: Callable[..., Any], config: Any, title: str) -> Stage
     former run stopped and saved, as marimo does with a cell of a notebook.
     """
     if in_marimo() and sys.modules["marimo"].app_meta().mode == "run":
-        key = (function, getattr(config, "tag", ""))
         for runner in list(_runners):
-            if (runner.function, getattr(runner.config, "tag", "")) == key:
+            if name_run(runner.function, runner.config) == name_run(function, config):
                 return runner.join(title)
     runner, cell = Runner(function, config), find_cell()
     if cell:
