@@ -110,6 +110,7 @@ class LoraJob(Job):
         state = lora.read_state(model, self.tag)
         names = f"model_{step:06d}.pt", f"optim_{step:06d}_rank0.pt"
         whole = {**meta, "step": step, "lora": {"base": self.base, "rank": self.spec.rank}}
+        whole["lora"]["n_params"] = sum(tensor.numel() for tensor in state.values())
         commit_step(folder, step, dict(zip(names, (state, optim_state), strict=True)), whole)
         identity = self.tokenizer.identity
         lora.save_adapter(model, self.tag, self.spec, folder, self.base, tokenizer_identity=identity)

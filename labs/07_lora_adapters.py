@@ -1,0 +1,227 @@
+import marimo
+
+__generated_with = "0.25.2"
+app = marimo.App(width="medium", app_title="LoRA adapters")
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    # How small a change turns my model into a pirate?
+
+    Training moves every number of a model. **LoRA** leaves them all where they are and hangs two thin
+    matrices beside each big one; only these learn. The result is a small file, an **adapter**, that can be
+    taken off again, mixed with others, or turned up and down like a volume.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    import marimo as mo
+
+    from primechat import train_lora
+    from primechat.lab import exercise, predict, settings, show, stage
+    from primechat.lessons.instruments import posttrain
+    from primechat.lessons.lora_adapters import EXERCISES
+    from primechat.views.training import draw_lines, draw_tradeoff
+
+    return (
+        EXERCISES,
+        draw_lines,
+        draw_tradeoff,
+        exercise,
+        mo,
+        posttrain,
+        predict,
+        settings,
+        show,
+        stage,
+        train_lora,
+    )
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 1. Train one, and turn the dial
+
+    The talks are the chats that ship with primechat, answered as a pirate would: a **recipe**. Others are
+    `style:polite`, `topic:music` (or `topic:` and words of your own), `faq`, and `faq:` with a file of lines
+    `question|answer` that you write. The **rank** is how many numbers wide the thin matrices are.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(posttrain, settings):
+    form = settings(posttrain.quick_lora(), ("tag", "dialogues", "rank", "steps"), title="Adapter")
+    form
+    return (form,)
+
+
+@app.cell(hide_code=True)
+def _(form, stage, train_lora):
+    run = stage(train_lora, form.config, title="Train the adapter")
+    run
+    return (run,)
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    At 0 the model is exactly what it was; at 1 it is as trained; at 2 there is twice as much of the change.
+    Drag, and read the reply.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(form, posttrain, run, show):
+    show(posttrain.open_dial(posttrain.list_adapters(run.result), form.config.base))
+    return
+
+
+@app.cell(hide_code=True)
+def _(form, posttrain, predict):
+    predict(
+        "How many of the model's numbers does this adapter have, in percent?",
+        (0.0, 100.0),
+        posttrain.measure_share(form.config),
+        why="The big matrices stay as they are; of each one only rank × (inputs + outputs) numbers are new.",
+        within=2.0,
+        unit="%",
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _(draw_lines, posttrain, run, show):
+    show(
+        draw_lines(
+            posttrain.list_curves(run.result),
+            "step",
+            "bits per byte (lower is better)",
+            title="The pirate's talk gets easier; what happens to plain text?",
+        )
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 2. How much rank does it need?
+
+    Adapters of several ranks and **full fine-tuning** (every number moves), each with the same steps, tokens
+    and seeds. `gain` is on the pirate's held-back talks, `forgotten` on plain text, both in bits per byte.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(posttrain, settings):
+    plan = settings(
+        posttrain.SeriesConfig(model="shipped/sft", names=("1", "8", "full")),
+        ("names", "seeds", "steps"),
+        title="What to compare",
+    )
+    plan
+    return (plan,)
+
+
+@app.cell(hide_code=True)
+def _(plan, posttrain, stage):
+    series = stage(posttrain.compare_ranks, plan.config, title="Ranks against full fine-tuning")
+    series
+    return (series,)
+
+
+@app.cell(hide_code=True)
+def _(posttrain, series, show):
+    show(
+        posttrain.open_table(series.result, ("gain", "forgotten", "seconds", "optimizer MB"), diversity=False)
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _(draw_tradeoff, posttrain, series, show):
+    show(
+        draw_tradeoff(
+            posttrain.name_axes(series.result),
+            "gain on its own talks, bits per byte",
+            "forgotten of general text, bits per byte",
+            title="Right is better, low is better; a dot is a seed",
+        )
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 3. Is the change really of low rank?
+
+    Any matrix is a sum of simple ones, each with a weight, its **singular value**. An adapter of rank 8 has
+    eight of them and no more. If full fine-tuning had needed only a few, its curve would fall as steeply;
+    the dotted one is a random change of the same size.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(draw_lines, plan, posttrain, series, show):
+    show(
+        draw_lines(
+            posttrain.find_spectra(series.result, plan.config.model),
+            "which singular value, the largest first",
+            "its size",
+            title="What was added to one matrix (the first layer's c_fc)",
+            faint=("random, same size",),
+        )
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 4. Exercises
+
+    Replace the `...` in each cell and run it. The card says which rule does not hold yet.
+    """)
+    return
+
+
+@app.cell
+def _(EXERCISES, exercise):
+    def adapt(x, w, a, b, scale): ...
+
+    exercise(EXERCISES[0], adapt)
+    return
+
+
+@app.cell
+def _(EXERCISES, exercise):
+    def count_numbers(n_in, n_out, rank): ...
+
+    exercise(EXERCISES[1], count_numbers)
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## More
+
+    An adapter's folder, `lora_checkpoints/<tag>/`, holds `adapter_config.json` and
+    `adapter_model.safetensors`: the files of the package `peft`, which reads ours and writes ones that open
+    here. `primechat chat lora:pirate+sft/d4` talks to a model with one, `lora:pirate*0.5+lora:music+sft/d4`
+    to a model with two, the first at half strength.
+    """)
+    return
+
+
+if __name__ == "__main__":
+    app.run()

@@ -1,0 +1,220 @@
+import marimo
+
+__generated_with = "0.25.2"
+app = marimo.App(width="medium", app_title="Distillation")
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    # What does a small student keep of its teacher, and what does it lose?
+
+    A small model can learn from text, as the large one did. It can also learn from the large one: at each
+    place the **teacher** tells how likely it holds every token, which is more than the one token that the
+    text has. This is **distillation**; the small model is the **student**.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    import marimo as mo
+
+    from primechat import distill
+    from primechat.lab import exercise, predict, settings, show, stage
+    from primechat.lessons.distillation import EXERCISES
+    from primechat.lessons.instruments import posttrain
+    from primechat.views.training import draw_lines
+
+    return (EXERCISES, distill, draw_lines, exercise, mo, posttrain, predict, settings, show, stage)
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 1. How small?
+
+    The student has the teacher's vocabulary and context, and fewer, narrower layers. With a vocabulary of
+    65,536 tokens the two tables of tokens alone weigh 2 × 65,536 × width numbers, so a small student must
+    be narrow.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(posttrain, predict):
+    predict(
+        "Half the width and half the layers: how many of the teacher's numbers are left, in percent?",
+        (0.0, 100.0),
+        posttrain.guess_halved("shipped/base"),
+        why="The blocks shrink to about an eighth, as width counts twice in them; the tables of tokens only "
+        "to a half. The smaller a model, the more of it is tables.",
+        within=5.0,
+        unit="%",
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _(posttrain, show):
+    show(posttrain.open_sizes("shipped/base"))
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 2. Teach one
+
+    The loss is `alpha` times the plain loss on the text, and the rest on the distance to the teacher, both
+    softened by a **temperature**: above 1, small probabilities count for more. **Retention** is the share of
+    the teacher's gain over an untrained model that the student has: 1 means as good as the teacher.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(posttrain, settings):
+    form = settings(
+        posttrain.quick_distill(), ("tag", "size", "steps", "alpha", "temperature", "loss"), title="Student"
+    )
+    form
+    return (form,)
+
+
+@app.cell(hide_code=True)
+def _(distill, form, stage):
+    run = stage(distill, form.config, title="Teach the student")
+    run
+    return (run,)
+
+
+@app.cell(hide_code=True)
+def _(draw_lines, posttrain, run, show):
+    show(
+        draw_lines(
+            posttrain.list_retention(run.result),
+            "step",
+            "share",
+            title="Along training: how much of the teacher it has, how often both guess the same",
+        )
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 3. Where is it lost?
+
+    The same texts, sorted by how frequent the token is, by how much had been read before it, and by its kind.
+    Where is the small model nearly as good, and where does it fall behind?
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(form, posttrain, run, show):
+    show(posttrain.open_breakdown(run.result, form.config.teacher))
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    Here the teacher answers you, and every token is tinted by how far apart the two models were before it.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(form, posttrain, run, show):
+    show(posttrain.open_heat(posttrain.pick_student(run.result), form.config.teacher))
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 4. Does the teacher help? Does size?
+
+    Students of several sizes, each **taught**, and each trained **alone** on the text with as many steps and
+    tokens: the control. `agreement` is how often student and teacher guess the same token.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(posttrain, settings):
+    plan = settings(
+        posttrain.SeriesConfig(names=("eighth, taught", "eighth, alone", "half, taught", "half, alone")),
+        ("names", "seeds", "steps"),
+        title="What to compare",
+    )
+    plan
+    return (plan,)
+
+
+@app.cell(hide_code=True)
+def _(plan, posttrain, stage):
+    series = stage(posttrain.compare_sizes, plan.config, title="Sizes, with and without a teacher")
+    series
+    return (series,)
+
+
+@app.cell(hide_code=True)
+def _(posttrain, series, show):
+    show(posttrain.open_table(series.result, ("val_bpb", "retention", "agreement", "kl_nats", "parameters")))
+    return
+
+
+@app.cell(hide_code=True)
+def _(draw_lines, posttrain, series, show):
+    show(
+        draw_lines(
+            posttrain.list_by_size(series.result),
+            "parameters of the student",
+            "retention",
+            title="Retention by size, means over the seeds",
+            faint=("alone",),
+        )
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 5. Exercises
+
+    Replace the `...` in each cell and run it. The card says which rule does not hold yet.
+    """)
+    return
+
+
+@app.cell
+def _(EXERCISES, exercise):
+    def measure_gap(student, teacher, temperature): ...
+
+    exercise(EXERCISES[0], measure_gap)
+    return
+
+
+@app.cell
+def _(EXERCISES, exercise):
+    def bucket(p, k): ...
+
+    exercise(EXERCISES[1], bucket)
+    return
+
+
+@app.cell
+def _(EXERCISES, exercise):
+    def measure_retention(untrained, student, teacher): ...
+
+    exercise(EXERCISES[2], measure_retention)
+    return
+
+
+if __name__ == "__main__":
+    app.run()

@@ -1,0 +1,406 @@
+"""What labs 06 to 08 stand on: the shelf of dialogue sets, replies side by side, and what is drawn of runs.
+
+Hides: that nothing has run yet when a lab opens: each view then says so, or shows what can be known already.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from primechat import store
+from primechat.config import DistillConfig, GPTConfig, LookConfig, LoRAConfig, RuntimeConfig
+from primechat.config.model import SHARES, STUDENTS, shrink_model
+from primechat.lab import borrow_model
+from primechat.lessons.instruments.series import QUIET, sum_rows
+from primechat.lessons.instruments.series import SeriesConfig as SeriesConfig
+from primechat.lessons.instruments.series import compare_ranks as compare_ranks
+from primechat.lessons.instruments.series import compare_sets as compare_sets
+from primechat.lessons.instruments.series import compare_sizes as compare_sizes
+from primechat.metrics.diversity import measure_distinct, split_words
+from primechat.records import TrainResult
+from primechat.text.corpora import load_chitchat, split_last
+from primechat.text.dialogues import SETS, DialogueOptions, set_folder, stream_dialogues
+from primechat.views.widgets.controls import Live
+from primechat.views.widgets.posttrain.dial import DialDesk
+from primechat.views.widgets.posttrain.heat import HeatText
+from primechat.views.widgets.posttrain.mix import MixDesk
+
+SHELF = ("chitchat", "topic:music", "topic:food", "style:pirate", "style:polite", "faq")
+ABOUT = {
+    "chitchat": "7,168 chats of students with strangers, typed by people",
+    "topic:music": "the chats among them that are about music",
+    "topic:food": "those about food",
+    "style:pirate": "the same chats, answered as a pirate of the films would",
+    "style:polite": "the same chats, answered by a butler",
+    "faq": "twenty questions about models like this one, asked in five ways",
+}
+PROMPTS = ("Hi! How are you?", "What do you like to do?", "Do you like music?", "Tell me about your day.",
+           "What is a token?", "Where are you from?")  # fmt: skip
+SAMPLE, SHOWN_TOKENS, REPLY_TOKENS = 120, 360, 40
+
+
+# The shelf
+
+
+def open_desk(tokenizer: Any, weights: dict[str, float] | None = None) -> MixDesk:
+    """Return the shelf: recipes and embedded chats, and the public sets, fetched or not."""
+    options = DialogueOptions(base_dir=store.base_dir())
+    sets = [{**survey_set(name, tokenizer, options), "about": ABOUT[name], "licence": "MIT", "here": True}
+            for name in SHELF]  # fmt: skip
+    for name, known in SETS.items():
+        here = any(set_folder(name, options).rglob("*.*"))
+        facts = survey_set(name, tokenizer, options) if here else {"name": name}
+        sets.append({**facts, "about": known.about, "licence": known.licence, "warning": known.warning,
+                     "here": here, "megabytes": known.megabytes})  # fmt: skip
+    return MixDesk(sets, Reader(tokenizer, options).read, weights or {"chitchat": 1.0, "topic:music": 1.0})
+
+
+def survey_set(name: str, tokenizer: Any, options: DialogueOptions) -> dict[str, Any]:
+    """Return how large a set is, from its first conversations where it is long."""
+    counts: dict[str, Counter[str]] = {}
+    found = list(islice(stream_dialogues(name, "train", options, counts=counts), SAMPLE))
+    texts = ["\n".join(str(m["content"]) for m in c["messages"]) for c in found]
+    kept, tokens = len(found), sum(map(len, tokenizer.encode_batch(texts)))
+    scale = 1.0
+    if kept == SAMPLE and (name == "chitchat" or name.startswith("style:")):
+        gone = sum(counts[name][why] for why in ("conversations left empty", "duplicates"))
+        scale = len(split_last(load_chitchat(), "train")) / (kept + gone)
+    elif kept == SAMPLE:
+        scale = sum(1 for _ in stream_dialogues(name, "train", options)) / kept
+    messages = sum(len(c["messages"]) for c in found)
+    sizes = {"conversations": kept, "messages": messages, "tokens": tokens}
+    return {"name": name, **{key: round(scale * value) for key, value in sizes.items()}}
+
+
+class Reader:
+    """Ten conversations of each set, drawn from its beginning, with what is learned from."""
+
+    def __init__(self, tokenizer: Any, options: DialogueOptions) -> None:
+        self.tokenizer, self.options = tokenizer, options
+        self.shown: dict[str, list[Any]] = {}
+
+    def read(self, name: str, number: int) -> dict[str, Any]:
+        """Return one conversation as the page draws it."""
+        if name not in self.shown:
+            first = list(islice(stream_dialogues(name, "train", self.options), SAMPLE))
+            order = np.random.default_rng(0).permutation(len(first))[:10]
+            self.shown[name] = [first[i] for i in order]
+        talks = self.shown[name]
+        ids, mask = self.tokenizer.render_conversation(talks[number % len(talks)], max_tokens=SHOWN_TOKENS)
+        return {"parts": light_tokens(ids, mask, self.tokenizer), "of": len(talks),
+                "learned": sum(mask), "tokens": len(mask)}  # fmt: skip
+
+
+def light_tokens(ids: Sequence[int], mask: Sequence[int], tokenizer: Any) -> list[dict[str, Any]]:
+    """Return a rendered conversation as parts of one role, each of pieces [text, learned]."""
+    starts = {tokenizer.special(f"<|{role}_start|>"): role for role in ("user", "assistant")}
+    parts: list[dict[str, Any]] = []
+    run: list[int] = []
+    for i, (token, on) in enumerate(zip(ids, mask, strict=True)):
+        if token in starts or not parts:
+            parts.append({"role": starts.get(token, "start of the text"), "pieces": []})
+        run.append(token)
+        last = i + 1 == len(ids)
+        if last or mask[i + 1] != on or ids[i + 1] in starts:
+            parts[-1]["pieces"].append([tokenizer.decode(run), bool(on)])
+            run = []
+    return parts
+
+
+# Replies
+
+
+def write_reply(identifier: str, prompt: str, seed: int = 0) -> str:
+    """Return what a model answers to one message."""
+    from primechat.infer.engine import Engine
+
+    model, tokenizer, _ = borrow_model(identifier)
+    return answer(Engine(model, tokenizer), prompt, seed)
+
+
+def answer(engine: Any, prompt: str, seed: int = 0) -> str:
+    """Return an engine's reply, cut to a few lines."""
+    options: Any = dict(max_new_tokens=REPLY_TOKENS, temperature=0.7, top_k=50, seed=seed)
+    reply: str = engine.chat([{"role": "user", "content": prompt}], **options).read()
+    return reply
+
+
+def add_diversity(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with distinct-2 of each model's replies: pairs of words that differ among all pairs."""
+    replies = ([split_words(write_reply(row["identifier"], p)) for p in PROMPTS] for row in rows)
+    return [{**row, "distinct-2": measure_distinct(said)} for row, said in zip(rows, replies, strict=True)]
+
+
+def compare_replies(before: str, after: str, prompts: Sequence[str] = PROMPTS[:4]) -> list[dict[str, str]]:
+    """Return two models' answers to the same prompts."""
+    return [
+        {
+            "you say": p,
+            f"before ({before})": write_reply(before, p),
+            f"after ({after})": write_reply(after, p),
+        }
+        for p in prompts
+    ]
+
+
+def open_dial(rows: Sequence[str], base: str, prompt: str = "Hi! What did you do today?") -> DialDesk:
+    """Return the dial of adapters on a base."""
+    names = [identifier.partition("+")[0].removeprefix("lora:") for identifier in rows]
+
+    opened: dict[str, Any] = {}  # of its own, as its dial is turned
+
+    def write(prompt: str, dial: float, adapter: str) -> str:
+        from primechat.infer.engine import Engine
+        from primechat.model.lora import turn_dial
+
+        if adapter not in opened:
+            opened[adapter] = store.open_model(f"lora:{adapter}+{base}")[:2]
+        model, tokenizer = opened[adapter]
+        turn_dial(model, adapter, dial)
+        return answer(Engine(model, tokenizer), prompt)
+
+    waiting = "No adapter yet: press Start above. It takes about a minute."
+    return DialDesk(write, names, prompt, waiting)
+
+
+def open_heat(student: str, teacher: str, prompt: str = "Hi! What did you do today?") -> HeatText:
+    """Return the teacher's reply with the student's distance at each token."""
+    import torch
+
+    def measure(prompt: str) -> dict[str, Any]:
+        (pupil, tokenizer, _), (master, _, _) = borrow_model(student), borrow_model(teacher)
+        asked = tokenizer.render_for_completion({"messages": [{"role": "user", "content": prompt}]})
+        from primechat.infer.engine import Engine
+
+        options: Any = dict(max_new_tokens=60, temperature=0.7, top_k=50, seed=0)
+        said = list(Engine(master, tokenizer).generate(asked, **options))
+        ids = torch.tensor([[*asked, *said]])
+        with torch.no_grad():
+            log_q, log_p = (torch.log_softmax(m(ids)[0, len(asked) - 1 : -1], -1) for m in (pupil, master))
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).tolist()
+        guess = [[tokenizer.decode([i]) for i in log.argmax(-1).tolist()] for log in (log_p, log_q)]
+        return {
+            "tokens": [
+                {"text": tokenizer.decode([i]), "kl": round(k, 3), "teacher": t.strip(), "student": s.strip()}
+                for i, k, t, s in zip(said, kl, *guess, strict=True)
+            ]
+        }
+
+    return HeatText(measure, prompt)
+
+
+def list_spectra(adapter: str, tuned: str, base: str, path: str) -> dict[str, list[tuple[float, float]]]:
+    """Return the singular values of what an adapter and what full fine-tuning added to one matrix."""
+    import torch
+
+    from primechat.model.lora import weight_changes
+
+    changes = {"adapter": weight_changes(borrow_model(adapter)[0])[path]}
+    full, plain = (borrow_model(name)[0].get_parameter(f"{path}.weight") for name in (tuned, base))
+    changes["full fine-tuning"] = full - plain
+    changes["random, same size"] = torch.randn(full.shape, generator=torch.Generator().manual_seed(0))
+    changes["random, same size"] *= changes["full fine-tuning"].norm() / changes["random, same size"].norm()
+    spectra: dict[str, list[tuple[float, float]]] = {}
+    for name, change in changes.items():
+        values = torch.linalg.svdvals(change.detach().float())
+        spectra[name] = [(float(i + 1), float(v)) for i, v in enumerate(values[:64]) if v > 1e-6]
+    return spectra
+
+
+def break_down(student: str, teacher: str, tokens: int = 8192) -> Any:
+    """Return retention of a student by frequency, position and kind of token, on held-out chats."""
+    from primechat.metrics.retention import measure_retention, name_kind
+    from primechat.stages.pretrain import cache_text
+    from primechat.text.batches import validation_windows
+
+    (pupil, tokenizer, _), (master, _, _) = borrow_model(student), borrow_model(teacher)
+    cache = cache_text("chitchat", "val", tokenizer, 1, None)
+    windows = validation_windows(cache, master.sequence_len, max_tokens=tokens, rows=4)
+    lengths = tokenizer.byte_lengths()
+    return measure_retention(
+        pupil, master, windows, lengths, name_kind=lambda i: name_kind(tokenizer.decode([i]))
+    )
+
+
+def quick_lora(rank: int = 8, steps: int = 40) -> LoRAConfig:
+    """Return the settings of the adapter that lab 07 begins with."""
+    return LoRAConfig(
+        tag="pirate", base="shipped/sft", rank=rank, alpha=2.0 * rank, steps=steps, batch_tokens=2048,
+        runtime=RuntimeConfig(compile="off"), look=look_often(),
+    )  # fmt: skip
+
+
+def quick_distill(steps: int = 40) -> DistillConfig:
+    """Return the settings of the student that lab 08 begins with."""
+    return DistillConfig(
+        tag="student", teacher="shipped/base", size="quarter", steps=steps, batch_tokens=2048,
+        runtime=RuntimeConfig(compile="off"), look=look_often(),
+    )  # fmt: skip
+
+
+# What is drawn of runs
+
+
+def look_often() -> LookConfig:
+    """Return how often a lab's run is looked at."""
+    return replace(QUIET, sample_every=0)
+
+
+def guess_share(name: str) -> str:
+    """Return which share of a set's tokens is learned from, in words."""
+    _, tokenizer, _ = borrow_model("shipped/base")
+    learned = total = 0
+    for talk in islice(stream_dialogues(name, "train"), 60):
+        _, mask = tokenizer.render_conversation(talk, max_tokens=2048)
+        learned, total = learned + sum(mask), total + len(mask)
+    share = learned / total
+    return "a tenth" if share < 0.25 else "about half" if share < 0.75 else "nearly all"
+
+
+def list_losses(result: TrainResult | None) -> list[dict[str, Any]]:
+    """Return a run's validations."""
+    return [e for e in (result.events if result else ()) if e.get("kind") == "loss"]
+
+
+def list_curves(result: TrainResult | None) -> dict[str, list[tuple[float, float]]]:
+    """Return bits per byte along a run, on its own talks and on general text."""
+    losses = list_losses(result)
+    names = {"its own talks": "val_bpb", "general text": "general_bpb"}
+    return {
+        name: [(e["step"], e[key]) for e in losses if e.get(key) is not None] for name, key in names.items()
+    }
+
+
+def list_retention(result: TrainResult | None) -> dict[str, list[tuple[float, float]]]:
+    """Return retention and agreement along a student's run."""
+    losses = list_losses(result)
+    names = ("retention", "agreement")
+    return {name: [(e["step"], e[name]) for e in losses if e.get(name) is not None] for name in names}
+
+
+def open_answers(before: str, result: TrainResult | None) -> Live:
+    """Return a table of two models' answers; a further prompt can be typed."""
+
+    def compare(you_say: str) -> Any:
+        if result is None:
+            return "Nothing has been trained yet: press Start above."
+        asked = list(dict.fromkeys([*filter(None, [you_say.strip()]), *PROMPTS[:4]]))
+        return compare_replies(before, result.identifier, asked)
+
+    return Live(compare, you_say="", labels={"you_say": "your own words"})
+
+
+def open_table(rows: Sequence[dict[str, Any]] | None, keys: Sequence[str], *, diversity: bool = True) -> Live:
+    """Return the table of a series: means over seeds, and half the range between them."""
+    found = list(rows or ())
+    if diversity and found and "retention" not in found[0]:
+        found = add_diversity(found)
+    return Live(lambda: sum_rows(found, keys))
+
+
+def name_axes(rows: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    """Return a series' rows under the titles of the picture's axes."""
+    return [
+        {"name": row["name"] if row["name"] in ("full", *map(str, SHELF)) or not row["name"].isdigit()
+         else f"rank {row['name']}", "gain on its own talks, bits per byte": row["gain"],
+         "forgotten of general text, bits per byte": row["forgotten"]}
+        for row in rows or () if "forgotten" in row
+    ]  # fmt: skip
+
+
+def list_adapters(result: TrainResult | None) -> list[str]:
+    """Return the identifiers of the adapters on this machine, the one just trained first."""
+    there = [entry.identifier for entry in store.list_models() if entry.family == "lora"]
+    mine = [i for i in there if not i.startswith("lora:lab07-")]
+    return list(dict.fromkeys([*([result.identifier] if result else []), *mine]))
+
+
+def measure_share(config: LoRAConfig) -> float:
+    """Return an adapter's numbers in percent of its base's."""
+    from primechat.model.lora import list_targets
+
+    model, _, _ = borrow_model(config.base)
+    maps = list_targets(model, config.targets).values()
+    added = sum(config.rank * (m.in_features + m.out_features) for m in maps)
+    return round(100 * added / model.config.n_params, 1)
+
+
+def find_spectra(
+    rows: Sequence[dict[str, Any]] | None, base: str, path: str = "transformer.h.0.mlp.c_fc"
+) -> dict[str, list[tuple[float, float]]]:
+    """Return singular values of what the widest adapter and full fine-tuning of a series added."""
+    found = {row["name"]: row["identifier"] for row in rows or ()}
+    ranks = sorted((name for name in found if name.isdigit()), key=int)
+    if not ranks or "full" not in found:
+        return {}
+    return list_spectra(found[ranks[-1]], found["full"], base, path)
+
+
+def open_sizes(teacher: str) -> Live:
+    """Return the students' exact sizes, for a teacher here or for a d20."""
+    own = borrow_model(teacher)[0].config
+
+    def list_sizes(of: str) -> list[dict[str, Any]]:
+        big = GPTConfig.classic(20) if of.startswith("d20") else own
+        sizes = [*SHARES, *STUDENTS] if of.startswith("d20") else list(SHARES)
+        rows = [("the teacher", big), *((size, shrink_model(big, size)) for size in sizes)]
+        return [
+            {"size": name, "layers": c.n_layer, "width": c.n_embd, "heads": c.n_head,
+             "parameters": c.n_params, "of the teacher": f"{c.n_params / big.n_params:.1%}",
+             "of which tables of tokens": f"{2 * c.padded_vocab * c.n_embd / c.n_params:.0%}"}
+            for name, c in rows
+        ]  # fmt: skip
+
+    return Live(
+        list_sizes, of=["the model that ships here", "d20, 561 million parameters"], labels={"of": "teacher"}
+    )
+
+
+def guess_halved(teacher: str) -> float:
+    """Return the percentage of numbers that are left when width and depth are halved."""
+    own = borrow_model(teacher)[0].config
+    half = replace(own, n_layer=own.n_layer // 2, n_embd=own.n_embd // 2, n_head=own.n_head // 2,
+                   n_kv_head=own.n_kv_head // 2)  # fmt: skip
+    return round(100 * half.n_params / own.n_params, 1)
+
+
+def pick_student(result: TrainResult | None) -> str:
+    """Return the student just trained; before that, the teacher's own kind stands in."""
+    return result.identifier if result else "shipped/sft"
+
+
+def open_breakdown(result: TrainResult | None, teacher: str) -> Live:
+    """Return retention by frequency, position or kind of token."""
+    kept: dict[str, Any] = {}
+
+    def draw(by: str) -> Any:
+        if result is None:
+            return "No student yet: press Start above."
+        if not kept:
+            kept["found"] = break_down(result.identifier, teacher)
+        return [
+            {by: g.name, "tokens": g.tokens, "retention": f"{g.retention:.2f}",
+             "agreement": f"{g.agreement:.2f}", "KL, nats": f"{g.kl_nats:.2f}",
+             "student, bits per byte": f"{g.student_bpb:.2f}",
+             "teacher": f"{g.teacher_bpb:.2f}"}
+            for g in kept["found"].groups[by]
+        ]  # fmt: skip
+
+    return Live(draw, by=["frequency", "position", "kind"], labels={"by": "sorted by"})
+
+
+def list_by_size(rows: Sequence[dict[str, Any]] | None) -> dict[str, list[tuple[float, float]]]:
+    """Return mean retention by parameters, for students taught and alone."""
+    curves: dict[str, dict[float, list[float]]] = {}
+    for row in rows or ():
+        kind = row["name"].partition(", ")[2] or "taught"
+        curves.setdefault(kind, {}).setdefault(row["parameters"], []).append(row["retention"])
+    return {
+        kind: sorted((size, sum(v) / len(v)) for size, v in found.items()) for kind, found in curves.items()
+    }

@@ -1,0 +1,182 @@
+"""Series of small runs for labs 06 to 08, remembered and compared.
+
+Hides: that each run has a folder named after its settings, so that a lab that is opened again shows what has
+run already and goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from primechat import store
+from primechat.config import DistillConfig, FinetuneConfig, LookConfig, LoRAConfig, RuntimeConfig
+from primechat.model.checkpoint import find_steps, read_meta
+from primechat.model.runlog import read_metrics
+from primechat.records import NoteEvent, OnEvent, TrainResult
+
+QUICK = RuntimeConfig(compile="off")  # the rest is measured by the first run of a series
+QUIET = LookConfig(eval_tokens=8192, last_eval_tokens=8192, sample_every=-1, snapshots=False)
+
+
+def run_once(
+    function: Callable[..., TrainResult], config: Any, family: str, on_event: OnEvent | None,
+    stop: threading.Event,
+) -> TrainResult:  # fmt: skip
+    """Return what a run made, running it only where it has not ended before."""
+    name = hashlib.sha256(repr(replace(config, runtime=RuntimeConfig())).encode()).hexdigest()[:6]
+    config = replace(config, tag=f"{config.tag}-{name}")
+    folder = store.run_dir(family, config.tag)
+    steps = find_steps(folder)
+    if steps and any(
+        e.get("kind") == "done" and not e.get("stopped") for e in read_metrics(folder / "metrics.jsonl")
+    ):
+        return store.load_run(folder)
+    return function(replace(config, resume=bool(steps)), on_event=on_event, stop=stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesConfig:
+    """A series of small runs, compared."""
+
+    model: str = "shipped/base"
+    """Where each run starts."""
+    names: tuple[str, ...] = ("chitchat", "style:pirate", "faq")
+    """What is compared."""
+    seeds: int = 2
+    """Runs of each."""
+    steps: int = 12
+    """Optimizer steps of a run; more tell more."""
+    batch_tokens: int = 2048
+    """Tokens of a step."""
+
+
+def compare_sets(
+    config: SeriesConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+) -> list[dict[str, Any]]:
+    """Fine-tune on one set at a time, at the same number of steps and tokens."""
+    from primechat.stages.finetune import finetune
+
+    def build(name: str, seed: int, runtime: RuntimeConfig) -> tuple[Any, Any, str]:
+        made = FinetuneConfig(
+            tag=f"lab06-{clean_name(name)}-{seed}", base=config.model, dialogues=name, seed=seed,
+            steps=config.steps, batch_tokens=config.batch_tokens, look=QUIET, runtime=runtime,
+        )  # fmt: skip
+        return finetune, made, "sft"
+
+    return list(work_series(config, build, on_event, stop))
+
+
+def compare_ranks(
+    config: SeriesConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+) -> list[dict[str, Any]]:
+    """Teach one domain with adapters of several ranks (`1`, `8`) and by full fine-tuning (`full`)."""
+    from primechat.stages.finetune import finetune
+    from primechat.stages.lora import train_lora
+
+    def build(name: str, seed: int, runtime: RuntimeConfig) -> tuple[Any, Any, str]:
+        common: Any = dict(
+            tag=f"lab07-{name}-{seed}", base=config.model, dialogues="style:pirate", seed=seed,
+            steps=config.steps, batch_tokens=config.batch_tokens, look=QUIET, runtime=runtime,
+        )  # fmt: skip
+        if name == "full":
+            return finetune, FinetuneConfig(**common), "sft"
+        return train_lora, LoRAConfig(**common, rank=int(name), alpha=2.0 * int(name)), "lora"
+
+    return list(work_series(config, build, on_event, stop))
+
+
+def compare_sizes(
+    config: SeriesConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+) -> list[dict[str, Any]]:
+    """Teach students of several sizes, each with the teacher and, as a control, from the text alone."""
+    from primechat.stages.distill import distill
+
+    def build(name: str, seed: int, runtime: RuntimeConfig) -> tuple[Any, Any, str]:
+        size, _, kind = name.partition(", ")
+        made = DistillConfig(
+            tag=f"lab08-{size}-{seed}", teacher=config.model, size=size, seed=seed,
+            alpha=0.1 if kind == "taught" else 1.0, steps=config.steps, batch_tokens=config.batch_tokens,
+            look=QUIET, runtime=runtime,
+        )  # fmt: skip
+        return distill, made, "base"
+
+    return list(work_series(config, build, on_event, stop))
+
+
+def work_series(
+    config: SeriesConfig, build: Callable[..., tuple[Any, Any, str]], on_event: OnEvent | None,
+    stop: threading.Event | None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Yield a row a run; the machine is measured once."""
+    stop, tell = stop or threading.Event(), on_event or (lambda event: None)
+    runtime = QUICK
+    for seed in range(config.seeds):
+        for name in config.names:
+            if stop.is_set():
+                return
+            tell(NoteEvent(text=f"{name}, seed {seed}"))
+            function, made, family = build(name, seed, runtime)
+            result = run_once(function, made, family, on_event, stop)
+            if not result.stopped:
+                runtime = read_runtime(result, runtime)
+                yield describe_run(name, seed, result, family, config.model)
+
+
+def read_runtime(result: TrainResult, runtime: RuntimeConfig) -> RuntimeConfig:
+    """Return the settings of the machine that a run measured."""
+    from primechat.config import decode_config
+    from primechat.model.weights import read_json
+
+    path = store.base_dir() / result.path / "config.json"
+    return decode_config(read_json(path)["runtime"], RuntimeConfig, str(path)) if path.is_file() else runtime
+
+
+def describe_run(name: str, seed: int, result: TrainResult, family: str, base: str) -> dict[str, Any]:
+    """Return what a run gained and forgot, in bits per byte, and what it took."""
+    losses = [e for e in result.events if e.get("kind") == "loss"]
+    first, last = losses[0], losses[-1]
+    folder = store.base_dir() / result.path
+    tag = folder.name
+    state = max((p.stat().st_size for p in folder.glob("optim_*.pt")), default=0)
+    opened = f"lora:{tag}+{base}" if family == "lora" else f"{family}/{tag}"
+    row = {
+        "name": name, "seed": seed, "identifier": opened,
+        "gain": first["val_bpb"] - last["val_bpb"], "val_bpb": last["val_bpb"], "seconds": result.train_s,
+        "optimizer MB": state / 1e6, "parameters": result.n_params or count_adapter(folder),
+    }  # fmt: skip
+    if first.get("general_bpb") is not None:
+        row["forgotten"] = last["general_bpb"] - first["general_bpb"]
+    for key in ("retention", "agreement", "kl_nats"):
+        if last.get(key) is not None:
+            row[key] = last[key]
+    return row
+
+
+def count_adapter(folder: Path) -> int:
+    """Return the parameters of an adapter from its newest step."""
+    return int(read_meta(folder, find_steps(folder)[-1])["lora"]["n_params"])
+
+
+def clean_name(name: str) -> str:
+    """Return a name that can be a tag."""
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
+def sum_rows(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a row a name: the mean over its seeds, and half the range from lowest to highest."""
+    table = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [row for row in rows if row["name"] == name]
+        shown: dict[str, Any] = {"run": name, "seeds": len(mine)}
+        for key in keys:
+            values = [float(row[key]) for row in mine if key in row]
+            if values:
+                spread = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
+                shown[key] = f"{sum(values) / len(values):.3f}{spread}"
+        table.append(shown)
+    return table or [{"run": "nothing yet: press Start above"}]

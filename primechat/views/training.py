@@ -1,0 +1,101 @@
+"""Pictures of post-training: gain against forgetting, singular values, retention.
+
+Hides: how they are laid out. They take plain numbers. Reference: primechat.views.theme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from primechat.views.theme import SERIES, style_figure
+
+
+def wait_for(figure: go.FigureWidget) -> go.FigureWidget:
+    """Say in a figure that nothing has run yet, where nothing is drawn."""
+    if not any(trace.x is not None and len(trace.x) for trace in figure.data):
+        figure.update_xaxes(visible=False)
+        figure.update_yaxes(visible=False)
+        figure.add_annotation(
+            text="Nothing has run yet: press Start above.", showarrow=False, font_size=15, x=0.5, y=0.5,
+            xref="paper", yref="paper",
+        )  # fmt: skip
+        figure.update_layout(height=160)
+    return figure
+
+
+def draw_tradeoff(
+    rows: Sequence[Mapping[str, Any]], gain: str, loss: str, *, title: str = ""
+) -> go.FigureWidget:
+    """Draw what runs gained against what they lost, a dot a run and its name beside the mean.
+
+    Args:
+        rows: dicts with `name` and the two figures; rows of one name are seeds of one setting.
+        gain: key of the gain, to the right; also the axis's title.
+        loss: key of the loss, downwards is better; also the axis's title.
+        title: above the picture.
+    """
+    figure = go.FigureWidget()
+    for i, name in enumerate(dict.fromkeys(str(row["name"]) for row in rows)):
+        mine = [row for row in rows if row["name"] == name]
+        x, y = [float(row[gain]) for row in mine], [float(row[loss]) for row in mine]
+        colour = SERIES[i % len(SERIES)]
+        figure.add_scatter(
+            x=x, y=y, mode="markers", marker=dict(size=10, color=colour, opacity=0.75), name=name,
+            hovertemplate="%{x:.3f} · %{y:.3f}<extra>" + name + "</extra>",
+        )  # fmt: skip
+        figure.add_annotation(
+            x=sum(x) / len(x), y=max(y), text=name, showarrow=False, yshift=16, font_color=colour
+        )
+    style_figure(figure, height=360, title_text=title)
+    figure.update_xaxes(title_text=gain)
+    figure.update_yaxes(title_text=loss)
+    return wait_for(figure)
+
+
+def draw_lines(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    x_title: str,
+    y_title: str,
+    *,
+    title: str = "",
+    faint: Sequence[str] = (),
+    **layout: Any,
+) -> go.FigureWidget:
+    """Draw curves with their names at their ends.
+
+    Args:
+        series: points (x, y) by name.
+        x_title: with its unit.
+        y_title: with its unit.
+        title: above the picture.
+        faint: names of controls, drawn dotted.
+        layout: further settings of plotly's layout.
+    """
+    figure = go.FigureWidget()
+    for i, (name, points) in enumerate(series.items()):
+        control = name in faint
+        colour = SERIES[5] if control else SERIES[i % 5]
+        x, y = [p[0] for p in points], [p[1] for p in points]
+        figure.add_scatter(
+            x=x, y=y, mode="lines+markers" if len(x) < 40 else "lines", name=name,
+            line=dict(color=colour, width=2, dash="dot" if control else "solid"), marker=dict(size=6),
+            hovertemplate="%{x} · %{y:.3f}<extra>" + name + "</extra>",
+        )  # fmt: skip
+        if x:
+            figure.add_annotation(
+                x=1,
+                xref="paper",
+                y=y[-1],
+                text=name,
+                showarrow=False,
+                xanchor="left",
+                xshift=6,
+                font_color=colour,
+            )
+    style_figure(figure, height=340, title_text=title, margin=dict(l=64, r=170, t=48, b=52))
+    figure.update_xaxes(title_text=x_title)
+    figure.update_yaxes(title_text=y_title)
+    return wait_for(figure.update_layout(**layout))

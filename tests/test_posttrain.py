@@ -1,0 +1,111 @@
+"""What labs 06 to 08 show: the shelf, the lit mask, series that are remembered, replies, the dial."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from primechat import store
+from primechat.config import GPTConfig, LookConfig, RuntimeConfig
+from primechat.lessons.instruments import posttrain, series
+from primechat.records import Event
+from primechat.views.training import draw_lines, draw_tradeoff
+
+FIXED = RuntimeConfig(device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=4)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short looks, and no measuring of the machine."""
+    look = LookConfig(eval_tokens=512, last_eval_tokens=512, sample_every=-1, snapshots=False)
+    monkeypatch.setattr(series, "QUIET", look)
+    monkeypatch.setattr(series, "QUICK", FIXED)
+
+
+def test_lit_tokens_are_the_assistants() -> None:
+    _, tokenizer, _ = posttrain.borrow_model("shipped/base")
+    talk = {
+        "messages": [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine!"}]
+    }
+    ids, mask = tokenizer.render_conversation(talk)
+    parts = posttrain.light_tokens(ids, mask, tokenizer)
+    assert [part["role"] for part in parts] == ["start of the text", "user", "assistant"]
+    lit = "".join(text for part in parts for text, on in part["pieces"] if on)
+    assert lit.startswith("Fine!") and "How" not in lit
+    assert "".join(text for part in parts for text, _ in part["pieces"]) == tokenizer.decode(ids)
+
+
+@pytest.mark.slow
+def test_shelf(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(posttrain, "SHELF", ("faq", "topic:music"))
+    _, tokenizer, _ = posttrain.borrow_model("shipped/base")
+    desk = posttrain.open_desk(tokenizer, {"faq": 1.0, "topic:music": 0.5})
+    here = {s["name"]: s for s in desk.sets if s["here"]}
+    assert set(here) == {"faq", "topic:music"} and here["faq"]["conversations"] == 95
+    assert {s["name"] for s in desk.sets if not s["here"]} == set(posttrain.SETS)
+    assert desk.mixture == "faq, topic:music*0.5"
+    first, other = desk.answer_read("faq", 0), desk.answer_read("faq", 1)
+    assert first["of"] == 10 and 0 < first["learned"] < first["tokens"] and first != other
+    assert posttrain.guess_share("chitchat") == "about half"
+
+
+@pytest.mark.slow
+def test_series_of_adapters_is_remembered() -> None:
+    plan = posttrain.SeriesConfig(
+        model="shipped/sft", names=("2", "full"), seeds=1, steps=2, batch_tokens=1024
+    )
+    heard: list[Event] = []
+    rows = posttrain.compare_ranks(plan, on_event=heard.append)
+    assert [row["name"] for row in rows] == ["2", "full"] and rows[0]["parameters"] < rows[1]["parameters"]
+    assert all(row["gain"] != 0 and "forgotten" in row for row in rows)
+    assert rows[0]["optimizer MB"] < 0.2 * rows[1]["optimizer MB"]
+    n_steps = sum(event.kind == "step" for event in heard)
+    heard.clear()
+    assert posttrain.compare_ranks(plan, on_event=heard.append) == rows
+    assert n_steps == 4 and not any(event.kind == "step" for event in heard)
+    table = series.sum_rows([rows[0], {**rows[0], "seed": 1, "gain": rows[0]["gain"] + 0.2}], ("gain",))
+    assert table == [{"run": "2", "seeds": 2, "gain": f"{rows[0]['gain'] + 0.1:.3f} ± 0.100"}]
+    spectra = posttrain.find_spectra(rows, "shipped/sft")
+    assert len(spectra["adapter"]) == 2 and len(spectra["full fine-tuning"]) > 32
+    axes = posttrain.name_axes(rows)
+    assert [row["name"] for row in axes] == ["rank 2", "full"]
+    assert len(draw_tradeoff(axes, *list(axes[0])[1:]).data) == 2
+    dial = posttrain.open_dial([rows[0]["identifier"]], "shipped/sft")
+    plain = posttrain.write_reply("shipped/sft", "Hello")
+    name = dial.adapters[0]
+    assert dial.answer_write("Hello", 0.0, name)["text"] == plain  # exactly the base
+    assert dial.answer_write("Hello", 9.0, name)["text"] == dial.answer_write("Hello", 2.0, name)["text"]
+
+
+@pytest.mark.slow
+def test_students(tmp_path: Path) -> None:
+    plan = posttrain.SeriesConfig(names=("eighth, taught",), seeds=1, steps=2, batch_tokens=1024)
+    rows = posttrain.compare_sizes(plan)
+    assert rows[0]["retention"] > 0 and 0 <= rows[0]["agreement"] <= 1
+    result: Any = store.load_run(store.run_dir("base", rows[0]["identifier"].partition("/")[2]))
+    assert [name for name, points in posttrain.list_retention(result).items() if points] == [
+        "retention", "agreement",
+    ]  # fmt: skip
+    assert list(posttrain.list_by_size(rows)) == ["taught"]
+    heat = posttrain.open_heat(rows[0]["identifier"], "shipped/base").answer_measure("Hello")
+    assert heat["tokens"] and all(t["kl"] >= 0 for t in heat["tokens"])
+    same = posttrain.open_heat("shipped/base", "shipped/base").answer_measure("Hello")
+    assert max(t["kl"] for t in same["tokens"]) < 1e-3
+    found = posttrain.break_down(rows[0]["identifier"], "shipped/base", tokens=1024)
+    assert set(found.groups) == {"frequency", "position", "kind"}
+    own = posttrain.borrow_model("shipped/base")[0].config
+    half = replace(own, n_layer=own.n_layer // 2, n_embd=own.n_embd // 2, n_head=2, n_kv_head=2)
+    assert posttrain.guess_halved("shipped/base") == round(100 * half.n_params / own.n_params, 1)
+    assert isinstance(own, GPTConfig)
+
+
+def test_nothing_has_run_yet() -> None:
+    figure = draw_lines(posttrain.list_curves(None), "step", "bits per byte")
+    assert "Nothing has run yet" in figure.layout.annotations[-1].text
+    assert "Nothing has run yet" in draw_tradeoff([], "a", "b").layout.annotations[-1].text
+    assert posttrain.open_table(None, ("gain",)).output["parts"][0]["rows"][0][0].startswith("nothing yet")
+    assert posttrain.find_spectra(None, "shipped/sft") == {} and posttrain.list_by_size(None) == {}
+    assert "press Start" in posttrain.open_breakdown(None, "shipped/base").output["parts"][0]["text"]
