@@ -61,7 +61,7 @@ function render({ model, el }) {
       node.style.background = on && shade ? `color-mix(in srgb, ${change > 0 ? "var(--pc-bad)" : "var(--pc-good)"} ${shade}%, var(--pc-raised))` : "";
     }
     state.textContent = d.scanning ? d.scanning : d.scan
-      ? `Each number: ${model.get("test") === "copy" ? "how many nats of copying are lost" : "how much the loss grows"} with that part alone off.${d.control === null ? "" : model.get("test") === "copy" ? ` With random numbers in the blocks copying saves ${signed(d.control)}.` : ` With random numbers in the blocks: at most ${d.control.toFixed(2)}.`}`
+      ? `Each number: ${model.get("test") === "copy" ? "how many nats of copying are lost" : "how much the loss grows"} with that part alone off.${d.control === null ? "" : model.get("test") === "copy" ? ` With random numbers in the blocks copying saves ${d.control > 0.15 ? signed(d.control) : `nothing (${signed(d.control)})`}.` : ` With random numbers in the blocks: at most ${d.control.toFixed(2)}.`}`
       : "Click a head or an MLP to switch it off; its output becomes zero.";
     running = running && Boolean(d.scanning);
     scan.textContent = d.scanning ? "Stop" : "Try each one alone";
