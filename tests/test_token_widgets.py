@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,29 @@ def test_another_view_makes_an_edit_stale(opened: Opened) -> None:
 def test_a_fault_leaves_the_others(opened: Opened) -> None:
     panes = Playground(opened, "abc", ["own", "far", "other"]).start["panes"]
     assert [pane.get("fault") for pane in panes] == [None, "no network here", None]
+
+
+def test_a_slow_tokenizer_is_pending(own: Tokenizer) -> None:
+    gate = threading.Event()
+
+    def open_slowly() -> Tokenizer:
+        gate.wait(20)
+        return own
+
+    opened = Opened(
+        [
+            Choice(key="own", label="mine", context=64, open=lambda: own),
+            Choice(key="slow", label="slow", context=64, open=open_slowly),
+        ]
+    )
+    widget = Playground(opened, "abc", ["own"])
+    fast, slow = widget.answer_open("abc", ["own", "slow"], wait_s=0.05)["panes"]
+    assert fast["ids"] and slow["pending"] and slow["fault"].startswith("Opening slow.")
+    edited = widget.answer_edit(widget._revision, at=3, cut=0, put="d", shown=["own", "slow"])["panes"]
+    assert edited[1]["pending"], "typing goes on meanwhile"
+    gate.set()
+    opened.get("slow")
+    assert widget.answer_open("abc", ["own", "slow"])["panes"][1]["ids"] == own.encode("abc")
 
 
 def test_a_tokenizer_that_rewrites_is_refused(own: Tokenizer) -> None:

@@ -78,8 +78,9 @@ class Tokenizers:
             Choice(key=name, label=label, context=context, open=partial(open_encoding, name))
             for name, (label, context) in OPENAI.items()
         ]
-        self.opened = Opened([*own, *openai])
-        self.first = own[0].key if own else "cl100k_base"
+        others = [choice for choice in own if choice.key.startswith("hf:")]  # last: they take long to open
+        self.opened = Opened([*(choice for choice in own if choice not in others), *openai, *others])
+        self.first = next(iter(self.opened.choices))
 
     @property
     def tokenizer(self) -> Any:
@@ -171,7 +172,7 @@ def list_own() -> list[Choice]:
         reader = partial(store.load_tokenizer, first.identifier)
         choices.append(Choice(key=first.identifier, label=label, context=read_context(first), open=reader))
     default = str(store.choose_model())
-    return sorted(choices, key=lambda choice: (choice.key != default, choice.key.startswith("hf:")))
+    return sorted(choices, key=lambda choice: choice.key != default)
 
 
 def read_context(entry: store.ModelEntry) -> int:

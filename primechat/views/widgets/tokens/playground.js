@@ -92,7 +92,7 @@ function render({ model, el }) {
   let choices = readChoices();
   const start = model.get("start");
   let text = model.get("text"), shown = [...model.get("shown")], revision = -1;
-  let panes = [], panesText = start.text, view = "whole", spaces = false, active = 0, busy = false, editedAt = 0, settled = 0, price = 2.5, context = 0;
+  let panes = [], panesText = start.text, view = "whole", spaces = false, active = 0, busy = false, editedAt = 0, settled = 0, later = 0, price = 2.5, context = 0;
   let focus = null; // { pane, group }: where the pointer is; else the caret decides
 
   // ---- the editor
@@ -104,7 +104,7 @@ function render({ model, el }) {
   const main = makeSheet();
   const editor = h("div", { class: "pc-editor", onscroll: () => drawSheets() }, h("div", { class: "pc-paper" }, main.node, area));
   const detail = h("div", { class: "pc-detail pc-mono", role: "status" });
-  const fault = h("div", { class: "pc-error", role: "alert", hidden: true }), waiting = h("div", { class: "pc-note", role: "status", hidden: true });
+  const fault = h("div", { class: "pc-error", role: "alert", hidden: true });
   const stats = h("div", { class: "pc-stats" });
   const others = h("div", { class: "pc-others" });
   const chooser = h("div", { class: "pc-row pc-chooser" });
@@ -117,7 +117,7 @@ function render({ model, el }) {
   root.append(
     h("div", { class: "pc-stack" },
       h("div", { class: "pc-row pc-between" }, chooser, toggle({ label: "Show white space", value: spaces, input: (on) => { spaces = on; drawSheets(); } })),
-      waiting, h("div", {}, editor, detail), fault, stats, others,
+      h("div", {}, editor, detail), fault, stats, others,
       h("div", {}, h("div", { class: "pc-row pc-between pc-cards-head" }, h("div", { class: "pc-row" }, h("h3", { class: "pc-title", text: "Every token with its id" }), cardTabs), how), cards)));
 
   function drawChooser() {
@@ -138,9 +138,7 @@ function render({ model, el }) {
     context = 0;
     drawChooser();
     revision = -1;
-    const names = shown.filter((key) => !panes.some((pane) => pane.key === key && !pane.fault)).map((key) => choices.get(key)?.label ?? key);
-    const tell = setTimeout(() => { waiting.textContent = `Opening ${names.join(" and ")}. The first time this may take a while.`; waiting.hidden = !names.length; }, 300);
-    pump().finally(() => { clearTimeout(tell); waiting.hidden = true; });
+    pump();
   }
   async function pump() {
     if (busy) return;
@@ -183,6 +181,8 @@ function render({ model, el }) {
       return Object.assign(pane, { groups: groupTokens(asked, pane.sizes, borders), vocab_size: part.vocab_size });
     });
     panesText = asked;
+    clearTimeout(later); // a tokenizer that is still being opened is asked for again
+    if (answer.panes.some((part) => part.pending)) later = setTimeout(() => { revision = -1; pump(); }, 700);
     Object.assign(root.dataset, { shown: asked.length, keys: panes.map((pane) => pane.key).join() }); // for who waits for it
     revision = answer.revision;
     active = Math.min(active, Math.max(0, panes.length - 1));
@@ -468,7 +468,7 @@ function render({ model, el }) {
   }
   const resized = new ResizeObserver(debounce(() => { readSizes(); widths.clear(); layCards(); drawCards(); drawSheets(); }, 60));
   resized.observe(cards);
-  ui.later(() => resized.disconnect());
+  ui.later(() => { resized.disconnect(); clearTimeout(later); });
 
   drawChooser();
   readSizes();

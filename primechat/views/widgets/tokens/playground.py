@@ -43,13 +43,16 @@ class Playground(Widget):
         self._draft, self._revision = b"", 0
         self._ids: dict[str, np.ndarray] = {}
         opened.on_change.append(lambda: setattr(self, "choices", opened.describe()))
-        self.start = {**self.answer_open(text, list(shown)), "text": text}
+        self.start = {**self.answer_open(text, list(shown), wait_s=None), "text": text}
 
-    def answer_open(self, text: str, shown: list[str]) -> dict[str, Any]:
-        """Take a whole text and the tokenizers to show it with; answer all of their tokens."""
+    def answer_open(self, text: str, shown: list[str], wait_s: float | None = 0.3) -> dict[str, Any]:
+        """Take a whole text and the tokenizers to show it with; answer all of their tokens.
+
+        One that is not open within `wait_s` seconds is answered as pending: the page asks again.
+        """
         self._draft = text.encode("utf-16-le", "surrogatepass")
         self._ids = {}
-        return self._answer(text, shown)
+        return self._answer(text, shown, wait_s)
 
     def answer_edit(self, revision: int, at: int, cut: int, put: str, shown: list[str]) -> dict[str, Any]:
         """Take an edit, counted in the page's UTF-16 units; answer the tokens that changed."""
@@ -57,20 +60,21 @@ class Playground(Widget):
             return {"stale": True}  # another view of this widget has edited since: the page sends its text
         end = 2 * (at + cut)
         self._draft = self._draft[: 2 * at] + put.encode("utf-16-le", "surrogatepass") + self._draft[end:]
-        return self._answer(self._draft.decode("utf-16-le", "replace"), shown)
+        return self._answer(self._draft.decode("utf-16-le", "replace"), shown, 0.0)
 
-    def _answer(self, text: str, shown: list[str]) -> dict[str, Any]:
+    def _answer(self, text: str, shown: list[str], wait_s: float | None) -> dict[str, Any]:
         self._revision += 1
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        panes = [self._cut_pane(key, text) for key in shown[:MAX_SHOWN]]
+        panes = [self._cut_pane(key, text, wait_s) for key in shown[:MAX_SHOWN]]
         return {"revision": self._revision, "panes": panes}
 
-    def _cut_pane(self, key: str, text: str) -> dict[str, Any]:
+    def _cut_pane(self, key: str, text: str, wait_s: float | None) -> dict[str, Any]:
         try:
-            ids, lengths = self._opened.cut(key, text)
+            ids, lengths = self._opened.cut(key, text, wait_s)
         except Exception as error:  # offline, damaged, refused: the other panes go on
             self._ids.pop(key, None)
-            return {"key": key, "fault": str(error) or type(error).__name__}
+            pending = type(error) is TimeoutError
+            return {"key": key, "fault": str(error) or type(error).__name__, "pending": pending}
         whole = key not in self._ids
         old = self._ids.get(key, np.empty(0, np.int32))
         at, cut = find_change(old, ids)
