@@ -35,9 +35,7 @@ def test_views_follow_the_picker(explorer: Explorer) -> None:
     table = tables.read_table(lab.borrow_model("shipped/base")[0], "input")
     assert np.array_equal(explorer.atlas.norms["input"], np.linalg.norm(table, axis=1))
     explorer.picker.identifier = "base/none"
-    assert (
-        "none" in explorer.view.problem and explorer.view.notice == ""
-    )
+    assert "none" in explorer.view.problem and explorer.view.notice == ""
 
 
 def test_a_word_is_one_token_or_explained(explorer: Explorer) -> None:

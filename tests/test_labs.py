@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import HOSTS, run_all_cells
+from browser import HOSTS, end_group, find_port, run_all_cells, wait_for
 
 from primechat import cli
 from primechat.desk.labs import twins
@@ -223,3 +223,25 @@ def test_lab_opens_without_errors(
     assert faults.count() == 0, faults.all_inner_texts()
     found.check()
     assert opened.read_bytes() == before, "opening a lab rewrites it"
+
+
+@pytest.mark.slow
+def test_command_opens_a_lab_in_jupyterlab(tmp_path: Path, lab_page: Callable[..., Any]) -> None:
+    """JupyterLab comes up at the lab's twin, with marimo's extension out of its sandbox."""
+    port, log = find_port(), tmp_path / "log"
+    words = [sys.executable, "-m", "primechat.cli", "lab", "01", "--headless", "--port", str(port)]
+    folders = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython"}
+    places = {name: str(tmp_path / folder) for name, folder in folders.items()}
+    extra = {"JUPYTER_TOKEN": "abc", "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "spaces")}
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            words, env={**environment(tmp_path / "base"), **places, **extra}, stdout=out,
+            stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+        try:
+            wait_for(f"http://127.0.0.1:{port}/api?token=abc", process, log)
+            found = lab_page(f"http://127.0.0.1:{port}/?token=abc")
+            found.page.locator(".jp-NotebookPanel h1", has_text="tokens?").wait_for(timeout=90_000)
+        finally:
+            end_group(process)
+    assert "Traceback" not in log.read_text()

@@ -147,7 +147,8 @@ def build_words(config: LabConfig, path: Path | None) -> tuple[list[str], dict[s
         f"--LabApp.default_url=/lab/tree{where}",
         "--MarimoProxyConfig.no_sandbox=True",  # else labs run in an empty environment and are changed
     ]  # fmt: skip
-    words += [*(["--no-browser"] if config.headless else [])]
+    words += ["--no-browser"] if config.headless else []
+    words += ["--allow-root"] if os.geteuid() == 0 else []  # in a container; Jupyter refuses otherwise
     words += [f"--ServerApp.port={config.port}"] if config.port else []
     return words, environment
 
