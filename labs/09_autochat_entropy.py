@@ -254,7 +254,7 @@ def _(AutochatConfig, picker, stage, study, talks):
     collapse = stage(
         talks.run_collapse,
         AutochatConfig(
-            tag=f"{study.tag}-gen", model=picker.identifier, n_talks=24, turns=12, max_new_tokens=32,
+            tag=f"{study.tag}-gen", model=picker.identifier, n_talks=16, turns=12, max_new_tokens=32,
             generations=3,
         ),
         title="Three generations, twice",

@@ -252,6 +252,16 @@ def test_refusals_are_sentences() -> None:
     page.wait()
 
 
+def test_an_adapter_has_a_dial() -> None:
+    page, opened = Page(), list[str]()
+    page.session.opener = lambda name: (opened.append(name), open_echo("shipped/sft"))[1]
+    page.do("models", chosen=["lora:pirate+sft"])
+    page.wait()
+    page.do("settings", alpha=0.25)
+    assert read(page.say("arr")) == "arr"
+    assert opened[0] == "lora:pirate+sft" and opened[-1] == "lora:pirate*0.25+sft"
+
+
 def test_a_model_that_fails_is_told() -> None:
     page = Page()
     page.do("models", chosen=["missing"])

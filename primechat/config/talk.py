@@ -50,7 +50,7 @@ class AutochatConfig:
     """Times to fine-tune the model on its own conversations and let it talk again."""
     human_share: float = 0.0
     """Share of human conversations among those that a generation learns from."""
-    tune_steps: int = 40
+    tune_steps: int = 30
     """Optimizer steps of a generation."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """Device, precision, threads."""

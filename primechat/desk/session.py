@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -311,6 +312,7 @@ class ChatSession:
 
         from primechat.infer.threads import settle_threads
 
+        name = set_dial(name, self.settings.alpha)
         if name not in self._threads:
             self._tell(kind="status", text=f"Opening {name} …")
         opened = self.opener(name)
@@ -389,6 +391,16 @@ class ChatSession:
 def merge_measures(before: list[Token], reply: Reply, begun: int) -> list[Token]:
     """Return the measures of a reply's tokens after those of its first `begun` ones, if these are known."""
     return [*before, *reply.measures] if len(before) == begun else []
+
+
+def set_dial(identifier: str, alpha: float) -> str:
+    """Return an identifier with its adapters, if it has any, at a strength.
+
+    >>> set_dial("lora:pirate*2+sft/d4", 0.5), set_dial("sft/d4", 0.5), set_dial("lora:pirate+sft", 1.0)
+    ('lora:pirate*0.5+sft/d4', 'sft/d4', 'lora:pirate+sft')
+    """
+    dial = "" if alpha == 1 else f"*{alpha:g}"
+    return re.sub(r"(lora:[^*+]+)(?:\*[\d.]+)?\+", lambda found: f"{found[1]}{dial}+", identifier)
 
 
 def is_base(identifier: str) -> bool:

@@ -30,6 +30,7 @@ class ChatSettings:
     top_p: float = 1.0
     max_new_tokens: int = 256
     seed: int = 0
+    alpha: float = 1.0  # strength of an adapter, where the model has one
 
     def __post_init__(self) -> None:
         if not isinstance(self.system, str):
@@ -39,6 +40,7 @@ class ChatSettings:
         check_number("top_p", self.top_p, low=1e-6, high=1)
         check_number("max_new_tokens", self.max_new_tokens, low=1, high=100_000, whole=True)
         check_number("seed", self.seed, low=0, whole=True)
+        check_number("alpha", self.alpha, low=0, high=100)
 
 
 @dataclass(eq=False, kw_only=True)

@@ -33,7 +33,7 @@ from primechat.stages.run import pick_device
 from primechat.text.corpora import read_conversations
 
 HUMAN = "human"  # stands where a model's name stands
-TUNE_TOKENS = 4096  # of one optimizer step of a generation
+TUNE_TOKENS = 2048  # of one optimizer step of a generation
 
 
 def autochat(

@@ -431,9 +431,11 @@ function render({ model, el }) {
   const system = h("textarea", { class: "pc-text", "aria-label": "System prompt", rows: 3, placeholder: "For example: You are a pirate.", "data-lm-suppress-shortcuts": "true", oninput: () => { state.settings.system = system.value; send({ ...state.settings }); } });
   const colourBox = select({ label: "Colour tokens by", options: COLOURS, value: "", input: (value) => { colour = value; if (value) { showTokens = true; tokensBox.box.checked = true; } redrawAll(); } });
   const tokensBox = toggle({ label: "Show tokens", value: false, input: putTokens });
-  const alpha = h("div", { hidden: true }, slider({ label: "Adapter strength", min: 0, max: 2, step: 0.05, value: 1, input: (value) => { state.settings.alpha = value; send({ ...state.settings }); }, show: (value) => number(value, 2) }));
+  const alpha = settingSlider("alpha", "Adapter strength", { min: 0, max: 2, step: 0.05 }, (value) => (value === 0 ? "off" : number(value, 2)));
+  alpha.hidden = true;
+  sliders.push(alpha);
   panel.append(
-    h("h3", { class: "pc-title", text: "Sampling" }), ...sliders, alpha, h("label", { class: "pc-field" }, h("span", { class: "pc-label", text: "Seed" }), seed),
+    h("h3", { class: "pc-title", text: "Sampling" }), ...sliders, h("label", { class: "pc-field" }, h("span", { class: "pc-label", text: "Seed" }), seed),
     h("p", { class: "pc-muted", text: "The same seed and settings give the same reply again." }),
     h("h3", { class: "pc-title", text: "System prompt" }), system, h("p", { class: "pc-muted", text: "Stands before the first message. Small models hardly follow it." }),
     h("h3", { class: "pc-title", text: "Tokens" }), tokensBox, colourBox, h("p", { class: "pc-muted", text: "Strong colour: the model was unsure, or took a token that it held unlikely." }),
