@@ -180,6 +180,8 @@ def draw_generations(found: Mapping[str, Sequence[Spread]], people: Spread, meas
             hovertemplate="generation %{x}: %{y:.3f}<extra>" + name + "</extra>",
         )  # fmt: skip
         label_line(figure, len(values) - 1, values[-1][0], name, colour, shift=9 * (1 - 2 * i))
+    unseen = dict(opacity=0, hoverinfo="skip", mode="markers")  # a line alone does not move the axis
+    figure.add_scatter(x=[0, 0], y=list(people[measure][1:]), **unseen)
     figure.add_hline(y=people[measure][0], line_color=COLOURS["people"], line_dash="dot")
     figure.add_hrect(
         y0=people[measure][1], y1=people[measure][2], fillcolor=COLOURS["people"], opacity=0.12, line_width=0
