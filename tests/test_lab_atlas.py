@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import ROOT, LabPage, Server, browser, lab_page, serve
+from browser import ROOT, LabPage, Server, browser, lab_page, run_all_cells, serve
 from matplotlib.image import imread
 from playwright.sync_api import Locator, Page, expect
 
+from primechat.desk.labs.twins import write_twin
 from primechat.metrics.embeddings.atlas import TokenAtlas
 from primechat.model.checkpoint import save_snapshot
 from primechat.store import open_model
@@ -198,6 +199,29 @@ def test_umap_goes_on_in_the_background(
     view.get_by_role("tab", name="UMAP").click()
     expect(view.get_by_role("tab", name="UMAP")).to_have_attribute("aria-selected", "true", timeout=240_000)
     expect(view.locator(".pc-atlas-note")).to_contain_text("UMAP keeps neighbours together")
+    found.check()
+
+
+def test_twin_is_coloured_and_alive(
+    serve: Callable[..., Server], lab_page: Callable[..., LabPage], truth: Any, tmp_path: Path
+) -> None:
+    """JupyterLab draws a widget before it stands in the page: colours come later."""
+    path = tmp_path / "twin.ipynb"
+    path.write_text(write_twin(LAB))
+    found = lab_page(serve("jupyter", path).url)
+    page = found.page
+    run_all_cells(page)
+    view = find_atlas(page, 0)
+    dot = view.locator(".pc-atlas-chip i").first
+    expect(dot).to_have_css("background-color", "rgb(63, 127, 224)", timeout=20_000)
+    view.get_by_label("Find a token").fill("you")
+    expect(view.locator(".pc-atlas-find")).to_contain_text("found")
+    page.keyboard.press("Enter")
+    expect(view.locator(".pc-atlas-name")).to_have_text("·you")
+    near = truth.atlas.near("input", "PCA", 2, 0, truth.atlas.labels.index("·you"))
+    expect(view.locator(".pc-atlas-true .pc-atlas-near .pc-mono").first).to_have_text(
+        truth.atlas.labels[near.true[0]], timeout=20_000
+    )
     found.check()
 
 

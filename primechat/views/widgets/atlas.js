@@ -229,6 +229,11 @@ function render(context) {
     return state.channels.map((channel, k) => `${channel.title}: ${show(channel, state.facts[k][i])}`);
   }
   function recolour() {
+    if (!getComputedStyle(root).getPropertyValue("--pc-accent")) { // JupyterLab draws before the page has the widget
+      clearTimeout(state.wait);
+      state.wait = setTimeout(() => { if (!state.gone) recolour(); }, 60);
+      return;
+    }
     state.palette = palette();
     const k = get(state.colour), channel = state.channels[k], values = state.facts[k], rgba = new Uint8Array(4 * state.n);
     if (!channel) return;
@@ -263,7 +268,7 @@ function render(context) {
     scatter.setRanks(ranks);
   }
   function decorate() {
-    const look = state.palette ?? (state.palette = palette()), rings = [], lines = [], labels = [];
+    const look = state.palette ?? { ink: "transparent" }, rings = [], lines = [], labels = [];
     const add = (i, more) => { if (i >= 0 && i < state.n) labels.push({ i, ...more }); };
     if (state.picked >= 0) {
       rings.push({ i: state.picked, colour: look.accent, radius: 9, thick: 2.5 });
@@ -451,7 +456,7 @@ function render(context) {
   });
   const themes = new MutationObserver(() => { recolour(); scatter.invalidate(false); });
   themes.observe(root, { attributes: true, attributeFilter: ["data-theme"] });
-  later(() => { state.gone = true; clearTimeout(state.poll); themes.disconnect(); scatter.end(); });
+  later(() => { state.gone = true; clearTimeout(state.poll); clearTimeout(state.wait); themes.disconnect(); scatter.end(); });
   root.scatter = scatter; // for tests that measure
   state.picked = -1;
   read();
