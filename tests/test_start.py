@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from test_runner import wait_until
 import primechat.desk.download as desk_download
 import primechat.model.download as model_download
 from primechat import store
+from primechat.desk.labs.twins import find_lab
 from primechat.errors import HubError
 from primechat.hub import HubFile
 from primechat.lessons.instruments import firststeps
@@ -109,3 +111,23 @@ def test_download_tells_why_it_cannot(base_dir: Path, monkeypatch: pytest.Monkey
     card.answer_act("plan", "d32")
     wait_until(lambda: card.state == "failed")
     assert "cannot be reached" in card.message
+
+
+@pytest.mark.slow
+def test_tour_in_a_browser(serve: Callable[..., Any], lab_page: Callable[..., Any]) -> None:
+    """Five minutes in seconds: guess, check, talk, ask for a size without a network."""
+    found = lab_page(serve("run", find_lab("00")).url)
+    page = found.page
+    page.get_by_label("millions").check()
+    page.get_by_role("button", name="Show the answer").click()
+    page.locator(".pc-prediction .pc-mark", has_text="right: your guess").wait_for()
+    page.get_by_role("button", name="Check it").click()
+    page.locator(".pc-check .pc-badge", has_text="Sound").wait_for(timeout=90_000)
+    assert page.locator(".pc-check .pc-bars > div").count() == 4
+    page.get_by_placeholder("Write a message").fill("Hi! How was your day?")
+    page.get_by_role("button", name="Send").click()
+    page.locator(".pc-chat").get_by_text("tokens/s").first.wait_for(timeout=90_000)
+    page.get_by_role("button", name="Show its size").click()
+    page.locator(".pc-download .pc-error").wait_for(timeout=60_000)
+    assert "HF_HUB_OFFLINE" in page.locator(".pc-download .pc-error").inner_text()
+    found.check()
