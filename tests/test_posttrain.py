@@ -108,4 +108,5 @@ def test_nothing_has_run_yet() -> None:
     assert "Nothing has run yet" in draw_tradeoff([], "a", "b").layout.annotations[-1].text
     assert posttrain.open_table(None, ("gain",)).output["parts"][0]["rows"][0][0].startswith("nothing yet")
     assert posttrain.find_spectra(None, "shipped/sft") == {} and posttrain.list_by_size(None) == {}
+    assert "No student yet" in str(posttrain.open_heat(posttrain.pick_student(None), "shipped/base").output)
     assert "press Start" in posttrain.open_breakdown(None, "shipped/base").output["parts"][0]["text"]

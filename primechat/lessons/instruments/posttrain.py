@@ -169,8 +169,10 @@ def open_dial(rows: Sequence[str], base: str, prompt: str = "Hi! What did you do
     return DialDesk(write, names, prompt, waiting)
 
 
-def open_heat(student: str, teacher: str, prompt: str = "Hi! What did you do today?") -> HeatText:
+def open_heat(student: str, teacher: str, prompt: str = "Hi! What did you do today?") -> Any:
     """Return the teacher's reply with the student's distance at each token."""
+    if not student:
+        return Live(lambda: "No student yet: press Start above.")
     import torch
 
     def measure(prompt: str) -> dict[str, Any]:
@@ -371,8 +373,8 @@ def guess_halved(teacher: str) -> float:
 
 
 def pick_student(result: TrainResult | None) -> str:
-    """Return the student just trained; before that, the teacher's own kind stands in."""
-    return result.identifier if result else "shipped/sft"
+    """Return the student just trained, or nothing."""
+    return result.identifier if result else ""
 
 
 def open_breakdown(result: TrainResult | None, teacher: str) -> Live:
