@@ -8,7 +8,11 @@ app = marimo.App(width="medium", app_title="Pretraining")
 def _():
     import marimo as mo
 
-    return (mo,)
+    from primechat.lab import Live, exercise, in_notebook, predict, show
+    from primechat.lessons.instruments import pretraining as bench
+    from primechat.lessons.pretraining import EXERCISES
+
+    return EXERCISES, Live, bench, exercise, in_notebook, mo, predict, show
 
 
 @app.cell(hide_code=True)
@@ -37,8 +41,8 @@ def _(mo):
     mo.md(r"""
     ## 1. Choose
 
-    A model is a stack of blocks. `n_layer` is their number; each widens what the model can keep in mind. The
-    other switches are tricks of the trade, each of which can be turned off.
+    A model is a stack of blocks. `n_layer` is their number; each widens what the model can keep in mind.
+    The other switches are tricks of the trade, each of which can be turned off.
     """)
     return
 
@@ -49,11 +53,30 @@ def _(GPTConfig, PretrainConfig, settings):
         tag="lab05",
         model=GPTConfig.modern(2, vocab_size=2048, sequence_len=128, head_dim=64),
         batch_tokens=2048,
-        seconds=60,
+        seconds=30,
     )
     form = settings(start, ("tag", "seconds", "model.n_layer", "batch_tokens"), title="The run")
     form
     return form, start
+
+
+@app.cell(hide_code=True)
+def _(Live, bench, form, show):
+    show(Live(lambda: bench.describe_plan(form.config)))
+    return
+
+
+@app.cell(hide_code=True)
+def _(predict):
+    predict(
+        "Before its first step the model gives each of its 2,048 tokens the same chance. What is its "
+        "loss, in nats a token?",
+        ["0.7", "2.0", "7.6", "2048"],
+        "7.6",
+        why="The surprise at one of 2,048 equally likely tokens is ln 2048 = 7.6 nats; the first point of "
+        "the curve below is there.",
+    )
+    return
 
 
 @app.cell(hide_code=True)
@@ -62,7 +85,8 @@ def _(mo):
     ## 2. Train
 
     The **loss** is the surprise at the true next token; bits per byte (**bpb**) is the same in a unit that
-    does not depend on the tokens. Both fall as it learns.
+    does not depend on the tokens. Both fall as it learns. The samples go on from the same words each time.
+    Stop saves; Go on resumes, and the curve continues.
     """)
     return
 
@@ -77,6 +101,109 @@ def _(form, pretrain, stage):
 @app.cell
 def _(run, summary):
     summary(run.result)
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 3. Lay runs over each other
+
+    Name runs with commas between, also folders that came back from a rented machine (`primechat pull
+    USER@HOST:base/d20`). `primechat report base/lab05` writes one as a page.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(Live, bench, run, show):
+    _newest = ", ".join(bench.list_runs()[:3]) if run else ""
+    show(Live(bench.overlay_runs, runs=_newest))
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 4. Take a trick away
+
+    Does a trick help, or was it luck? Each is switched off alone, at equal steps, over the same **seeds**
+    (the numbers from which first weights and the order of the text are drawn). What is smaller than the
+    spread over seeds proves nothing, and the table says so.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(bench, in_notebook, settings, start):
+    tricks = (
+        settings(bench.AblationConfig(base=start), ("switches", "seeds", "steps")) if in_notebook() else None
+    )
+    tricks
+    return (tricks,)
+
+
+@app.cell(hide_code=True)
+def _(bench, stage, tricks):
+    trial = stage(bench.ablate, tricks.config, title="Ablation") if tricks else None
+    trial
+    return (trial,)
+
+
+@app.cell(hide_code=True)
+def _(Live, bench, show, trial):
+    show(Live(lambda: bench.judge_ablation(trial.result if trial else None)))
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 5. Send this very lab to 8 H200
+
+    The folder holds the cells whose code you see here as a script, the settings of the full run, a launcher
+    and the library. It is tried here first, with two processes.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(bench, in_notebook, settings):
+    parcel = (
+        settings(bench.FolderConfig(), ("depth", "gpus", "output", "rehearse")) if in_notebook() else None
+    )
+    parcel
+    return (parcel,)
+
+
+@app.cell(hide_code=True)
+def _(bench, parcel, stage):
+    folder = stage(bench.write_folder("05"), parcel.config, title="Write the folder") if parcel else None
+    folder
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 6. Work it out yourself
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(EXERCISES, exercise):
+    def bits_per_byte(nats, n_bytes): ...
+
+    exercise(EXERCISES[0], bits_per_byte)
+    return
+
+
+@app.cell(hide_code=True)
+def _(EXERCISES, exercise):
+    def lr_share(step, steps): ...
+
+    exercise(EXERCISES[1], lr_share)
     return
 
 

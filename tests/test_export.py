@@ -128,8 +128,8 @@ def test_script_is_the_library_call(exported: Path, tmp_path: Path, base_dir: Pa
     done = run_script(exported, tmp_path / "script", "--config", str(file))
     assert done.returncode == 0, done.stderr
     lab = subprocess.run(
-        [sys.executable, str(find_lab("05")), "--config", str(file)],
-        capture_output=True, text=True, timeout=300,
+        [sys.executable, "labs/05_pretraining.py", "--config", str(file)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "lab"), "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert lab.returncode == 0, lab.stderr

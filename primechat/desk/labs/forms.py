@@ -165,7 +165,7 @@ def read_command(config: Any) -> Any:
         ConfigError: a flag has no such value.
     """
     script = getattr(sys.modules["__main__"], "__file__", None)
-    if "marimo" not in sys.modules or not script or Path(script) != Path(sys.argv[0]):
+    if "marimo" not in sys.modules or not script or Path(script).resolve() != Path(sys.argv[0]).resolve():
         return config
     from primechat.desk.pods.script import read_flags
 

@@ -1,0 +1,151 @@
+import marimo
+
+__generated_with = "0.25.2"
+app = marimo.App(width="medium", app_title="Plan a run")
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    # What does a model cost before I pay for it?
+
+    Training is arithmetic on text. How much arithmetic, how much memory and how much disk can be worked out
+    beforehand, from a handful of numbers. Then a rented machine holds no surprise. Here you turn the dials;
+    the counts are exact, hours and dollars are estimates that say what they rest on.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    import marimo as mo
+
+    from primechat.lab import Live, exercise, predict, show
+    from primechat.lessons.instruments import budget
+    from primechat.lessons.plan_a_run import EXERCISES
+
+    return EXERCISES, Live, budget, exercise, mo, predict, show
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 1. A guess first
+
+    The **depth** of a model is its number of blocks, and its width grows with it: nanochat's d20 has 20
+    blocks, d32 has 32. Each is trained on 20 tokens for every **parameter**, that is for every number that
+    it learns.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(budget, predict):
+    _times = budget.price_ratio()
+    predict(
+        "The d20 costs about $85 on 8 H200. What does the d32 cost, as a multiple of that?",
+        ["1.6 times", "3.4 times", "12 times", "100 times"],
+        "12 times",
+        why=f"It is {_times:.1f} times: 3.3 times the parameters, each of which needs its 20 tokens, so 3.3 "
+        "times the tokens too; the work is their product.",
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 2. Turn the dials
+
+    The bars show what fills one GPU and the disk; the upright line is what there is. **Shards** are the
+    files of text, 100 MB each; removing those that have been read keeps a long run on a small disk.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(Live, budget, show):
+    show(
+        Live(
+            budget.describe_run,
+            labels={"evict": "remove shards that have been read"},
+            depth=(4, 40, 20),
+            machine=budget.MACHINES,
+            tokens_per_parameter=(5, 60, 20),
+            evict=False,
+        )
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    The same run on other machines. **MFU**, the share of its peak that a machine reaches in training, comes
+    from runs that others and we have timed; where it is a guess, the table says so.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(Live, budget, show):
+    show(Live(budget.compare_machines, depth=(4, 40, 20)))
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 3. What fills a GPU?
+
+    Each parameter is there as a **weight**, as a **gradient** (which way to move it) and in the
+    **optimizer** (how it moved lately; 8 GPUs share that). **Activations** are what every block keeps of
+    the text until the gradients have been computed; they grow with the rows that are read at a time. The
+    slider counts powers of two. Recomputing keeps only each block's input, and computes the inside again:
+    memory for time.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(Live, budget, show):
+    show(
+        Live(
+            budget.draw_rows,
+            labels={"rows": "rows, as a power of two", "recompute": "recompute blocks"},
+            depth=(12, 40, 32),
+            rows=(0, 6, 4),
+            recompute=False,
+        )
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 4. Work it out yourself
+
+    On the command line the same is `primechat plan --depth 20 --gpus 8xH200`.
+    """)
+    return
+
+
+@app.cell
+def _(EXERCISES, exercise):
+    def count_params(vocab_size, n_layer, n_embd): ...
+
+    exercise(EXERCISES[0], count_params)
+    return
+
+
+@app.cell
+def _(EXERCISES, exercise):
+    def train_hours(flops, n_gpus, peak_flops, mfu): ...
+
+    exercise(EXERCISES[1], train_hours)
+    return
+
+
+if __name__ == "__main__":
+    app.run()

@@ -1,0 +1,106 @@
+"""Pictures of a plan: what fills a GPU and a disk, and what a run costs.
+
+Hides: which colours mean what. Reference: primechat.cloud.plan, whose numbers these are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from primechat.cloud.plan import (
+    GPUS,
+    USABLE,
+    Machine,
+    estimate_memory,
+    find_machine,
+    format_hours,
+    full_config,
+    make_plan,
+)
+from primechat.views.theme import INK, SERIES, style_matplotlib
+
+MACHINES = ["8xH200", "8xH100", "1xH100", "4090"]
+
+
+def describe_run(depth: int, machine: str, tokens_per_parameter: int, evict: bool) -> list[Any]:
+    """Return the figures of a full run, and a picture of its memory and disk."""
+    config = replace(full_config(depth), tokens_per_param=float(tokens_per_parameter))
+    config = replace(config, keep_shards=24 if evict else 0, n_shards=1822)
+    plan = make_plan(config, find_machine(machine))
+    room = "fits" if plan.fits else "does not fit"
+    figures = {
+        "parameters": f"{config.model.n_params / 1e6:,.0f} million",
+        "tokens to read": f"{plan.tokens / 1e9:,.1f} billion",
+        "work": f"{plan.total_flops:.2g} FLOPs",
+        "time": format_hours(plan.train_s),
+        "cost": f"${plan.dollars:,.0f}",
+        "on this machine and 80 GB of disk": room,
+    }
+    return [figures, draw_parts(plan.memory, plan.disk, plan.machine)]
+
+
+def draw_parts(memory: dict[str, float], disk: dict[str, float], machine: Machine) -> Any:
+    """Return two bars cut into their parts, each with the line that it must not cross."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(style_matplotlib()):  # type: ignore[arg-type]
+        figure = Figure(figsize=(8.4, 3.0 if disk else 1.9), layout="constrained")
+        axes = figure.subplots()
+        gpu = f"One GPU, {machine.memory_bytes / 1e9:.0f} GB"
+        both = [("Disk, 80 GB", disk, 80e9), (gpu, memory, machine.memory_bytes)]
+        bars = [bar for bar in both if bar[1]]
+        widest = max(max(sum(parts.values()), limit) for _, parts, limit in bars)
+        for row, (_, parts, limit) in enumerate(bars):
+            draw_bar(axes, row, parts, limit, widest)
+        axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
+        axes.set(xlabel="gigabytes", ylim=(-0.55, len(bars) - 0.6))
+        axes.grid(axis="y", visible=False)
+    return figure
+
+
+def draw_bar(axes: Any, row: int, parts: dict[str, float], limit: float, widest: float) -> None:
+    """Draw one bar of parts, their names below it in their colours, and its limit."""
+    left = 0.0
+    for i, ((name, value), colour) in enumerate(zip(parts.items(), SERIES, strict=False)):
+        axes.barh(row, value / 1e9, left=left / 1e9, height=0.4, color=colour, alpha=0.9)
+        said = f"{name.replace(' of checkpoints', '')} {value / 1e9:,.1f}"
+        axes.text(i * 0.21 * widest / 1e9, row - 0.38, said, color=colour, fontsize=8.5)
+        left += value
+    axes.plot([limit / 1e9] * 2, [row - 0.26, row + 0.26], color=INK, linewidth=2)
+
+
+def draw_rows(depth: int, rows: int, recompute: bool) -> list[Any]:
+    """Return what one GPU of 8 holds while it reads so many rows at a time."""
+    config = full_config(depth)
+    config = replace(config, runtime=replace(config.runtime, checkpoint_blocks=recompute))
+    machine = find_machine("8xH100")
+    need = estimate_memory(config, 2**rows, n_gpus=8)
+    total = sum(need.values())
+    verdict = "fits" if total <= USABLE * machine.memory_bytes else "does not fit"
+    figures = {
+        "rows at a time": f"{2**rows}",
+        "memory": f"{total / 1e9:,.1f} GB of {machine.memory_bytes / 1e9:.0f}",
+        "verdict": verdict,
+    }
+    return [figures, draw_parts(need, {}, machine)]
+
+
+def price_ratio(a: int = 20, b: int = 32) -> float:
+    """Return how many times the dollars a depth costs that another costs."""
+    first, second = (make_plan(full_config(depth), find_machine("8xH200")) for depth in (a, b))
+    return second.dollars / first.dollars
+
+
+def compare_machines(depth: int = 20) -> list[dict[str, str]]:
+    """Return a table of machines for one run."""
+    rows = []
+    for name in (*MACHINES, *(f"8x{kind}" for kind in GPUS if kind == "4090")):
+        plan = make_plan(full_config(depth), find_machine(name))
+        rows.append({
+            "machine": plan.machine.name, "time": format_hours(plan.train_s),
+            "dollars": f"{plan.dollars:,.0f}",
+            "share of its peak": f"{plan.machine.mfu:.0%}", "which is": plan.machine.mfu_source,
+        })  # fmt: skip
+    return rows

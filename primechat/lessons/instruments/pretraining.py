@@ -1,0 +1,240 @@
+"""What lab 05 shows around a run: its plan, other runs over it, a bench that takes tricks away, the folder.
+
+Hides: which runs belong to an ablation. Each is an ordinary run of its own tag, so a bench that was stopped
+goes on where it was. Reference: primechat.stages.pretrain; Henderson et al. 2018 on seeds.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from primechat import store
+from primechat.cloud.export import export_lab, find_lab
+from primechat.cloud.plan import count_flops, count_steps, find_machine, format_hours, full_config, make_plan
+from primechat.config import PretrainConfig
+from primechat.config.runtime import check_number
+from primechat.errors import ConfigError, PrimechatError
+from primechat.records import NoteEvent, OnEvent
+from primechat.views.theme import SERIES, style_matplotlib
+
+SWITCHES: dict[str, dict[str, Any]] = {  # trick: what takes it away
+    "value_embeddings": {"value_embeddings": False}, "residual_scalars": {"residual_scalars": False},
+    "smear": {"smear": False}, "backout": {"backout": False}, "qk_gain": {"qk_gain": 1.0},
+    "logit_softcap": {"logit_softcap": 0.0},
+}  # fmt: skip
+
+
+def describe_plan(config: PretrainConfig) -> dict[str, str]:
+    """Return what a run will take here and on rented GPUs, before it is started."""
+    flops = count_flops(config.model)
+    figures = {"parameters": f"{config.model.n_params:,}", "work of a token": f"{flops / 1e6:,.1f} MFLOPs"}
+    try:
+        here = find_machine("here", store.base_dir())
+        tokens = count_steps(config, here.flops_per_s) * config.batch_tokens
+        figures |= {
+            "tokens": f"about {tokens:,}",
+            "time here": format_hours(tokens * flops / here.flops_per_s),
+        }
+    except ConfigError:
+        figures["time here"] = (
+            format_hours(config.seconds) if config.seconds else "`primechat bench train` tells"
+        )
+    cloud = make_plan(full_config(20), find_machine("8xH200"))
+    return {**figures, "the d20 on 8 H200": f"{format_hours(cloud.train_s)}, ${cloud.dollars:,.0f}"}
+
+
+def list_runs() -> list[str]:
+    """Return the runs on this machine whose history is here, the newest first."""
+    entries = [
+        e for e in store.list_models() if e.family == "base" and (Path(e.path) / "metrics.jsonl").is_file()
+    ]
+    newest = sorted(entries, key=lambda e: -(Path(e.path) / "metrics.jsonl").stat().st_mtime)
+    return [entry.identifier for entry in newest]
+
+
+def overlay_runs(runs: str) -> Any:
+    """Return a picture of several runs, named with commas between; a run from elsewhere by its folder."""
+    names = [name.strip() for name in runs.split(",") if name.strip()]
+    if not names:
+        return "No run has been named yet. Train one above; its name is then base/ and its tag."
+    curves = []
+    for name in names[: len(SERIES)]:
+        events = [e for e in store.load_run(name).events if e.get("kind") == "loss"]
+        tokens = {e["step"]: e["tokens"] for e in store.load_run(name).events if e.get("kind") == "step"}
+        total = np.cumsum([tokens.get(step, 0) for step in range(1, max(tokens, default=0) + 1)])
+        curves.append(
+            (name, [total[e["step"] - 1] if e["step"] else 0 for e in events], [e["val_bpb"] for e in events])
+        )
+    return paint_lines(curves, "tokens read", "bits per byte on new text")
+
+
+def paint_lines(curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], x: str, y: str) -> Any:
+    """Return a picture of lines, each named at its end."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(style_matplotlib()):  # type: ignore[arg-type]
+        figure = Figure(figsize=(7.6, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for (name, xs, ys), colour in zip(curves, SERIES, strict=False):
+            axes.plot(xs, ys, marker="o", markersize=3, color=colour)
+            if len(xs):
+                axes.annotate(f"  {name}", (xs[-1], ys[-1]), color=colour, va="center")
+        axes.set(xlabel=x, ylabel=y)
+        axes.margins(x=0.2)
+    return figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationConfig:
+    """Take tricks away one at a time, at equal steps and seeds."""
+
+    tag: str = "ablation"
+    """Beginning of the runs' names."""
+    resume: bool = False
+    """Go on with a bench that was stopped."""
+    switches: str = "value_embeddings, smear, backout"
+    """Which tricks, with commas between."""
+    seeds: int = 2
+    """Runs of each, which differ in their first weights and the order of the text."""
+    steps: int = 60
+    """Optimizer steps of each run."""
+    base: PretrainConfig = field(default_factory=PretrainConfig)
+    """The run with every trick on."""
+
+    def __post_init__(self) -> None:
+        check_number("seeds", self.seeds, low=2, high=9, whole=True)
+        check_number("steps", self.steps, low=2, whole=True)
+        unknown = [name for name in self.list_switches() if name not in SWITCHES]
+        if unknown:
+            raise ConfigError(
+                f"switches={unknown[0]!r} must be among {', '.join(SWITCHES)}; name one of these."
+            )
+
+    def list_switches(self) -> list[str]:
+        """Return the names of the tricks."""
+        return [name.strip() for name in self.switches.split(",") if name.strip()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationResult:
+    """Bits per byte of each variant, one a seed; `stopped` tells whether some are missing."""
+
+    identifier: str
+    bpb: dict[str, tuple[float, ...]]
+    stopped: bool
+
+
+def ablate(
+    config: AblationConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+) -> AblationResult:
+    """Train the model with every trick, and without each, over several seeds; finished runs are kept.
+
+    Args:
+        config: tricks, seeds, steps, the run itself.
+        on_event: hears of every run.
+        stop: ends the bench after the present step.
+
+    Returns:
+        What each variant reached.
+    """
+    from primechat.stages.pretrain import pretrain
+
+    stop = stop or threading.Event()
+    found: dict[str, list[float]] = {}
+    variants: dict[str, dict[str, Any]] = {"everything on": {}}
+    variants |= {f"without {name}": dict(SWITCHES[name]) for name in config.list_switches()}
+    for seed in range(config.seeds):
+        for name, change in variants.items():
+            tag = f"{config.tag}-{name.replace(' ', '-')}-{seed}"
+            one = replace(
+                config.base, tag=tag, seed=seed, steps=config.steps, seconds=0.0,
+                model=replace(config.base.model, **change), look=replace(config.base.look, snapshots=False),
+                resume=(store.run_dir("base", tag) / "config.json").exists(),
+            )  # fmt: skip
+            if on_event:
+                on_event(NoteEvent(text=f"{name}, seed {seed}"))
+            run = pretrain(one, on_event=on_event, stop=stop)
+            if run.stopped:
+                return AblationResult(identifier=config.tag, bpb=freeze(found), stopped=True)
+            found.setdefault(name, []).append(run.val_bpb)
+    return AblationResult(identifier=config.tag, bpb=freeze(found), stopped=False)
+
+
+def freeze(found: dict[str, list[float]]) -> dict[str, tuple[float, ...]]:
+    """Return lists as tuples."""
+    return {name: tuple(values) for name, values in found.items()}
+
+
+def judge_ablation(result: AblationResult | None) -> Any:
+    """Return a table: what each trick brings, against the spread that chance alone makes."""
+    if result is None or "everything on" not in result.bpb:
+        return "Nothing has run yet: press Start above, then look here again."
+    whole = np.array(result.bpb["everything on"])
+    rows = []
+    for name, values in result.bpb.items():
+        n = min(len(values), len(whole))
+        gap = np.array(values[:n]) - whole[:n]  # of the same seeds
+        error = float(gap.std(ddof=1) / n**0.5) if n > 1 else float("nan")
+        clear = n > 1 and abs(gap.mean()) > 3 * max(error, 1e-4)
+        said = "" if name == "everything on" else "helps" if clear and gap.mean() > 0 else (
+            "hurts" if clear else "lost in the noise"
+        )  # fmt: skip
+        rows.append({
+            "variant": name, "bits per byte": f"{np.mean(values):.4f}",
+            "spread over seeds": f"{np.ptp(values):.4f}",
+            "against everything on": f"{gap.mean():+.4f}", "so the trick": said,
+        })  # fmt: skip
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderConfig:
+    """Write this lab as a folder that runs on rented GPUs."""
+
+    depth: int = 20
+    """Number of blocks; the width is 64 times as much."""
+    gpus: str = "8xH200"
+    """Machine: 8xH200, 8xH100, 4090 or another count of these."""
+    output: str = "runs/d20"
+    """Where the folder goes."""
+    rehearse: bool = True
+    """Run it here for 20 steps of a tiny model with 2 processes before any money is spent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderResult:
+    """The folder that was written, and what a run of it costs."""
+
+    identifier: str
+    cost: str
+    next_step: str
+
+
+def write_folder(lab: str = "05") -> Callable[..., FolderResult]:
+    """Return what writes a lab's folder, in the form of a stage."""
+
+    def write(
+        config: FolderConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+    ) -> FolderResult:
+        from primechat.desk.pods.verbs import rehearse
+
+        run = full_config(config.depth)
+        plan = make_plan(run, find_machine(config.gpus))
+        folder = Path(config.output).expanduser()
+        export_lab(find_lab(lab), run, plan, folder)
+        tell = on_event or (lambda event: None)
+        if config.rehearse and rehearse(folder, say=lambda text: tell(NoteEvent(text=text))):
+            raise PrimechatError("The rehearsal failed, see the notes; the folder is written all the same.")
+        return FolderResult(
+            identifier=str(folder), cost=f"{format_hours(plan.train_s)}, ${plan.dollars:,.0f}",
+            next_step=f"read {folder / 'README.md'}",
+        )  # fmt: skip
+
+    return write
