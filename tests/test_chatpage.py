@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("playwright", reason="needs the extra test")
-from browser import Browser, LabPage, Server, browser, lab_page, start_host  # noqa: E402, F401
+from browser import ROOT, Browser, LabPage, Server, run_all_cells, start_host  # noqa: E402
 
 pytestmark = pytest.mark.slow
 APP = """
@@ -97,7 +98,7 @@ class Chat:
 
 
 @pytest.fixture
-def chat(server: Server, lab_page: Callable[..., LabPage]) -> Iterator[Chat]:  # noqa: F811
+def chat(server: Server, lab_page: Callable[..., LabPage]) -> Iterator[Chat]:
     found = Chat(lab_page(server.url))
     yield found
     found.opened.check()
@@ -296,7 +297,7 @@ def test_long_talks_stay_smooth(chat: Chat, tmp_path: Path) -> None:
     assert median <= 60, f"half of the frames took {median:.0f} ms or more, nine in ten {high:.0f} ms"
 
 
-def test_two_people_on_one_server(chat: Chat, server: Server, browser: Browser) -> None:  # noqa: F811
+def test_two_people_on_one_server(chat: Chat, server: Server, browser: Browser) -> None:
     chat.say("my secret")
     context: Any = browser.new_context()
     try:
@@ -308,3 +309,20 @@ def test_two_people_on_one_server(chat: Chat, server: Server, browser: Browser) 
     finally:
         context.close()
     assert chat.said == ["my secret"]
+
+
+def test_lab_10_chats_in_jupyterlab(
+    serve: Callable[..., Server], lab_page: Callable[..., LabPage], tmp_path: Path
+) -> None:
+    """The twin with the model that ships: a message, its reply and figures, stop, copy."""
+    shutil.copy(ROOT / "labs" / "notebooks" / "10_chat.ipynb", tmp_path)
+    opened = lab_page(serve("jupyter", tmp_path / "10_chat.ipynb").url)
+    run_all_cells(opened.page, timeout_s=240)
+    chat = Chat(opened)
+    chat.say("Hi! How was your day?")
+    opened.page.locator(".pc-chat-figures").first.wait_for(timeout=60_000)
+    assert chat.said == ["Hi! How was your day?"]
+    assert "tokens/s" in opened.page.locator(".pc-chat-figures").inner_text()
+    chat.press("Copy all")
+    assert chat.clipboard().startswith("You: Hi! How was your day?\n\nshipped/sft: ")
+    opened.check()
