@@ -233,6 +233,7 @@ SCRIPT = """
             return config
 
         form = settings(pc.PretrainConfig(steps=5))
+        other = settings(pc.EvaluateConfig())
         run = stage(count, form.config)
         print(run.result.steps, run.state, type(summary(None)).__name__)
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import os
 import re
 import sys
 import threading
@@ -22,7 +23,8 @@ from primechat.views.widgets.runs import RunLog, StageControl
 
 SEND_EVERY_S, BEAT_EVERY_S = 0.3, 1.0
 END_WAIT_S = 20.0  # for a run to save when the kernel exits
-still = False  # while a lab is made into a page, stages wait for a Start that nobody presses
+# While a lab is made into a page, or where PRIMECHAT_STILL=1, stages wait for a Start that nobody presses.
+still = os.environ.get("PRIMECHAT_STILL") == "1"
 
 
 def in_marimo() -> bool:
