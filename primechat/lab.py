@@ -8,12 +8,10 @@ Reference: labs/00_start_here.py uses each of these once.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import threading
-import typing
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from primechat import store
@@ -21,10 +19,10 @@ from primechat.desk.labs import runner
 from primechat.desk.labs.forms import build_form, read_command
 from primechat.desk.labs.runner import in_marimo, in_notebook, open_control, show
 from primechat.lessons import Broken, Exercise, is_stub
-from primechat.records import Event, encode_record
+from primechat.records import encode_record
 from primechat.store import ModelEntry
 from primechat.views.widgets.controls import ExerciseCard, Live, ModelPicker, Prediction
-from primechat.views.widgets.runs import RunLog, StageControl, Summary, describe_figures
+from primechat.views.widgets.runs import RunLog, StageControl, Summary, build_event, describe_figures
 
 if TYPE_CHECKING:
     from primechat.model.gpt import GPT
@@ -174,13 +172,6 @@ def summary(result: Any, *, title: str = "", notes: Sequence[str] = ()) -> Any:
         log.add(build_event(event))
     view = {**log.describe(), "figures": describe_figures(record)}
     return show(Summary(title=title or record.get("identifier", "Result"), view=view, notes=list(notes)))
-
-
-def build_event(data: Mapping[str, Any]) -> Event:
-    """Return an event from a line of metrics.jsonl."""
-    kinds = {cls.kind: cls for cls in typing.get_args(Event)}
-    cls = kinds[data["kind"]]
-    return cls(**{item.name: data[item.name] for item in dataclasses.fields(cls) if item.name in data})
 
 
 def settings(config: Any, simple: Sequence[str] = ("tag", "steps", "seconds"), *, title: str = "") -> Any:

@@ -13,8 +13,8 @@ import importlib.util
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,6 @@ class Part:
     printed: str
 
 
-@contextmanager
-def hold_stages(still: bool) -> Iterator[None]:
-    """Keep stages from running, so that a page is made in seconds."""
-    before, runner.still = runner.still, still
-    try:
-        yield
-    finally:
-        runner.still = before
-
-
 def run_cells(path: Path, *, train: bool) -> list[Part]:
     """Run a lab as a script and return its cells."""
     spec = importlib.util.spec_from_file_location(f"lab_{path.stem}", path)
@@ -77,10 +67,11 @@ def run_cells(path: Path, *, train: bool) -> list[Part]:
     said = CellOutput()
     argv, sys.argv = sys.argv, [str(path)]
     try:
-        with hold_stages(not train), redirect_stdout(said):
+        runner.still = not train
+        with redirect_stdout(said):
             outputs, _ = module.app.run()
     finally:
-        sys.argv = argv
+        sys.argv, runner.still = argv, False
     manager = module.app._cell_manager
     names, codes = [str(name) for name in manager.cell_ids()], list(manager.codes())
     rows = zip(codes, twins.read_folds(path), outputs, names, strict=True)

@@ -6,7 +6,9 @@ itself: it calls what it is given. Reference: primechat.records, whose events th
 
 from __future__ import annotations
 
+import dataclasses
 import time
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -195,3 +197,10 @@ def describe_figures(record: Mapping[str, Any]) -> list[list[str]]:
             digits = 0 if isinstance(value, int) or abs(value) >= 100 else 3 if abs(value) < 10 else 1
             figures.append([f"{value:,.{digits}f}", label])
     return figures
+
+
+def build_event(data: Mapping[str, Any]) -> Event:
+    """Return an event from a line of metrics.jsonl."""
+    kinds = {cls.kind: cls for cls in typing.get_args(Event)}
+    cls = kinds[data["kind"]]
+    return cls(**{item.name: data[item.name] for item in dataclasses.fields(cls) if item.name in data})
