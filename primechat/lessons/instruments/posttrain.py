@@ -16,6 +16,7 @@ import numpy as np
 from primechat import store
 from primechat.config import DistillConfig, GPTConfig, LookConfig, LoRAConfig, RuntimeConfig
 from primechat.config.model import SHARES, STUDENTS, shrink_model
+from primechat.errors import DataError
 from primechat.lab import borrow_model
 from primechat.lessons.instruments.series import QUIET, sum_rows
 from primechat.lessons.instruments.series import SeriesConfig as SeriesConfig
@@ -177,11 +178,18 @@ def open_heat(student: str, teacher: str, prompt: str = "Hi! What did you do tod
 
     def measure(prompt: str) -> dict[str, Any]:
         (pupil, tokenizer, _), (master, _, _) = borrow_model(student), borrow_model(teacher)
-        asked = tokenizer.render_for_completion({"messages": [{"role": "user", "content": prompt}]})
+        if "base" in teacher.partition("@")[0]:  # it goes on with a chat as its text has them
+            asked = [tokenizer.bos_id, *tokenizer.encode(f"A: {prompt}\nB:")]
+        else:
+            asked = tokenizer.render_for_completion({"messages": [{"role": "user", "content": prompt}]})
         from primechat.infer.engine import Engine
 
         options: Any = dict(max_new_tokens=60, temperature=0.7, top_k=50, seed=0)
-        said = list(Engine(master, tokenizer).generate(asked, **options))
+        said = [
+            i for i in Engine(master, tokenizer).generate(asked, **options) if i not in tokenizer.stop_ids
+        ]
+        if not said:
+            raise DataError("the teacher has nothing to say to this; try other words.")
         ids = torch.tensor([[*asked, *said]])
         with torch.no_grad():
             log_q, log_p = (torch.log_softmax(m(ids)[0, len(asked) - 1 : -1], -1) for m in (pupil, master))
