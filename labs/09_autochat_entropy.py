@@ -228,7 +228,41 @@ def _(mo):
     *What these cannot show:* all depend on length, so compare conversations of like length only, and none of
     them knows nonsense from sense: shuffled talk scores as well as people's.
 
-    ## 6. Learning from itself
+    ## 6. Other models
+
+    All chat models on this machine (your own, adapters, students of a distillation, other people's) from the
+    same openings.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(AutochatConfig, stage, talks):
+    models = stage(
+        talks.run_models,
+        AutochatConfig(tag="lab09-models", n_talks=8, turns=12, max_new_tokens=32),
+        title="Each chat model, eight conversations",
+    )
+    models
+    return (models,)
+
+
+@app.cell(hide_code=True)
+def _(models, show, study, talk):
+    _people = study.compare_groups()
+    side = {name: found[0] for name, found in models.result.measure().items()} if models.result else {}
+    side |= {name: _people[name] for name in ("people", "shuffled")}
+    show(talk.draw_spreads(side, "Models side by side, mean and 95 % interval"))
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    *What this cannot show:* models with other tokenizers write longer turns with as many tokens, and that
+    alone moves the measures.
+
+    ## 7. Learning from itself
 
     Now let the model learn from what it said, talk again, learn again. With nothing else to read, each
     generation forgets some of what the last one knew; this is called **model collapse**. Does it help if half

@@ -32,6 +32,7 @@ from primechat.metrics.loops import (
 )
 from primechat.records import AutochatResult, OnEvent, Turn
 from primechat.stages.autochat import autochat, read_talks
+from primechat.store import list_models
 from primechat.text.corpora import read_conversations
 
 Talks = list[list[Turn]]
@@ -42,6 +43,7 @@ ABOUT = {
     "planted loop": "People's talk that was made to go round from turn 4 on, to see what a loop looks like.",
 }
 SENTENCE = "I like to go out with my friends."
+MOST_MODELS = 6
 KEPT = ("distinct-2", "self-BLEU", "self-repetition", "compression", "MTLD", "Vendi")
 
 
@@ -218,12 +220,30 @@ def run_variants(
     return run_each(config, VARIANTS, on_event, stop)
 
 
+def run_models(
+    config: AutochatConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+) -> Comparison:
+    """Let each model that chats talk to itself, up to MOST_MODELS of them, from the same openings."""
+    chats = [entry for entry in list_models() if entry.family in ("sft", "rl", "lora", "hf")]
+    names = [entry.identifier for entry in chats[:MOST_MODELS]]
+    return run_each(config, {name: {"model": name} for name in names}, on_event, stop)
+
+
 def run_collapse(
     config: AutochatConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> Comparison:
     """Let the model learn from its own talk for some generations, alone and with people's talk mixed in."""
     shares = {"only its own talk": {"human_share": 0.0}, "half of it people's": {"human_share": 0.5}}
     return run_each(config, shares, on_event, stop)
+
+
+def name_part(tag: str, name: str, i: int) -> str:
+    """Return the tag of one of several runs: a model's name is part of it, as other models come and go."""
+    return (
+        f"{tag}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}"
+        if "/" in name or ":" in name
+        else f"{tag}-{i}"
+    )
 
 
 def run_each(
@@ -236,7 +256,9 @@ def run_each(
     paths: dict[str, tuple[str, ...]] = {}
     for i, (name, changes) in enumerate(variants.items()):
         result: AutochatResult = autochat(
-            replace(config, tag=f"{config.tag}-{i}", resume=True, **changes), on_event=on_event, stop=stop
+            replace(config, tag=name_part(config.tag, name, i), resume=True, **changes),
+            on_event=on_event,
+            stop=stop,
         )
         paths[name] = result.generations
         if stop is not None and stop.is_set():
