@@ -126,9 +126,9 @@ def borrow_model(identifier: str = "", *, device: str = "cpu") -> tuple[GPT, Tok
     with _lock:
         if key not in _models:
             _models[key] = store.open_model(str(name), device=device)
-            while len(_models) > 1 and sum(map(measure_model, _models.values())) > CACHE_BYTES:
-                _models.popitem(last=False)
         _models.move_to_end(key)
+        while len(_models) > 1 and sum(map(measure_model, _models.values())) > CACHE_BYTES:
+            _models.popitem(last=False)
         return _models[key]
 
 

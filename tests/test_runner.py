@@ -207,6 +207,8 @@ def test_form_is_the_config() -> None:
 
 def test_every_config_is_a_form_and_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for verb, (stage_name, config_name, _) in cli.STAGES.items():
+        if verb == "speedrun":
+            continue  # no form: its flags start from the full run that --depth names
         cls, ran = getattr(pc, config_name), []
         monkeypatch.setitem(vars(pc), stage_name, lambda config, ran=ran, **_: ran.append(config))
         usual = dict((name, value) for name, value, _, _ in list_fields(cls()))
