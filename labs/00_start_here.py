@@ -9,9 +9,9 @@ def _(mo):
     mo.md(r"""
     # Does a ChatGPT of my own run on this machine?
 
-    Yes, and in five minutes you will talk to it. A **language model** is a list of numbers, its **parameters**,
-    and a rule that turns a text into a guess at what comes next. It reads and writes **tokens**, short pieces
-    of words. A small one is part of primechat, so nothing needs to be downloaded.
+    Yes, and in five minutes you will talk to it. A **language model** is a list of numbers, its
+    **parameters**, and a rule that turns a text into a guess at what comes next. It reads and writes **tokens**,
+    short pieces of words. A small one is part of primechat, so nothing needs to be downloaded.
 
     ## 1. What is here (one minute)
     """)
@@ -57,8 +57,8 @@ def _(open_machine, show):
 @app.cell(hide_code=True)
 def _(mo):
     mo.md(r"""
-    A name such as `shipped/sft` or `base/d4` says where a model comes from: **base** models go on with any text,
-    **sft** models were then taught to answer. Before you look closer, guess:
+    A name such as `shipped/sft` or `base/d4` says where a model comes from: **base** models go on with any
+    text, **sft** models were then taught to answer. Before you look closer, guess:
     """)
     return
 
@@ -70,8 +70,9 @@ def _(list_models, name_magnitude, predict):
         "How many parameters has the model that ships with primechat?",
         ["thousands", "millions", "billions"],
         name_magnitude(_size),
-        why=f"It has **{_size:,}**. GPT-2, of 2019, had up to 1.5 billion, today's largest have about a trillion. "
-        "Small is enough to see how everything works, and too small to know anything about the world.",
+        why=f"It has **{_size:,}**. GPT-2, of 2019, had up to 1.5 billion, today's largest have about a "
+        "trillion. Small is enough to see how everything works, and too small to know anything "
+        "about the world.",
     )
     return
 
@@ -143,9 +144,7 @@ def _(mo):
 
 @app.cell
 def _(EXERCISES, exercise):
-    def weigh_model(n_params, dtype):
-        ...
-
+    def weigh_model(n_params, dtype): ...
 
     exercise(EXERCISES[0], weigh_model)
     return
@@ -153,9 +152,7 @@ def _(EXERCISES, exercise):
 
 @app.cell
 def _(EXERCISES, exercise):
-    def measure_bits(nats, n_bytes):
-        ...
-
+    def measure_bits(nats, n_bytes): ...
 
     exercise(EXERCISES[1], measure_bits)
     return

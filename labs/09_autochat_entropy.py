@@ -288,7 +288,11 @@ def _(AutochatConfig, picker, stage, study, talks):
     collapse = stage(
         talks.run_collapse,
         AutochatConfig(
-            tag=f"{study.tag}-gen", model=picker.identifier, n_talks=16, turns=12, max_new_tokens=32,
+            tag=f"{study.tag}-gen",
+            model=picker.identifier,
+            n_talks=16,
+            turns=12,
+            max_new_tokens=32,
             generations=3,
         ),
         title="Three generations, twice",
@@ -325,8 +329,7 @@ def _(mo):
 
 @app.cell
 def _(EXERCISES, exercise):
-    def entropy(p):
-        ...
+    def entropy(p): ...
 
     exercise(EXERCISES[0], entropy)
     return
@@ -334,8 +337,7 @@ def _(EXERCISES, exercise):
 
 @app.cell
 def _(EXERCISES, exercise):
-    def rep(tokens, n):
-        ...
+    def rep(tokens, n): ...
 
     exercise(EXERCISES[1], rep)
     return
@@ -343,8 +345,7 @@ def _(EXERCISES, exercise):
 
 @app.cell
 def _(EXERCISES, exercise):
-    def see(texts, me):
-        ...
+    def see(texts, me): ...
 
     exercise(EXERCISES[2], see)
     return

@@ -173,11 +173,11 @@ def run_tool(*words: str) -> None:
 
 
 def test_ruff_finds_nothing() -> None:
-    run_tool("ruff", "check", "--no-cache", "primechat", "tests")
+    run_tool("ruff", "check", "--no-cache", "primechat", "tests", "labs")
 
 
 def test_ruff_would_format_nothing() -> None:
-    run_tool("ruff", "format", "--check", "--no-cache", "primechat", "tests")
+    run_tool("ruff", "format", "--check", "--no-cache", "primechat", "tests", "labs")
 
 
 @pytest.mark.slow
