@@ -10,8 +10,9 @@ def _(mo):
     # Does a ChatGPT of my own run on this machine?
 
     Yes, and in five minutes you will talk to it. A **language model** is a list of numbers, its
-    **parameters**, and a rule that turns a text into a guess at what comes next. It reads and writes **tokens**,
-    short pieces of words. A small one is part of primechat, so nothing needs to be downloaded.
+    **parameters**, and a rule that turns a text into a guess at what comes next. It reads and
+    writes **tokens**, short pieces of words. A small one is part of primechat, so nothing needs to
+    be downloaded.
 
     ## 1. What is here (one minute)
     """)
