@@ -76,6 +76,9 @@ PROGRAMS = {  # verb: module of the desk, its config, what runs it
 CLOUD = ("plan", "export", "preflight", "pull")
 SHORTCUTS = {
     "--device": "--device cpu|mps|cuda stands for --runtime.device.",
+    "--max-hours": "--max-hours H saves and stops after so many hours; a speedrun: of pretraining.",
+    "--max-dollars": "--max-dollars D saves and stops when so much is spent, at --dollars-per-hour.",
+    "--dollars-per-hour": "--dollars-per-hour D is the machine's price, for --max-dollars.",
     "--config": "--config FILE starts from a saved config.json or a run's folder; flags override it.",
     "--depth": "--depth N sets the model's shape for N blocks, and the tag to dN.",
     "--arch": "--arch classic|modern takes the switches of nanochat's 2025 or 2026 model.",
@@ -205,6 +208,21 @@ def take_option(argv: list[str], name: str) -> str | None:
     return value
 
 
+def expand_budget(argv: list[str], part: str) -> list[str]:
+    """Return the words with --max-hours, --max-dollars and --dollars-per-hour at their place in a config.
+
+    >>> expand_budget(["--max-hours", "3", "--steps=9"], "runtime")
+    ['--runtime.max_hours', '3', '--steps=9']
+    """
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        field = name.removeprefix("--").replace("-", "_")
+        is_short = name.startswith("--") and field in ("max_hours", "max_dollars", "dollars_per_hour")
+        words.append(f"--{part}.{field}{equals}{value}" if is_short else word)
+    return words
+
+
 def parse_flags(verb: str, cls: type[Config], argv: list[str], default: Config, notes: str = "") -> Config:
     """Turn flags into a config by tyro; a config's own refusal is raised as it is, without tyro's frame."""
     import tyro
@@ -292,10 +310,10 @@ def run_stage(verb: str, argv: list[str], device: str | None) -> int:
     """Parse a stage's flags, run it with a view of its progress, and say what came of it."""
     name, config_name, _ = STAGES[verb]
     words, cls = list(argv), getattr(primechat, config_name)
+    part = {"pretrain": "runtime", "speedrun": "pretrain.runtime"}.get(verb)
+    argv = expand_budget(argv, part) if part else argv
     default = build_default(verb, cls, argv, device)
-    fitting = [
-        text for key, text in SHORTCUTS.items() if verb == "pretrain" or key in ("--device", "--config")
-    ]
+    fitting = [text for key, text in SHORTCUTS.items() if part or key in ("--device", "--config")]
     config = parse_flags(verb, cls, argv, default, "\n\n" + "\n".join(fitting))
     result = call_stage(getattr(primechat, name), config)
     if os.environ.get("RANK", "0") != "0":

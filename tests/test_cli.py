@@ -145,6 +145,8 @@ def test_shortcuts(pretrain: FakeStage) -> None:
     assert classic.runtime.device == "mps"
     assert two.model.sequence_len == 64 and two.model.n_layer == 2 and two.tag == "x"
     assert last.runtime.device == "cuda"
+    assert cli.main(["pretrain", "--max-dollars=4", "--dollars-per-hour", "8", "--max-hours", "2"]) == 0
+    assert pretrain.configs[-1].runtime.budget_s == 1800, "the nearer of both limits"
 
 
 def test_config_file_is_the_start(pretrain: FakeStage, tmp_path: Path) -> None:

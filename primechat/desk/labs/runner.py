@@ -132,7 +132,8 @@ class Runner:
             elif word != "start" and hasattr(config, "tag"):  # afresh, or once more: under a name of its own
                 config = dataclasses.replace(config, tag=find_free(config.tag))
                 config = dataclasses.replace(config, resume=False) if hasattr(config, "resume") else config
-            self.stop, self.log = StopWish(self.is_over), RunLog()
+            self.stop = StopWish(self.is_over)
+            self.log = self.log if word == "resume" else RunLog()  # so a resumed run's curves go on
             self.offer("running")
             self.thread = threading.Thread(target=self.work, args=(config,), daemon=True)
             _runners.append(self)

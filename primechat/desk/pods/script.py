@@ -12,7 +12,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from primechat.cli import call_stage, describe_result, explain_end, parse_flags, read_config, take_option
+from primechat.cli import (
+    call_stage,
+    describe_result,
+    expand_budget,
+    explain_end,
+    parse_flags,
+    read_config,
+    take_option,
+)
 
 __all__ = ["settings", "stage", "summary"]
 
@@ -34,12 +42,8 @@ def read_flags(config: Any) -> Any:
     words = sys.argv[1:]
     file = take_option(words, "--config")
     start = read_config(Path(file), type(config)) if file else config
-    short = {f"--{name}": f"--runtime.{name}" for name in ("max_hours", "max_dollars", "dollars_per_hour")}
-    for i, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        words[i] = short.get("--" + name[2:].replace("-", "_"), name) + equals + value
     notes = "\n\n--config FILE starts from a saved config.json."
-    return parse_flags(Path(sys.argv[0]).name, type(config), words, start, notes)
+    return parse_flags(Path(sys.argv[0]).name, type(config), expand_budget(words, "runtime"), start, notes)
 
 
 def stage(function: Callable[..., Any], config: Any, *, title: str = "") -> Any:

@@ -87,7 +87,9 @@ def paint_lines(curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], 
             if len(xs):
                 axes.annotate(f"  {name}", (xs[-1], ys[-1]), color=colour, va="center")
         axes.set(xlabel=x, ylabel=y)
-        axes.margins(x=0.2)
+        end = max((max(xs, default=0) for _, xs, _ in curves), default=0)
+        axes.set_xlim(0, 1.2 * end or 1)  # room for the names at the ends
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     return figure
 
 

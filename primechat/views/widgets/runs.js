@@ -1,4 +1,4 @@
-import { frame, h, asking, commit, debounce, number, button, more, phrase } from "./kit.js";
+import { frame, h, asking, commit, debounce, number, button, more, phrase, tabs } from "./kit.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -75,6 +75,55 @@ function curves(later) {
   return Object.assign(node, { put: (next) => { view = next; draw(); } });
 }
 
+/** Small curves in a row, each with its name and its newest value. */
+function gauges() {
+  const node = h("div", { class: "pc-gauges" }), width = 220, height = 44;
+  const one = ([name, points]) => {
+    const ys = points.map((point) => point[1]), top = Math.max(...ys, 1e-9), end = Math.max(...points.map((point) => point[0]), 1);
+    const spot = ([step, value]) => `${((step / end) * (width - 4) + 2).toFixed(1)} ${(height - 3 - (value / top) * (height - 6)).toFixed(1)}`;
+    const value = ys.at(-1);
+    return h("div", null, h("span", { class: "pc-label", text: name }), h("span", { class: "pc-gauge", text: number(value, value >= 100 ? 0 : 2) }),
+      shape("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img", "aria-label": `${name}: now ${number(value, 2)}, at most ${number(top, 2)}` },
+        shape("line", { x1: 0, x2: width, y1: height - 1, y2: height - 1, class: "pc-grid" }),
+        shape("path", { d: points.map((point, i) => `${i ? "L" : "M"}${spot(point)}`).join(""), "vector-effect": "non-scaling-stroke" })));
+  };
+  return Object.assign(node, { put: (list) => {
+    const shown = (list ?? []).filter(([, points]) => points.length > 1);
+    node.hidden = !shown.length;
+    node.replaceChildren(...shown.map(one));
+  } });
+}
+
+/** What a model writes after the same words as it learns: one frame a sampling, the newest in view. */
+function filmstrip() {
+  const frames = h("div", { class: "pc-frames", tabindex: 0, role: "group", "aria-label": "Samples in the order of training", "data-lm-suppress-shortcuts": "true" });
+  const head = h("div", { class: "pc-row" }), node = h("div", { class: "pc-film" }, head, frames);
+  let samples = [], prompt = "", prompts = "", shown = "";
+  const draw = () => {
+    const mine = samples.filter((one) => one[1] === prompt), key = JSON.stringify(mine);
+    if (key === shown) return;
+    const follows = frames.scrollLeft + frames.clientWidth > frames.scrollWidth - 30;
+    shown = key;
+    frames.replaceChildren(...mine.map(([step, , text]) => h("div", { class: "pc-frame" },
+      h("span", { class: "pc-label", text: step ? `after ${number(step)} steps` : "before the first step" }), h("p", { text: text.trim() || "(nothing)" }))));
+    if (follows) frames.scrollLeft = frames.scrollWidth;
+  };
+  const name = (text) => text.trim().split("\n")[0].slice(0, 40);
+  return Object.assign(node, { put: (next) => {
+    samples = next ?? [];
+    node.hidden = !samples.length;
+    const all = [...new Set(samples.map((one) => one[1]))];
+    if (!all.includes(prompt)) prompt = all[0] ?? "";
+    if (prompts !== JSON.stringify(all)) {
+      prompts = JSON.stringify(all);
+      const pick = (text) => { prompt = text; draw(); frames.scrollLeft = frames.scrollWidth; };
+      head.replaceChildren(h("span", { class: "pc-label", text: all.length > 1 ? "How it goes on after" : `How it goes on after "${name(prompt)}"` }),
+        ...(all.length > 1 ? [tabs({ label: "Beginning of the text", options: all.map((text) => [text, name(text) || "(nothing)"]), value: prompt, input: pick })] : []));
+    }
+    draw();
+  } });
+}
+
 function stats(figures) {
   return figures.map(([value, name]) => h("div", { class: "pc-stat" }, h("span", { text: value }), h("span", { text: name })));
 }
@@ -85,20 +134,14 @@ function clock(seconds) {
   return whole < 3600 ? `${Math.floor(whole / 60)} min ${whole % 60} s` : `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
 }
 
-function sample([step, prompt, text]) {
-  return h("div", { class: "pc-sample" }, h("span", { class: "pc-label", text: `after ${number(step)} steps` }),
-    h("p", null, h("span", { class: "pc-muted", text: prompt }), /\s$/.test(prompt) || /^\s/.test(text) ? "" : " ", h("span", { text })));
-}
-
 const WORDS = { ready: "Ready", running: "Running", stopping: "Stopping", stopped: "Stopped", done: "Done", failed: "It ended early" };
 
 function drawStage({ model, root, listen, later }) {
   const ask = asking(model, later), chart = curves(later);
   const badge = h("span", { class: "pc-badge" }), actions = h("div", { class: "pc-row" }), left = h("span", { class: "pc-muted" });
   const phase = h("span"), fill = h("div"), bar = h("div", { class: "pc-bar", role: "progressbar" }, fill);
-  const figures = h("div", { class: "pc-stats" }), latest = h("div"), message = h("div", { "aria-live": "polite" });
-  const earlier = h("div", { class: "pc-stack" }), notes = h("div");
-  const moreSamples = more("What it wrote earlier", earlier), moreNotes = more("What was chosen and measured", notes);
+  const figures = h("div", { class: "pc-stats" }), film = filmstrip(), small = gauges(), message = h("div", { "aria-live": "polite" });
+  const notes = h("div"), moreNotes = more("What was chosen and measured", notes);
   const silent = h("div", { class: "pc-error", hidden: true });
   let heard = performance.now();
   const isOn = () => ["running", "stopping"].includes(model.get("state"));
@@ -134,10 +177,8 @@ function drawStage({ model, root, listen, later }) {
     fill.style.width = `${share * 100}%`;
     figures.replaceChildren(...stats(view.figures ?? []));
     figures.hidden = !view.figures?.length;
-    const samples = view.samples ?? [];
-    latest.replaceChildren(...(samples.length ? [h("div", { class: "pc-label", text: "It writes, after the grey words:" }), sample(samples.at(-1))] : []));
-    earlier.replaceChildren(...samples.slice(0, -1).reverse().map(sample));
-    moreSamples.hidden = samples.length < 2;
+    film.put(view.samples);
+    small.put(view.gauges);
     notes.replaceChildren(...(view.notes ?? []).map((text) => h("p", { class: "pc-muted", text })));
     moreNotes.hidden = !view.notes?.length;
     chart.put(view);
@@ -153,17 +194,17 @@ function drawStage({ model, root, listen, later }) {
   listen("view", drawView);
   root.append(h("div", { class: "pc-card pc-stack" },
     h("div", { class: "pc-row pc-between" }, h("p", { class: "pc-title", text: model.get("title") }), actions),
-    message, silent, h("div", { class: "pc-phase" }, phase, bar), figures, chart, latest, moreSamples, moreNotes));
+    message, silent, h("div", { class: "pc-phase" }, phase, bar), figures, chart, small, film, moreNotes));
   drawState();
 }
 
 function drawSummary({ model, root, later }) {
-  const view = model.get("view"), chart = curves(later);
-  const samples = (view.samples ?? []).slice(-3).reverse();
+  const view = model.get("view"), chart = curves(later), film = filmstrip();
   root.append(h("div", { class: "pc-card pc-stack" }, h("p", { class: "pc-title", text: model.get("title") }),
-    (view.figures ?? []).length > 0 && h("div", { class: "pc-stats" }, ...stats(view.figures)), chart, ...samples.map(sample),
+    (view.figures ?? []).length > 0 && h("div", { class: "pc-stats" }, ...stats(view.figures)), chart, film,
     ...model.get("notes").map((text) => h("div", { class: "pc-note", text }))));
   chart.put(view);
+  film.put(view.samples);
 }
 
 function drawSettings({ model, root, listen, later }) {
@@ -201,7 +242,7 @@ function drawSettings({ model, root, listen, later }) {
   });
   const field = (spec) => {
     const input = spec.form === "choice" ? h("select", { class: "pc-select" }, ...spec.choices.map((text) => h("option", { value: text, text })))
-      : h("input", { class: spec.form === "toggle" ? "pc-check" : "pc-input", type: spec.form === "toggle" ? "checkbox" : "text", inputmode: spec.form === "number" ? "decimal" : undefined, spellcheck: "false", autocomplete: "off", "data-lm-suppress-shortcuts": "true" });
+      : h("input", { class: spec.form === "toggle" ? "pc-check" : `pc-input pc-is-${spec.form}`, type: spec.form === "toggle" ? "checkbox" : "text", inputmode: spec.form === "number" ? "decimal" : undefined, spellcheck: "false", autocomplete: "off", "data-lm-suppress-shortcuts": "true" });
     const put = (value) => { if (spec.form === "toggle") input.checked = Boolean(value); else input.value = write(value); };
     put(draft[spec.name]);
     input.addEventListener(spec.form === "choice" || spec.form === "toggle" ? "change" : "input", () => {

@@ -27,7 +27,11 @@ from primechat.records import (
 )
 from primechat.views.widgets.kit import Widget
 
-MAX_POINTS, MAX_NOTES, MAX_SAMPLES = 240, 40, 30
+MAX_POINTS, MAX_NOTES, MAX_SAMPLES = 240, 40, 40
+GAUGES = {  # of a step: what the small curves are called
+    "lr_ratio": "learning rate, share of its peak", "grad_norm": "length of the gradient",
+    "update_norm": "length of the step that was taken",
+}  # fmt: skip
 
 
 class RunLog:
@@ -38,11 +42,11 @@ class RunLog:
         self.training: PhaseEvent | None = None
         self.restart()
         self.notes: list[str] = []
-        self.samples: list[list[Any]] = []
 
     def restart(self) -> None:
         """Forget the curves: another training begins."""
-        self.steps: list[tuple[int, float]] = []
+        self.samples: list[list[Any]] = []
+        self.steps: list[StepEvent] = []
         self.losses: list[LossEvent] = []
         self.last: StepEvent | None = None
         self.saved: int | None = None
@@ -51,25 +55,37 @@ class RunLog:
         """Take in an event."""
         if isinstance(event, PhaseEvent):
             if event.unit == "steps":
+                if self.training is None or self.training.name != event.name:  # else it was resumed
+                    self.restart()
                 self.training = event
-                self.restart()
             self.phase, self.done, self.t_phase = event, 0.0, time.monotonic()
         elif isinstance(event, ProgressEvent):
             self.done = event.done
         elif isinstance(event, StepEvent):
             self.phase = self.training or self.phase
             self.last = event
-            self.steps.append((event.step, event.loss_nats))
+            # A run that died had told of steps that it did not save; the resumed one takes them again.
+            while self.steps and self.steps[-1].step >= event.step:
+                self.steps.pop()
+            self.steps.append(event)
         elif isinstance(event, LossEvent):
-            self.losses.append(event)
+            self.losses = [*(loss for loss in self.losses if loss.step < event.step), event]
         elif isinstance(event, SampleEvent):
-            self.samples = [*self.samples, [event.step, event.prompt, event.text]][-MAX_SAMPLES:]
+            self.add_sample(event)
         elif isinstance(event, CheckpointEvent) and not event.snapshot:
             self.saved = event.step
         elif isinstance(event, NoteEvent):
             self.notes = [*self.notes, event.text][-MAX_NOTES:]
         elif isinstance(event, DoneEvent) and not event.stopped:
             self.done = self.phase.total or self.done
+
+    def add_sample(self, event: SampleEvent) -> None:
+        """Keep a sample; of too many every second step is dropped, so that the first stays to be compared."""
+        before = [kept for kept in self.samples if kept[0] < event.step or kept[1] != event.prompt]
+        if len(before) >= MAX_SAMPLES:
+            stay = sorted({kept[0] for kept in before})[::2]
+            before = [kept for kept in before if kept[0] in stay or kept[0] == event.step]
+        self.samples = sorted([*before, [event.step, event.prompt, event.text]], key=lambda kept: kept[0])
 
     def describe(self) -> dict[str, Any]:
         """Return the state as plain data; times are in seconds."""
@@ -91,9 +107,14 @@ class RunLog:
         return {
             "phase": phase.name, "done": done, "total": phase.total, "unit": phase.unit, "left_s": left,
             "figures": figures, "saved": self.saved, "notes": self.notes, "samples": self.samples,
-            "train": thin_points(self.steps), "steps": last.steps if last else 0,
+            "train": self.thin("loss_nats", MAX_POINTS), "steps": last.steps if last else 0,
+            "gauges": [[text, self.thin(name, MAX_POINTS // 2)] for name, text in GAUGES.items()],
             "val": [[event.step, event.val_loss_nats, event.val_bpb] for event in self.losses],
         }  # fmt: skip
+
+    def thin(self, name: str, limit: int) -> list[list[float]]:
+        """Return a figure of the steps as a curve of at most `limit` points."""
+        return thin_points([(event.step, getattr(event, name)) for event in self.steps], limit)
 
 
 def thin_points(points: list[tuple[int, float]], limit: int = MAX_POINTS) -> list[list[float]]:
