@@ -15,6 +15,7 @@ import inspect
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -208,25 +209,13 @@ def take_option(argv: list[str], name: str) -> str | None:
     return value
 
 
-def expand_budget(argv: list[str], part: str) -> list[str]:
-    """Return the words with --max-hours, --max-dollars and --dollars-per-hour at their place in a config.
-
-    >>> expand_budget(["--max-hours", "3", "--steps=9"], "runtime")
-    ['--runtime.max_hours', '3', '--steps=9']
-    """
-    words = []
-    for word in argv:
-        name, equals, value = word.partition("=")
-        field = name.removeprefix("--").replace("-", "_")
-        is_short = name.startswith("--") and field in ("max_hours", "max_dollars", "dollars_per_hour")
-        words.append(f"--{part}.{field}{equals}{value}" if is_short else word)
-    return words
-
-
 def parse_flags(verb: str, cls: type[Config], argv: list[str], default: Config, notes: str = "") -> Config:
     """Turn flags into a config by tyro; a config's own refusal is raised as it is, without tyro's frame."""
     import tyro
 
+    place = "runtime" if hasattr(default, "runtime") else "pretrain.runtime"
+    short = re.compile("--(max|dollars)[-_](hours|dollars|per[-_]hour)(?=$|=)")
+    argv = [short.sub(lambda found: f"--{place}.{found[0][2:].replace('-', '_')}", word) for word in argv]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -310,10 +299,12 @@ def run_stage(verb: str, argv: list[str], device: str | None) -> int:
     """Parse a stage's flags, run it with a view of its progress, and say what came of it."""
     name, config_name, _ = STAGES[verb]
     words, cls = list(argv), getattr(primechat, config_name)
-    part = {"pretrain": "runtime", "speedrun": "pretrain.runtime"}.get(verb)
-    argv = expand_budget(argv, part) if part else argv
     default = build_default(verb, cls, argv, device)
-    fitting = [text for key, text in SHORTCUTS.items() if part or key in ("--device", "--config")]
+    fitting = [
+        text
+        for key, text in SHORTCUTS.items()
+        if verb in ("pretrain", "speedrun") or key in ("--device", "--config")
+    ]
     config = parse_flags(verb, cls, argv, default, "\n\n" + "\n".join(fitting))
     result = call_stage(getattr(primechat, name), config)
     if os.environ.get("RANK", "0") != "0":

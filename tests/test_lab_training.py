@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -85,13 +86,11 @@ def test_start_stop_go_on(serve: Callable[..., Any], lab_page: Callable[..., Any
     found = lab_page(server.url)
     page, stage = found.page, found.page.locator(".pc-stage").first
     stage.wait_for(timeout=120_000)
-    page.locator(".pc-settings").first.get_by_text("More settings").first.click()
+    form = page.locator(".pc-settings", has=page.get_by_text("The run", exact=True)).first
+    form.get_by_text("More settings").click()
     for name, value in {**TINY, "steps": "400"}.items():
-        field = page.locator(".pc-settings").first.locator(
-            ".pc-setting", has=page.get_by_text(name, exact=True)
-        )
-        field.locator("input").fill(value)
-    page.locator(".pc-settings code", has_text="--steps 400").wait_for(state="attached")
+        form.get_by_role("textbox", name=re.compile(rf"^{re.escape(name)}$")).fill(value)
+    form.locator("code", has_text="--steps 400").wait_for(state="attached")
     page.wait_for_timeout(1500)  # the cell below has run again with these settings
     t_start = time.monotonic()
     stage.get_by_role("button", name="Start", exact=True).click()

@@ -127,6 +127,16 @@ def test_orthogonalize(shape: tuple[int, int, int]) -> None:
     ).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("shape", [(2, 12), (4, 32), (64, 64)])
+def test_orthogonalize_in_bfloat16(shape: tuple[int, int]) -> None:
+    """Rounding must not carry a value beyond 1, from where undamped steps run off to 1e11."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(500, *size, generator=generator)  # noqa: E731
+    for noise in (0.0, 0.1, 1.0):  # from one large singular value to many like it
+        stack = draw(shape[0], 1) @ draw(1, shape[1]) + noise * draw(*shape)
+        assert torch.linalg.matrix_norm(orthogonalize(stack.bfloat16()).float(), ord=2).max() < 1.25
+
+
 def test_muon_stacks() -> None:
     """A stack of equal shapes moves as each matrix would alone."""
     generator = torch.Generator().manual_seed(0)

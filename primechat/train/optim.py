@@ -18,13 +18,19 @@ from torch import Tensor, nn
 from primechat.config import OptimConfig
 from primechat.train.parallel import Share, sum_numbers
 
-# Polar Express, Amsel et al. 2025, degree 5, five steps, for singular values from 1e-3 to 1
-POLAR_STEPS = (
+# Polar Express, Amsel et al. 2025, degree 5, five steps, for singular values from 1e-3 to 1. All but the last
+# are damped, as there: bfloat16 rounds a value of 1 up, and beyond 1 each step makes it much larger still.
+DAMPING = 1.02
+EXACT_STEPS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+POLAR_STEPS = (
+    *((a / DAMPING, b / DAMPING**3, c / DAMPING**5) for a, b, c in EXACT_STEPS[:-1]),
+    EXACT_STEPS[-1],
 )
 SCALARS = ("resid_lambdas", "x0_lambdas", "smear_lambda", "backout_lambda", "smear_gate")
 

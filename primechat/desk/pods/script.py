@@ -12,15 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from primechat.cli import (
-    call_stage,
-    describe_result,
-    expand_budget,
-    explain_end,
-    parse_flags,
-    read_config,
-    take_option,
-)
+from primechat.cli import call_stage, describe_result, explain_end, parse_flags, read_config, take_option
 
 __all__ = ["settings", "stage", "summary"]
 
@@ -43,7 +35,7 @@ def read_flags(config: Any) -> Any:
     file = take_option(words, "--config")
     start = read_config(Path(file), type(config)) if file else config
     notes = "\n\n--config FILE starts from a saved config.json."
-    return parse_flags(Path(sys.argv[0]).name, type(config), expand_budget(words, "runtime"), start, notes)
+    return parse_flags(Path(sys.argv[0]).name, type(config), words, start, notes)
 
 
 def stage(function: Callable[..., Any], config: Any, *, title: str = "") -> Any:
