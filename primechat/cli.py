@@ -300,12 +300,9 @@ def run_stage(verb: str, argv: list[str], device: str | None) -> int:
     name, config_name, _ = STAGES[verb]
     words, cls = list(argv), getattr(primechat, config_name)
     default = build_default(verb, cls, argv, device)
-    fitting = [
-        text
-        for key, text in SHORTCUTS.items()
-        if verb in ("pretrain", "speedrun") or key in ("--device", "--config")
-    ]
-    config = parse_flags(verb, cls, argv, default, "\n\n" + "\n".join(fitting))
+    short = SHORTCUTS if verb in ("pretrain", "speedrun") else ("--device", "--config")
+    notes = "\n\n" + "\n".join(SHORTCUTS[key] for key in short)
+    config = parse_flags(verb, cls, argv, default, notes)
     result = call_stage(getattr(primechat, name), config)
     if os.environ.get("RANK", "0") != "0":
         return 0

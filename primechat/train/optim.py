@@ -28,10 +28,8 @@ EXACT_STEPS = (
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
-POLAR_STEPS = (
-    *((a / DAMPING, b / DAMPING**3, c / DAMPING**5) for a, b, c in EXACT_STEPS[:-1]),
-    EXACT_STEPS[-1],
-)
+POLAR_STEPS = [(a / DAMPING, b / DAMPING**3, c / DAMPING**5) for a, b, c in EXACT_STEPS[:-1]]
+POLAR_STEPS += EXACT_STEPS[-1:]
 SCALARS = ("resid_lambdas", "x0_lambdas", "smear_lambda", "backout_lambda", "smear_gate")
 
 
