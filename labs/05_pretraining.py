@@ -5,17 +5,6 @@ app = marimo.App(width="medium", app_title="Pretraining")
 
 
 @app.cell(hide_code=True)
-def _():
-    import marimo as mo
-
-    from primechat.lab import Live, exercise, in_notebook, predict, show
-    from primechat.lessons.instruments import pretraining as bench
-    from primechat.lessons.pretraining import EXERCISES
-
-    return EXERCISES, Live, bench, exercise, in_notebook, mo, predict, show
-
-
-@app.cell(hide_code=True)
 def _(mo):
     mo.md(r"""
     # How does noise become words, and what would the same run cost on 8 H200?
@@ -25,6 +14,17 @@ def _(mo):
     program: `primechat export 05` turns them into a script for rented GPUs.
     """)
     return
+
+
+@app.cell(hide_code=True)
+def _():
+    import marimo as mo
+
+    from primechat.lab import Live, exercise, in_notebook, predict, show
+    from primechat.lessons.instruments import pretraining as bench
+    from primechat.lessons.pretraining import EXERCISES
+
+    return EXERCISES, Live, bench, exercise, in_notebook, mo, predict, show
 
 
 @app.cell
