@@ -211,7 +211,7 @@ def write_twin(path: Path) -> str:
     }  # fmt: skip
     notebook = {
         "cells": [first, *cells],
-        "metadata": {"kernelspec": KERNEL, "language_info": {"name": "python"}},
+        "metadata": {"kernelspec": KERNEL, "language_info": {"name": "python", "file_extension": ".py"}},
         "nbformat": 4, "nbformat_minor": 5,
     }  # fmt: skip
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
