@@ -33,7 +33,7 @@ def _():
 
 @app.cell(hide_code=True)
 def _(Explorer, pick_model):
-    picker = pick_model(label="Model")
+    picker = pick_model(label="Model", first="shipped/base")
     explorer = Explorer(picker)
     picker
     return (explorer,)

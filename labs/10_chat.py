@@ -46,8 +46,9 @@ def _(mo):
     - **tokens/s**: how fast it writes. The first token is not counted.
     - **first token**: how long you waited before anything appeared. The model first reads the whole
       conversation, so this grows with its length.
-    - **tokens**: what was read and what was written, together. A model is trained on texts of a certain
-      length, its **context**; under *more* you see how much of it is used. Beyond it, replies get worse.
+    - **tokens**: how many were written; under *more* also how many were read. A model is trained on texts
+      of a certain length, its **context**; *more* tells how much of it is used. Beyond it, replies get
+      worse.
     - **entropy** (under *more*): how open the choice was, on average. If it says *as if it chose among 8
       equally likely tokens*, a throw of an eight-sided die decided each.
 

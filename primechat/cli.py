@@ -48,7 +48,7 @@ STAGES = {  # verb: (public name of the stage, of its config, its sentence)
     "evaluate": ("evaluate", "EvaluateConfig", "measure a model in bits per byte on text it has not seen"),
     "autochat": ("autochat", "AutochatConfig", "let models talk to each other, every token measured"),
     "speedrun": ("speedrun", "SpeedrunConfig", "a full run on GPUs: tokenizer, base, chat, evaluation"),
-    "quickstart": ("quickstart", "QuickstartConfig", "all of the above in minutes, on text that is here"),
+    "quickstart": ("quickstart", "QuickstartConfig", "tokenizer, base and chat model in minutes"),
 }
 DESK = {
     "lab": "open the labs: notebooks to learn by, in JupyterLab or marimo",
@@ -213,9 +213,10 @@ def parse_flags(verb: str, cls: type[Config], argv: list[str], default: Config, 
     """Turn flags into a config by tyro; a config's own refusal is raised as it is, without tyro's frame."""
     import tyro
 
-    place = "runtime" if hasattr(default, "runtime") else "pretrain.runtime"
+    places = [name for name in ("runtime", "pretrain") if hasattr(default, name)]
+    place = {"runtime": "runtime.", "pretrain": "pretrain.runtime."}[places[0]] if places else ""
     short = re.compile("--(max|dollars)[-_](hours|dollars|per[-_]hour)(?=$|=)")
-    argv = [short.sub(lambda found: f"--{place}.{found[0][2:].replace('-', '_')}", word) for word in argv]
+    argv = [short.sub(lambda found: f"--{place}{found[0][2:].replace('-', '_')}", word) for word in argv]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -416,6 +417,8 @@ def describe_quickstart(result: QuickstartResult) -> Iterator[str]:
     steps = {
         f"primechat chat {chat}": "talk to it yourself",
         "primechat quickstart --seconds 600": "a better one: ten minutes of training",
+        "primechat chat shipped/sft": "one that ships, trained for longer",
+        "primechat lab 00": "the labs: look inside it",
         f"primechat evaluate --model base/{tag}": "how well the base model predicts new text",
         "primechat pretrain --help": "every knob",
     }

@@ -355,6 +355,12 @@ def test_models(base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     list_entries(Entry(shipped=True), d20, mine)
     assert cli.main(["models"]) == 0
     out = capsys.readouterr().out
+    assert "snaps " not in out and "modern" in out and max(map(len, out.splitlines())) <= 100, (
+        "a narrow terminal"
+    )
+    monkeypatch.setenv("COLUMNS", "140")
+    assert cli.main(["models"]) == 0
+    out = capsys.readouterr().out
     assert "modern  base_checkpoints/mine " in out and out.endswith(f"--json lists all.\nIn {base_dir}/\n")
     assert "7,340,032" in out and "0.8123" in out and "14.7" in out and "base/d20" in out
     assert "21400" in out and "60      3" in out and "ships with primechat" in " ".join(out.split())

@@ -49,7 +49,7 @@ def test_known_runs() -> None:
 def test_eviction_fits_the_pod() -> None:
     small = make_plan(replace(full_config(32), keep_shards=24), find_machine("8xH200"))
     assert small.fits and small.disk["shards of text"] == 25e8
-    assert "DOES NOT FIT on 80 GB; --run.keep_shards" in "\n".join(
+    assert "DOES NOT FIT on a disk of 80 GB; --run.keep_shards" in "\n".join(
         describe_plan(make_plan(full_config(32), find_machine("8xH200")))
     )
     look = replace(full_config(20).look, snapshot_budget_mb=3000)

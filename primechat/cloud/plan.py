@@ -350,9 +350,9 @@ def describe_plan(plan: Plan) -> Iterator[str]:
     yield from list_parts(f"Disk {plan.disk_bytes / 1e9:,.1f} GB", plan.disk, 1e9, "GB")
     room = f"{plan.disk_limit_bytes / 1e9:,.0f} GB"
     if plan.disk_bytes <= plan.disk_limit_bytes:
-        yield f"  fits on {room}"
+        yield f"  fits on a disk of {room}"
     else:
-        yield f"  DOES NOT FIT on {room}; --run.keep_shards 24 removes shards that have been read"
+        yield f"  DOES NOT FIT on a disk of {room}; --run.keep_shards 24 removes shards that have been read"
     yield ""
     price = f"${plan.dollars:,.0f} at ${machine.dollars_per_hour:,.2f} an hour"
     cost = f" and {price}" if machine.dollars_per_hour else ""

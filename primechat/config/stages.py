@@ -60,7 +60,7 @@ class PretrainConfig:
     tokenizer: str = ""
     """Folder of the tokenizer; empty takes the tag's own, else $NANOCHAT_BASE_DIR/tokenizer."""
     batch_tokens: int = 8192
-    """Tokens of one optimizer step, over all ranks."""
+    """Tokens read for each step of training, on all GPUs together."""
     steps: int = 0
     """Optimizer steps; 0 derives them from `seconds`, else from `tokens_per_param`."""
     seconds: float = 0.0
@@ -120,7 +120,7 @@ class FinetuneConfig:
     if it is on this machine; none measures nothing.
     """
     batch_tokens: int = 4096
-    """Tokens of one optimizer step, over all ranks."""
+    """Tokens read for each step of training, on all GPUs together."""
     steps: int = 0
     """Optimizer steps; 0 derives them from `seconds`, else from one pass over the dialogues."""
     seconds: float = 0.0
@@ -169,7 +169,7 @@ class LoRAConfig(FinetuneConfig):
     targets: tuple[str, ...] = ("c_q", "c_k", "c_v", "attn.c_proj", "c_fc", "mlp.c_proj")
     """Linear maps to adapt."""
     batch_tokens: int = 4096
-    """Tokens of one optimizer step, over all ranks."""
+    """Tokens read for each step of training, on all GPUs together."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,7 +223,7 @@ class DistillConfig(FinetuneConfig):
     on_policy: float = 0.0
     """Share of the rows that the student writes itself, from the beginning of a text on."""
     batch_tokens: int = 4096
-    """Tokens of one optimizer step, over all ranks."""
+    """Tokens read for each step of training, on all GPUs together."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
 

