@@ -194,6 +194,7 @@ def lab_page(browser: Browser) -> Iterator[Callable[..., LabPage]]:
             size: Any = {"width": 1280, "height": 900}
             context = browser.new_context(viewport=size, color_scheme=theme, **settings)  # type: ignore[arg-type]
             stack.callback(context.close)
+            context.set_default_timeout(90_000)  # a busy machine is slow, not wrong
             found = LabPage(context.new_page(), url)
 
             def hear(text: str, where: str = "") -> None:

@@ -55,6 +55,8 @@ def main(folder: Path, end: int, half: bool, start: str) -> None:
     found = {"model": model.state_dict(), "losses": losses, "optimizer": optimizer.state_dict(), "step": end}
     torch.save(found, folder / f"rank{ranks.rank}.pt")
     if dist.is_initialized():
+        dist.barrier()  # no rank closes its connections while another still reads from them
+        del loss, optimizer
         dist.destroy_process_group()
 
 

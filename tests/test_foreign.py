@@ -296,6 +296,7 @@ def test_refusals(
     with pytest.raises(ConfigError, match=r"hf:a/b needs transformers; run `pip install -e '.\[hf\]'`"):
         store.open_model("hf:a/b")
     gone.clear()
+    monkeypatch.setenv("COLUMNS", "140")
     assert main(["models"]) == 0
     listed = " ".join(capsys.readouterr().out.split())
     assert "hf:acme/kernel" in listed and "foreign Hugging Face's cache" in listed

@@ -105,7 +105,7 @@ def test_state_is_true_after_the_tab_was_closed(
     seed.fill("0")
     page.locator(".pc-fault", has_text="seed=-3").wait_for(state="hidden")
     page.get_by_role("button", name="Start", exact=True).click()
-    page.locator(".pc-stage .pc-stat", has_text="of 600").wait_for(timeout=30_000)
+    page.locator(".pc-stage .pc-stat", has_text="of 600").wait_for(timeout=90_000)
     if host == "jupyter":
         page.keyboard.press("Control+s")
         page.wait_for_timeout(1500)
