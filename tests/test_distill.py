@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import VOCAB_SIZE, byte_tokenizer
 from torch import Tensor
 
 from primechat import store
@@ -32,7 +33,6 @@ from primechat.stages.distill import OwnBatches, distill
 from primechat.stages.pretrain import pretrain
 from primechat.stages.tokenizer import train_tokenizer
 from primechat.train.teacher import DistillLoss, Mix, TeacherCache, make_projector, mark_own
-from tiny import VOCAB_SIZE, byte_tokenizer
 
 SHAPE = replace(
     GPTConfig.modern(3, vocab_size=300, sequence_len=32, head_dim=16), n_embd=32, n_head=2, n_kv_head=2
