@@ -90,7 +90,7 @@ def test_twin_is_current(path: Path, tmp_path: Path) -> None:
 
 
 def test_no_twin_without_a_lab() -> None:
-    assert {path.stem for path in (ROOT / "labs" / "notebooks").glob("*")} == {path.stem for path in LABS}
+    assert {path.stem for path in (ROOT / "labs" / "notebooks").glob("[!.]*")} == {path.stem for path in LABS}
 
 
 LITTLE = """
