@@ -109,7 +109,7 @@ def test_pick_stream_stop_copy(chat: Chat) -> None:
     chat.say("Hello, you!")
     assert chat.replies == ["Hello, you!"]
     figures = page.locator(".pc-chat-figures")
-    assert re.fullmatch(r"[\d,.]+ tokens/s · first token [\d.,]+ m?s · 27 tokens", figures.inner_text())
+    assert re.fullmatch(r"[\d,.]+ tokens/s · first token [\d.,]+ m?s · 12 tokens", figures.inner_text())
     chat.press("more")
     assert "15 read + 12 written" in page.locator(".pc-chat-more").inner_text()
     chat.press("Copy")

@@ -58,7 +58,7 @@ HTMLCanvasElement.prototype.getContext = function (kind, ...rest) {
 @pytest.fixture
 def truth() -> SimpleNamespace:
     """The same model, measured here."""
-    model, tokenizer, _ = open_model("shipped/sft")
+    model, tokenizer, _ = open_model("shipped/base")
     return SimpleNamespace(model=model, tokenizer=tokenizer, atlas=TokenAtlas(model, tokenizer))
 
 

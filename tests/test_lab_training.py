@@ -95,9 +95,7 @@ def test_start_stop_go_on(serve: Callable[..., Any], lab_page: Callable[..., Any
     t_start = time.monotonic()
     stage.get_by_role("button", name="Start", exact=True).click()
     stage.locator(".pc-train").wait_for(state="attached", timeout=120_000)
-    first = read_loss(stage)
-    assert 7 < first < 8, "ln 2048 is 7.6"
-    while read_loss(stage) > first - 0.5:
+    while read_loss(stage) > 7:  # it begins at ln 2048, 7.6: see below
         assert time.monotonic() - t_start < 120
         page.wait_for_timeout(100)
     assert stage.locator(".pc-gauges svg").count() == 3 and stage.get_by_text("left").count() == 1
@@ -107,7 +105,7 @@ def test_start_stop_go_on(serve: Callable[..., Any], lab_page: Callable[..., Any
     at, log = count_steps(stage), server.base_dir / "base_checkpoints" / "lab05" / "metrics.jsonl"
     assert 0 < at < 400 and f"after {at} steps" in stage.inner_text()
     before = [event for event in read_metrics(log) if event["kind"] == "step"]
-    assert len(before) == at
+    assert len(before) == at and 7 < before[0]["loss_nats"] < 8, "ln 2048 is 7.6"
     stage.get_by_role("button", name="Go on").click()
     while count_steps(stage) <= at:
         assert time.monotonic() - t_start < 240
