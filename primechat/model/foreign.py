@@ -202,7 +202,9 @@ class ForeignModel:
         self.sequence_len = self.max_context = next((n for n in sizes if isinstance(n, int)), 2048)
         self.n_params = sum(p.numel() for p in network.parameters())
         self.options = set(inspect.signature(network.forward).parameters)
-        if "past_key_values" not in self.options:
+        names = ("cache", "past_key_values")  # the first from transformers 5.24 on
+        self.cache_name = next((name for name in names if name in self.options), "")
+        if not self.cache_name:
             raise CheckpointError(f"{type(network).__name__} has no cache of keys; choose another model.")
 
     @property
@@ -233,7 +235,7 @@ class ForeignModel:
             options["attention_mask"] = (at >= width - lengths).long()
             options["position_ids"] = lengths + at[:n_new]
         known = {key: value for key, value in options.items() if key in self.options}
-        out = self.network(ids, past_key_values=cache.past, use_cache=True, **known)
+        out = self.network(ids, **{self.cache_name: cache.past}, use_cache=True, **known)
         cache.lengths, cache.width = [n + n_new for n in cache.lengths], width + n_new
         return out.logits.float()
 
