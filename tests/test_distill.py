@@ -107,6 +107,25 @@ def test_loss_is_the_formula(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
             assert torch.allclose(got[name], p.grad, atol=1e-3 * float(p.grad.abs().max()) + 1e-6), name
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["asked", "cached"])
+def test_neighbours_kept_apart(kept: bool, tmp_path: Path) -> None:
+    """Two texts in one row cost what they cost in rows of their own, for student and teacher."""
+    student, teacher = make_model(SMALL, 1, train=True), make_model(SHAPE, 2)
+    texts = [torch.cat([torch.tensor([299]), row[:9] % 299]) for row in IDS[:2]]
+    mix = Mix(alpha=0.3, top_k=20 if kept else 0)
+
+    def score(rows: list[Tensor], bos_id: int) -> float:
+        name = f"{len(rows)}{bos_id}"
+        cache = TeacherCache(tmp_path / name, 20, len(rows[0]) - 1) if kept else None
+        loss, ids = DistillLoss(student, teacher, mix, cache, bos_id), torch.stack(rows)
+        targets = torch.where(ids[:, 1:] == 299, -1, ids[:, 1:])
+        return float(loss(ids[:, :-1], targets).detach())
+
+    apart = score(texts, -1)
+    assert score([torch.cat(texts)], 299) == pytest.approx(apart, rel=1e-4)
+    assert abs(score([torch.cat(texts)], -1) / apart - 1) > 1e-3
+
+
 def test_control_is_plain_training() -> None:
     student = make_model(SMALL, 1, train=True)
     loss = DistillLoss(student, make_model(SHAPE, 2), Mix(alpha=1.0))(IDS, TARGETS)

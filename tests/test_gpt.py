@@ -14,7 +14,7 @@ from torch import Tensor
 
 from primechat.config import GPTConfig
 from primechat.metrics.bits import measure_bits
-from primechat.model.attention import BLOCK, attend, make_mask
+from primechat.model.attention import BLOCK, Segments, attend, make_mask
 from primechat.model.checkpoint import load_checkpoint
 from primechat.model.gpt import GPT
 from primechat.model.losses import sum_cross_entropy, token_cross_entropy
@@ -275,3 +275,65 @@ def test_checkpointed_blocks(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
     weights = sum(p.nbytes for p in model.parameters())
     assert found[1][2] - weights < 0.3 * (found[0][2] - weights)
+
+
+def lay_rows(*texts: list[int]) -> tuple[Tensor, Tensor]:
+    """Texts end to end in one row, each led by token 0, as ids and targets."""
+    stream = torch.tensor([i for text in texts for i in [0, *text]])[None]
+    return stream[:, :-1], stream[:, 1:]
+
+
+def draw_text(count: int, seed: int) -> list[int]:
+    return torch.randint(1, 97, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("kind", ["classic", "modern"])
+@pytest.mark.parametrize("train", [False, True], ids=["sdpa", "blocks"])
+def test_segments_kept_apart(kind: str, train: bool) -> None:
+    """What a conversation costs does not depend on its neighbours; without segments it does.
+
+    Every switch is on: smear, value embeddings, short windows; rows are longer than a block of queries.
+    """
+    model = make_gpt(sequence_len=300, window_pattern="SL")
+    if kind == "classic":
+        model = GPT(replace(GPTConfig.classic(2, vocab_size=97, sequence_len=300), n_embd=64, n_head=4))
+        model.init_weights(torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
+    model.requires_grad_(train)
+    mine, at = draw_text(130, 0), 91
+
+    def score(before: list[int], after: list[int], bos_id: int) -> Tensor:
+        costs = model.loss(*lay_rows(before, mine, after), "none", bos_id)[0].detach()
+        return costs[len(before) + 1 : len(before) + 1 + len(mine)]
+
+    one = score(draw_text(at - 1, 1), draw_text(60, 2), 0)
+    assert torch.equal(one, score(draw_text(at - 1, 3), draw_text(60, 4), 0))  # to the bit
+    alone = model.loss(*lay_rows(mine), "none")[0].detach()
+    for neighbour in (at - 1, 7, 0):  # wherever it stands in the row
+        assert (score(draw_text(neighbour, 5), draw_text(30, 6), 0) - alone).abs().max() < 2e-4
+    disturbed = score(draw_text(at - 1, 3), draw_text(60, 4), -1)
+    assert (disturbed - alone).abs().max() > 0.01  # so this test can fail
+
+
+def test_segments_gradients() -> None:
+    """The gradients of a shared row are those of its conversations in rows of their own."""
+    texts = [draw_text(n, n) for n in (50, 3, 120)]
+    found = []
+    for rows in ([texts], [[text] for text in texts]):
+        model = make_gpt(sequence_len=300, window_pattern="SL")
+        for row in rows:
+            ids, targets = lay_rows(*row)
+            targets = targets.masked_fill(targets == 0, -1)  # the next one's beginning is nobody's word
+            model.loss(ids, targets, "sum", 0).backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1])
+    for packed, own in zip(*found, strict=True):
+        assert (packed - own).abs().max() < 1e-3 * own.abs().max()
+
+
+def test_segments_split() -> None:
+    found = Segments.split(torch.tensor([[5, 6, 0, 7, 0, 0, 8]]), 0)
+    assert found.number.tolist() == [[0, 0, 1, 1, 2, 3, 3]]
+    assert found.at.tolist() == [[0, 1, 0, 1, 0, 0, 1]]  # a row may begin in the middle of one

@@ -275,6 +275,11 @@ def test_finetune_mixture(corpus: str, dialogues: str) -> None:
     mid = finetune(replace(config, learn="all", layout="packed", general="none"))
     assert mid.identifier == "mid/mix" and mid.events[0]["general_bpb"] is None
     assert store.open_model("mid/mix")[2]["step"] == 3
+    wide = replace(config, learn="all", batch_tokens=2048, steps=1)
+    runs = [finetune(replace(wide, tag=kind, layout=kind)) for kind in ("packed", "masked")]
+    # of the same tokens and weights: what a talk costs depends on whether it sees the one before it
+    first = [e["loss_nats"] for run in runs for e in run.events if e["kind"] == "step"]
+    assert len(first) == 2 and first[0] != first[1] and first[0] == pytest.approx(first[1], rel=0.2)
     for wrong in (dict(layout="loose"), dict(learn="user"), dict(dialogue_shards=0)):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             replace(config, **wrong)

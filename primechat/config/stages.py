@@ -110,7 +110,9 @@ class FinetuneConfig:
     dialogue_shards: int = 2
     """Files to fetch of a set that has many large ones."""
     layout: str = "packed"
-    """packed lays conversations end to end; padded keeps them in rows of their own."""
+    """packed lays conversations end to end; masked does too, and lets none see its neighbour; padded keeps
+    them in rows of their own.
+    """
     learn: str = "assistant"
     """assistant learns from the assistant's tokens; all learns from everybody's (midtraining) and writes to
     mid_checkpoints.
@@ -141,7 +143,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         check_tag(self.tag)
         check_training(self, 1)
-        check_choice("layout", self.layout, ("packed", "padded"))
+        check_choice("layout", self.layout, ("packed", "masked", "padded"))
         check_choice("learn", self.learn, ("assistant", "all"))
         check_number("dialogue_shards", self.dialogue_shards, low=1, whole=True)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +29,31 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, torch.cat((b, a), dim=-1), sin)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, left: int | None = None, scale: float | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Segments:
+    """Conversations that share rows: none sees another, and each counts its positions from 0.
+
+    `number` (B, T) tells them apart, `at` (B, T) is a token's position within its own.
+    """
+
+    number: Tensor
+    at: Tensor
+
+    @classmethod
+    def split(cls, ids: Tensor, bos_id: int) -> Segments:
+        """Return the segments of rows ids (B, T), each led by a bos; a row may begin in the middle of one."""
+        starts, place = ids == bos_id, torch.arange(ids.size(1), device=ids.device)
+        return cls(starts.cumsum(1), place - (place * starts).cummax(1).values)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, left: int | None, scale: float) -> Tensor:
+        """Do what `attend` does, within each segment."""
+        return attend(q, k, v, left, scale, self.number)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, left: int | None = None, scale: float | None = None,
+    number: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attend causally from each token to itself and to at most `left` tokens before it.
 
     Args:
@@ -37,6 +62,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, left: int | None = None, scale: floa
         v: values (B, T, K, D).
         left: tokens of the past that are visible; None is all.
         scale: factor on the scores; None is 1 / sqrt(D).
+        number: (B, T), tokens see only those of the same number; None is all.
 
     Returns:
         (B, T, H, D) in q's dtype.
@@ -44,7 +70,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, left: int | None = None, scale: floa
     scale = q.size(-1) ** -0.5 if scale is None else scale
     if left is not None and left >= q.size(1) - 1:
         left = None
-    if flash3_runs(q.device.type, q.dtype):
+    if number is None and flash3_runs(q.device.type, q.dtype):
         window = (-1, 0) if left is None else (left, 0)
         return load_flash3().flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=window)
     groups = q.size(2) // k.size(2)
@@ -52,13 +78,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, left: int | None = None, scale: floa
         k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
     if q.device.type == "cpu" and q.requires_grad and q.size(2) <= 1024:
-        out: Tensor = BlockAttention.apply(q, k, v, left, scale)
-    elif left is None:
+        out: Tensor = BlockAttention.apply(q, k, v, left, scale, number)
+    elif left is None and number is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=make_mask(0, q.size(2), q.size(2), left, q.device), scale=scale
-        )
+        mask = make_mask(0, q.size(2), q.size(2), left, q.device)
+        if number is not None:
+            mask = (mask & (number[:, :, None] == number[:, None]))[:, None]  # (B, 1, T, T)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2)
 
 
@@ -90,7 +117,9 @@ class BlockAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, left: int | None, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, left: int | None, scale: float, number: Tensor | None
+    ) -> Tensor:
         B, H, T, D = q.shape  # of k and v too
         q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
         out, weights = torch.empty_like(v), []
@@ -100,6 +129,9 @@ class BlockAttention(torch.autograd.Function):
             bias = torch.zeros(stop - start, hi - lo, dtype=q.dtype)
             bias.masked_fill_(~make_mask(start - lo, stop - start, hi - lo, left, q.device), float("-inf"))
             scores = torch.baddbmm(bias, q[:, start:stop], k[:, lo:hi].mT, alpha=scale)
+            if number is not None:
+                other = number[:, None, start:stop, None] != number[:, None, None, lo:hi]
+                scores.view(B, H, stop - start, hi - lo).masked_fill_(other, float("-inf"))
             weights.append(torch.softmax(scores, dim=-1))
             out[:, start:stop] = torch.bmm(weights[-1], v[:, lo:hi])
         ctx.save_for_backward(q, k, v, *weights)
@@ -120,7 +152,7 @@ class BlockAttention(torch.autograd.Function):
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
             dq[:, start:stop] = torch.bmm(ds, k[:, lo:hi]).mul_(ctx.scale)
             dk[:, lo:hi].baddbmm_(ds.mT, q[:, start:stop], alpha=ctx.scale)
-        return *(x.view(B, H, T, D) for x in (dq, dk, dv)), None, None
+        return *(x.view(B, H, T, D) for x in (dq, dk, dv)), None, None, None
 
 
 class TokenStep:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from primechat.config import GPTConfig
-from primechat.model.attention import KVCache, TokenStep, attend, rotate, weigh
+from primechat.model.attention import KVCache, Segments, TokenStep, attend, rotate, weigh
 from primechat.model.losses import cap_logits, sum_cross_entropy, token_cross_entropy
 from primechat.protocols import Tap
 
@@ -33,6 +33,7 @@ EPS = 1.1920929e-07  # 2 ** -23: what nanochat's eps=None comes to in float32 (m
 SMEAR_CHANNELS = 24  # nanochat: the smear's gate reads the first 24 channels
 GATE_CHANNELS = 12  # nanochat: a value embedding's gate reads the first 12
 Rotary = tuple[Tensor, Tensor]  # cos and sin
+Reach = KVCache | Segments | None  # what else attention reads, or may not read
 TABLE_FACTOR = 10  # nanochat: the rotary table reaches 10 x sequence_len
 
 
@@ -101,9 +102,7 @@ class Attention(nn.Module):
         for f, part in zip(maps, self.qkv.split([len(f.weight) for f in maps]), strict=True):
             f.weight = nn.Parameter(part, requires_grad=False)
 
-    def forward(
-        self, u: Tensor, ve: Tensor | None, rotary: Rotary, cache: KVCache | None, tap: Tap | None
-    ) -> Tensor:
+    def forward(self, u: Tensor, ve: Tensor | None, rotary: Rotary, cache: Reach, tap: Tap | None) -> Tensor:
         """Map the normed stream u (B, T, C) to what attention adds to it (B, T, C)."""
         B, T, _ = u.shape
         weight = self.qkv
@@ -158,9 +157,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn, self.mlp = Attention(config, layer), MLP(config)
 
-    def forward(
-        self, x: Tensor, ve: Tensor | None, rotary: Rotary, cache: KVCache | None, tap: Tap | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, ve: Tensor | None, rotary: Rotary, cache: Reach, tap: Tap | None) -> Tensor:
         """Map the residual stream (B, T, C) to the next one."""
         x = x + self.attn(norm(x), ve, rotary, cache, tap)
         if tap is None:
@@ -363,40 +360,41 @@ class GPT(nn.Module):
             self.rotary = torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
         return self.rotary
 
-    def embed(self, ids: Tensor, cache: KVCache | None = None, tap: Tap | None = None) -> Tensor:
+    def embed(self, ids: Tensor, cache: Reach = None, tap: Tap | None = None) -> Tensor:
         """Return the first residual stream (B, T, C): normed embeddings, smeared where the switch is on."""
         e = norm(self.transformer["wte"](ids).to(self.compute_dtype))
         if tap is not None:
             e = tap("token", e)
         if not self.config.smear:
             return e
-        first = (
-            torch.zeros_like(e[:, :1])
-            if cache is None or cache.last_embed is None
-            else cache.last_embed[:, None]
-        )
-        gate = self.smear_lambda.to(e.dtype) * torch.sigmoid(
-            self.smear_gate(e[..., :SMEAR_CHANNELS])
-        )  # (B, T, 1)
-        if cache is not None:
+        first = torch.zeros_like(e[:, :1])
+        if isinstance(cache, KVCache) and cache.last_embed is not None:
+            first = cache.last_embed[:, None]
+        gate = torch.sigmoid(self.smear_gate(e[..., :SMEAR_CHANNELS])) * self.smear_lambda.to(e.dtype)
+        if isinstance(cache, KVCache):
             cache.last_embed = e[:, -1]
+        elif cache is not None:
+            gate = gate * (cache.at > 0)[..., None]  # the first token of a segment has none before it
         return e + gate * torch.cat((first, e[:, :-1]), dim=1)
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None, tap: Tap | None = None) -> Tensor:
-        """Return the normed final states (B, T, C) of ids (B, T); with a cache, ids go behind what it holds.
-
-        A tap sees, and may change, what passes the points that `metrics.probes` names.
+    def hidden(self, ids: Tensor, cache: Reach = None, tap: Tap | None = None) -> Tensor:
+        """Return the normed final states (B, T, C) of ids (B, T); with a cache, ids go behind what it holds,
+        with segments, what shares a row is kept apart. A tap sees, and may change, what passes the points
+        that `metrics.probes` names.
 
         Raises:
             ValueError: more tokens than the rotary table or the cache has room for.
         """
         B, T = ids.shape
-        lengths = [0] if cache is None else cache.lengths
-        room = self.max_context if cache is None else min(self.max_context, cache.capacity)
+        held = cache if isinstance(cache, KVCache) else None
+        lengths = [0] if held is None else held.lengths
+        room = self.max_context if held is None else min(self.max_context, held.capacity)
         if max(lengths) + T > room:
             raise ValueError(f"{max(lengths) + T} tokens do not fit in {room} places; shorten the text.")
         cos, sin = self.build_rotary()
-        if min(lengths) == max(lengths):
+        if isinstance(cache, Segments):
+            rotary = cos[cache.at], sin[cache.at]  # (B, T, 1, D)
+        elif min(lengths) == max(lengths):
             rotary = cos[lengths[0] : lengths[0] + T], sin[lengths[0] : lengths[0] + T]
         else:
             at = torch.tensor(lengths, device=ids.device)[:, None] + torch.arange(T, device=ids.device)
@@ -415,8 +413,8 @@ class GPT(nn.Module):
                 middle = x
         if self.config.backout:
             x = x - self.backout_lambda.to(x.dtype) * middle
-        if cache is not None:
-            cache.lengths = [n + T for n in cache.lengths]
+        if held is not None:
+            held.lengths = [n + T for n in held.lengths]
         return norm(x) if tap is None else tap("final", norm(tap("last", x)))
 
     def logits(self, h: Tensor) -> Tensor:
@@ -427,15 +425,16 @@ class GPT(nn.Module):
         """Return float32 logits (B, T, V) of ids (B, T) int64."""
         return self.logits(self.hidden(ids))
 
-    def loss(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    def loss(self, ids: Tensor, targets: Tensor, reduction: str = "mean", bos_id: int = -1) -> Tensor:
         """Return the cross-entropy in nats.
 
         Args:
             ids: (B, T) int64.
             targets: (B, T) int64; -1 is ignored.
             reduction: mean over the targets that count, sum, or none for (B, T) with 0 where ignored.
+            bos_id: what each of these begins is kept apart from its neighbours in the row; -1: nothing is.
         """
-        h, c = self.hidden(ids), self.config
+        h, c = self.hidden(ids, None if bos_id < 0 else Segments.split(ids, bos_id)), self.config
         head = (self.lm_head.weight, targets, c.logit_softcap, c.vocab_size)
         if reduction == "none":
             return token_cross_entropy(h, *head)

@@ -156,6 +156,7 @@ def open_teacher_cache(config: DistillConfig, meta: dict[str, Any], sequence_len
     if not config.top_k:
         return None
     key = f"{meta['path']}@{meta['step']} {config.top_k} {config.temperature} {sequence_len}"
+    key += " masked" * (config.layout == "masked")
     name = hashlib.sha256(key.encode()).hexdigest()[:24]
     return TeacherCache(store.base_dir() / "teacher_cache" / name, config.top_k, sequence_len)
 
@@ -192,7 +193,7 @@ class DistillJob(Job):
 
     def make_loss(self, model: GPT, runtime: RuntimeConfig) -> SumLoss:
         """Return the loss against the teacher."""
-        return DistillLoss(model, self.teacher, self.mix, self.cache)
+        return DistillLoss(model, self.teacher, self.mix, self.cache, self.bos_id)
 
     def save_step(
         self, folder: Any, step: int, model: GPT, optim_state: dict[str, Any], meta: dict[str, Any]

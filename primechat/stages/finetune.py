@@ -77,7 +77,7 @@ def make_job(
     train, val = (cache_dialogues(config, split, tokenizer, on_event) for split in ("train", "val"))
     if config.learn == "all":
         train, val = replace(train, mask=None), replace(val, mask=None)
-    kind = PackedBatches if config.layout == "packed" else PaddedBatches
+    kind = PaddedBatches if config.layout == "padded" else PackedBatches
 
     def open_batches(rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None) -> PackedBatches:
         shape: Any = dict(sequence_len=T, rows=rows, rank=rank, world_size=world_size, cursor=cursor)
@@ -96,6 +96,7 @@ def make_job(
         write_sample=write_reply,
         meta={"base": base, "dialogues": identify_mixture(config.dialogues, "train", read_options(config))},
         open_general=open_general(config.general, loaded, tokenizer, on_event),
+        bos_id=tokenizer.bos_id if config.layout == "masked" else -1,
     )
 
 

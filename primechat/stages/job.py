@@ -39,7 +39,8 @@ class Job:
     `open_batches` takes the rows of one step over all ranks, this rank, the number of ranks and a cursor;
     `open_windows` takes a number of validation tokens (0 is all), this rank and the number of ranks, and
     yields (ids, targets) batches, and so does `open_general`, of a text that may be forgotten;
-    `default_steps` is for a config that names neither steps nor seconds.
+    `default_steps` is for a config that names neither steps nor seconds; a `bos_id` of 0 or more keeps apart
+    in training what it begins.
     """
 
     family: str
@@ -54,6 +55,7 @@ class Job:
     write_sample: Callable[[Engine, str, int], str]
     meta: dict[str, Any]
     open_general: Callable[[int, int, int], Iterable[tuple[Tensor, Tensor]]] | None = None
+    bos_id: int = -1
 
     def identify(self, tag: str) -> str:
         """Return the identifier of what the run makes."""
@@ -77,7 +79,7 @@ class Job:
 
     def make_loss(self, model: GPT, runtime: RuntimeConfig) -> SumLoss:
         """Return the summed loss of a micro-batch."""
-        return make_loss(model, runtime)
+        return make_loss(model, runtime, self.bos_id)
 
     def measure_more(self, model: GPT, tokens: int) -> dict[str, Any]:
         """Return further fields of a validation's event; 0 tokens stands for the whole split."""

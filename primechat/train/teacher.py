@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from primechat.model.attention import Segments
 from primechat.model.gpt import GPT
 from primechat.model.losses import bucket_top, chunk_rows, diverge
 
@@ -92,8 +93,11 @@ class TeacherCache:
 class DistillLoss:
     """The summed loss of a micro-batch; with a projector, hidden states are compared too."""
 
-    def __init__(self, student: GPT, teacher: GPT, mix: Mix, cache: TeacherCache | None = None) -> None:
+    def __init__(
+        self, student: GPT, teacher: GPT, mix: Mix, cache: TeacherCache | None = None, bos_id: int = -1
+    ) -> None:
         self.student, self.teacher, self.mix, self.cache = student, teacher, mix, cache
+        self.bos_id = bos_id  # as `GPT.loss` takes it
 
     def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Return the sum over the targets that count, in nats."""
@@ -101,7 +105,7 @@ class DistillLoss:
         keep = (targets >= 0).flatten()
         own = targets.flatten()[keep] >= V
         words = targets.flatten()[keep] % V
-        h = student.hidden(ids)
+        h = student.hidden(ids, self.keep_apart(ids))
         hs = h.flatten(0, 1)[keep]
         if mix.alpha == 1 and not mix.hidden:
             return self.sum_chunks(hs, None, None, words, own)
@@ -127,7 +131,11 @@ class DistillLoss:
             teacher.to(ids.device)
         teacher.compute_dtype = self.student.compute_dtype
         with torch.no_grad():
-            return teacher.hidden(ids)
+            return teacher.hidden(ids, self.keep_apart(ids))
+
+    def keep_apart(self, ids: Tensor) -> Segments | None:
+        """Return what shares rows, where it is to be kept apart."""
+        return None if self.bos_id < 0 else Segments.split(ids, self.bos_id)
 
     def name_top(self, ht: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher's k likeliest tokens of each place and their log-probabilities (B, T, k).

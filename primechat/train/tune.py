@@ -268,14 +268,14 @@ def decide_compile(
     return saved > cost, f"it takes about {cost:.0f} s and {verb} about {saved:.0f} of {total:,.0f} s"
 
 
-def make_loss(model: GPT, runtime: RuntimeConfig) -> SumLoss:
+def make_loss(model: GPT, runtime: RuntimeConfig, bos_id: int = -1) -> SumLoss:
     """Return the summed loss of a model, compiled for micro-batches of one shape where the runtime says
-    so.
+    so; bos_id as `GPT.loss` takes it.
     """
     call = torch.compile(model.loss, dynamic=False) if runtime.compile == "on" else model.loss
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
-        total: Tensor = call(ids, targets, "sum")
+        total: Tensor = call(ids, targets, "sum", bos_id)
         return total
 
     return loss
