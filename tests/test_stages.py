@@ -245,7 +245,7 @@ def test_speedrun_and_report(
     again = speedrun(replace(config, resume=True))
     assert again.chat is not None and again.chat.step == 8 and again.base.step == 12
     assert again.evaluation is not None and again.evaluation.identifier == "base/d3"
-    assert 400 < again.evaluation.scored_tokens <= 500  # <|bos|> has no bytes to score
+    assert 400 < again.evaluation.scored_tokens <= 512  # <|bos|> has no bytes to score
     with pytest.raises(ConfigError, match="resume it"):
         speedrun(config)
     assert cli.main(["report", "base/d3", "--output", str(tmp_path / "page")]) == 0

@@ -259,7 +259,7 @@ class EvaluateConfig:
     corpus: str = "chitchat"
     """Text to measure on: its validation split."""
     max_tokens: int = 0
-    """Tokens to score; 0 is the whole split."""
+    """Tokens to score, in windows spread evenly over the split; 0 is all of it."""
     stride: int = 0
     """Tokens between windows; 0 is the window itself, so that none is read twice."""
     window: int = 0

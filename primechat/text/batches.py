@@ -194,7 +194,8 @@ def validation_windows(
         window: Tokens of a window, W.
         stride: Tokens between windows; 0 is W. With a smaller one only a window's last tokens are scored.
         rows: Most windows to yield at a time, R.
-        max_tokens: Targets to score; 0 is all.
+        max_tokens: Targets to score, about, in windows spread evenly over the split: its beginning alone may
+            be easier or harder than the rest; 0 is all.
         rank: This process, which yields every `world_size`-th window.
         world_size: Number of processes.
 
@@ -205,9 +206,9 @@ def validation_windows(
     if not 1 <= stride <= window:
         raise ConfigError(f"stride={stride} must be from 1 to window={window}; try {max(1, window // 2)}.")
     last = cache.tokens - 1  # index of the last target
-    last = min(last, max_tokens) if max_tokens else last
     count = 1 + max(0, -(-(last - window) // stride)) if last else 0
-    mine = np.arange(rank, count, world_size)
+    some = min(count, -(-max_tokens // stride)) if max_tokens else count
+    mine = (np.arange(some) * count // max(1, some))[rank::world_size]
     for block in np.array_split(mine, -(-len(mine) // rows)) if len(mine) else []:
         where = block[:, None] * stride + np.arange(window + 1)  # (R, W + 1)
         tokens = cache.ids[np.minimum(where, last)].astype(np.int64)
