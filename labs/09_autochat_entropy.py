@@ -99,6 +99,37 @@ def _(mo):
     *What this cannot show:* whether a turn makes sense. A model may say new words all the time and mean
     nothing by them.
 
+    ## How far can the detector be trusted?
+
+    The strips mark where a conversation "goes round". Two readers who did not know that verdict labelled 100
+    transcripts: is this talk stuck by its end? (They were two language models with a page of rules, **not
+    people**.) Cohen's **kappa** is their agreement beyond chance: 0 is chance, 1 is perfect.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(show, talk, talks):
+    kappas, shares = talks.judge_detector()
+    show(talk.draw_spreads(kappas, "How well two verdicts agree, with 95 % intervals"))
+    return (shares,)
+
+
+@app.cell(hide_code=True)
+def _(shares, show, talk):
+    show(talk.draw_spreads(shares, "Share of transcripts that are called stuck"))
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    It finds what is said again to the letter, and blames no people's talk. It misses loops whose words
+    change a little, and flags some that the conversation leaves again.
+
+    *What this cannot show:* how a person would label. All shares here are of chosen transcripts; they say
+    nothing about how often a model loops.
+
     ## 2. Many conversations
 
     One conversation is an anecdote. The band holds the middle 80 % of the conversations.
@@ -200,7 +231,7 @@ def _(AutochatConfig, picker, stage, study, talks):
         AutochatConfig(
             tag=f"{study.tag}-ab", model=picker.identifier, n_talks=8, turns=12, max_new_tokens=32
         ),
-        title="Five settings, eight conversations each",
+        title="Six settings, eight conversations each",
     )
     variants
     return (variants,)

@@ -139,7 +139,9 @@ def test_windows_of_a_part_lie_all_over_the_split() -> None:
     assert [ids[0, 0].item() for ids, _ in batches] == [0, 16, 40], "3 windows of 8, at an even distance"
     goals = [t for _, targets in batches for t in targets.flatten().tolist() if t >= 0]
     assert goals == [1, 2, 4, 5, 7, 8, 17, 19, 20, 22, 23, 41, 43, 44, 46, 47]
-    parts = [validation_windows(cache, 8, max_tokens=21, rows=1, rank=rank, world_size=2) for rank in range(2)]
+    parts = [
+        validation_windows(cache, 8, max_tokens=21, rows=1, rank=rank, world_size=2) for rank in range(2)
+    ]
     assert sorted(ids[0, 0].item() for part in parts for ids, _ in part) == [0, 16, 40]
     whole = list(validation_windows(cache, 8, max_tokens=1000))
     assert len(torch.cat([ids for ids, _ in whole])) == 8, "more than there is, is all"

@@ -74,6 +74,7 @@ def test_pipe_writes_replies_only() -> None:
     assert talk("hi", "", "  there ") == ("hello\nhello\n", "")
     assert talk() == ("", "")
     assert talk("hi", "/quit", "unread")[0] == "hello\n"
+    assert talk("hi", "/exit", "unread")[0] == "hello\n"
 
 
 def test_conversation_grows_and_clears() -> None:
@@ -155,7 +156,7 @@ def test_save(tmp_path: Path) -> None:
 def test_unknown_and_help() -> None:
     out, err = talk("/frobnicate now", "/help", "/")
     assert out == "" and "/frobnicate is no command; /help lists them, /quit leaves." in err
-    assert all(f"/{name}" in err for name in [*chat.COMMANDS, "quit"])
+    assert all(f"/{name}" in err for name in [*chat.COMMANDS, "quit", "exit"])
 
 
 def test_ends_are_told() -> None:

@@ -86,6 +86,60 @@ def test_gpt_equals_uncached(modern: bool, cuts: dict[str, Any]) -> None:
     assert engine.generate_batch(prompts, seed=3, **options) == expected
 
 
+@pytest.mark.parametrize("modern", [True, False])
+def test_prompts_read_together_equal_each_alone(modern: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_gpt(modern)
+    prompts = [[BOS, *range(60 + i, 60 + i + n)] for i, n in enumerate((9, 2, 12, 7, 9, 8, 30, 10))]
+    calls: list[tuple[int, int]] = []
+    together = model.read_padded
+
+    def read(ids: torch.Tensor, counts: list[int], cache: Any) -> torch.Tensor:
+        calls.append((ids.shape[0], ids.shape[1]))
+        return together(ids, counts, cache)
+
+    monkeypatch.setattr(model, "read_padded", read)
+    cuts: dict[str, Any] = dict(max_new_tokens=20, stop_ids=(), temperature=1.0)
+    found = Engine(model, TOKENIZER).generate_batch([*prompts, prompts[-1]], seed=4, **cuts)
+    assert calls == [(5, 11)], "like lengths are read in one pass, the short and the long ones alone"
+    places = [*prompts, prompts[-1]]
+    assert found == [unbatched(model, p, 20, seed_row(4, i)) for i, p in enumerate(places)]
+    counts = [len(p) for p in prompts]
+    rows = torch.tensor([[*p, *[0] * (max(counts) - len(p))] for p in prompts])
+    cache = model.new_cache(len(prompts), 40)
+    logits = together(rows, counts, cache)
+    step = model.advance(rows[:, :1], cache)
+    for i, prompt in enumerate(prompts):
+        alone = model.new_cache(1, 40)
+        with torch.inference_mode():
+            first, second = model.advance(torch.tensor([prompt]), alone), model.advance(rows[:1, :1], alone)
+        torch.testing.assert_close(logits[i : i + 1], first, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(step[i : i + 1], second, rtol=1e-4, atol=1e-4)
+    assert cache.lengths == [n + 1 for n in counts]
+
+
+def test_repetition_penalty() -> None:
+    model, prompt, penalty = HistoryModel(), [BOS, *range(100)], 1.5
+    engine, ids = Engine(model, TOKENIZER), list(prompt)
+    for _ in range(30):  # token by token in plain Python
+        scores = model.score(ids).tolist()
+        for i in set(ids) - {BOS, END}:
+            scores[i] = scores[i] / penalty if scores[i] > 0 else scores[i] * penalty
+        ids.append(max(range(VOCAB_SIZE), key=lambda i: scores[i]))
+    options: dict[str, Any] = dict(max_new_tokens=30, temperature=0, stop_ids=(BOS, END))
+    ids = ids[len(prompt) :]
+    expected = ids[: ids.index(END) + 1 if END in ids else None]
+    assert list(engine.generate(prompt, repetition_penalty=penalty, **options)) == expected
+    assert list(engine.generate(prompt, **options)) != expected
+    both = engine.generate_batch([prompt, [BOS, 9]], repetition_penalty=penalty, **options)
+    assert both[0] == [i for i in expected if i != END], "each row has its own history"
+    tokens = list(engine.stream(prompt, repetition_penalty=penalty, **options))
+    with torch.inference_mode():
+        plain = model.score([*prompt, tokens[0].id]).log_softmax(-1)[tokens[1].id]
+    assert tokens[1].logprob == pytest.approx(float(plain), abs=1e-5), "measures are the model's own"
+    with pytest.raises(ConfigError, match="repetition_penalty=0.5"):
+        engine.generate(prompt, max_new_tokens=1, repetition_penalty=0.5)
+
+
 @pytest.mark.parametrize("cuts", CUTS)
 def test_batch_equals_single_runs(cuts: dict[str, Any]) -> None:
     model = HistoryModel()

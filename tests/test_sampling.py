@@ -8,7 +8,7 @@ import torch
 
 from primechat.errors import ConfigError
 from primechat.infer import sampling
-from primechat.infer.sampling import check_sampling, measure_logits, sample_logits, seed_row
+from primechat.infer.sampling import check_sampling, measure_logits, penalise_seen, sample_logits, seed_row
 
 
 def draw(logits: torch.Tensor, n: int, **options: Any) -> torch.Tensor:
@@ -185,3 +185,11 @@ def test_refusals(settings: tuple[Any, ...], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_sampling(*settings)
     assert str(caught.value).startswith(said + " must be ") and ";" in str(caught.value)
+
+
+def test_penalty_is_as_published() -> None:
+    logits = torch.tensor([[2.0, -1.0, 0.5, float("-inf")], [2.0, -1.0, 0.5, 4.0]])
+    seen = torch.tensor([[True, True, False, True], [False, False, False, True]])
+    expected = torch.tensor([[1.0, -2.0, 0.5, float("-inf")], [2.0, -1.0, 0.5, 2.0]])
+    assert torch.equal(penalise_seen(logits, seen, 2.0), expected)
+    assert torch.equal(penalise_seen(logits, seen, 1.0), logits)

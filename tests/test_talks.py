@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +14,11 @@ import torch
 from primechat import store
 from primechat.lab import borrow_model
 from primechat.lessons.instruments import talks
-from primechat.metrics.loops import MEASURES, measure_turns, read_talk
+from primechat.metrics.loops import MEASURES, find_loop, measure_turns, read_talk
 from primechat.records import Turn
 from primechat.views import talk
 
+ROOT = Path(__file__).resolve().parents[1]
 plotly = pytest.importorskip("plotly", reason="needs the extra labs")
 
 
@@ -101,6 +103,29 @@ def test_pictures_show_what_they_are_given(study: talks.Study) -> None:
         [spreads[name]["Vendi"][0] for name in ("people", "planted loop")]
     )
     assert "press Start" in talk.draw_generations({}, spreads["people"], "Vendi").layout.title.text
+
+
+def test_detector_agrees_with_labels_as_published() -> None:
+    rows = [json.loads(line) for line in talks.LABELLED.read_text(encoding="utf-8").splitlines()]
+    assert [row["number"] for row in rows] == list(range(1, 101))
+    verdicts = [int(find_loop(row["turns"]) is not None) for row in rows]
+    assert verdicts == [row["detector"] for row in rows], "the detector has changed: label anew"
+    yes = {
+        name: sum(x) for name, x in zip("ab", zip(*(row["labels"] for row in rows), strict=True), strict=True)
+    }
+    kappas, shares = talks.judge_detector(200)
+    told = next(
+        line for line in (ROOT / "labs" / "experiments.md").read_text().splitlines() if "kappa of" in line
+    )
+    for name, spread in kappas.items():
+        mean, low, high = spread["Cohen's kappa"]
+        assert low <= mean <= high and f"{name} {mean:.2f}" in told, (name, mean)
+    assert f"{yes['a']} and {yes['b']}" in told and f"{sum(verdicts)} by the detector" in told
+    both = list(zip(*(row["labels"] for row in rows), strict=True))
+    p = sum(x == y for x, y in zip(*both, strict=True)) / 100  # Cohen's formula by hand
+    chance = (yes["a"] * yes["b"] + (100 - yes["a"]) * (100 - yes["b"])) / 10_000
+    assert kappas["the two labellers"]["Cohen's kappa"][0] == pytest.approx((p - chance) / (1 - chance))
+    assert shares["people (13)"]["the detector"][0] == 0 and len(shares) == 7
 
 
 def test_export(study: talks.Study, tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ class AutochatConfig:
     """Sample from this many of the likeliest tokens; 0 from all."""
     top_p: float = 1.0
     """Sample from the likeliest tokens that reach this probability together."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that a speaker has in view become less likely (Keskar et al. 2019); 1 is off."""
     seed: int = 0
     """Seed of all conversations; each has its own numbers."""
     batch_rows: int = 32
@@ -64,6 +66,7 @@ class AutochatConfig:
             check_number(name, getattr(self, name), low=0, whole=True)
         check_number("temperature", self.temperature, low=0, high=100)
         check_number("top_p", self.top_p, low=1e-6, high=1)
+        check_number("repetition_penalty", self.repetition_penalty, low=1, high=10)
         check_number("human_share", self.human_share, low=0, high=0.95)
         if len(self.personas) != 2:
             raise ConfigError(f"personas={self.personas!r} must be two texts; give an empty one for none.")

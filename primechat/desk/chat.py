@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Opener = Callable[[str], "tuple[LanguageModel, ChatTokenizer, dict[str, Any]]"]
 
+LEAVE = ("quit", "exit")
 LEAVING = "Ctrl-D or /quit leaves."
 
 
@@ -47,6 +48,10 @@ class ChatConfig:
     """0 always takes the likeliest token; higher is more varied."""
     top_k: int = 50
     """Sample from this many of the likeliest tokens; 0 from all."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that reach this probability together."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that were there become less likely (Keskar et al. 2019); 1 is off."""
     max_new_tokens: int = 256
     """Tokens of a reply at most."""
     seed: int = 0
@@ -57,6 +62,8 @@ class ChatConfig:
             raise ConfigError(f"device={self.device!r} must be one of {', '.join(DEVICES)}; try auto.")
         check_number("temperature", self.temperature, low=0, high=100)
         check_number("top_k", self.top_k, low=0, whole=True)
+        check_number("top_p", self.top_p, low=1e-6, high=1)
+        check_number("repetition_penalty", self.repetition_penalty, low=1, high=10)
         check_number("max_new_tokens", self.max_new_tokens, low=1, whole=True)
         check_number("seed", self.seed, low=0, whole=True)
 
@@ -213,15 +220,16 @@ class ChatTalk:
         name, _, rest = line[1:].partition(" ")
         if name in COMMANDS:
             COMMANDS[name][0](self, rest.strip())
-        elif name != "quit":
+        elif name not in LEAVE:
             raise ConfigError(f"/{name} is no command; /help lists them, /quit leaves.")
-        return name != "quit"
+        return name not in LEAVE
 
     def answer(self, text: str) -> None:
         """Write the model's reply to a text; an interrupted one counts as far as it got."""
         options: Options = {
             "max_new_tokens": self.config.max_new_tokens, "temperature": self.temperature,
-            "top_k": self.config.top_k or None, "seed": self.seed, "cancel": threading.Event(),
+            "top_k": self.config.top_k or None, "top_p": self.config.top_p, "seed": self.seed,
+            "repetition_penalty": self.config.repetition_penalty, "cancel": threading.Event(),
         }  # fmt: skip
         said = {"role": "user", "content": text}
         self.cancel = options["cancel"]
@@ -313,7 +321,7 @@ class ChatTalk:
     def show_help(self, _: str) -> None:
         """List the commands."""
         rows = [(f"/{name} {argument}", text) for name, (_, argument, text) in COMMANDS.items()]
-        for name, text in [*rows, ("/quit", "leave (also Ctrl-D)")]:
+        for name, text in [*rows, ("/quit", "leave (also /exit and Ctrl-D)")]:
             self.say(f"{name:14}{text}")
         self.say("Ctrl-C stops a reply and keeps what was said.")
 

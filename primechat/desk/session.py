@@ -334,7 +334,7 @@ class ChatSession:
         options: Options = {
             "max_new_tokens": self.settings.max_new_tokens, "temperature": self.settings.temperature,
             "top_k": self.settings.top_k or None, "top_p": self.settings.top_p, "seed": seed,
-            "cancel": self._cancel,
+            "repetition_penalty": self.settings.repetition_penalty, "cancel": self._cancel,
         }  # fmt: skip
         prefix = node.tokens[:keep]
         while prefix and prefix[-1] in tokenizer.stop_ids:

@@ -28,6 +28,7 @@ class ChatSettings:
     temperature: float = 0.8
     top_k: int = 50
     top_p: float = 1.0
+    repetition_penalty: float = 1.0
     max_new_tokens: int = 256
     seed: int = 0
     alpha: float = 1.0  # strength of an adapter, where the model has one
@@ -38,6 +39,7 @@ class ChatSettings:
         check_number("temperature", self.temperature, low=0, high=100)
         check_number("top_k", self.top_k, low=0, whole=True)
         check_number("top_p", self.top_p, low=1e-6, high=1)
+        check_number("repetition_penalty", self.repetition_penalty, low=1, high=10)
         check_number("max_new_tokens", self.max_new_tokens, low=1, high=100_000, whole=True)
         check_number("seed", self.seed, low=0, whole=True)
         check_number("alpha", self.alpha, low=0, high=100)

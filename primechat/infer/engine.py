@@ -20,7 +20,7 @@ import torch
 from primechat.config.runtime import check_number
 from primechat.errors import CheckpointError, ConfigError
 from primechat.infer.reply import Reply
-from primechat.infer.sampling import check_sampling, measure_logits, sample_logits, seed_row
+from primechat.infer.sampling import check_sampling, measure_logits, penalise_seen, sample_logits, seed_row
 from primechat.infer.tools import ToolCall, find_tool
 from primechat.protocols import Cache, ChatTokenizer, LanguageModel
 from primechat.records import Token
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 PREFILL_CHUNK = 512  # tokens of a prompt that are read between two looks at `cancel`
+PREFILL_TOKENS = 1024  # of several prompts that are read together: larger products, as far as caches reach
 
 
 class Options(TypedDict, total=False):
@@ -38,6 +39,7 @@ class Options(TypedDict, total=False):
     temperature: float
     top_k: int | None
     top_p: float | None
+    repetition_penalty: float
     seed: int
     stop_ids: Collection[int] | None
     cancel: threading.Event | None
@@ -51,13 +53,14 @@ class Settings:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    repetition_penalty: float = 1.0
     seed: int = 0
     stop_ids: Collection[int] | None = None
     cancel: threading.Event | None = None
 
     def __post_init__(self) -> None:
         check_number("max_new_tokens", self.max_new_tokens, low=0, whole=True)
-        check_sampling(self.temperature, self.top_k, self.top_p, self.seed)
+        check_sampling(self.temperature, self.top_k, self.top_p, self.seed, self.repetition_penalty)
 
     @property
     def cancelled(self) -> bool:
@@ -75,6 +78,7 @@ class Row:
     generator: torch.Generator
     stop_ids: frozenset[int]
     tool: ToolCall | None
+    seen: torch.Tensor | None = None  # (V,) which tokens are there, where that counts
     tokens: list[int] = field(default_factory=list)
     forced: deque[int] = field(default_factory=deque)
     measures: Token | None = None
@@ -95,6 +99,8 @@ class Row:
             elif self.tool:
                 self.forced.extend(self.tool.feed(token))
         self.tokens.append(token)
+        if self.seen is not None and token not in self.stop_ids:
+            self.seen[token] = True
         if not self.stop_reason and len(self.tokens) == self.limit:
             self.stop_reason = self.limit_reason
         return token
@@ -122,6 +128,8 @@ class Engine:
                 temperature: divides the logits; 0 takes the likeliest token; 1 is the default.
                 top_k: sample from this many of the likeliest tokens; None from all.
                 top_p: sample from the likeliest tokens that together reach this probability; None from all.
+                repetition_penalty: above 1, tokens of the prompt and of the text so far become less likely
+                    (`penalise_seen`), those of stop_ids never, so that texts still end; 1.
                 seed: of this call's own generator, 0; the global one is not touched.
                 stop_ids: tokens that end the text, the ending one is yielded; None those of the tokenizer,
                     () none.
@@ -254,7 +262,10 @@ class Engine:
                 f"The text has {len(prompt)} tokens where {longest} is the most; shorten it or begin anew."
             )
         stop_ids = self.tokenizer.stop_ids if settings.stop_ids is None else settings.stop_ids
-        room = longest - len(prompt)
+        room, seen = longest - len(prompt), None
+        if settings.repetition_penalty != 1:
+            seen = torch.zeros(self.model.vocab_size, dtype=torch.bool, device=self.model.device)
+            seen[[token for token in set(prompt) if token not in stop_ids]] = True
         return Row(
             prompt=prompt,
             limit=min(settings.max_new_tokens, room),
@@ -262,6 +273,7 @@ class Engine:
             generator=torch.Generator().manual_seed(seed_row(settings.seed, index)),
             stop_ids=frozenset(stop_ids),
             tool=ToolCall(self.tokenizer, self._tool_ids) if self._tool_ids else None,
+            seen=seen,
         )
 
     def _write(
@@ -292,7 +304,11 @@ class Engine:
     ) -> None:
         """Let each row take its next token from logits (B, V), and measure it if n_alternatives is given."""
         generators = [None if row.forced else row.generator for row in rows]
-        drawn = sample_logits(logits, generators, settings.temperature, settings.top_k, settings.top_p)
+        cut = logits
+        if settings.repetition_penalty != 1:
+            seen = torch.stack([row.seen for row in rows if row.seen is not None])
+            cut = penalise_seen(logits, seen, settings.repetition_penalty)
+        drawn = sample_logits(cut, generators, settings.temperature, settings.top_k, settings.top_p)
         ids = [row.accept(token) for row, token in zip(rows, drawn.tolist(), strict=True)]
         if n_alternatives is not None:
             measures = measure_logits(logits, torch.tensor(ids, device=logits.device), n_alternatives)
@@ -305,22 +321,52 @@ class Engine:
 
     @torch.inference_mode()
     def _read_prompts(self, rows: list[Row], settings: Settings) -> tuple[torch.Tensor, Cache] | None:
-        """Read each prompt once, alone; return logits and cache of all rows, or None where cancelled."""
+        """Read each prompt once; return logits and cache of all rows, or None where cancelled."""
         capacity = max(len(row.prompt) + row.limit for row in rows)
-        logits: list[torch.Tensor] = []
+        together = getattr(self.model, "read_padded", None)
+        counts = [(prompt, len(list(group))) for prompt, group in groupby(rows, key=lambda row: row.prompt)]
+        logits: list[torch.Tensor] = [torch.empty(0)] * len(counts)
         caches: list[Cache] = []
-        for prompt, group in groupby(rows, key=lambda row: row.prompt):
-            cache = self.model.new_cache(1, capacity)
-            for at in range(0, len(prompt), PREFILL_CHUNK):
+        order = list[int]()
+        for group in group_prompts([prompt for prompt, _ in counts], PREFILL_TOKENS if together else 0):
+            prompts = [counts[i][0] for i in group]
+            cache = self.model.new_cache(len(group), capacity)
+            if together is not None and len(group) > 1:
                 if settings.cancelled:
                     return None
-                last = self._advance([prompt[at : at + PREFILL_CHUNK]], cache)
-            n = len(list(group))
-            logits.append(last.expand(n, -1))
-            caches.append(cache.select([0] * n) if n > 1 else cache)
+                width = len(prompts[-1])
+                ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
+                last = together(ids.to(self.model.device), [len(prompt) for prompt in prompts], cache)
+            else:
+                for at in range(0, len(prompts[0]), PREFILL_CHUNK):
+                    if settings.cancelled:
+                        return None
+                    last = self._advance([prompts[0][at : at + PREFILL_CHUNK]], cache)
+            for i, row in zip(group, last, strict=True):
+                logits[i] = row.expand(counts[i][1], -1)
+            caches.append(cache)
+            order += group
         first = torch.cat(logits)
         if not bool(first.amax(-1).isfinite().all()):
             raise CheckpointError(
                 "The model's logits are not numbers: its weights are broken; take another step."
             )
-        return first, caches[0].join(caches[1:]) if len(caches) > 1 else caches[0]
+        whole = caches[0].join(caches[1:]) if len(caches) > 1 else caches[0]
+        places = [place for i, (_, n) in enumerate(counts) for place in [order.index(i)] * n]
+        return first, whole if places == list(range(len(order))) else whole.select(places)
+
+
+def group_prompts(prompts: Sequence[Sequence[int]], room: int) -> list[list[int]]:
+    """Return which prompts to read together: of like lengths, at most `room` tokens with what pads them.
+
+    >>> group_prompts([[1] * 4, [1] * 50, [2] * 6, [3] * 7], 20)
+    [[0, 2], [3], [1]]
+    """
+    groups: list[list[int]] = []
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if room else range(len(prompts)):
+        n, fits = len(prompts[i]), bool(groups) and len(prompts[i]) * (len(groups[-1]) + 1) <= room
+        if fits and n <= 1.5 * len(prompts[groups[-1][0]]):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

@@ -20,7 +20,9 @@ GREEDY_BELOW = 1e-5  # a lower temperature is argmax: dividing by it would overf
 FIRST_CANDIDATES = 512  # top_p looks at this many tokens first, then at eight times as many, and so on
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
+def check_sampling(
+    temperature: float, top_k: int | None, top_p: float | None, seed: int, penalty: float = 1.0
+) -> None:
     """Refuse settings that no sampling can have.
 
     Raises:
@@ -29,6 +31,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None, s
     check_number("temperature", temperature, low=0, high=100)
     check_number("top_k", 1 if top_k is None else top_k, low=1, whole=True)
     check_number("top_p", 1 if top_p is None else top_p, low=1e-6, high=1)
+    check_number("repetition_penalty", penalty, low=1, high=10)
     if type(seed) is not int:
         raise ConfigError(f"seed={seed!r} must be a whole number; try 0.")
 
@@ -43,6 +46,19 @@ def seed_row(seed: int, row: int) -> int:
     (7, True)
     """
     return (seed + 0x9E3779B97F4A7C15 * row) % 2**63
+
+
+def penalise_seen(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Make tokens that were there less likely: a positive logit is divided, a negative one multiplied.
+
+    Args:
+        logits: (B, V) float32.
+        seen: (B, V) bool, the tokens of each row so far.
+        penalty: 1 changes nothing; 1.2 is what the source recommends.
+
+    Source: Keskar et al. 2019, CTRL, section 4.1; for negative logits its published code.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def sample_logits(

@@ -183,7 +183,7 @@ def take_turn(
     prompts = [speaker.render(turns, side, config.personas[side], room) for turns in talks.values()]
     tokens = engine.measure_batch(
         prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        top_k=config.top_k or None, top_p=config.top_p,
+        top_k=config.top_k or None, top_p=config.top_p, repetition_penalty=config.repetition_penalty,
         seed=seed_row(config.seed, 1 + turn + config.turns * first),
     )  # fmt: skip
     new = []

@@ -430,6 +430,7 @@ function render({ model, el }) {
     settingSlider("temperature", "Temperature", { min: 0, max: 2, step: 0.05 }, (value) => (value === 0 ? "0, always the likeliest" : number(value, 2))),
     settingSlider("top_k", "Top k", { min: 0, max: 200 }, (value) => (value ? `the ${value} likeliest` : "all tokens")),
     settingSlider("top_p", "Top p", { min: 0.05, max: 1, step: 0.01 }, (value) => (value === 1 ? "all" : number(value, 2))),
+    settingSlider("repetition_penalty", "Repetition penalty", { min: 1, max: 2, step: 0.05 }, (value) => (value === 1 ? "off" : number(value, 2))),
     settingSlider("max_new_tokens", "Longest reply", { min: 8, max: 1024, step: 8 }, (value) => `${value} tokens`),
   ];
   const seed = h("input", { type: "number", min: 0, step: 1, class: "pc-input", "aria-label": "Seed", "data-lm-suppress-shortcuts": "true", oninput: () => { state.settings.seed = Math.max(0, Math.floor(Number(seed.value) || 0)); send({ ...state.settings }); } });
