@@ -23,6 +23,11 @@ def _(mo):
 def _():
     import marimo as mo
 
+    return (mo,)
+
+
+@app.cell(hide_code=True)
+def _():
     from primechat.desk.session import open_chat
     from primechat.lab import exercise, predict, show
     from primechat.lessons.instruments.firststeps import (
@@ -38,7 +43,6 @@ def _():
         EXERCISES,
         exercise,
         list_models,
-        mo,
         name_magnitude,
         open_chat,
         open_check,

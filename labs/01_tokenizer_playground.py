@@ -23,11 +23,16 @@ def _(mo):
 def _():
     import marimo as mo
 
+    return (mo,)
+
+
+@app.cell(hide_code=True)
+def _():
     from primechat.lab import exercise, predict, show
     from primechat.lessons.instruments.tokenizers import Tokenizers
     from primechat.lessons.tokenizer_playground import EXERCISES
 
-    return EXERCISES, Tokenizers, exercise, mo, predict, show
+    return EXERCISES, Tokenizers, exercise, predict, show
 
 
 @app.cell(hide_code=True)

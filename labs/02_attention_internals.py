@@ -24,20 +24,40 @@ def _(mo):
 def _():
     import marimo as mo
 
-    from primechat.lab import exercise, pick_model, predict, show
-    from primechat.lessons.attention_internals import EXERCISES
-    from primechat.lessons.instruments import survey
-    from primechat.lessons.instruments.microscope import Microscope
-
-    return EXERCISES, Microscope, exercise, mo, pick_model, predict, show, survey
+    return (mo,)
 
 
 @app.cell(hide_code=True)
-def _(Microscope, pick_model):
+def _():
+    from primechat.lab import announce, exercise, pick_model, predict, show
+    from primechat.lessons.attention_internals import EXERCISES
+
+    return EXERCISES, announce, exercise, pick_model, predict, show
+
+
+@app.cell(hide_code=True)
+def _(announce):
+    notice = announce()
+    notice
+    return (notice,)
+
+
+@app.cell(hide_code=True)
+def _(pick_model):
     picker = pick_model(label="Model", first="shipped/base")
-    scope = Microscope(picker)
+    choice = getattr(picker, "widget", picker)  # a cell that reads `picker` would run again at each choice
     picker
-    return (scope,)
+    return (choice,)
+
+
+@app.cell(hide_code=True)
+def _(choice, notice):
+    from primechat.lessons.instruments import survey
+    from primechat.lessons.instruments.microscope import Microscope
+
+    scope = Microscope(choice)
+    notice.end()
+    return scope, survey
 
 
 @app.cell(hide_code=True)

@@ -24,19 +24,39 @@ def _(mo):
 def _():
     import marimo as mo
 
-    from primechat.lab import exercise, pick_model, predict, show
-    from primechat.lessons.embedding_atlas import EXERCISES
-    from primechat.lessons.instruments.explorer import TRENDS, Explorer
-
-    return EXERCISES, Explorer, TRENDS, exercise, mo, pick_model, predict, show
+    return (mo,)
 
 
 @app.cell(hide_code=True)
-def _(Explorer, pick_model):
+def _():
+    from primechat.lab import announce, exercise, pick_model, predict, show
+    from primechat.lessons.embedding_atlas import EXERCISES
+
+    return EXERCISES, announce, exercise, pick_model, predict, show
+
+
+@app.cell(hide_code=True)
+def _(announce):
+    notice = announce()
+    notice
+    return (notice,)
+
+
+@app.cell(hide_code=True)
+def _(pick_model):
     picker = pick_model(label="Model", first="shipped/base")
-    explorer = Explorer(picker)
+    choice = getattr(picker, "widget", picker)  # a cell that reads `picker` would run again at each choice
     picker
-    return (explorer,)
+    return (choice,)
+
+
+@app.cell(hide_code=True)
+def _(choice, notice):
+    from primechat.lessons.instruments.explorer import TRENDS, Explorer
+
+    explorer = Explorer(choice)
+    notice.end()
+    return TRENDS, explorer
 
 
 @app.cell(hide_code=True)

