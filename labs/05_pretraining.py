@@ -42,10 +42,10 @@ def _(announce):
 @app.cell
 def _():
     from primechat import PretrainConfig, pretrain
-    from primechat.config import GPTConfig
+    from primechat.config import GPTConfig, LookConfig
     from primechat.lab import settings, stage, summary
 
-    return GPTConfig, PretrainConfig, pretrain, settings, stage, summary
+    return GPTConfig, LookConfig, PretrainConfig, pretrain, settings, stage, summary
 
 
 @app.cell(hide_code=True)
@@ -60,12 +60,13 @@ def _(mo):
 
 
 @app.cell
-def _(GPTConfig, PretrainConfig, settings):
+def _(GPTConfig, LookConfig, PretrainConfig, settings):
     start = PretrainConfig(
         tag="lab05",
         model=GPTConfig.modern(2, vocab_size=2048, sequence_len=128, head_dim=64),
         batch_tokens=2048,
         seconds=30,
+        look=LookConfig(eval_tokens=8192),
     )
     form = settings(start, ("tag", "seconds", "model.n_layer", "batch_tokens"), title="The run")
     form
@@ -113,7 +114,7 @@ def _(form, pretrain, stage):
 
 @app.cell
 def _(run, summary):
-    summary(run.result)
+    summary(run)
     return
 
 

@@ -19,7 +19,7 @@ from primechat.desk.labs import runner
 from primechat.desk.labs.forms import build_form, read_command
 from primechat.desk.labs.runner import in_marimo, in_notebook, open_control, show
 from primechat.lessons import Broken, Exercise, is_stub
-from primechat.records import encode_record
+from primechat.records import count_noun, encode_record
 from primechat.store import ModelEntry
 from primechat.views.widgets.controls import ExerciseCard, Live, ModelPicker, Notice, Prediction
 from primechat.views.widgets.runs import RunLog, StageControl, Summary, build_event, describe_figures
@@ -63,7 +63,7 @@ def describe_entry(entry: ModelEntry) -> str:
     parts = [f"{entry.n_params / 1e6:,.1f} million parameters"] if entry.n_params else []
     steps = entry.steps or entry.snapshots
     if steps:  # a model of other people's has none
-        parts.append(f"{max(steps):,} steps of training")
+        parts.append(f"{count_noun(max(steps), 'step')} of training")
     if entry.val_bpb is not None:
         parts.append(f"{entry.val_bpb:.2f} bits per byte")
     origin = "ships with primechat" if entry.shipped else "another project's" if entry.family == "hf" else ""
@@ -183,12 +183,16 @@ def summary(result: Any, *, title: str = "", notes: Sequence[str] = ()) -> Any:
     """Return what came of a run: figures, curves, samples.
 
     Args:
-        result: a stage's result, or None where it has not run yet.
+        result: what `stage` returned, or its `.result`, which is None where it has not run yet.
         title: what stands above; empty is the model's identifier.
         notes: sentences below, for example what to do next.
     """
+    state, result = getattr(result, "state", ""), getattr(result, "result", result)
     if result is None:
         waiting = "Nothing has run yet: press Start above" + ("." if in_marimo() else ", then run this cell.")
+        if state in ("running", "stopping"):
+            again = "" if in_marimo() else " Run this cell again then."
+            waiting = f"The run is under way above. What came of it will stand here once it is done.{again}"
         return show(Summary(title=title or "Result", notes=[waiting]))
     log, record = RunLog(), encode_record(result)
     for event in record.pop("events", None) or ():

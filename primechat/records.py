@@ -18,6 +18,15 @@ class NoteEvent:
     kind: str = "note"
 
 
+def count_noun(n: int, noun: str) -> str:
+    """Return a number with its noun, which has an s unless there is one thing.
+
+    >>> count_noun(1, "step"), count_noun(1200, "step")
+    ('1 step', '1,200 steps')
+    """
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PhaseEvent:
     """A stage begins a part of its work; `total` is in `unit`, 0 where unknown."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import time
@@ -89,7 +88,7 @@ def test_start_stop_go_on(serve: Callable[..., Any], lab_page: Callable[..., Any
     form = page.locator(".pc-settings", has=page.get_by_text("The run", exact=True)).first
     form.get_by_text("More settings").click()
     for name, value in {**TINY, "steps": "400"}.items():
-        form.get_by_role("textbox", name=re.compile(rf"^{re.escape(name)}$")).fill(value)
+        form.locator(f'input[data-field="{name}"]').fill(value)
     form.locator("code", has_text="--steps 400").wait_for(state="attached")
     page.wait_for_timeout(1500)  # the cell below has run again with these settings
     t_start = time.monotonic()

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import primechat as pc
 from primechat import store
-from primechat.config import EvaluateConfig, PretrainConfig, RuntimeConfig, decode_config
+from primechat.config import (
+    EvaluateConfig,
+    GPTConfig,
+    PretrainConfig,
+    RuntimeConfig,
+    TokenizerConfig,
+    decode_config,
+)
+from primechat.stages.pretrain import find_shipped
+from primechat.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 CARD = DATA / "README.md"
@@ -60,3 +70,15 @@ def test_bits_per_byte_are_those_of_the_card(name: str) -> None:
     runtime = RuntimeConfig(device="cpu", dtype="float32", threads=1)
     result = pc.evaluate(EvaluateConfig(model=name, runtime=runtime))
     assert result.scored_bytes == 699_021 and result.bpb == pytest.approx(read_card(name), abs=TOLERANCE)
+
+
+def test_shipped_tokenizer_is_what_training_gives(base_dir: Path) -> None:
+    """So a first run on the text that ships takes it, instead of training the very same again."""
+    made = pc.train_tokenizer(TokenizerConfig(tag="again", corpus="chitchat", vocab_size=2048))
+    config = PretrainConfig(
+        tag="new", model=GPTConfig.modern(1, vocab_size=2048, sequence_len=64, head_dim=64)
+    )
+    found = find_shipped(config)
+    assert found and Tokenizer.load(found).identity == made.identity
+    larger = GPTConfig.modern(1, vocab_size=2112, sequence_len=64, head_dim=64)
+    assert find_shipped(replace(config, model=larger)) is None

@@ -20,7 +20,7 @@ from primechat.errors import ConfigError, PrimechatError
 from primechat.model.gpt import GPT
 from primechat.records import StepEvent
 from primechat.train.loop import fit, lr_ratio, muon_momentum
-from primechat.train.optim import Muon, Optimizer, orthogonalize
+from primechat.train.optim import Adam, Muon, Optimizer, orthogonalize
 from primechat.train.parallel import Ranks, is_echo
 from primechat.train.tune import Candidate, decide_compile, list_devices, tune_runtime
 
@@ -313,3 +313,57 @@ def test_state_fits_any_ranks(tmp_path: Path, alone: tuple[dict[str, torch.Tenso
 def test_echoes_of_another_rank() -> None:
     assert is_echo(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"))
     assert not is_echo(RuntimeError("expected a tensor")) and not is_echo(ValueError("closed by peer"))
+
+
+def test_search_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where threads wait for each other, several are not tried; a short run is measured for a short time."""
+    from primechat.train import tune
+
+    said: list[tuple[str, float]] = []
+    monkeypatch.setattr(tune, "threads_pay", lambda threads: False)
+    monkeypatch.setattr(tune, "count_cores", lambda: 4)
+    model = make_model()
+    ids, targets = make_batches()[0]
+    tuning = tune_runtime(
+        model, lambda: Optimizer(model, OptimConfig(), 32), ids, targets, RuntimeConfig(device="cpu"),
+        Ranks(), seconds=30, on_phase=lambda name, seconds: said.append((name, seconds)),
+    )  # fmt: skip
+    assert tuning.runtime.threads == 1 and any("4 threads were not tried" in note for note in tuning.notes)
+    assert {note.split(",")[0] for note in tuning.notes} >= {"cpu float32", "cpu bfloat16"}
+    assert said == [(tune.MEASURING, 3.0)]
+    assert isinstance(tune.threads_pay(2), bool)
+
+
+def test_optimizer_loads_no_compiler() -> None:
+    """torch's compiler takes seconds to load; a run that compiles nothing must not wait for it."""
+    code = (
+        "import sys, torch; from torch import nn; from primechat.config import OptimConfig\n"
+        "from primechat.train.optim import Optimizer\n"
+        "model = nn.Linear(2, 2); optimizer = Optimizer(model, OptimConfig(), 2)\n"
+        "model(torch.ones(1, 2)).sum().backward(); optimizer.step(1.0, 0.9)\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_adam_is_that_of_torch() -> None:
+    """The fused function and torch.optim.AdamW move a table alike, to the bit."""
+    draw = torch.Generator().manual_seed(0)
+    table = torch.randn(7, 3, generator=draw)
+    mine, theirs = torch.nn.Parameter(table.clone()), torch.nn.Parameter(table.clone())
+    ours = Adam([([mine], 0.1)])
+    other = torch.optim.AdamW([theirs], lr=0.1, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+    for ratio in (1.0, 0.7, 0.1):
+        mine.grad = torch.randn(7, 3, generator=draw)
+        theirs.grad = mine.grad.clone()
+        other.param_groups[0]["lr"] = 0.1 * ratio
+        with torch.no_grad():
+            ours.step(ratio)()
+        other.step()
+    assert torch.equal(mine, theirs)
+    kept = Adam([([mine], 0.1)])
+    kept.load_state_dict(other.state_dict())  # as runs of before saved it
+    assert torch.equal(
+        kept.state_dict()["state"][0]["exp_avg_sq"], ours.state_dict()["state"][0]["exp_avg_sq"]
+    )

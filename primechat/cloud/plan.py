@@ -16,6 +16,7 @@ from pathlib import Path
 
 from primechat.config import GPTConfig, LookConfig, PretrainConfig
 from primechat.errors import ConfigError
+from primechat.records import count_noun
 from primechat.text.shards import HUB_CORPORA
 
 CHARS_A_TOKEN = 4.8  # of nanochat's tokenizer of 65,536 tokens on FineWeb-Edu; smaller vocabularies have less
@@ -338,13 +339,13 @@ def describe_plan(plan: Plan) -> Iterator[str]:
     yield from list_parts(f"Parameters {model.n_params:,}", plan.params, 1e6, "M")
     each, shards = plan.tokens / model.n_params, f", {plan.shards:,} shards" if plan.shards else ""
     yield f"Text {plan.tokens:,} tokens, {each:.1f} a parameter{shards}"
-    yield f"  {plan.steps:,} steps of {config.batch_tokens:,} tokens"
+    yield f"  {count_noun(plan.steps, 'step')} of {config.batch_tokens:,} tokens"
     yield f"Work {plan.total_flops:.4g} FLOPs, {plan.flops_per_token:,} a token"
     size = f"{plan.memory_bytes / 1e9:,.1f} of {machine.memory_bytes / 1e9:,.0f} GB"
     yield from list_parts(f"Memory {size} of each GPU", plan.memory, 1e9, "GB")
     if plan.micro_batch_rows:
         again = f", {plan.accumulate} times a step" if plan.accumulate > 1 else ", once a step"
-        yield f"  {plan.micro_batch_rows} rows at a time on each GPU{again}"
+        yield f"  {count_noun(plan.micro_batch_rows, 'row')} at a time on each GPU{again}"
     else:
         yield "  DOES NOT FIT, not even one row; try --run.runtime.checkpoint_blocks, more GPUs or less depth"
     yield from list_parts(f"Disk {plan.disk_bytes / 1e9:,.1f} GB", plan.disk, 1e9, "GB")

@@ -24,7 +24,7 @@ from primechat.infer.admission import GOOD_SHARE, describe_memory, find_memory, 
 from primechat.infer.engine import Engine, Options
 from primechat.model.checkpoint import Loaded, load_checkpoint
 from primechat.model.gpt import GPT
-from primechat.records import NoteEvent, OnEvent
+from primechat.records import NoteEvent, OnEvent, count_noun
 
 ERAS = {
     "classic": "nanochat of October 2025",
@@ -174,7 +174,7 @@ def describe_design(loaded: Loaded) -> Iterator[tuple[str, str]]:
     yield "vocabulary", f"{c.vocab_size:,} tokens; trained on {c.sequence_len:,} at a time"
     cap = f"{c.logit_softcap:g}" if c.logit_softcap else "off"
     yield "numerics", f"RoPE base {c.rope_base:,.0f}, softcap {cap}"
-    yield "parameters", f"{c.n_params:,}, {loaded.step:,} steps of training"
+    yield "parameters", f"{c.n_params:,}, {count_noun(loaded.step, 'step')} of training"
     if isinstance(bpb, (int, float)):
         yield "val_bpb", f"{bpb:.4f} as stored: of its own validation text, not to compare with another's"
 

@@ -116,6 +116,7 @@ class ProgressView:
         if event is self.training or not self.training:
             total = f"{event.total:,.0f} {event.unit}"
             total = f"{event.total / 1e6:,.1f} MB" if event.unit == "bytes" else total
+            total = f"up to {total}" if event.unit == "s" else total
             self.write_line(f"{event.name} ({total})" if event.total else event.name)
 
     def describe_bytes(self, done: float) -> tuple[str, str]:
@@ -183,9 +184,12 @@ class BarView(ProgressView):
     def start_phase(self, event: PhaseEvent) -> None:
         self.close_bars(keep=self.training.name if self.training else "")
         short = event.name.partition(":")[0]  # the bar needs the room
-        self.bar_of[event.name] = self.bars.add_task(short, total=event.total or None, figures="")
+        self.bar_of[event.name] = self.bars.add_task(short, total=self.count_total(event), figures="")
         if self.training and event is not self.training:
             self.insets.add(event.name)
+
+    def count_total(self, event: PhaseEvent) -> float | None:
+        return None if event.unit == "s" else event.total or None  # nobody tells of seconds that pass
 
     def show_share(self, done: float) -> None:
         if self.phase.name in self.bar_of:

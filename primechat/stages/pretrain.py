@@ -15,6 +15,7 @@ from typing import Any
 from primechat import store
 from primechat.config import PretrainConfig, TokenizerConfig
 from primechat.errors import ConfigError
+from primechat.model.checkpoint import find_steps, read_meta
 from primechat.records import OnEvent, TrainResult
 from primechat.stages.run import Job, TrainingRun, pick_device, write_continuation
 from primechat.stages.tokenizer import train_tokenizer
@@ -91,7 +92,8 @@ def pretrain(
 
 
 def choose_tokenizer(config: PretrainConfig, on_event: OnEvent | None = None) -> Tokenizer:
-    """Return the named tokenizer, else the tag's own, else the base directory's if it fits; or train one.
+    """Return the named tokenizer, else the tag's own, else the base directory's if it fits, else the shipped
+    one if it is what training would give; or train one.
 
     Raises:
         ConfigError: the vocabulary of one that is named, or the tag's own, is not the model's.
@@ -102,6 +104,8 @@ def choose_tokenizer(config: PretrainConfig, on_event: OnEvent | None = None) ->
     if not config.tokenizer and not own.exists():
         if (shared / "tokenizer.pkl").exists() and Tokenizer.load(shared).vocab_size == wanted:
             folder = shared
+        elif (shipped := find_shipped(config)) is not None:
+            folder = shipped
         else:
             made = TokenizerConfig(tag=config.tag, corpus=config.corpus, vocab_size=wanted)
             train_tokenizer(made, on_event=on_event)
@@ -112,6 +116,20 @@ def choose_tokenizer(config: PretrainConfig, on_event: OnEvent | None = None) ->
             "set it so, or take another --tag, which gets a tokenizer of its own."
         )
     return tokenizer
+
+
+def find_shipped(config: PretrainConfig) -> Path | None:
+    """Return the tokenizer that ships with primechat where training one would give the very same: it was
+    trained on this text, and has as many tokens.
+    """
+    folder = store.choose_tag(store.SHIPPED, "base")
+    steps = find_steps(folder) if folder else []
+    if not folder or not steps:
+        return None
+    corpus = corpus_identity(config.corpus, "train", n_shards=config.n_shards)
+    same = read_meta(folder, steps[-1]).get("corpus") == corpus
+    found = folder / "tokenizer"
+    return found if same and Tokenizer.load(found).vocab_size == config.model.vocab_size else None
 
 
 def cache_text(

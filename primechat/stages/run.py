@@ -45,6 +45,7 @@ from primechat.records import (
     SampleEvent,
     StepEvent,
     TrainResult,
+    count_noun,
     encode_record,
 )  # fmt: skip
 from primechat.stages.job import Job as Job
@@ -63,6 +64,8 @@ from primechat.train.tune import Tuning, tune_runtime
 
 SAMPLE_TOKENS = 48
 SAVE_EVERY_S = 60.0
+VALIDATION = "validation: the loss on text that it does not learn from"
+GENERAL = "general text: how much of it is forgotten"
 GENERAL_TOKENS = 100_000  # where the whole validation split is scored at the end
 
 
@@ -81,9 +84,8 @@ def open_folder(config: PretrainConfig | FinetuneConfig, family: str) -> Path:
     steps = find_steps(folder)
     if steps and not config.resume:
         raise ConfigError(
-            f"tag={config.tag!r} has a {family} model of {steps[-1]} steps in {folder}; resume it "
-            "(--resume) or choose "
-            "another tag."
+            f"tag={config.tag!r} has a {family} model of {count_noun(steps[-1], 'step')} in {folder}; "
+            "resume it (--resume) or choose another tag."
         )
     if config.resume and not (folder / "config.json").exists():
         raise ConfigError(
@@ -230,7 +232,6 @@ class TrainingRun:
     def tune(self, model: GPT, ids: Tensor, targets: Tensor) -> Tuning:
         """Measure how to run, on rank 0's word."""
         config = self.config
-        self.tell(PhaseEvent(name="measuring this machine", total=0, unit="s"))
         steps = config.steps or self.job.default_steps
 
         def make_optimizer() -> Optimizer:
@@ -248,6 +249,7 @@ class TrainingRun:
             seconds=config.seconds,
             steps=steps,
             make=self.job.make_loss,
+            on_phase=lambda name, seconds: self.tell(PhaseEvent(name=name, total=seconds, unit="s")),
         )
         for note in tuning.notes:
             self.tell(NoteEvent(text=note))
@@ -275,11 +277,11 @@ class TrainingRun:
         config = self.config
         if last or step % config.look.eval_every == 0:
             tokens = self.job.last_eval_tokens if last else config.look.eval_tokens
-            self.last_bits = self.measure("validation", self.job.open_windows, tokens)
+            self.last_bits = self.measure(VALIDATION, self.job.open_windows, tokens)
             general = None
             if self.job.open_general:
                 few = tokens or GENERAL_TOKENS
-                general = self.measure("general text", self.job.open_general, few).bpb
+                general = self.measure(GENERAL, self.job.open_general, few).bpb
             self.tell(
                 LossEvent(
                     step=step,

@@ -58,7 +58,7 @@ def train_tokenizer(
             if chars >= config.max_chars:
                 return
 
-    tell(PhaseEvent(name="tokenizer: reading text and merging pairs", total=0, unit="characters"))
+    tell(PhaseEvent(name="tokenizer: which pieces the words are made of", unit="characters"))
     tokenizer = Tokenizer.train(read_texts(), config.vocab_size)
     try:
         tokenizer.save(folder)

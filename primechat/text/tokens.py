@@ -85,7 +85,7 @@ def build_cache(
     building = Path(tempfile.mkdtemp(dir=folder, prefix=".building-"))
     try:
         if on_event:
-            on_event(PhaseEvent(name="tokenize", unit="documents"))
+            on_event(PhaseEvent(name="tokens: the text is cut into them, once", unit="documents"))
         meta = {"identity": identity, "corpus": key}
         write_cache(iter(documents), tokenizer, building, meta, threads, on_event)
         if target.exists() and not open_cache(target, identity):

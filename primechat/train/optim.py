@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from primechat.config import OptimConfig
 from primechat.train.parallel import Share, sum_numbers
@@ -108,33 +109,45 @@ def row_shape(p: Tensor) -> tuple[int, int]:
 
 
 class Adam:
-    """Fused AdamW; of a table each rank keeps and moves its rows, scalars are moved on every rank."""
+    """Fused AdamW; of a table each rank keeps and moves its rows, scalars are moved on every rank.
+
+    Its function and not `torch.optim.AdamW`: making one of those loads torch's compiler, which takes seconds
+    of the time before a first step.
+    """
 
     def __init__(self, groups: list[tuple[list[nn.Parameter], float]]) -> None:
+        self.groups = groups
         self.params = [p for params, _ in groups for p in params]
         self.shares = [Share(len(p)) if p.ndim == 2 and len(p) > 1 else None for p in self.params]
         self.mine = {
-            p: nn.Parameter(p.data[share.lo : share.hi]) if share and share.world_size > 1 else p
+            p: p.data[share.lo : share.hi] if share and share.world_size > 1 else p
             for p, share in zip(self.params, self.shares, strict=True)
         }
-        self.adam = torch.optim.AdamW(
-            [{"params": [self.mine[p] for p in params], "lr": lr, "peak": lr} for params, lr in groups],
-            betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True,
-        )  # fmt: skip
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
 
     def step(self, ratio: float) -> Callable[[], None]:
         """Move this rank's rows; the call that is returned waits for the others'."""
-        for group in self.adam.param_groups:
-            group["lr"] = group["peak"] * ratio
-        for p, share in zip(self.params, self.shares, strict=True):
-            if self.mine[p] is not p and share and p.grad is not None:
-                self.mine[p].grad = p.grad[share.lo : share.hi]
-        self.adam.step()
-        coming = []
-        for p, share in zip(self.params, self.shares, strict=True):
-            if self.mine[p] is not p and share:
-                self.mine[p].grad = None
-                coming.append((p, share.gather(self.mine[p].data)))
+        shares = dict(zip(self.params, self.shares, strict=True))
+        for params, peak in self.groups:
+            ready, grads = [p for p in params if p.grad is not None], []
+            for p in ready:
+                share, whole, mine = shares[p], p.grad, self.mine[p]
+                assert whole is not None, "only parameters with a gradient are moved"
+                grads.append(whole[share.lo : share.hi] if share and mine is not p else whole)
+                if p not in self.state:
+                    zeros = {key: torch.zeros_like(mine.data) for key in ("exp_avg", "exp_avg_sq")}
+                    self.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+            first, second, steps = (
+                [self.state[p][key] for p in ready] for key in ("exp_avg", "exp_avg_sq", "step")
+            )
+            if ready:
+                adamw(
+                    [self.mine[p] for p in ready], grads, first, second, [], steps, fused=True, amsgrad=False,
+                    beta1=0.8, beta2=0.95, lr=peak * ratio, weight_decay=0.0, eps=1e-10, maximize=False,
+                )  # fmt: skip
+        coming = [
+            (p, share.gather(self.mine[p])) for p, share in shares.items() if share and self.mine[p] is not p
+        ]
 
         def wait() -> None:
             for p, whole in coming:
@@ -144,25 +157,25 @@ class Adam:
 
     def state_dict(self) -> dict[str, Any]:
         """Return AdamW's state of whole tables."""
-        state = self.adam.state_dict()
         whole = {}
         for i, (p, share) in enumerate(zip(self.params, self.shares, strict=True)):
-            whole[i] = dict(state["state"].get(i, {}))
-            for key in ("exp_avg", "exp_avg_sq"):
-                if self.mine[p] is not p and share and key in whole[i]:
-                    whole[i][key] = share.gather(whole[i][key])().clone()
-        return {**state, "state": {i: found for i, found in whole.items() if found}}
+            found: dict[str, Tensor] = dict(self.state.get(p, {}))
+            if self.mine[p] is not p and share:
+                tables = {key: share.gather(found[key])().clone() for key in found if key != "step"}
+                found |= tables
+            if found:
+                whole[i] = found
+        return {"state": whole}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take this rank's rows of a whole state."""
-        mine = {}
         for i, found in state["state"].items():
             p, share = self.params[int(i)], self.shares[int(i)]
-            mine[i] = dict(found)
-            for key in ("exp_avg", "exp_avg_sq"):
-                if self.mine[p] is not p and share:
-                    mine[i][key] = found[key][share.lo : share.hi].clone()
-        self.adam.load_state_dict({**state, "state": mine})
+            rows = slice(share.lo, share.hi) if self.mine[p] is not p and share else slice(None)
+            self.state[p] = {
+                key: (value if key == "step" else value[rows]).to(p.device, torch.float32, copy=True)
+                for key, value in found.items()
+            }
 
 
 class Optimizer:

@@ -1,8 +1,8 @@
 """Which device, precision, threads, micro-batch and compilation a run uses: measured once on its real step.
 
-Hides: the search. It takes at most ten seconds where one step takes less, and what it found is frozen into
-the run's config. Small runs on a busy machine can be many times slower with two threads than with one,
-hence measuring.
+Hides: the search. It takes a tenth of the run, at most ten seconds where one step takes less, and what it
+found is frozen into the run's config. Small runs on a busy machine can be many times slower with two threads
+than with one, hence measuring.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from primechat.config import RuntimeConfig
 from primechat.errors import ConfigError
 from primechat.model.attention import describe_attention
 from primechat.model.gpt import GPT
+from primechat.records import count_noun
 from primechat.train.loop import SumLoss
 from primechat.train.optim import Optimizer
 from primechat.train.parallel import Ranks, share_object
 
 MakeLoss = Callable[[GPT, RuntimeConfig], SumLoss]
-LIMIT_S = 10.0
+LIMIT_S, LEAST_S, SHARE = 10.0, 2.0, 0.1  # of the search: at most, at least, and its share of the run
+MEASURING = "measuring this machine: which number format and how many threads are fastest"
+COMPILING = "compiling: the model becomes a faster program"
 # What compiling brought on a 2-core server CPU where nothing was measured yet: seconds, and eager time /
 # compiled time
 COMPILE_GUESS = {"compile_s": 45.0, "gain_float32": 1.2, "gain_bfloat16": 1.8}
@@ -89,12 +92,37 @@ def wait_device(device: str) -> None:
         torch.mps.synchronize()
 
 
-def time_call(call: Callable[[], Any], device: str, repeats: int = 3) -> float:
-    """Return the median seconds of a call after one to warm up, or of that one where it took over a
-    second.
+def limit_search(seconds: float) -> float:
+    """Return how long a run of so many seconds may be measured beforehand.
+
+    >>> [limit_search(s) for s in (5, 30, 3600)]
+    [2.0, 3.0, 10.0]
     """
+    return min(LIMIT_S, max(LEAST_S, SHARE * seconds))
+
+
+def threads_pay(threads: int) -> bool:
+    """Tell whether several threads multiply small matrices faster than one: on a busy machine, where each
+    waits for the other, they are many times slower, and a whole step would take too long to find out.
+    """
+    x, spent = torch.ones(128, 512), {1: 0.0, threads: 0.0}
+    w = torch.ones(512, 512)
+    for _ in range(12):
+        for n in spent:
+            torch.set_num_threads(n)
+            t_start = time.perf_counter()
+            for _ in range(4):
+                x @ w
+            spent[n] += time.perf_counter() - t_start
+        if spent[threads] > 0.1 + spent[1]:
+            return False
+    return spent[threads] < spent[1]
+
+
+def time_call(call: Callable[[], Any], device: str, repeats: int = 3, limit_s: float = 1.0) -> float:
+    """Return the median seconds of a call after one to warm up; of fewer repeats once `limit_s` are spent."""
     times: list[float] = []
-    while len(times) <= repeats and not (times and times[0] > 1):
+    while len(times) <= repeats and not sum(times) > limit_s:
         t_start = time.perf_counter()
         call()
         wait_device(device)
@@ -143,6 +171,7 @@ def tune_runtime(
     steps: int = 0,
     known: dict[str, float] | None = None,
     make: MakeLoss | None = None,
+    on_phase: Callable[[str, float], None] = lambda name, seconds: None,
 ) -> Tuning:
     """Choose how to run, by running.
 
@@ -157,6 +186,7 @@ def tune_runtime(
         steps: optimizer steps of the run where `seconds` is 0.
         known: `compile_s`, `gain_float32`, `gain_bfloat16` as measured on this machine before.
         make: makes the run's loss; None is `make_loss`.
+        on_phase: hears what is being done, and about how many seconds it takes.
 
     Returns:
         The settings with nothing left open. The model is on the chosen device.
@@ -164,14 +194,16 @@ def tune_runtime(
     t_start, make = time.perf_counter(), make or make_loss
     n_rows = len(ids)
     cores = max(1, count_cores() // ranks.world_size)
-    threads = [runtime.threads] if runtime.threads else sorted({1, cores})
+    one = runtime.threads or 1
+    limit_s = limit_search(seconds) if seconds else LIMIT_S
+    on_phase(MEASURING, limit_s)
     rows = runtime.micro_batch_rows or min(n_rows, max(1, 1024 // ids.size(1)))
     tried: list[Candidate] = []
-    skipped = False
+    skipped, busy = False, list[str]()
 
     def try_one(candidate: Candidate) -> None:
         nonlocal skipped
-        if tried and time.perf_counter() - t_start > LIMIT_S * 0.8:
+        if tried and time.perf_counter() - t_start > limit_s * 0.8:
             skipped = True
         elif candidate not in (replace(c, tokens_per_s=0.0) for c in tried):
             tried.append(measure_candidate(model, ids, targets, candidate, make))
@@ -185,9 +217,15 @@ def tune_runtime(
             else ["float32", "bfloat16"]
         )
         for dtype in dtypes:
-            for n in threads if device == "cpu" else [cores]:
-                try_one(Candidate(device=device, dtype=dtype, threads=n, rows=rows))
+            n = one if device == "cpu" else cores
+            try_one(Candidate(device=device, dtype=dtype, threads=n, rows=rows))
     best = max(tried, key=lambda c: c.tokens_per_s)
+    if best.device == "cpu" and not runtime.threads and cores > 1:
+        if threads_pay(cores):
+            try_one(replace(best, threads=cores, tokens_per_s=0.0))
+            best = max(tried, key=lambda c: c.tokens_per_s)
+        else:
+            busy = [f"{cores} threads were not tried: they wait for other programs of this machine."]
     if not runtime.micro_batch_rows:
         sizes = [r for r in (2**i for i in range(12)) if rows < r <= n_rows and n_rows % r == 0]
         for size in sizes:
@@ -225,6 +263,7 @@ def tune_runtime(
     compile_s = 0.0
     if chosen.compile == "on":
         loss = make(model, chosen)
+        on_phase(COMPILING, {**COMPILE_GUESS, **(known or {})}["compile_s"])
         try:
             compile_s = time_call(lambda: run_micro(model, loss, x, y), best.device, repeats=0)
             fast_s = time_call(lambda: run_micro(model, loss, x, y), best.device)
@@ -235,17 +274,19 @@ def tune_runtime(
             loss = make(model, chosen)
             why = f"compilation failed ({type(error).__name__}), so the program runs as it is"
     notes = [
-        f"{c.device} {c.dtype}, {c.threads} thread(s), {c.rows} rows: {c.tokens_per_s:,.0f} tokens/s"
+        f"{c.device} {c.dtype}, {count_noun(c.threads, 'thread')}, {count_noun(c.rows, 'row')}: "
+        f"{c.tokens_per_s:,.0f} tokens/s"
         for c in tried
     ]
     attention = describe_attention(best.device, getattr(torch, best.dtype))
     notes += [
-        f"Chosen: {best.device}, {best.dtype}, {best.threads} thread(s), {best.rows} rows at a time; "
-        f"attention: {attention}.",
+        *busy,
+        f"Chosen: {best.device}, {best.dtype}, {count_noun(best.threads, 'thread')}, "
+        f"{count_noun(best.rows, 'row')} at a time; attention: {attention}.",
         f"Compilation {chosen.compile}: {why}.",
     ]
     if skipped:
-        notes.append(f"Not everything was tried: one step is too long for {LIMIT_S:.0f} s of measuring.")
+        notes.append(f"Not everything was tried: one step is too long for {limit_s:.0f} s of measuring.")
     return Tuning(
         runtime=chosen, loss=loss, step_s=share_object(step_s), compile_s=compile_s, notes=tuple(notes)
     )

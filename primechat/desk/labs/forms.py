@@ -20,6 +20,7 @@ from typing import Any
 from primechat.config.runtime import COMPILE, DEVICES, DTYPES
 from primechat.errors import ConfigError
 from primechat.views.widgets.runs import SettingsForm
+from primechat.views.words import name_field
 
 SECTIONS = {
     "": "More settings", "model": "The model's shape and switches", "optim": "The optimizer",
@@ -36,7 +37,8 @@ def build_form(config: Any, simple: Sequence[str], title: str) -> SettingsForm:
     order = {name: i for i, name in enumerate(simple)}
     shown = [
         {
-            "name": name, "help": text, "simple": name in order, "section": name_section(name),
+            "name": name, "title": name_field(name), "help": text, "simple": name in order,
+            "section": name_section(name),
             "form": name_form(name, kind), "choices": list(CHOICES.get(name, ())),
         }
         for name, _, kind, text in sorted(fields, key=lambda field: order.get(field[0], len(order)))

@@ -18,7 +18,7 @@ from typing import Any
 
 from primechat import store
 from primechat.errors import PrimechatError
-from primechat.records import Event
+from primechat.records import Event, count_noun
 from primechat.views.widgets.runs import RunLog, StageControl
 
 SEND_EVERY_S, BEAT_EVERY_S = 0.3, 1.0
@@ -160,7 +160,8 @@ class Runner:
         if not stopped:
             return "done", ""
         steps = self.log.saved if self.log.saved is not None else 0
-        return "stopped", f"Stopped and saved after {steps:,} steps. Go on where it stopped, or start afresh."
+        kept = f"Stopped and saved after {count_noun(steps, 'step')}."
+        return "stopped", f"{kept} Go on where it stopped, or start afresh."
 
     def hear(self, event: Event) -> None:
         """Take in an event; on the worker's thread."""

@@ -50,5 +50,6 @@ def summary(result: Any, *, title: str = "", notes: Sequence[str] = ()) -> None:
     """Print what came of a run."""
     import os
 
+    result = getattr(result, "result", result)  # of a stage, or what stage() returned
     if result is not None and os.environ.get("RANK", "0") == "0":
         print("\n".join([describe_result(result), *notes]))

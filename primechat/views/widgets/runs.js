@@ -9,10 +9,12 @@ function shape(tag, attributes, ...children) {
   return node;
 }
 
-/** Round numbers within a range: three to six of them. */
-function ticks(low, high, wish = 4) {
-  const rough = (high - low) / wish || 1, power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
+const counted = (n) => `${number(n)} step${n === 1 ? "" : "s"}`;
+
+/** Round numbers within a range, three to six of them, none closer than `least`. */
+function ticks(low, high, least = 0, wish = 4) {
+  const rough = Math.max((high - low) / wish, least) || 1, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough * 0.999);
   const found = [];
   for (let value = Math.ceil(low / step) * step; value <= high + 1e-9; value += step) found.push(value);
   return found;
@@ -29,20 +31,21 @@ function curves(later) {
     if (node.hidden) return;
     const height = 230, left = 44, right = 104, top = 26, bottom = 30;
     const xs = [...train, ...val].map((point) => point[0]), ys = [...train, ...val].map((point) => point[1]);
-    const xEnd = Math.max(view.steps || 0, ...xs, 1), yLow = Math.min(...ys), yHigh = Math.max(...ys);
-    const pad = (yHigh - yLow || 1) * 0.06, y0 = yLow - pad, y1 = yHigh + pad;
+    const xEnd = Math.max(view.steps || 0, ...xs, 1), middle = (Math.min(...ys) + Math.max(...ys)) / 2;
+    const half = Math.max(0.53 * (Math.max(...ys) - Math.min(...ys)), ys.length > 1 ? 0.02 : 0.5), y0 = middle - half, y1 = middle + half;
     const x = (step) => left + (step / xEnd) * (width - left - right);
     const y = (loss) => top + ((y1 - loss) / (y1 - y0)) * (height - top - bottom);
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.setAttribute("width", width);
     svg.setAttribute("height", height);
-    svg.setAttribute("aria-label", `Loss over ${number(xEnd)} steps, now ${number(ys.at(-1), 3)} nats per token`);
+    svg.setAttribute("aria-label", `Loss over ${counted(xEnd)}, now ${number(ys.at(-1), 3)} nats per token`);
     const parts = [];
-    for (const value of ticks(y0, y1)) {
+    const levels = ticks(y0, y1, 0.01), digits = Math.max(0, Math.ceil(-Math.log10(levels[1] - levels[0] || 1) - 1e-9));
+    for (const value of levels) {
       parts.push(shape("line", { x1: left, x2: width - right, y1: y(value), y2: y(value), class: "pc-grid" }));
-      parts.push(shape("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, number(value, 1)));
+      parts.push(shape("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, number(value, digits)));
     }
-    for (const value of ticks(0, xEnd)) {
+    for (const value of ticks(0, xEnd, 1)) {
       parts.push(shape("text", { x: x(value), y: height - bottom + 18, "text-anchor": "middle" }, number(value)));
     }
     parts.push(shape("text", { x: width - right, y: height - 2, "text-anchor": "end" }, "steps"));
@@ -53,9 +56,9 @@ function curves(later) {
     const ends = [[train.at(-1), "training text", "pc-train-name"], [val.at(-1), "new text", "pc-val-name"]].filter(([point]) => point)
       .map(([point, text, name]) => ({ at: [Math.max(...[train, val].filter((all) => all.length).map((all) => x(all.at(-1)[0]))) + 10, y(point[1]) + 4], text, name }));
     if (ends.length === 2 && Math.abs(ends[0].at[1] - ends[1].at[1]) < 16) {
-      const upper = ends[0].at[1] <= ends[1].at[1] ? 0 : 1, middle = (ends[0].at[1] + ends[1].at[1]) / 2;
-      ends[upper].at[1] = middle - 8;
-      ends[1 - upper].at[1] = middle + 8;
+      const upper = ends[0].at[1] <= ends[1].at[1] ? 0 : 1, between = (ends[0].at[1] + ends[1].at[1]) / 2;
+      ends[upper].at[1] = between - 8;
+      ends[1 - upper].at[1] = between + 8;
     }
     for (const end of ends) parts.push(shape("text", { x: end.at[0], y: end.at[1], class: end.name }, end.text));
     svg.replaceChildren(...parts);
@@ -105,7 +108,7 @@ function filmstrip() {
     const follows = frames.scrollLeft + frames.clientWidth > frames.scrollWidth - 30;
     shown = key;
     frames.replaceChildren(...mine.map(([step, , text]) => h("div", { class: "pc-frame" },
-      h("span", { class: "pc-label", text: step ? `after ${number(step)} steps` : "before the first step" }), h("p", { text: text.trim() || "(nothing)" }))));
+      h("span", { class: "pc-label", text: step ? `after ${counted(step)}` : "before the first step" }), h("p", { text: text.trim() || "(nothing)" }))));
     if (follows) frames.scrollLeft = frames.scrollWidth;
   };
   const name = (text) => text.trim().split("\n")[0].slice(0, 40);
@@ -139,7 +142,7 @@ const WORDS = { ready: "Ready", running: "Running", stopping: "Stopping", stoppe
 function drawStage({ model, root, listen, later }) {
   const ask = asking(model, later), chart = curves(later);
   const badge = h("span", { class: "pc-badge" }), actions = h("div", { class: "pc-row" }), left = h("span", { class: "pc-muted" });
-  const phase = h("span"), fill = h("div"), bar = h("div", { class: "pc-bar", role: "progressbar" }, fill);
+  const phase = h("div", { class: "pc-row" }), fill = h("div"), bar = h("div", { class: "pc-bar", role: "progressbar" }, fill);
   const figures = h("div", { class: "pc-stats" }), film = filmstrip(), small = gauges(), message = h("div", { "aria-live": "polite" });
   const notes = h("div"), moreNotes = more("What was chosen and measured", notes);
   const silent = h("div", { class: "pc-error", hidden: true });
@@ -168,8 +171,9 @@ function drawStage({ model, root, listen, later }) {
   };
   const drawView = () => {
     const view = model.get("view"), on = isOn(), share = view.total ? Math.min(1, view.done / view.total) : 0;
-    const amount = view.unit === "bytes" ? `${number(view.done / 1e6, 1)} of ${number(view.total / 1e6, 1)} MB` : view.total ? `${number(view.done)} of ${number(view.total)} ${view.unit}` : "";
-    phase.textContent = on ? [view.phase || "Getting ready", amount].filter(Boolean).join(": ") : "";
+    const amount = view.unit === "s" ? "" : view.unit === "bytes" ? `${number(view.done / 1e6, 1)} of ${number(view.total / 1e6, 1)} MB` : view.total ? `${number(view.done)} of ${number(view.total)} ${view.unit}` : "";
+    const [what, why] = (view.phase || "getting ready").split(/: (.*)/s);
+    phase.replaceChildren(...(on ? [h("strong", { text: what[0].toUpperCase() + what.slice(1) }), h("span", { class: "pc-muted", text: [why, amount].filter(Boolean).join(" · ") })] : []));
     left.textContent = on && view.left_s !== null && view.left_s !== undefined ? `about ${clock(view.left_s)} left` : "";
     bar.hidden = !on;
     bar.setAttribute("aria-valuenow", Math.round(share * 100));
@@ -243,6 +247,7 @@ function drawSettings({ model, root, listen, later }) {
   const field = (spec) => {
     const input = spec.form === "choice" ? h("select", { class: "pc-select" }, ...spec.choices.map((text) => h("option", { value: text, text })))
       : h("input", { class: spec.form === "toggle" ? "pc-check" : `pc-input pc-is-${spec.form}`, type: spec.form === "toggle" ? "checkbox" : "text", inputmode: spec.form === "number" ? "decimal" : undefined, spellcheck: "false", autocomplete: "off", "data-lm-suppress-shortcuts": "true" });
+    input.dataset.field = spec.name;
     const put = (value) => { if (spec.form === "toggle") input.checked = Boolean(value); else input.value = write(value); };
     put(draft[spec.name]);
     input.addEventListener(spec.form === "choice" || spec.form === "toggle" ? "change" : "input", () => {
@@ -250,7 +255,7 @@ function drawSettings({ model, root, listen, later }) {
       soon();
     });
     const fault = h("div", { class: "pc-fault", role: "alert", hidden: true });
-    const node = h("div", { class: "pc-setting" }, h("label", null, h("span", { class: "pc-mono", text: spec.simple ? spec.name : spec.name.split(".").at(-1) }), input), h("div", null, h("div", { class: "pc-muted" }, ...phrase(spec.help)), fault));
+    const node = h("div", { class: "pc-setting" }, h("label", null, h("span", { class: "pc-named" }, h("span", { text: spec.title }), h("span", { class: "pc-mono pc-muted", text: spec.simple ? spec.name : spec.name.split(".").at(-1) })), input), h("div", null, h("div", { class: "pc-muted" }, ...phrase(spec.help)), fault));
     rows.set(spec.name, { node, input, fault, put });
     return node;
   };

@@ -93,6 +93,9 @@ class RunLog:
         if last and phase is self.training:
             done = float(last.step)
             left = last.elapsed_s / max(1, last.step) * (last.steps - last.step)
+        elif phase.unit == "s" and phase.total:  # nobody tells of seconds that pass
+            done = min(phase.total, float(int(time.monotonic() - self.t_phase)))
+            left = phase.total - done or None
         elif phase.total and done:
             left = (time.monotonic() - self.t_phase) / done * (phase.total - done)
         figures: list[list[str]] = []
@@ -162,7 +165,8 @@ class StageControl(Widget):
 class SettingsForm(Widget):
     """Settings as a form; `values` are those in force, `faults` the sentences at the fields that are not.
 
-    `fields` are dicts of name, section, form (text, number, toggle or choice), help, choices and simple.
+    `fields` are dicts of name, title, section, form (text, number, toggle or choice), help, choices,
+    simple.
     """
 
     kind = traitlets.Unicode("settings").tag(sync=True)
