@@ -20,11 +20,13 @@ def _(mo):
 def _():
     import marimo as mo
 
-    from primechat.lab import Live, exercise, predict, show
-    from primechat.lessons.instruments import budget
+    from primechat.lab import Live, exercise, in_notebook, predict, settings, show, stage
+    from primechat.lessons.instruments import budget, forecasts
     from primechat.lessons.plan_a_run import EXERCISES
 
-    return EXERCISES, Live, budget, exercise, mo, predict, show
+    return (
+        EXERCISES, Live, budget, exercise, forecasts, in_notebook, mo, predict, settings, show, stage,
+    )  # fmt: skip
 
 
 @app.cell(hide_code=True)
@@ -124,7 +126,81 @@ def _(Live, budget, show):
 @app.cell(hide_code=True)
 def _(mo):
     mo.md(r"""
-    ## 4. Work it out yourself
+    ## 4. How good will it be?
+
+    Nobody pays for a large run on a hope. One trains small models first, lays a curve through what they
+    reached, and reads off where the large one will land. They are measured in **bits per byte**: how many
+    yes-or-no questions a model needs for each byte of a text that it has not seen. It falls as the model
+    grows and as it reads more, and each step down costs more than the one before.
+
+    Below, models of one to three blocks have read up to two million tokens each. The model that ships with
+    primechat is larger and has read eight times as much; the curve has never seen it.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(forecasts, predict):
+    _best = min(run.bpb for run in forecasts.read_record()[0].runs)
+    _came = forecasts.open_outcome()
+    predict(
+        f"The best of the small models needs {_best:.2f} bits per byte. What does the shipped one need?",
+        (1.0, 2.0),
+        _came.bpb if _came else _best,
+        within=0.06,
+        why="See what the forecast from the small runs was, and whether it held.",
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _(Live, forecasts, show):
+    show(Live(forecasts.show_record))
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    The dots are runs, the lines are the curve: **E + A / N^a + B / D^b**, with N the parameters and D the
+    tokens. E is what neither removes. Many curves fit the dots nearly as well; the band holds where 90 of
+    100 of them put the larger model, so it is wide far away from the dots. A diamond is what came.
+    Hoffmann and others found this form in 2022.
+
+    Do it yourself: nine small models and a larger one that is held out. It takes about three minutes on a
+    laptop, and Stop keeps what is done. So short a training makes a rougher curve than the one above.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(forecasts, in_notebook, settings):
+    series = (
+        settings(forecasts.SmallRunsConfig(), ("depths", "tokens", "held_out"), title="The small runs")
+        if in_notebook()
+        else None
+    )
+    series
+    return (series,)
+
+
+@app.cell(hide_code=True)
+def _(forecasts, series, stage):
+    runs = stage(forecasts.train_small, series.config, title="Train them") if series else None
+    runs
+    return (runs,)
+
+
+@app.cell(hide_code=True)
+def _(Live, forecasts, runs, show):
+    show(Live(lambda: forecasts.show_forecast(runs.result if runs else None, runs.state if runs else "")))
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    ## 5. Work it out yourself
 
     On the command line the same is `primechat plan --depth 20 --gpus 8xH200`.
     """)

@@ -1,9 +1,9 @@
 """What a larger run will reach, told from small ones, with an honest interval.
 
-Hides: the curve. bpb = E + A x C^-a, with C the FLOPs of a run and E the part that no compute removes. A
-few runs cannot fix E, so every E on a grid is tried, each weighed by how well it fits, and the interval is
-that of all of them together, with the runs' own noise. Reference: Hoffmann et al. 2022, section 3.3; Kaplan
-et al. 2020, section 6.1.
+Hides: the curve. bpb = E + A x N^-a + B x D^-b: E is what neither size nor text removes, N the parameters, D
+the tokens read. A few runs cannot fix five numbers, so every E, a and b on a grid is tried with the A and B
+that suit it best, each weighed by how well it fits, and the interval is that of all of them together, with
+the runs' own noise. Reference: Hoffmann et al. 2022, section 3.3; Kaplan et al. 2020, section 4.
 """
 
 from __future__ import annotations
@@ -15,75 +15,94 @@ import numpy as np
 
 from primechat.errors import ConfigError
 
-MIN_RUNS = 3
-FAR = 100.0  # times the largest run's compute: beyond it a fit of small runs says nothing
+MIN_RUNS = 5
+FAR = 30.0  # times the largest run's size or text: beyond it a fit of small runs says nothing
 NOISE = 0.005  # relative spread of bpb over seeds, of runs of this size
 DRAWS = 4000
+FLOORS, POWERS = 60, np.linspace(0.06, 1.0, 28)  # shares of the least bpb that E may be; values of a and b
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallRun:
+    """A run and the bits per byte that it reached."""
+
+    n_layer: int
+    n_params: int
+    tokens: int
+    bpb: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
     """Predicted bits per byte of a run: the middle, and the bounds of 90 % of the outcomes."""
 
-    flops: float
+    n_params: int
+    tokens: int
     bpb: float
     low: float
     high: float
-    runs: tuple[tuple[float, float], ...]
 
 
 def forecast_bpb(
-    runs: Sequence[tuple[float, float]], flops: float, *, noise: float = NOISE, seed: int = 0
-) -> Forecast:
-    """Predict what a run of so many FLOPs reaches.
+    runs: Sequence[SmallRun], targets: Sequence[tuple[int, int]], *, noise: float = NOISE, seed: int = 0
+) -> list[Forecast]:
+    """Predict what runs of other sizes and lengths reach.
 
     Args:
-        runs: (FLOPs, bits per byte) of small runs of one family: same text, same tokens a parameter.
-        flops: of the run to predict.
+        runs: small runs of one family: same text, same settings.
+        targets: (parameters, tokens) of the runs to predict.
         noise: relative spread of bpb over seeds.
         seed: of the draws behind the interval.
 
     Raises:
-        ConfigError: too few runs, no numbers, or the target is too far away.
+        ConfigError: too few or equal runs, no numbers, or a target is too far away.
     """
-    points = np.array(sorted(runs), dtype=float)
-    if len(points) < MIN_RUNS or not np.isfinite(points).all() or points.min() <= 0:
+    table = np.array([(run.n_params, run.tokens, run.bpb) for run in runs], dtype=float).reshape(-1, 3)
+    n, d, bpb = table.T
+    if len(table) < MIN_RUNS or not np.isfinite(table).all() or table.min() <= 0:
         raise ConfigError(
-            f"{len(runs)} run(s) are too few or no positive numbers, a forecast needs {MIN_RUNS}; train more."
+            f"{len(table)} runs are too few or no positive numbers, a forecast needs {MIN_RUNS}; train more."
         )
-    x = np.log(points[:, 0])
-    if np.ptp(x) < np.log(1.5):
-        raise ConfigError("The runs are of nearly one size, a forecast needs different ones; add a smaller.")
-    if flops > FAR * points[-1, 0]:
-        raise ConfigError(
-            f"flops={flops:.3g} is more than {FAR:.0f} times the largest run's {points[-1, 0]:.3g}; "
-            "train a larger one first."
-        )
-    floor = np.linspace(0, 0.98 * points[:, 1].min(), 120)  # E
-    y = np.log(points[:, 1, None] - floor)  # (runs, grid)
-    sigma = noise * points[:, 1, None] / (points[:, 1, None] - floor)  # of y
-    w = sigma**-2
-    mean_x, mean_y = (w * x[:, None]).sum(0) / w.sum(0), (w * y).sum(0) / w.sum(0)
-    dx = x[:, None] - mean_x
-    spread = (w * dx**2).sum(0)
-    slope = (w * dx * y).sum(0) / spread
-    residual = y - mean_y - slope * dx
-    # a flat prior over E; a curve that rises with compute is no curve of this kind
-    score = -0.5 * (w * residual**2).sum(0)
-    score = np.where(slope < 0, score, -np.inf)
-    if not np.isfinite(score).any():
-        raise ConfigError("bpb does not fall with compute in these runs; train each of them longer.")
-    # more scatter than seeds explain widens everything
-    best = int(score.argmax())
-    wide = max(1.0, float((w * residual**2).sum(0)[best] / max(1, len(points) - 2)))
+    for name, values, i in (("sizes", n, 0), ("numbers of tokens", d, 1)):
+        if values.max() < 1.5 * values.min():
+            raise ConfigError(f"The runs are of nearly equal {name}, a forecast needs two; add another.")
+        far = max(target[i] for target in targets)
+        if far > FAR * values.max():
+            raise ConfigError(
+                f"{far:,} is more than {FAR:.0f} times the largest of the {name}, {values.max():,.0f}; train "
+                "a larger one first."
+            )
+    mid_n, mid_d = np.exp(np.log(n).mean()), np.exp(np.log(d).mean())
+    floors = np.linspace(0, 0.98 * bpb.min(), FLOORS)
+    u, v = (n / mid_n) ** -POWERS[:, None], (d / mid_d) ** -POWERS[:, None]  # (powers, runs)
+    w, y = (noise * bpb) ** -2, bpb - floors[:, None]  # (runs,), (floors, runs)
+    # least squares for A and B at every point of the grid: axes are E, a, b
+    uu, vv, uv = ((w * u**2).sum(1)[None, :, None], (w * v**2).sum(1)[None, None, :], ((w * u) @ v.T)[None])
+    uy, vy, yy = ((w * y) @ u.T)[:, :, None], ((w * y) @ v.T)[:, None, :], (w * y**2).sum(1)[:, None, None]
+    det = uu * vv - uv**2
+    A, B = (vv * uy - uv * vy) / det, (uu * vy - uv * uy) / det
+    misfit = np.maximum(yy - A * uy - B * vy, 0)
+    misfit = np.where((A > 0) & (B > 0), misfit, np.inf)  # neither size nor text may hurt
+    best, flat = misfit.min(), (w * (bpb - np.average(bpb, weights=w)) ** 2).sum()
+    if not best < 0.5 * flat:  # it explains no more than a level line does
+        raise ConfigError("bpb does not fall with size and text in these runs; train each of them longer.")
+    wide = max(1.0, float(best) / max(1, len(table) - 4))  # more scatter than seeds explain widens all
+    weight = np.exp(-0.5 * (misfit - best) / wide)
     chance = np.random.default_rng(seed)
-    weight = np.exp((score - score[best]) / wide)
-    pick = chance.choice(len(floor), DRAWS, p=weight / weight.sum())
-    far = np.log(flops) - mean_x[pick]
-    error = np.sqrt(wide * (1 / w.sum(0)[pick] + far**2 / spread[pick]))
-    drawn = floor[pick] + np.exp(mean_y[pick] + slope[pick] * far + error * chance.standard_normal(DRAWS))
-    drawn *= 1 + noise * wide**0.5 * chance.standard_normal(DRAWS)
-    low, middle, high = np.quantile(drawn, [0.05, 0.5, 0.95])
-    return Forecast(
-        flops=flops, bpb=float(middle), low=float(low), high=float(high), runs=tuple(map(tuple, points))
+    pick = chance.choice(weight.size, DRAWS, p=weight.ravel() / weight.sum())
+    at_e, at_a, at_b = np.unravel_index(pick, weight.shape)
+    uu, uv, det, A, B = (
+        np.broadcast_to(part, weight.shape)[at_e, at_a, at_b] for part in (uu, uv, det, A, B)
     )
+    # A and B themselves, drawn with their errors; those of one draw lean against each other
+    z = chance.standard_normal((2, DRAWS)) * wide**0.5
+    drawn_b = B + z[0] * np.sqrt(uu / det)
+    drawn_a = np.maximum(A - (drawn_b - B) * uv / uu + z[1] / np.sqrt(uu), 0)
+    luck = 1 + noise * wide**0.5 * chance.standard_normal(DRAWS)
+    told = []
+    for n_params, tokens in targets:
+        drawn = floors[at_e] + drawn_a * (n_params / mid_n) ** -POWERS[at_a]
+        drawn = (drawn + np.maximum(drawn_b, 0) * (tokens / mid_d) ** -POWERS[at_b]) * luck
+        low, middle, high = map(float, np.quantile(drawn, [0.05, 0.5, 0.95]))
+        told.append(Forecast(n_params=n_params, tokens=tokens, bpb=middle, low=low, high=high))
+    return told

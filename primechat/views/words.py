@@ -94,6 +94,8 @@ TITLES = {  # by the whole name where one word means several things
     "output": "Folder to write",
     "rehearse": "Try it here first",
     "names": "What to compare",
+    "tokens": "Tokens that each reads",
+    "held_out": "Blocks of the model to forecast",
     "vocab_size": "Tokens in the vocabulary",
 }
 

@@ -23,7 +23,8 @@ from primechat.views.widgets.runs import SettingsForm
 from primechat.views.words import name_field
 
 SECTIONS = {
-    "": "More settings", "model": "The model's shape and switches", "optim": "The optimizer",
+    "": "More settings", "base": "The run itself", "model": "The model's shape and switches",
+    "optim": "The optimizer",
     "look": "How often it is measured and saved", "runtime": "The machine",
 }  # fmt: skip
 _taken: list[str] = []
@@ -106,7 +107,7 @@ def read_helps(cls: type) -> dict[str, str]:
 
 def name_section(name: str) -> str:
     """Return the title of the part of a form that a field stands in."""
-    part = name.rpartition(".")[0]
+    part = name.rpartition(".")[0].rpartition(".")[2]  # of a bench's run as of a run
     return SECTIONS.get(part, part.capitalize())
 
 

@@ -90,8 +90,8 @@ class RunLog:
     def describe(self) -> dict[str, Any]:
         """Return the state as plain data; times are in seconds."""
         last, phase, done, left = self.last, self.phase, self.done, None
-        if last and phase is self.training:
-            done = float(last.step)
+        if last and self.training:  # also while a validation interrupts it
+            done = float(last.step) if phase is self.training else done
             left = last.elapsed_s / max(1, last.step) * (last.steps - last.step)
         elif phase.unit == "s" and phase.total:  # nobody tells of seconds that pass
             done = min(phase.total, float(int(time.monotonic() - self.t_phase)))
