@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from primechat.stages.evaluate import evaluate
 from primechat.stages.finetune import finetune
 from primechat.stages.pretrain import pretrain
 from primechat.stages.quickstart import quickstart, speedrun
+from primechat.stages.run import COMPILE_FILE, recall_compiling, remember_compiling
 from primechat.stages.tokenizer import train_tokenizer
 
 WORDS = "the cat sat on a mat and ate my hat while you ran to see what we did with all that jam".split()
@@ -202,6 +204,34 @@ def test_seconds_fill(corpus: str) -> None:
     frozen = json.loads((store.run_dir("base", "d3") / "config.json").read_text())
     assert frozen["steps"] > 10 and frozen["seconds"] == 30.0
     assert frozen["runtime"]["dtype"] in ("float32", "bfloat16") and frozen["runtime"]["threads"] >= 1
+
+
+def test_what_compiling_brought_is_remembered(base_dir: Path) -> None:
+    assert recall_compiling() == {}
+    remember_compiling({"compile_s": 40.0, "gain_bfloat16": 1.3})
+    remember_compiling({"compile_s": 5.0, "gain_float32": 1.1})  # torch had it in its cache
+    assert recall_compiling() == {"compile_s": 40.0, "gain_bfloat16": 1.3, "gain_float32": 1.1}
+    path = base_dir / COMPILE_FILE
+    for text in (path.read_text().replace("torch", "another torch"), "{", "[]", '{"machine": 1}'):
+        path.write_text(text)
+        assert recall_compiling() == {}, "another machine's, or damaged"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what torch deprecates
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_run_follows_the_eager_one(corpus: str) -> None:
+    train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
+    eager, notes = make_config(corpus, tag="eager", steps=6), []
+    pretrain(eager)
+    compiled = replace(eager, tag="compiled", runtime=replace(FIXED, compile="on"))
+    result = pretrain(compiled, on_event=lambda e: notes.append(e.text) if e.kind == "note" else None)
+    assert any("Compilation on: as you asked; compiled in" in note for note in notes), notes
+    assert set(recall_compiling()) == {"compile_s", "gain_float32"}
+    losses = read_losses(store.base_dir() / result.path)
+    plain = read_losses(store.base_dir() / "base_checkpoints" / "eager")
+    assert losses[0] == pytest.approx(plain[0], abs=1e-5) and losses[-1] < losses[0] - 1
+    assert losses == pytest.approx(plain, abs=5e-3), "Muon makes rounding larger from step to step"
 
 
 def test_finetune_run(corpus: str, dialogues: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -60,12 +61,13 @@ from primechat.train.parallel import (
     share_object,
     sum_numbers,
 )  # fmt: skip
-from primechat.train.tune import Tuning, tune_runtime
+from primechat.train.tune import COMPILE_GUESS, Tuning, tune_runtime
 
 SAMPLE_TOKENS = 48
 SAVE_EVERY_S = 60.0
 VALIDATION = "validation: the loss on text that it does not learn from"
 GENERAL = "general text: how much of it is forgotten"
+COMPILE_FILE = "compiling.json"  # in the base directory
 GENERAL_TOKENS = 100_000  # where the whole validation split is scored at the end
 
 
@@ -92,6 +94,31 @@ def open_folder(config: PretrainConfig | FinetuneConfig, family: str) -> Path:
             f"tag={config.tag!r} has no {family} run to resume in {folder}; leave out --resume to start it."
         )
     return folder
+
+
+def describe_compiler() -> str:
+    """Return what the gain of compiling depends on."""
+    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
+
+
+def recall_compiling() -> dict[str, float]:
+    """Return what compiling took and brought on this machine before, as `tune_runtime` wants it."""
+    try:
+        known = json.loads((store.base_dir() / COMPILE_FILE).read_bytes())
+        figures = {key: float(known[key]) for key in COMPILE_GUESS if key in known}
+        fits = known["machine"] == describe_compiler() and all(0 < n < 1e6 for n in figures.values())
+        return figures if fits else {}
+    except (OSError, ValueError, TypeError, LookupError):
+        return {}  # there is none, or it is damaged: a guess will do
+
+
+def remember_compiling(learned: dict[str, float]) -> None:
+    """Keep what compiling took and brought; of the times the longest, as torch keeps what it compiled."""
+    known = recall_compiling()
+    longest = max(known.get("compile_s", 0.0), learned["compile_s"])
+    figures = {"machine": describe_compiler(), **known, **learned, "compile_s": longest}
+    store.base_dir().mkdir(parents=True, exist_ok=True)
+    write_whole(store.base_dir() / COMPILE_FILE, json.dumps(figures).encode())
 
 
 def pick_power(step: int) -> bool:
@@ -248,11 +275,14 @@ class TrainingRun:
             self.ranks,
             seconds=config.seconds,
             steps=steps,
+            known=recall_compiling(),
             make=self.job.make_loss,
             on_phase=lambda name, seconds: self.tell(PhaseEvent(name=name, total=seconds, unit="s")),
         )
         for note in tuning.notes:
             self.tell(NoteEvent(text=note))
+        if self.ranks.is_main and tuning.learned:
+            remember_compiling(tuning.learned)
         return tuning
 
     def freeze(self, tuning: Tuning) -> Any:

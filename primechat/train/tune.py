@@ -40,7 +40,8 @@ class Tuning:
     """What was measured: the settings to freeze, seconds of one optimizer step, and how the choice came
     about.
 
-    `loss` is the summed loss to train with, compiled where that was chosen.
+    `loss` is the summed loss to train with, compiled where that was chosen; `learned` is what compiling took
+    and brought, in the words of `known`, empty where nothing was compiled.
     """
 
     runtime: RuntimeConfig
@@ -48,6 +49,7 @@ class Tuning:
     step_s: float
     compile_s: float
     notes: tuple[str, ...]
+    learned: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +263,7 @@ def tune_runtime(
         compile="on" if share_object(turn_on) else "off",
     )  # fmt: skip
     compile_s = 0.0
+    learned: dict[str, float] = {}
     if chosen.compile == "on":
         loss = make(model, chosen)
         on_phase(COMPILING, {**COMPILE_GUESS, **(known or {})}["compile_s"])
@@ -268,7 +271,8 @@ def tune_runtime(
             compile_s = time_call(lambda: run_micro(model, loss, x, y), best.device, repeats=0)
             fast_s = time_call(lambda: run_micro(model, loss, x, y), best.device)
             why += f"; compiled in {compile_s:.0f} s, {micro_s / fast_s:.2f} times as fast"
-            step_s = n_rows / best.rows * fast_s + optim_s
+            slow_s, step_s = step_s, n_rows / best.rows * fast_s + optim_s
+            learned = {"compile_s": compile_s, f"gain_{best.dtype}": slow_s / step_s}
         except Exception as error:  # any failure of the compiler leaves the eager program, which works
             chosen = replace(chosen, compile="off")
             loss = make(model, chosen)
@@ -288,8 +292,9 @@ def tune_runtime(
     if skipped:
         notes.append(f"Not everything was tried: one step is too long for {limit_s:.0f} s of measuring.")
     return Tuning(
-        runtime=chosen, loss=loss, step_s=share_object(step_s), compile_s=compile_s, notes=tuple(notes)
-    )
+        runtime=chosen, loss=loss, step_s=share_object(step_s), compile_s=compile_s, notes=tuple(notes),
+        learned=learned,
+    )  # fmt: skip
 
 
 def decide_compile(
