@@ -12,7 +12,8 @@ def _(mo):
     A **base model** goes on with any text. To make it answer, it is trained a little longer on conversations:
     this is **fine-tuning**. What it becomes depends on which conversations it sees. Here you read them, mix
     them, train on your mixture and compare, without one question of a benchmark: those are for measuring,
-    and a model that trained on them would only seem clever.
+    and a model that trained on them would only seem clever. The cells whose code you see are the whole
+    program: `primechat export 06` turns them into a script for rented GPUs.
     """)
     return
 
@@ -21,30 +22,22 @@ def _(mo):
 def _():
     import marimo as mo
 
-    from primechat import finetune, load_tokenizer
-    from primechat.config import FinetuneConfig, RuntimeConfig
-    from primechat.lab import exercise, predict, settings, show, stage, summary
+    from primechat import load_tokenizer
+    from primechat.lab import exercise, predict, show
     from primechat.lessons.chat_finetuning import EXERCISES
     from primechat.lessons.instruments import posttrain
     from primechat.views.training import draw_lines, draw_tradeoff
 
-    return (
-        EXERCISES,
-        FinetuneConfig,
-        RuntimeConfig,
-        draw_lines,
-        draw_tradeoff,
-        exercise,
-        finetune,
-        load_tokenizer,
-        mo,
-        posttrain,
-        predict,
-        settings,
-        show,
-        stage,
-        summary,
-    )
+    return EXERCISES, draw_lines, draw_tradeoff, exercise, load_tokenizer, mo, posttrain, predict, show
+
+
+@app.cell
+def _():
+    from primechat import FinetuneConfig, finetune
+    from primechat.config import LookConfig, RuntimeConfig
+    from primechat.lab import settings, stage, summary
+
+    return FinetuneConfig, LookConfig, RuntimeConfig, finetune, settings, stage, summary
 
 
 @app.cell(hide_code=True)
@@ -90,35 +83,32 @@ def _(mo):
     return
 
 
-@app.cell(hide_code=True)
-def _(FinetuneConfig, RuntimeConfig, posttrain, settings, shelf):
-    form = settings(
-        FinetuneConfig(
-            tag="my-mix",
-            base="shipped/base",
-            dialogues=shelf.mixture or "chitchat",
-            steps=20,
-            batch_tokens=2048,
-            runtime=RuntimeConfig(compile="off"),
-            look=posttrain.look_often(),
-        ),
-        ("tag", "dialogues", "steps"),
-        title="Settings",
+@app.cell
+def _(FinetuneConfig, LookConfig, RuntimeConfig, settings, shelf):
+    start = FinetuneConfig(
+        tag="my-mix",
+        base="shipped/base",
+        dialogues=shelf.mixture or "chitchat",
+        steps=20,
+        batch_tokens=2048,
+        runtime=RuntimeConfig(compile="off"),
+        look=LookConfig(eval_tokens=8192, last_eval_tokens=8192, snapshots=False),
     )
+    form = settings(start, ("tag", "dialogues", "steps"), title="Settings")
     form
     return (form,)
 
 
-@app.cell(hide_code=True)
+@app.cell
 def _(finetune, form, stage):
     run = stage(finetune, form.config, title="Fine-tune on the mixture")
     run
     return (run,)
 
 
-@app.cell(hide_code=True)
-def _(run, show, summary):
-    show(summary(run.result, notes=["Both curves are in the next picture."]))
+@app.cell
+def _(run, summary):
+    summary(run.result)
     return
 
 
@@ -158,9 +148,10 @@ def _(mo):
     ## 4. Choose your mix
 
     One set at a time, every run with as many steps and tokens, several **seeds** (a seed decides the order of
-    the talks; a difference smaller than that between two seeds says nothing). Gain is measured on each set's
-    own held-back talks, forgetting on the same general text for all, and `distinct-2` on the answers to six
-    questions: how many of their word pairs are different ones.
+    the talks; a difference smaller than that between two seeds says nothing). `gain` is measured on each
+    set's own held-back talks, so that it tells how well a set can be learned; `common gain` on the same talks
+    for all, some of every set, so that its rows can be compared. Forgetting is on the same general text for
+    all, and `distinct-2` on the answers to six questions: how many of their word pairs are different ones.
     """)
     return
 
@@ -181,7 +172,7 @@ def _(plan, posttrain, stage):
 
 @app.cell(hide_code=True)
 def _(posttrain, series, show):
-    show(posttrain.open_table(series.result, ("gain", "forgotten", "distinct-2", "seconds")))
+    show(posttrain.open_table(series.result, ("gain", "common gain", "forgotten", "distinct-2", "seconds")))
     return
 
 
@@ -190,7 +181,7 @@ def _(draw_tradeoff, posttrain, series, show):
     show(
         draw_tradeoff(
             posttrain.name_axes(series.result),
-            "gain on its own talks, bits per byte",
+            "gain on the common talks, bits per byte",
             "forgotten of general text, bits per byte",
             title="Right is better, low is better; a dot is a seed",
         )

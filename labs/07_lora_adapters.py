@@ -11,7 +11,8 @@ def _(mo):
 
     Training moves every number of a model. **LoRA** leaves them all where they are and hangs two thin
     matrices beside each big one; only these learn. The result is a small file, an **adapter**, that can be
-    taken off again, mixed with others, or turned up and down like a volume.
+    taken off again, mixed with others, or turned up and down like a volume. The cells whose code you see are
+    the whole program: `primechat export 07` turns them into a script for rented GPUs.
     """)
     return
 
@@ -20,25 +21,21 @@ def _(mo):
 def _():
     import marimo as mo
 
-    from primechat import train_lora
-    from primechat.lab import exercise, predict, settings, show, stage
+    from primechat.lab import exercise, predict, show
     from primechat.lessons.instruments import posttrain
     from primechat.lessons.lora_adapters import EXERCISES
     from primechat.views.training import draw_lines, draw_tradeoff
 
-    return (
-        EXERCISES,
-        draw_lines,
-        draw_tradeoff,
-        exercise,
-        mo,
-        posttrain,
-        predict,
-        settings,
-        show,
-        stage,
-        train_lora,
-    )
+    return EXERCISES, draw_lines, draw_tradeoff, exercise, mo, posttrain, predict, show
+
+
+@app.cell
+def _():
+    from primechat import LoRAConfig, train_lora
+    from primechat.config import LookConfig, RuntimeConfig
+    from primechat.lab import settings, stage, summary
+
+    return LoRAConfig, LookConfig, RuntimeConfig, settings, stage, summary, train_lora
 
 
 @app.cell(hide_code=True)
@@ -53,18 +50,35 @@ def _(mo):
     return
 
 
-@app.cell(hide_code=True)
-def _(posttrain, settings):
-    form = settings(posttrain.quick_lora(), ("tag", "dialogues", "rank", "steps"), title="Adapter")
+@app.cell
+def _(LoRAConfig, LookConfig, RuntimeConfig, settings):
+    start = LoRAConfig(
+        tag="pirate",
+        base="shipped/sft",
+        dialogues="style:pirate",
+        rank=8,
+        alpha=16.0,
+        steps=40,
+        batch_tokens=2048,
+        runtime=RuntimeConfig(compile="off"),
+        look=LookConfig(eval_tokens=8192, last_eval_tokens=8192, snapshots=False),
+    )
+    form = settings(start, ("tag", "dialogues", "rank", "steps"), title="Adapter")
     form
     return (form,)
 
 
-@app.cell(hide_code=True)
+@app.cell
 def _(form, stage, train_lora):
     run = stage(train_lora, form.config, title="Train the adapter")
     run
     return (run,)
+
+
+@app.cell
+def _(run, summary):
+    summary(run.result)
+    return
 
 
 @app.cell(hide_code=True)

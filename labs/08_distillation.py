@@ -11,7 +11,8 @@ def _(mo):
 
     A small model can learn from text, as the large one did. It can also learn from the large one: at each
     place the **teacher** tells how likely it holds every token, which is more than the one token that the
-    text has. This is **distillation**; the small model is the **student**.
+    text has. This is **distillation**; the small model is the **student**. The cells whose code you see are
+    the whole program: `primechat export 08` turns them into a script for rented GPUs.
     """)
     return
 
@@ -20,13 +21,21 @@ def _(mo):
 def _():
     import marimo as mo
 
-    from primechat import distill
-    from primechat.lab import exercise, predict, settings, show, stage
+    from primechat.lab import exercise, predict, show
     from primechat.lessons.distillation import EXERCISES
     from primechat.lessons.instruments import posttrain
     from primechat.views.training import draw_lines
 
-    return (EXERCISES, distill, draw_lines, exercise, mo, posttrain, predict, settings, show, stage)
+    return EXERCISES, draw_lines, exercise, mo, posttrain, predict, show
+
+
+@app.cell
+def _():
+    from primechat import DistillConfig, distill
+    from primechat.config import LookConfig, RuntimeConfig
+    from primechat.lab import settings, stage, summary
+
+    return DistillConfig, LookConfig, RuntimeConfig, distill, settings, stage, summary
 
 
 @app.cell(hide_code=True)
@@ -73,20 +82,33 @@ def _(mo):
     return
 
 
-@app.cell(hide_code=True)
-def _(posttrain, settings):
-    form = settings(
-        posttrain.quick_distill(), ("tag", "size", "steps", "alpha", "temperature", "loss"), title="Student"
+@app.cell
+def _(DistillConfig, LookConfig, RuntimeConfig, settings):
+    start = DistillConfig(
+        tag="student",
+        teacher="shipped/base",
+        size="quarter",
+        steps=40,
+        batch_tokens=2048,
+        runtime=RuntimeConfig(compile="off"),
+        look=LookConfig(eval_tokens=8192, last_eval_tokens=8192, snapshots=False),
     )
+    form = settings(start, ("tag", "size", "steps", "alpha", "temperature", "loss"), title="Student")
     form
     return (form,)
 
 
-@app.cell(hide_code=True)
+@app.cell
 def _(distill, form, stage):
     run = stage(distill, form.config, title="Teach the student")
     run
     return (run,)
+
+
+@app.cell
+def _(run, summary):
+    summary(run.result)
+    return
 
 
 @app.cell(hide_code=True)
@@ -139,7 +161,13 @@ def _(mo):
     ## 4. Does the teacher help? Does size?
 
     Students of several sizes, each **taught**, and each trained **alone** on the text with as many steps and
-    tokens: the control. `agreement` is how often student and teacher guess the same token.
+    tokens: the control. Each is run from several **seeds** (the first weights, the order of the text). With
+    three seeds or more, `±` is a 95 % interval of their mean; where two intervals overlap widely, nothing is
+    shown. `agreement` is how often student and teacher guess the same token.
+
+    The last two columns are about what it writes. `distinct-2` is the share of word pairs that differ among
+    all that it wrote, `repetition` the share that a text had already. Noise is varied, too: good is near the
+    text itself, not high.
     """)
     return
 
@@ -147,7 +175,9 @@ def _(mo):
 @app.cell(hide_code=True)
 def _(posttrain, settings):
     plan = settings(
-        posttrain.SeriesConfig(names=("eighth, taught", "eighth, alone", "half, taught", "half, alone")),
+        posttrain.SeriesConfig(
+            names=("eighth, taught", "eighth, alone", "half, taught", "half, alone"), seeds=3
+        ),
         ("names", "seeds", "steps"),
         title="What to compare",
     )
@@ -163,8 +193,10 @@ def _(plan, posttrain, stage):
 
 
 @app.cell(hide_code=True)
-def _(posttrain, series, show):
-    show(posttrain.open_table(series.result, ("val_bpb", "retention", "agreement", "kl_nats", "parameters")))
+def _(plan, posttrain, series, show):
+    _keys = ("val_bpb", "retention", "agreement", "kl_nats", "distinct-2", "repetition")
+    _rows = posttrain.add_teacher(series.result, plan.config.model)
+    show(posttrain.open_table(_rows, _keys, diversity=False))
     return
 
 
@@ -175,7 +207,7 @@ def _(draw_lines, posttrain, series, show):
             posttrain.list_by_size(series.result),
             "parameters of the student",
             "retention",
-            title="Retention by size, means over the seeds",
+            title="Retention by size: means over the seeds, with intervals",
             faint=("alone",),
         )
     )

@@ -65,7 +65,7 @@ class StepEvent:
 class LossEvent:
     """One validation; `whole` tells whether the whole split was scored, `general_bpb` is on a general text,
     where a stage that could forget it measures that; a student's retention, agreement and KL are against
-    its teacher.
+    its teacher, distinct-2 and repetition are of what it writes.
     """
 
     step: int
@@ -77,6 +77,8 @@ class LossEvent:
     retention: float | None = None
     agreement: float | None = None
     kl_nats: float | None = None
+    distinct_2: float | None = None
+    repetition: float | None = None
     kind: str = "loss"
 
 

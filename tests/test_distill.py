@@ -26,7 +26,7 @@ from primechat.config import (
 )
 from primechat.config.model import SHARES, STUDENTS, shrink_model
 from primechat.errors import CheckpointError, ConfigError
-from primechat.metrics.retention import measure_retention, name_kind
+from primechat.metrics.retention import judge_writing, measure_retention, name_kind, write_texts
 from primechat.model.gpt import GPT
 from primechat.model.losses import bucket_top, diverge
 from primechat.stages.distill import OwnBatches, distill
@@ -195,6 +195,19 @@ def test_retention_of_a_teacher_is_whole() -> None:
     assert name_kind("The") == "begins a word" and name_kind("...") == "punctuation"
 
 
+def test_writing_is_judged() -> None:
+    found = judge_writing(["a b a b", "a b c"])  # pairs ab ba ab, ab bc: 3 of 5 differ; 1 of 3, 0 of 2 again
+    assert found == {"distinct_2": pytest.approx(0.6), "repetition": pytest.approx(1 / 6)}
+    tokenizer = byte_tokenizer()
+    model = make_model(replace(SMALL, vocab_size=VOCAB_SIZE), 1)
+    ids = torch.tensor([list(range(97, 113)), list(range(65, 81))])
+    assert write_texts(None, tokenizer, [(ids, ids)]) == ["efghijklmnop", "EFGHIJKLMNOP"]
+    said = write_texts(model, tokenizer, [(ids, ids)])
+    assert said == write_texts(model, tokenizer, [(ids, ids)]) and len(said) == 2 and said[0] != said[1]
+    other = torch.cat([ids[:, :4], ids[:, 4:].flip(1)], 1)  # what follows the beginning is not read
+    assert write_texts(model, tokenizer, [(other, other)]) == said
+
+
 def test_sizes() -> None:
     d20 = GPTConfig.classic(20)
     counts = {size: shrink_model(d20, size).n_params for size in STUDENTS}
@@ -269,6 +282,7 @@ def test_stage_resumes_to_the_bit(corpus: str, change: dict[str, Any]) -> None:
     losses = [e for e in result.events if e["kind"] == "loss"]
     assert losses[-1]["val_bpb"] < losses[0]["val_bpb"] and losses[-1]["retention"] > losses[0]["retention"]
     assert 0 <= losses[-1]["agreement"] <= 1 and losses[-1]["kl_nats"] < losses[0]["kl_nats"]
+    assert all(0 < e["distinct_2"] <= 1 and 0 <= e["repetition"] < 1 for e in losses)
     whole = read_weights("base/small@8")
     assert "projector.weight" not in whole
     folder = store.run_dir("base", "small")

@@ -169,6 +169,9 @@ def test_intervals_and_kappa_by_hand() -> None:
     assert mean == 3 and 1.5 < low < 2.2 and 3.8 < high < 4.5
     assert d.bootstrap_mean([2, 2, 2]) == (2, 2, 2)
     assert d.bootstrap_mean([1, 5, 9]) == d.bootstrap_mean([1, 5, 9])
+    mean, low, high = d.estimate_mean([1, 2, 3])  # s = 1, t = 4.303 with two degrees of freedom
+    assert mean == 2 and high - 2 == pytest.approx(4.303 / 3**0.5) and 2 - low == pytest.approx(high - 2)
+    assert d.estimate_mean([7.0])[0] == 7 and math.isnan(d.estimate_mean([7.0])[1])
     # 20 yes-yes, 15 no-no, 5 and 10 apart: agreement 0.7, chance 0.5 (a classic example)
     first = ["y"] * 25 + ["n"] * 25
     second = ["y"] * 20 + ["n"] * 5 + ["y"] * 10 + ["n"] * 15

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,16 @@ import yaml
 
 import primechat
 from primechat import cli, store
-from primechat.cloud.export import IMAGE, export_lab, find_lab, read_cells, shrink_config, write_script
+from primechat.cloud.export import (
+    IMAGE,
+    STAGE_OF,
+    export_lab,
+    find_lab,
+    full_stage,
+    read_cells,
+    shrink_config,
+    write_script,
+)
 from primechat.cloud.plan import find_machine, full_config, make_plan
 from primechat.config import PretrainConfig, decode_config, encode_config
 from primechat.desk.pods.verbs import PullFlags, plan_pull, rehearse
@@ -51,6 +61,11 @@ def test_cells_and_script(tmp_path: Path) -> None:
     assert "# # Why?\n#\n# Because." in script and "marimo" not in script.replace("labs", "")
     assert "from primechat.desk.pods.script import settings\n" in script and "show" not in script
     assert script.rstrip().endswith("x = [\n    math.pi,\n]")
+    given = (
+        "@app.cell\ndef _(hidden):\n    z = dict(\n        a=1,\n        b=hidden.text,\n    )\n    return"
+    )
+    task = "@app.cell\ndef _(exercise):\n    def f(x): ...\n\n    exercise(f)\n    return"
+    assert "z = dict(\n    a=1,\n)" in write_script(write_lab(tmp_path, given, task))  # a widget gives b
     compile(script, "run.py", "exec")
 
 
@@ -144,6 +159,74 @@ def test_script_is_the_library_call(exported: Path, tmp_path: Path, base_dir: Pa
     assert losses[0] == losses[1] == losses[2] and len(losses[0]) == 20
     wrong = run_script(exported, tmp_path, "--batch_tokens", "7")
     assert wrong.returncode == 2 and "batch_tokens=7" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+STAGES = {"06": (primechat.finetune, "sft"), "07": (primechat.train_lora, "lora"),
+          "08": (primechat.distill, "base")}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", STAGES)
+def test_stages_of_other_labs(number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "out"
+    assert cli.main(["export", number, "--depth", "20", "-o", str(folder)]) == 0
+    config = decode_config(json.loads((folder / "config.json").read_text()), STAGE_OF[number])
+    source = getattr(config, "teacher", "") or config.base
+    assert source in ("base/d20", "sft/d20") and config.batch_tokens % 2048 == 0
+    read_me, launch = (folder / "README.md").read_text(), (folder / "launch.sh").read_text()
+    assert (
+        f"`{source}`" in read_me
+        and "_checkpoints/d20" in read_me
+        and not re.search("@[A-Z]+@", launch + read_me)
+    )
+    assert subprocess.run(["bash", "-n", folder / "launch.sh"]).returncode == 0
+    script = (folder / "run.py").read_text()
+    code = "\n".join(line for line in script.splitlines() if not line.startswith("#"))
+    assert "= settings(" in code and "= stage(" in code and "exercise" not in code and "shelf" not in code
+    mine = replace(config, tag="mine", seed=7)
+    (tmp_path / "mine.json").write_text(json.dumps(encode_config(mine)))
+    assert cli.main(["export", number, "--config", str(tmp_path / "mine.json"), "-o", str(folder)]) == 0
+    assert decode_config(json.loads((folder / "config.json").read_text()), STAGE_OF[number]) == mine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", STAGES)
+def test_stage_script_runs(number: str, tmp_path: Path, base_dir: Path) -> None:
+    """The exported script tells its flags, and its losses are those of the library's call, to the bit."""
+    function, family = STAGES[number]
+    primechat.pretrain(replace(shrink_config(full_config(2)), tag="small", steps=2))
+    lab, folder = find_lab(number), tmp_path / "out"
+    config = full_stage(lab, full_config(2))
+    export_lab(lab, config, make_plan(full_config(2), find_machine("8xH200")), folder)
+    asked = run_script(folder, base_dir, "--help")
+    assert asked.returncode == 0 and "--batch_tokens" in asked.stdout and "--layout" in asked.stdout
+    tiny = replace(shrink_config(config), steps=4)
+    (tmp_path / "tiny.json").write_text(json.dumps(encode_config(tiny)))
+    words = ["--config", str(tmp_path / "tiny.json")]
+    done = run_script(folder, base_dir, *words, "--tag", "script")
+    assert done.returncode == 0, done.stderr
+    function(replace(tiny, tag="library"))
+    losses = [
+        [
+            e["loss_nats"]
+            for e in read_metrics(store.run_dir(family, tag) / "metrics.jsonl")
+            if e["kind"] == "step"
+        ]
+        for tag in ("script", "library")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    wrong = run_script(folder, base_dir, *words, "--layout", "loose")
+    assert wrong.returncode == 2 and "layout" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", STAGES)
+def test_stage_rehearsal(number: str, tmp_path: Path) -> None:
+    lab = find_lab(number)
+    config = full_stage(lab, full_config(20))
+    export_lab(lab, config, make_plan(full_config(20), find_machine("8xH200")), tmp_path / "out")
+    said: list[str] = []
+    assert rehearse(tmp_path / "out", say=said.append, kind=type(config)) == 0, said
+    assert "20 steps, loss" in said[-1]
 
 
 @pytest.mark.slow

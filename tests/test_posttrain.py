@@ -67,7 +67,10 @@ def test_series_of_adapters_is_remembered() -> None:
     assert posttrain.compare_ranks(plan, on_event=heard.append) == rows
     assert n_steps == 4 and not any(event.kind == "step" for event in heard)
     table = series.sum_rows([rows[0], {**rows[0], "seed": 1, "gain": rows[0]["gain"] + 0.2}], ("gain",))
-    assert table == [{"run": "2", "seeds": 2, "gain": f"{rows[0]['gain'] + 0.1:.3f} ± 0.100"}]
+    first = rows[0]["gain"]
+    assert table == [{"run": "2", "seeds": 2, "gain": f"{first:.3f}, {first + 0.2:.3f}"}]
+    three = [{**rows[0], "gain": first + 0.1 * i} for i in range(3)]
+    assert series.sum_rows(three, ("gain",))[0]["gain"] == f"{first + 0.1:.3f} ± 0.248"  # 4.303 x 0.1 / 3^0.5
     spectra = posttrain.find_spectra(rows, "shipped/sft")
     assert len(spectra["adapter"]) == 2 and len(spectra["full fine-tuning"]) > 32
     axes = posttrain.name_axes(rows)
@@ -81,6 +84,16 @@ def test_series_of_adapters_is_remembered() -> None:
 
 
 @pytest.mark.slow
+def test_sets_have_common_ground() -> None:
+    plan = posttrain.SeriesConfig(names=("faq", "topic:food"), seeds=1, steps=2, batch_tokens=1024)
+    rows = posttrain.compare_sets(plan)
+    before, after = (series.score_common(name, plan) for name in ("shipped/base", rows[0]["identifier"]))
+    assert rows[0]["common gain"] == pytest.approx(before - after) and before - after > 0
+    assert rows[0]["common gain"] != rows[0]["gain"] and rows[1]["common gain"] != rows[0]["common gain"]
+    assert list(posttrain.name_axes(rows)[0])[1] == "gain on the common talks, bits per byte"
+
+
+@pytest.mark.slow
 def test_students(tmp_path: Path) -> None:
     plan = posttrain.SeriesConfig(names=("eighth, taught",), seeds=1, steps=2, batch_tokens=1024)
     rows = posttrain.compare_sizes(plan)
@@ -90,6 +103,17 @@ def test_students(tmp_path: Path) -> None:
         "retention", "agreement",
     ]  # fmt: skip
     assert list(posttrain.list_by_size(rows)) == ["taught"]
+    three = [{**rows[0], "retention": 0.5 + 0.1 * i} for i in range(3)]
+    ((_, mean, low, high),) = posttrain.list_by_size(three)["taught"]
+    assert mean == pytest.approx(0.6) and high - mean == mean - low == pytest.approx(0.2484, abs=1e-3)
+    drawn = draw_lines(posttrain.list_by_size(three), "size", "retention").data[0]
+    assert drawn.error_y.array[0] == pytest.approx(high - mean)
+    more = posttrain.add_teacher(rows, "shipped/base")
+    assert [row["name"] for row in more[1:]] == ["the teacher", "the text itself"]
+    assert all(0 < row["distinct-2"] <= 1 and 0 <= row["repetition"] < 1 for row in more)
+    said = {key: text for row in posttrain.open_table(more, ("distinct-2",), diversity=False).output["parts"]
+            for key, text in [(r[0], r[-1]) for r in row["rows"]]}  # fmt: skip
+    assert said["the teacher"] == f"{more[1]['distinct-2']:.3f}"
     heat = posttrain.open_heat(rows[0]["identifier"], "shipped/base").answer_measure("Hello")
     assert heat["tokens"] and all(t["kl"] >= 0 for t in heat["tokens"])
     same = posttrain.open_heat("shipped/base", "shipped/base").answer_measure("Hello")

@@ -17,14 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from primechat.cloud.plan import Plan, describe_plan, format_hours
-from primechat.config import LookConfig, PretrainConfig, RuntimeConfig, encode_config
+from primechat.config import (
+    DistillConfig,
+    FinetuneConfig,
+    LookConfig,
+    LoRAConfig,
+    PretrainConfig,
+    RuntimeConfig,
+    encode_config,
+)
 from primechat.errors import ConfigError
+from primechat.names import ADAPTER_FOLDER, FAMILIES, parse_identifier
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404"
 POD_BASE = "/workspace/cache/nanochat"
 SCRIPT_NAMES = {"settings", "stage", "summary"}  # what desk/pods/script.py offers of a lab's tools
-FAMILY_OF = {"PretrainConfig": "base_checkpoints", "FinetuneConfig": "chatsft_checkpoints"}
+STAGE_OF = {"06": FinetuneConfig, "07": LoRAConfig, "08": DistillConfig}  # the others pretrain
 TOP_FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 
@@ -65,7 +74,9 @@ def read_cells(text: str) -> Iterator[Cell]:
         prose = read_prose(body)
         if prose is not None:
             yield Cell("prose", prose, node.lineno)
-        elif hidden:
+        elif hidden or any(
+            "exercise" == ast.unparse(c.func) for c in ast.walk(node) if isinstance(c, ast.Call)
+        ):
             yield Cell("display", "", node.lineno)
         else:
             yield Cell("program", write_program(body, text), node.lineno)
@@ -132,14 +143,15 @@ def write_script(lab: Path, origin: str = "") -> str:
             tree, program = ast.parse(cell.text), True
             names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
             made = {node.id for node in names if not isinstance(node.ctx, ast.Load)} | set(list_bound(tree))
-            missing = sorted({node.id for node in names if isinstance(node.ctx, ast.Load)} - known - made)
+            text, tree = drop_keywords(cell.text, tree, known | made)
+            missing = sorted(list_loaded(tree) - known - made)
             if missing:
                 raise ConfigError(
                     f"{lab.name} line {cell.line} needs {', '.join(missing)}, which only hidden cells "
                     "define; show the code of those."
                 )
             known |= made
-            parts.append(cell.text)
+            parts.append(text)
     if not program:
         raise ConfigError(f"{lab.name} has no cell whose code is shown, so nothing to export; try 05.")
     return "\n\n".join(parts) + "\n"
@@ -148,6 +160,27 @@ def write_script(lab: Path, origin: str = "") -> str:
 def wrap_prose(line: str) -> list[str]:
     """Return a line of prose as lines that fit behind a comment sign."""
     return textwrap.wrap(line, 106, break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def drop_keywords(text: str, tree: ast.Module, known: set[str]) -> tuple[str, ast.Module]:
+    """Return a cell without the keywords, each in a line of its own, that need unknown names: what a widget
+    sets is frozen in config.json, or has its default.
+    """
+    lines = text.splitlines()
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        for word in call.keywords:
+            alone = lines[word.lineno - 1].strip().startswith(f"{word.arg}=")
+            if alone and list_loaded(word.value) - known:
+                lines[word.lineno - 1 : word.end_lineno] = [""] * (word.end_lineno - word.lineno + 1)  # type: ignore[operator]
+    text = "\n".join(line for line in lines if line)
+    return text, ast.parse(text)
+
+
+def list_loaded(tree: ast.AST) -> set[str]:
+    """Return the names that a piece of code reads."""
+    return {
+        node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    }
 
 
 def list_bound(tree: ast.AST) -> Iterator[str]:
@@ -186,8 +219,8 @@ install)
     python -c 'import torch; print("torch==" + torch.__version__.partition("+")[0])' > constraints.txt
     pip install -c constraints.txt -e src
     ;;
-preflight) python -m primechat.cli preflight --gpus "${GPUS:-@GPUS@}" --config "$config" "$@" ;;
-data) python -m primechat.cli download --shards "@CORPUS@:@SHARDS@" ;;
+preflight) @PREFLIGHT@ ;;
+data) @DATA@ ;;
 run)
     resume=()
     if [ -e "$NANOCHAT_BASE_DIR/@FAMILY@/${TAG:-@TAG@}/config.json" ]; then resume=(--resume); fi
@@ -201,6 +234,22 @@ start)
 *) echo "launch.sh knows install, preflight, data, run and start, not $verb" >&2; exit 2 ;;
 esac
 """
+# verbs of the launcher: of a pretraining run, and of a stage that goes on from a model
+PREFLIGHT = 'python -m primechat.cli preflight --gpus "${GPUS:-@GPUS@}" --config "$config" "$@"'
+DATA = 'python -m primechat.cli download --shards "@CORPUS@:@SHARDS@"'
+TRY = """\
+python -m torch.distributed.run "${place[@]}" --nproc_per_node="${RANKS:-@RANKS@}" \\
+        run.py --config "$config" --tag "preflight-$$" --steps 4 \\
+        --look.last_eval_tokens 20480 "$@" && rm -rf "$NANOCHAT_BASE_DIR/@FAMILY@/preflight-$$\""""
+STAGE_PLAN = """\
+    @CONFIG@
+
+It goes on from `@MODELS@`, which must lie in $NANOCHAT_BASE_DIR over there: it does where that model was
+trained on the machine; else bring it, with its tokenizer, as here:
+
+    rsync -a --exclude='optim_*' ~/.cache/nanochat/@FOLDER@ root@POD:@BASE@/@FOLDER@/
+
+`bash launch.sh preflight` takes four steps with all GPUs, and tells the tokens a second."""
 READ_ME = """\
 # @TAG@: from @LAB@ to @GPUS@
 
@@ -262,13 +311,48 @@ run: |
 """
 
 
+def full_stage(lab: Path, run: PretrainConfig) -> Any:
+    """Return what a lab exports beside a full pretraining run: that run, or a stage that goes on from it."""
+    kind, tag = STAGE_OF.get(lab.name[:2]), run.tag
+    if kind is FinetuneConfig:
+        return FinetuneConfig(
+            tag=tag, base=f"base/{tag}", dialogues="smol-smoltalk, persona", batch_tokens=131_072
+        )
+    if kind is LoRAConfig:
+        return LoRAConfig(tag=f"pirate-{tag}", base=f"sft/{tag}", batch_tokens=32_768)
+    if kind is DistillConfig:  # 20 tokens for each of 100 million parameters
+        size = dict(size="100m", n_shards=40, steps=3815, batch_tokens=524_288)
+        return DistillConfig(tag=f"{tag}-100m", teacher=f"base/{tag}", corpus=run.corpus, **size)  # type: ignore[arg-type]
+    return run
+
+
+def name_family(config: Any) -> str:
+    """Return the family of the model that a config's stage makes."""
+    if isinstance(config, (LoRAConfig, DistillConfig)):
+        plain = isinstance(config, DistillConfig) and not config.dialogues
+        return "base" if plain else "lora" if isinstance(config, LoRAConfig) else "sft"
+    return "sft" if isinstance(config, FinetuneConfig) else "base"
+
+
+def name_source(config: FinetuneConfig) -> str:
+    """Return the model that a stage goes on from."""
+    return getattr(config, "teacher", "") or config.base or f"base/{config.tag}"
+
+
+def describe_stage(config: FinetuneConfig) -> str:
+    """Return in one line what a stage does."""
+    length = f"{config.steps:,} steps" if config.steps else "one pass"
+    text = config.dialogues or getattr(config, "corpus", "")
+    return f"{type(config).__name__}: {length} of {config.batch_tokens:,} tokens a step over {text}"
+
+
 def export_lab(lab: Path, config: Any, plan: Plan, folder: Path) -> list[Path]:
     """Write a lab's folder.
 
     Args:
         lab: the lab's file.
         config: the settings to freeze.
-        plan: of the pretraining, for what it costs; other stages take far less.
+        plan: of the pretraining, for what it costs; of another stage only its machine counts.
         folder: where to; files of an earlier export are replaced.
 
     Returns:
@@ -276,16 +360,25 @@ def export_lab(lab: Path, config: Any, plan: Plan, folder: Path) -> list[Path]:
     """
     script = write_script(lab, "Its settings are frozen in config.json; flags override them.")
     folder.mkdir(parents=True, exist_ok=True)
-    family = FAMILY_OF.get(type(config).__name__, "base_checkpoints")
+    family = name_family(config)
+    folders = {**FAMILIES, "lora": ADAPTER_FOLDER}
+    first = type(config) is PretrainConfig
+    source = parse_identifier("base/d20" if first else name_source(config))
     cost = f"{format_hours(plan.train_s)} and ${plan.dollars:,.0f}"
-    model = f"{ {'base_checkpoints': 'base', 'chatsft_checkpoints': 'sft'}[family] }/{config.tag}"
+    model = f"{family}/{config.tag}" if family != "lora" else f"{POD_BASE}/{ADAPTER_FOLDER}/{config.tag}"
     words = {
+        "@PREFLIGHT@": PREFLIGHT if first else TRY,
+        "@DATA@": DATA if hasattr(config, "corpus") else 'echo "The run fetches its dialogues itself."',
+        "@PLAN@": "\n".join(f"    {line}".rstrip() for line in describe_plan(plan)) if first else STAGE_PLAN,
+        "@CONFIG@": "" if first else describe_stage(config),
+        "@MODELS@": str(source), "@FOLDER@": f"{folders[source.family]}/{source.tag}",
         "@BASE@": POD_BASE, "@GPUS@": plan.machine.name, "@RANKS@": str(plan.machine.n_gpus),
-        "@FAMILY@": family, "@TAG@": config.tag, "@LAB@": lab.name, "@IMAGE@": IMAGE, "@COST@": cost,
-        "@LIMIT@": f"{plan.dollars * 1.25:.0f}", "@PRICE@": f"{plan.machine.dollars_per_hour:.2f}",
+        "@FAMILY@": folders[family], "@TAG@": config.tag, "@LAB@": lab.name, "@IMAGE@": IMAGE,
+        "@COST@": cost if first else f"less than the {cost} of its model's pretraining; preflight tells",
+        "@LIMIT@": f"{plan.dollars * (1.25 if first else 0.25):.0f}",
+        "@PRICE@": f"{plan.machine.dollars_per_hour:.2f}",
         "@MODEL@": model, "@CORPUS@": str(getattr(config, "corpus", "fineweb-edu")),
         "@SHARDS@": str(min(8, getattr(config, "n_shards", 8))),
-        "@PLAN@": "\n".join(f"    {line}".rstrip() for line in describe_plan(plan)),
     }  # fmt: skip
     files = {
         "run.py": script, "config.json": json.dumps(encode_config(config), indent=2) + "\n",
@@ -316,14 +409,20 @@ def copy_library(target: Path) -> None:
         shutil.copy(ROOT / name, target / name)
 
 
-def shrink_config(config: PretrainConfig) -> PretrainConfig:
-    """Return a rehearsal of a run: the same switches and schedule, 20 steps of a tiny model on a CPU."""
-    model = replace(
-        config.model, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, vocab_size=400, sequence_len=64
-    )
+def shrink_config(config: Any) -> Any:
+    """Return a rehearsal of a run: the same switches and schedule, 20 steps of a tiny model on a CPU; a stage
+    goes on from base/small.
+    """
+    changes: dict[str, Any] = dict(dialogues="faq", base="base/small", general="none")
+    if isinstance(config, PretrainConfig):
+        model = replace(
+            config.model, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, vocab_size=400, sequence_len=64
+        )
+        changes = dict(model=model, corpus="chitchat", tokenizer="")
+    elif isinstance(config, DistillConfig):
+        changes = dict(teacher="base/small", size="half", corpus="chitchat", n_shards=1)
     return replace(
-        config, tag="rehearsal", model=model, corpus="chitchat", tokenizer="", batch_tokens=16 * 64, steps=20,
-        seconds=0.0,
+        config, **changes, tag="rehearsal", batch_tokens=16 * 64, steps=20, seconds=0.0,
         look=LookConfig(eval_every=10, eval_tokens=1024, last_eval_tokens=4096, save_every=10,
                         snapshots=False),
         runtime=RuntimeConfig(

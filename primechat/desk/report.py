@@ -27,6 +27,8 @@ SMOOTH = 0.03  # of the run: the width over which a step's loss is averaged
 CURVES = (  # file, title, what is drawn: event, field, label
     ("loss", "Training loss, nats a token", (("step", "loss_nats"),)),
     ("bpb", "Validation, bits per byte", (("loss", "val_bpb"), ("loss", "general_bpb"))),
+    ("kept", "What the student has of its teacher", (("loss", "retention"), ("loss", "agreement"))),
+    ("writing", "What it writes, in word pairs", (("loss", "distinct_2"), ("loss", "repetition"))),
     ("speed", "Tokens a second", (("step", "tokens_per_s"),)),
     ("rate", "Learning rate, share of its peak", (("step", "lr_ratio"),)),
     ("norms", "Norms", (("step", "grad_norm"), ("step", "update_norm"))),
@@ -36,6 +38,8 @@ LABELS = {
     "update_norm": "update",
     "val_bpb": "validation",
     "general_bpb": "text it knew",
+    "distinct_2": "different ones",
+    "repetition": "said before",
 }
 STYLE = """
 body { font: 16px/1.55 %s; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.5rem;

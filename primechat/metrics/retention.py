@@ -1,4 +1,4 @@
-"""Retention: what a student has of its teacher, in all and where it is lost.
+"""Retention: what a student has of its teacher, in all and where it is lost, and how it writes.
 
 Hides: how the places of a text are sorted. Reference: bits per byte as in `metrics.bits`; retention =
 (untrained - student) / (untrained - teacher), 1 where the student is as good; agreement of likeliest tokens
@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from primechat.protocols import LanguageModel
+from primechat.infer.engine import Engine
+from primechat.metrics.diversity import measure_distinct, measure_repetition, split_words
+from primechat.protocols import ChatTokenizer, LanguageModel
 from primechat.records import PlaceGroup, RetentionResult
 
 FREQUENCIES = ((0.5, "most frequent half"), (0.8, "next 30 %"), (0.95, "next 15 %"), (1.0, "rarest 5 %"))
 POSITIONS = (1, 4, 16, 64, 256, 1024, 4096)
+WRITTEN_TEXTS, WRITTEN_TOKENS = 16, 64
 
 
 def measure_retention(
@@ -66,6 +69,32 @@ def measure_retention(
         order = [str(names[i]) for i in np.argsort(-counts)]
         groups["kind"] = tuple(sum_places(name, table[kinds == name], flat) for name in order)
     return RetentionResult(total=sum_places("all", table, flat), groups=groups)
+
+
+def judge_writing(texts: Iterable[str]) -> dict[str, float]:
+    """Return distinct-2 of texts, and the mean share of a text's word pairs that it had already.
+
+    Source: Li et al. 2016, section 5; Welleck et al. 2020, section 6.1 (seq-rep-2).
+    """
+    words = [split_words(text) for text in texts]
+    repeated = [measure_repetition(said, 2) for said in words]
+    return {"distinct_2": measure_distinct(words), "repetition": float(np.mean(repeated))}
+
+
+def write_texts(
+    model: LanguageModel | None, tokenizer: ChatTokenizer, windows: Iterable[tuple[Tensor, Tensor]]
+) -> list[str]:
+    """Return how a model goes on from the first quarter of 16 windows, 64 tokens each at temperature 0.8 and
+    top-k 50; without a model, how the windows go on themselves.
+    """
+    rows = [row for ids, _ in windows for row in ids.tolist()][:WRITTEN_TEXTS]
+    start = max(1, len(rows[0]) // 4)
+    if model is None:
+        said = [row[start : start + WRITTEN_TOKENS] for row in rows]
+    else:
+        options = dict(max_new_tokens=WRITTEN_TOKENS, temperature=0.8, top_k=50, seed=0, stop_ids=())
+        said = Engine(model, tokenizer).generate_batch([row[:start] for row in rows], **options)  # type: ignore[arg-type]
+    return [tokenizer.decode(ids) for ids in said]
 
 
 def call(model: LanguageModel, ids: Tensor) -> Tensor:

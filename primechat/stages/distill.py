@@ -23,7 +23,7 @@ from primechat.config import DistillConfig, GPTConfig, RuntimeConfig
 from primechat.config.model import shape_student, shrink_model
 from primechat.errors import ConfigError
 from primechat.infer.engine import Engine
-from primechat.metrics.retention import measure_retention
+from primechat.metrics.retention import judge_writing, measure_retention, write_texts
 from primechat.model.checkpoint import Loaded, load_checkpoint
 from primechat.model.era import list_shapes
 from primechat.model.gpt import GPT
@@ -205,11 +205,14 @@ class DistillJob(Job):
         super().save_step(folder, step, plain, {**optim_state, "projector": extra}, meta)  # type: ignore[arg-type]
 
     def measure_more(self, model: GPT, tokens: int) -> dict[str, Any]:
-        """Return retention, agreement and KL on the beginning of the validation text."""
-        windows = self.open_windows(min(tokens or COMPARED_TOKENS, COMPARED_TOKENS), 0, 1)
+        """Return retention, agreement and KL on the beginning of the validation text, and how the student
+        writes on from there.
+        """
+        windows = list(self.open_windows(min(tokens or COMPARED_TOKENS, COMPARED_TOKENS), 0, 1))
         self.teacher.compute_dtype = model.compute_dtype
         found = measure_retention(model, self.teacher, windows, self.tokenizer.byte_lengths()).total
-        return {"retention": found.retention, "agreement": found.agreement, "kl_nats": found.kl_nats}
+        compared = {"retention": found.retention, "agreement": found.agreement, "kl_nats": found.kl_nats}
+        return compared | judge_writing(write_texts(model, self.tokenizer, windows))
 
 
 class _Weights:

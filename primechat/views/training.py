@@ -56,7 +56,7 @@ def draw_tradeoff(
 
 
 def draw_lines(
-    series: Mapping[str, Sequence[tuple[float, float]]],
+    series: Mapping[str, Sequence[tuple[float, ...]]],
     x_title: str,
     y_title: str,
     *,
@@ -67,7 +67,7 @@ def draw_lines(
     """Draw curves with their names at their ends.
 
     Args:
-        series: points (x, y) by name.
+        series: points (x, y) by name, or (x, y, low, high) with the ends of an interval.
         x_title: with its unit.
         y_title: with its unit.
         title: above the picture.
@@ -79,9 +79,12 @@ def draw_lines(
         control = name in faint
         colour = SERIES[5] if control else SERIES[i % 5]
         x, y = [p[0] for p in points], [p[1] for p in points]
+        spans = [(p[1] - p[2], p[3] - p[1]) if len(p) > 2 else (0.0, 0.0) for p in points]
+        low, high = ([span[end] for span in spans] for end in (0, 1))
         figure.add_scatter(
             x=x, y=y, mode="lines+markers" if len(x) < 40 else "lines", name=name,
             line=dict(color=colour, width=2, dash="dot" if control else "solid"), marker=dict(size=6),
+            error_y=dict(array=high, arrayminus=low, width=5, visible=any(high)),
             hovertemplate="%{x} · %{y:.3f}<extra>" + name + "</extra>",
         )  # fmt: skip
         if x:

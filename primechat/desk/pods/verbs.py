@@ -21,14 +21,23 @@ from typing import Any
 import tyro
 
 from primechat.cli import parse_flags, read_config, take_option
-from primechat.cloud.export import POD_BASE, export_lab, find_lab, shrink_config
+from primechat.cloud.export import (
+    POD_BASE,
+    STAGE_OF,
+    export_lab,
+    find_lab,
+    full_stage,
+    name_family,
+    shrink_config,
+)
 from primechat.cloud.plan import Plan, describe_plan, find_machine, full_config, make_plan
 from primechat.config import PretrainConfig, encode_config
 from primechat.config.runtime import check_number
 from primechat.errors import ConfigError, PrimechatError
 from primechat.model.runlog import read_metrics
+from primechat.names import ADAPTER_FOLDER, FAMILIES
 from primechat.records import encode_record
-from primechat.store import FAMILIES, base_dir, run_dir
+from primechat.store import base_dir, run_dir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +104,16 @@ def run_cloud(verb: str, argv: list[str]) -> int:
     if verb == "preflight":
         from primechat.desk.pods.preflight import PreflightFlags, run_preflight
 
-        start = PreflightFlags(run=full_run(argv))
-        return run_preflight(parse_flags(verb, PreflightFlags, argv, start))
+        flags = PreflightFlags(run=full_run(argv))
+        return run_preflight(parse_flags(verb, PreflightFlags, argv, flags))
     if verb == "plan":
         return run_plan(parse_flags(verb, PlanFlags, argv, PlanFlags(run=full_run(argv))))
-    output = take_option(argv, "-o") or ""
-    return run_export(parse_flags(verb, ExportFlags, argv, ExportFlags(run=full_run(argv), output=output)))
+    output, stage = take_option(argv, "-o") or "", None
+    kind = STAGE_OF.get(argv[0]) if argv else None
+    if kind and (file := take_option(argv, "--config")):
+        stage = read_config(Path(file), kind)
+    start = ExportFlags(run=full_run(argv), output=output)
+    return run_export(parse_flags(verb, ExportFlags, argv, start), stage)
 
 
 def full_run(argv: list[str]) -> PretrainConfig:
@@ -131,32 +144,39 @@ def run_plan(flags: PlanFlags) -> int:
     return 0 if plan.fits else 1
 
 
-def run_export(flags: ExportFlags) -> int:
+def run_export(flags: ExportFlags, stage: Any = None) -> int:
     """Write the folder, and rehearse it if asked.
+
+    Args:
+        flags: lab, run, machine, folder.
+        stage: settings of the stage of labs 06 to 08; None are those of a full run.
 
     Returns:
         The exit code: 1 where the rehearsal fails.
     """
     lab, plan = find_lab(flags.lab), flags.plan()
-    folder = Path(flags.output or f"runs/{flags.run.tag}").expanduser()
-    for path in export_lab(lab, flags.run, plan, folder):
+    config = stage or full_stage(lab, flags.run)
+    folder = Path(flags.output or f"runs/{config.tag}").expanduser()
+    for path in export_lab(lab, config, plan, folder):
         print(path)
-    if not plan.fits:
+    if not plan.fits and config is flags.run:
         print(f"It will not fit on {plan.machine.name} as planned; `primechat plan` tells why.")
     if flags.rehearse:
-        return rehearse(folder)
+        return rehearse(folder, kind=type(config))
     print(f"How to start it stands in {folder / 'README.md'}; --rehearse tries it here first.")
     return 0
 
 
-def rehearse(folder: Path, ranks: int = 2, say: Any = print) -> int:
+def rehearse(folder: Path, ranks: int = 2, say: Any = print, kind: type[Any] = PretrainConfig) -> int:
     """Run an exported folder by its own launcher: 20 steps, tiny, on this machine's CPU; then resume it.
+
+    A stage that goes on from a model gets a tiny one first. `kind` is the class of the folder's config.
 
     Returns:
         The exit code: 1 where something did not go as it must.
     """
-    config = read_config(folder / "config.json", PretrainConfig)
-    (folder / "rehearsal.json").write_text(json.dumps(encode_config(shrink_config(config)), indent=2))
+    config = shrink_config(read_config(folder / "config.json", kind))
+    (folder / "rehearsal.json").write_text(json.dumps(encode_config(config), indent=2))
     say(f"Rehearsal: 20 steps of a tiny model with {ranks} processes, by {folder / 'launch.sh'} ...")
     t_start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="primechat-rehearsal-") as place:
@@ -165,14 +185,21 @@ def rehearse(folder: Path, ranks: int = 2, say: Any = print) -> int:
             **keep, "NANOCHAT_BASE_DIR": place, "RANKS": str(ranks), "CONFIG": "rehearsal.json",
             "TAG": "rehearsal", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }  # fmt: skip
-        for words in (["--max_hours", "1"], []):  # the second time it finds the run, resumes, and is done
-            done = subprocess.run(
-                ["bash", "launch.sh", "run", *words], cwd=folder, env=env, capture_output=True, text=True
-            )
+        launch = ["bash", "launch.sh", "run"]
+        commands = [[*launch, "--max_hours", "1"], launch]  # the second finds the run, resumes, and is done
+        if kind is not PretrainConfig:
+            small = replace(shrink_config(full_config(2)), tag="small")
+            (Path(place) / "small.json").write_text(json.dumps(encode_config(small)))
+            words = ["-m", "primechat.cli", "pretrain", "--config", f"{place}/small.json"]
+            commands.insert(0, [sys.executable, *words])
+            env["PYTHONPATH"] = str(folder.resolve() / "src")
+        for command in commands:
+            done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
             if done.returncode:
                 say(f"The rehearsal failed (exit code {done.returncode}):\n{done.stderr[-3000:]}")
                 return 1
-        run = Path(place) / "base_checkpoints" / "rehearsal"
+        family = name_family(config)
+        run = Path(place) / {**FAMILIES, "lora": ADAPTER_FOLDER}[family] / "rehearsal"
         losses = [e["loss_nats"] for e in read_metrics(run / "metrics.jsonl") if e["kind"] == "step"]
     if len(losses) != 20 or losses[-1] >= losses[0]:
         say(f"The rehearsal ran, but its losses are wrong: {losses}.")

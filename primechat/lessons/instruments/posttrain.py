@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 
 from primechat import store
-from primechat.config import DistillConfig, GPTConfig, LookConfig, LoRAConfig, RuntimeConfig
+from primechat.config import GPTConfig, LoRAConfig
 from primechat.config.model import SHARES, STUDENTS, shrink_model
 from primechat.errors import DataError
 from primechat.lab import borrow_model
-from primechat.lessons.instruments.series import QUIET, sum_rows
 from primechat.lessons.instruments.series import SeriesConfig as SeriesConfig
 from primechat.lessons.instruments.series import compare_ranks as compare_ranks
 from primechat.lessons.instruments.series import compare_sets as compare_sets
 from primechat.lessons.instruments.series import compare_sizes as compare_sizes
-from primechat.metrics.diversity import measure_distinct, split_words
+from primechat.lessons.instruments.series import sum_rows
+from primechat.metrics.diversity import estimate_mean, measure_distinct, split_words
 from primechat.records import TrainResult
 from primechat.text.corpora import load_chitchat, split_last
 from primechat.text.dialogues import SETS, DialogueOptions, set_folder, stream_dialogues
@@ -238,28 +238,7 @@ def break_down(student: str, teacher: str, tokens: int = 8192) -> Any:
     )
 
 
-def quick_lora(rank: int = 8, steps: int = 40) -> LoRAConfig:
-    """Return the settings of the adapter that lab 07 begins with."""
-    return LoRAConfig(
-        tag="pirate", base="shipped/sft", rank=rank, alpha=2.0 * rank, steps=steps, batch_tokens=2048,
-        runtime=RuntimeConfig(compile="off"), look=look_often(),
-    )  # fmt: skip
-
-
-def quick_distill(steps: int = 40) -> DistillConfig:
-    """Return the settings of the student that lab 08 begins with."""
-    return DistillConfig(
-        tag="student", teacher="shipped/base", size="quarter", steps=steps, batch_tokens=2048,
-        runtime=RuntimeConfig(compile="off"), look=look_often(),
-    )  # fmt: skip
-
-
 # What is drawn of runs
-
-
-def look_often() -> LookConfig:
-    """Return how often a lab's run is looked at."""
-    return replace(QUIET, sample_every=0)
 
 
 def guess_share(name: str) -> str:
@@ -307,7 +286,7 @@ def open_answers(before: str, result: TrainResult | None) -> Live:
 
 
 def open_table(rows: Sequence[dict[str, Any]] | None, keys: Sequence[str], *, diversity: bool = True) -> Live:
-    """Return the table of a series: means over seeds, and half the range between them."""
+    """Return the table of a series: means over seeds with their intervals."""
     found = list(rows or ())
     if diversity and found and "retention" not in found[0]:
         found = add_diversity(found)
@@ -315,13 +294,16 @@ def open_table(rows: Sequence[dict[str, Any]] | None, keys: Sequence[str], *, di
 
 
 def name_axes(rows: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
-    """Return a series' rows under the titles of the picture's axes."""
-    return [
-        {"name": row["name"] if row["name"] in ("full", *map(str, SHELF)) or not row["name"].isdigit()
-         else f"rank {row['name']}", "gain on its own talks, bits per byte": row["gain"],
-         "forgotten of general text, bits per byte": row["forgotten"]}
-        for row in rows or () if "forgotten" in row
-    ]  # fmt: skip
+    """Return a series' rows under the titles of the picture's axes; what has a common gain is put there."""
+    found = []
+    for row in rows or ():
+        if "forgotten" in row:
+            common = "common gain" in row
+            gain = f"gain on {'the common' if common else 'its own'} talks, bits per byte"
+            named = f"rank {row['name']}" if row["name"].isdigit() else row["name"]
+            found.append({"name": named, gain: row["common gain" if common else "gain"],
+                          "forgotten of general text, bits per byte": row["forgotten"]})  # fmt: skip
+    return found
 
 
 def list_adapters(result: TrainResult | None) -> list[str]:
@@ -405,12 +387,33 @@ def open_breakdown(result: TrainResult | None, teacher: str) -> Live:
     return Live(draw, by=["frequency", "position", "kind"], labels={"by": "sorted by"})
 
 
-def list_by_size(rows: Sequence[dict[str, Any]] | None) -> dict[str, list[tuple[float, float]]]:
-    """Return mean retention by parameters, for students taught and alone."""
+def list_by_size(rows: Sequence[dict[str, Any]] | None) -> dict[str, list[tuple[float, ...]]]:
+    """Return retention by parameters, for students taught and alone: the mean, and its interval of three
+    seeds or more.
+    """
     curves: dict[str, dict[float, list[float]]] = {}
     for row in rows or ():
         kind = row["name"].partition(", ")[2] or "taught"
         curves.setdefault(kind, {}).setdefault(row["parameters"], []).append(row["retention"])
     return {
-        kind: sorted((size, sum(v) / len(v)) for size, v in found.items()) for kind, found in curves.items()
+        kind: sorted((size, *estimate_mean(v)[: 3 if len(v) > 2 else 1]) for size, v in found.items())
+        for kind, found in curves.items()
     }
+
+
+def add_teacher(rows: Sequence[dict[str, Any]] | None, teacher: str) -> list[dict[str, Any]]:
+    """Return a series' rows with two more: how the teacher writes, and the text itself."""
+    if not rows:
+        return []
+    from primechat.metrics.retention import judge_writing, write_texts
+    from primechat.stages.pretrain import cache_text
+    from primechat.text.batches import validation_windows
+
+    master, tokenizer, _ = borrow_model(teacher)
+    cache = cache_text("chitchat", "val", tokenizer, 1, None)
+    windows = list(validation_windows(cache, master.sequence_len, max_tokens=8192))
+    more = []
+    for name, model in (("the teacher", master), ("the text itself", None)):
+        found = judge_writing(write_texts(model, tokenizer, windows))
+        more.append({"name": name, "distinct-2": found["distinct_2"], "repetition": found["repetition"]})
+    return [*rows, *more]

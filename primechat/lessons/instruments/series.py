@@ -15,6 +15,7 @@ from typing import Any
 
 from primechat import store
 from primechat.config import DistillConfig, FinetuneConfig, LookConfig, LoRAConfig, RuntimeConfig
+from primechat.metrics.diversity import estimate_mean
 from primechat.model.checkpoint import find_steps, read_meta
 from primechat.model.runlog import read_metrics
 from primechat.records import NoteEvent, OnEvent, TrainResult
@@ -58,7 +59,10 @@ class SeriesConfig:
 def compare_sets(
     config: SeriesConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> list[dict[str, Any]]:
-    """Fine-tune on one set at a time, at the same number of steps and tokens."""
+    """Fine-tune on one set at a time, at the same number of steps and tokens.
+
+    Each run is measured on its own held-back talks and on common ones: as many tokens of each set compared.
+    """
     from primechat.stages.finetune import finetune
 
     def build(name: str, seed: int, runtime: RuntimeConfig) -> tuple[Any, Any, str]:
@@ -68,7 +72,26 @@ def compare_sets(
         )  # fmt: skip
         return finetune, made, "sft"
 
-    return list(work_series(config, build, on_event, stop))
+    rows = list(work_series(config, build, on_event, stop))
+    before = score_common(config.model, config) if rows else 0.0
+    return [{**row, "common gain": before - score_common(row["identifier"], config)} for row in rows]
+
+
+def score_common(identifier: str, config: SeriesConfig) -> float:
+    """Return a model's bits per byte on the assistant's words of held-back talks of all sets compared."""
+    from primechat.lab import borrow_model
+    from primechat.metrics.bits import Bits, measure_bits
+    from primechat.stages.finetune import cache_dialogues
+    from primechat.text.batches import validation_windows
+
+    model, tokenizer, _ = borrow_model(identifier)
+    total, tokens = Bits(), QUIET.eval_tokens // len(config.names)
+    for name in config.names:
+        cache = cache_dialogues(FinetuneConfig(dialogues=name), "val", tokenizer)
+        windows = validation_windows(cache, model.sequence_len, max_tokens=tokens)
+        bits = measure_bits(lambda x, y: model.loss(x, y, "none"), windows, tokenizer.byte_lengths())
+        total = Bits(nats=total.nats + bits.nats, n_bytes=total.n_bytes + bits.n_bytes)
+    return total.bpb
 
 
 def compare_ranks(
@@ -151,9 +174,9 @@ def describe_run(name: str, seed: int, result: TrainResult, family: str, base: s
     }  # fmt: skip
     if first.get("general_bpb") is not None:
         row["forgotten"] = last["general_bpb"] - first["general_bpb"]
-    for key in ("retention", "agreement", "kl_nats"):
+    for key in ("retention", "agreement", "kl_nats", "distinct_2", "repetition"):
         if last.get(key) is not None:
-            row[key] = last[key]
+            row[key.replace("distinct_2", "distinct-2")] = last[key]
     return row
 
 
@@ -168,15 +191,17 @@ def clean_name(name: str) -> str:
 
 
 def sum_rows(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Return a row a name: the mean over its seeds, and half the range from lowest to highest."""
+    """Return a row a name: the mean over its seeds with its 95 % interval; of two seeds, both values."""
     table = []
     for name in dict.fromkeys(row["name"] for row in rows):
         mine = [row for row in rows if row["name"] == name]
         shown: dict[str, Any] = {"run": name, "seeds": len(mine)}
         for key in keys:
             values = [float(row[key]) for row in mine if key in row]
-            if values:
-                spread = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
-                shown[key] = f"{sum(values) / len(values):.3f}{spread}"
+            if len(values) == 2:
+                shown[key] = f"{values[0]:.3f}, {values[1]:.3f}"
+            elif values:
+                mean, low, _ = estimate_mean(values)
+                shown[key] = f"{mean:.3f} ± {mean - low:.3f}" if len(values) > 2 else f"{mean:.3f}"
         table.append(shown)
     return table or [{"run": "nothing yet: press Start above"}]

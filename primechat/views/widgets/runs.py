@@ -107,6 +107,8 @@ class RunLog:
             ]
         if self.losses:
             figures.insert(1, [f"{self.losses[-1].val_bpb:.3f}", "bits per byte on new text"])
+            if self.losses[-1].retention is not None:
+                figures.insert(2, [f"{self.losses[-1].retention:.1%}", "of the teacher kept"])
         return {
             "phase": phase.name, "done": done, "total": phase.total, "unit": phase.unit, "left_s": left,
             "figures": figures, "saved": self.saved, "notes": self.notes, "samples": self.samples,
