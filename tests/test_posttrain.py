@@ -87,7 +87,7 @@ def test_series_of_adapters_is_remembered() -> None:
 def test_sets_have_common_ground() -> None:
     plan = posttrain.SeriesConfig(names=("faq", "topic:food"), seeds=1, steps=2, batch_tokens=1024)
     rows = posttrain.compare_sets(plan)
-    before, after = (series.score_common(name, plan) for name in ("shipped/base", rows[0]["identifier"]))
+    before, after = (series.score_together(name, plan) for name in ("shipped/base", rows[0]["identifier"]))
     assert rows[0]["common gain"] == pytest.approx(before - after) and before - after > 0
     assert rows[0]["common gain"] != rows[0]["gain"] and rows[1]["common gain"] != rows[0]["common gain"]
     assert list(posttrain.name_axes(rows)[0])[1] == "gain on the common talks, bits per byte"

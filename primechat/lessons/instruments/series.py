@@ -73,11 +73,11 @@ def compare_sets(
         return finetune, made, "sft"
 
     rows = list(work_series(config, build, on_event, stop))
-    before = score_common(config.model, config) if rows else 0.0
-    return [{**row, "common gain": before - score_common(row["identifier"], config)} for row in rows]
+    before = score_together(config.model, config) if rows else 0.0
+    return [{**row, "common gain": before - score_together(row["identifier"], config)} for row in rows]
 
 
-def score_common(identifier: str, config: SeriesConfig) -> float:
+def score_together(identifier: str, config: SeriesConfig) -> float:
     """Return a model's bits per byte on the assistant's words of held-back talks of all sets compared."""
     from primechat.lab import borrow_model
     from primechat.metrics.bits import Bits, measure_bits
