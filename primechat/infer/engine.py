@@ -321,52 +321,57 @@ class Engine:
 
     @torch.inference_mode()
     def _read_prompts(self, rows: list[Row], settings: Settings) -> tuple[torch.Tensor, Cache] | None:
-        """Read each prompt once; return logits and cache of all rows, or None where cancelled."""
+        """Read each prompt once; return logits and cache of all rows, or None where cancelled.
+
+        Several are read together where the model can; then the rows are sorted by length.
+        """
         capacity = max(len(row.prompt) + row.limit for row in rows)
         together = getattr(self.model, "read_padded", None)
-        counts = [(prompt, len(list(group))) for prompt, group in groupby(rows, key=lambda row: row.prompt)]
-        logits: list[torch.Tensor] = [torch.empty(0)] * len(counts)
-        caches: list[Cache] = []
-        order = list[int]()
-        for group in group_prompts([prompt for prompt, _ in counts], PREFILL_TOKENS if together else 0):
-            prompts = [counts[i][0] for i in group]
-            cache = self.model.new_cache(len(group), capacity)
-            if together is not None and len(group) > 1:
+        if together:
+            rows.sort(key=lambda row: (len(row.prompt), row.prompt))
+        places = [i for i, (_, same) in enumerate(groupby(rows, key=lambda row: row.prompt)) for _ in same]
+        prompts = [prompt for prompt, _ in groupby(row.prompt for row in rows)]
+        logits: list[torch.Tensor] = []
+        caches: list[Any] = []
+        whole: Any = self.model.new_cache(len(prompts), capacity) if together else None
+        for start, stop in group_prompts(prompts, PREFILL_TOKENS if together else 0):
+            cache = whole.part(start, stop) if together else self.model.new_cache(1, capacity)
+            for at in range(0, len(prompts[start]) if stop - start == 1 else 1, PREFILL_CHUNK):
                 if settings.cancelled:
                     return None
-                width = len(prompts[-1])
-                ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
-                last = together(ids.to(self.model.device), [len(prompt) for prompt in prompts], cache)
-            else:
-                for at in range(0, len(prompts[0]), PREFILL_CHUNK):
-                    if settings.cancelled:
-                        return None
-                    last = self._advance([prompts[0][at : at + PREFILL_CHUNK]], cache)
-            for i, row in zip(group, last, strict=True):
-                logits[i] = row.expand(counts[i][1], -1)
+                if together and stop - start > 1:
+                    counts = [len(prompt) for prompt in prompts[start:stop]]
+                    ids = [[*prompt, *[0] * (counts[-1] - len(prompt))] for prompt in prompts[start:stop]]
+                    last = together(torch.tensor(ids, device=self.model.device), counts, cache)
+                else:
+                    last = self._advance([prompts[start][at : at + PREFILL_CHUNK]], cache)
+            logits.append(last)
             caches.append(cache)
-            order += group
         first = torch.cat(logits)
         if not bool(first.amax(-1).isfinite().all()):
             raise CheckpointError(
                 "The model's logits are not numbers: its weights are broken; take another step."
             )
-        whole = caches[0].join(caches[1:]) if len(caches) > 1 else caches[0]
-        places = [place for i, (_, n) in enumerate(counts) for place in [order.index(i)] * n]
-        return first, whole if places == list(range(len(order))) else whole.select(places)
-
-
-def group_prompts(prompts: Sequence[Sequence[int]], room: int) -> list[list[int]]:
-    """Return which prompts to read together: of like lengths, at most `room` tokens with what pads them.
-
-    >>> group_prompts([[1] * 4, [1] * 50, [2] * 6, [3] * 7], 20)
-    [[0, 2], [3], [1]]
-    """
-    groups: list[list[int]] = []
-    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if room else range(len(prompts)):
-        n, fits = len(prompts[i]), bool(groups) and len(prompts[i]) * (len(groups[-1]) + 1) <= room
-        if fits and n <= 1.5 * len(prompts[groups[-1][0]]):
-            groups[-1].append(i)
+        if together:
+            whole.adopt(caches)
         else:
-            groups.append([i])
+            whole = caches[0].join(caches[1:]) if len(caches) > 1 else caches[0]
+        if len(places) == len(prompts):
+            return first, whole
+        return first[places], whole.select(places)
+
+
+def group_prompts(prompts: Sequence[Sequence[int]], room: int) -> list[tuple[int, int]]:
+    """Return which neighbours to read together: of like lengths, at most `room` tokens with what pads them.
+
+    >>> group_prompts([[1] * 4, [2] * 6, [3] * 7, [4] * 50], 20)
+    [(0, 2), (2, 3), (3, 4)]
+    """
+    groups: list[tuple[int, int]] = []
+    for i, prompt in enumerate(prompts):
+        start = groups[-1][0] if groups else 0
+        if groups and len(prompt) * (i + 1 - start) <= room and len(prompt) <= 1.5 * len(prompts[start]):
+            groups[-1] = (start, i + 1)
+        else:
+            groups.append((i, i + 1))
     return groups

@@ -218,6 +218,16 @@ class KVCache:
         last = torch.cat(embeds) if len(embeds) == len(caches) else None
         return self.assemble(keys, values, [n for c in caches for n in c.lengths], last)
 
+    def part(self, start: int, stop: int) -> KVCache:
+        """Return an empty cache whose keys and values are those of some rows of this one."""
+        return self.assemble(self.keys[:, start:stop], self.values[:, start:stop], [0] * (stop - start), None)
+
+    def adopt(self, parts: Sequence[KVCache]) -> None:
+        """Take over what was read into the parts that this cache consists of."""
+        self.lengths = [n for part in parts for n in part.lengths]
+        embeds = [part.last_embed for part in parts if part.last_embed is not None]
+        self.last_embed = torch.cat(embeds) if embeds else None
+
     def assemble(self, keys: Tensor, values: Tensor, lengths: list[int], last: Tensor | None) -> KVCache:
         """Return a cache of these parts."""
         cache = KVCache.__new__(KVCache)
@@ -233,16 +243,15 @@ class KVCache:
         if isinstance(step.at, int):
             keys[:, :, step.at], values[:, :, step.at] = k, v
         else:
-            keys[step.rows, :, step.at], values[step.rows, :, step.at] = k, v
+            keys[step.rows, :, step.at], values[step.rows, :, step.at] = k.to(keys.dtype), v.to(keys.dtype)
         k, v, grouped = (
             keys[:, :, lo : step.last + 1],
             values[:, :, lo : step.last + 1],
             q.size(1) != k.size(1),
         )
-        # on a CPU, SDPA of one bfloat16 query takes 3 to 4 times as long as with float32 copies
-        kind = torch.float32 if q.device.type == "cpu" else q.dtype
+        # on a CPU, SDPA of one bfloat16 query takes 3 to 4 times as long: there the cache is float32
         out = F.scaled_dot_product_attention(
-            q.unsqueeze(2).to(kind), k.to(kind), v.to(kind), attn_mask=mask, scale=scale, enable_gqa=grouped
+            q.unsqueeze(2).to(k.dtype), k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
         )
         return out.to(q.dtype)
 
@@ -259,6 +268,8 @@ class KVCache:
         if even:
             lo, hi = (0 if left is None else max(0, start - left)), start + T
             keys[:, :, start:hi], values[:, :, start:hi] = k.transpose(1, 2), v.transpose(1, 2)
+            if start == 0:
+                return attend(q, k, v, left, scale)
             mask = make_mask(start - lo, T, hi - lo, left, q.device) if T > 1 else None
         else:
             lo, hi = 0, max(self.lengths) + T
@@ -266,19 +277,19 @@ class KVCache:
                 T, device=q.device
             )  # (B, T)
             rows = torch.arange(B, device=q.device)[:, None]
-            keys[rows, :, at], values[rows, :, at] = k, v
+            keys[rows, :, at], values[rows, :, at] = k.to(keys.dtype), v.to(keys.dtype)
             distance = at[:, :, None] - torch.arange(hi, device=q.device)  # (B, T, S)
             mask = (distance >= 0) if left is None else (distance >= 0) & (distance <= left)
             mask = mask[:, None]
         out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
+            q.transpose(1, 2).to(keys.dtype),
             keys[:, :, lo:hi],
             values[:, :, lo:hi],
             attn_mask=mask,
             scale=scale,
             enable_gqa=q.size(2) != k.size(2),
         )
-        return out.transpose(1, 2)
+        return out.transpose(1, 2).to(q.dtype)
 
 
 @functools.cache

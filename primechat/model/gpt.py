@@ -6,7 +6,7 @@ queries and keys).
 
 Numerics        parameters   compute    rotary table   loss      cache
 CPU fp32        float32      float32    rope_dtype     float32   float32
-CPU bf16 units  float32      bfloat16   rope_dtype     float32   bfloat16
+CPU bf16 units  float32      bfloat16   rope_dtype     float32   float32
 MPS             float32      float32    rope_dtype     float32   float32
 CUDA            float32      bfloat16   rope_dtype     float32   bfloat16
 A model loaded for inference holds its parameters in the compute dtype.
@@ -305,7 +305,7 @@ class GPT(nn.Module):
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """Return an empty cache for `batch_size` rows of up to `capacity` tokens."""
-        c, dtype = self.config, self.compute_dtype
+        c, dtype = self.config, torch.float32 if self.device.type == "cpu" else self.compute_dtype
         shape = (c.n_layer, batch_size, c.n_kv_head, capacity, c.head_dim)
         return KVCache(*shape, dtype=dtype, device=self.device)
 
