@@ -136,7 +136,7 @@ def _(mo):
 @app.cell(hide_code=True)
 def _(posttrain, settings):
     plan = settings(
-        posttrain.SeriesConfig(model="shipped/sft", names=("1", "8", "full")),
+        posttrain.SeriesConfig(model="shipped/sft", names="1, 8, full"),
         ("names", "seeds", "steps"),
         title="What to compare",
     )

@@ -175,9 +175,7 @@ def _(mo):
 @app.cell(hide_code=True)
 def _(posttrain, settings):
     plan = settings(
-        posttrain.SeriesConfig(
-            names=("eighth, taught", "eighth, alone", "half, taught", "half, alone"), seeds=3
-        ),
+        posttrain.SeriesConfig(names="eighth taught, eighth alone, half taught, half alone", seeds=3),
         ("names", "seeds", "steps"),
         title="What to compare",
     )

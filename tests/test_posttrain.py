@@ -10,6 +10,7 @@ import pytest
 
 from primechat import store
 from primechat.config import GPTConfig, LookConfig, RuntimeConfig
+from primechat.errors import ConfigError
 from primechat.lessons.instruments import posttrain, series
 from primechat.records import Event
 from primechat.views.training import draw_lines, draw_tradeoff
@@ -54,9 +55,7 @@ def test_shelf(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_series_of_adapters_is_remembered() -> None:
-    plan = posttrain.SeriesConfig(
-        model="shipped/sft", names=("2", "full"), seeds=1, steps=2, batch_tokens=1024
-    )
+    plan = posttrain.SeriesConfig(model="shipped/sft", names="2, full", seeds=1, steps=2, batch_tokens=1024)
     heard: list[Event] = []
     rows = posttrain.compare_ranks(plan, on_event=heard.append)
     assert [row["name"] for row in rows] == ["2", "full"] and rows[0]["parameters"] < rows[1]["parameters"]
@@ -85,7 +84,7 @@ def test_series_of_adapters_is_remembered() -> None:
 
 @pytest.mark.slow
 def test_sets_have_common_ground() -> None:
-    plan = posttrain.SeriesConfig(names=("faq", "topic:food"), seeds=1, steps=2, batch_tokens=1024)
+    plan = posttrain.SeriesConfig(names="faq, topic:food", seeds=1, steps=2, batch_tokens=1024)
     rows = posttrain.compare_sets(plan)
     before, after = (series.score_together(name, plan) for name in ("shipped/base", rows[0]["identifier"]))
     assert rows[0]["common gain"] == pytest.approx(before - after) and before - after > 0
@@ -95,7 +94,7 @@ def test_sets_have_common_ground() -> None:
 
 @pytest.mark.slow
 def test_students(tmp_path: Path) -> None:
-    plan = posttrain.SeriesConfig(names=("eighth, taught",), seeds=1, steps=2, batch_tokens=1024)
+    plan = posttrain.SeriesConfig(names="eighth taught", seeds=1, steps=2, batch_tokens=1024)
     rows = posttrain.compare_sizes(plan)
     assert rows[0]["retention"] > 0 and 0 <= rows[0]["agreement"] <= 1
     result: Any = store.load_run(store.run_dir("base", rows[0]["identifier"].partition("/")[2]))
@@ -124,6 +123,16 @@ def test_students(tmp_path: Path) -> None:
     half = replace(own, n_layer=own.n_layer // 2, n_embd=own.n_embd // 2, n_head=2, n_kv_head=2)
     assert posttrain.guess_halved("shipped/base") == round(100 * half.n_params / own.n_params, 1)
     assert isinstance(own, GPTConfig)
+
+
+def test_what_is_compared_can_be_written() -> None:
+    assert posttrain.SeriesConfig(names=" faq,chitchat , faq,").list_names() == ["faq", "chitchat"]
+    for wrong in (dict(names=" , "), dict(seeds=0), dict(steps=0)):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            posttrain.SeriesConfig(**wrong)  # type: ignore[arg-type]
+    for function, names in ((posttrain.compare_ranks, "0"), (posttrain.compare_sizes, "eighth, taught")):
+        with pytest.raises(ConfigError, match="correct it"):
+            function(posttrain.SeriesConfig(names=names))
 
 
 def test_nothing_has_run_yet() -> None:

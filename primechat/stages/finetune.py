@@ -1,9 +1,10 @@
 """Teach a base model to answer: train on conversations, on the assistant's tokens only.
 
-Hides: how conversations become rows. They are rendered with their special tokens, laid end to end (or each in
-rows of its own), and every token that is not the assistant's is masked out of the loss. What the model
-forgets meanwhile is measured on the text that it came from. Reference: nanochat's chat SFT and midtraining;
-Ouyang et al. 2022, section 3.
+Hides: how conversations become rows. They are rendered with their special tokens, laid end to end, and every
+token that is not the assistant's is masked out of the loss. Keeping them apart by masks, or in rows of their
+own, is a choice; it was measured and brought nothing (labs/experiments.md), as a base model that was trained
+on texts end to end knows what a new beginning means. What the model forgets meanwhile is measured on the text
+that it came from. Reference: nanochat's chat SFT and midtraining; Ouyang et al. 2022, section 3.
 """
 
 from __future__ import annotations

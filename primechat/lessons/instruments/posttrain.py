@@ -393,7 +393,7 @@ def list_by_size(rows: Sequence[dict[str, Any]] | None) -> dict[str, list[tuple[
     """
     curves: dict[str, dict[float, list[float]]] = {}
     for row in rows or ():
-        kind = row["name"].partition(", ")[2] or "taught"
+        kind = row["name"].partition(" ")[2] or "taught"
         curves.setdefault(kind, {}).setdefault(row["parameters"], []).append(row["retention"])
     return {
         kind: sorted((size, *estimate_mean(v)[: 3 if len(v) > 2 else 1]) for size, v in found.items())

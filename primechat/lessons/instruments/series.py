@@ -15,6 +15,9 @@ from typing import Any
 
 from primechat import store
 from primechat.config import DistillConfig, FinetuneConfig, LookConfig, LoRAConfig, RuntimeConfig
+from primechat.config.model import SHARES
+from primechat.config.runtime import check_number
+from primechat.errors import ConfigError
 from primechat.metrics.diversity import estimate_mean
 from primechat.model.checkpoint import find_steps, read_meta
 from primechat.model.runlog import read_metrics
@@ -46,14 +49,24 @@ class SeriesConfig:
 
     model: str = "shipped/base"
     """Where each run starts."""
-    names: tuple[str, ...] = ("chitchat", "style:pirate", "faq")
-    """What is compared."""
+    names: str = "chitchat, style:pirate, faq"
+    """What is compared, with commas between."""
     seeds: int = 2
     """Runs of each."""
     steps: int = 12
     """Optimizer steps of a run; more tell more."""
     batch_tokens: int = 2048
     """Tokens of a step."""
+
+    def __post_init__(self) -> None:
+        check_number("seeds", self.seeds, low=1, whole=True)
+        check_number("steps", self.steps, low=1, whole=True)
+        if not self.list_names():
+            raise ConfigError("names='' must name what to compare; try two, with a comma between.")
+
+    def list_names(self) -> list[str]:
+        """Return what is compared, each once."""
+        return list(dict.fromkeys(filter(None, (name.strip() for name in self.names.split(",")))))
 
 
 def compare_sets(
@@ -85,8 +98,8 @@ def score_together(identifier: str, config: SeriesConfig) -> float:
     from primechat.text.batches import validation_windows
 
     model, tokenizer, _ = borrow_model(identifier)
-    total, tokens = Bits(), QUIET.eval_tokens // len(config.names)
-    for name in config.names:
+    total, tokens = Bits(), QUIET.eval_tokens // len(config.list_names())
+    for name in config.list_names():
         cache = cache_dialogues(FinetuneConfig(dialogues=name), "val", tokenizer)
         windows = validation_windows(cache, model.sequence_len, max_tokens=tokens)
         bits = measure_bits(lambda x, y: model.loss(x, y, "none"), windows, tokenizer.byte_lengths())
@@ -106,6 +119,8 @@ def compare_ranks(
             tag=f"lab07-{name}-{seed}", base=config.model, dialogues="style:pirate", seed=seed,
             steps=config.steps, batch_tokens=config.batch_tokens, look=QUIET, runtime=runtime,
         )  # fmt: skip
+        if name != "full" and not (name.isdigit() and int(name)):
+            raise ConfigError(f"names: {name!r} must be a rank, as 8, or full; correct it.")
         if name == "full":
             return finetune, FinetuneConfig(**common), "sft"
         return train_lora, LoRAConfig(**common, rank=int(name), alpha=2.0 * int(name)), "lora"
@@ -120,7 +135,9 @@ def compare_sizes(
     from primechat.stages.distill import distill
 
     def build(name: str, seed: int, runtime: RuntimeConfig) -> tuple[Any, Any, str]:
-        size, _, kind = name.partition(", ")
+        size, _, kind = name.partition(" ")
+        if size not in SHARES or kind not in ("taught", "alone"):
+            raise ConfigError(f"names: {name!r} must be like `eighth taught` or `half alone`; correct it.")
         made = DistillConfig(
             tag=f"lab08-{size}-{seed}", teacher=config.model, size=size, seed=seed,
             alpha=0.1 if kind == "taught" else 1.0, steps=config.steps, batch_tokens=config.batch_tokens,
@@ -139,7 +156,7 @@ def work_series(
     stop, tell = stop or threading.Event(), on_event or (lambda event: None)
     runtime = QUICK
     for seed in range(config.seeds):
-        for name in config.names:
+        for name in config.list_names():
             if stop.is_set():
                 return
             tell(NoteEvent(text=f"{name}, seed {seed}"))
