@@ -140,7 +140,8 @@ def _(show, tokenizers):
 @app.cell(hide_code=True)
 def _(mo):
     mo.md(r"""
-    Click a row to see it cut. The shuffled row is the control: it has no words, in any language.
+    The bars have the colours of the tokenizers above them. Click a row to see it cut. The shuffled row is the
+    control: it has no words, in any language.
 
     ## 4. How does a chat become one text?
 

@@ -113,7 +113,7 @@ def _(atlas):
 
     # what you have selected on the map, one row a token (in Jupyter, run this cell again)
     frame = pd.DataFrame(atlas.selected())
-    frame
+    frame if len(frame) else "Nothing is selected yet: hold Shift and draw on the map."
     return
 
 
@@ -140,10 +140,10 @@ def _(mo):
     mo.md(r"""
     ## 3. Related words
 
-    If “dog” is to “dogs” as “cat” is to “cats”, the step from the first to the second word may be the same
-    in both. Then **c + b − a** leads near the answer. Often it seems to work for a poor reason: the answer is
-    simply the nearest neighbour of c, and the step adds nothing. So the middle column leaves the step out,
-    and the last one takes a step that has nothing to do with it.
+    If “talk” is to “talking” as “try” is to “trying”, the step from the first to the second word may be the
+    same in both. Then **c + b − a** leads near the answer. Often it seems to work for a poor reason: the
+    answer is simply the nearest neighbour of c, and the step adds nothing. So the middle column leaves the
+    step out, and the last one, the control, takes a step that has nothing to do with it.
     """)
     return
 

@@ -74,6 +74,7 @@ PROGRAMS = {  # verb: module of the desk, its config, what runs it
     "lab": ("labs.twins", "LabConfig", "run_lab"),
     "chat": ("chat", "ChatConfig", "run_chat"),
 }
+FEW_STEPS = 40  # of a quickstart: fewer leave a model that has not found words yet
 CLOUD = ("plan", "export", "preflight", "pull")
 SHORTCUTS = {
     "--device": "--device cpu|mps|cuda stands for --runtime.device.",
@@ -413,6 +414,15 @@ def describe_quickstart(result: QuickstartResult) -> Iterator[str]:
     )
     for message in result.dialogue:
         yield f"  {'you' if message['role'] == 'user' else 'it':>4}  {clean_text(message['content'], 400)}"
+    yield (
+        "\nThe two figures in bits per byte are of different texts, chats as they are for the base model and "
+        "marked-up conversations\nfor the chat model, so they say nothing about each other."
+    )
+    if result.base.step < FEW_STEPS:
+        yield (
+            f"Only {result.base.step} steps of training fitted into the time on this machine; words begin "
+            f"after about {FEW_STEPS}.\nGive it more (--seconds 300), or talk to the model that ships."
+        )
     chat, tag = result.chat.identifier, find_tag(result.base.identifier)
     steps = {
         f"primechat chat {chat}": "talk to it yourself",

@@ -412,7 +412,7 @@ def test_plain_view_is_no_flood() -> None:
     steps = [line for line in lines if line.startswith("Pretraining: step")]
     assert 2 < len(steps) < 40 and steps[-1].startswith("Pretraining: step 400/400")
     assert "1.500 bpb" in steps[-1] and "24,512 tok/s" in steps[-1] and steps[-1].endswith("0:00 left")
-    assert "\x1b" not in stream.getvalue() and "step 20 writes: A: Hi| there B: �[2Jyes" in lines
+    assert "\x1b" not in stream.getvalue() and "step 20 writes: A: Hi → there B: �[2Jyes" in lines
     assert (
         "2 threads, bfloat16" in lines and "step 400: saved q" in lines and "step 400: saved p" not in lines
     )

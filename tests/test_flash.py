@@ -118,12 +118,12 @@ def test_how_it_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     load_flash3.cache_clear()
     assert load_flash3() is module and asked == [("kernels-community/flash-attn3", 1)]
     assert describe_attention("cuda", torch.bfloat16) == "FlashAttention-3"
-    assert describe_attention("cuda", torch.float32) == "SDPA"
+    assert describe_attention("cuda", torch.float32) == "torch's own"
     load_flash3.cache_clear()
     assert load_flash3() is None
     assert "did not load (OSError: no such file on the Hub)" in describe_attention("cuda", torch.bfloat16)
     flash3_problem.clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     load_flash3.cache_clear()
-    assert load_flash3() is None and describe_attention("cuda", torch.bfloat16) == "SDPA"
+    assert load_flash3() is None and describe_attention("cuda", torch.bfloat16) == "torch's own"
     load_flash3.cache_clear()

@@ -28,7 +28,7 @@ FLOOR_OF = {
     "names": 0,
     "text": 1, "model": 1, "views": 1,
     "train": 2, "infer": 2, "store": 3, "metrics": 4, "stages": 5, "cloud": 5,
-    "cli": 6, "lab": 6, "desk": 6, "lessons": 6,
+    "__main__": 6, "cli": 6, "lab": 6, "desk": 6, "lessons": 6,
 }  # fmt: skip
 FREE_FLOORS = (0, 6)  # on the ground and on the roof, rooms of one floor may meet
 TORCHLESS = (

@@ -341,6 +341,7 @@ def describe_plan(plan: Plan) -> Iterator[str]:
     yield f"Text {plan.tokens:,} tokens, {each:.1f} a parameter{shards}"
     yield f"  {count_noun(plan.steps, 'step')} of {config.batch_tokens:,} tokens"
     yield f"Work {plan.total_flops:.4g} FLOPs, {plan.flops_per_token:,} a token"
+    yield "  a FLOP is one addition or multiplication"
     size = f"{plan.memory_bytes / 1e9:,.1f} of {machine.memory_bytes / 1e9:,.0f} GB"
     yield from list_parts(f"Memory {size} of each GPU", plan.memory, 1e9, "GB")
     if plan.micro_batch_rows:
@@ -360,6 +361,8 @@ def describe_plan(plan: Plan) -> Iterator[str]:
     yield f"{machine.name}: {format_hours(plan.train_s)}{cost}"
     speed = f"{machine.mfu:.1%} MFU" if machine.mfu != 1 else "the speed"
     yield f"  at {speed} ({machine.mfu_source}); tokenizer, validation and finetuning come on top"
+    if machine.mfu != 1:
+        yield "  MFU is the share of the FLOPs a second on the GPU's data sheet that a real run reaches"
 
 
 def list_parts(title: str, parts: dict[str, float] | dict[str, int], unit: float, name: str) -> Iterator[str]:

@@ -60,6 +60,7 @@ class ProgressView:
         self.phase = PhaseEvent(name="")
         self.training: PhaseEvent | None = None  # the phase that takes steps; a validation may interrupt it
         self.val_bpb: float | None = None
+        self.said = ""
         self.t_line = self.t_phase = clock()
 
     def __enter__(self) -> ProgressView:
@@ -117,7 +118,10 @@ class ProgressView:
             total = f"{event.total:,.0f} {event.unit}"
             total = f"{event.total / 1e6:,.1f} MB" if event.unit == "bytes" else total
             total = f"up to {total}" if event.unit == "s" else total
-            self.write_line(f"{event.name} ({total})" if event.total else event.name)
+            line = f"{event.name} ({total})" if event.total else event.name
+            if line != self.said:  # the same is done for training and for validation text
+                self.write_line(line)
+            self.said = line
 
     def describe_bytes(self, done: float) -> tuple[str, str]:
         """Return how many bytes are done at which speed, and the time that is left."""
@@ -141,7 +145,7 @@ class ProgressView:
             self.write_line(f"{line} · {format_seconds(left)} left")
 
     def show_sample(self, step: int, prompt: str, text: str) -> None:
-        self.write_line(f"step {step} writes: {prompt}|{text}")
+        self.write_line(f"step {step} writes: {prompt} → {text.strip()}")
 
     def end_phase(self, event: DoneEvent) -> None:
         return None

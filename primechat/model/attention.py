@@ -325,7 +325,7 @@ def describe_attention(device_type: str, dtype: torch.dtype, training: bool = Tr
     if flash3_runs(device_type, dtype):
         return "FlashAttention-3"
     if device_type == "cpu" and training:
-        return "blockwise matrix products (rows up to 1,024 tokens), SDPA beyond"
+        return "block by block, as plain matrix products"
     if device_type == "cuda" and flash3_problem:
-        return f"SDPA, because FlashAttention-3 did not load ({flash3_problem[0]})"
-    return "SDPA"
+        return f"torch's own, because FlashAttention-3 did not load ({flash3_problem[0]})"
+    return "torch's own"

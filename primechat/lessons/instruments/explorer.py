@@ -148,7 +148,7 @@ class Explorer:
                 {
                     "c + b − a": f"{name[i]}  ({x:.2f})",
                     "nearest to c alone": f"{name[j]}  ({y:.2f})",
-                    f"control: {name[other]} for b": f"{name[k]}  ({z:.2f})",
+                    f"control: {name[other]} in the place of b": f"{name[k]}  ({z:.2f})",
                 }
                 for (i, x), (j, y), (k, z) in zip(real, near, shuffled, strict=True)
             ]

@@ -38,7 +38,7 @@ function drawPrediction({ model, root, listen, later }) {
   const scores = (window.primechatScores ??= new Map()), mine = {};
   const line = h("span", { class: "pc-muted" });
   const scale = model.get("scale"), unit = model.get("unit"), isScale = scale.length === 2;
-  const say = (value) => isScale ? number(value, Math.abs(scale[1] - scale[0]) > 20 ? 0 : 2) + (unit === "%" ? " %" : unit && ` ${unit}`) : value;
+  const say = (value) => isScale ? number(value, [20, 5, 0].findIndex((width) => Math.abs(scale[1] - scale[0]) > width)) + (unit === "%" ? " %" : unit && ` ${unit}`) : value;
   const isRight = () => isScale ? Math.abs(model.get("guess") - model.get("answer")) <= model.get("within") : model.get("guess") === model.get("answer");
   const body = h("div"), result = h("div", { class: "pc-verdict", "aria-live": "polite" });
   const name = `guess-${Math.random().toString(36).slice(2)}`;

@@ -40,7 +40,8 @@ function render({ model, el }) {
   }
   function draw() {
     const made = counts.length, full = state.vocab_size >= goal && !dirty;
-    facts.textContent = `${number(state.vocab_size)} of ${number(goal)} tokens · ${number(state.n_bytes)} bytes of text are ${number(state.n_tokens)} tokens now: ${number(state.n_bytes / Math.max(1, state.n_tokens), 2)} bytes a token`;
+    const special = model.get("special_count"), merged = state.vocab_size - 256 - special;
+    facts.textContent = `${number(state.vocab_size)} of ${number(goal)} tokens: 256 bytes, ${special} marks for chats, ${number(merged)} ${merged === 1 ? "merge" : "merges"} · ${number(state.n_bytes)} bytes of text are ${number(state.n_tokens)} tokens now: ${number(state.n_bytes / Math.max(1, state.n_tokens), 2)} bytes a token`;
     go.textContent = running ? "Pause" : made && !full && !dirty ? "Go on" : "Learn";
     go.disabled = full && !running;
     one.disabled = full;
@@ -50,7 +51,7 @@ function render({ model, el }) {
     pairs.replaceChildren(...state.pairs.map(([a, b, count], i) => h("tr", { class: i ? "" : "pc-next" }, h("td", {}, piece(a, 0), " ", piece(b, 1)),
       h("td", { class: "pc-barcell" }, h("div", { class: "pc-bar" }, h("div", { style: { width: `${(100 * count) / most}%` } }))), h("td", { class: "pc-right", text: number(count) }))));
     latest.replaceChildren(...[...state.latest].reverse().map(([id, token, count]) => h("tr", {}, h("td", { class: "pc-right pc-muted", text: String(id) }), h("td", {}, piece(token, 2)), h("td", { class: "pc-right", text: number(count) }))));
-    if (!state.latest.length) latest.append(h("tr", {}, h("td", { colspan: 3, class: "pc-muted", text: "None yet: the vocabulary is the 256 bytes." })));
+    if (!state.latest.length) latest.append(h("tr", {}, h("td", { colspan: 3, class: "pc-muted", text: `None yet: the vocabulary is the 256 bytes and ${model.get("special_count")} marks for chats.` })));
     preview.replaceChildren(...state.preview.map((token, i) => h("span", { class: "pc-swatch", style: { background: `var(--tint-${i % TINTS})` }, text: readBytes(token) })), h("span", { class: "pc-muted", text: ` ${state.preview.length} tokens` }));
     said.hidden = !state.said || !full;
     said.textContent = state.said;
