@@ -58,6 +58,8 @@ def _(mo):
 
     A model gives **every** token a probability. Then one is drawn: the **temperature** says how strictly the
     likely ones are preferred (0: only ever the likeliest), **top-k** and **top-p** cut off the unlikely ones.
+    A **repetition penalty** above 1 makes every token that already stands there less likely, also the useful
+    ones.
     """)
     return
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from tiny import HistoryModel, ScriptModel, byte_tokenizer
 
+from primechat import store
 from primechat.desk import chat
 from primechat.desk.chat import ChatConfig, run_chat
 from primechat.errors import CheckpointError, ConfigError
@@ -244,3 +246,22 @@ def test_config_refusals(settings: dict[str, Any]) -> None:
 def test_help_needs_no_torch() -> None:
     code = "import sys, primechat.desk.chat as c; c.ChatConfig(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
+
+
+def test_a_chat_begins_with_a_model_that_can_talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    assert chat.choose_talker() == ("shipped/sft", "")
+    own, ready = tmp_path / "chatsft_checkpoints" / "mine", store.SHIPPED / "chatsft_checkpoints"
+    shutil.copytree(next(ready.iterdir()), own)
+    assert chat.choose_talker() == ("sft", ""), "as good as what ships: one's own"
+    (path,) = own.glob("meta_*.json")
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({**meta, "val_bpb": 1.5 * meta["val_bpb"]}))
+    name, why = chat.choose_talker()
+    assert name == "shipped/sft" and f"your sft/mine {1.5 * meta['val_bpb']:.2f}" in why
+    path.write_text(json.dumps({**meta, "val_bpb": None}))
+    assert chat.choose_talker()[0] == "sft", "nothing is recorded: no reason to prefer another"
+    (tmp_path / "base_checkpoints").mkdir()
+    own.rename(tmp_path / "base_checkpoints" / "mine")
+    name, why = chat.choose_talker()
+    assert name == "shipped/sft" and "base/mine has not learned to chat" in why

@@ -144,7 +144,7 @@ def test_variants_and_generations_are_measured(
 
     small = replace(study.config, tag="ab", n_talks=2, turns=3, max_new_tokens=4)
     side = talks.run_models(replace(small, tag="side"))
-    assert side.paths == {"shipped/sft": ("autochat/side-shipped-sft",)}
+    assert side.paths == {"shipped/sft": (("autochat/side-shipped-sft",),)}
     found = talks.run_variants(small)
     measured = found.measure(("distinct-2",))
     assert list(measured) == list(talks.VARIANTS) and not found.stopped

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Opener = Callable[[str], "tuple[LanguageModel, ChatTokenizer, dict[str, Any]]"]
 
+CLEARLY_WORSE = 1.05  # times the bits per byte
 LEAVE = ("quit", "exit")
 LEAVING = "Ctrl-D or /quit leaves."
 
@@ -39,7 +40,8 @@ class ChatConfig:
     """Talk to a model in the terminal; /help lists what can be typed besides text."""
 
     model: str = ""
-    """Model to talk to, for example sft/d4 or sft/d4@600; empty is the default model."""
+    """Model to talk to, for example sft/d4 or sft/d4@600; empty takes yours, or the one that ships if
+    that is clearly better."""
     device: str = "auto"
     """cpu, mps, cuda, or auto."""
     tokenizer: str = ""
@@ -93,9 +95,35 @@ def run_chat(
         config, opener or build_opener(config), stdin or sys.stdin, stdout or sys.stdout, stderr or sys.stderr
     )
     with talk.catch_interrupts():
-        talk.open(config.model)
+        model, why = (config.model, "") if config.model or opener else choose_talker()
+        talk.open(model)
+        if why:
+            talk.say(f"{why} `/model NAME` changes it.")
         talk.run()
     return 0
+
+
+def choose_talker() -> tuple[str, str]:
+    """Return the model that a chat begins with, and why it is not the reader's own, empty where it is.
+
+    One's own newest chat model, unless its recorded bits per byte say that the one that ships is clearly
+    better (texts differ, so a small difference says nothing), or there is only a base model.
+    """
+    from primechat import store
+
+    name, shipped = store.choose_model(), "shipped/sft"
+    entries = store.list_models()
+    ready = next((entry for entry in entries if entry.identifier == shipped), None)
+    if name.shipped or ready is None:
+        return str(name), ""
+    folder, full = store.locate_model(name)
+    if name.family == "base":
+        return shipped, f"{shipped} answers: your {full} has not learned to chat; it is in the list too."
+    own = next((entry for entry in entries if entry.path == str(folder)), None)
+    if own and own.val_bpb and ready.val_bpb and own.val_bpb > CLEARLY_WORSE * ready.val_bpb:
+        figures = f"{ready.val_bpb:.2f} bits per byte, your {full} {own.val_bpb:.2f} (lower is better)"
+        return shipped, f"{shipped} answers: it has {figures}; yours is in the list too."
+    return str(name), ""
 
 
 def build_opener(config: ChatConfig) -> Opener:

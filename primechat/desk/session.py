@@ -90,6 +90,10 @@ class ChatSession:
         """Return everything that the page shows, and open the model meanwhile."""
         if not self.busy:
             self._start([])
+        return self.show_first()
+
+    def show_first(self) -> dict[str, Any]:
+        """Return what `show_all` does, and open nothing yet."""
         return {**self._describe(nodes=[node.view() for node in self._drawn()]), "models": self.find_models()}
 
     def send(self, text: str) -> None:
@@ -189,10 +193,7 @@ class ChatSession:
         return self._describe(nodes=[node.view() for node in self._drawn()])
 
     def save(self) -> dict[str, Any]:
-        """Return the session as JSON lines, one conversation each, the branch that is shown.
-
-        `primechat finetune` reads them; it needs at least two, one of them for validation.
-        """
+        """Return the session as JSON lines for finetune, one conversation each, the branch that is shown."""
         lines = write_jsonl(self.talks, self.settings.system)
         if not lines:
             raise ConfigError("Nothing has been said yet; write a message first.")
@@ -423,12 +424,13 @@ def open_chat(
     """Return a chat page with a session of its own.
 
     Args:
-        model: identifier to begin with; empty is the default model.
+        model: identifier to begin with; empty chooses as `choose_talker` does.
         settings: how to begin.
         height: of the page in CSS units.
         opener: opens a model by its identifier; None shares what other cells of the process have opened.
     """
     from primechat import store
+    from primechat.desk.chat import choose_talker
     from primechat.lab import borrow_model, describe_entry
     from primechat.views.widgets.chat import ChatView
 
@@ -438,9 +440,10 @@ def open_chat(
             for entry in store.list_models()
         ]
 
+    name, why = (model, "") if model else choose_talker()
     session = ChatSession(
         lambda message: view.push(message), opener or borrow_model, find_models,
-        model or str(store.choose_model()), settings,
+        name, settings,
     )  # fmt: skip
-    view = ChatView(session.act, height=height)
+    view = ChatView(session.act, height=height, first={**session.show_first(), "note": why})
     return view

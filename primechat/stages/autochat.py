@@ -34,6 +34,7 @@ from primechat.text.corpora import read_conversations
 
 HUMAN = "human"  # stands where a model's name stands
 TUNE_TOKENS = 2048  # of one optimizer step of a generation
+LOOK_TOKENS = 4096  # on which a generation's loss is measured: only what it says counts here
 
 
 def autochat(
@@ -90,12 +91,18 @@ def learn_talks(
     lines = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in mixed]
     write_whole(path, ("\n".join(lines) + "\n").encode())
     tag = f"{config.tag}-g{generation}"
-    look = LookConfig(snapshots=False, sample_every=-1, eval_every=config.tune_steps)
+    look = LookConfig(
+        snapshots=False, sample_every=-1, eval_every=config.tune_steps, eval_tokens=LOOK_TOKENS,
+        last_eval_tokens=LOOK_TOKENS,
+    )  # fmt: skip
+    runtime = config.runtime
+    if runtime.compile == "auto":
+        runtime = replace(runtime, compile="off")  # it takes longer than so few steps
     there = store.run_dir("sft", tag).is_dir()
     result = finetune(
         FinetuneConfig(
             tag=tag, base=model, dialogues=str(path), steps=config.tune_steps, batch_tokens=TUNE_TOKENS,
-            seed=config.seed, look=look, runtime=config.runtime, resume=config.resume and there,
+            seed=config.seed, general="none", look=look, runtime=runtime, resume=config.resume and there,
         ),
         on_event=on_event, stop=stop,
     )  # fmt: skip

@@ -45,6 +45,7 @@ ABOUT = {
 }
 SENTENCE = "I like to go out with my friends."
 MOST_MODELS = 6
+SEEDS = 3  # of the collapse experiment
 LABELLED = Path(__file__).with_name("labelled.jsonl")
 KEPT = ("distinct-2", "self-BLEU", "self-repetition", "compression", "MTLD", "Vendi")
 
@@ -185,25 +186,53 @@ def find_people(turns: int, count: int) -> list[list[str]]:
     return [talk[:turns] for talk in islice((talk for talk in texts if len(talk) >= turns), count)]
 
 
-def measure_spread(talks: Talks, names: Sequence[str] = KEPT) -> dict[str, tuple[float, float, float]]:
-    """Return each measure's mean over conversations and its bootstrap interval."""
-    found = [measure_texts([turn.text for turn in turns[1:] if turn.text.strip()], names) for turns in talks]
-    return {name: bootstrap_mean([one[name] for one in found]) for name in names}
+def measure_spread(*seeds: Talks, names: Sequence[str] = KEPT) -> dict[str, tuple[float, float, float]]:
+    """Return each measure's mean over conversations and its 95 % bootstrap interval.
+
+    Where there are several seeds, seeds are drawn first, and then the conversations of each that was drawn:
+    conversations of one training run are more alike than those of two.
+    """
+    found = [
+        [measure_texts([turn.text for turn in turns[1:] if turn.text.strip()], names) for turns in talks]
+        for talks in seeds
+    ]
+    if len(found) == 1:
+        return {name: bootstrap_mean([one[name] for one in found[0]]) for name in names}
+    spreads, rng = dict[str, tuple[float, float, float]](), np.random.default_rng(0)
+    for name in names:
+        values = [np.array([one[name] for one in group]) for group in found]
+        means = [
+            np.nanmean([np.nanmean(rng.choice(values[i], len(values[i]))) for i in drawn])
+            for drawn in rng.integers(0, len(values), (1000, len(values)))
+        ]
+        low, high = np.quantile(means, [0.025, 0.975])
+        spreads[name] = float(np.nanmean(np.concatenate(values))), float(low), float(high)
+    return spreads
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Conversations under several settings or over generations, by name."""
+    """Conversations under several settings: for each name, generations, of each the folders of its seeds."""
 
-    paths: dict[str, tuple[str, ...]]
+    paths: dict[str, tuple[tuple[str, ...], ...]]
     stopped: bool = False
 
     def measure(self, names: Sequence[str] = KEPT) -> dict[str, list[dict[str, tuple[float, float, float]]]]:
         """Return the measures of each name, one entry a generation."""
         return {
-            name: [measure_spread(read_talks(path), names) for path in paths]
+            name: [measure_spread(*map(read_talks, seeds), names=names) for seeds in paths]
             for name, paths in self.paths.items()
         }
+
+    def tell_change(self, name: str, measure: str) -> tuple[str, str]:
+        """Return whether a measure rose, fell or stayed from the first generation to the last, by intervals
+        that do not overlap, and the figures.
+        """
+        spreads = self.measure((measure,))[name]
+        (first, low, high), (last, later_low, later_high) = spreads[0][measure], spreads[-1][measure]
+        word = "It falls" if later_high < low else "It rises" if later_low > high else "It stays"
+        said = f"{measure} {first:.3f} [{low:.3f}, {high:.3f}] before, {last:.3f} [{later_low:.3f}, "
+        return word, f"{said}{later_high:.3f}] after {len(spreads) - 1} generations"
 
 
 Spreads = dict[str, dict[str, tuple[float, float, float]]]
@@ -270,9 +299,12 @@ def run_models(
 def run_collapse(
     config: AutochatConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> Comparison:
-    """Let the model learn from its own talk for some generations, alone and with people's talk mixed in."""
+    """Let the model learn from its own talk for some generations, alone and with people's talk mixed in.
+
+    Each twice more with other seeds of talk and training: SEEDS in all.
+    """
     shares = {"only its own talk": {"human_share": 0.0}, "half of it people's": {"human_share": 0.5}}
-    return run_each(config, shares, on_event, stop)
+    return run_each(config, shares, on_event, stop, SEEDS)
 
 
 def name_part(tag: str, name: str, i: int) -> str:
@@ -289,16 +321,20 @@ def run_each(
     variants: dict[str, dict[str, Any]],
     on_event: OnEvent | None,
     stop: threading.Event | None,
+    n_seeds: int = 1,
 ) -> Comparison:
-    """Run a config with each set of changes; what ran before is not run again."""
-    paths: dict[str, tuple[str, ...]] = {}
-    for i, (name, changes) in enumerate(variants.items()):
+    """Run a config with each set of changes and seed; what ran before is not run again."""
+    paths: dict[str, tuple[tuple[str, ...], ...]] = {}
+    for i, seed in ((i, seed) for seed in range(n_seeds) for i in range(len(variants))):
+        name, changes = list(variants.items())[i]
+        tag = name_part(config.tag, name, i) + (f"-s{seed}" if seed else "")
         result: AutochatResult = autochat(
-            replace(config, tag=name_part(config.tag, name, i), resume=True, **changes),
+            replace(config, tag=tag, seed=config.seed + seed, resume=True, **changes),
             on_event=on_event,
             stop=stop,
         )
-        paths[name] = result.generations
+        before = paths.get(name, ((),) * len(result.generations))
+        paths[name] = tuple((*old, new) for old, new in zip(before, result.generations, strict=False))
         if stop is not None and stop.is_set():
             return Comparison(paths=paths, stopped=True)
     return Comparison(paths=paths)

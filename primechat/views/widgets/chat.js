@@ -92,15 +92,15 @@ function render({ model, el }) {
   function take(message) {
     if (alive) keepFocus(() => takeIn(message));
   }
-  function takeIn(message) {
+  function takeIn(message, answered = true) {
     for (const node of message.nodes ?? []) {
       nodes.set(node.id, node);
       drawn.get(node.id)?.redraw();
     }
-    if (!ready) {
+    if (!ready && answered) {
       ready = true;
       go.disabled = settingsButton.disabled = false;
-      tell("");
+      tell(model.get("first")?.note ?? "");
     }
     const was = state;
     state = { ...state, ...message };
@@ -458,6 +458,11 @@ function render({ model, el }) {
 
   talks.hidden = go.disabled = settingsButton.disabled = true;
   tell("Looking up the models: some seconds. You can write meanwhile.");
+  const first = model.get("first");
+  if (first?.chosen) { // the models are known; only sending waits until the notebook's other cells are done
+    takeIn(first, false);
+    tell("The model is being opened. You can write meanwhile.");
+  }
   quietly("ready");
   return end;
 }

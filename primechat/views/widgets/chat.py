@@ -21,12 +21,20 @@ class ChatView(Widget):
     Args:
         act: is called with the name of what the reader did and its details; returns what the page needs.
         height: of the page in CSS units.
+        first: what the page shows before Python has time to answer, as `act("ready")` returns it.
     """
 
     height = traitlets.Unicode("74vh").tag(sync=True)
+    first = traitlets.Dict().tag(sync=True)
 
-    def __init__(self, act: Callable[[str, dict[str, Any]], dict[str, Any]], *, height: str = "74vh") -> None:
-        super().__init__(height=height)
+    def __init__(
+        self,
+        act: Callable[[str, dict[str, Any]], dict[str, Any]],
+        *,
+        height: str = "74vh",
+        first: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(height=height, first=first or {})
         self._act = act
 
     def answer_act(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
