@@ -11,7 +11,8 @@ def _(mo):
 
     Let a model answer its own answers, again and again. People can talk for hours; small models come to a
     loop, a silence, or the same few words. Here you watch it happen, turn by turn, measure it, and try what
-    helps.
+    helps. The cells whose code you see are the whole program: `primechat export 09` turns them into a script
+    for rented GPUs.
 
     A model cuts text into **tokens**, short pieces of words. Before each token it gives every possible one a
     probability. **Entropy** says how open that choice was, in nats: 0 means sure, 3 means about as open as
@@ -24,33 +25,42 @@ def _(mo):
 def _():
     import marimo as mo
 
-    from primechat.config import AutochatConfig
-    from primechat.lab import borrow_model, exercise, pick_model, predict, show, stage
+    from primechat.desk.chat import choose_talker
+    from primechat.lab import Live, borrow_model, exercise, in_notebook, pick_model, predict, show
     from primechat.lessons.autochat_entropy import EXERCISES
     from primechat.lessons.instruments import talks
-    from primechat.stages.autochat import autochat, read_talks
+    from primechat.stages.autochat import read_talks
     from primechat.views import talk
 
     return (
-        AutochatConfig,
         EXERCISES,
-        autochat,
+        Live,
         borrow_model,
+        choose_talker,
         exercise,
+        in_notebook,
         mo,
         pick_model,
         predict,
         read_talks,
         show,
-        stage,
         talk,
         talks,
     )
 
 
+@app.cell
+def _():
+    from primechat import AutochatConfig
+    from primechat.lab import settings, stage, summary
+    from primechat.lessons.instruments.talks import run_many
+
+    return AutochatConfig, run_many, settings, stage, summary
+
+
 @app.cell(hide_code=True)
-def _(pick_model):
-    picker = pick_model(("sft", "rl"), label="Who talks to itself")
+def _(choose_talker, pick_model):
+    picker = pick_model(("sft", "rl"), label="Who talks to itself", first=choose_talker()[0])
     picker
     return (picker,)
 
@@ -132,20 +142,40 @@ def _(mo):
 
     ## 2. Many conversations
 
-    One conversation is an anecdote. The band holds the middle 80 % of the conversations.
+    One conversation is an anecdote. Say how many you want, and press Start: twenty of twenty turns take some
+    seconds with the model that ships. What was said once is kept, and shown again for the same settings.
     """)
     return
 
 
-@app.cell(hide_code=True)
-def _(AutochatConfig, autochat, picker, stage, study):
-    many = stage(
-        autochat,
-        AutochatConfig(tag=f"{study.tag}-many", model=picker.identifier, n_talks=20, turns=20, resume=True),
-        title="Twenty conversations of twenty turns",
+@app.cell
+def _(AutochatConfig, picker, settings):
+    start = AutochatConfig(
+        tag="lab09",
+        model=picker.identifier,
+        n_talks=20,
+        turns=20,
+        max_new_tokens=32,
+        temperature=0.8,
+        top_k=50,
+        resume=True,
     )
+    form = settings(start, ("n_talks", "turns", "temperature", "repetition_penalty"), title="How much talk")
+    form
+    return (form,)
+
+
+@app.cell
+def _(form, run_many, stage):
+    many = stage(run_many, form.config, title="Many conversations")
     many
     return (many,)
+
+
+@app.cell
+def _(many, summary):
+    summary(many.result, title="What was said", notes=["The plots below now show these conversations."])
+    return
 
 
 @app.cell(hide_code=True)
@@ -165,7 +195,8 @@ def _(many, read_talks, show, study, talk):
 @app.cell(hide_code=True)
 def _(mo):
     mo.md(r"""
-    Until you press Start, the band is of the six conversations above. The lines of people and of their
+    The band holds the middle 80 % of the conversations; until you press Start they are the six from above.
+    The lines of people and of their
     shuffled turns are read by the same model, so their entropy is how open *its* choice was.
 
     *What this cannot show:* low entropy may be a loop, or just good manners (*thank you* is followed by *you
@@ -225,13 +256,11 @@ def _(mo):
 
 
 @app.cell(hide_code=True)
-def _(AutochatConfig, picker, stage, study, talks):
-    variants = stage(
-        talks.run_variants,
-        AutochatConfig(
-            tag=f"{study.tag}-ab", model=picker.identifier, n_talks=8, turns=12, max_new_tokens=32
-        ),
-        title="Six settings, eight conversations each",
+def _(in_notebook, stage, study, talks):
+    variants = (
+        stage(talks.run_variants, study.plan("ab", n_talks=8), title="Six settings, eight conversations each")
+        if in_notebook()
+        else None
     )
     variants
     return (variants,)
@@ -240,7 +269,7 @@ def _(AutochatConfig, picker, stage, study, talks):
 @app.cell(hide_code=True)
 def _(show, study, talk, variants):
     _groups = study.compare_groups()
-    if variants.result:
+    if variants and variants.result:
         _found = {name: found[0] for name, found in variants.result.measure().items()}
         _groups = {**_found, "people": _groups["people"], "shuffled": _groups["shuffled"]}
     show(talk.draw_spreads(_groups, "Measures of a conversation, mean and 95 % interval"))
@@ -268,11 +297,11 @@ def _(mo):
 
 
 @app.cell(hide_code=True)
-def _(AutochatConfig, stage, talks):
-    models = stage(
-        talks.run_models,
-        AutochatConfig(tag="lab09-models", n_talks=8, turns=12, max_new_tokens=32),
-        title="Each chat model, eight conversations",
+def _(in_notebook, stage, study, talks):
+    models = (
+        stage(talks.run_models, study.plan("models", n_talks=8), title="Each chat model, eight conversations")
+        if in_notebook()
+        else None
     )
     models
     return (models,)
@@ -281,7 +310,8 @@ def _(AutochatConfig, stage, talks):
 @app.cell(hide_code=True)
 def _(models, show, study, talk):
     _people = study.compare_groups()
-    side = {name: found[0] for name, found in models.result.measure().items()} if models.result else {}
+    _found = models.result.measure() if models and models.result else {}
+    side = {name: found[0] for name, found in _found.items()}
     side |= {name: _people[name] for name in ("people", "shuffled")}
     show(talk.draw_spreads(side, "Models side by side, mean and 95 % interval"))
     return
@@ -303,39 +333,37 @@ def _(mo):
 
 
 @app.cell(hide_code=True)
-def _(predict):
+def _(predict, talks):
+    _answer, _said = talks.tell_change(talks.read_recorded(), "only its own talk", "distinct-2")
     predict(
-        "In published studies, models read only their own text. What happened to its variety?",
+        "The model reads only its own talk for three generations. What becomes of the variety of its words?",
         ("It falls", "It stays", "It rises"),
-        "It falls",
-        why="Shumailov et al. 2024: rare things go first. Whether it shows in three short generations of a "
-        "tiny model, the plots below tell: look at the intervals.",
+        _answer,
+        why=f"Measured with the model that ships, over three seeds: {_said}. Rare things go first (Shumailov "
+        "et al. 2024).",
     )
     return
 
 
 @app.cell(hide_code=True)
-def _(AutochatConfig, picker, stage, study, talks):
-    collapse = stage(
-        talks.run_collapse,
-        AutochatConfig(
-            tag=f"{study.tag}-gen",
-            model=picker.identifier,
-            n_talks=16,
-            turns=12,
-            max_new_tokens=32,
-            generations=3,
-        ),
-        title="Three generations, twice",
+def _(in_notebook, stage, study, talks):
+    collapse = (
+        stage(
+            talks.run_collapse,
+            study.plan("gen", n_talks=16, generations=3),
+            title="Three generations with and without people's talk, three seeds: some minutes",
+        )
+        if in_notebook()
+        else None
     )
     collapse
     return (collapse,)
 
 
 @app.cell(hide_code=True)
-def _(collapse, show, study, talk):
+def _(collapse, show, study, talk, talks):
     people = study.compare_groups()["people"]
-    generations = collapse.result.measure() if collapse.result else {}
+    generations = collapse.result.measure() if collapse and collapse.result else talks.read_recorded()
     show(talk.draw_generations(generations, people, "Vendi"))
     return generations, people
 
@@ -349,9 +377,12 @@ def _(generations, people, show, talk):
 @app.cell(hide_code=True)
 def _(mo):
     mo.md(r"""
+    Until you press Start, the plots show what was measured with the model that ships when primechat was
+    made; then they show yours.
+
     *What this cannot show:* a few dozen conversations and a few dozen steps are a sketch of collapse. A d20
     forgets more slowly, and rare knowledge first, which no measure here sees. The same study at that size:
-    `primechat autochat --model sft/d20 --n_talks 64 --generations 3 --runtime.device cuda`.
+    `primechat export 09 --depth 20`.
 
     ## Try it yourself
     """)
@@ -387,17 +418,15 @@ def _(mo):
     mo.md(r"""
     ## Take it with you
 
-    Every turn with its measures as CSV, and the first heat strip as PNG and SVG. Change the folder and run
-    the cell. (The camera above a plot saves that plot.)
+    Every turn with its measures as CSV, and the first heat strip as PNG and SVG. Name a folder and tick the
+    box. (The camera above a plot saves that plot.)
     """)
     return
 
 
-@app.cell
-def _(study):
-    folder = ""  # for example "runs/talks"
-    files = study.export(folder) if folder else []
-    files
+@app.cell(hide_code=True)
+def _(Live, show, study):
+    show(Live(study.save, folder="runs/talks", write=False, labels={"write": "Write the files now"}))
     return
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -222,6 +223,35 @@ def test_stage_script_runs(number: str, tmp_path: Path, base_dir: Path) -> None:
 @pytest.mark.parametrize("number", STAGES)
 def test_stage_rehearsal(number: str, tmp_path: Path) -> None:
     lab = find_lab(number)
+    config = full_stage(lab, full_config(20))
+    export_lab(lab, config, make_plan(full_config(20), find_machine("8xH200")), tmp_path / "out")
+    said: list[str] = []
+    assert rehearse(tmp_path / "out", say=said.append, kind=type(config)) == 0, said
+    assert "20 steps, loss" in said[-1]
+
+
+def test_talk_study(tmp_path: Path, base_dir: Path) -> None:
+    """Lab 09 as a folder: its script tells its flags, and lets a tiny model talk and learn from itself."""
+    folder = tmp_path / "out"
+    assert cli.main(["export", "09", "--depth", "20", "-o", str(folder)]) == 0
+    config = decode_config(json.loads((folder / "config.json").read_text()), STAGE_OF["09"])
+    assert config.model == "sft/d20" and config.generations == 3 and config.resume
+    read_me, launch = (folder / "README.md").read_text(), (folder / "launch.sh").read_text()
+    assert "`sft/d20`" in read_me and not re.search("@[A-Z]+@", launch + read_me)
+    assert 'nproc_per_node="${RANKS:-1}"' in launch, "one process talks"
+    asked = run_script(folder, base_dir, "--help")
+    assert asked.returncode == 0 and "--repetition_penalty" in asked.stdout, asked.stderr
+    shutil.copytree(store.SHIPPED / "chatsft_checkpoints" / "d4", base_dir / "chatsft_checkpoints" / "d4")
+    words = ["--model", "sft/d4", "--n_talks", "2", "--turns", "3", "--max_new_tokens", "4"]
+    done = run_script(folder, base_dir, *words, "--generations", "0", "--tag", "script")
+    assert done.returncode == 0, done.stderr
+    (talks,) = (base_dir / "autochat").glob("script-*/talks.jsonl")
+    assert len(talks.read_text().splitlines()) == 6
+
+
+@pytest.mark.slow
+def test_talk_rehearsal(tmp_path: Path) -> None:
+    lab = find_lab("09")
     config = full_stage(lab, full_config(20))
     export_lab(lab, config, make_plan(full_config(20), find_machine("8xH200")), tmp_path / "out")
     said: list[str] = []

@@ -128,6 +128,18 @@ def test_detector_agrees_with_labels_as_published() -> None:
     assert shares["people (13)"]["the detector"][0] == 0 and len(shares) == 7
 
 
+def test_collapse_is_as_published() -> None:
+    found = talks.read_recorded()
+    told = (ROOT / "labs" / "experiments.md").read_text(encoding="utf-8")
+    for name, said in (("only its own talk", "alone"), ("half of it people's", "half of it people's")):
+        word, figures = talks.tell_change(found, name, "distinct-2")
+        first, low, high = found[name][0]["distinct-2"]
+        last = found[name][-1]["distinct-2"]
+        assert word == "It falls" and f"{first:.3f} [{low:.3f}, {high:.3f}]" in figures
+        assert f"{last[0]:.3f} [{last[1]:.3f}, {last[2]:.3f}]" in told, said
+    assert found["only its own talk"][-1]["Vendi"][2] < found["half of it people's"][-1]["Vendi"][0]
+
+
 def test_export(study: talks.Study, tmp_path: Path) -> None:
     files = study.export(tmp_path / "out")
     assert [file.name for file in files] == ["turns.csv", "strip.png", "strip.svg"]

@@ -18,6 +18,7 @@ from typing import Any
 
 from primechat.cloud.plan import Plan, describe_plan, format_hours
 from primechat.config import (
+    AutochatConfig,
     DistillConfig,
     FinetuneConfig,
     LookConfig,
@@ -33,7 +34,12 @@ ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404"
 POD_BASE = "/workspace/cache/nanochat"
 SCRIPT_NAMES = {"settings", "stage", "summary"}  # what desk/pods/script.py offers of a lab's tools
-STAGE_OF = {"06": FinetuneConfig, "07": LoRAConfig, "08": DistillConfig}  # the others pretrain
+STAGE_OF = {
+    "06": FinetuneConfig,
+    "07": LoRAConfig,
+    "08": DistillConfig,
+    "09": AutochatConfig,
+}  # the others pretrain
 TOP_FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 
@@ -241,6 +247,9 @@ TRY = """\
 python -m torch.distributed.run "${place[@]}" --nproc_per_node="${RANKS:-@RANKS@}" \\
         run.py --config "$config" --tag "preflight-$$" --steps 4 \\
         --look.last_eval_tokens 20480 "$@" && rm -rf "$NANOCHAT_BASE_DIR/@FAMILY@/preflight-$$\""""
+TRY_TALK = """\
+python run.py --config "$config" --tag "preflight-$$" --n_talks 4 --turns 3 --generations 0 "$@" \\
+        && rm -rf "$NANOCHAT_BASE_DIR/autochat/preflight-$$"*"""
 STAGE_PLAN = """\
     @CONFIG@
 
@@ -249,7 +258,7 @@ trained on the machine; else bring it, with its tokenizer, as here:
 
     rsync -a --exclude='optim_*' ~/.cache/nanochat/@FOLDER@ root@POD:@BASE@/@FOLDER@/
 
-`bash launch.sh preflight` takes four steps with all GPUs, and tells the tokens a second."""
+`bash launch.sh preflight` tries it in a minute, and tells the tokens a second."""
 READ_ME = """\
 # @TAG@: from @LAB@ to @GPUS@
 
@@ -323,6 +332,9 @@ def full_stage(lab: Path, run: PretrainConfig) -> Any:
     if kind is DistillConfig:  # 20 tokens for each of 100 million parameters
         size = dict(size="100m", n_shards=40, steps=3815, batch_tokens=524_288)
         return DistillConfig(tag=f"{tag}-100m", teacher=f"base/{tag}", corpus=run.corpus, **size)  # type: ignore[arg-type]
+    if kind is AutochatConfig:  # three generations, each twice through what the one before has said
+        size = dict(n_talks=64, max_new_tokens=96, batch_rows=64, generations=3, tune_steps=100)
+        return AutochatConfig(tag=tag, model=f"sft/{tag}", resume=True, **size)  # type: ignore[arg-type]
     return run
 
 
@@ -331,16 +343,20 @@ def name_family(config: Any) -> str:
     if isinstance(config, (LoRAConfig, DistillConfig)):
         plain = isinstance(config, DistillConfig) and not config.dialogues
         return "base" if plain else "lora" if isinstance(config, LoRAConfig) else "sft"
-    return "sft" if isinstance(config, FinetuneConfig) else "base"
+    return "sft" if isinstance(config, (FinetuneConfig, AutochatConfig)) else "base"
 
 
-def name_source(config: FinetuneConfig) -> str:
+def name_source(config: Any) -> str:
     """Return the model that a stage goes on from."""
-    return getattr(config, "teacher", "") or config.base or f"base/{config.tag}"
+    named = config.model if isinstance(config, AutochatConfig) else getattr(config, "teacher", "")
+    return named or config.base or f"base/{config.tag}"
 
 
-def describe_stage(config: FinetuneConfig) -> str:
+def describe_stage(config: Any) -> str:
     """Return in one line what a stage does."""
+    if isinstance(config, AutochatConfig):
+        learned = f", and learns from itself {config.generations} times" if config.generations else ""
+        return f"AutochatConfig: {config.n_talks} conversations of {config.turns} turns{learned}"
     length = f"{config.steps:,} steps" if config.steps else "one pass"
     text = config.dialogues or getattr(config, "corpus", "")
     return f"{type(config).__name__}: {length} of {config.batch_tokens:,} tokens a step over {text}"
@@ -350,8 +366,7 @@ def export_lab(lab: Path, config: Any, plan: Plan, folder: Path) -> list[Path]:
     """Write a lab's folder.
 
     Args:
-        lab: the lab's file.
-        config: the settings to freeze.
+        lab, config: the lab's file, the settings to freeze.
         plan: of the pretraining, for what it costs; of another stage only its machine counts.
         folder: where to; files of an earlier export are replaced.
 
@@ -362,22 +377,23 @@ def export_lab(lab: Path, config: Any, plan: Plan, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     family = name_family(config)
     folders = {**FAMILIES, "lora": ADAPTER_FOLDER}
-    first = type(config) is PretrainConfig
+    first, talks = type(config) is PretrainConfig, isinstance(config, AutochatConfig)
     source = parse_identifier("base/d20" if first else name_source(config))
     cost = f"{format_hours(plan.train_s)} and ${plan.dollars:,.0f}"
-    model = f"{family}/{config.tag}" if family != "lora" else f"{POD_BASE}/{ADAPTER_FOLDER}/{config.tag}"
+    place = {"lora": f"{POD_BASE}/{ADAPTER_FOLDER}"}.get(family, f"{POD_BASE}/autochat" if talks else family)
     words = {
-        "@PREFLIGHT@": PREFLIGHT if first else TRY,
+        "@PREFLIGHT@": PREFLIGHT if first else TRY_TALK if talks else TRY,
         "@DATA@": DATA if hasattr(config, "corpus") else 'echo "The run fetches its dialogues itself."',
         "@PLAN@": "\n".join(f"    {line}".rstrip() for line in describe_plan(plan)) if first else STAGE_PLAN,
         "@CONFIG@": "" if first else describe_stage(config),
         "@MODELS@": str(source), "@FOLDER@": f"{folders[source.family]}/{source.tag}",
-        "@BASE@": POD_BASE, "@GPUS@": plan.machine.name, "@RANKS@": str(plan.machine.n_gpus),
+        "@BASE@": POD_BASE, "@GPUS@": plan.machine.name, "@RANKS@": str(1 if talks else plan.machine.n_gpus),
         "@FAMILY@": folders[family], "@TAG@": config.tag, "@LAB@": lab.name, "@IMAGE@": IMAGE,
         "@COST@": cost if first else f"less than the {cost} of its model's pretraining; preflight tells",
         "@LIMIT@": f"{plan.dollars * (1.25 if first else 0.25):.0f}",
         "@PRICE@": f"{plan.machine.dollars_per_hour:.2f}",
-        "@MODEL@": model, "@CORPUS@": str(getattr(config, "corpus", "fineweb-edu")),
+        "@MODEL@": place if talks else f"{place}/{config.tag}",
+        "@CORPUS@": str(getattr(config, "corpus", "fineweb-edu")),
         "@SHARDS@": str(min(8, getattr(config, "n_shards", 8))),
     }  # fmt: skip
     files = {
@@ -410,15 +426,17 @@ def copy_library(target: Path) -> None:
 
 
 def shrink_config(config: Any) -> Any:
-    """Return a rehearsal of a run: the same switches and schedule, 20 steps of a tiny model on a CPU; a stage
-    goes on from base/small.
-    """
+    """Return a rehearsal: the same switches, 20 steps of a tiny model on a CPU; a stage takes base/small."""
     changes: dict[str, Any] = dict(dialogues="faq", base="base/small", general="none")
     if isinstance(config, PretrainConfig):
         model = replace(
             config.model, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, vocab_size=400, sequence_len=64
         )
         changes = dict(model=model, corpus="chitchat", tokenizer="")
+    elif isinstance(config, AutochatConfig):
+        runtime = RuntimeConfig(device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=4)
+        changes = dict(model="base/small", n_talks=4, turns=4, max_new_tokens=8, generations=1, tune_steps=20)
+        return replace(config, **changes, tag="rehearsal", runtime=runtime)
     elif isinstance(config, DistillConfig):
         changes = dict(teacher="base/small", size="half", corpus="chitchat", n_shards=1)
     return replace(

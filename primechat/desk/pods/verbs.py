@@ -31,7 +31,7 @@ from primechat.cloud.export import (
     shrink_config,
 )
 from primechat.cloud.plan import Plan, describe_plan, find_machine, full_config, make_plan
-from primechat.config import PretrainConfig, encode_config
+from primechat.config import AutochatConfig, PretrainConfig, encode_config
 from primechat.config.runtime import check_number
 from primechat.errors import ConfigError, PrimechatError
 from primechat.model.runlog import read_metrics
@@ -149,7 +149,7 @@ def run_export(flags: ExportFlags, stage: Any = None) -> int:
 
     Args:
         flags: lab, run, machine, folder.
-        stage: settings of the stage of labs 06 to 08; None are those of a full run.
+        stage: settings of the stage of labs 06 to 09; None are those of a full run.
 
     Returns:
         The exit code: 1 where the rehearsal fails.
@@ -182,8 +182,9 @@ def rehearse(folder: Path, ranks: int = 2, say: Any = print, kind: type[Any] = P
     with tempfile.TemporaryDirectory(prefix="primechat-rehearsal-") as place:
         keep = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         env = {
-            **keep, "NANOCHAT_BASE_DIR": place, "RANKS": str(ranks), "CONFIG": "rehearsal.json",
-            "TAG": "rehearsal", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            **keep, "NANOCHAT_BASE_DIR": place, "CONFIG": "rehearsal.json",
+            "RANKS": str(1 if kind is AutochatConfig else ranks), "TAG": "rehearsal",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }  # fmt: skip
         launch = ["bash", "launch.sh", "run"]
         commands = [[*launch, "--max_hours", "1"], launch]  # the second finds the run, resumes, and is done
@@ -199,7 +200,8 @@ def rehearse(folder: Path, ranks: int = 2, say: Any = print, kind: type[Any] = P
                 say(f"The rehearsal failed (exit code {done.returncode}):\n{done.stderr[-3000:]}")
                 return 1
         family = name_family(config)
-        run = Path(place) / {**FAMILIES, "lora": ADAPTER_FOLDER}[family] / "rehearsal"
+        parent = Path(place) / {**FAMILIES, "lora": ADAPTER_FOLDER}[family]
+        run = next(parent.glob("rehearsal*"), parent)  # of conversations: their first generation
         losses = [e["loss_nats"] for e in read_metrics(run / "metrics.jsonl") if e["kind"] == "step"]
     if len(losses) != 20 or losses[-1] >= losses[0]:
         say(f"The rehearsal ran, but its losses are wrong: {losses}.")

@@ -11,6 +11,7 @@ import csv
 import json
 import re
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from primechat.config import AutochatConfig
+from primechat.config import AutochatConfig, RuntimeConfig
 from primechat.metrics.diversity import bootstrap_mean, measure_drift, measure_kappa, measure_texts
 from primechat.metrics.loops import (
     MEASURES,
@@ -46,6 +47,7 @@ ABOUT = {
 SENTENCE = "I like to go out with my friends."
 MOST_MODELS = 6
 SEEDS = 3  # of the collapse experiment
+RECORDED = Path(__file__).with_name("collapse.json")
 LABELLED = Path(__file__).with_name("labelled.jsonl")
 KEPT = ("distinct-2", "self-BLEU", "self-repetition", "compression", "MTLD", "Vendi")
 
@@ -65,9 +67,8 @@ class Study:
     ) -> None:
         self.model, self.tokenizer, meta = opener(picker.identifier)
         self.identifier, self.turns = picker.identifier, turns
-        self.tag = re.sub(r"[^A-Za-z0-9]+", "-", f"lab09-{picker.identifier}-{meta.get('step', 0)}").strip(
-            "-"
-        )
+        step = meta.get("step", 0)
+        self.tag = re.sub(r"[^A-Za-z0-9]+", "-", f"lab09-{picker.identifier}-{step}").strip("-")
         self.config = AutochatConfig(
             tag=self.tag,
             model=picker.identifier,
@@ -85,6 +86,10 @@ class Study:
         self.groups: dict[str, Talks] = {"the model": read_talks(autochat(self.config).path)}
         for name, talks in made.items():
             self.groups[name] = [read_talk(self.model, self.tokenizer, talk) for talk in talks]
+
+    def plan(self, name: str, **changes: Any) -> AutochatConfig:
+        """Return the settings of one of the further studies of this model, in a folder of its own."""
+        return replace(self.config, tag=f"{self.tag}-{name}", **changes)
 
     def show_strips(self) -> Any:
         """Return the heat strips of all groups."""
@@ -159,6 +164,12 @@ class Study:
         """Return the published measures of each group, with intervals over its conversations."""
         return {name: measure_spread(talks) for name, talks in self.groups.items()}
 
+    def save(self, folder: str, write: bool) -> str:
+        """Write the files of `export` where that is asked for; say what was written."""
+        if not write or not folder.strip():
+            return "Nothing is written yet."
+        return "Written: " + ", ".join(str(file) for file in self.export(Path(folder.strip()).expanduser()))
+
     def export(self, folder: str | Path) -> list[Path]:
         """Write every turn as CSV and the first strip as PNG and SVG; return the files."""
         from primechat.views.talk import save_strip
@@ -224,16 +235,6 @@ class Comparison:
             for name, paths in self.paths.items()
         }
 
-    def tell_change(self, name: str, measure: str) -> tuple[str, str]:
-        """Return whether a measure rose, fell or stayed from the first generation to the last, by intervals
-        that do not overlap, and the figures.
-        """
-        spreads = self.measure((measure,))[name]
-        (first, low, high), (last, later_low, later_high) = spreads[0][measure], spreads[-1][measure]
-        word = "It falls" if later_high < low else "It rises" if later_low > high else "It stays"
-        said = f"{measure} {first:.3f} [{low:.3f}, {high:.3f}] before, {last:.3f} [{later_low:.3f}, "
-        return word, f"{said}{later_high:.3f}] after {len(spreads) - 1} generations"
-
 
 Spreads = dict[str, dict[str, tuple[float, float, float]]]
 
@@ -270,6 +271,28 @@ def judge_detector(draws: int = 500) -> tuple[Spreads, Spreads]:
     return kappas, shares
 
 
+Generations = dict[str, list[dict[str, tuple[float, float, float]]]]
+
+
+def read_recorded() -> Generations:
+    """Return what `run_collapse` found with the model that ships, as `Comparison.measure` gives it."""
+    found = json.loads(RECORDED.read_text(encoding="utf-8"))["measures"]
+    return {
+        name: [{measure: tuple(spread) for measure, spread in one.items()} for one in generations]
+        for name, generations in found.items()
+    }
+
+
+def tell_change(found: Generations, name: str, measure: str) -> tuple[str, str]:
+    """Return whether a measure rose, fell or stayed from the first generation to the last, by intervals that
+    do not overlap, and the figures.
+    """
+    (first, low, high), (last, later_low, later_high) = (found[name][i][measure] for i in (0, -1))
+    word = "It falls" if later_high < low else "It rises" if later_low > high else "It stays"
+    said = f"{measure} {first:.3f} [{low:.3f}, {high:.3f}] before, {last:.3f} [{later_low:.3f}, "
+    return word, f"{said}{later_high:.3f}] after {len(found[name]) - 1} generations"
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it was": {},
     "temperature 0.3": {"temperature": 0.3},
@@ -278,6 +301,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a person every 4th turn": {"human_every": 4},
     "repetition penalty 1.2": {"repetition_penalty": 1.2},
 }
+
+
+def run_many(
+    config: AutochatConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+) -> AutochatResult:
+    """Run autochat in a folder whose name tells these settings from others, so that each is kept."""
+    mark = zlib.crc32(repr(replace(config, runtime=RuntimeConfig(), resume=True)).encode())
+    return autochat(
+        replace(config, tag=f"{config.tag}-{mark:08x}", resume=True), on_event=on_event, stop=stop
+    )
 
 
 def run_variants(
