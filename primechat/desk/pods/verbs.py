@@ -16,7 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tyro
 
@@ -108,7 +108,7 @@ def run_cloud(verb: str, argv: list[str]) -> int:
         return run_preflight(parse_flags(verb, PreflightFlags, argv, flags))
     if verb == "plan":
         return run_plan(parse_flags(verb, PlanFlags, argv, PlanFlags(run=full_run(argv))))
-    output, stage = take_option(argv, "-o") or "", None
+    output, stage = take_option(argv, "-o") or "", cast(Any, None)
     kind = STAGE_OF.get(argv[0]) if argv else None
     if kind and (file := take_option(argv, "--config")):
         stage = read_config(Path(file), kind)
