@@ -75,6 +75,7 @@ TITLES = {  # by the whole name where one word means several things
     "rank": "Size of the adapter (its rank)",
     "ranks": "Sizes of the adapter (its ranks)",
     "alpha": "Strength of the adapter",
+    "DistillConfig.alpha": "Weight of the text itself",
     "rslora": "Strength falls more slowly with size",
     "dropout": "Share of inputs to hide",
     "teacher": "Teacher",
@@ -100,11 +101,16 @@ TITLES = {  # by the whole name where one word means several things
 }
 
 
-def name_field(name: str) -> str:
-    """Return a field's title.
+def name_field(name: str, config: str = "") -> str:
+    """Return a field's title; `config` is the name of its class, where a word means two things.
 
-    >>> name_field("model.n_layer"), name_field("a.new_one")
-    ('Number of blocks', 'New one')
+    >>> name_field("model.n_layer"), name_field("a.new_one"), name_field("alpha", "DistillConfig")
+    ('Number of blocks', 'New one', 'Weight of the text itself')
     """
     last = name.rpartition(".")[2]
-    return TITLES.get(name) or TITLES.get(last) or last.replace("_", " ").capitalize()
+    return (
+        TITLES.get(f"{config}.{name}")
+        or TITLES.get(name)
+        or TITLES.get(last)
+        or last.replace("_", " ").capitalize()
+    )

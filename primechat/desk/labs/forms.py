@@ -35,10 +35,10 @@ def build_form(config: Any, simple: Sequence[str], title: str) -> SettingsForm:
     """Return a form that starts from a config; `simple` are the fields to show at once."""
     fields = list(list_fields(config))
     start = {name: value for name, value, _, _ in fields}
-    order = {name: i for i, name in enumerate(simple)}
+    order, kind_name = {name: i for i, name in enumerate(simple)}, type(config).__name__
     shown = [
         {
-            "name": name, "title": name_field(name), "help": text, "simple": name in order,
+            "name": name, "title": name_field(name, kind_name), "help": text, "simple": name in order,
             "section": name_section(name),
             "form": name_form(name, kind), "choices": list(CHOICES.get(name, ())),
         }

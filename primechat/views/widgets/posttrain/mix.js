@@ -38,6 +38,7 @@ function render({ model, el }) {
         h("code", { class: "pc-mono", text: `primechat finetune --dialogues ${set.name}` }));
       return;
     }
+    if (!page.firstChild) page.append(h("p", { class: "pc-muted", text: "Reading its talks …" }));
     let found;
     try { found = await ask("read", { name: set.name, number: place }); }
     catch (error) { page.replaceChildren(h("p", { class: "pc-error", text: error.message })); return; }
