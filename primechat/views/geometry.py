@@ -79,6 +79,8 @@ def draw_groups(
         axes.set_yticks(range(len(rows)), [label for label, _ in rows])
         axes.invert_yaxis()
         axes.set_xlim(0, most * 1.45)
+        if unit.startswith("%"):
+            axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
         axes.set_xlabel(unit)
         axes.set_title(title, loc="left")
         axes.grid(visible=False, axis="y")
