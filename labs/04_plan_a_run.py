@@ -193,7 +193,7 @@ def _(forecasts, series, stage):
 
 @app.cell(hide_code=True)
 def _(Live, forecasts, runs, show):
-    show(Live(lambda: forecasts.show_forecast(runs.result if runs else None, runs.state if runs else "")))
+    show(Live(lambda: forecasts.show_forecast(runs.result, runs.state))) if runs else None
     return
 
 

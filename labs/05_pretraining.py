@@ -166,7 +166,7 @@ def _(bench, stage, tricks):
 
 @app.cell(hide_code=True)
 def _(Live, bench, show, trial):
-    show(Live(lambda: bench.judge_ablation(trial.result if trial else None)))
+    show(Live(lambda: bench.judge_ablation(trial.result, trial.state))) if trial else None
     return
 
 

@@ -13,6 +13,8 @@ import torch
 from primechat import cli
 from primechat.config import GPTConfig, RuntimeConfig
 from primechat.desk import bench
+from primechat.desk.pods import ranks
+from primechat.errors import PrimechatError
 from primechat.train import tune
 
 TINY = GPTConfig.modern(1, vocab_size=300, sequence_len=32, head_dim=16)
@@ -131,3 +133,17 @@ def test_repeats_are_bounded() -> None:
     assert len(calls) == 1  # one call took longer than the time there was
     calls.clear()
     assert bench.repeat_call(lambda: calls.append(1), 0.02) < 0.01 and len(calls) > 3
+
+
+@pytest.mark.slow
+def test_ranks_take_turns_with_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kinds really train; the ratio is that of the medians."""
+    monkeypatch.setattr(ranks, "ROUNDS", 1)
+    monkeypatch.setattr(tune, "count_cores", lambda: 2)
+    rows = ranks.bench_ranks(0.5, depth=1)
+    assert [row["run"] for row in rows[:2]] == ["1 x 2 threads, float32", "2 x 1 threads, float32"]
+    for alone, spread in (rows[:2], rows[2:]):
+        assert alone["ratio"] == 1.0 and alone["steps"] >= 1 and spread["steps"] >= 1
+        assert spread["ratio"] == pytest.approx(spread["tokens_per_s"] / alone["tokens_per_s"], abs=1e-3)
+    with pytest.raises(PrimechatError, match="2 ranks did not train"):
+        ranks.run_job(2, 1, "float63", 0.1, 1)

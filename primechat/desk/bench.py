@@ -22,6 +22,7 @@ import tyro
 
 from primechat.config import GPTConfig, OptimConfig, PretrainConfig, RuntimeConfig
 from primechat.config.runtime import check_number
+from primechat.desk.pods.ranks import bench_ranks
 
 if TYPE_CHECKING:
     from primechat.infer.engine import Engine
@@ -35,9 +36,9 @@ TUNE_SECONDS = 300.0  # the budget that `auto` is asked to choose for
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """Measure how fast this machine trains, generates or tokenizes."""
+    """Measure how fast this machine trains, generates or tokenizes, and what several processes cost."""
 
-    what: tyro.conf.Positional[Literal["train", "infer", "tokenizer"]] = "train"
+    what: tyro.conf.Positional[Literal["train", "infer", "tokenizer", "ranks"]] = "train"
     """What to measure."""
     json: bool = False
     """Print JSON instead of a table."""
@@ -61,6 +62,7 @@ def run_bench(config: BenchConfig) -> int:
     """
     benches: dict[str, Callable[[BenchConfig], list[dict[str, Any]]]] = {
         "train": bench_train, "infer": bench_infer, "tokenizer": bench_tokenizer,
+        "ranks": lambda config: bench_ranks(config.seconds),
     }  # fmt: skip
     rows = benches[config.what](config)
     machine = describe_machine()

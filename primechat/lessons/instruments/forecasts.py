@@ -174,12 +174,13 @@ def show_forecast(series: SeriesOfRuns | None, state: str = "") -> list[Any]:
         return [f"{waiting} The forecast comes when all of them are done."]
     if series.stopped or not series.held_out:
         return ["There is no run to hold the forecast against: let the series end, with one held out."]
-    outcomes = [run for _, run in series.held_out]
-    told = forecast_bpb(series.runs, [(run.n_params, run.tokens) for run in outcomes])
-    rows = [
-        judge_forecast(name, run, one) for (name, run), one in zip(series.held_out, told, strict=True)
-    ]  # fmt: skip
-    return [rows, draw_forecast(series)]
+    pairs = zip(series.held_out, foretell(series), strict=True)
+    return [[judge_forecast(name, run, told) for (name, run), told in pairs], draw_forecast(series)]
+
+
+def foretell(series: SeriesOfRuns) -> list[Forecast]:
+    """Return the forecast of each run that was held out."""
+    return forecast_bpb(series.runs, [(run.n_params, run.tokens) for _, run in series.held_out])
 
 
 def judge_forecast(name: str, run: SmallRun, told: Forecast) -> dict[str, str]:
@@ -237,11 +238,13 @@ def draw_band(axes: Any, series: SeriesOfRuns, grid: np.ndarray) -> None:
         axes.plot(grid, [t.bpb for t in told], color=colour, linestyle="--", linewidth=1.3)
         name = f"  {count_noun(n_layer, 'block')},\n  forecast"
         axes.annotate(name, (grid[-1], told[-1].bpb), color=colour, va="center")
-    for name, run in series.held_out:
+    outcomes = [run for _, run in series.held_out]
+    for run, told_of in zip(outcomes, foretell(series), strict=True):
+        away = 12 if run.bpb > told_of.bpb else -24  # from the line
         axes.plot([run.tokens], [run.bpb], "D", color=INK, markersize=7)
         axes.annotate(
-            f"{name}: {run.bpb:.2f}", (run.tokens, run.bpb), xytext=(-8, 12), textcoords="offset points",
-            ha="right", color=INK,
+            f"came out: {run.bpb:.2f}", (run.tokens, run.bpb), xytext=(0, away), textcoords="offset points",
+            ha="center", color=INK,
         )  # fmt: skip
 
 

@@ -33,7 +33,8 @@ SWITCHES: dict[str, dict[str, Any]] = {  # trick: what takes it away
 def describe_plan(config: PretrainConfig) -> dict[str, str]:
     """Return what a run will take here and on rented GPUs, before it is started."""
     flops = count_flops(config.model)
-    figures = {"parameters": f"{config.model.n_params:,}", "work of a token": f"{flops / 1e6:,.1f} MFLOPs"}
+    work = f"{flops / 1e6:,.1f} million"
+    figures = {"parameters": f"{config.model.n_params:,}", "multiplications and sums a token": work}
     try:
         here = find_machine("here", store.base_dir())
         tokens = count_steps(config, here.flops_per_s) * config.batch_tokens
@@ -46,7 +47,7 @@ def describe_plan(config: PretrainConfig) -> dict[str, str]:
             format_hours(config.seconds) if config.seconds else "`primechat bench train` tells"
         )
     cloud = make_plan(full_config(20), find_machine("8xH200"))
-    return {**figures, "the d20 on 8 H200": f"{format_hours(cloud.train_s)}, ${cloud.dollars:,.0f}"}
+    return {**figures, "a d20 (20 blocks) on 8 H200": f"{format_hours(cloud.train_s)}, ${cloud.dollars:,.0f}"}
 
 
 def list_runs() -> list[str]:
@@ -174,10 +175,12 @@ def freeze(found: dict[str, list[float]]) -> dict[str, tuple[float, ...]]:
     return {name: tuple(values) for name, values in found.items()}
 
 
-def judge_ablation(result: AblationResult | None) -> Any:
+def judge_ablation(result: AblationResult | None, state: str = "") -> Any:
     """Return a table: what each trick brings, against the spread that chance alone makes."""
     if result is None or "everything on" not in result.bpb:
-        return "Nothing has run yet: press Start above, then look here again."
+        if state in ("running", "stopping"):
+            return "The runs are under way above. The table comes when they are done."
+        return "Nothing has run yet: press Start above."
     whole = np.array(result.bpb["everything on"])
     rows = []
     for name, values in result.bpb.items():
