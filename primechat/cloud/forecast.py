@@ -36,8 +36,6 @@ class SmallRun:
 class Forecast:
     """Predicted bits per byte of a run: the middle, and the bounds of 90 % of the outcomes."""
 
-    n_params: int
-    tokens: int
     bpb: float
     low: float
     high: float
@@ -91,9 +89,7 @@ def forecast_bpb(
     chance = np.random.default_rng(seed)
     pick = chance.choice(weight.size, DRAWS, p=weight.ravel() / weight.sum())
     at_e, at_a, at_b = np.unravel_index(pick, weight.shape)
-    uu, uv, det, A, B = (
-        np.broadcast_to(part, weight.shape)[at_e, at_a, at_b] for part in (uu, uv, det, A, B)
-    )
+    uu, uv, det, A, B = (np.broadcast_to(part, weight.shape).ravel()[pick] for part in (uu, uv, det, A, B))
     # A and B themselves, drawn with their errors; those of one draw lean against each other
     z = chance.standard_normal((2, DRAWS)) * wide**0.5
     drawn_b = B + z[0] * np.sqrt(uu / det)
@@ -104,5 +100,5 @@ def forecast_bpb(
         drawn = floors[at_e] + drawn_a * (n_params / mid_n) ** -POWERS[at_a]
         drawn = (drawn + np.maximum(drawn_b, 0) * (tokens / mid_d) ** -POWERS[at_b]) * luck
         low, middle, high = map(float, np.quantile(drawn, [0.05, 0.5, 0.95]))
-        told.append(Forecast(n_params=n_params, tokens=tokens, bpb=middle, low=low, high=high))
+        told.append(Forecast(bpb=middle, low=low, high=high))
     return told

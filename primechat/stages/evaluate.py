@@ -60,11 +60,8 @@ def evaluate(
         )
     cache = cache_text(config.corpus, "val", tokenizer, 1, on_event)
     batches = validation_windows(cache, window, stride, rows=config.batch_rows, max_tokens=config.max_tokens)
-    tell(
-        PhaseEvent(
-            name="validation: text it did not learn", total=config.max_tokens or cache.tokens, unit="tokens"
-        )
-    )
+    total = config.max_tokens or cache.tokens
+    tell(PhaseEvent(name="validation: text it did not learn", total=total, unit="tokens"))
     overlap = find_overlap(config, on_event) if config.contamination else None
     threads = torch.get_num_threads()
     torch.set_num_threads(config.runtime.threads or count_cores())

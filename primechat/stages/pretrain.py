@@ -126,9 +126,8 @@ def find_shipped(config: PretrainConfig) -> Path | None:
     steps = find_steps(folder) if folder else []
     if not folder or not steps:
         return None
-    corpus = corpus_identity(config.corpus, "train", n_shards=config.n_shards)
+    found, corpus = folder / "tokenizer", corpus_identity(config.corpus, "train", n_shards=config.n_shards)
     same = read_meta(folder, steps[-1]).get("corpus") == corpus
-    found = folder / "tokenizer"
     return found if same and Tokenizer.load(found).vocab_size == config.model.vocab_size else None
 
 

@@ -165,11 +165,8 @@ class TrainingRun:
     def train(self) -> TrainResult:
         """Set up, train, and return the result."""
         job, config, loaded = self.job, self.config, None
-        rows, rank, world = (
-            config.batch_tokens // job.model.sequence_len,
-            self.ranks.rank,
-            self.ranks.world_size,
-        )
+        rows = config.batch_tokens // job.model.sequence_len
+        rank, world = self.ranks.rank, self.ranks.world_size
         if config.resume:
             config = take_frozen(config, self.folder)
             if find_steps(self.folder):
@@ -267,18 +264,10 @@ class TrainingRun:
             )
 
         tuning = tune_runtime(
-            model,
-            make_optimizer,
-            ids,
-            targets,
-            config.runtime,
-            self.ranks,
-            seconds=config.seconds,
-            steps=steps,
-            known=recall_compiling(),
-            make=self.job.make_loss,
+            model, make_optimizer, ids, targets, config.runtime, self.ranks, seconds=config.seconds,
+            steps=steps, known=recall_compiling(), make=self.job.make_loss,
             on_phase=lambda name, seconds: self.tell(PhaseEvent(name=name, total=seconds, unit="s")),
-        )
+        )  # fmt: skip
         for note in tuning.notes:
             self.tell(NoteEvent(text=note))
         if self.ranks.is_main and tuning.learned:
@@ -312,17 +301,11 @@ class TrainingRun:
             if self.job.open_general:
                 few = tokens or GENERAL_TOKENS
                 general = self.measure(GENERAL, self.job.open_general, few).bpb
-            self.tell(
-                LossEvent(
-                    step=step,
-                    val_bpb=self.last_bits.bpb,
-                    val_loss_nats=self.last_bits.loss_nats,
-                    whole=tokens == 0,
-                    elapsed_s=self.trained_s,
-                    general_bpb=general,
-                    **self.job.measure_more(self.model, tokens),
-                )
-            )
+            more = self.job.measure_more(self.model, tokens)
+            self.tell(LossEvent(
+                step=step, val_bpb=self.last_bits.bpb, val_loss_nats=self.last_bits.loss_nats,
+                whole=tokens == 0, elapsed_s=self.trained_s, general_bpb=general, **more,
+            ))  # fmt: skip
         if (
             self.ranks.is_main
             and config.look.sample_every > 0
