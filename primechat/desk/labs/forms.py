@@ -169,7 +169,8 @@ def read_command(config: Any) -> Any:
         ConfigError: a flag has no such value.
     """
     script = getattr(sys.modules["__main__"], "__file__", None)
-    if "marimo" not in sys.modules or not script or _taken:
+    is_twin = sys._getframe(2).f_globals.get("__name__") == "__main__"  # whose cells are the script itself
+    if not (is_twin or "marimo" in sys.modules) or not script or _taken:
         return config
     if Path(script).resolve() != Path(sys.argv[0]).resolve():
         return config
