@@ -121,13 +121,13 @@ def _(mo):
 @app.cell(hide_code=True)
 def _(show, talk, talks):
     kappas, shares = talks.judge_detector()
-    show(talk.draw_spreads(kappas, "How well two verdicts agree, with 95 % intervals"))
+    show(talk.draw_spreads(kappas, "How well two verdicts agree, with 95 % intervals", (0, 1)))
     return (shares,)
 
 
 @app.cell(hide_code=True)
 def _(shares, show, talk):
-    show(talk.draw_spreads(shares, "Share of transcripts that are called stuck"))
+    show(talk.draw_spreads(shares, "Share of transcripts that are called stuck", (0, 1)))
     return
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from primechat import store
+from primechat.desk.labs import runner
 from primechat.lab import borrow_model
 from primechat.lessons.instruments import talks
 from primechat.metrics.loops import MEASURES, find_loop, measure_turns, read_talk
@@ -138,6 +139,17 @@ def test_collapse_is_as_published() -> None:
         assert word == "It falls" and f"{first:.3f} [{low:.3f}, {high:.3f}]" in figures
         assert f"{last[0]:.3f} [{last[1]:.3f}, {last[2]:.3f}]" in told, said
     assert found["only its own talk"][-1]["Vendi"][2] < found["half of it people's"][-1]["Vendi"][0]
+
+
+def test_jupyter_keeps_a_figures_numbers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = talk.draw_repeats({"this model": [0.1, 0.2]}, "x")
+    assert runner.show(figure) is figure, "a script has no use for more"
+    monkeypatch.setattr(runner, "find_shell", lambda: object())
+    kept = runner.show(figure)._repr_mimebundle_()
+    assert kept["application/vnd.plotly.v1+json"]["data"][0]["y"] == [0.1, 0.2]
+    assert len(json.dumps(kept)) < 50_000
+    widget = plotly.graph_objects.FigureWidget(figure)
+    assert runner.show(widget) is widget, "what changes later stays a widget"
 
 
 def test_export(study: talks.Study, tmp_path: Path) -> None:

@@ -15,13 +15,13 @@ import plotly.graph_objects as go
 from primechat.views.theme import SERIES, style_figure
 
 
-def draw_ranks(shares: Mapping[str, Mapping[str, float]]) -> go.FigureWidget:
+def draw_ranks(shares: Mapping[str, Mapping[str, float]]) -> go.Figure:
     """Draw how likely the model held the tokens that it took, for each of several models.
 
     Args:
         shares: for each model, the share of its tokens in each bucket of ranks.
     """
-    figure = go.FigureWidget()
+    figure = go.Figure()
     for i, (name, found) in enumerate(shares.items()):
         colour = SERIES[0] if i == 0 else SERIES[5]
         figure.add_bar(
@@ -49,21 +49,21 @@ def pick_colour(name: str, i: int = 0) -> str:
     return COLOURS.get(name, SERIES[i % len(SERIES)])
 
 
-def label_line(figure: go.FigureWidget, x: float, y: float, name: str, colour: str, shift: int = 0) -> None:
+def label_line(figure: go.Figure, x: float, y: float, name: str, colour: str, shift: int = 0) -> None:
     """Write a line's name at its end, in its colour."""
     figure.add_annotation(
         x=x, y=y, text=name, showarrow=False, xanchor="left", xshift=6, yshift=shift, font_color=colour
     )
 
 
-def draw_bands(traces: Mapping[str, np.ndarray], what: str) -> go.FigureWidget:
+def draw_bands(traces: Mapping[str, np.ndarray], what: str) -> go.Figure:
     """Draw a measure turn by turn: each group's mean, and for the first the middle 80 % of its conversations.
 
     Args:
         traces: for each group, (conversations, turns); nan where nothing was measured.
         what: the measure with its unit, for the axis.
     """
-    figure = go.FigureWidget()
+    figure = go.Figure()
     ends: list[tuple[float, str, str]] = []
     for i, (name, x) in enumerate(traces.items()):
         known = ~np.isnan(x).all(axis=0)
@@ -94,9 +94,9 @@ def draw_bands(traces: Mapping[str, np.ndarray], what: str) -> go.FigureWidget:
     return figure
 
 
-def draw_repeats(found: Mapping[str, Sequence[float]], sentence: str) -> go.FigureWidget:
+def draw_repeats(found: Mapping[str, Sequence[float]], sentence: str) -> go.Figure:
     """Draw how likely a sentence becomes the more often it has been said."""
-    figure = go.FigureWidget()
+    figure = go.Figure()
     for i, (name, p) in enumerate(found.items()):
         colour = SERIES[0] if i == 0 else SERIES[5]
         figure.add_scatter(
@@ -110,9 +110,9 @@ def draw_repeats(found: Mapping[str, Sequence[float]], sentence: str) -> go.Figu
     return figure
 
 
-def draw_drift(maps: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> go.FigureWidget:
+def draw_drift(maps: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> go.Figure:
     """Draw a conversation's way over a map of its turns, for each group; the larger the dot, the later."""
-    figure = go.FigureWidget()
+    figure = go.Figure()
     for i, (name, (places, drift)) in enumerate(maps.items()):
         colour = pick_colour(name, i)
         figure.add_scatter(
@@ -131,22 +131,26 @@ def draw_drift(maps: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> go.FigureWi
 Spread = Mapping[str, tuple[float, float, float]]
 
 
-def draw_spreads(groups: Mapping[str, Spread], title: str) -> go.FigureWidget:
-    """Draw each measure of each group: a dot for its mean, a bar for its interval; a panel a measure."""
+def draw_spreads(
+    groups: Mapping[str, Spread], title: str, limits: tuple[float, float] | None = None
+) -> go.Figure:
+    """Draw each measure of each group: a dot for its mean, a bar for its interval; a panel a measure.
+
+    With the limits that all measures share, the panels have one axis, and one colour.
+    """
     from plotly.subplots import make_subplots
 
     names = list(next(iter(groups.values()), {}))
-    figure = go.FigureWidget(
-        make_subplots(
-            rows=1, cols=max(len(names), 1), shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.025
-        )
+    figure = make_subplots(
+        rows=1, cols=max(len(names), 1), shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.025
     )
     labels = list(groups)[::-1]
     for c, measure in enumerate(names, 1):
         for i, (name, found) in enumerate(groups.items()):
             mean, low, high = found[measure]
+            colour = SERIES[0] if limits else pick_colour(name, i)
             figure.add_scatter(
-                x=[mean], y=[name], mode="markers", marker=dict(color=pick_colour(name, i), size=9),
+                x=[mean], y=[name], mode="markers", marker=dict(color=colour, size=9),
                 row=1, col=c, error_x=dict(
                     type="data", symmetric=False, array=[high - mean], arrayminus=[mean - low], width=0
                 ),
@@ -157,11 +161,14 @@ def draw_spreads(groups: Mapping[str, Spread], title: str) -> go.FigureWidget:
     )
     figure.update_yaxes(categoryorder="array", categoryarray=labels, ticks="")
     figure.update_xaxes(nticks=3)
+    if limits:
+        margin = 0.03 * (limits[1] - limits[0])
+        figure.update_xaxes(range=[limits[0] - margin, limits[1] + margin], nticks=6)
     figure.update_annotations(font_size=13)
     return figure
 
 
-def draw_generations(found: Mapping[str, Sequence[Spread]], people: Spread, measure: str) -> go.FigureWidget:
+def draw_generations(found: Mapping[str, Sequence[Spread]], people: Spread, measure: str) -> go.Figure:
     """Draw a measure against the generation, for each mix, with intervals and people's line.
 
     Args:
@@ -169,7 +176,7 @@ def draw_generations(found: Mapping[str, Sequence[Spread]], people: Spread, meas
         people: those of people's talk.
         measure: which to draw.
     """
-    figure = go.FigureWidget()
+    figure = go.Figure()
     longest = max(map(len, found.values()), default=1)
     for i, (name, spreads) in enumerate(found.items()):
         values, colour = [one[measure] for one in spreads], SERIES[i]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -45,13 +46,34 @@ def find_shell() -> Any:
     return shell if getattr(shell, "kernel", None) is not None else None
 
 
+class FixedFigure:
+    """A plotly figure as Jupyter keeps it where nothing changes it any more: its numbers, without a program
+    of 4 MB beside each figure of a notebook.
+    """
+
+    def __init__(self, figure: Any) -> None:
+        self.figure = figure
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        title = self.figure.layout.title.text or "a figure"
+        drawn = json.loads(self.figure.to_json())
+        return {"application/vnd.plotly.v1+json": drawn, "text/plain": f"[{title}: to be seen in JupyterLab]"}
+
+
 def show(widget: Any) -> Any:
     """Return a widget as the present host shows it; its attributes can be read from what is returned.
 
     Args:
-        widget: one of ours, or a plotly FigureWidget.
+        widget: one of ours, a plotly FigureWidget, or, where nothing will change it, a plotly Figure.
     """
-    return sys.modules["marimo"].ui.anywidget(widget) if in_marimo() else widget
+    figure = hasattr(widget, "to_plotly_json") and not hasattr(widget, "comm")
+    if in_marimo():
+        if figure:
+            from plotly.graph_objects import FigureWidget
+
+            widget = FigureWidget(widget)
+        return sys.modules["marimo"].ui.anywidget(widget)
+    return FixedFigure(widget) if figure and find_shell() else widget
 
 
 class StopWish(threading.Event):
