@@ -125,6 +125,12 @@ def test_type_point_and_compare(in_run: LabPage) -> None:
     assert f"id {first}" in page.locator(".pc-playground .pc-detail").inner_text().replace("\n", " ")
     assert page.locator(".pc-token.pc-lit .pc-card-id").inner_text() == str(first)
 
+    # All ids go to the clipboard, as a list.
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="Copy ids").click()
+    page.get_by_role("button", name="Copied").wait_for()
+    assert json.loads(page.evaluate("navigator.clipboard.readText()")) == tokenizer.encode(text)
+
     # White space is shown, and the text of the page itself is untouched.
     page.get_by_text("Show white space").click()
     assert page.locator('.pc-sheet .pc-space[data-mark="·"]').count() == text.count(" ")

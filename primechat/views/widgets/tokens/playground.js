@@ -114,11 +114,18 @@ function render({ model, el }) {
     label: "How to show the tokens", options: [["whole", "Whole characters"], ["bytes", "Bytes"]], value: view,
     input: (next) => { view = next; layCards(); drawCards(); drawDetail(); },
   });
+  const copy = button("Copy ids", async () => {
+    try {
+      await navigator.clipboard.writeText(JSON.stringify(panes[0]?.ids ?? []));
+      copy.textContent = "Copied";
+    } catch { copy.textContent = "The browser forbids it"; }
+    setTimeout(() => { copy.textContent = "Copy ids"; }, 1500);
+  }, { title: "Copy all ids, as a list that Python reads" });
   root.append(
     h("div", { class: "pc-stack" },
       h("div", { class: "pc-row pc-between" }, chooser, toggle({ label: "Show white space", value: spaces, input: (on) => { spaces = on; drawSheets(); } })),
       h("div", {}, editor, detail), fault, stats, others,
-      h("div", {}, h("div", { class: "pc-row pc-between pc-cards-head" }, h("div", { class: "pc-row" }, h("h3", { class: "pc-title", text: "Every token with its id" }), cardTabs), how), cards)));
+      h("div", {}, h("div", { class: "pc-row pc-between pc-cards-head" }, h("div", { class: "pc-row" }, h("h3", { class: "pc-title", text: "Every token with its id" }), copy, cardTabs), how), cards)));
 
   function drawChooser() {
     const options = [...choices].map(([key, choice]) => [key, choice.label]);
