@@ -76,9 +76,10 @@ def _(mo):
     mo.md(r"""
     ## 2. Train on your mixture
 
-    The mixture from above goes into the settings. **Bits per byte** say how surprised the model is by new
-    text: lower is better. Two numbers are watched. One is on the assistant's words of talks that were held
-    back: the **gain**. The other is on the kind of text that the base model came from: what it **forgets**.
+    The mixture from above goes into the settings (in Jupyter, run their cell again). **Bits per byte** say
+    how surprised the model is by new text: lower is better. Two numbers are watched. One is on the
+    assistant's words of talks that were held back: the **gain**. The other is on the kind of text that the
+    base model came from: what it **forgets**.
     """)
     return
 

@@ -128,7 +128,9 @@ def _(mo):
     ## 2. How much rank does it need?
 
     Adapters of several ranks and **full fine-tuning** (every number moves), each with the same steps, tokens
-    and seeds. `gain` is on the pirate's held-back talks, `forgotten` on plain text, both in bits per byte.
+    and seeds. `gain` is on the pirate's held-back talks, `forgotten` on plain text, both in bits per byte. A
+    few steps show little: with 60 steps of each, three seeds, rank 8 had 94 % of the gain of full fine-tuning
+    and had forgotten 46 % as much (labs/experiments.md); does yours?
     """)
     return
 

@@ -25,6 +25,7 @@ from primechat.config import (
     TokenizerConfig,
 )
 from primechat.config.model import SHARES, STUDENTS, shrink_model
+from primechat.desk.report import ReportFlags, run_report
 from primechat.errors import CheckpointError, ConfigError
 from primechat.metrics.retention import judge_writing, measure_retention, name_kind, write_texts
 from primechat.model.gpt import GPT
@@ -330,3 +331,5 @@ def test_stage_on_conversations(corpus: str, tmp_path: Path) -> None:
         runtime=FIXED, look=LOOK,
     )  # fmt: skip
     assert distill(config).identifier == "sft/talker"
+    run_report(ReportFlags(model="sft/talker", output=str(tmp_path / "page")))
+    assert {"kept.png", "writing.png"} <= {path.name for path in (tmp_path / "page").iterdir()}
