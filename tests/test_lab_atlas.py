@@ -193,7 +193,7 @@ def test_umap_goes_on_in_the_background(
     expect(view.locator(".pc-atlas-work")).to_contain_text("in the background", timeout=20_000)
     n = lasso(page, view, 30)  # the page stays alive meanwhile
     assert n > 0
-    view.get_by_role("button", name="Stop").click()
+    view.get_by_role("button", name="Stop", exact=True).click()
     expect(view.locator(".pc-atlas-note")).to_contain_text("it was stopped", timeout=20_000)
     expect(view.get_by_role("tab", name="PCA")).to_have_attribute("aria-selected", "true")
     view.get_by_role("tab", name="UMAP").click()

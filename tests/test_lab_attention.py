@@ -117,7 +117,8 @@ def check_lens(page: Page, truth: Any) -> None:
     expect(rows).to_have_count(truth.model.config.n_layer + 3, timeout=20_000)
     shown = rows.nth(truth.model.config.n_layer + 1).locator("td").all_inner_texts()
     want = [truth.tokenizer.token_bytes(int(i)).decode("utf-8", "replace") for i in logits.argmax(-1)]
-    assert [text.replace("·", " ").strip() for text in shown] == [text.strip() for text in want]
+    plain = [text.replace("·", " ").replace("⏎", "").strip() for text in shown]
+    assert plain == [text.strip() for text in want]
     lens.locator('td[data-r="1"][data-t="2"]').hover()
     expect(lens.locator(".pc-detail h4")).to_contain_text("after layer 0")
     lens.locator(".pc-scroll").focus()
