@@ -58,13 +58,17 @@ def test_every_token_once_an_epoch(seed: int) -> None:
     size = dict(sequence_len=rng.randint(1, 9), rows=6, seed=seed)
     steps = 3 * cache.tokens // (6 * size["sequence_len"]) + 2
     ids, targets, cursors = read_ranks(cache, 1, steps, **size)
-    assert ids[1:] == targets[:-1], "targets are the same stream shifted by one"
-    for epoch in range(3):
-        part = ids[epoch * cache.tokens : (epoch + 1) * cache.tokens]
-        assert sorted(part) == list(range(cache.tokens))
-        begins = set(cache.offsets[:-1].tolist())
-        for before, after in zip(part, part[1:], strict=False):
+    T = size["sequence_len"]
+    begins, n_rows = set(cache.offsets[:-1].tolist()), -(-3 * cache.tokens // T)  # that begin in 3 epochs
+    for at in range(0, n_rows * T, T):
+        row, goal = ids[at : at + T], targets[at : at + T]
+        assert row[1:] == goal[:-1], "targets are the row shifted by one"
+        for before, after in zip(row, goal, strict=True):
             assert after == before + 1 or after in begins, "documents stay whole"
+    for part, lacking in ((ids, 0), (targets, 1)):  # the very first token of all is never a target
+        counts = Counter(part[: n_rows * T])
+        assert sum(max(0, 3 - counts[i]) for i in range(cache.tokens)) <= lacking, "each token once an epoch"
+        assert sum(counts.values()) - 3 * cache.tokens < T, "and no more than the last row's rest again"
     for world in (2, 3):
         assert read_ranks(cache, world, steps, **size) == (ids, targets, cursors)
     for k in rng.sample(range(steps - 1), min(4, steps - 1)):
@@ -82,17 +86,26 @@ def test_order_depends_on_seed_and_epoch() -> None:
     assert len({tuple(first[:350]), tuple(first[350:]), tuple(other), tuple(range(350))}) == 4
 
 
+def test_a_long_document_is_spread_over_the_epoch() -> None:
+    cache = make_cache([10] * 90 + [900])
+    batches = PackedBatches(cache, sequence_len=10, rows=18)
+    shares = [int((next(batches)[0] >= 900).sum()) / 180 for _ in range(10)]
+    assert max(shares) < 0.8 and min(shares) > 0.2, shares
+
+
 def test_mask_hides_targets() -> None:
     cache = make_cache([10, 20, 30], masked=True)
     ids, targets, _ = read_ranks(cache, 1, 3, sequence_len=5, rows=4)
-    assert targets[:-1] == [i if i % 3 else -1 for i in ids[1:]]
+    assert [t for i, t in enumerate(targets) if (i + 1) % 5] == [
+        token if token % 3 else -1 for i, token in enumerate(ids) if i % 5
+    ]
 
 
 def test_tensors() -> None:
     batches = PackedBatches(make_cache([100]), sequence_len=4, rows=6, rank=1, world_size=3)
     ids, targets = next(batches)
     assert ids.shape == targets.shape == (2, 4) and ids.dtype == targets.dtype == torch.int64
-    assert ids.flatten().tolist() == list(range(8, 16)) and targets[0].tolist() == [9, 10, 11, 12]
+    assert all(t == [i + 1 for i in row] for row, t in zip(ids.tolist(), targets.tolist(), strict=True))
     assert batches.cursor == {"epoch": 0, "position": 24} and batches.waste == 0
 
 

@@ -33,7 +33,10 @@ GROUPS_AHEAD = 3  # row groups that are tokenised before they are needed
 
 
 class PackedBatches(Iterator[Batch]):
-    """Endless batches of a token cache: documents shuffled anew each epoch, rows cut from one stream."""
+    """Endless batches of a token cache: documents shuffled anew each epoch, rows cut from one stream.
+
+    An epoch's rows are shuffled too: as they come, one long document would fill steps in a row.
+    """
 
     waste = 0.0  # share of the tokens that are never a target: the stream has no gaps
 
@@ -80,13 +83,26 @@ class PackedBatches(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         """Return ids and targets, int64 (R, T); a target of -1 is not learned from."""
-        size = self.share * self.sequence_len
-        epoch, position = self._advance(self.first * self.sequence_len)
-        tokens, mask = self._take(epoch, position, size + 1)
-        self._epoch, self._position = self._advance(self.rows * self.sequence_len)
-        targets = tokens[1:] if mask is None else np.where(mask[1:] == 0, -1, tokens[1:])
-        shape = (self.share, self.sequence_len)
-        return torch.from_numpy(tokens[:-1].reshape(shape)), torch.from_numpy(targets.reshape(shape))
+        T, tokens = self.sequence_len, self.cache.tokens
+        first = (self._epoch * tokens + self._position) // T + self.first  # rows since the start of epoch 0
+        parts = []
+        for row in range(first, first + self.share):
+            epoch, position = divmod(self._pick(row) * T, tokens)
+            parts.append(self._take(epoch, position, T + 1))
+        self._epoch, self._position = self._advance(self.rows * T)
+        ids = np.stack([part for part, _ in parts])
+        targets = np.stack([t[1:] if m is None else np.where(m[1:] == 0, -1, t[1:]) for t, m in parts])
+        return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets)
+
+    def _pick(self, row: int) -> int:
+        """Return which row of the endless stream comes at a place: one that begins in the same epoch."""
+        T, tokens = self.sequence_len, self.cache.tokens
+        epoch = row * T // tokens
+        start, end = -(-epoch * tokens // T), -(-(epoch + 1) * tokens // T)
+        if epoch not in self._orders:
+            order = np.random.default_rng([self.seed, epoch, 1]).permutation(end - start)
+            self._orders = {e: old for e, old in self._orders.items() if e == epoch - 1} | {epoch: order}
+        return start + int(self._orders[epoch][row - start])
 
     def _advance(self, count: int) -> tuple[int, int]:
         epochs, position = divmod(self._position + count, self.cache.tokens)
