@@ -181,8 +181,7 @@ def _(mo):
     mo.md(r"""
     ## Try it yourself
 
-    Replace the `...` and run the cell: the check names the first rule that does not hold. An app shows no
-    code; for the exercises open the lab in JupyterLab or with `marimo edit`.
+    In the editor, replace the `...` and run the cell: the check names the first rule that does not hold.
     """)
     return
 

@@ -212,7 +212,7 @@ def _(mo):
     mo.md(r"""
     ## 5. Exercises
 
-    Replace the `...` in each cell and run it. The card says which rule does not hold yet.
+    In the editor, replace the `...` in each cell and run it: the card says which rule does not hold yet.
     """)
     return
 

@@ -207,7 +207,7 @@ def _(mo):
     ## Try it
 
     Three short functions: the two that made the numbers above, and the one that keeps the time machine
-    honest. Replace the `...` and run the cell.
+    honest. In the editor, replace the `...` and run the cell.
     """)
     return
 

@@ -186,14 +186,14 @@ def _(forecasts, in_notebook, settings):
 
 @app.cell(hide_code=True)
 def _(forecasts, series, stage):
-    runs = stage(forecasts.train_small, series.config, title="Train them") if series else None
+    runs = stage(forecasts.train_small, series.config, title="Train them") if series is not None else None
     runs
     return (runs,)
 
 
 @app.cell(hide_code=True)
 def _(Live, forecasts, runs, show):
-    show(Live(lambda: forecasts.show_forecast(runs.result, runs.state))) if runs else None
+    show(Live(lambda: forecasts.show_forecast(runs.result, runs.state))) if runs is not None else None
     return
 
 

@@ -10,8 +10,8 @@ def _(mo):
     # How does noise become words, and what would the same run cost on 8 H200?
 
     **Pretraining** shows a model text and asks, at every place, for the next token. It begins as noise.
-    Watch it learn letters, then words, then the shape of a talk. The cells whose code you see are the whole
-    program: `primechat export 05` turns them into a script for rented GPUs.
+    Watch it learn letters, then words, then the shape of a talk. In the editor, the cells whose code you see
+    are the whole program: `primechat export 05` turns them into a script for rented GPUs.
     """)
     return
 
@@ -131,7 +131,7 @@ def _(mo):
 
 @app.cell(hide_code=True)
 def _(Live, bench, run, show):
-    _newest = ", ".join(bench.list_runs()[:3]) if run else ""
+    _newest = ", ".join(bench.list_runs()[:3]) if run is not None else ""
     show(Live(bench.overlay_runs, runs=_newest))
     return
 
@@ -159,14 +159,14 @@ def _(bench, in_notebook, settings, start):
 
 @app.cell(hide_code=True)
 def _(bench, stage, tricks):
-    trial = stage(bench.ablate, tricks.config, title="Ablation") if tricks else None
+    trial = stage(bench.ablate, tricks.config, title="Ablation") if tricks is not None else None
     trial
     return (trial,)
 
 
 @app.cell(hide_code=True)
 def _(Live, bench, show, trial):
-    show(Live(lambda: bench.judge_ablation(trial.result, trial.state))) if trial else None
+    show(Live(lambda: bench.judge_ablation(trial.result, trial.state))) if trial is not None else None
     return
 
 
@@ -175,8 +175,8 @@ def _(mo):
     mo.md(r"""
     ## 5. Send this very lab to 8 H200
 
-    The folder holds the cells whose code you see here as a script, the settings of the full run, a launcher
-    and the library. It is tried here first, with two processes.
+    The folder holds the cells whose code the editor shows as a script, the settings of the full run, a
+    launcher and the library. It is tried here first, with two processes.
     """)
     return
 
@@ -192,7 +192,11 @@ def _(bench, in_notebook, settings):
 
 @app.cell(hide_code=True)
 def _(bench, parcel, stage):
-    folder = stage(bench.write_folder("05"), parcel.config, title="Write the folder") if parcel else None
+    folder = (
+        stage(bench.write_folder("05"), parcel.config, title="Write the folder")
+        if parcel is not None
+        else None
+    )
     folder
     return
 

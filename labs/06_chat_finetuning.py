@@ -12,8 +12,8 @@ def _(mo):
     A **base model** goes on with any text. To make it answer, it is trained a little longer on conversations:
     this is **fine-tuning**. What it becomes depends on which conversations it sees. Here you read them, mix
     them, train on your mixture and compare, without one question of a benchmark: those are for measuring,
-    and a model that trained on them would only seem clever. The cells whose code you see are the whole
-    program: `primechat export 06` turns them into a script for rented GPUs.
+    and a model that trained on them would only seem clever. In the editor, the cells whose code you see
+    are the whole program: `primechat export 06` turns them into a script for rented GPUs.
     """)
     return
 
@@ -109,7 +109,7 @@ def _(finetune, form, stage):
 
 @app.cell
 def _(run, summary):
-    summary(run.result)
+    summary(run)
     return
 
 
@@ -198,7 +198,7 @@ def _(mo):
 
     ## 5. Exercises
 
-    Replace the `...` in each cell and run it. The card says which rule does not hold yet.
+    In the editor, replace the `...` in each cell and run it: the card says which rule does not hold yet.
     """)
     return
 

@@ -11,8 +11,8 @@ def _(mo):
 
     Training moves every number of a model. **LoRA** leaves them all where they are and hangs two thin
     matrices beside each big one; only these learn. The result is a small file, an **adapter**, that can be
-    taken off again, mixed with others, or turned up and down like a volume. The cells whose code you see are
-    the whole program: `primechat export 07` turns them into a script for rented GPUs.
+    taken off again, mixed with others, or turned up and down like a volume. In the editor, the cells whose
+    code you see are the whole program: `primechat export 07` turns them into a script for rented GPUs.
     """)
     return
 
@@ -77,7 +77,7 @@ def _(form, stage, train_lora):
 
 @app.cell
 def _(run, summary):
-    summary(run.result)
+    summary(run)
     return
 
 
@@ -205,7 +205,7 @@ def _(mo):
     mo.md(r"""
     ## 4. Exercises
 
-    Replace the `...` in each cell and run it. The card says which rule does not hold yet.
+    In the editor, replace the `...` in each cell and run it: the card says which rule does not hold yet.
     """)
     return
 

@@ -11,8 +11,8 @@ def _(mo):
 
     A small model can learn from text, as the large one did. It can also learn from the large one: at each
     place the **teacher** tells how likely it holds every token, which is more than the one token that the
-    text has. This is **distillation**; the small model is the **student**. The cells whose code you see are
-    the whole program: `primechat export 08` turns them into a script for rented GPUs.
+    text has. This is **distillation**; the small model is the **student**. In the editor, the cells whose
+    code you see are the whole program: `primechat export 08` turns them into a script for rented GPUs.
     """)
     return
 
@@ -107,7 +107,7 @@ def _(distill, form, stage):
 
 @app.cell
 def _(run, summary):
-    summary(run.result)
+    summary(run)
     return
 
 
@@ -217,7 +217,7 @@ def _(mo):
     mo.md(r"""
     ## 5. Exercises
 
-    Replace the `...` in each cell and run it. The card says which rule does not hold yet.
+    In the editor, replace the `...` in each cell and run it: the card says which rule does not hold yet.
     """)
     return
 

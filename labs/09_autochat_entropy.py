@@ -11,8 +11,8 @@ def _(mo):
 
     Let a model answer its own answers, again and again. People can talk for hours; small models come to a
     loop, a silence, or the same few words. Here you watch it happen, turn by turn, measure it, and try what
-    helps. The cells whose code you see are the whole program: `primechat export 09` turns them into a script
-    for rented GPUs.
+    helps. In the editor, the cells whose code you see are the whole program: `primechat export 09` turns them
+    into a script for rented GPUs.
 
     A model cuts text into **tokens**, short pieces of words. Before each token it gives every possible one a
     probability. **Entropy** says how open that choice was, in nats: 0 means sure, 3 means about as open as
@@ -174,7 +174,7 @@ def _(form, run_many, stage):
 
 @app.cell
 def _(many, summary):
-    summary(many.result, title="What was said", notes=["The plots below now show these conversations."])
+    summary(many, title="What was said", notes=["The plots below now show these conversations."])
     return
 
 
@@ -269,7 +269,7 @@ def _(in_notebook, stage, study, talks):
 @app.cell(hide_code=True)
 def _(show, study, talk, variants):
     _groups = study.compare_groups()
-    if variants and variants.result:
+    if variants is not None and variants.result:
         _found = {name: found[0] for name, found in variants.result.measure().items()}
         _groups = {**_found, "people": _groups["people"], "shuffled": _groups["shuffled"]}
     show(talk.draw_spreads(_groups, "Measures of a conversation, mean and 95 % interval"))
@@ -310,7 +310,7 @@ def _(in_notebook, stage, study, talks):
 @app.cell(hide_code=True)
 def _(models, show, study, talk):
     _people = study.compare_groups()
-    _found = models.result.measure() if models and models.result else {}
+    _found = models.result.measure() if models is not None and models.result else {}
     side = {name: found[0] for name, found in _found.items()}
     side |= {name: _people[name] for name in ("people", "shuffled")}
     show(talk.draw_spreads(side, "Models side by side, mean and 95 % interval"))
@@ -363,7 +363,9 @@ def _(in_notebook, stage, study, talks):
 @app.cell(hide_code=True)
 def _(collapse, show, study, talk, talks):
     people = study.compare_groups()["people"]
-    generations = collapse.result.measure() if collapse and collapse.result else talks.read_recorded()
+    generations = (
+        collapse.result.measure() if collapse is not None and collapse.result else talks.read_recorded()
+    )
     show(talk.draw_generations(generations, people, "Vendi"))
     return generations, people
 

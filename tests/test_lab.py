@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from primechat import lab, store
+from primechat.desk.labs import runner
 from primechat.lessons import Exercise, is_stub, require
 from primechat.views.widgets.controls import Live, describe_control, describe_output
 
@@ -95,7 +96,7 @@ def test_prediction_takes_options_or_a_scale() -> None:
         lab.predict("How many?", ["one", "two"], "three")
 
 
-def test_exercise_names_the_broken_rule() -> None:
+def test_exercise_names_the_broken_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     def stub(x: Any) -> Any: ...
 
     def noted(x: Any) -> Any:
@@ -114,6 +115,10 @@ def test_exercise_names_the_broken_rule() -> None:
     failed = lab.exercise(DOUBLE, fail)
     assert failed.state == "failed" and failed.message == "It raised KeyError: 'a'"
     assert lab.exercise(DOUBLE, lambda x: 2 * x).state == "passed"
+    monkeypatch.setattr(runner, "in_app", lambda: True)
+    monkeypatch.setitem(globals(), "__file__", "/labs/05_pretraining.py")
+    assert "`primechat lab 05 --edit`" in lab.exercise(DOUBLE, stub).message
+    assert lab.exercise(DOUBLE, lambda x: 2 * x).message == DOUBLE.praise
     assert not is_stub(nothing) and not is_stub(lambda x: x) and DOUBLE.solution_text == "6"
 
 

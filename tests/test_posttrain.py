@@ -137,9 +137,12 @@ def test_what_is_compared_can_be_written() -> None:
 
 def test_nothing_has_run_yet() -> None:
     figure = draw_lines(posttrain.list_curves(None), "step", "bits per byte")
-    assert "Nothing has run yet" in figure.layout.annotations[-1].text
-    assert "Nothing has run yet" in draw_tradeoff([], "a", "b").layout.annotations[-1].text
+    assert "Nothing to draw yet" in figure.layout.annotations[-1].text
+    assert "Nothing to draw yet" in draw_tradeoff([], "a", "b").layout.annotations[-1].text
     assert posttrain.open_table(None, ("gain",)).output["parts"][0]["rows"][0][0].startswith("nothing yet")
     assert posttrain.find_spectra(None, "shipped/sft") == {} and posttrain.list_by_size(None) == {}
     assert "No student yet" in str(posttrain.open_heat(posttrain.pick_student(None), "shipped/base").output)
-    assert "press Start" in posttrain.open_breakdown(None, "shipped/base").output["parts"][0]["text"]
+    assert (
+        "when the run above is done"
+        in posttrain.open_breakdown(None, "shipped/base").output["parts"][0]["text"]
+    )

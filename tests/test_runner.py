@@ -33,7 +33,7 @@ from primechat.records import (
     TrainResult,
     encode_record,
 )  # fmt: skip
-from primechat.views.widgets.runs import RunLog, thin_points
+from primechat.views.widgets.runs import RunLog, StageControl, thin_points
 
 
 def make_step(step: int, steps: int = 100) -> StepEvent:
@@ -174,6 +174,16 @@ def test_events_become_one_state() -> None:
     log.add(SampleEvent(step=50, prompt="A:", text="hi"))
     log.add(make_step(51))
     view = log.describe()
+    log.add(PhaseEvent(name="last check", total=2048, unit="tokens"))  # before the last step: an interruption
+    assert abs(log.describe()["left_s"] - 4.9) < 1e-6
+    log.add(make_step(100))
+    log.add(PhaseEvent(name="last check", total=2048, unit="tokens"))
+    assert log.describe()["left_s"] is None
+    log.add(ProgressEvent(done=1024))
+    after = log.describe()
+    assert (after["phase"], after["done"], after["total"]) == ("last check", 1024, 2048) and after[
+        "left_s"
+    ] > 0
     assert view["phase"] == "training" and view["done"] == 51 and abs(view["left_s"] - 4.9) < 1e-6
     assert (
         view["val"] == [[50, 7.1, 1.6]] and view["samples"] == [[50, "A:", "hi"]] and len(view["train"]) == 51
@@ -271,3 +281,6 @@ def test_summary_shows_figures_and_curves() -> None:
     assert ["1.500", "bits per byte on new text"] in found.view["figures"]
     assert found.view["val"] == [[1, 7.1, 1.6]] and len(found.view["train"]) == 1
     assert "press Start above" in lab.summary(None).notes[0]
+    control = StageControl("Run", lambda word: None)
+    control.state = "running"
+    assert "under way" in lab.summary(control).notes[0]

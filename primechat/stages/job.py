@@ -56,6 +56,7 @@ class Job:
     meta: dict[str, Any]
     open_general: Callable[[int, int, int], Iterable[tuple[Tensor, Tensor]]] | None = None
     bos_id: int = -1
+    val_tokens: int = 0  # of the whole validation text, where that is known
 
     def identify(self, tag: str) -> str:
         """Return the identifier of what the run makes."""

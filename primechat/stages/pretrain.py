@@ -78,6 +78,7 @@ def pretrain(
         open_windows=lambda tokens, rank, world_size: validation_windows(
             val, T, rows=EVAL_ROWS, max_tokens=tokens, rank=rank, world_size=world_size
         ),
+        val_tokens=val.tokens,
         last_eval_tokens=config.look.last_eval_tokens or (0 if local else SHARD_EVAL_TOKENS),
         default_steps=max(1, round(config.tokens_per_param * model.n_params / config.batch_tokens)),
         prompts=CHAT_PROMPTS if config.corpus == "chitchat" else TEXT_PROMPTS,

@@ -66,6 +66,7 @@ from primechat.train.tune import COMPILE_GUESS, Tuning, tune_runtime
 SAMPLE_TOKENS = 48
 SAVE_EVERY_S = 60.0
 VALIDATION = "validation: the loss on text that it does not learn from"
+LAST_CHECK = "last check: the loss on text that it has not seen"
 GENERAL = "general text: how much of it is forgotten"
 COMPILE_FILE = "compiling.json"  # in the base directory
 GENERAL_TOKENS = 100_000  # where the whole validation split is scored at the end
@@ -296,7 +297,7 @@ class TrainingRun:
         config = self.config
         if last or step % config.look.eval_every == 0:
             tokens = self.job.last_eval_tokens if last else config.look.eval_tokens
-            self.last_bits = self.measure(VALIDATION, self.job.open_windows, tokens)
+            self.last_bits = self.measure(LAST_CHECK if last else VALIDATION, self.job.open_windows, tokens)
             general = None
             if self.job.open_general:
                 few = tokens or GENERAL_TOKENS
@@ -319,7 +320,7 @@ class TrainingRun:
         self, name: str, opened: Callable[[int, int, int], Iterable[tuple[Tensor, Tensor]]], tokens: int
     ) -> Bits:
         """Score a text over all ranks."""
-        self.tell(PhaseEvent(name=name, total=tokens, unit="tokens"))
+        self.tell(PhaseEvent(name=name, total=tokens or self.job.val_tokens, unit="tokens"))
         windows = opened(tokens, self.ranks.rank, self.ranks.world_size)
         bits = measure_bits(
             lambda x, y: self.model.loss(x, y, "none"), windows, self.job.tokenizer.byte_lengths(),

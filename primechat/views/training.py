@@ -14,13 +14,13 @@ from primechat.views.theme import SERIES, style_figure
 
 
 def wait_for(figure: go.FigureWidget) -> go.FigureWidget:
-    """Say in a figure that nothing has run yet, where nothing is drawn."""
+    """Say in a figure what it waits for, where nothing is drawn: true before a run and during one."""
     if not any(trace.x is not None and len(trace.x) for trace in figure.data):
         figure.update_xaxes(visible=False)
         figure.update_yaxes(visible=False)
         figure.add_annotation(
-            text="Nothing has run yet: press Start above.", showarrow=False, font_size=15, x=0.5, y=0.5,
-            xref="paper", yref="paper",
+            text="Nothing to draw yet: it comes when the run above is done.", showarrow=False, font_size=15,
+            x=0.5, y=0.5, xref="paper", yref="paper",
         )  # fmt: skip
         figure.update_layout(height=160)
     return figure

@@ -39,6 +39,11 @@ def in_notebook() -> bool:
     return in_marimo() or find_shell() is not None
 
 
+def in_app() -> bool:
+    """Tell whether this is a lab opened as an app, which shows no code."""
+    return in_marimo() and sys.modules["marimo"].app_meta().mode == "run"
+
+
 def find_shell() -> Any:
     """Return the shell of the Jupyter kernel that this runs in, None elsewhere."""
     ipython = sys.modules.get("IPython")
@@ -236,7 +241,7 @@ def open_control(function: Callable[..., Any], config: Any, title: str) -> Stage
     In an app a page that is opened again joins the run that goes on; a Jupyter cell that runs again has its
     former run stopped and saved, as marimo does with a cell of a notebook.
     """
-    if in_marimo() and sys.modules["marimo"].app_meta().mode == "run":
+    if in_app():
         for runner in list(_runners):
             if name_run(runner.function, runner.config) == name_run(function, config):
                 return runner.join(title)

@@ -166,14 +166,14 @@ def open_dial(rows: Sequence[str], base: str, prompt: str = "Hi! What did you do
         turn_dial(model, adapter, dial)
         return answer(Engine(model, tokenizer), prompt)
 
-    waiting = "No adapter yet: press Start above. It takes about a minute."
+    waiting = "No adapter yet: Start above trains one in about a minute."
     return DialDesk(write, names, prompt, waiting)
 
 
 def open_heat(student: str, teacher: str, prompt: str = "Hi! What did you do today?") -> Any:
     """Return the teacher's reply with the student's distance at each token."""
     if not student:
-        return Live(lambda: "No student yet: press Start above.")
+        return Live(lambda: "No student yet: it comes when the run above is done.")
     import torch
 
     def measure(prompt: str) -> dict[str, Any]:
@@ -278,7 +278,7 @@ def open_answers(before: str, result: TrainResult | None) -> Live:
 
     def compare(you_say: str) -> Any:
         if result is None:
-            return "Nothing has been trained yet: press Start above."
+            return "Nothing has been trained yet: it comes when the run above is done."
         asked = list(dict.fromkeys([*filter(None, [you_say.strip()]), *PROMPTS[:4]]))
         return compare_replies(before, result.identifier, asked)
 
@@ -373,7 +373,7 @@ def open_breakdown(result: TrainResult | None, teacher: str) -> Live:
 
     def draw(by: str) -> Any:
         if result is None:
-            return "No student yet: press Start above."
+            return "No student yet: it comes when the run above is done."
         if not kept:
             kept["found"] = break_down(result.identifier, teacher)
         return [

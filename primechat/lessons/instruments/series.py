@@ -221,4 +221,4 @@ def sum_rows(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[s
                 mean, low, _ = estimate_mean(values)
                 shown[key] = f"{mean:.3f} ± {mean - low:.3f}" if len(values) > 2 else f"{mean:.3f}"
         table.append(shown)
-    return table or [{"run": "nothing yet: press Start above"}]
+    return table or [{"run": "nothing yet: it comes when the run above is done"}]

@@ -1,4 +1,4 @@
-import { frame, h, asking, commit, debounce, number, button, slider, select, toggle, more, prose, whenSeen } from "./kit.js";
+import { frame, h, asking, commit, debounce, number, button, slider, select, toggle, more, phrase, prose, whenSeen } from "./kit.js";
 
 function drawModels({ model, root, listen, later }) {
   const ask = asking(model, later);
@@ -103,7 +103,7 @@ function drawExercise({ model, root, listen }) {
     root.dataset.state = state;
     const rule = model.get("rule");
     verdict.replaceChildren(h("div", { class: state === "broken" || state === "failed" ? "pc-error" : "pc-note" },
-      rule && h("strong", { text: `${rule}. ` }), model.get("message") || words));
+      rule && h("strong", { text: `${rule}. ` }), ...phrase(model.get("message") || words)));
   };
   listen(["state", "rule", "message"], refresh);
   const card = h("div", { class: "pc-card pc-stack" },

@@ -90,9 +90,14 @@ class RunLog:
     def describe(self) -> dict[str, Any]:
         """Return the state as plain data; times are in seconds."""
         last, phase, done, left = self.last, self.phase, self.done, None
-        if last and self.training:  # also while a validation interrupts it
-            done = float(last.step) if phase is self.training else done
-            left = last.elapsed_s / max(1, last.step) * (last.steps - last.step)
+        is_training = phase is self.training
+        if (
+            last and self.training and (is_training or last.step < last.steps)
+        ):  # also while a check interrupts
+            done = float(last.step) if is_training else done
+            left = (
+                last.elapsed_s / max(1, last.step) * (last.steps - last.step) or None
+            )  # the last check comes
         elif phase.unit == "s" and phase.total:  # nobody tells of seconds that pass
             done = min(phase.total, float(int(time.monotonic() - self.t_phase)))
             left = phase.total - done or None
