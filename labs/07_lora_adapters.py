@@ -233,8 +233,8 @@ def _(mo):
 
     An adapter's folder, `lora_checkpoints/<tag>/`, holds `adapter_config.json` and
     `adapter_model.safetensors`: the files of the package `peft`, which reads ours and writes ones that open
-    here. `primechat chat lora:pirate+sft/d4` talks to a model with one, `lora:pirate*0.5+lora:music+sft/d4`
-    to a model with two, the first at half strength.
+    here. `primechat chat lora:pirate` talks to the model that the adapter `pirate` was trained on, with it;
+    `lora:pirate*0.5+lora:music+shipped/sft` to a model with two, the first at half strength.
     """)
     return
 

@@ -189,7 +189,7 @@ primechat makes a small ChatGPT before your eyes and lets you talk to it.
 
 Start here:
   primechat quickstart   a tokenizer, a base model and a chat model, then a short dialogue
-  primechat chat         talk to the newest model
+  primechat chat         talk to your model, or to the one that ships if that is clearly better
 
 Verbs:
 {table}

@@ -124,7 +124,7 @@ def borrow_model(identifier: str = "", *, device: str = "cpu") -> tuple[GPT, Tok
     Raises:
         PrimechatError: as `open_model`.
     """
-    name = store.parse_identifier(identifier) if identifier else store.choose_model()
+    name = store.read_name(identifier)
     key: tuple[Any, ...] = (str(name), device)
     if name.family != "hf":
         folder, name = store.locate_model(name)

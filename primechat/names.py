@@ -4,6 +4,7 @@ Hides: the grammar of an identifier. `base/d4` is the newest step of a run, `bas
 `base/d4@snap:64` a snapshot of its weights; a family alone (`sft`) takes its default tag. `shipped/` before
 any of these means what ships with primechat. `hf:smollm2` and `hf:owner/name` are other people's models.
 `lora:pirate*0.5+sft/d4` is a model with an adapter at half its strength; several may stand before the model.
+The store also takes `lora:pirate` alone, and reads from the adapter which model it was trained on.
 Reference: primechat.store, which says where each of them lies.
 """
 
@@ -21,7 +22,7 @@ FAMILIES = {
     "sft": "chatsft_checkpoints",
     "rl": "chatrl_checkpoints",
 }
-FORMS = "base/d4, base/d4@600, base/d4@snap:64, sft, shipped/sft, hf:smollm2, lora:pirate+sft/d4"
+FORMS = "base/d4, base/d4@600, base/d4@snap:64, sft, shipped/sft, hf:smollm2, lora:pirate, lora:pirate+sft/d4"
 ADAPTER = re.compile(r"lora:([A-Za-z0-9][A-Za-z0-9_-]{0,99})(?:\*(\d{1,3}(?:\.\d+)?))?")
 ADAPTER_FOLDER = "lora_checkpoints"
 IDENTIFIER = re.compile(r"(shipped/)?(base|mid|sft|rl)(?:/([^/@]+)(?:@(snap:)?(\d{1,9}))?)?")

@@ -28,7 +28,7 @@ from primechat.model.checkpoint import explain_steps, find_steps, list_snapshots
 from primechat.model.era import detect_era
 from primechat.model.runlog import read_metrics
 from primechat.model.weights import inspect_model, read_json
-from primechat.names import ADAPTER_FOLDER, FAMILIES, IDENTIFIER, ModelName, parse_identifier
+from primechat.names import ADAPTER, ADAPTER_FOLDER, FAMILIES, IDENTIFIER, ModelName, parse_identifier
 from primechat.records import NoteEvent, OnEvent, TrainResult
 
 if TYPE_CHECKING:
@@ -163,6 +163,15 @@ def choose_model() -> ModelName:
     return ModelName(family="base")
 
 
+def read_name(text: str) -> ModelName:
+    """Take an identifier apart; empty is the default model, an adapter alone is on the base it records."""
+    if alone := ADAPTER.fullmatch(text):
+        from primechat.model.lora import read_base
+
+        text = f"{text}+{read_base(run_dir('lora', alone[1])) or 'sft'}"
+    return parse_identifier(text) if text else choose_model()
+
+
 def open_model(
     identifier: str = "",
     *,
@@ -198,7 +207,7 @@ def open_model(
         raise ConfigError(f"dtype={dtype!r} must be float32, bfloat16 or auto; try float32.")
     if phase not in ("eval", "train"):
         raise ConfigError(f"phase={phase!r} must be eval or train; try eval.")
-    name = parse_identifier(identifier) if identifier else choose_model()
+    name = read_name(identifier)
     kind = "float32" if dtype == "float32" or (dtype == "auto" and "cuda" not in device) else "bfloat16"
 
     def tell(text: str) -> None:
@@ -230,11 +239,8 @@ def open_model(
         warn_unrecorded(str(full), folder, model, found)
     if phase == "train":
         model.requires_grad_(True).train()
-    return (
-        model,
-        found,
-        {**loaded.meta, "identifier": str(full), "path": str(folder), "skipped": loaded.skipped},
-    )
+    known = {"identifier": str(full), "path": str(folder), "skipped": loaded.skipped}
+    return model, found, {**loaded.meta, **known}
 
 
 def load_model(
@@ -265,12 +271,9 @@ def load_model(
     if source not in FAMILIES:
         raise ConfigError(f"source={source!r} must be one of {', '.join(FAMILIES)}; try base.")
     if model_tag is None and step is not None:
-        own = choose_tag(base_dir(), source)
-        model_tag = own.name if own is not None else None
-        if model_tag is None:
-            raise CheckpointError(
-                f"{base_dir() / FAMILIES[source]} holds no step {step}; see `primechat models`."
-            )
+        if (own := choose_tag(base_dir(), source)) is None:
+            raise CheckpointError(f"{FAMILIES[source]} holds no step {step}; see `primechat models`.")
+        model_tag = own.name
     if model_tag is not None:
         check_tag(model_tag)
     name = ModelName(family=source, tag=model_tag or "", step=step)
@@ -316,7 +319,7 @@ def load_tokenizer(identifier: str = "") -> Tokenizer:
 
     if not identifier and (base_dir() / "tokenizer" / "tokenizer.pkl").is_file():
         return Tokenizer.load(base_dir() / "tokenizer")
-    name = parse_identifier(identifier) if identifier else choose_model()
+    name = read_name(identifier)
     if name.family == "hf":
         from primechat.model.foreign import open_tokenizer
 

@@ -259,6 +259,10 @@ def test_a_chat_begins_with_a_model_that_can_talk(tmp_path: Path, monkeypatch: p
     path.write_text(json.dumps({**meta, "val_bpb": 1.5 * meta["val_bpb"]}))
     name, why = chat.choose_talker()
     assert name == "shipped/sft" and f"your sft/mine {1.5 * meta['val_bpb']:.2f}" in why
+    assert "replies of chitchat" in why, "the text is named"
+    other = {**meta["user_config"], "dialogues": "mine.jsonl"}
+    path.write_text(json.dumps({**meta, "val_bpb": 1.5 * meta["val_bpb"], "user_config": other}))
+    assert chat.choose_talker() == ("sft", ""), "figures of other text are not compared"
     path.write_text(json.dumps({**meta, "val_bpb": None}))
     assert chat.choose_talker()[0] == "sft", "nothing is recorded: no reason to prefer another"
     (tmp_path / "base_checkpoints").mkdir()

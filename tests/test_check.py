@@ -95,7 +95,7 @@ def test_ok(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert err.startswith("base/mine@60 needs 0.") and "are free." in err
     assert "modern (nanochat of 2026)" in out and "1 layers" not in out and "width 64" in out
     assert "2 heads of 32" in out and "320 tokens" in out and "RoPE base 100,000, softcap 15" in out
-    assert "60 steps" in out and "as stored" in out and "not to compare" in out
+    assert "60 steps" in out and "as stored" in out and "comparable only with" in out
     assert out.rstrip().endswith("talk to it by `primechat chat base/mine@60`.")
     assert "ok: it is whole" in out and "In the summer we had a garden full of → " in out
     forget_identity(own / "base_checkpoints" / "mine")

@@ -280,6 +280,10 @@ def test_stage_and_identifiers(base: str) -> None:
         (folder / name).unlink()
     assert train_lora(replace(config, resume=True)).step == 8
     assert torch.equal(store.open_model("lora:loud+sft/d3")[0](IDS), whole)
+    alone, _, meta = store.open_model("lora:loud*0.5")  # on the base that it records
+    assert meta["identifier"] == "lora:loud*0.5+sft/d3@3" and lora.list_adapters(alone) == {"loud": 0.5}
+    with pytest.raises(CheckpointError, match=r"was made for sft/d3@3: use lora:loud\+sft/d3@3\."):
+        store.open_model("lora:loud+shipped/sft")
     train_lora(replace(config, tag="other", seed=1, steps=2))
     both = store.open_model("lora:loud+lora:other+sft/d3")[0]
     assert list(lora.list_adapters(both)) == ["loud", "other"]
@@ -292,8 +296,8 @@ def test_stage_and_identifiers(base: str) -> None:
 
 def test_stage_refuses(base: str) -> None:
     with pytest.raises(CheckpointError, match="the adapters are: none"):
-        store.open_model("lora:none+sft/d3")
-    for name in ("lora:+sft", "lora:a", "lora:a+", "lora:a*x+sft", "lora:a.b+sft"):
+        store.open_model("lora:none")
+    for name in ("lora:+sft", "lora:a+", "lora:a*x+sft", "lora:a.b+sft"):
         with pytest.raises(ConfigError, match="must be like"):
             store.open_model(name)
     for wrong, said in ((dict(rank=0), "rank=0"), (dict(learn="all"), "learn='all'")):

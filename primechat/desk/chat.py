@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from primechat.infer.engine import Engine, Options
     from primechat.infer.reply import Reply
     from primechat.protocols import ChatTokenizer, LanguageModel
+    from primechat.store import ModelEntry
 
 Opener = Callable[[str], "tuple[LanguageModel, ChatTokenizer, dict[str, Any]]"]
 
-CLEARLY_WORSE = 1.05  # times the bits per byte
+CLEARLY_WORSE = 1.05  # times the bits per byte; a short run scores only a part of the text
 LEAVE = ("quit", "exit")
 LEAVING = "Ctrl-D or /quit leaves."
 
@@ -107,7 +108,8 @@ def choose_talker() -> tuple[str, str]:
     """Return the model that a chat begins with, and why it is not the reader's own, empty where it is.
 
     One's own newest chat model, unless its recorded bits per byte say that the one that ships is clearly
-    better (texts differ, so a small difference says nothing), or there is only a base model.
+    better, which they can only where both were measured on the replies of the same dialogues (whatever the
+    tokenizers), or there is only a base model.
     """
     from primechat import store
 
@@ -121,9 +123,22 @@ def choose_talker() -> tuple[str, str]:
         return shipped, f"{shipped} answers: your {full} has not learned to chat; it is in the list too."
     own = next((entry for entry in entries if entry.path == str(folder)), None)
     if own and own.val_bpb and ready.val_bpb and own.val_bpb > CLEARLY_WORSE * ready.val_bpb:
-        figures = f"{ready.val_bpb:.2f} bits per byte, your {full} {own.val_bpb:.2f} (lower is better)"
-        return shipped, f"{shipped} answers: it has {figures}; yours is in the list too."
+        text = read_dialogues(ready)
+        if text and read_dialogues(own) == text:
+            figures = f"{ready.val_bpb:.2f} bits per byte, your {full} {own.val_bpb:.2f}"
+            why = f"on held-out replies of {text[0]} it has {figures} (lower is better)"
+            return shipped, f"{shipped} answers: {why}; yours is in the list too."
     return str(name), ""
+
+
+def read_dialogues(entry: ModelEntry) -> tuple[str, str] | None:
+    """Return which dialogues a model's recorded bits per byte are of, and which turns; None if unrecorded."""
+    from primechat.model.checkpoint import read_meta
+
+    settings = read_meta(Path(entry.path), max(entry.steps)).get("user_config")
+    if not isinstance(settings, dict) or not settings.get("dialogues"):
+        return None
+    return str(settings["dialogues"]), str(settings.get("learn"))
 
 
 def build_opener(config: ChatConfig) -> Opener:

@@ -109,7 +109,7 @@ def check_model(
         ConfigError: the identifier has none of the forms that exist.
         CheckpointError: there is no such model, or it is too large for this machine.
     """
-    name = store.parse_identifier(identifier) if identifier else store.choose_model()
+    name = store.read_name(identifier)
     folder, name = store.locate_model(name)
     result = CheckResult(identifier=str(name), verdict="broken")
     try:
@@ -176,7 +176,7 @@ def describe_design(loaded: Loaded) -> Iterator[tuple[str, str]]:
     yield "numerics", f"RoPE base {c.rope_base:,.0f}, softcap {cap}"
     yield "parameters", f"{c.n_params:,}, {count_noun(loaded.step, 'step')} of training"
     if isinstance(bpb, (int, float)):
-        yield "val_bpb", f"{bpb:.4f} as stored: of its own validation text, not to compare with another's"
+        yield "val_bpb", f"{bpb:.4f} as stored; comparable only with models measured on the same text"
 
 
 def check_finite(state: Mapping[str, Tensor]) -> None:

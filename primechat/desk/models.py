@@ -56,6 +56,8 @@ def show_models(flags: ModelsFlags) -> int:
             else:
                 table.add_row(entry.identifier, figures[0], *figures[2:], entry.architecture)
         console.print(table)
+        print("\nbits/byte: of held-out text, for chat models of held-out replies (lower is better);")
+        print("comparable only between models measured on the same text.")
         print("\nbase/d4@600 names one step, base/d4@snap:64 a snapshot (snaps); --json lists all.")
         print(f"In {base}")
     return 0

@@ -271,9 +271,21 @@ def open_adapter(model: GPT, name: str, folder: Path, tokenizer_identity: str, d
     if identity and identity != tokenizer_identity:
         raise CheckpointError(
             f"lora:{name} was trained with the tokenizer {identity[:12]}, this model has "
-            f"{tokenizer_identity[:12]}; use it with its base."
+            f"{tokenizer_identity[:12]}; {name_remedy(name, folder)}."
         )
     turn_dial(model, name, dial)
+
+
+def read_base(folder: Path | str) -> str:
+    """Return the model that an adapter says it was trained on; empty where it does not say."""
+    path = Path(folder) / "adapter_config.json"
+    return str(read_json(path).get("base_model_name_or_path") or "") if path.is_file() else ""
+
+
+def name_remedy(name: str, folder: Path | str) -> str:
+    """Return what to do with an adapter that is not for the model at hand."""
+    base = read_base(folder)
+    return f"it was made for {base}: use lora:{name}+{base}" if base else "use it with its base"
 
 
 def load_adapter(model: GPT, name: str, folder: Path | str, *, train: bool = False) -> LoraSpec:
@@ -300,13 +312,14 @@ def load_adapter(model: GPT, name: str, folder: Path | str, *, train: bool = Fal
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error!s:.80}); copy it again.") from None
-    put_state(model, name, spec, state, str(path), train=train)
+    put_state(model, name, spec, state, str(path), train=train, remedy=name_remedy(name, folder))
     return spec
 
 
 def put_state(
-    model: GPT, name: str, spec: LoraSpec, state: Mapping[str, Tensor], where: str, *, train: bool = False
-) -> None:
+    model: GPT, name: str, spec: LoraSpec, state: Mapping[str, Tensor], where: str, *, train: bool = False,
+    remedy: str = "use it with its base",
+) -> None:  # fmt: skip
     """Attach an adapter with these matrices.
 
     Raises:
@@ -317,8 +330,7 @@ def put_state(
     strange = sorted(paths - set(maps))
     if strange:
         raise CheckpointError(
-            f"{where} adapts {strange[0]!r}, which this model has not or does not adapt; use it with its "
-            "base."
+            f"{where} adapts {strange[0]!r}, which this model has not or does not adapt; {remedy}."
         )
     attach(model, name, spec, train=train)
     for path in set(maps) - paths:  # a file may adapt fewer maps than its targets match
@@ -330,8 +342,8 @@ def put_state(
         if there != needed:
             detach(model, name)
             raise CheckpointError(
-                f"{where} has {key} of shape {there}, this model and rank {spec.rank} need {needed}; use it "
-                "with its base."
+                f"{where} has {key} of shape {there}, this model and rank {spec.rank} need {needed}; "
+                f"{remedy}."
             )
         wanted[key].copy_(state[key])
 
