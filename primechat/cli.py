@@ -25,7 +25,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import primechat
 from primechat.errors import ConfigError, PrimechatError
@@ -123,7 +123,7 @@ def explain_end(error: Exception) -> int:
     if isinstance(error, PrimechatError):
         if alone or claim_report():
             print(f"{who}: {error}", file=sys.stderr, flush=True)
-        return 2
+        return 2 if alone else leave_at_once(2)
     if alone:
         raise error
     from primechat.train.parallel import is_echo
@@ -133,8 +133,14 @@ def explain_end(error: Exception) -> int:
         print(
             f"{who} failed, so all ranks end; resume from the last checkpoint.", file=sys.stderr, flush=True
         )
+    return leave_at_once(1)
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End this process; the interpreter's own end may wait for ranks that are gone."""
+    sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)  # the interpreter's own end may wait for ranks that are gone
+    os._exit(code)
 
 
 def claim_report() -> bool:

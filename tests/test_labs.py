@@ -210,7 +210,7 @@ def test_lab_opens_without_errors(
     found = lab_page(serve(host, opened).url)
     if host == "jupyter":
         run_all_cells(found.page, timeout_s=240)
-    found.page.wait_for_selector(".pc", timeout=120_000)
+    found.page.wait_for_selector(".pc:not(.pc-notice)", timeout=120_000)
     expected = path.read_text(encoding="utf-8").count("\n    show(")
     t_end = time.monotonic() + 60
     while found.page.locator(".pc").count() < max(1, expected) and time.monotonic() < t_end:

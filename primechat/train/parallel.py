@@ -8,9 +8,10 @@ before. Reference: Li et al. 2020 (DistributedDataParallel); Rajbhandari et al. 
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 Shared = TypeVar("Shared")
 BUCKET_BYTES = 128 * 2**20
 PATIENCE = timedelta(minutes=60)  # a rank may wait for a shard, or for rank 0 to write a checkpoint
+PARTING = timedelta(seconds=10)
 # what a rank says whose neighbour has gone: not the cause, so nothing to print
 ECHOES = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited")
 
@@ -51,7 +53,19 @@ def join_ranks(device_type: str) -> Ranks:
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=PATIENCE)
+        atexit.register(part_ranks)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank)
+
+
+def part_ranks() -> None:
+    """Leave the process group at the end of the process, once the others have come there too: the threads of
+    a group that is still open may abort a process that ends.
+    """
+    if dist.is_initialized():
+        with suppress(RuntimeError):
+            if dist.get_backend() == "gloo":
+                dist.monitored_barrier(timeout=PARTING)
+        dist.destroy_process_group()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ function render({ model, el }) {
   const ask = asking(model, later);
   const nodes = new Map(), drawn = new Map(); // by id: what Python sent, what is on the page
   let state = { path: [], chosen: [], models: [], talks: [], at: 0, settings: {}, busy: false };
-  let colour = "", showTokens = false, follows = true, alive = true, ready = false; // ready: Python has answered
+  let colour = "", showTokens = false, follows = true, alive = true, ready = false, early = false; // ready: Python has answered; early: sent before that
   later(() => { alive = false; });
 
   const act = (name, given = {}) => ask("act", { name, given }).then((answer) => { take(answer); return answer; }, (error) => { tell(error.message, true); throw error; });
@@ -56,7 +56,9 @@ function render({ model, el }) {
   function stop() { quietly("stop"); }
   function submit() {
     const text = input.value;
-    if (!text.trim() || state.busy || !ready) return;
+    if (!text.trim() || state.busy) return;
+    early = !ready; // it stays in the line, and goes off as soon as Python answers
+    if (early) return tell("Sent as soon as the model is open.");
     input.value = "";
     grow();
     follows = true;
@@ -99,8 +101,9 @@ function render({ model, el }) {
     }
     if (!ready && answered) {
       ready = true;
-      go.disabled = settingsButton.disabled = false;
+      settingsButton.disabled = false;
       tell(model.get("first")?.note ?? "");
+      if (early) setTimeout(submit);
     }
     const was = state;
     state = { ...state, ...message };
@@ -456,7 +459,7 @@ function render({ model, el }) {
     if (here !== system) system.value = state.settings.system;
   }
 
-  talks.hidden = go.disabled = settingsButton.disabled = true;
+  talks.hidden = settingsButton.disabled = true;
   tell("Looking up the models: some seconds. You can write meanwhile.");
   const first = model.get("first");
   if (first?.chosen) { // the models are known; only sending waits until the notebook's other cells are done
