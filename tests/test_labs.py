@@ -135,7 +135,9 @@ def test_sync_writes_checks_and_removes(
     assert cli.main(["lab", "sync"]) == 0 and cli.main(["lab", "sync", "--check"]) == 0
     (twin,) = (tmp_path / "labs" / "notebooks").iterdir()
     first, title, last = json.loads(twin.read_text())["cells"]
-    assert title["cell_type"] == "markdown" and "".join(title["source"]) == "# Is it one?"
+    assert title["cell_type"] == "markdown" and "".join(title["source"]).startswith(
+        "# Is it one?\n\n*In JupyterLab: press ⏩"
+    )
     assert "".join(last["source"]) == "1 + 1" and last["metadata"] == {"jupyter": {"source_hidden": True}}
     code = "".join(first["source"])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

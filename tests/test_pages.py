@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,28 @@ def test_page_holds_the_whole_lab(little: Path, tmp_path: Path, lab_page: Callab
     assert found.page.locator(".js-plotly-plot .main-svg").count() > 0
     assert all(url.startswith(("file:", "blob:", "data:")) for url in asked)
     found.check()
+
+
+def test_chosen_labs_alone_without_private_models(
+    little: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "mine"))
+    where = 'print(__import__("os").environ["NANOCHAT_BASE_DIR"], "printed'
+    (little / "08_other.py").write_text(LAB.replace('print("printed', where))
+    out = tmp_path / "out"
+    assert cli.main(["lab", "render", str(out), "8"]) == 0
+    assert {path.name for path in out.iterdir()} == {"index.html", "08_other.html"}
+    text = (out / "08_other.html").read_text(encoding="utf-8")
+    assert str(tmp_path / "mine") not in text and "07_little.html" not in text
+    assert os.environ["NANOCHAT_BASE_DIR"] == str(tmp_path / "mine")
+    assert cli.main(["lab", "render", str(out), "08", "--own"]) == 0
+    assert str(tmp_path / "mine") in (out / "08_other.html").read_text(encoding="utf-8")
+    assert cli.main(["lab", "render", str(out), "07"]) == 0
+    assert (
+        "08_other.html" in (out / "07_little.html").read_text()
+        and "08_other" in (out / "index.html").read_text()
+    )
+    assert cli.main(["lab", "render", str(out), "33"]) == 2
 
 
 def test_fault_of_one_lab_is_told(little: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

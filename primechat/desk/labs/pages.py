@@ -12,9 +12,11 @@ import html
 import importlib.util
 import io
 import json
+import os
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,18 +165,18 @@ def encode_bytes(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot stand in a page")
 
 
-def write_nav(here: Path | None) -> str:
-    """Return the links to all labs."""
+def write_nav(here: Path, shown: Sequence[Path]) -> str:
+    """Return the links to the labs that have a page."""
     links = []
-    for path in twins.list_labs():
+    for path in shown:
         name = f"{path.stem[:2]} {path.stem[3:].replace('_', ' ')}"
         mark = ' aria-current="page"' if path == here else ""
         links.append(f'<a href="{path.stem}.html"{mark}>{html.escape(name)}</a>')
     return f'<nav aria-label="Labs"><a href="index.html">primechat</a>{"".join(links)}</nav>'
 
 
-def write_lab(path: Path, *, train: bool = False) -> str:
-    """Return a lab as a page; with `train` its stages run too."""
+def write_lab(path: Path, shown: Sequence[Path] = (), *, train: bool = False) -> str:
+    """Return a lab as a page with links to those shown; with `train` its stages run too."""
     writer = PageWriter()
     parts = [writer.write_part(part) for part in run_cells(path, train=train)]
     note = (
@@ -182,22 +184,47 @@ def write_lab(path: Path, *, train: bool = False) -> str:
         f"<code>primechat lab {path.stem[:2]}</code> opens the lab itself.</p>"
     )
     body = "\n".join(f"<section>{part}</section>" for part in [*parts[:1], note, *parts[1:]] if part)
-    return writer.write_page(twins.read_title(path), body, write_nav(path))
+    return writer.write_page(twins.read_title(path), body, write_nav(path, shown))
 
 
-def write_pages(folder: Path, *, train: bool = False) -> int:
-    """Write every lab and an index into a folder; return 1 where a lab could not be run."""
+@contextmanager
+def hide_models() -> Iterator[None]:
+    """Let an empty base directory be the reader's, for pages that others will read."""
+    before = os.environ.get("NANOCHAT_BASE_DIR")
+    with tempfile.TemporaryDirectory(prefix="primechat-") as empty:
+        os.environ["NANOCHAT_BASE_DIR"] = empty
+        try:
+            yield
+        finally:
+            os.environ.pop("NANOCHAT_BASE_DIR")
+            os.environ.update({} if before is None else {"NANOCHAT_BASE_DIR": before})
+
+
+def write_pages(folder: Path, labs: Sequence[Path], *, train: bool = False, own: bool = False) -> int:
+    """Write labs and an index into a folder; return 1 where a lab could not be run.
+
+    Args:
+        folder: where to; pages of other labs that stand there keep their links.
+        labs: which.
+        train: run their stages too.
+        own: show the reader's own models and runs, not only those that ship.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     failed, rows = 0, []
-    for path in twins.list_labs():
-        page = folder / f"{path.stem}.html"
+    pages = {path: folder / f"{path.stem}.html" for path in twins.list_labs()}
+    shown = [path for path, page in pages.items() if path in labs or page.is_file()]
+    for path in labs:
         try:
-            page.write_text(write_lab(path, train=train), encoding="utf-8")
+            with nullcontext() if own else hide_models():
+                pages[path].write_text(write_lab(path, shown, train=train), encoding="utf-8")
         except Exception as error:  # one lab's fault must not keep the others from being written
             failed += 1
             print(f"{path.name}: {type(error).__name__}: {error}", file=sys.stderr)
             continue
-        print(f"written: {page} ({page.stat().st_size / 1e6:.1f} MB)")
+        print(f"written: {pages[path]} ({pages[path].stat().st_size / 1e6:.1f} MB)")
+    for path in shown:
+        if not (page := pages[path]).is_file():
+            continue
         number, name = path.stem[:2], path.stem[3:].replace("_", " ")
         title = f"<strong>{html.escape(twins.read_title(path))}</strong><em>{html.escape(name)}</em>"
         rows.append(f'<li><a href="{page.name}"><span>{number}</span>{title}</a></li>')

@@ -37,6 +37,7 @@ except ImportError:
         "environment that has it."
     ) from None
 print(f"primechat {{primechat.__version__}}, Python {{sys.version.split()[0]}}: {{sys.executable}}")"""
+HOW_TO_BEGIN = "*In JupyterLab: press ⏩ (restart the kernel and run all cells) to bring the lab to life.*"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
 
@@ -45,13 +46,15 @@ class LabConfig:
     """Open the labs: `primechat lab` starts JupyterLab, `primechat lab 01` opens a lab in it.
 
     `primechat lab sync` writes the Jupyter twins of the labs anew, `primechat lab render OUT` writes each lab
-    as a page that needs neither Python nor a network.
+    as a page that needs neither Python nor a network, `primechat lab render OUT 05 09` only these.
     """
 
     lab: Positional[str] = ""
     """Number of a lab, or sync, or render."""
     out: Positional[str] = ""
     """Of render: the folder to write."""
+    only: Positional[tuple[str, ...]] = ()
+    """Of render: numbers of the labs to write; none means all."""
     app: bool = False
     """Open it as an app, without code: `marimo run`."""
     edit: bool = False
@@ -62,6 +65,8 @@ class LabConfig:
     """Of sync: write nothing, and fail where a twin is out of date."""
     train: bool = False
     """Of render: run the stages too, which takes minutes."""
+    own: bool = False
+    """Of render: show your own models and runs too, not only the models that ship."""
     port: int = 0
     """Port of the server; 0 takes a free one."""
     headless: bool = False
@@ -118,7 +123,8 @@ def run_lab(config: LabConfig) -> int:
 
         if not config.out:
             raise ConfigError("render needs a folder to write to; for example `primechat lab render pages`.")
-        return write_pages(Path(config.out), train=config.train)
+        chosen = [find_lab(name) for name in config.only] or list_labs()
+        return write_pages(Path(config.out), chosen, train=config.train, own=config.own)
     words, environment = build_words(config, find_lab(config.lab) if config.lab else None)
     os.execve(words[0], words, environment)  # Ctrl-C and the exit code are the server's own
 
@@ -204,6 +210,11 @@ def write_twin(path: Path) -> str:
         for cell in cells
         if "".join(cell["source"]).strip() != "import marimo as mo" or uses_marimo(cells)
     ]
+    for cell in cells:
+        if cell["cell_type"] == "markdown":
+            title, _, rest = "".join(cell["source"]).partition("\n")
+            cell["source"] = f"{title}\n\n{HOW_TO_BEGIN}\n{rest}".rstrip().splitlines(keepends=True)
+            break
     first = {
         "cell_type": "code", "execution_count": None, "id": "start", "outputs": [],
         "metadata": {"jupyter": {"source_hidden": True}},
