@@ -53,8 +53,8 @@ def _(mo):
     mo.md(r"""
     ## 1. Choose
 
-    A model is a stack of blocks. `n_layer` is their number; each widens what the model can keep in mind.
-    The other switches are tricks of the trade, each of which can be turned off.
+    A model is a stack of blocks. `n_layer` is their number; each works over once more what the one before
+    it made of the text. The other switches are tricks of the trade, each of which can be turned off.
     """)
     return
 

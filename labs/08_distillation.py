@@ -45,7 +45,8 @@ def _(mo):
 
     The student has the teacher's vocabulary and context, and fewer, narrower layers. With a vocabulary of
     65,536 tokens the two tables of tokens alone weigh 2 × 65,536 × width numbers, so a small student must
-    be narrow.
+    be narrow. Its heads are narrower too, so that its width can be chosen in finer steps: that is why the
+    half student has more of them than its teacher.
     """)
     return
 
@@ -77,7 +78,8 @@ def _(mo):
 
     The loss is `alpha` times the plain loss on the text, and the rest on the distance to the teacher, both
     softened by a **temperature**: above 1, small probabilities count for more. **Retention** is the share of
-    the teacher's gain over an untrained model that the student has: 1 means as good as the teacher.
+    the teacher's gain over an untrained model that the student has: 1 means as good as the teacher, 0 no
+    better than untrained, and a little below 0, as after the first steps, a little worse than that.
     """)
     return
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,14 @@ def test_curves_of_a_resumed_run_are_one() -> None:
         ("length of the step that was taken", [10, 0.5]),
     ]
     assert view["left_s"] == pytest.approx(3.0)
+    log.add(replace(tell_bits(9, 1.0), retention=0.5))  # a student's mixed loss is no curve beside new text's
+    taught = log.describe()
+    assert (
+        taught["train"] == []
+        and "mixed loss" in taught["gauges"][0][0]
+        and taught["gauges"][0][1] == view["train"]
+    )
+    assert "mixed loss" in str(taught["figures"]) and "loss, nats per token" not in str(taught["figures"])
     log.add(PhaseEvent(name="training sft/a", total=40, unit="steps"))
     assert log.describe()["train"] == [] and log.describe()["val"] == []
 

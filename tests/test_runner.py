@@ -199,7 +199,8 @@ def test_form_is_the_config() -> None:
     config = PretrainConfig()
     form = build_form(config, ("steps", "model.n_layer"), "")
     names = [field["name"] for field in form.fields]
-    assert names[:2] == ["steps", "model.n_layer"] and all(field["help"] for field in form.fields)
+    assert names[:2] == ["steps", "model.n_layer"] and form.fields[0]["help"]
+    assert form.fields[1]["title"] == "Number of blocks" and form.fields[1]["help"] == ""  # said once
     assert {f["name"]: f["form"] for f in form.fields}["runtime.device"] == "choice"
     draft = {**form.values, "steps": "1,200", "optim.matrix_lr": "0.03", "look.snapshots": False}
     answer = form.answer_change(draft)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 
-from primechat.views.theme import SERIES, style_figure
+from primechat.views.theme import SERIES, push_apart, style_figure
 
 
 def draw_ranks(shares: Mapping[str, Mapping[str, float]]) -> go.Figure:
@@ -83,11 +83,9 @@ def draw_bands(traces: Mapping[str, np.ndarray], what: str) -> go.Figure:
         )  # fmt: skip
         ends.append((float(mean[-1]), name, colour))
     top = max((y for y, _, _ in ends), default=1.0) or 1.0
-    below = -np.inf
     last = max((x.shape[1] - 1 for x in traces.values()), default=1)
-    for y, name, colour in sorted(ends):
-        below = max(y, below + 0.08 * top)
-        label_line(figure, last, below, name, colour)
+    for place, (_, name, colour) in zip(push_apart([y for y, _, _ in ends], 0.08 * top), ends, strict=True):
+        label_line(figure, last, place, name, colour)
     style_figure(figure, height=330, title_text=f"{what}, turn by turn", margin_r=110)
     figure.update_xaxes(title_text="Turn")
     figure.update_yaxes(title_text=what, rangemode="tozero")

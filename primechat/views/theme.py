@@ -7,6 +7,7 @@ Reference: Okabe & Ito 2008 (series that colour-blind readers tell apart); WCAG 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,6 +38,18 @@ def write_variables() -> str:
         rules.append(f"{selector} {{ {lines}}}")
     series = "".join(f"--pc-series-{i}: {colour}; " for i, colour in enumerate(SERIES))
     return "\n".join([*rules, f".pc {{ {series}--pc-font: {FONT}; --pc-mono: {MONO}; }}"])
+
+
+def push_apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Return where labels stand that belong at these heights: in the same order, at least `gap` apart.
+
+    >>> push_apart([3.0, 1.0, 1.0], 0.5)
+    [3.0, 1.0, 1.5]
+    """
+    places, below = list(heights), float("-inf")
+    for i in sorted(range(len(heights)), key=lambda i: heights[i]):
+        places[i] = below = max(heights[i], below + gap)
+    return places
 
 
 def style_figure(figure: go.Figure, *, height: int = 340, **layout: Any) -> go.Figure:

@@ -10,7 +10,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from primechat.views.theme import SERIES, style_figure
+from primechat.views.theme import SERIES, push_apart, style_figure
 
 
 def wait_for(figure: go.FigureWidget) -> go.FigureWidget:
@@ -75,6 +75,11 @@ def draw_lines(
         layout: further settings of plotly's layout.
     """
     figure = go.FigureWidget()
+    ends = {name: points[-1][1] for name, points in series.items() if points}
+    heights = [value for points in series.values() for p in points for value in p[1:]] or [0.0]
+    places = dict(
+        zip(ends, push_apart(list(ends.values()), 0.08 * (max(heights) - min(heights))), strict=True)
+    )
     for i, (name, points) in enumerate(series.items()):
         control = name in faint
         colour = SERIES[5] if control else SERIES[i % 5]
@@ -91,7 +96,7 @@ def draw_lines(
             figure.add_annotation(
                 x=1,
                 xref="paper",
-                y=y[-1],
+                y=places[name],
                 text=name,
                 showarrow=False,
                 xanchor="left",

@@ -38,7 +38,8 @@ def build_form(config: Any, simple: Sequence[str], title: str) -> SettingsForm:
     order, kind_name = {name: i for i, name in enumerate(simple)}, type(config).__name__
     shown = [
         {
-            "name": name, "title": name_field(name, kind_name), "help": text, "simple": name in order,
+            "name": name, "title": name_field(name, kind_name), "simple": name in order,
+            "help": "" if text.rstrip(".") == name_field(name, kind_name) else text,
             "section": name_section(name),
             "form": name_form(name, kind), "choices": list(CHOICES.get(name, ())),
         }

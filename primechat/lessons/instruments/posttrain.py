@@ -34,7 +34,7 @@ from primechat.views.widgets.posttrain.mix import MixDesk
 
 SHELF = ("chitchat", "topic:music", "topic:food", "style:pirate", "style:polite", "faq")
 ABOUT = {
-    "chitchat": "7,168 chats of students with strangers, typed by people",
+    "chitchat": "of 7,168 chats of students with strangers, typed by people, what is left to train on",
     "topic:music": "the chats among them that are about music",
     "topic:food": "those about food",
     "style:pirate": "the same chats, answered as a pirate of the films would",

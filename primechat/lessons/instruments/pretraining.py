@@ -21,7 +21,7 @@ from primechat.config import PretrainConfig
 from primechat.config.runtime import check_number
 from primechat.errors import ConfigError, PrimechatError
 from primechat.records import NoteEvent, OnEvent
-from primechat.views.theme import SERIES, style_matplotlib
+from primechat.views.theme import SERIES, push_apart, style_matplotlib
 
 SWITCHES: dict[str, dict[str, Any]] = {  # trick: what takes it away
     "value_embeddings": {"value_embeddings": False}, "residual_scalars": {"residual_scalars": False},
@@ -83,13 +83,17 @@ def paint_lines(curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], 
     with rc_context(style_matplotlib()):  # type: ignore[arg-type]
         figure = Figure(figsize=(7.6, 3.6), layout="constrained")
         axes = figure.subplots()
-        for (name, xs, ys), colour in zip(curves, SERIES, strict=False):
+        for (_, xs, ys), colour in zip(curves, SERIES, strict=False):
             axes.plot(xs, ys, marker="o", markersize=3, color=colour)
-            if len(xs):
-                axes.annotate(f"  {name}", (xs[-1], ys[-1]), color=colour, va="center")
         axes.set(xlabel=x, ylabel=y)
         end = max((max(xs, default=0) for _, xs, _ in curves), default=0)
         axes.set_xlim(0, 1.2 * end or 1)  # room for the names at the ends
+        axes.locator_params(axis="x", integer=True)
+        shown = [pair for pair in zip(curves, SERIES, strict=False) if len(pair[0][1])]
+        low, high = axes.get_ylim()
+        places = push_apart([ys[-1] for (_, _, ys), _ in shown], 0.07 * (high - low))
+        for ((name, xs, _), colour), place in zip(shown, places, strict=True):
+            axes.annotate(f"  {name}", (xs[-1], place), color=colour, va="center")
         axes.xaxis.set_major_formatter("{x:,.0f}")
     return figure
 

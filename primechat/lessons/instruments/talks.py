@@ -264,7 +264,7 @@ def judge_detector(draws: int = 500) -> tuple[Spreads, Spreads]:
         low, high = np.nanquantile([measure_kappa(x[i], y[i]) for i in places], [0.025, 0.975])
         kappas[name] = {"Cohen's kappa": (measure_kappa(x, y), float(low), float(high))}
     groups = np.array([row["group"] for row in rows])
-    for group in sorted(set(groups), key=lambda group: (first + second)[groups == group].mean()):
+    for group in sorted(set(groups), key=lambda group: ((first + second)[groups == group].mean(), group)):
         own = groups == group
         both = {"the labellers": (first + second)[own] / 2, "the detector": found[own]}
         shares[f"{group} ({own.sum()})"] = {name: bootstrap_mean(x) for name, x in both.items()}

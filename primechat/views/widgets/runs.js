@@ -48,7 +48,7 @@ function curves(later) {
     for (const value of ticks(0, xEnd, 1)) {
       parts.push(shape("text", { x: x(value), y: height - bottom + 18, "text-anchor": "middle" }, number(value)));
     }
-    parts.push(shape("text", { x: width - right, y: height - 2, "text-anchor": "end" }, "steps"));
+    parts.push(shape("text", { x: width, y: height - bottom + 18, "text-anchor": "end" }, "steps"));
     parts.push(shape("text", { x: 0, y: 12 }, "loss, nats per token"));
     const path = (points) => points.map(([step, loss], i) => `${i ? "L" : "M"}${x(step).toFixed(1)} ${y(loss).toFixed(1)}`).join("");
     if (train.length) parts.push(shape("path", { d: path(train), class: "pc-train" }));

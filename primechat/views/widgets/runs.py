@@ -32,6 +32,7 @@ GAUGES = {  # of a step: what the small curves are called
     "lr_ratio": "learning rate, share of its peak", "grad_norm": "length of the gradient",
     "update_norm": "length of the step that was taken",
 }  # fmt: skip
+MIXED = "what it is taught by: mixed loss, nats"
 
 
 class RunLog:
@@ -103,11 +104,17 @@ class RunLog:
             left = phase.total - done or None
         elif phase.total and done:
             left = (time.monotonic() - self.t_phase) / done * (phase.total - done)
+        # A student's loss is mixed with the distance to its teacher: not to be laid beside that of new text.
+        is_taught = any(loss.retention is not None for loss in self.losses)
+        train, loss_name = self.thin("loss_nats", MAX_POINTS), "loss, nats per token"
+        gauges = [[text, self.thin(name, MAX_POINTS // 2)] for name, text in GAUGES.items()]
+        if is_taught:
+            gauges, train, loss_name = [[MIXED, train], *gauges], [], MIXED
         figures: list[list[str]] = []
         if last:
             figures = [
                 [f"{last.step:,} of {last.steps:,}", "steps"],
-                [f"{last.loss_nats:.3f}", "loss, nats per token"],
+                [f"{last.loss_nats:.3f}", loss_name],
                 [f"{last.tokens_per_s:,.0f}", "tokens per second"],
             ]
         if self.losses:
@@ -117,8 +124,8 @@ class RunLog:
         return {
             "phase": phase.name, "done": done, "total": phase.total, "unit": phase.unit, "left_s": left,
             "figures": figures, "saved": self.saved, "notes": self.notes, "samples": self.samples,
-            "train": self.thin("loss_nats", MAX_POINTS), "steps": last.steps if last else 0,
-            "gauges": [[text, self.thin(name, MAX_POINTS // 2)] for name, text in GAUGES.items()],
+            "train": train, "steps": last.steps if last else 0,
+            "gauges": gauges,
             "val": [[event.step, event.val_loss_nats, event.val_bpb] for event in self.losses],
         }  # fmt: skip
 
@@ -209,6 +216,7 @@ NAMES = {
     "tokens_per_s": "tokens per second", "train_s": "seconds of training", "total_s": "seconds in all",
     "elapsed_s": "seconds", "vocab_size": "tokens in the vocabulary", "bytes_per_token": "bytes per token",
     "loss_nats": "loss, nats per token", "step": "steps of training", "tokens": "tokens read",
+    "n_talks": "conversations",
 }  # fmt: skip
 
 
@@ -225,7 +233,8 @@ def describe_figures(record: Mapping[str, Any]) -> list[list[str]]:
             stem = next((name.removesuffix(end) for end in UNITS if name.endswith(end)), name).replace(
                 "_", " "
             )
-            label = NAMES.get(name) or (f"{stem.strip()}, {unit}" if unit else stem)
+            said = "tokens said" if name == "tokens" and "n_talks" in record else NAMES.get(name)
+            label = said or (f"{stem.strip()}, {unit}" if unit else stem)
             digits = 0 if isinstance(value, int) or abs(value) >= 100 else 3 if abs(value) < 10 else 1
             figures.append([f"{value:,.{digits}f}", label])
     return figures
