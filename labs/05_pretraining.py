@@ -177,6 +177,11 @@ def _(mo):
 
     The folder holds the cells whose code the editor shows as a script, the settings of the full run, a
     launcher and the library. It is tried here first, with two processes.
+
+    The full run is not the small one above but nanochat's speedrun recipe: 20 blocks, a vocabulary of 65,536
+    instead of 2,048, rows of 2,048 tokens, web pages (FineWeb-Edu), and the plain architecture of October
+    2025, because what that costs has been measured. Switch on `modern` for the architecture of the run above;
+    in a terminal it is `primechat export 05 --arch modern`.
     """)
     return
 
@@ -184,7 +189,9 @@ def _(mo):
 @app.cell(hide_code=True)
 def _(bench, in_notebook, settings):
     parcel = (
-        settings(bench.FolderConfig(), ("depth", "gpus", "output", "rehearse")) if in_notebook() else None
+        settings(bench.FolderConfig(), ("depth", "modern", "gpus", "output", "rehearse"))
+        if in_notebook()
+        else None
     )
     parcel
     return (parcel,)

@@ -17,20 +17,22 @@ import yaml
 import primechat
 from primechat import cli, store
 from primechat.cloud.export import (
-    IMAGE,
     STAGE_OF,
     export_lab,
     find_lab,
     full_stage,
+    name_job,
     read_cells,
     shrink_config,
     write_script,
 )
 from primechat.cloud.plan import find_machine, full_config, make_plan
+from primechat.cloud.templates import IMAGE, POD_BASE
 from primechat.config import PretrainConfig, decode_config, encode_config
 from primechat.desk.pods.verbs import PullFlags, plan_pull, rehearse
 from primechat.errors import ConfigError
 from primechat.model.runlog import read_metrics
+from primechat.names import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = "import marimo\n\napp = marimo.App()\n\n\n"
@@ -80,15 +82,17 @@ def test_script_refuses(tmp_path: Path) -> None:
     tools = "@app.cell\ndef _():\n    from primechat.lab import predict\n    return (predict,)"
     with pytest.raises(ConfigError, match="imports predict from primechat.lab"):
         write_script(write_lab(tmp_path, tools))
-    with pytest.raises(ConfigError, match="must be the number of a lab"):
-        find_lab("77")
+    for number in ("77", "03", "02", "055", "x"):
+        with pytest.raises(ConfigError, match="only labs 05 to 09"):
+            find_lab(number)
+    assert find_lab("5").name.startswith("05_")
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "d20"
     config = full_config(20)
-    export_lab(find_lab("05"), config, make_plan(config, find_machine("8xH200")), folder)
+    export_lab(find_lab("05"), config, make_plan(config, find_machine("8xH200")), folder, base_dir=folder)
     return folder
 
 
@@ -103,6 +107,7 @@ def test_folder(exported: Path) -> None:
         "tmux attach",
     ):
         assert words in read_me, words
+    assert "--arch modern" in read_me and "whose cost has been measured" in read_me
     assert "primechat pull root@POD:base/d20" in read_me and "@" not in read_me.replace("root@", "")
     assert '--nproc_per_node="${RANKS:-8}"' in launch and os.access(exported / "launch.sh", os.X_OK)
     assert subprocess.run(["bash", "-n", exported / "launch.sh"]).returncode == 0
@@ -116,11 +121,13 @@ def test_sky_task(exported: Path) -> None:
     task = yaml.safe_load((exported / "sky.yaml").read_text())
     assert set(task) <= {"name", "resources", "workdir", "envs", "secrets", "setup", "run", "num_nodes"}
     found = task["resources"]
-    assert set(found) <= {"infra", "accelerators", "image_id", "disk_size", "autostop"}
+    assert set(found) <= {"infra", "accelerators", "image_id", "disk_size"}
     assert (found["infra"], found["accelerators"]) == ("runpod", "H200-SXM:8")
-    assert found["image_id"] == f"docker:{IMAGE}" and found["autostop"] == {"idle_minutes": 10, "down": True}
+    assert found["image_id"] == f"docker:{IMAGE}"
+    assert "autostop" not in found, "RunPod only deletes: nothing may take the machine down with the model"
+    assert "costs\n$28.72 an hour until `sky down`" in (exported / "README.md").read_text()
     assert found["disk_size"] >= 80 and task["secrets"] == {"HF_TOKEN": None}
-    assert "launch.sh run" in task["run"] and task["name"] == "primechat-d20"
+    assert "launch.sh preflight && bash launch.sh run" in task["run"] and task["name"] == "primechat-d20"
 
 
 def run_script(folder: Path, base: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -167,7 +174,9 @@ STAGES = {"06": (primechat.finetune, "sft"), "07": (primechat.train_lora, "lora"
 
 
 @pytest.mark.parametrize("number", STAGES)
-def test_stages_of_other_labs(number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_of_other_labs(
+    number: str, tmp_path: Path, base_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "out"
     assert cli.main(["export", number, "--depth", "20", "-o", str(folder)]) == 0
     config = decode_config(json.loads((folder / "config.json").read_text()), STAGE_OF[number])
@@ -183,9 +192,16 @@ def test_stages_of_other_labs(number: str, tmp_path: Path, capsys: pytest.Captur
     script = (folder / "run.py").read_text()
     code = "\n".join(line for line in script.splitlines() if not line.startswith("#"))
     assert "= settings(" in code and "= stage(" in code and "exercise" not in code and "shelf" not in code
+    task = yaml.safe_load((folder / "sky.yaml").read_text())
+    place = f"{FAMILIES[source.partition('/')[0]]}/d20"
+    assert task["file_mounts"] == {f"{POD_BASE}/{place}": f"{base_dir.resolve()}/{place}"}
+    assert f"rsync -a --exclude='optim_*' {base_dir.resolve()}/{place}/ root@" in read_me
     mine = replace(config, tag="mine", seed=7)
     (tmp_path / "mine.json").write_text(json.dumps(encode_config(mine)))
-    assert cli.main(["export", number, "--config", str(tmp_path / "mine.json"), "-o", str(folder)]) == 0
+    words = ["export", number, "--config", str(tmp_path / "mine.json"), "-o", str(folder)]
+    capsys.readouterr()
+    assert cli.main(words) == 2 and "holds an export of other settings" in capsys.readouterr().err
+    assert cli.main([*words, "--force"]) == 0 == cli.main(words)
     assert decode_config(json.loads((folder / "config.json").read_text()), STAGE_OF[number]) == mine
 
 
@@ -197,7 +213,7 @@ def test_stage_script_runs(number: str, tmp_path: Path, base_dir: Path) -> None:
     primechat.pretrain(replace(shrink_config(full_config(2)), tag="small", steps=2))
     lab, folder = find_lab(number), tmp_path / "out"
     config = full_stage(lab, full_config(2))
-    export_lab(lab, config, make_plan(full_config(2), find_machine("8xH200")), folder)
+    export_lab(lab, config, make_plan(full_config(2), find_machine("8xH200")), folder, base_dir=folder)
     asked = run_script(folder, base_dir, "--help")
     assert asked.returncode == 0 and "--batch_tokens" in asked.stdout and "--layout" in asked.stdout
     tiny = replace(shrink_config(config), steps=4)
@@ -224,7 +240,9 @@ def test_stage_script_runs(number: str, tmp_path: Path, base_dir: Path) -> None:
 def test_stage_rehearsal(number: str, tmp_path: Path) -> None:
     lab = find_lab(number)
     config = full_stage(lab, full_config(20))
-    export_lab(lab, config, make_plan(full_config(20), find_machine("8xH200")), tmp_path / "out")
+    export_lab(
+        lab, config, make_plan(full_config(20), find_machine("8xH200")), tmp_path / "out", base_dir=tmp_path
+    )
     said: list[str] = []
     assert rehearse(tmp_path / "out", say=said.append, kind=type(config)) == 0, said
     assert "20 steps, loss" in said[-1]
@@ -238,6 +256,7 @@ def test_talk_study(tmp_path: Path, base_dir: Path) -> None:
     assert config.model == "sft/d20" and config.generations == 3 and config.resume
     read_me, launch = (folder / "README.md").read_text(), (folder / "launch.sh").read_text()
     assert "`sft/d20`" in read_me and not re.search("@[A-Z]+@", launch + read_me)
+    assert "pull root@POD:sft/d20-g3" in read_me and "pull root@primechat-d20-autochat:sft/d20-g1" in read_me
     assert 'nproc_per_node="${RANKS:-1}"' in launch, "one process talks"
     asked = run_script(folder, base_dir, "--help")
     assert asked.returncode == 0 and "--repetition_penalty" in asked.stdout, asked.stderr
@@ -253,7 +272,9 @@ def test_talk_study(tmp_path: Path, base_dir: Path) -> None:
 def test_talk_rehearsal(tmp_path: Path) -> None:
     lab = find_lab("09")
     config = full_stage(lab, full_config(20))
-    export_lab(lab, config, make_plan(full_config(20), find_machine("8xH200")), tmp_path / "out")
+    export_lab(
+        lab, config, make_plan(full_config(20), find_machine("8xH200")), tmp_path / "out", base_dir=tmp_path
+    )
     said: list[str] = []
     assert rehearse(tmp_path / "out", say=said.append, kind=type(config)) == 0, said
     assert "20 steps, loss" in said[-1]
@@ -269,6 +290,18 @@ def test_rehearsal(exported: Path) -> None:
     launcher.write_text(whole.replace("run.py --config", "run.py --no_such_flag --config"))
     assert rehearse(exported, say=said.append) == 1 and "no_such_flag" in said[-1]
     launcher.write_text(whole)
+
+
+def test_names_and_folders(tmp_path: Path) -> None:
+    """No two stages of a tag share a folder or a machine; what somebody has in a folder stays there."""
+    stages = [full_stage(find_lab(number), full_config(20)) for number in ("05", *STAGE_OF)]
+    names = [name_job(stage) for stage in stages]
+    assert names == ["d20", "d20-chat", "pirate-d20-lora", "d20-100m", "d20-autochat"]
+    (tmp_path / "src").mkdir()
+    plan = make_plan(full_config(20), find_machine("8xH200"))
+    with pytest.raises(ConfigError, match="something else than an export"):
+        export_lab(find_lab("05"), full_config(20), plan, tmp_path, base_dir=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 def test_export_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,6 +321,9 @@ def test_pull(
     assert command[command.index("-e") + 1] == "ssh -p 22001"
     command, target = plan_pull(PullFlags(source="me@pod:/data/x/chatsft_checkpoints/mine/", optim=True))
     assert target == store.run_dir("sft", "mine") and "--exclude=optim_*" not in command
+    command, target = plan_pull(PullFlags(source="root@pod:lora/pirate"))
+    assert target == store.run_dir("lora", "pirate") and command[command.index("-e") + 1] == "ssh"
+    assert plan_pull(PullFlags(source="root@pod:/x/autochat"))[1] == base_dir / "autochat"
     for wrong in ("", "base/d20", "pod:base/d20", "-oX@h:base/d20", "a@b:"):
         with pytest.raises(ConfigError, match="must be USER@HOST:RUN"):
             plan_pull(PullFlags(source=wrong))

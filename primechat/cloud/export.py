@@ -1,7 +1,7 @@
 """A lab as a folder that runs on a rented machine: script, frozen settings, launcher, the library itself.
 
 Hides: which cells are the program. They are those whose code the lab shows; prose becomes comments, cells
-with hidden code only display and stay behind. Reference: marimo's file format; SkyPilot's task YAML.
+with hidden code only display and stay behind. Reference: marimo's file format.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import builtins
 import json
+import shlex
 import shutil
 import textwrap
 from collections.abc import Iterator
@@ -16,7 +17,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from primechat.cloud.plan import Plan, describe_plan, format_hours
+from primechat.cloud.plan import Plan, describe_plan, format_hours, full_config
+from primechat.cloud.templates import (
+    BRING,
+    DATA,
+    IMAGE,
+    LAUNCH,
+    POD_BASE,
+    PREFLIGHT,
+    READ_ME,
+    RECIPE,
+    SKY,
+    STAGE_PLAN,
+    TRY,
+    TRY_TALK,
+    fill_words,
+)
 from primechat.config import (
     AutochatConfig,
     DistillConfig,
@@ -31,15 +47,8 @@ from primechat.errors import ConfigError
 from primechat.names import ADAPTER_FOLDER, FAMILIES, parse_identifier
 
 ROOT = Path(__file__).resolve().parents[2]
-IMAGE = "runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404"
-POD_BASE = "/workspace/cache/nanochat"
 SCRIPT_NAMES = {"settings", "stage", "summary"}  # what desk/pods/script.py offers of a lab's tools
-STAGE_OF = {
-    "06": FinetuneConfig,
-    "07": LoRAConfig,
-    "08": DistillConfig,
-    "09": AutochatConfig,
-}  # the others pretrain
+STAGE_OF = {"06": FinetuneConfig, "07": LoRAConfig, "08": DistillConfig, "09": AutochatConfig}  # 05 pretrains
 TOP_FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 
@@ -53,15 +62,15 @@ class Cell:
 
 
 def find_lab(number: str, folder: Path = ROOT / "labs") -> Path:
-    """Return the file of a lab by its number.
+    """Return the file of a lab that trains something, by its number.
 
     Raises:
         ConfigError: there is none.
     """
-    found = sorted(folder.glob(f"{number.zfill(2)[:2]}_*.py")) if number.isdecimal() else []
+    number = number.zfill(2)
+    found = sorted(folder.glob(f"{number}_*.py")) if number in ("05", *STAGE_OF) else []
     if not found:
-        there = ", ".join(path.name[:2] for path in sorted(folder.glob("[0-9][0-9]_*.py")))
-        raise ConfigError(f"lab={number!r} must be the number of a lab: {there}; try 05.")
+        raise ConfigError(f"lab={number!r} cannot be exported, only labs 05 to 09 can; try 05.")
     return found[0]
 
 
@@ -200,126 +209,6 @@ def list_bound(tree: ast.AST) -> Iterator[str]:
             yield node.arg
 
 
-LAUNCH = """\
-#!/usr/bin/env bash
-# On the machine with the GPUs:
-#   bash launch.sh install     once; keeps the torch that is there
-#   bash launch.sh preflight   a minute; refuses before money is spent
-#   bash launch.sh start       in tmux, so that it outlives the connection
-#   tmux attach -t primechat   look at it; Ctrl-B D leaves it alone, Ctrl-C saves and stops
-# `start` again goes on where a stopped run was saved. Words after `start` or `run` are flags of run.py.
-# Several machines: NODES=2 HEAD=10.0.0.1:29500 bash launch.sh run, on each of them.
-set -euo pipefail
-cd "$(dirname "$0")"
-export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-@BASE@}"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONUNBUFFERED=1 PYTHONPATH="$PWD/src"
-config="${CONFIG:-config.json}"
-place=(--standalone)
-if [ -n "${HEAD:-}" ]; then
-    place=(--nnodes="${NODES:-2}" --rdzv_backend=c10d --rdzv_id=primechat --rdzv_endpoint="$HEAD")
-fi
-verb="${1:-start}"
-shift || true
-case "$verb" in
-install)
-    python -c 'import torch; print("torch==" + torch.__version__.partition("+")[0])' > constraints.txt
-    pip install -c constraints.txt -e src
-    ;;
-preflight) @PREFLIGHT@ ;;
-data) @DATA@ ;;
-run)
-    resume=()
-    if [ -e "$NANOCHAT_BASE_DIR/@FAMILY@/${TAG:-@TAG@}/config.json" ]; then resume=(--resume); fi
-    python -m torch.distributed.run "${place[@]}" --nproc_per_node="${RANKS:-@RANKS@}" \\
-        run.py --config "$config" ${resume[@]+"${resume[@]}"} "$@"
-    ;;
-start)
-    tmux new-session -d -s primechat "bash launch.sh run $* 2>&1 | tee -a run.log"
-    echo "Started. Look at it: tmux attach -t primechat, or tail -f run.log"
-    ;;
-*) echo "launch.sh knows install, preflight, data, run and start, not $verb" >&2; exit 2 ;;
-esac
-"""
-# verbs of the launcher: of a pretraining run, and of a stage that goes on from a model
-PREFLIGHT = 'python -m primechat.cli preflight --gpus "${GPUS:-@GPUS@}" --config "$config" "$@"'
-DATA = 'python -m primechat.cli download --shards "@CORPUS@:@SHARDS@"'
-TRY = """\
-python -m torch.distributed.run "${place[@]}" --nproc_per_node="${RANKS:-@RANKS@}" \\
-        run.py --config "$config" --tag "preflight-$$" --steps 4 \\
-        --look.last_eval_tokens 20480 "$@" && rm -rf "$NANOCHAT_BASE_DIR/@FAMILY@/preflight-$$\""""
-TRY_TALK = """\
-python run.py --config "$config" --tag "preflight-$$" --n_talks 4 --turns 3 --generations 0 "$@" \\
-        && rm -rf "$NANOCHAT_BASE_DIR/autochat/preflight-$$"*"""
-STAGE_PLAN = """\
-    @CONFIG@
-
-It goes on from `@MODELS@`, which must lie in $NANOCHAT_BASE_DIR over there: it does where that model was
-trained on the machine; else bring it, with its tokenizer, as here:
-
-    rsync -a --exclude='optim_*' ~/.cache/nanochat/@FOLDER@ root@POD:@BASE@/@FOLDER@/
-
-`bash launch.sh preflight` tries it in a minute, and tells the tokens a second."""
-READ_ME = """\
-# @TAG@: from @LAB@ to @GPUS@
-
-@PLAN@
-
-`run.py` is the lab without its display cells, `config.json` its frozen settings, `src/` the library that
-wrote it. Expected: @COST@.
-
-## Over ssh
-
-On a pod of the image `@IMAGE@`:
-
-```sh
-rsync -a ./ root@POD:/workspace/@TAG@/          # from here; add -e "ssh -p PORT" as the pod says
-ssh root@POD                                  # then, on the pod:
-export NANOCHAT_BASE_DIR=@BASE@
-cd /workspace/@TAG@
-bash launch.sh install                        # keeps the image's torch
-bash launch.sh preflight
-bash launch.sh start
-tmux attach -t primechat
-```
-
-`bash launch.sh start --max_dollars @LIMIT@ --dollars_per_hour @PRICE@` saves and stops before more is
-spent. When it is done, from here: `primechat pull root@POD:@MODEL@`, then stop the pod.
-
-## With SkyPilot
-
-`sky launch sky.yaml --secret HF_TOKEN` does the same and takes the machine down when it is idle.
-"""
-
-
-def write_sky(config: Any, plan: Plan) -> str:
-    """Return a SkyPilot task for RunPod."""
-    kind = plan.machine.name.partition("x")[2]
-    accelerator = {"H200": "H200-SXM", "H100": "H100-SXM", "4090": "RTX4090"}[kind]
-    disk = max(80, int(plan.disk_bytes / 1e9 * 1.2) + 10)
-    return f"""\
-# sky launch sky.yaml --secret HF_TOKEN: about {format_hours(plan.train_s)}, ${plan.dollars:,.0f}
-name: primechat-{config.tag.lower().replace("_", "-").replace(".", "-")}
-resources:
-  infra: runpod
-  accelerators: {accelerator}:{plan.machine.n_gpus}
-  image_id: docker:{IMAGE}
-  disk_size: {disk}
-  autostop:
-    idle_minutes: 10
-    down: true  # RunPod cannot stop a pod, only take it down: pull the results first
-workdir: .
-envs:
-  NANOCHAT_BASE_DIR: {POD_BASE}
-secrets:
-  HF_TOKEN: null
-setup: |
-  bash launch.sh install
-run: |
-  bash launch.sh preflight
-  bash launch.sh run
-"""
-
-
 def full_stage(lab: Path, run: PretrainConfig) -> Any:
     """Return what a lab exports beside a full pretraining run: that run, or a stage that goes on from it."""
     kind, tag = STAGE_OF.get(lab.name[:2]), run.tag
@@ -362,44 +251,41 @@ def describe_stage(config: Any) -> str:
     return f"{type(config).__name__}: {length} of {config.batch_tokens:,} tokens a step over {text}"
 
 
-def export_lab(lab: Path, config: Any, plan: Plan, folder: Path) -> list[Path]:
+def name_job(config: Any) -> str:
+    """Return the name of a run elsewhere, of its folder and its machine: another for each stage of a tag."""
+    ends = {FinetuneConfig: "-chat", LoRAConfig: "-lora", AutochatConfig: "-autochat"}
+    return f"{config.tag}{ends.get(type(config), '')}"
+
+
+def export_lab(
+    lab: Path, config: Any, plan: Plan, folder: Path, *, base_dir: Path, force: bool = False
+) -> list[Path]:
     """Write a lab's folder.
 
     Args:
         lab, config: the lab's file, the settings to freeze.
         plan: of the pretraining, for what it costs; of another stage only its machine counts.
-        folder: where to; files of an earlier export are replaced.
+        folder: where to; files of an earlier export of the same settings are replaced.
+        base_dir: where the models of this machine are.
+        force: replace whatever is in the folder.
 
     Returns:
         The files that were written, the library's not counted.
+
+    Raises:
+        ConfigError: the folder holds something else, or the machine is none to rent.
     """
+    if plan.machine.name == "here":
+        raise ConfigError("gpus='here' must be a machine to rent; try 8xH200.")
     script = write_script(lab, "Its settings are frozen in config.json; flags override them.")
+    settings = json.dumps(encode_config(config), indent=2) + "\n"
+    if not force:
+        check_folder(folder, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    family = name_family(config)
-    folders = {**FAMILIES, "lora": ADAPTER_FOLDER}
-    first, talks = type(config) is PretrainConfig, isinstance(config, AutochatConfig)
-    source = parse_identifier("base/d20" if first else name_source(config))
-    cost = f"{format_hours(plan.train_s)} and ${plan.dollars:,.0f}"
-    place = {"lora": f"{POD_BASE}/{ADAPTER_FOLDER}"}.get(family, f"{POD_BASE}/autochat" if talks else family)
-    words = {
-        "@PREFLIGHT@": PREFLIGHT if first else TRY_TALK if talks else TRY,
-        "@DATA@": DATA if hasattr(config, "corpus") else 'echo "The run fetches its dialogues itself."',
-        "@PLAN@": "\n".join(f"    {line}".rstrip() for line in describe_plan(plan)) if first else STAGE_PLAN,
-        "@CONFIG@": "" if first else describe_stage(config),
-        "@MODELS@": str(source), "@FOLDER@": f"{folders[source.family]}/{source.tag}",
-        "@BASE@": POD_BASE, "@GPUS@": plan.machine.name, "@RANKS@": str(1 if talks else plan.machine.n_gpus),
-        "@FAMILY@": folders[family], "@TAG@": config.tag, "@LAB@": lab.name, "@IMAGE@": IMAGE,
-        "@COST@": cost if first else f"less than the {cost} of its model's pretraining; preflight tells",
-        "@LIMIT@": f"{plan.dollars * (1.25 if first else 0.25):.0f}",
-        "@PRICE@": f"{plan.machine.dollars_per_hour:.2f}",
-        "@MODEL@": place if talks else f"{place}/{config.tag}",
-        "@CORPUS@": str(getattr(config, "corpus", "fineweb-edu")),
-        "@SHARDS@": str(min(8, getattr(config, "n_shards", 8))),
-    }  # fmt: skip
+    words = fill_in(lab, config, plan, base_dir.expanduser().resolve())
     files = {
-        "run.py": script, "config.json": json.dumps(encode_config(config), indent=2) + "\n",
-        "launch.sh": fill_words(LAUNCH, words), "sky.yaml": write_sky(config, plan),
-        "README.md": fill_words(READ_ME, words),
+        "run.py": script, "config.json": settings, "launch.sh": fill_words(LAUNCH, words),
+        "sky.yaml": fill_words(SKY, words), "README.md": fill_words(READ_ME, words),
     }  # fmt: skip
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -408,11 +294,69 @@ def export_lab(lab: Path, config: Any, plan: Plan, folder: Path) -> list[Path]:
     return [folder / name for name in files]
 
 
-def fill_words(text: str, words: dict[str, str]) -> str:
-    """Return a text with its placeholders filled."""
-    for mark, word in words.items():
-        text = text.replace(mark, word)
-    return text
+def check_folder(folder: Path, settings: str) -> None:
+    """Refuse a folder that holds something else than an export of these settings."""
+    path = folder / "config.json"
+    if path.is_file() and path.read_text(encoding="utf-8", errors="replace") == settings:
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "an export of other settings" if path.is_file() else "something else than an export"
+        raise ConfigError(
+            f"output={str(folder)!r} holds {what}; choose another output, or --force replaces it."
+        )
+
+
+def fill_in(lab: Path, config: Any, plan: Plan, home: Path) -> dict[str, str]:
+    """Return what the placeholders of the templates stand for, in the order in which they are filled."""
+    family, folders = name_family(config), {**FAMILIES, "lora": ADAPTER_FOLDER}
+    first, talks = type(config) is PretrainConfig, isinstance(config, AutochatConfig)
+    recipe = first and config == full_config(config.model.n_layer, config.model.architecture)
+    cost = f"{format_hours(plan.train_s)} and ${plan.dollars:,.0f}"
+    words = {
+        "@PLAN@": "\n".join(f"    {line}".rstrip() for line in describe_plan(plan)) if first else STAGE_PLAN,
+        "@RECIPE@": RECIPE if recipe else "", "@BRING@": "" if first else BRING,
+        "@PREFLIGHT@": PREFLIGHT if first else TRY_TALK if talks else TRY,
+        "@DATA@": DATA if hasattr(config, "corpus") else 'echo "The run fetches its dialogues itself."',
+        "@COST@": cost if first else f"less than the {cost} of its model's pretraining; preflight tells",
+    }  # fmt: skip
+    if first:
+        arch, model = config.model.architecture, config.model
+        words |= {
+            "@ARCH@": arch, "@OTHER@": "classic" if arch == "modern" else "modern",
+            "@DEPTH@": str(model.n_layer), "@VOCAB@": f"{model.vocab_size:,}",
+            "@ROWS@": f"{model.sequence_len:,}", "@MOUNTS@": "",
+        }  # fmt: skip
+    else:
+        source = parse_identifier(name_source(config))
+        place = f"{folders.get(source.family, source.family)}/{source.tag}"
+        alone = not (home / place / "tokenizer").is_dir() and (home / "tokenizer").is_dir()
+        mounts = [f"  {POD_BASE}/{name}: {json.dumps(str(home / name))}\n"
+                  for name in (place, *(["tokenizer"] if alone else []))]  # fmt: skip
+        words |= {
+            "@CONFIG@": describe_stage(config), "@MODELS@": str(source), "@FOLDER@": place,
+            "@MOUNTS@": "file_mounts:\n" + "".join(mounts),
+        }  # fmt: skip
+    kind = plan.machine.name.partition("x")[2]
+    accelerator = {"H200": "H200-SXM", "H100": "H100-SXM", "4090": "RTX4090"}[kind]
+    job = name_job(config)
+    made = [f"{family}/{config.tag}"]
+    if talks:  # what was said, and each model that learned from it
+        learned = [f"sft/{config.tag}-g{n}" for n in range(1, config.generations + 1)]
+        made = [f"{POD_BASE}/autochat", *learned]
+    pulls = "\n".join(f"primechat pull root@POD:{one}" for one in made)
+    return {
+        **words, "@PULL@": pulls, "@PULL_SKY@": pulls.replace("@POD", "@primechat-@NAME@"),
+        "@HOME@": shlex.quote(str(home)), "@BASE@": POD_BASE, "@IMAGE@": IMAGE,
+        "@GPUS@": plan.machine.name, "@RANKS@": str(1 if talks else plan.machine.n_gpus),
+        "@FAMILY@": folders[family], "@TAG@": config.tag, "@LAB@": lab.name,
+        "@JOB@": job, "@NAME@": job.lower().replace("_", "-").replace(".", "-"),
+        "@LIMIT@": f"{plan.dollars * (1.25 if first else 0.25):.0f}",
+        "@PRICE@": f"{plan.machine.dollars_per_hour:.2f}",
+        "@CORPUS@": str(getattr(config, "corpus", "fineweb-edu")),
+        "@SHARDS@": str(min(8, getattr(config, "n_shards", 8))),
+        "@ACCELERATOR@": f"{accelerator}:{plan.machine.n_gpus}",
+        "@DISK@": str(max(80, int(plan.disk_bytes / 1e9 * 1.2) + 10)),
+    }  # fmt: skip
 
 
 def copy_library(target: Path) -> None:

@@ -22,15 +22,16 @@ import tyro
 
 from primechat.cli import parse_flags, read_config, take_option
 from primechat.cloud.export import (
-    POD_BASE,
     STAGE_OF,
     export_lab,
     find_lab,
     full_stage,
     name_family,
+    name_job,
     shrink_config,
 )
 from primechat.cloud.plan import Plan, describe_plan, find_machine, full_config, make_plan
+from primechat.cloud.templates import POD_BASE
 from primechat.config import AutochatConfig, PretrainConfig, encode_config
 from primechat.config.runtime import check_number
 from primechat.errors import ConfigError, PrimechatError
@@ -76,9 +77,11 @@ class ExportFlags(PlanFlags):
     """Write a lab as a folder that runs on rented GPUs: script, settings, launcher, the library."""
 
     lab: tyro.conf.Positional[str] = "05"
-    """Number of the lab."""
+    """Number of the lab, 05 to 09."""
     output: str = ""
-    """Folder to write; empty is runs/<tag>."""
+    """Folder to write; empty is runs/ and the run's name."""
+    force: bool = False
+    """Replace what is in that folder."""
     rehearse: bool = False
     """Run what was written for 20 steps of a tiny model with 2 processes on this machine."""
 
@@ -91,8 +94,8 @@ class PullFlags:
     """USER@HOST:RUN, the run as base/d20, sft/d20 or the path of its folder there."""
     optim: bool = False
     """Bring the optimizer's states too, to train on here."""
-    port: int = 22
-    """Port of ssh; RunPod shows it."""
+    port: int = 0
+    """Port of ssh; RunPod shows it. 0 takes what ~/.ssh/config says of the host, else 22."""
     base_dir: str = POD_BASE
     """Base directory over there."""
 
@@ -109,7 +112,7 @@ def run_cloud(verb: str, argv: list[str]) -> int:
     if verb == "plan":
         return run_plan(parse_flags(verb, PlanFlags, argv, PlanFlags(run=full_run(argv))))
     output, stage = take_option(argv, "-o") or "", cast(Any, None)
-    kind = STAGE_OF.get(argv[0]) if argv else None
+    kind = STAGE_OF.get(argv[0].zfill(2)) if argv else None
     if kind and (file := take_option(argv, "--config")):
         stage = read_config(Path(file), kind)
     start = ExportFlags(run=full_run(argv), output=output)
@@ -156,8 +159,8 @@ def run_export(flags: ExportFlags, stage: Any = None) -> int:
     """
     lab, plan = find_lab(flags.lab), flags.plan()
     config = stage or full_stage(lab, flags.run)
-    folder = Path(flags.output or f"runs/{config.tag}").expanduser()
-    for path in export_lab(lab, config, plan, folder):
+    folder = Path(flags.output or f"runs/{name_job(config)}").expanduser()
+    for path in export_lab(lab, config, plan, folder, base_dir=base_dir(), force=flags.force):
         print(path)
     if not plan.fits and config is flags.run:
         print(f"It will not fit on {plan.machine.name} as planned; `primechat plan` tells why.")
@@ -218,17 +221,19 @@ def plan_pull(flags: PullFlags) -> tuple[list[str], Path]:
         ConfigError: the source is not like USER@HOST:RUN.
     """
     host, colon, run = flags.source.partition(":")
-    match = re.fullmatch(rf"({'|'.join(FAMILIES)})/([^/@]+)", run)
-    path = f"{flags.base_dir}/{FAMILIES[match[1]]}/{match[2]}" if match else run.rstrip("/")
+    folders = {**FAMILIES, "lora": ADAPTER_FOLDER}
+    match = re.fullmatch(rf"({'|'.join(folders)})/([^/@]+)", run)
+    path = f"{flags.base_dir}/{folders[match[1]]}/{match[2]}" if match else run.rstrip("/")
     parent = Path(path).parent.name
-    family = match[1] if match else next((f for f, name in FAMILIES.items() if name == parent), "base")
+    family = match[1] if match else next((f for f, name in folders.items() if name == parent), "base")
     if not colon or not re.fullmatch(r"\w[\w.-]*@\w[\w.-]*", host) or not path:
         raise ConfigError(
             f"source={flags.source!r} must be USER@HOST:RUN; try root@203.0.113.7:base/d20 --port 22001."
         )
-    target = run_dir(family, Path(path).name)
+    talks = Path(path).name == "autochat"  # the folder of all conversations
+    target = base_dir() / "autochat" if talks else run_dir(family, Path(path).name)
     skip = [] if flags.optim else ["--exclude=optim_*"]
-    ssh = shlex.join(["ssh", "-p", str(flags.port)])
+    ssh = shlex.join(["ssh", *(["-p", str(flags.port)] if flags.port else [])])
     words = ["rsync", "-rt", "--partial", "--info=progress2", *skip, "-e", ssh]
     return [*words, f"{host}:{shlex.quote(path)}/", f"{target}/"], target
 

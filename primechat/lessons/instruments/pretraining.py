@@ -209,12 +209,16 @@ class FolderConfig:
 
     depth: int = 20
     """Number of blocks; the width is 64 times as much."""
+    modern: bool = False
+    """Take the architecture of the run above, that of 2026, not the one of October 2025."""
     gpus: str = "8xH200"
     """Machine: 8xH200, 8xH100, 4090 or another count of these."""
     output: str = "runs/d20"
     """Where the folder goes."""
     rehearse: bool = True
     """Run it here for 20 steps of a tiny model with 2 processes before any money is spent."""
+    force: bool = False
+    """Replace what is in that folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,10 +238,10 @@ def write_folder(lab: str = "05") -> Callable[..., FolderResult]:
     ) -> FolderResult:
         from primechat.desk.pods.verbs import rehearse
 
-        run = full_config(config.depth)
+        run = full_config(config.depth, "modern" if config.modern else "classic")
         plan = make_plan(run, find_machine(config.gpus))
         folder = Path(config.output).expanduser()
-        export_lab(find_lab(lab), run, plan, folder)
+        export_lab(find_lab(lab), run, plan, folder, base_dir=store.base_dir(), force=config.force)
         tell = on_event or (lambda event: None)
         if config.rehearse and rehearse(folder, say=lambda text: tell(NoteEvent(text=text))):
             raise PrimechatError("The rehearsal failed, see the notes; the folder is written all the same.")
