@@ -77,6 +77,11 @@ def _(mo):
     ## 1. Look
 
     Guess first: does the model's choice become more open or more narrow as it listens to itself?
+
+    A **detector** marks where a conversation goes round: where a turn ends in one phrase three times
+    in a row, or turns say, three times running, almost what one of the last four said (70 % of their words).
+    From that
+    turn on the turns' numbers are bold and red, and the card below says *goes round from turn ... on*.
     """)
     return
 
@@ -111,8 +116,8 @@ def _(mo):
 
     ## How far can the detector be trusted?
 
-    The strips mark where a conversation "goes round". Two readers who did not know that verdict labelled 100
-    transcripts: is this talk stuck by its end? (They were two language models with a page of rules, **not
+    The red numbers mark where a conversation "goes round". Two readers who did not know that verdict labelled
+    100 transcripts: is this talk stuck by its end? (They were two language models with a page of rules, **not
     people**.) Cohen's **kappa** is their agreement beyond chance: 0 is chance, 1 is perfect.
     """)
     return
@@ -242,7 +247,8 @@ def _(show, study, talk):
 @app.cell(hide_code=True)
 def _(mo):
     mo.md(r"""
-    A way that shrinks to a few places goes round; shuffled turns jump about without a way.
+    A way that shrinks to a few places goes round; shuffled turns jump about without a way. The larger the
+    dot, the later the turn; at the last one stands the mean length of a hop from turn to turn on this map.
 
     *What this cannot show:* two of many directions. Points that lie together here may be far apart in the
     rest.

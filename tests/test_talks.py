@@ -96,6 +96,9 @@ def test_pictures_show_what_they_are_given(study: talks.Study) -> None:
     assert max(repeats["random weights"]) < 0.01  # all tokens alike
     drift = talk.draw_drift(study.map_drift())
     assert len(drift.data) == 3 and drift.data[0].customdata[0] == pytest.approx(0, abs=1e-6)
+    x, y = (np.asarray(drift.data[0][axis], float) for axis in "xy")
+    hop = np.hypot(np.diff(x), np.diff(y)).mean()
+    assert any(note.text.endswith(f", mean hop {hop:.1f}") for note in drift.layout.annotations)
     spreads = study.compare_groups()
     assert len(talk.draw_spreads(spreads, "x").data) == len(spreads) * len(talks.KEPT)
     generations = {"own": [spreads["people"], spreads["planted loop"]]}

@@ -119,10 +119,12 @@ def draw_drift(maps: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> go.Figure:
             hovertemplate="turn %{pointNumber}, drift %{customdata:.2f}<extra>" + name + "</extra>",
             opacity=1 if i == 0 else 0.55,
         )  # fmt: skip
-        label_line(figure, float(places[-1, 0]), float(places[-1, 1]), f"{name}, last turn", colour)
-    style_figure(figure, height=380, title_text="Where the conversation goes", margin_r=120)
-    figure.update_xaxes(title_text="First direction of most difference", showticklabels=False)
-    figure.update_yaxes(title_text="Second", showticklabels=False)
+        hop = float(np.linalg.norm(np.diff(places, axis=0), axis=1).mean()) if len(places) > 1 else 0.0
+        label = f"{name}, mean hop {hop:.1f}"
+        label_line(figure, float(places[-1, 0]), float(places[-1, 1]), label, colour)
+    style_figure(figure, height=380, title_text="Where the conversation goes", margin_r=160)
+    figure.update_xaxes(title_text="First direction of largest spread", showticklabels=False)
+    figure.update_yaxes(title_text="Second direction of largest spread", showticklabels=False)
     return figure
 
 

@@ -22,7 +22,7 @@ function render({ model, el }) {
     if (!chosen) return;
     turn = Math.min(turn, chosen.turns.length - 1);
     grid.style.setProperty("--pc-turns", chosen.turns.length);
-    grid.replaceChildren(h("span", { class: "pc-strips-name pc-muted", text: "turn" }), ...chosen.turns.map((_, t) => h("span", { class: "pc-strips-number", text: String(t) })),
+    grid.replaceChildren(h("span", { class: "pc-strips-name pc-muted", text: "turn" }), ...chosen.turns.map((_, t) => h("span", { class: "pc-strips-number", dataset: { loop: String(chosen.loop >= 0 && t >= chosen.loop) }, text: String(t) })),
       ...rows.flatMap((row, r) => [h("span", { class: "pc-strips-name", text: row.name, title: row.about }), ...chosen.turns.map((one, t) => {
         const value = one.values[r], share = value === null ? 0 : Math.max(0, Math.min(1, value / row.full));
         return h("button", {
