@@ -104,6 +104,7 @@ def test_state_is_true_after_the_tab_was_closed(
     page.locator(".pc-fault", has_text="seed=-3 must be").wait_for()
     seed.fill("0")
     page.locator(".pc-fault", has_text="seed=-3").wait_for(state="hidden")
+    page.wait_for_timeout(2000)  # the cell below has run again with this seed, and has a button of its own
     page.get_by_role("button", name="Start", exact=True).click()
     page.locator(".pc-stage .pc-stat", has_text="of 600").wait_for(timeout=90_000)
     if host == "jupyter":
