@@ -34,6 +34,7 @@ def test_training_candidates_take_turns(monkeypatch: pytest.MonkeyPatch) -> None
 
     order: list[str] = []
     monkeypatch.setattr(bench, "prepare_runner", make_runner)
+    monkeypatch.setattr(tune, "half_pays", lambda: True)
     rows = bench.bench_train(bench.BenchConfig(seconds=0.1), TINY)
     assert [row["ratio"] for row in rows] == [
         1.0,
@@ -44,6 +45,9 @@ def test_training_candidates_take_turns(monkeypatch: pytest.MonkeyPatch) -> None
     ]  # of medians: one fast step is no speed
     assert rows[0]["best"] == 1000.0 and rows[0]["steps"] >= 6
     assert order[:10] == order[5:10] * 2  # first all warm up, then they take turns
+    monkeypatch.setattr(tune, "half_pays", lambda: False)
+    rows = bench.bench_train(bench.BenchConfig(seconds=0.1), TINY)
+    assert [row["ratio"] for row in rows] == [1.0, 2.0, 3.0]
 
 
 def test_a_candidate_makes_real_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +144,7 @@ def test_ranks_take_turns_with_one_process(monkeypatch: pytest.MonkeyPatch) -> N
     """Both kinds really train; the ratio is that of the medians."""
     monkeypatch.setattr(ranks, "ROUNDS", 1)
     monkeypatch.setattr(tune, "count_cores", lambda: 2)
+    monkeypatch.setattr(tune, "half_pays", lambda: True)
     rows = ranks.bench_ranks(0.5, depth=1)
     assert [row["run"] for row in rows[:2]] == ["1 x 2 threads, float32", "2 x 1 threads, float32"]
     for alone, spread in (rows[:2], rows[2:]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import threading
@@ -27,8 +28,9 @@ from primechat.config import (
 )
 from primechat.errors import ConfigError, DataError
 from primechat.model.checkpoint import find_steps, list_snapshots, load_checkpoint
-from primechat.model.runlog import RunLock, read_metrics
+from primechat.model.runlog import RunLock, read_frozen, read_metrics
 from primechat.records import Event, StepEvent
+from primechat.stages import run
 from primechat.stages.evaluate import evaluate
 from primechat.stages.finetune import finetune
 from primechat.stages.pretrain import pretrain
@@ -204,6 +206,34 @@ def test_seconds_fill(corpus: str) -> None:
     frozen = json.loads((store.run_dir("base", "d3") / "config.json").read_text())
     assert frozen["steps"] > 10 and frozen["seconds"] == 30.0
     assert frozen["runtime"]["dtype"] in ("float32", "bfloat16") and frozen["runtime"]["threads"] >= 1
+
+
+@pytest.mark.parametrize("guess_s", [1e-6, 1.0])
+def test_the_first_tenth_settles_the_steps(
+    corpus: str, monkeypatch: pytest.MonkeyPatch, guess_s: float
+) -> None:
+    """However wrong the seconds of a step were measured beforehand, the run fills its time; resumed, it keeps
+    the settled number.
+    """
+    train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
+    real = run.tune_runtime
+    monkeypatch.setattr(run, "tune_runtime", lambda *a, **k: replace(real(*a, **k), step_s=guess_s))
+    told: list[int] = []
+
+    def hear(event: Event) -> None:
+        if event.kind == "step":
+            told.append(event.steps)
+
+    look = LookConfig(eval_tokens=256)
+    config = make_config(corpus, steps=0, seconds=1.0, runtime=replace(FIXED, micro_batch_rows=4), look=look)
+    result = pretrain(config, on_event=hear)
+    first = max(1, int(1 / guess_s))
+    assert told[-1] == result.step and result.step != first and not result.stopped
+    assert sum(1 for a, b in itertools.pairwise([first, *told]) if a != b) == 1, "settled once"
+    assert read_frozen(store.run_dir("base", "d3"), PretrainConfig).steps == result.step
+    events = read_metrics(store.run_dir("base", "d3") / "metrics.jsonl")
+    assert len([e for e in events if e["kind"] == "loss"]) <= 14, "the looks are spread anew"
+    assert pretrain(replace(config, resume=True)).step == result.step
 
 
 def test_what_compiling_brought_is_remembered(base_dir: Path) -> None:

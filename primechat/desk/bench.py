@@ -158,7 +158,8 @@ class Runner:
 
 
 def bench_train(config: BenchConfig, shape: GPTConfig | None = None) -> list[dict[str, Any]]:
-    """Return tokens a second of whole optimizer steps: eager and compiled, float32 and bfloat16, and auto.
+    """Return tokens a second of whole optimizer steps: eager and compiled, float32 and bfloat16 (on a CPU
+    that has units for it), and auto.
 
     Args:
         config: device and seconds.
@@ -169,11 +170,15 @@ def bench_train(config: BenchConfig, shape: GPTConfig | None = None) -> list[dic
     """
     import torch
 
+    from primechat.train.tune import half_pays, list_devices
+
     shape = shape or PretrainConfig().model
     threads = torch.get_num_threads()
+    halves = list_devices(config.device) != ["cpu"] or half_pays()
+    dtypes = ("float32", "bfloat16") if halves else ("float32",)
     try:
         runners = []
-        candidates = itertools.product(("off", "on"), ("float32", "bfloat16"))
+        candidates = itertools.product(("off", "on"), dtypes)
         for compile_mode, dtype in (*candidates, ("auto", "auto")):
             say(f"setting up: compile {compile_mode}, {dtype}")
             runtime = RuntimeConfig(device=config.device, dtype=dtype, compile=compile_mode)

@@ -36,6 +36,8 @@ QUESTIONS = ("Hi! How are you today?", "What do you like to do?", "Nice. Do you 
 REPLY_TOKENS = 48
 FAST_SECONDS = 22.0  # of pretraining: with everything around it, a minute on a 2-core laptop
 FAST_LOOK = LookConfig(eval_every=10**6, eval_tokens=4096, last_eval_tokens=20_480)  # at the ends only
+FIRST_LOOK = LookConfig(eval_tokens=8192)  # on a slow laptop the usual looks take half as long as training
+CHAT_LOOK = LookConfig(eval_tokens=8192, last_eval_tokens=40_960)
 CHAT_SHARE = 0.25  # of the pretraining time goes to finetuning
 
 
@@ -72,7 +74,7 @@ def quickstart(
         tag=tag, model=shape, seconds=seconds, seed=config.seed, runtime=config.runtime,
         batch_tokens=batch_tokens,
         optim=OptimConfig(matrix_lr=0.012, embedding_lr=0.6, unembedding_lr=0.008, warmdown_ratio=0.7),
-        look=FAST_LOOK if config.fast else LookConfig(),
+        look=FAST_LOOK if config.fast else FIRST_LOOK,
     )  # fmt: skip
     resume = config.resume and (folder / "config.json").exists()
     base = pretrain(replace(base_config, resume=resume), on_event=on_event, stop=stop)
@@ -82,7 +84,7 @@ def quickstart(
     measured = replace(read_frozen(folder, PretrainConfig).runtime, compile=config.runtime.compile)
     chat_config = FinetuneConfig(
         tag=tag, seconds=seconds * CHAT_SHARE, seed=config.seed, runtime=measured, batch_tokens=batch_tokens,
-        look=replace(FAST_LOOK if config.fast else LookConfig(), snapshots=False),
+        look=replace(FAST_LOOK if config.fast else CHAT_LOOK, snapshots=False),
     )  # fmt: skip
     resume = config.resume and (store.run_dir("sft", tag) / "config.json").exists()
     chat = finetune(replace(chat_config, resume=resume), on_event=on_event, stop=stop)

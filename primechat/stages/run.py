@@ -65,6 +65,7 @@ from primechat.train.tune import COMPILE_GUESS, Tuning, tune_runtime
 
 SAMPLE_TOKENS = 48
 SAVE_EVERY_S = 60.0
+SETTLE_SHARE = 0.1
 VALIDATION = "validation: the loss on text that it does not learn from"
 LAST_CHECK = "last check: the loss on text that it has not seen"
 GENERAL = "general text: how much of it is forgotten"
@@ -138,6 +139,7 @@ class TrainingRun:
         stop: threading.Event | None,
     ) -> None:
         self.config, self.job, self.stop = config, job, stop or threading.Event()
+        self.asked_look, self.open_s, self.first_s = config.look, 0.0, 0.0
         self.t_start, self.on_event = time.perf_counter(), on_event
         self.folder = open_folder(config, job.family)
         self.ranks: Ranks = join_ranks(pick_device(config.runtime.device))
@@ -231,12 +233,13 @@ class TrainingRun:
             micro_batch_rows=config.runtime.micro_batch_rows,
             device=device,
             elapsed_s=offset_s,
+            count_steps=self.count_steps,
             on_step=on_step,
             on_eval=self.look,
             on_save=self.save,
             stop=self.stop,
         )
-        stopped = step < config.steps
+        stopped = step < self.config.steps
         self.tell(DoneEvent(step=step, elapsed_s=self.trained_s, stopped=stopped))
         return TrainResult(
             identifier=job.identify(config.tag),
@@ -277,14 +280,33 @@ class TrainingRun:
 
     def freeze(self, tuning: Tuning) -> Any:
         """Return the config with nothing left open."""
-        config = self.config
+        config = replace(self.config, runtime=tuning.runtime)
         steps = config.steps
         if not steps and config.seconds:
-            steps = max(1, int((config.seconds - tuning.compile_s) / tuning.step_s))
-        steps = share_object(steps or self.job.default_steps)
-        every = config.look.eval_every or max(1, math.ceil(steps / 10))
-        look = replace(config.look, eval_every=every, sample_every=config.look.sample_every or every)
-        return replace(config, steps=steps, runtime=tuning.runtime, look=look)
+            self.open_s = config.seconds - tuning.compile_s
+            steps = max(1, int(self.open_s / tuning.step_s))
+        return self.plan_steps(config, share_object(steps or self.job.default_steps))
+
+    def plan_steps(self, config: Any, steps: int) -> Any:
+        """Return the config for so many steps, its looks spread over them."""
+        every = self.asked_look.eval_every or max(1, math.ceil(steps / 10))
+        look = replace(config.look, eval_every=every, sample_every=self.asked_look.sample_every or every)
+        return replace(config, steps=steps, look=look)
+
+    def count_steps(self, step: int, elapsed_s: float) -> int:
+        """Return the steps of the run. Where they fill a time, the first tenth of it settles them: a few
+        steps beforehand, on a processor that others use as well, may be half as fast.
+        """
+        if step == 1:
+            self.first_s = elapsed_s  # makes the optimizer's state too
+        due = elapsed_s > SETTLE_SHARE * self.open_s or step == self.config.steps
+        if self.open_s and any_rank(due, self.model.device):
+            step_s = (elapsed_s - self.first_s) / (step - 1) if step > 1 else elapsed_s
+            steps = share_object(step + max(1, round((self.open_s - elapsed_s) / step_s)))
+            self.open_s, self.config = 0.0, self.plan_steps(self.config, steps)
+            if self.ranks.is_main:
+                self.write_config()
+        return int(self.config.steps)
 
     def write_config(self) -> None:
         """Write config.json and the run's own copy of the tokenizer."""

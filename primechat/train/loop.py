@@ -65,6 +65,7 @@ def fit(
     micro_batch_rows: int = 8,
     device: torch.device | str = "cpu",
     elapsed_s: float = 0.0,
+    count_steps: Callable[[int, float], int] | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
     on_eval: Callable[[int, bool], None] | None = None,
     on_save: Callable[[int, bool], None] | None = None,
@@ -82,6 +83,7 @@ def fit(
         micro_batch_rows: rows of one forward and backward pass.
         device: where the model is.
         elapsed_s: training time of the steps done before.
+        count_steps: called after each step with the steps done and the training time; returns `steps` anew.
         on_step: called after each step.
         on_eval: called with the steps done and whether they are all, before the first step and after each;
             not at a stop.
@@ -127,6 +129,7 @@ def fit(
         step += 1
         spent_s = time.perf_counter() - t_start
         elapsed_s += spent_s
+        steps = count_steps(step, elapsed_s) if count_steps else steps
         if on_step:
             on_step(
                 StepEvent(

@@ -121,6 +121,18 @@ def threads_pay(threads: int) -> bool:
     return spent[threads] < 1.5 * spent[1]
 
 
+def half_pays() -> bool:
+    """Tell whether bfloat16 products are worth a try on this CPU: without units for them they take up to a
+    hundred times as long as float32's, and a whole step would use up the time for measuring.
+    """
+    torch.set_num_threads(1)
+    spent = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.ones(128, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+        spent[dtype] = time_call(lambda x=x, w=w: x @ w, "cpu", limit_s=0.2)
+    return spent[torch.bfloat16] < 4 * spent[torch.float32]
+
+
 def time_call(call: Callable[[], Any], device: str, repeats: int = 3, limit_s: float = 1.0) -> float:
     """Return the median seconds of a call after one to warm up; of fewer repeats once `limit_s` are spent."""
     times: list[float] = []
@@ -201,7 +213,7 @@ def tune_runtime(
     on_phase(MEASURING, limit_s)
     rows = runtime.micro_batch_rows or min(n_rows, max(1, 1024 // ids.size(1)))
     tried: list[Candidate] = []
-    skipped, busy = False, list[str]()
+    skipped, left_out = False, list[str]()
 
     def try_one(candidate: Candidate) -> None:
         nonlocal skipped
@@ -218,6 +230,9 @@ def tune_runtime(
             if device == "cuda"
             else ["float32", "bfloat16"]
         )
+        if device == "cpu" and len(dtypes) > 1 and not half_pays():
+            dtypes = ["float32"]
+            left_out.append("cpu bfloat16 was not tried: this processor has no units for it.")
         for dtype in dtypes:
             n = one if device == "cpu" else cores
             try_one(Candidate(device=device, dtype=dtype, threads=n, rows=rows))
@@ -227,7 +242,7 @@ def tune_runtime(
             try_one(replace(best, threads=cores, tokens_per_s=0.0))
             best = max(tried, key=lambda c: c.tokens_per_s)
         else:
-            busy = [f"{cores} threads were not tried: they wait for other programs of this machine."]
+            left_out.append(f"{cores} threads were not tried: they wait for other programs of this machine.")
     if not runtime.micro_batch_rows:
         sizes = [r for r in (2**i for i in range(12)) if rows < r <= n_rows and n_rows % r == 0]
         for size in sizes:
@@ -284,7 +299,7 @@ def tune_runtime(
     ]
     attention = describe_attention(best.device, getattr(torch, best.dtype))
     notes += [
-        *busy,
+        *left_out,
         f"Chosen: {best.device}, {best.dtype}, {count_noun(best.threads, 'thread')}, "
         f"{count_noun(best.rows, 'row')} at a time; attention: {attention}.",
         f"Compilation {chosen.compile}: {why}.",

@@ -33,10 +33,10 @@ def bench_ranks(seconds: float, *, depth: int = 0) -> list[dict[str, Any]]:
     Returns:
         Two rows a number format; `ratio` is to the single process's median.
     """
-    from primechat.train.tune import count_cores
+    from primechat.train.tune import count_cores, half_pays
 
     cores, rows = max(2, count_cores()), []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16") if half_pays() else ("float32",):
         speeds: dict[int, list[float]] = {1: [], cores: []}
         for _ in range(ROUNDS):
             for ranks in speeds:
