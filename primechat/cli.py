@@ -92,9 +92,6 @@ Config = TypeVar("Config")
 def main(argv: list[str] | None = None) -> int:
     """Run one command line.
 
-    Args:
-        argv: the words after `primechat`; None takes those of the process.
-
     Returns:
         The exit code: 0 also after a clean stop, 1 for a check that finds a fault, 2 for what a user can
         mend, 130 for an interrupt.

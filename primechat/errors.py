@@ -23,3 +23,8 @@ class DataError(PrimechatError):
 
 class HubError(PrimechatError):
     """The Hugging Face Hub cannot be reached or refuses."""
+
+
+def explain_error(error: BaseException) -> str:
+    """Return an error as a page shows it: ours are sentences, others are named."""
+    return str(error) if isinstance(error, PrimechatError) else f"{type(error).__name__}: {error}"

@@ -5,6 +5,7 @@ Hides: the order of sync and rename that a file system needs. Reference: fsync(2
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -27,6 +28,15 @@ def write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def hash_file(path: Path) -> str:
+    """Return a file's SHA-256 in hex digits."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            sha.update(block)
+    return sha.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

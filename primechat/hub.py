@@ -8,7 +8,6 @@ only written, never run. Reference: huggingface_hub, `hf_hub_download(local_dir=
 from __future__ import annotations
 
 import errno
-import hashlib
 import importlib.util
 import json
 import math
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from primechat.errors import CheckpointError, DataError, HubError, PrimechatError
+from primechat.files import hash_file
 from primechat.records import OnEvent, PhaseEvent, ProgressEvent
 
 PROBE_S = 4.0  # an offline machine is told so within five seconds
@@ -131,7 +131,6 @@ def fetch_files(
         staging: A folder on the same disk, for unfinished files.
         on_event: Hears the phase and its progress, in bytes.
         token: The Hub's; None takes the one that is logged in.
-        at_once: How many files at a time.
 
     Raises:
         HubError: A file cannot be fetched; those that are finished stay.
@@ -196,15 +195,6 @@ def move_whole(path: Path, file: HubFile) -> None:
         os.fsync(f.fileno())
     file.path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(path, file.path)
-
-
-def hash_file(path: Path) -> str:
-    """Return a file's SHA-256 in hex digits."""
-    sha = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(2**22):
-            sha.update(block)
-    return sha.hexdigest()
 
 
 def is_final(error: Exception) -> bool:

@@ -49,7 +49,6 @@ def pick_model(families: Sequence[str] = (), *, label: str = "Model", first: str
 
     Args:
         families: which to offer, for example ("sft", "rl") for models that chat; empty is all.
-        label: what stands before the choice.
         first: the identifier to begin with; empty takes the default model.
     """
 
@@ -78,12 +77,10 @@ def predict(
     """Return a question to answer before the lab does; the page keeps the score.
 
     Args:
-        question: one sentence.
         options: what can be answered, or two numbers: the ends of a scale.
         answer: the right option, or the number; measure it, so that it is true of the learner's model.
         why: what is read after the reveal.
         within: how far from the number a guess may be; 0 is a twentieth of the scale.
-        unit: of the number.
     """
     return show(Prediction(question, options, answer, why=why, within=within, unit=unit))
 
@@ -92,7 +89,6 @@ def exercise(task: Exercise, attempt: Any = None) -> Any:
     """Check a learner's attempt and return a card that names the first rule that it breaks.
 
     Args:
-        task: one of a lesson's EXERCISES.
         attempt: a function or a value; None, `...`, or a function whose body is `...`: not tried yet.
     """
     card = ExerciseCard(title=task.title, task=task.task, hint=task.hint, solution=task.solution_text)
@@ -119,7 +115,6 @@ def borrow_model(identifier: str = "", *, device: str = "cpu") -> tuple[GPT, Tok
 
     Args:
         identifier: as for `open_model`; empty is the default model. Each call looks for a newer step.
-        device: cpu, mps or cuda.
 
     Raises:
         PrimechatError: as `open_model`.
@@ -171,7 +166,6 @@ def stage(function: Callable[..., Any], config: Any, *, title: str = "") -> Any:
     Args:
         function: a stage: called with the config, `on_event` and `stop`.
         config: its settings. In a script the stage runs now, and this returns when it ends.
-        title: what stands above the control.
     """
     title = title or inspect.getdoc(type(config)).partition(".")[0]  # type: ignore[union-attr]
     if in_notebook() or runner.still:
@@ -190,7 +184,6 @@ def summary(result: Any, *, title: str = "", notes: Sequence[str] = ()) -> Any:
     Args:
         result: what `stage` returned, or its `.result`, which is None where it has not run yet.
         title: what stands above; empty is the model's identifier.
-        notes: sentences below, for example what to do next.
     """
     state, result = getattr(result, "state", ""), getattr(result, "result", result)
     if result is None:
@@ -212,7 +205,6 @@ def settings(config: Any, simple: Sequence[str] = ("tag", "steps", "seconds"), *
     Args:
         config: what the form starts from. In a script the command line overrides it: --steps 20.
         simple: the fields to show at once, parts with dots: "runtime.device"; the others are behind "more".
-        title: what stands above the form.
     """
     form = build_form(config, simple, title)
     if not in_notebook():

@@ -185,10 +185,8 @@ def open_model(
 
     Args:
         identifier: see the head of this module; empty is the default model.
-        device: cpu, mps or cuda.
         dtype: of the parameters: float32, bfloat16, or auto (bfloat16 on CUDA, float32 elsewhere).
         tokenizer: a Tokenizer or its folder, instead of the one beside the model or in the base directory.
-        phase: eval freezes the parameters, train does not.
         on_event: hears, before the weights are read, of the memory that they need; None logs it.
 
     Returns:
@@ -254,12 +252,8 @@ def load_model(
     """Open a model as nanochat does.
 
     Args:
-        source: base, mid, sft or rl.
-        device: cpu, mps or cuda.
-        phase: eval or train.
         model_tag: None takes the largest d<number>, else the most recently written folder.
         step: None takes the newest complete one.
-        dtype: as in `open_model`.
 
     Returns:
         Model, tokenizer, metadata.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from primechat import cli
-from primechat.config import GPTConfig, RuntimeConfig
+from primechat.config import GPTConfig, PretrainConfig, RuntimeConfig
 from primechat.desk import bench
 from primechat.desk.pods import ranks
 from primechat.errors import PrimechatError
@@ -151,4 +151,4 @@ def test_ranks_take_turns_with_one_process(monkeypatch: pytest.MonkeyPatch) -> N
         assert alone["ratio"] == 1.0 and alone["steps"] >= 1 and spread["steps"] >= 1
         assert spread["ratio"] == pytest.approx(spread["tokens_per_s"] / alone["tokens_per_s"], abs=1e-3)
     with pytest.raises(PrimechatError, match="2 ranks did not train"):
-        ranks.run_job(2, 1, "float63", 0.1, 1)
+        ranks.run_job(PretrainConfig(runtime=RuntimeConfig(device="mps", dtype="float32")), 2)

@@ -263,11 +263,8 @@ def export_lab(
     """Write a lab's folder.
 
     Args:
-        lab, config: the lab's file, the settings to freeze.
         plan: of the pretraining, for what it costs; of another stage only its machine counts.
         folder: where to; files of an earlier export of the same settings are replaced.
-        base_dir: where the models of this machine are.
-        force: replace whatever is in the folder.
 
     Returns:
         The files that were written, the library's not counted.

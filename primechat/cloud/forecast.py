@@ -50,7 +50,6 @@ def forecast_bpb(
         runs: small runs of one family: same text, same settings.
         targets: (parameters, tokens) of the runs to predict.
         noise: relative spread of bpb over seeds.
-        seed: of the draws behind the interval.
 
     Raises:
         ConfigError: too few or equal runs, no numbers, or a target is too far away.

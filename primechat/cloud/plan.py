@@ -148,11 +148,8 @@ def estimate_memory(
     """Return the bytes of one GPU's memory at the peak of a step, by kind.
 
     Args:
-        config: the run.
         rows: of one micro-batch, each of sequence_len tokens.
         n_gpus: ranks that share the optimizer's states.
-        device: cuda, or cpu.
-        dtype: of matrix products.
     """
     model, T = config.model, config.model.sequence_len
     C, kv, L = model.n_embd, model.kv_dim, model.n_layer
@@ -279,11 +276,6 @@ class Plan:
 
 def make_plan(config: PretrainConfig, machine: Machine, *, disk_limit_bytes: float = POD_DISK_BYTES) -> Plan:
     """Work out what a run needs on a machine.
-
-    Args:
-        config: the run.
-        machine: see `find_machine`; its MFU and price may be replaced.
-        disk_limit_bytes: what the disk holds.
 
     Raises:
         ConfigError: the batch is smaller than one row a GPU.

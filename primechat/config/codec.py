@@ -30,8 +30,6 @@ def decode_config(data: Any, cls: type[Config], where: str = "config.json") -> C
     """Rebuild a config from JSON data.
 
     Args:
-        data: what `encode_config` made, after a trip through JSON.
-        cls: the dataclass to build.
         where: how errors name the source.
 
     Raises:

@@ -207,7 +207,6 @@ def shrink_model(teacher: GPTConfig, size: str) -> GPTConfig:
     """Return a student's shape: the teacher's vocabulary, context and switches, fewer and narrower layers.
 
     Args:
-        teacher: the model to learn from.
         size: half, quarter or eighth of its parameters, as near as whole heads and layers allow, or one of
             the presets near 100 million parameters at 65,536 tokens: 100m, 100m-deep, 100m-flat.
 

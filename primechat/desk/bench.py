@@ -55,11 +55,7 @@ class BenchConfig:
 
 
 def run_bench(config: BenchConfig) -> int:
-    """Measure and print.
-
-    Returns:
-        The exit code, 0.
-    """
+    """Measure and print; return the exit code."""
     benches: dict[str, Callable[[BenchConfig], list[dict[str, Any]]]] = {
         "train": bench_train, "infer": bench_infer, "tokenizer": bench_tokenizer,
         "ranks": lambda config: bench_ranks(config.seconds),
@@ -161,10 +157,6 @@ def bench_train(config: BenchConfig, shape: GPTConfig | None = None) -> list[dic
     """Return tokens a second of whole optimizer steps: eager and compiled, float32 and bfloat16 (on a CPU
     that has units for it), and auto.
 
-    Args:
-        config: device and seconds.
-        shape: the model; None is the depth-4 model.
-
     Returns:
         One row a candidate; `ratio` is to eager float32, the first.
     """
@@ -247,10 +239,6 @@ def prepare_runner(shape: GPTConfig, runtime: RuntimeConfig) -> Runner:
 def bench_infer(config: BenchConfig, shape: GPTConfig | None = None) -> list[dict[str, Any]]:
     """Return prefill and decode speeds of the engine, float32, for one thread and for all.
 
-    Args:
-        config: model, device and seconds.
-        shape: of the random model; None is the depth-4 model.
-
     Returns:
         One row a number of threads, the faster decoder first.
     """
@@ -327,9 +315,7 @@ def bench_tokenizer(
     """Return seconds of training a tokenizer and megabytes of text a second of encoding.
 
     Args:
-        config: seconds.
         documents: the text; None is the training split of the text that ships with primechat.
-        vocab_size: tokens to train.
 
     Returns:
         One row for one thread, one for all.

@@ -82,12 +82,8 @@ def run_chat(
     """Chat until the reader leaves.
 
     Args:
-        config: which model, and how it samples.
         opener: identifier to model, tokenizer and metadata; None is store.open_model.
         stdin, stdout, stderr: None are the process's own.
-
-    Returns:
-        The exit code, 0.
 
     Raises:
         PrimechatError: the first model cannot be opened.

@@ -102,7 +102,6 @@ def check_model(
     Args:
         identifier: as for `open_model`.
         tokenizer: a Tokenizer or its folder, instead of the one beside the model or in the base directory.
-        device: cpu, mps or cuda.
         on_event: hears, before the weights are read, of the memory that they need.
 
     Raises:

@@ -82,10 +82,6 @@ def run_convert(config: ConvertConfig) -> int:
 def export_model(identifier: str, folder: str) -> Path:
     """Write a classic model as a folder that transformers loads.
 
-    Args:
-        identifier: a model of the base directory.
-        folder: the one to make; it must not exist.
-
     Returns:
         The folder.
 

@@ -71,9 +71,6 @@ class ReportFlags:
 def run_report(flags: ReportFlags) -> int:
     """Write the report of a run.
 
-    Returns:
-        The exit code, 0.
-
     Raises:
         PrimechatError: there is no such run, or nothing to draw with.
     """

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from primechat.desk.tree import ChatSettings, Message, Talk, read_jsonl, write_jsonl
-from primechat.errors import ConfigError, PrimechatError
+from primechat.errors import ConfigError, explain_error
 from primechat.records import Token
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ class ChatSession:
         push: sends a message to the page; returns False once the page is gone.
         opener: opens a model by its identifier; it is called on the worker thread.
         find_models: returns [{"id", "label", "about"}] of the models that can be chosen.
-        model: identifier to begin with.
-        settings: how to begin.
     """
 
     def __init__(
@@ -294,7 +292,7 @@ class ChatSession:
                     self._write(node, keep)
                 except Exception as error:  # of any model: the page says it, the notebook lives on
                     logger.debug("a reply failed", exc_info=True)
-                    node.state, node.note = "failed", explain_fault(error)
+                    node.state, node.note = "failed", explain_error(error)
             self._tell(kind="update", nodes=[node.view()])
         if replies:
             self.busy = False
@@ -306,7 +304,7 @@ class ChatSession:
             try:
                 self._open(name)
             except Exception as error:  # told again where it is used
-                self._tell(kind="status", text=explain_fault(error), fault=True)
+                self._tell(kind="status", text=explain_error(error), fault=True)
 
     def _open(self, name: str) -> tuple[Any, Any, dict[str, Any]]:
         import torch
@@ -409,11 +407,6 @@ def is_base(identifier: str) -> bool:
     return identifier.rpartition("+")[2].removeprefix("shipped/").startswith("base")
 
 
-def explain_fault(error: BaseException) -> str:
-    """Return an error as a page shows it: ours are sentences, others are named."""
-    return str(error) if isinstance(error, PrimechatError) else f"{type(error).__name__}: {error}"
-
-
 def open_chat(
     model: str = "",
     *,
@@ -425,8 +418,6 @@ def open_chat(
 
     Args:
         model: identifier to begin with; empty chooses as `choose_talker` does.
-        settings: how to begin.
-        height: of the page in CSS units.
         opener: opens a model by its identifier; None shares what other cells of the process have opened.
     """
     from primechat import store

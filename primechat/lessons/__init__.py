@@ -57,7 +57,6 @@ def require(holds: bool, rule: str, sentence: str) -> None:
     """Raise Broken where a rule does not hold.
 
     Args:
-        holds: whether it does.
         rule: its name, for example "No text is lost".
         sentence: what was seen, with the values: "decode(encode('é')) returned 'e'".
     """

@@ -160,7 +160,6 @@ class TokenStep:
 
     Args:
         lengths: tokens that each row holds; `at` is the position of the next ones, (B,), or one number.
-        device: of the cache.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:

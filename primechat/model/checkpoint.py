@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from primechat.config import GPTConfig
 from primechat.errors import CheckpointError
-from primechat.files import sync_folder, write_synced
+from primechat.files import hash_file, sync_folder, write_synced
 from primechat.model.era import detect_era, encode_model, list_shapes
 from primechat.model.runlog import RunLock as RunLock
 from primechat.model.weights import inspect_model, load_model, load_tensors, read_json
@@ -65,10 +65,7 @@ def save_checkpoint(
     """Commit one step; the caller holds the folder's `RunLock`.
 
     Args:
-        folder: the run's.
-        step: optimizer steps done.
         model_state: tensors by nanochat's keys; a prefix `_orig_mod.` is removed.
-        config: the model's.
         optim_state: nested dicts, lists, tuples of tensors, numbers, strings; of all ranks, not one's share.
         meta: what else to record, JSON-able: val_bpb, tokenizer_identity, cursor, schedule, user_config ...
         rank: only rank 0 writes.
@@ -329,11 +326,7 @@ def read_step(
 
 def check_hash(path: Path, entry: dict[str, Any]) -> None:
     """Refuse a file whose bytes are not those that were written."""
-    sha = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(2**22):
-            sha.update(block)
-    if sha.hexdigest() != entry.get("sha256"):
+    if hash_file(path) != entry.get("sha256"):
         raise CheckpointError(f"{path} has changed since it was written (its SHA-256); use another step.")
 
 

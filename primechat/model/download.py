@@ -16,8 +16,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from primechat.errors import ConfigError, DataError, HubError
-from primechat.files import write_whole
-from primechat.hub import HubFile, ask_hub, explain, fetch_files, hash_file
+from primechat.files import hash_file, write_whole
+from primechat.hub import HubFile, ask_hub, explain, fetch_files
 from primechat.model.checkpoint import list_files
 from primechat.model.runlog import RunLock
 from primechat.records import NoteEvent, OnEvent
@@ -99,11 +99,6 @@ def choose_files(parcel: Parcel, token: str | None) -> list[HubFile]:
 def plan_download(parcels: Sequence[Parcel], *, token: str | None = None, optim: bool = True) -> Plan:
     """Ask the Hub and compare with what is here; nothing is written.
 
-    Args:
-        parcels: What is wanted.
-        token: The Hub's; None takes the one that is logged in.
-        optim: Take optimizers too.
-
     Raises:
         HubError: A repository, revision or file is not to be had.
         DataError: Another file or run is in the way.
@@ -142,10 +137,8 @@ def run_plan(plan: Plan, base: Path, on_event: OnEvent, *, token: str | None = N
     """Fetch what a plan wants and note in each folder where its files came from.
 
     Args:
-        plan: From `plan_download`.
         base: A folder that all places of the plan are in.
         on_event: Hears notes, and the progress in bytes.
-        token: As for the plan.
 
     Raises:
         HubError: A file cannot be fetched; those that are finished stay.

@@ -111,7 +111,6 @@ def detect_era(shapes: Shapes, meta: Mapping[str, Any]) -> GPTConfig:
 
     Args:
         shapes: tensor name -> shape, `_orig_mod.` already removed.
-        meta: the checkpoint's metadata.
 
     Raises:
         CheckpointError: an in-between era, by the keys it has and lacks; shapes other than the metadata's.

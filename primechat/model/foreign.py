@@ -69,11 +69,7 @@ def open_foreign(
     """Open a foreign model with its tokenizer.
 
     Args:
-        name: as for `locate_foreign`.
-        device: cpu, mps or cuda.
-        dtype: of the parameters.
         on_size: is told how many parameters there are before they are read, and may raise.
-        tell: as for `locate_foreign`.
 
     Returns:
         Model, tokenizer, and metadata: identifier, path, revision, architecture, skipped, and chat (whether

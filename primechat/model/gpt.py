@@ -240,9 +240,7 @@ class GPT(nn.Module):
         """Build a model around the given tensors, one cast at a time, without a second copy of the weights.
 
         Args:
-            config: its shape.
             state: tensors by nanochat's keys; the dictionary is emptied on the way.
-            device: where the parameters go.
             dtype: of parameters and compute.
         """
         with torch.device("meta"):

@@ -113,9 +113,7 @@ def attach(
     """Put a fresh adapter beside the targets; the model computes exactly what it did before.
 
     Args:
-        model: gets it in place.
         name: names it among several; no dots.
-        spec: its shape.
         generator: draws A, uniform within 1 / sqrt(in), as PEFT does.
         train: freeze everything else, and let the adapter learn.
 

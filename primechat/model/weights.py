@@ -101,8 +101,6 @@ def load_model(path: Path, specs: dict[str, TensorSpec], dtype: str = "") -> dic
     """Return the tensors of a model file by name, `_orig_mod.` removed.
 
     Args:
-        path: the file.
-        specs: what `inspect_model` said of it.
         dtype: float32 or bfloat16 to cast to; most tensors that have it already, and all where it is empty,
             stay mapped from the file. Of what is copied, the file's pages are let go: at most a sixteenth
             of the file, 16 MB or one tensor of them are in memory at a time.

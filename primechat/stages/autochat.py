@@ -42,11 +42,6 @@ def autochat(
 ) -> AutochatResult:
     """Let a model talk to itself or to another, and, with generations, learn from it and talk again.
 
-    Args:
-        config: models, sampling, how many conversations.
-        on_event: hears of turns.
-        stop: ends after the present turn; what was said is kept, and resume goes on.
-
     Returns:
         Where the conversations are, and how fast they were written.
 

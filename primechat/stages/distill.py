@@ -48,11 +48,6 @@ def distill(
 ) -> TrainResult:
     """Train a student, or go on with one.
 
-    Args:
-        config: teacher, student's size, text, loss, length, optimizer, machine.
-        on_event: hears of steps, validations (with retention, agreement and KL) and samples.
-        stop: once set, the run saves and ends after the present step.
-
     Returns:
         What came of it; val_bpb is the student's.
 

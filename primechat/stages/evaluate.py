@@ -29,8 +29,6 @@ def evaluate(
     """Measure bits per byte; every target is scored once.
 
     Args:
-        config: model, text, windows.
-        on_event: hears of the progress.
         stop: ends it early; the result is of what has been scored.
 
     Returns:

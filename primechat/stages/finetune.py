@@ -45,11 +45,6 @@ def finetune(
 ) -> TrainResult:
     """Make a chat model of a base model, or go on with one.
 
-    Args:
-        config: base model, dialogues, length, optimizer, machine.
-        on_event: hears of steps, validations, samples and checkpoints.
-        stop: once set, the run saves and ends after the present step.
-
     Returns:
         What came of it; val_bpb is on the assistant's tokens of held-out conversations.
 

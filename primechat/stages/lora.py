@@ -32,11 +32,6 @@ def train_lora(
 ) -> TrainResult:
     """Train an adapter, or go on with one.
 
-    Args:
-        config: model to adapt, dialogues or a recipe, rank, length, optimizer, machine.
-        on_event: hears of steps, validations (general_bpb shows what is forgotten) and samples.
-        stop: once set, the run saves and ends after the present step.
-
     Returns:
         What came of it; its identifier opens the model with the adapter.
 

@@ -37,11 +37,6 @@ def pretrain(
 ) -> TrainResult:
     """Train a base model, or go on with one.
 
-    Args:
-        config: model, text, length, optimizer, machine.
-        on_event: hears of steps, validations, samples and checkpoints.
-        stop: once set, the run saves and ends after the present step.
-
     Returns:
         What came of it, with the run's folder relative to the base directory.
 

@@ -48,8 +48,6 @@ def quickstart(
 
     Args:
         config: mostly `seconds`, the pretraining time to fill.
-        on_event: hears of everything.
-        stop: once set, the running stage saves and ends, and the rest is left out.
 
     Returns:
         The results of the stages and a short dialogue, empty after a stop.
@@ -98,11 +96,6 @@ def speedrun(
     config: SpeedrunConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> SpeedrunResult:
     """Make a tokenizer, a base model and a chat model, and measure the base model.
-
-    Args:
-        config: the stages' settings.
-        on_event: hears of everything.
-        stop: once set, the running stage saves and ends, and the rest is left out.
 
     Returns:
         The stages' results. A finished stage is not done again by a resumed run.

@@ -26,8 +26,6 @@ def train_tokenizer(
     """Train a tokenizer and save it in nanochat's layout.
 
     Args:
-        config: corpus, vocabulary, where to.
-        on_event: hears of the progress.
         stop: ends it without a result; nothing is saved.
 
     Returns:

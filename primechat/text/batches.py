@@ -54,12 +54,8 @@ class PackedBatches(Iterator[Batch]):
         """Begin at the start of epoch 0, or where a cursor stands.
 
         Args:
-            cache: The tokens.
             sequence_len: Tokens of a row, T.
             rows: Rows of one optimizer step over all ranks; this rank yields R of them, an even share.
-            rank: This process.
-            world_size: Number of processes.
-            seed: Seed of the documents' order.
             cursor: What `cursor` gave earlier, of any rank and number of ranks.
 
         Raises:
@@ -206,14 +202,12 @@ def validation_windows(
     """Yield windows over the documents in order that make every token but the first a target exactly once.
 
     Args:
-        cache: The tokens of a validation split.
         window: Tokens of a window, W.
         stride: Tokens between windows; 0 is W. With a smaller one only a window's last tokens are scored.
         rows: Most windows to yield at a time, R.
         max_tokens: Targets to score, about, in windows spread evenly over the split: its beginning alone may
             be easier or harder than the rest; 0 is all.
         rank: This process, which yields every `world_size`-th window.
-        world_size: Number of processes.
 
     Yields:
         ids and targets, int64 (R, W); a target of -1 is not scored, ids beyond the end are <|bos|>.
@@ -265,15 +259,10 @@ class ShardBatches(Iterator[Batch]):
 
         Args:
             feed: Parquet files with a column text, the same on every rank.
-            tokenizer: Turns texts into ids.
             sequence_len: Tokens of a row, T.
             rows: Rows of one optimizer step over all ranks; this rank yields R of them, an even share.
-            rank: This process.
-            world_size: Number of processes.
             cursor: What `cursor` gave earlier, of any rank and number of ranks.
             skip_bad: Name a shard that cannot be read and go on behind it.
-            on_event: Hears of skipped shards.
-            threads: Threads that tokenise.
 
         Raises:
             ConfigError: There are fewer rows than ranks.

@@ -29,10 +29,8 @@ def render(
     """Return ids and mask of a conversation, both cut to `max_tokens`.
 
     Args:
-        tokenizer: Has the special tokens of SPECIAL_TOKENS.
         conversation: `{"messages": [...]}`, roles user and assistant in turn; a leading system message joins
             the first user message.
-        max_tokens: Most ids to return.
 
     Returns:
         ids and a mask as long: 1 where the assistant's own token is learned from.

@@ -49,10 +49,8 @@ def read_documents(
         corpus: chitchat, fineweb-edu, climbmix, or the path of a .txt, .jsonl (field text), .parquet
             (column text) file or of a folder of them. A .txt is cut into documents at the first blank
             line after 2,000 characters, or else at the first line end after 20,000.
-        split: train or val.
         n_shards: Shards that the train split of a Hub corpus takes, about 100 MB each.
         base_dir: Where the Hub's shards are kept, in base_data or base_data_climbmix.
-        on_event: Hears of downloads.
 
     Raises:
         DataError: There is no such text, or it cannot be read.

@@ -167,8 +167,6 @@ def stream_dialogues(
 
     Args:
         mixture: sets with weights and caps, see the head of this module; weights count for train alone.
-        split: train or val.
-        options: language, personas, sides, folder.
         counts: filled with what was kept, dropped and mended, a Counter for each set.
         on_event: hears of licences, then of downloads.
 

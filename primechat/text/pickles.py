@@ -76,9 +76,6 @@ class EncodingReader(PickleReader):
 def read_encoding(path: Path) -> dict[str, Any]:
     """Return the state of the one `tiktoken.core.Encoding` that a pickle holds, running nothing.
 
-    Args:
-        path: A `tokenizer.pkl` in nanochat's layout.
-
     Returns:
         The fields `name`, `pat_str`, `mergeable_ranks`, `special_tokens`, their contents unchecked.
 
@@ -99,10 +96,6 @@ def read_encoding(path: Path) -> dict[str, Any]:
 
 def read_lengths(path: Path, vocab_size: int) -> np.ndarray:
     """Return the numbers of a `token_bytes.pt`, taken from its raw storage.
-
-    Args:
-        path: What `torch.save` wrote of a one-dimensional int32 tensor.
-        vocab_size: How many numbers it must hold.
 
     Returns:
         int32 (vocab_size,).

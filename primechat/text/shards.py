@@ -46,10 +46,6 @@ def shard_paths(
     """Return the local paths of a split's shards, fetching those that are missing.
 
     Args:
-        corpus: fineweb-edu or climbmix.
-        split: train or val.
-        n_shards: How many shards train takes.
-        on_event: Hears the phase and its progress, in bytes.
         base_dir: Holds base_data and base_data_climbmix.
 
     Raises:
@@ -112,10 +108,8 @@ class ShardFeed:
 
         Args:
             names: Files, in the order of reading; after the last the first one follows.
-            folder: Where they are.
             repo: Where they are fetched from; empty fetches nothing, as another process of this machine does.
             keep: Most shards on the disk at once, 0 for all; others are removed once released.
-            on_event: Hears of what keeps a shard from coming.
         """
         self.names, self.folder, self.repo, self.keep = list(names), folder, repo, keep
         self.tell, self.reason = on_event or (lambda event: None), ""
@@ -205,12 +199,8 @@ def open_feed(
     """Return the feed of a Hub corpus's training shards.
 
     Args:
-        corpus: fineweb-edu or climbmix.
-        n_shards: Shards of the split.
-        base_dir: Holds base_data and base_data_climbmix.
         fetches: True on one process of a machine.
         keep: Most shards on the disk at once, 0 for all.
-        on_event: Hears of what keeps a shard from coming.
     """
     repo, subfolder, _ = HUB_CORPORA[corpus]
     return ShardFeed(

@@ -54,7 +54,6 @@ class Tokenizer:
             pattern: Regular expression that cuts text into pieces; merges never cross a cut.
             ranks: Id of each token's bytes; the first 256 are the single bytes, the ids are 0 .. n-1.
             specials: Id of each special token; they follow the ranks without a gap.
-            source: What to call it in an error.
 
         Raises:
             DataError: One of these rules is broken.

@@ -68,7 +68,6 @@ def build_cache(
     Args:
         documents: Texts, or (ids, mask) pairs of rendered conversations; not touched where the cache stands.
         tokenizer: Turns texts into ids; its identity is part of the key.
-        folder: Holds one folder for each cache.
         key: Names the corpus and whatever else the documents depend on, as `corpus_identity` does.
         threads: Threads that tokenise; 0 takes all cores.
         on_event: Hears of progress, in documents.

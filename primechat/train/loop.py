@@ -74,17 +74,13 @@ def fit(
     """Train until `steps` or until stopped.
 
     Args:
-        optimizer: holds the parameters.
         batches: yields this rank's (ids, targets) of each step.
         loss: summed nats of a micro-batch, with gradients; a `SpreadLoss` sums these over the ranks while
             the backward pass runs, those of any other are summed after it.
         steps: optimizer steps of the whole run; the schedule stretches over them.
-        start_step: steps already done.
         micro_batch_rows: rows of one forward and backward pass.
-        device: where the model is.
         elapsed_s: training time of the steps done before.
         count_steps: called after each step with the steps done and the training time; returns `steps` anew.
-        on_step: called after each step.
         on_eval: called with the steps done and whether they are all, before the first step and after each;
             not at a stop.
         on_save: called after `on_eval` with the steps done and whether the run ends here, be it by a stop.

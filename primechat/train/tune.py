@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ def half_pays() -> bool:
     spent = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, w = torch.ones(128, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
-        spent[dtype] = time_call(lambda x=x, w=w: x @ w, "cpu", limit_s=0.2)
+        spent[dtype] = time_call(partial(torch.matmul, x, w), "cpu", limit_s=0.2)
     return spent[torch.bfloat16] < 4 * spent[torch.float32]
 
 
@@ -193,7 +194,6 @@ def tune_runtime(
         model: of the run's shape; its weights are spoilt by this.
         make_optimizer: makes the run's optimizer; a step of it is measured.
         ids: this rank's rows of one optimizer step (R, T) int64; likewise `targets`.
-        targets: see ids.
         runtime: what is not auto or 0 is kept.
         ranks: with several, rank 0's choice counts and the optimizer is not measured.
         seconds: training time to fill, or 0.

@@ -41,9 +41,7 @@ def draw_bars(
 
     Args:
         rows: (label, value, whether it is a control).
-        title: what is measured.
         unit: of the values; stands below the axis.
-        digits: behind the point.
         top: end of the axis; 0 fits it.
     """
     with begin_style():
@@ -122,11 +120,6 @@ def draw_course(
 
     Args:
         places: along the x axis; powers of two are drawn on a logarithmic axis.
-        lines: values by name.
-        title: what is seen.
-        x_label: with its unit.
-        y_label: with its unit.
-        controls: which lines are controls.
         names: what stands at the places instead of numbers.
     """
     with begin_style():

@@ -173,8 +173,6 @@ def draw_generations(found: Mapping[str, Sequence[Spread]], people: Spread, meas
 
     Args:
         found: for each mix, the measures of each generation.
-        people: those of people's talk.
-        measure: which to draw.
     """
     figure = go.Figure()
     longest = max(map(len, found.values()), default=1)

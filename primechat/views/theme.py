@@ -56,7 +56,6 @@ def style_figure(figure: go.Figure, *, height: int = 340, **layout: Any) -> go.F
     """Give a plotly figure the house's looks and return it.
 
     Args:
-        figure: a Figure or FigureWidget, changed in place.
         height: in pixels.
         layout: further settings of plotly's layout; they win.
     """

@@ -35,7 +35,6 @@ def draw_tradeoff(
         rows: dicts with `name` and the two figures; rows of one name are seeds of one setting.
         gain: key of the gain, to the right; also the axis's title.
         loss: key of the loss, downwards is better; also the axis's title.
-        title: above the picture.
     """
     figure = go.FigureWidget()
     for i, name in enumerate(dict.fromkeys(str(row["name"]) for row in rows)):
@@ -68,11 +67,7 @@ def draw_lines(
 
     Args:
         series: points (x, y) by name, or (x, y, low, high) with the ends of an interval.
-        x_title: with its unit.
-        y_title: with its unit.
-        title: above the picture.
         faint: names of controls, drawn dotted.
-        layout: further settings of plotly's layout.
     """
     figure = go.FigureWidget()
     ends = {name: points[-1][1] for name, points in series.items() if points}

@@ -205,8 +205,6 @@ def write_pages(folder: Path, labs: Sequence[Path], *, train: bool = False, own:
 
     Args:
         folder: where to; pages of other labs that stand there keep their links.
-        labs: which.
-        train: run their stages too.
         own: show the reader's own models and runs, not only those that ship.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from primechat import store
-from primechat.errors import PrimechatError
+from primechat.errors import explain_error
 from primechat.records import Event, count_noun
 from primechat.views.widgets.runs import RunLog, StageControl
 
@@ -271,8 +271,3 @@ def find_free(tag: str) -> str:
     stem = re.sub(r"-\d+$", "", tag)
     names = [tag, *(f"{stem}-{n}" for n in range(2, 10_000))]
     return next(name for name in names if name not in taken)
-
-
-def explain_error(error: BaseException) -> str:
-    """Return an error as a page shows it: ours are sentences, others are named."""
-    return str(error) if isinstance(error, PrimechatError) else f"{type(error).__name__}: {error}"

@@ -7,22 +7,19 @@ dollars. Reference: primechat.cloud.plan.
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from primechat.cloud.plan import Plan, format_hours
-from primechat.config import PretrainConfig, decode_config, encode_config
+from primechat.config import PretrainConfig
+from primechat.desk.pods.ranks import run_job
 from primechat.desk.pods.verbs import PlanFlags
+from primechat.errors import PrimechatError
 from primechat.store import base_dir
 from primechat.text.shards import HUB_CORPORA, list_shards, probe_sizes
 
@@ -51,11 +48,7 @@ class Finding:
 
 
 def run_preflight(flags: PreflightFlags) -> int:
-    """Look at everything and print a verdict.
-
-    Returns:
-        The exit code: 1 where the run must not be started.
-    """
+    """Look at everything and print a verdict; return 1 where the run must not be started, else 0."""
     t_start, bad = time.perf_counter(), 0
     for finding in check_machine(flags):
         bad += finding.ok is False
@@ -116,93 +109,25 @@ def check_hub(config: PretrainConfig) -> Finding:
 
 def check_steps(plan: Plan, ranks: int, device: str) -> Iterator[Finding]:
     """Run real steps on all ranks and compare them with the plan."""
+    rows = max(1, plan.micro_batch_rows)
     runtime = replace(
-        plan.config.runtime, device=device, compile="off", micro_batch_rows=max(1, plan.micro_batch_rows),
+        plan.config.runtime, device=device, compile="off", micro_batch_rows=rows,
         dtype="bfloat16" if device == "cuda" else "float32",
     )  # fmt: skip
-    config = replace(plan.config, runtime=runtime)
-    done = None
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(encode_config(config), file)
-        file.flush()
-        words = [
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-            "-m",
-            "primechat.desk.pods.preflight",
-            file.name,
-        ]
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "torch.distributed.run", *words], capture_output=True, text=True,
-                timeout=LIMIT_S,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            yield Finding("steps", False, f"{ranks} ranks did not do {STEPS} steps in {LIMIT_S:.0f} s")
-            return
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        yield Finding("steps", False, f"failed: {done.stderr.strip()[-400:]}")
+    tokens = ranks * rows * plan.config.model.sequence_len
+    try:
+        config = replace(plan.config, runtime=runtime, batch_tokens=tokens)
+        found = run_job(config, ranks, steps=STEPS, limit_s=LIMIT_S)
+    except PrimechatError as error:
+        yield Finding("steps", False, str(error))
         return
-    found: dict[str, Any] = json.loads(lines[-1])
-    yield Finding("together", found["sum_ok"], f"{ranks} ranks over {found['backend']}")
+    yield Finding("together", found["together"], f"{ranks} ranks over {found['backend']}")
     fast = device == "cpu" or "FlashAttention" in found["attention"] or plan.machine.name.endswith("4090")
     yield Finding("attention", None if fast else False, found["attention"])
-    yield Finding(
-        "memory", True, f"{found['memory_bytes'] / 1e9:,.1f} GB at {runtime.micro_batch_rows} rows at a time"
-    )
-    real = found["tokens_per_s"] * plan.flops_per_token
-    hours = plan.tokens / found["tokens_per_s"]
-    cost = f", ${hours / 3600 * plan.machine.dollars_per_hour:,.0f}" if device == "cuda" else ""
-    enough = None if device == "cpu" else real > SLOWER * plan.machine.flops_per_s
+    yield Finding("memory", True, f"{found['memory_bytes'] / 1e9:,.1f} GB at {rows} rows at a time")
+    speed = max(found["speeds"])
+    seconds = plan.tokens / speed
+    cost = f", ${seconds / 3600 * plan.machine.dollars_per_hour:,.0f}" if device == "cuda" else ""
+    enough = None if device == "cpu" else speed * plan.flops_per_token > SLOWER * plan.machine.flops_per_s
     eager = " (not compiled, as here; compiled is faster)"
-    yield Finding(
-        "speed", enough, f"{found['tokens_per_s']:,.0f} tokens a second: {format_hours(hours)}{cost}{eager}"
-    )
-
-
-def run_rank(config: PretrainConfig) -> None:
-    """Be one rank of the steps, and print what rank 0 found as a line of JSON."""
-    import torch
-    import torch.distributed as dist
-
-    from primechat.model.attention import describe_attention
-    from primechat.model.gpt import GPT
-    from primechat.train.loop import fit
-    from primechat.train.optim import Optimizer
-    from primechat.train.parallel import SpreadLoss, join_ranks, sum_numbers
-
-    device, shape, runtime = config.runtime.device, config.model, config.runtime
-    ranks = join_ranks(device)
-    place = torch.device(device, ranks.local_rank) if device == "cuda" else torch.device(device)
-    total = sum_numbers([float(ranks.rank)], place)[0]
-    draw = torch.Generator(place).manual_seed(0)
-    with place:
-        model = GPT(shape)
-    model.init_weights(draw)
-    dtype = model.compute_dtype = getattr(torch, runtime.dtype)
-    optimizer = Optimizer(model, config.optim, shape.n_embd, half=dtype == torch.bfloat16)
-    ids = torch.randint(
-        shape.vocab_size, (runtime.micro_batch_rows, shape.sequence_len), generator=draw, device=place
-    )
-    speeds: list[float] = []
-    loss = SpreadLoss(model, lambda x, y: model.loss(x, y, "sum"))
-    fit(
-        optimizer, itertools.repeat((ids, ids)), loss, steps=STEPS, device=place,
-        micro_batch_rows=runtime.micro_batch_rows, on_step=lambda event: speeds.append(event.tokens_per_s),
-    )  # fmt: skip
-    if ranks.is_main:
-        found = {
-            "sum_ok": total == sum(range(ranks.world_size)),
-            "tokens_per_s": sorted(speeds[1:])[len(speeds) // 2],
-            "backend": dist.get_backend() if dist.is_initialized() else "one process alone",
-            "attention": describe_attention(device, dtype),
-            "memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
-        }  # fmt: skip
-        print(json.dumps(found), flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run_rank(decode_config(json.loads(Path(sys.argv[1]).read_text()), PretrainConfig))
+    yield Finding("speed", enough, f"{speed:,.0f} tokens a second: {format_hours(seconds)}{cost}{eager}")

@@ -1,7 +1,7 @@
-"""What it costs to spread a run over processes: ranks of one thread each against one process of all threads.
+"""Jobs on random tokens under torchrun: what it costs to spread a run over processes, and whether it works.
 
-Hides: how they take turns. Each turn is a job of its own under torchrun, one kind after the other, so that
-what else the machine does falls on both. Run as a module it is one rank. Reference: primechat.train.parallel.
+Hides: how they take turns. Each turn is a job of its own, one kind after the other, so that what else the
+machine does falls on both. Run as a module it is one rank. Reference: primechat.train.parallel.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import primechat
-from primechat.config import OptimConfig, PretrainConfig
+from primechat.config import GPTConfig, PretrainConfig, RuntimeConfig, decode_config, encode_config
 from primechat.errors import PrimechatError
 
 ROUNDS, WARM_STEPS = 4, 2
@@ -35,12 +36,17 @@ def bench_ranks(seconds: float, *, depth: int = 0) -> list[dict[str, Any]]:
     """
     from primechat.train.tune import count_cores, half_pays
 
+    job = PretrainConfig(batch_tokens=BATCH_TOKENS)
+    if depth:
+        job = replace(job, model=GPTConfig.modern(depth, vocab_size=300, sequence_len=32, head_dim=16))
     cores, rows = max(2, count_cores()), []
     for dtype in ("float32", "bfloat16") if half_pays() else ("float32",):
         speeds: dict[int, list[float]] = {1: [], cores: []}
+        runtime = RuntimeConfig(device="cpu", dtype=dtype, micro_batch_rows=MICRO_ROWS)
         for _ in range(ROUNDS):
             for ranks in speeds:
-                speeds[ranks] += run_job(ranks, cores // ranks, dtype, seconds / ROUNDS, depth)
+                one = replace(job, runtime=replace(runtime, threads=cores // ranks))
+                speeds[ranks] += run_job(one, ranks, seconds=seconds / ROUNDS)["speeds"]
         alone = statistics.median(speeds[1])
         for ranks, found in speeds.items():
             speed = statistics.median(found)
@@ -49,42 +55,61 @@ def bench_ranks(seconds: float, *, depth: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
-def run_job(ranks: int, threads: int, dtype: str, seconds: float, depth: int) -> list[float]:
-    """Run one job to its end and return the tokens a second of each step, over all ranks together."""
-    words = ["--standalone", f"--nproc_per_node={ranks}", "-m", __name__, str(threads), dtype]
-    root = str(Path(primechat.__file__).parent.parent)
-    command = [sys.executable, "-m", "torch.distributed.run", *words, str(seconds), str(depth)]
-    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
+def run_job(
+    config: PretrainConfig, ranks: int, *, steps: int = 10_000, seconds: float = 1e6, limit_s: float = 1e6
+) -> dict[str, Any]:
+    """Train on random tokens, for so many steps or seconds, and return what rank 0 found.
+
+    Returns:
+        `speeds`, tokens a second of each step over all ranks, the first two left out; `together`, whether the
+        ranks can sum; `backend`, `attention`, `memory_bytes`.
+
+    Raises:
+        PrimechatError: it failed, or took longer than `limit_s`.
+    """
+    words = ["--standalone", f"--nproc_per_node={ranks}", "-m", __name__, json.dumps(encode_config(config))]
+    command = [sys.executable, "-m", "torch.distributed.run", *words, str(steps), str(seconds)]
+    env = {**os.environ, "PYTHONPATH": str(Path(primechat.__file__).parent.parent)}
+    if config.runtime.threads:
+        env["OMP_NUM_THREADS"] = str(config.runtime.threads)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        raise PrimechatError(f"{ranks} ranks did not do {steps} steps in {limit_s:.0f} s") from None
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        raise PrimechatError(f"{ranks} ranks did not train: {done.stderr.strip()[-300:]}")
-    return list(json.loads(lines[-1]))
+        raise PrimechatError(f"{ranks} ranks did not train: {done.stderr.strip()[-400:]}")
+    return dict(json.loads(lines[-1]))
 
 
-def train_rank(threads: int, dtype: str, seconds: float, depth: int) -> None:
-    """Train on random tokens as one rank; the first prints each step's tokens a second."""
+def train_rank(config: PretrainConfig, steps: int, seconds: float) -> None:
+    """Be one rank; the first prints what it found as a line of JSON."""
     import threading
     import time
 
     import torch
+    import torch.distributed as dist
 
-    from primechat.config import GPTConfig
+    from primechat.model.attention import describe_attention
     from primechat.model.gpt import GPT
     from primechat.records import StepEvent
     from primechat.text.batches import share_rows
     from primechat.train.loop import fit
     from primechat.train.optim import Optimizer
-    from primechat.train.parallel import SpreadLoss, join_ranks
+    from primechat.train.parallel import SpreadLoss, join_ranks, sum_numbers
 
-    torch.set_num_threads(threads)
-    ranks, shape = join_ranks("cpu"), PretrainConfig().model
-    shape = GPTConfig.modern(depth, vocab_size=300, sequence_len=32, head_dim=16) if depth else shape
-    first, share = share_rows(BATCH_TOKENS // shape.sequence_len, ranks.rank, ranks.world_size)
-    draw, model = torch.Generator().manual_seed(ranks.rank), GPT(shape)
-    model.init_weights(torch.Generator().manual_seed(0))
-    model.compute_dtype = getattr(torch, dtype)
-    text = torch.randint(shape.vocab_size, (share, shape.sequence_len + 1), generator=draw)
+    shape, runtime, device = config.model, config.runtime, config.runtime.device
+    ranks = join_ranks(device)
+    place = torch.device(device, ranks.local_rank) if device == "cuda" else torch.device(device)
+    torch.set_num_threads(runtime.threads or torch.get_num_threads())
+    total = sum_numbers([float(ranks.rank)], place)[0]
+    with place:
+        model = GPT(shape)
+    model.init_weights(torch.Generator(place).manual_seed(0))
+    dtype = model.compute_dtype = getattr(torch, runtime.dtype)
+    _, rows = share_rows(config.batch_tokens // shape.sequence_len, ranks.rank, ranks.world_size)
+    draw = torch.Generator(place).manual_seed(ranks.rank)
+    text = torch.randint(shape.vocab_size, (rows, shape.sequence_len + 1), generator=draw, device=place)
     speeds: list[float] = []
     stop, t_start = threading.Event(), time.perf_counter()
 
@@ -94,17 +119,20 @@ def train_rank(threads: int, dtype: str, seconds: float, depth: int) -> None:
             stop.set()
 
     fit(
-        Optimizer(model, OptimConfig(), shape.n_embd, half=dtype == "bfloat16"),
+        Optimizer(model, config.optim, shape.n_embd, half=dtype == torch.bfloat16),
         repeat((text[:, :-1].contiguous(), text[:, 1:].contiguous())),
-        SpreadLoss(model, lambda x, y: model.loss(x, y, "sum")), steps=10_000, micro_batch_rows=MICRO_ROWS,
-        on_step=note, stop=stop,
+        SpreadLoss(model, lambda x, y: model.loss(x, y, "sum")), steps=steps, device=place,
+        micro_batch_rows=runtime.micro_batch_rows, on_step=note, stop=stop,
     )  # fmt: skip
     if ranks.is_main:
-        print(json.dumps(speeds[WARM_STEPS:]), flush=True)
-    if ranks.world_size > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        found = {
+            "speeds": speeds[WARM_STEPS:], "together": total == sum(range(ranks.world_size)),
+            "backend": dist.get_backend() if dist.is_initialized() else "one process alone",
+            "attention": describe_attention(device, dtype),
+            "memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
+        }  # fmt: skip
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
-    train_rank(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4]))
+    train_rank(decode_config(json.loads(sys.argv[1]), PretrainConfig), int(sys.argv[2]), float(sys.argv[3]))

@@ -132,11 +132,7 @@ def full_run(argv: list[str]) -> PretrainConfig:
 
 
 def run_plan(flags: PlanFlags) -> int:
-    """Print a plan.
-
-    Returns:
-        The exit code: 1 where the run does not fit.
-    """
+    """Print a plan; return 1 where the run does not fit, else 0."""
     plan = flags.plan()
     if flags.json:
         found = encode_record(plan)
@@ -148,14 +144,9 @@ def run_plan(flags: PlanFlags) -> int:
 
 
 def run_export(flags: ExportFlags, stage: Any = None) -> int:
-    """Write the folder, and rehearse it if asked.
+    """Write the folder, and rehearse it if asked; return 1 where the rehearsal fails, else 0.
 
-    Args:
-        flags: lab, run, machine, folder.
-        stage: settings of the stage of labs 06 to 09; None are those of a full run.
-
-    Returns:
-        The exit code: 1 where the rehearsal fails.
+    `stage` are the settings of the stage of labs 06 to 09; None are those of a full run.
     """
     lab, plan = find_lab(flags.lab), flags.plan()
     config = stage or full_stage(lab, flags.run)
@@ -174,9 +165,7 @@ def rehearse(folder: Path, ranks: int = 2, say: Any = print, kind: type[Any] = P
     """Run an exported folder by its own launcher: 20 steps, tiny, on this machine's CPU; then resume it.
 
     A stage that goes on from a model gets a tiny one first. `kind` is the class of the folder's config.
-
-    Returns:
-        The exit code: 1 where something did not go as it must.
+    Returns 1 where something did not go as it must, else 0.
     """
     config = shrink_config(read_config(folder / "config.json", kind))
     (folder / "rehearsal.json").write_text(json.dumps(encode_config(config), indent=2))
@@ -240,9 +229,6 @@ def plan_pull(flags: PullFlags) -> tuple[list[str], Path]:
 
 def run_pull(flags: PullFlags) -> int:
     """Copy a run's folder home, and say how to look at it.
-
-    Returns:
-        The exit code.
 
     Raises:
         PrimechatError: rsync is missing, or fails.

@@ -29,11 +29,7 @@ WISHES = (" good", " happy", " music", " day")  # tokens to begin with, where th
 
 
 class Explorer:
-    """A model's tables under every view of lab 03.
-
-    Args:
-        picker: what chooses the model, as `primechat.lab.pick_model` returns it.
-    """
+    """A model's tables under every view of lab 03."""
 
     def __init__(self, picker: Any) -> None:
         self.picker = getattr(picker, "widget", picker)  # marimo wraps a widget

@@ -17,8 +17,7 @@ from typing import Any
 
 import primechat
 from primechat import store
-from primechat.desk.labs.runner import explain_error
-from primechat.errors import PrimechatError
+from primechat.errors import PrimechatError, explain_error
 from primechat.lab import describe_entry
 from primechat.model.download import Plan, measure_space
 from primechat.records import Event, PhaseEvent, ProgressEvent

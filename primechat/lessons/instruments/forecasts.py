@@ -102,11 +102,6 @@ def train_small(
 ) -> SeriesOfRuns:
     """Train the runs one after the other; those that are finished are kept, so a stopped series goes on.
 
-    Args:
-        config: sizes, lengths, what is held out.
-        on_event: hears of every run.
-        stop: ends the series after the present step.
-
     Returns:
         What each run reached.
     """
@@ -246,10 +241,3 @@ def draw_band(axes: Any, series: SeriesOfRuns, grid: np.ndarray) -> None:
             f"came out: {run.bpb:.2f}", (run.tokens, run.bpb), xytext=(0, away), textcoords="offset points",
             ha="center", color=INK,
         )  # fmt: skip
-
-
-def write_record(series: SeriesOfRuns, path: Path, **how: str) -> None:
-    """Write runs as the file that ships: what they reached, and the day, machine and command."""
-    held = {name: vars(run) for name, run in series.held_out}
-    record = {**how, "runs": [vars(run) for run in series.runs], "held_out": held}
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -37,7 +37,6 @@ class Microscope:
     Args:
         picker: what chooses the model: its `identifier` is read and observed, as `primechat.lab.pick_model`
             returns it.
-        text: what is read first.
     """
 
     def __init__(self, picker: Any, text: str = TEXT) -> None:

@@ -143,11 +143,6 @@ def ablate(
 ) -> AblationResult:
     """Train the model with every trick, and without each, over several seeds; finished runs are kept.
 
-    Args:
-        config: tricks, seeds, steps, the run itself.
-        on_event: hears of every run.
-        stop: ends the bench after the present step.
-
     Returns:
         What each variant reached.
     """

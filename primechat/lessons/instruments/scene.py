@@ -41,8 +41,6 @@ class Scene:
     """A model, its tokenizer and a text.
 
     Args:
-        model: a model that probes know.
-        tokenizer: its tokenizer.
         ids: (T,) of at least two tokens.
     """
 

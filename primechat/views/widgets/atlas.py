@@ -77,12 +77,9 @@ class AtlasView(Widget):
         """Show a source.
 
         Args:
-            source: what there is to see.
             space: the one to begin with; empty takes the first.
             colour: key of the channel that colours the points; empty takes the first.
-            picked: the point whose neighbours are shown at first.
             frame: the frame to begin with; negative counts from the end.
-            frame_word: what the slider over frames is called.
             text: for a source that reads texts, the first one; the page offers to change it.
         """
         self.source, self.job, self.at = source, None, ("", 2)  # type: tuple[Source, Any, tuple[str, int]]

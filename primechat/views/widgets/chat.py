@@ -20,7 +20,6 @@ class ChatView(Widget):
 
     Args:
         act: is called with the name of what the reader did and its details; returns what the page needs.
-        height: of the page in CSS units.
         first: what the page shows before Python has time to answer, as `act("ready")` returns it.
     """
 

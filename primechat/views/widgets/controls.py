@@ -24,7 +24,6 @@ class ModelPicker(Widget):
     Args:
         find: returns the models as dicts of `identifier` and `about`; asked again when the learner wishes.
         identifier: the first choice; empty takes the first that is found.
-        label: what stands before the choice.
     """
 
     kind = traitlets.Unicode("models").tag(sync=True)
@@ -60,16 +59,7 @@ class Notice(Widget):
 
 
 class Prediction(Widget):
-    """A question whose answer is shown only after a guess; the page keeps the score over a whole lab.
-
-    Args:
-        question: one sentence.
-        options: what can be answered, or two numbers: the ends of a scale.
-        answer: the right option, or the number.
-        why: what is seen after the reveal, in a few sentences.
-        within: how far from the number a guess may be.
-        unit: of the number, for example "%".
-    """
+    """A question whose answer is shown only after a guess; the page keeps the score over a whole lab."""
 
     kind = traitlets.Unicode("prediction").tag(sync=True)
     question = traitlets.Unicode("").tag(sync=True)

@@ -19,7 +19,6 @@ class DialDesk(Widget):
     Args:
         write: returns a reply: (prompt, dial, adapter) -> text; dial 0 is the base.
         adapters: names to choose from; none shows `waiting` alone.
-        prompt: to begin with.
         waiting: a sentence shown where there is no adapter yet.
     """
 

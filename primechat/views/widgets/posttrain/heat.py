@@ -18,7 +18,6 @@ class HeatText(Widget):
 
     Args:
         measure: returns what is shown: prompt -> {"tokens": [{"text", "kl", "teacher", "student"}, ...]}.
-        prompt: to begin with.
     """
 
     prompt = traitlets.Unicode("").tag(sync=True)

@@ -21,7 +21,6 @@ class MixDesk(Widget):
             sets that are here).
         read: returns a conversation of a set: (name, number) -> dict of parts, each with role and pieces
             [text, learned].
-        weights: to begin with, by name.
     """
 
     sets: Any = traitlets.List().tag(sync=True)

@@ -33,7 +33,6 @@ class ChatFormat(Widget):
             keys: tokenizers with chat tokens: (key, label, context).
             draw: returns `ids`, `mask`, `pieces` (bytes of each token), `special` (1 where it is one) and
                 `cut` (tokens beyond the context) for a key, messages and a most number of tokens.
-            messages: as `render_conversation` takes them.
         """
         super().__init__(
             formats=[list(key) for key in keys], key=keys[0][0] if keys else "", messages=messages

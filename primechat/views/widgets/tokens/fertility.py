@@ -28,9 +28,7 @@ class FertilityTable(Widget):
         """Show passages.
 
         Args:
-            opened: the tokenizers.
             passages: (name, group, text); the first is what the others are compared with.
-            shown: keys of the tokenizers to begin with.
         """
         super().__init__(passages=[list(p) for p in passages], shown=list(shown), choices=opened.describe())
         self._opened = opened

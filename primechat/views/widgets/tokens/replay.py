@@ -33,8 +33,6 @@ class MergeReplay(Widget):
             opened: the tokenizers; those that keep no merges cannot be chosen.
             play: returns of a tokenizer and a text `data` (byte values), `pieces`, `removed_at`, `steps`
                 (rank, left bytes, right bytes, places), and `ids`, what encode returns.
-            text: what is played first.
-            key: of the first tokenizer.
         """
         super().__init__(text=text, key=key, choices=opened.describe())
         self._opened, self._play = opened, play

@@ -44,8 +44,6 @@ class TokenizerTrainer(Widget):
                 `list_pairs(n)`, `tokens`, `n_tokens`, `n_bytes`.
             cut: returns the tokens of a text as the learner would cut it now.
             finish: takes a learner that has its vocabulary; says in a sentence what became of it.
-            preview: a sentence that is cut again and again while it learns.
-            special_count: special tokens that join the learned ones in the vocabulary.
         """
         super().__init__(samples=[list(s) for s in samples], preview=preview, special_count=special_count)
         self._begin, self._cut, self._finish = begin, cut, finish

@@ -61,10 +61,8 @@ class VocabularyBrowser(Widget):
         """Show a vocabulary.
 
         Args:
-            opened: the tokenizers.
             count: returns of a tokenizer how often each token stands in the training text, (vocab_size,), -1
                 where it stands for no text, and a sentence on what was counted.
-            key: of the first tokenizer.
             about: what is counted and how long it takes, for the button.
         """
         super().__init__(key=key, choices=opened.describe())
