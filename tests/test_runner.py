@@ -18,7 +18,7 @@ import primechat as pc
 from primechat import cli, lab
 from primechat.config import PretrainConfig
 from primechat.desk.labs import runner as desk_runner
-from primechat.desk.labs.forms import build_config, build_form, list_fields, write_command
+from primechat.desk.labs.forms import build_config, build_form, list_fields, renew_config, write_command
 from primechat.desk.labs.runner import Runner, find_free
 from primechat.errors import ConfigError
 from primechat.records import (
@@ -149,6 +149,45 @@ def test_page_that_opens_again_joins_the_run() -> None:
     wait_until(lambda: first.state == second.state == "stopped")
     assert first.result is second.result and first.result.stopped
     assert runner.join("Train").state == "stopped", "one that comes later sees how it ended"
+
+
+def test_press_takes_the_newest_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[PretrainConfig] = []
+
+    def train(config: PretrainConfig, **given: Any) -> TrainResult:
+        seen.append(config)
+        return train_slowly(config, **given)
+
+    form = build_form(PretrainConfig(steps=100), ("steps",), "")
+    first = desk_runner.open_control(train, form.config, "Train")
+    form.answer_change({"steps": "120"})
+    form.answer_change({"steps": "130"})
+    first.answer_act("start")
+    wait_until(lambda: len(seen) == 1)
+    assert seen[0].steps == 130 and seen[0] is form.config
+    assert renew_config(PretrainConfig(steps=100)) == PretrainConfig(steps=100), "equal, but of no form"
+    first.answer_act("stop")
+    wait_until(lambda: first.state == "stopped")
+    # In marimo the cell is about to run again with those settings: its old control is over, the run is not.
+    over = [threading.Event() for _ in range(4)]
+    left = iter(over)
+    monkeypatch.setattr(desk_runner, "in_marimo", lambda: True)
+    monkeypatch.setattr(desk_runner, "in_app", lambda: False)
+    monkeypatch.setattr(desk_runner, "watch_cell", lambda: next(left).is_set)
+    second = desk_runner.open_control(train, form.config, "Train")
+    form.answer_change({"steps": "140"})
+    second.answer_act("start")
+    over[0].set()
+    wait_until(lambda: len(second.view.get("train", [])) > 3)
+    third = desk_runner.open_control(train, form.config, "Train")
+    assert third.state == "running" and third.place == second.place and seen[-1].steps == 140
+    form.answer_change({"steps": "150"})  # once more: this time nobody has pressed
+    over[1].set()
+    fourth = desk_runner.open_control(train, form.config, "Train")
+    assert fourth.state == "ready"
+    wait_until(lambda: third.state == "stopped")
+    other = desk_runner.open_control(train, form.config, "Another place")
+    assert other.state == "ready" and other.place != fourth.place
 
 
 def test_free_tag(base_dir: Path) -> None:

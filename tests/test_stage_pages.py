@@ -60,7 +60,7 @@ def _(CheckpointEvent, DoneEvent, PhaseEvent, StepEvent, TrainResult, time):
 
 @app.cell
 def _(FinetuneConfig, settings):
-    form = settings(FinetuneConfig(steps=600), ("steps", "seed"))
+    form = settings(FinetuneConfig(steps=400), ("steps", "seed"))
     form
     return (form,)
 
@@ -81,6 +81,56 @@ def _(run, summary):
 if __name__ == "__main__":
     app.run()
 """
+
+SLOW = LAB.replace(
+    """
+@app.cell
+def _(form, stage, train):
+    run""",
+    """
+@app.cell
+def _(form, time):
+    time.sleep(1.5)
+    late = form.config.steps
+    return (late,)
+
+
+@app.cell
+def _(form, late, stage, train):
+    assert late == form.config.steps
+    run""",
+)
+
+
+@pytest.mark.parametrize("host", HOSTS[:2])
+def test_press_while_cells_run_again_is_kept(
+    host: str, tmp_path: Path, serve: Callable[..., Any], lab_page: Callable[..., Any]
+) -> None:
+    """The old button stands for 1.5 s after its widget was closed: whenever it is pressed, the run begins."""
+    assert SLOW != LAB
+    path = tmp_path / "stage_lab.py"
+    path.write_text(textwrap.dedent(SLOW))
+    (tmp_path / "pyproject.toml").write_text("[tool.marimo.runtime]\nauto_instantiate = true\n")
+    found = lab_page(serve(host, path).url)
+    page = found.page
+    start = page.get_by_role("button", name="Start", exact=True)
+    steps = page.locator(".pc-setting", has_text="steps").locator("input").first
+    for delay_ms in (0, 300, 1000):
+        start.wait_for(timeout=60_000)
+        wanted = 500 + delay_ms
+        steps.fill(str(wanted))
+        page.wait_for_timeout(delay_ms)
+        start.click()
+        page.locator(".pc-stage .pc-stat", has_text=f"of {wanted:,}").wait_for(timeout=30_000)
+        page.wait_for_timeout(3000)  # every cell has run again: nothing has stopped the run
+        page.locator(".pc-stage .pc-badge", has_text="Running").wait_for(timeout=5000)
+        page.get_by_role("button", name="Stop and save").click()
+        page.locator(".pc-stage .pc-badge", has_text="Stopped").wait_for()
+        steps.fill(str(wanted + 1))  # settings that are new make it ready again
+    start.wait_for()
+    page.wait_for_timeout(2500)
+    assert start.is_visible(), "nobody pressed it"
+    found.check()
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -104,8 +154,9 @@ def test_state_is_true_after_the_tab_was_closed(
     page.locator(".pc-fault", has_text="seed=-3 must be").wait_for()
     seed.fill("0")
     page.locator(".pc-fault", has_text="seed=-3").wait_for(state="hidden")
-    page.wait_for_timeout(2000)  # the cell below has run again with this seed, and has a button of its own
-    page.get_by_role("button", name="Start", exact=True).click()
+    steps = page.locator(".pc-setting", has_text="steps").locator("input").first
+    steps.fill("600")
+    page.get_by_role("button", name="Start", exact=True).click()  # before Python has heard of the steps
     page.locator(".pc-stage .pc-stat", has_text="of 600").wait_for(timeout=90_000)
     if host == "jupyter":
         page.keyboard.press("Control+s")

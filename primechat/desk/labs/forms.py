@@ -13,6 +13,7 @@ import shlex
 import sys
 import textwrap
 import typing
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ SECTIONS = {
     "look": "How often it is measured and saved", "runtime": "The machine",
 }  # fmt: skip
 _taken: list[str] = []
+_forms: weakref.WeakKeyDictionary[SettingsForm, list[Any]] = weakref.WeakKeyDictionary()  # and what each gave
 CHOICES = {"runtime.device": DEVICES, "runtime.dtype": DTYPES, "runtime.compile": COMPILE}
 
 
@@ -52,6 +54,7 @@ def build_form(config: Any, simple: Sequence[str], title: str) -> SettingsForm:
         except ConfigError as error:
             return {"fault": str(error), "field": find_field(str(error), list(start))}
         form.config = new
+        _forms[form].append(new)
         values = {name: value for name, value, _, _ in list_fields(new)}
         return {"values": values, "command": write_command(new)}
 
@@ -60,7 +63,15 @@ def build_form(config: Any, simple: Sequence[str], title: str) -> SettingsForm:
         command=write_command(config),
     )  # fmt: skip
     form.config = config
+    _forms[form] = [config]
     return form
+
+
+def renew_config(config: Any) -> Any:
+    """Return what the form that gave this very config has in force now; a config of no form is returned."""
+    return next(
+        (form.config for form, given in list(_forms.items()) if any(one is config for one in given)), config
+    )
 
 
 def name_form(name: str, kind: Any) -> str:

@@ -18,12 +18,14 @@ from collections.abc import Callable
 from typing import Any
 
 from primechat import store
+from primechat.desk.labs.forms import renew_config
 from primechat.errors import explain_error
 from primechat.records import Event, count_noun
 from primechat.views.widgets.runs import RunLog, StageControl
 
 SEND_EVERY_S, BEAT_EVERY_S = 0.3, 1.0
 END_WAIT_S = 20.0  # for a run to save when the kernel exits
+AHEAD_S = 60.0  # until the cell of a run that began with newer settings than its own has been given them too
 # While a lab is made into a page, or where PRIMECHAT_STILL=1, stages wait for a Start that nobody presses.
 still = os.environ.get("PRIMECHAT_STILL") == "1"
 
@@ -99,8 +101,10 @@ class Runner:
     It lives as long as one of the cells (or, in an app, sessions) that made a control for it.
     """
 
-    def __init__(self, function: Callable[..., Any], config: Any) -> None:
+    def __init__(self, function: Callable[..., Any], config: Any, place: str = "") -> None:
         self.function, self.config = function, config
+        self.given = self.asked = config  # by its cell; by the learner
+        self.place, self.t_ahead = place, -AHEAD_S
         self.controls: list[tuple[StageControl, Callable[[], bool]]] = []
         self.log, self.lock = RunLog(), threading.RLock()
         self.stop = StopWish(self.is_over)
@@ -113,13 +117,18 @@ class Runner:
         """Tell whether a run is under way."""
         return self.state["state"] in ("running", "stopping")
 
+    @property
+    def is_ahead(self) -> bool:
+        """Tell whether the run began with settings for which marimo is about to run its cell again."""
+        return time.monotonic() - self.t_ahead < AHEAD_S
+
     def is_over(self) -> bool:
         """Tell whether nobody's cell or session is left."""
-        return all(over() for _, over in self.controls)
+        return not self.is_ahead and all(over() for _, over in self.controls)
 
     def join(self, title: str) -> StageControl:
         """Return a new control of this run."""
-        control = StageControl(title, self.act)
+        control = StageControl(title, self.act, self.place)
         with self.lock:
             self.controls.append((control, watch_cell()))
             self.tell(view=self.log.describe(), **self.state)
@@ -128,7 +137,9 @@ class Runner:
     def tell(self, **traits: Any) -> None:
         """Bring every control that still lives up to date."""
         self.controls = [pair for pair in self.controls if not pair[1]()] or self.controls[-1:]
-        for control, _ in self.controls:
+        for control, over in self.controls:
+            if over():
+                control.comm = None  # no page has it any more
             with control.hold_sync():
                 for name, value in traits.items():
                     setattr(control, name, value)
@@ -146,20 +157,24 @@ class Runner:
         self.tell(**self.state)
 
     def act(self, word: str) -> None:
-        """Do what a button asks for; a second press of the same one does nothing."""
+        """Do what a button asks for; a second press of the same one does nothing. A run that is not resumed
+        takes the settings that are in force now, also where its cell has not been given them yet.
+        """
         with self.lock:
             if word == "stop" and self.is_busy:
                 self.stop.set()
                 self.offer("stopping", "This step is finished and saved first.")
             if word == "stop" or self.is_busy:
                 return
-            config = self.config
             if word == "resume":
-                config = dataclasses.replace(config, resume=True)
-            elif word != "start" and hasattr(config, "tag"):  # afresh, or once more: under a name of its own
+                config = dataclasses.replace(self.config, resume=True)
+            else:
+                config = self.asked = renew_config(self.given)
+                self.t_ahead = time.monotonic() if in_marimo() and config is not self.given else -AHEAD_S
+            if word in ("afresh", "again") and hasattr(config, "tag"):  # under a name of its own
                 config = dataclasses.replace(config, tag=find_free(config.tag))
                 config = dataclasses.replace(config, resume=False) if hasattr(config, "resume") else config
-            self.stop = StopWish(self.is_over)
+            self.config, self.stop = config, StopWish(self.is_over)
             self.log = self.log if word == "resume" else RunLog()  # so a resumed run's curves go on
             self.offer("running")
             self.thread = threading.Thread(target=self.work, args=(config,), daemon=True)
@@ -175,7 +190,6 @@ class Runner:
         except Exception as error:  # whatever ends a run is told where the learner looks
             result, state, message = None, "failed", explain_error(error)
         with self.lock:
-            self.config = config if result is not None else self.config
             _runners.remove(self)
             self.tell(view=self.log.describe())
             self.offer(state, message, result)
@@ -238,14 +252,21 @@ def name_run(function: Callable[..., Any], config: Any) -> tuple[Any, str]:
 def open_control(function: Callable[..., Any], config: Any, title: str) -> StageControl:
     """Return a control of a stage.
 
-    In an app a page that is opened again joins the run that goes on; a Jupyter cell that runs again has its
-    former run stopped and saved, as marimo does with a cell of a notebook.
+    In an app a page that is opened again joins the run that goes on, and so does a cell of marimo that is
+    given the settings with which a press on its former button has begun. A Jupyter cell that runs again has
+    its former run stopped and saved, as marimo does with a cell of a notebook.
     """
-    if in_app():
-        for runner in list(_runners):
-            if name_run(runner.function, runner.config) == name_run(function, config):
-                return runner.join(title)
-    runner, cell = Runner(function, config), find_cell()
+    place = f"{threading.get_ident()} {getattr(function, '__qualname__', '')} {title}"
+    for runner in list(_runners):
+        is_ahead = runner.place == place and runner.is_ahead
+        if is_ahead and runner.asked == config:
+            runner.given = config
+            return runner.join(title)
+        if in_app() and name_run(runner.function, runner.asked) == name_run(function, config):
+            return runner.join(title)
+        if is_ahead:  # the learner has changed the settings once more
+            runner.t_ahead = -AHEAD_S
+    runner, cell = Runner(function, config, place), find_cell()
     if cell:
         before = _cells.get(cell)
         if before is not None:

@@ -1,4 +1,4 @@
-import { frame, h, asking, commit, debounce, number, button, more, phrase, tabs } from "./kit.js";
+import { frame, h, asking, commit, number, button, more, phrase, tabs } from "./kit.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -137,6 +137,7 @@ function clock(seconds) {
   return whole < 3600 ? `${Math.floor(whole / 60)} min ${whole % 60} s` : `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
 }
 
+const PRESS_MS = 60000; // for which a press waits for the cell that runs again
 const WORDS = { ready: "Ready", running: "Running", stopping: "Stopping", stopped: "Stopped", done: "Done", failed: "It ended early" };
 
 function drawStage({ model, root, listen, later }) {
@@ -148,12 +149,28 @@ function drawStage({ model, root, listen, later }) {
   const silent = h("div", { class: "pc-error", hidden: true });
   let heard = performance.now();
   const isOn = () => ["running", "stopping"].includes(model.get("state"));
-  const act = (word, source) => {
+  // A press is kept until Python has answered: marimo drops those on a widget whose cell runs again meanwhile.
+  const presses = (window.primechatPresses ??= new Map()), place = model.get("place");
+  let ended = false;
+  later(() => { ended = true; });
+  const act = async (word, source) => {
+    const press = { word, time: Date.now() };
     source.disabled = true;
-    ask("act", { word }).catch((error) => {
+    presses.set(place, press);
+    try {
+      await Promise.all([...(window.primechatForms ?? [])].map((settle) => settle()));
+      if (ended) return;
+      await ask("act", { word });
+    } catch (error) {
       source.disabled = false;
       message.replaceChildren(h("div", { class: "pc-error", text: error.message }));
-    });
+    }
+    if (presses.get(place) === press) presses.delete(place);
+  };
+  const takeUp = () => {
+    const kept = presses.get(place), first = actions.querySelector("button");
+    presses.delete(place);
+    if (kept && Date.now() - kept.time < PRESS_MS && !["stop", "resume"].includes(kept.word) && model.get("actions")[0]?.[0] === "start") act("start", first);
   };
   const drawState = () => {
     const state = model.get("state");
@@ -200,6 +217,7 @@ function drawStage({ model, root, listen, later }) {
     h("div", { class: "pc-row pc-between" }, h("p", { class: "pc-title", text: model.get("title") }), actions),
     message, silent, h("div", { class: "pc-phase" }, phase, bar), figures, chart, small, film, moreNotes));
   drawState();
+  takeUp();
 }
 
 function drawSummary({ model, root, later }) {
@@ -238,11 +256,17 @@ function drawSettings({ model, root, listen, later }) {
       command.textContent = model.get("command");
     } catch (error) { status.textContent = error.message; }
   };
-  const soon = debounce(send, 250);
+  let timer = 0, sent = Promise.resolve();
+  const sendNow = () => { clearTimeout(timer); timer = 0; sent = send(); return sent; };
+  const soon = () => { clearTimeout(timer); timer = setTimeout(sendNow, 250); };
+  // A press of Start waits until what was typed is known to Python.
+  const forms = (window.primechatForms ??= new Set()), settle = () => timer ? sendNow() : sent;
+  forms.add(settle);
+  later(() => forms.delete(settle));
   const undo = button("Back to the start", () => {
     Object.assign(draft, model.get("start"));
     for (const [name, row] of rows) row.put(draft[name]);
-    send();
+    sendNow();
   });
   const field = (spec) => {
     const input = spec.form === "choice" ? h("select", { class: "pc-select" }, ...spec.choices.map((text) => h("option", { value: text, text })))

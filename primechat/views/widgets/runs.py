@@ -153,11 +153,13 @@ class StageControl(Widget):
     `state` is ready, running, stopping, stopped, done or failed; `actions` are what the page offers, each a
     word for `answer_act` and a label. `beat` changes every second while a run is alive, so that a page that
     hears no more of it can say so. `seen` is the page's echo of the state: it lets marimo re-run what depends
-    on the result, which stands in `result`.
+    on the result, which stands in `result`. `place` is the same for the control that takes this one's place
+    when its cell runs again: a press that Python has not answered is then made on that one.
     """
 
     kind = traitlets.Unicode("stage").tag(sync=True)
     title = traitlets.Unicode("").tag(sync=True)
+    place = traitlets.Unicode("").tag(sync=True)
     state = traitlets.Unicode("ready").tag(sync=True)
     message = traitlets.Unicode("").tag(sync=True)
     actions: Any = traitlets.List().tag(sync=True)
@@ -166,9 +168,9 @@ class StageControl(Widget):
     seen = traitlets.Unicode("ready").tag(sync=True)
     result: Any = None
 
-    def __init__(self, title: str, act: Callable[[str], None]) -> None:
+    def __init__(self, title: str, act: Callable[[str], None], place: str = "") -> None:
         self.act = act
-        super().__init__(title=title)
+        super().__init__(title=title, place=place)
 
     def answer_act(self, word: str) -> dict[str, Any]:
         """Do what the page asks for."""
