@@ -293,8 +293,8 @@ class QuickstartConfig:
     """Pretraining time to fill; every schedule stretches to it."""
     fast: bool = False
     """A first model that forms words within a minute, all stages included."""
-    depth: int = 4
-    """Number of blocks; the width is 64 times as much."""
+    depth: int = 0
+    """Number of blocks; the width is 64 times as much. 0 takes 4, or 2 where it has to be fast."""
     vocab_size: int = 4096
     """Number of token ids."""
     seed: int = 0
@@ -305,6 +305,7 @@ class QuickstartConfig:
     def __post_init__(self) -> None:
         check_tag(self.tag, empty=True)
         check_number("seconds", self.seconds, low=1)
+        check_number("depth", self.depth, low=0, whole=True)
         check_number("seed", self.seed, low=0, whole=True)
 
 

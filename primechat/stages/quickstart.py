@@ -67,7 +67,8 @@ def quickstart(
         on_event=on_event,
         stop=stop,
     )
-    shape = GPTConfig.modern(config.depth, vocab_size=config.vocab_size, sequence_len=256, head_dim=64)
+    depth = config.depth or (2 if config.fast else 4)
+    shape = GPTConfig.modern(depth, vocab_size=config.vocab_size, sequence_len=256, head_dim=64)
     base_config = PretrainConfig(
         tag=tag, model=shape, seconds=seconds, seed=config.seed, runtime=config.runtime,
         batch_tokens=batch_tokens,
