@@ -130,6 +130,10 @@ def test_cache_ragged() -> None:
         assert (got[2][0] - full[-1]).abs().max() < 1e-4
         assert torch.equal(got[2][0], got[2][2])
     assert picked.lengths == [44, 9, 44]
+    kept = joined.select([0, 1, 2]).keep([2, 1])
+    assert torch.equal(
+        model.advance(extra[[2, 1], 3:], kept), model.advance(extra[[2, 1], 3:], joined.select([2, 1]))
+    )
 
 
 def test_cache_full() -> None:

@@ -291,9 +291,11 @@ class Engine:
                 if not alive or settings.cancelled:
                     break
                 if len(alive) < len(rows):
-                    rows = [rows[i] for i in alive]
+                    late = [i for i in alive if i >= len(alive)]  # they take the places that became free
+                    order = [late.pop() if rows[i].stop_reason else i for i in range(len(alive))]
+                    rows = [rows[i] for i in order]
                     with torch.inference_mode():
-                        cache = cache.select(alive)
+                        cache = getattr(cache, "keep", cache.select)(order)
                 logits = self._advance([row.tokens[-1:] for row in rows], cache)
         for row in rows:
             row.stop_reason = row.stop_reason or "cancelled"

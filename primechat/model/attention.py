@@ -206,6 +206,21 @@ class KVCache:
         last = None if self.last_embed is None else self.last_embed.index_select(0, index)
         return self.assemble(keys, values, [self.lengths[i] for i in rows], last)
 
+    def keep(self, rows: Sequence[int]) -> KVCache:
+        """Return this cache with the given rows only, in their places or in those of dropped ones.
+
+        Args:
+            rows: n of its rows; of these, a row i < n stands at i. Only what moves is copied.
+        """
+        for i, source in enumerate(rows):
+            if i != source:
+                n = self.lengths[source]
+                self.keys[:, i, :, :n] = self.keys[:, source, :, :n]
+                self.values[:, i, :, :n] = self.values[:, source, :, :n]
+        last = None if self.last_embed is None else self.last_embed[list(rows)]
+        kept = slice(len(rows))
+        return self.assemble(self.keys[:, kept], self.values[:, kept], [self.lengths[i] for i in rows], last)
+
     def join(self, others: Sequence[KVCache]) -> KVCache:
         """Return one cache holding the rows of this one and of `others`, whatever their lengths."""
         caches = [self, *others]

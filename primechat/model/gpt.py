@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from primechat.model.lora import Adapter
 
 EPS = 1.1920929e-07  # 2 ** -23: what nanochat's eps=None comes to in float32 (measured with torch 2.13)
+EPS_HERE = torch.tensor(EPS, device="cpu")
 SMEAR_CHANNELS = 24  # nanochat: the smear's gate reads the first 24 channels
 GATE_CHANNELS = 12  # nanochat: a value embedding's gate reads the first 12
 Rotary = tuple[Tensor, Tensor]  # cos and sin
@@ -39,12 +40,11 @@ TABLE_FACTOR = 10  # nanochat: the rotary table reaches 10 x sequence_len
 
 def norm(x: Tensor) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) over the last dimension; nothing is learned."""
-    if x.dtype != torch.float32:
+    if x.dtype != torch.float32 or not x.is_cpu:
         return F.rms_norm(x, (x.size(-1),), eps=EPS)
-    # the same in fewer passes over the data: sqrt(C) x / hypot(|x|, sqrt(C eps))
-    width = x.size(-1)
+    # the same in fewer passes over the data and in half as many calls
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * (width**0.5 / torch.hypot(length, length.new_full((), (width * EPS) ** 0.5)))
+    return x * torch.addcmul(EPS_HERE, length, length, value=1 / x.size(-1)).rsqrt()
 
 
 class Linear(nn.Linear):
