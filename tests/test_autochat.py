@@ -237,6 +237,18 @@ def test_near_copies_count() -> None:
     near = [f"I really like {thing} very much, do you?" for thing in ("dogs", "cats", "birds", "fish")]
     found = loops.find_loop([*TALK[:2], *near])
     assert found is not None and found.turn == 3
+    changed = [
+        "I saw the new film and liked it",
+        "the film is new and I liked it",
+        "I liked the new film, it is fun",
+    ]
+    round_again = [*changed, "it is the new film that I liked", "the new film is fun, I liked it"]
+    found = loops.find_loop([*TALK[:4], *round_again])
+    assert found is not None and found.turn == 5, "the same words in another order"
+    assert loops.find_loop([*TALK[:4], *round_again, *TALK[4:7]]) is None, "a loop that is left again"
+    assert loops.say_again(["b", "a", "a"], [["a"], ["b"]]) and not loops.say_again(
+        ["a", "b", "c"], [["a", "b"]]
+    )
     assert loops.compare_turns(["a", "b", "b"], ["b", "c", "c"]) == pytest.approx(1 / 5)
     assert loops.compare_turns(["ok"], ["ok"]) == 1 and loops.compare_turns(["ok"], ["ok", "then"]) == 0
 

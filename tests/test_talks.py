@@ -15,6 +15,7 @@ from primechat import store
 from primechat.desk.labs import runner
 from primechat.lab import borrow_model
 from primechat.lessons.instruments import talks
+from primechat.metrics.diversity import measure_kappa
 from primechat.metrics.loops import MEASURES, find_loop, measure_turns, read_talk
 from primechat.records import Turn
 from primechat.views import talk
@@ -118,13 +119,15 @@ def test_detector_agrees_with_labels_as_published() -> None:
         name: sum(x) for name, x in zip("ab", zip(*(row["labels"] for row in rows), strict=True), strict=True)
     }
     kappas, shares = talks.judge_detector(200)
-    told = next(
-        line for line in (ROOT / "labs" / "experiments.md").read_text().splitlines() if "kappa of" in line
-    )
+    lines = (ROOT / "labs" / "experiments.md").read_text(encoding="utf-8").splitlines()
+    told = [line for line in lines if "kappa of each pair" in line][-1]
     for name, spread in kappas.items():
         mean, low, high = spread["Cohen's kappa"]
         assert low <= mean <= high and f"{name} {mean:.2f}" in told, (name, mean)
     assert f"{yes['a']} and {yes['b']}" in told and f"{sum(verdicts)} by the detector" in told
+    unseen = [row for row in rows if row["number"] % 2 == 0]  # the rule was chosen by the others
+    expected = measure_kappa([row["detector"] for row in unseen], [row["labels"][0] for row in unseen])
+    assert kappas["unseen half, first labeller"]["Cohen's kappa"][0] == pytest.approx(expected)
     both = list(zip(*(row["labels"] for row in rows), strict=True))
     p = sum(x == y for x, y in zip(*both, strict=True)) / 100  # Cohen's formula by hand
     chance = (yes["a"] * yes["b"] + (100 - yes["a"]) * (100 - yes["b"])) / 10_000

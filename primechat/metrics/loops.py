@@ -1,8 +1,8 @@
 """Does a conversation go round in circles? A detector, and the controls that it is measured against.
 
-Hides: what counts as a loop. Within a turn: a phrase at its end three times in a row. Between turns: a turn
-that says almost what one of the last four said, three times running; empty turns are alike. The detector
-knows words only, not meaning: it misses a talk that says one thing in ever new words.
+Hides: what counts as a loop. A conversation is stuck whose last turn ends in a phrase three times in a row,
+or of whose last four turns three have few words that the four turns before them had not; what it leaves again
+is no loop. The detector knows words only: it misses a talk that says one thing in ever new ones.
 Reference: Xu et al. 2022, Learning to Break the Loop (sentences reinforce themselves); Holtzman et al. 2020.
 """
 
@@ -20,9 +20,9 @@ from primechat.records import Turn
 if TYPE_CHECKING:
     from primechat.protocols import ChatTokenizer
 
-MIN_REPEATS = 3  # of a phrase in a row, or of turns running
+MIN_REPEATS = 3  # of a phrase in a row; and of the last REACH turns so many say again what was said
 MIN_WORDS = 6  # that a repeated phrase covers in all: "no, no, no" is no loop
-NEAR = 0.7  # share of common words from which on two turns say almost the same
+NEAR = 0.7  # share of a turn's words that were said before from which on it says nothing new
 REACH = 4  # turns that a turn is compared with
 SHORT = 3  # words: a shorter turn (ok, yes, thanks) is alike only to one just the same
 
@@ -59,25 +59,46 @@ def compare_turns(first: Sequence[str], second: Sequence[str]) -> float:
     return float(np.minimum(*counts).sum() / np.maximum(*counts).sum())
 
 
+def say_again(words: Sequence[str], before: Sequence[Sequence[str]]) -> bool:
+    """Tell whether a turn hardly says a word that the turns before it have not said."""
+    if len(words) < SHORT:
+        return list(words) in [list(turn) for turn in before]
+    said = {word for turn in before for word in turn}
+    return sum(word in said for word in words) >= NEAR * len(words)
+
+
 def find_loop(texts: Sequence[str]) -> Loop | None:
-    """Return where a conversation begins to go round in circles, None where it does not.
+    """Return where a conversation begins to go round in circles and does so to its end, or None.
 
     Args:
         texts: its turns.
     """
-    turns, runs = [split_words(text) for text in texts], [0] * (REACH + 1)
-    for t, words in enumerate(turns):
-        if period := find_phrase([word for word in words if word.isalnum()] or words):
-            return Loop(t, "phrase", period)
-        for back in range(1, REACH + 1):
-            alike = t >= back and compare_turns(words, turns[t - back]) >= NEAR
-            runs[back] = runs[back] + 1 if alike else 0
-            if (
-                runs[back] >= MIN_REPEATS - 1 and runs[back] >= back
-            ):  # said three times, or a whole round again
-                kind = "turns" if any(turns[t - i] for i in range(back)) else "silence"
-                return Loop(max(0, t - runs[back] + 1), kind, back)
-    return None
+    turns = [split_words(text) for text in texts]
+    phrases = [find_phrase([word for word in words if word.isalnum()] or words) for words in turns]
+    again = [
+        bool(phrases[t]) or say_again(words, turns[max(0, t - REACH) : t]) for t, words in enumerate(turns)
+    ]
+
+    def is_stuck(end: int) -> bool:
+        """Tell whether the conversation goes round where it has so many turns."""
+        return end > 0 and (phrases[end - 1] > 0 or sum(again[max(0, end - REACH) : end]) >= MIN_REPEATS)
+
+    end = len(turns)
+    if not is_stuck(end):
+        return None
+    while is_stuck(end - 1):
+        end -= 1
+    window = range(max(0, end - REACH), end)
+    many = sum(again[t] for t in window) >= MIN_REPEATS
+    start = next(t for t in window if again[t]) if many else end - 1
+    if phrases[start]:
+        return Loop(start, "phrase", phrases[start])
+    likeness = {
+        back: np.mean([compare_turns(turns[t], turns[t - back]) for t in range(start, len(turns))])
+        for back in range(1, min(start, REACH) + 1)
+    }
+    kind = "turns" if any(turns[start:]) else "silence"
+    return Loop(start, kind, max(likeness, key=lambda back: float(likeness[back])))
 
 
 # Controls

@@ -243,7 +243,8 @@ def judge_detector(draws: int = 500) -> tuple[Spreads, Spreads]:
     """Compare the loop detector with labels that were given without knowing its verdict.
 
     Two language models, not people, read 100 transcripts and a page of rules, and said of each whether it is
-    stuck by its end. The detector's verdicts are computed now.
+    stuck by its end. The detector's verdicts are computed now. Its rule was chosen by the transcripts of odd
+    number; those of even number judge it.
 
     Returns:
         Cohen's kappa of each pair, and by origin the share that is called stuck; each with a 95 % bootstrap
@@ -252,11 +253,12 @@ def judge_detector(draws: int = 500) -> tuple[Spreads, Spreads]:
     rows = [json.loads(line) for line in LABELLED.read_text(encoding="utf-8").splitlines()]
     first, second = np.array([row["labels"] for row in rows]).T
     found = np.array([int(find_loop(row["turns"]) is not None) for row in rows])
-    agreed, rng = first == second, np.random.default_rng(0)
+    odd, rng = np.array([row["number"] % 2 == 1 for row in rows]), np.random.default_rng(0)
     pairs = {
-        "the two labellers": (first, second), "detector, first labeller": (found, first),
-        "detector, second labeller": (found, second),
-        "detector, where they agree": (found[agreed], first[agreed]),
+        "the two labellers": (first, second), "unseen half, first labeller": (found[~odd], first[~odd]),
+        "unseen half, second labeller": (found[~odd], second[~odd]),
+        "tuned half, first labeller": (found[odd], first[odd]),
+        "tuned half, second labeller": (found[odd], second[odd]),
     }  # fmt: skip
     kappas, shares = Spreads(), Spreads()
     for name, (x, y) in pairs.items():
