@@ -34,6 +34,10 @@ COMPILING = "compiling: the model becomes a faster program"
 # What compiling brought on a 2-core server CPU where nothing was measured yet: seconds, and eager time /
 # compiled time
 COMPILE_GUESS = {"compile_s": 45.0, "gain_float32": 1.2, "gain_bfloat16": 1.8}
+OLDER_GUESS = {
+    **COMPILE_GUESS,
+    "gain_float32": 1.1,
+}  # the same without units for bfloat16: products take most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +217,7 @@ def tune_runtime(
     on_phase(MEASURING, limit_s)
     rows = runtime.micro_batch_rows or min(n_rows, max(1, 1024 // ids.size(1)))
     tried: list[Candidate] = []
-    skipped, left_out = False, list[str]()
+    skipped, left_out, guess = False, list[str](), COMPILE_GUESS
 
     def try_one(candidate: Candidate) -> None:
         nonlocal skipped
@@ -231,7 +235,7 @@ def tune_runtime(
             else ["float32", "bfloat16"]
         )
         if device == "cpu" and len(dtypes) > 1 and not half_pays():
-            dtypes = ["float32"]
+            dtypes, guess = ["float32"], OLDER_GUESS
             left_out.append("cpu bfloat16 was not tried: this processor has no units for it.")
         for dtype in dtypes:
             n = one if device == "cpu" else cores
@@ -270,9 +274,7 @@ def tune_runtime(
 
         optim_s = max(0.0, time_call(move, best.device) - micro_s)
     step_s = n_rows / best.rows * micro_s + optim_s
-    turn_on, why = decide_compile(
-        runtime.compile, best, step_s, seconds, steps, {**COMPILE_GUESS, **(known or {})}
-    )
+    turn_on, why = decide_compile(runtime.compile, best, step_s, seconds, steps, {**guess, **(known or {})})
     chosen = replace(
         runtime, device=best.device, dtype=best.dtype, threads=best.threads, micro_batch_rows=best.rows,
         compile="on" if share_object(turn_on) else "off",
@@ -281,7 +283,7 @@ def tune_runtime(
     learned: dict[str, float] = {}
     if chosen.compile == "on":
         loss = make(model, chosen)
-        on_phase(COMPILING, {**COMPILE_GUESS, **(known or {})}["compile_s"])
+        on_phase(COMPILING, {**guess, **(known or {})}["compile_s"])
         try:
             compile_s = time_call(lambda: run_micro(model, loss, x, y), best.device, repeats=0)
             fast_s = time_call(lambda: run_micro(model, loss, x, y), best.device)
