@@ -28,7 +28,15 @@ from primechat.model.checkpoint import explain_steps, find_steps, list_snapshots
 from primechat.model.era import detect_era
 from primechat.model.runlog import read_metrics
 from primechat.model.weights import inspect_model, read_json
-from primechat.names import ADAPTER, ADAPTER_FOLDER, FAMILIES, IDENTIFIER, ModelName, parse_identifier
+from primechat.names import (
+    ADAPTER,
+    ADAPTER_FOLDER,
+    FAMILIES,
+    FOLDERS,
+    IDENTIFIER,
+    ModelName,
+    parse_identifier,
+)  # fmt: skip
 from primechat.records import NoteEvent, OnEvent, TrainResult
 
 if TYPE_CHECKING:
@@ -69,11 +77,10 @@ def run_dir(family: str, tag: str) -> Path:
     Raises:
         ConfigError: an unknown family, or a tag that is no plain name.
     """
-    folders = {**FAMILIES, "lora": ADAPTER_FOLDER}
-    if family not in folders:
-        raise ConfigError(f"source={family!r} must be one of {', '.join(folders)}; try base.")
+    if family not in FOLDERS:
+        raise ConfigError(f"source={family!r} must be one of {', '.join(FOLDERS)}; try base.")
     check_tag(tag)
-    return base_dir() / folders[family] / tag
+    return base_dir() / FOLDERS[family] / tag
 
 
 def list_tags(root: Path, family: str) -> list[Path]:

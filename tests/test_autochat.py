@@ -26,7 +26,6 @@ from primechat.records import Event, ProgressEvent
 from primechat.stages.autochat import HUMAN, Speaker, autochat, build_messages, read_talks
 from primechat.stages.finetune import finetune
 from primechat.stages.pretrain import pretrain
-from primechat.text.corpora import load_conversations
 
 RUNTIME = RuntimeConfig(device="cpu", threads=1, compile="off", micro_batch_rows=2, dtype="float32")
 LOOK = LookConfig(snapshots=False, sample_every=-1)
@@ -146,9 +145,9 @@ def test_generations_learn_from_their_talk(base: Path) -> None:
     assert [read_talks(path)[0][1].model for path in result.generations] == [
         "sft/d2@2", "sft/gen-g1@1", "sft/gen-g2@1",
     ]  # fmt: skip
-    learned = load_conversations(base / "autochat/gen-g0/learned.jsonl")
+    lines = (base / "autochat/gen-g0/learned.jsonl").read_text(encoding="utf-8").splitlines()
     own = [build_messages(turns) for turns in read_talks("autochat/gen-g0")]
-    assert len(learned) == 8 and [talk["messages"] for talk in learned[4:]] == own
+    assert len(lines) == 8 and [json.loads(line)["messages"] for line in lines[4:]] == own
 
 
 def test_command_line_and_refusals(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

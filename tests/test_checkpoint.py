@@ -167,7 +167,6 @@ def test_only_plain_states(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="other tensors"):
         save_checkpoint(tmp_path, 1, model_state={}, config=CONFIG, optim_state=None, meta={})
     assert find_steps(tmp_path) == []
-    save_checkpoint(tmp_path / "r1", 1, model_state={}, config=CONFIG, optim_state=None, meta={}, rank=1)
     assert not (tmp_path / "r1").exists()
 
 

@@ -64,7 +64,7 @@ def test_figures_of_lengths_and_directions(explorer: Explorer) -> None:
 
 
 def test_no_snapshots_is_a_sentence(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("primechat.lessons.instruments.explorer.list_models", lambda: [])
+    monkeypatch.setattr("primechat.lessons.instruments.timelapse.list_models", lambda: [])
     told, course = explorer.travel()
     assert (
         isinstance(told, Live)

@@ -14,7 +14,7 @@ from chat_pages import MODELS, TOKENIZER, EchoModel, open_echo
 from primechat.desk.session import ChatSession
 from primechat.desk.tree import ChatSettings
 from primechat.errors import ConfigError, DataError
-from primechat.text.corpora import load_conversations
+from primechat.text.dialogues import stream_dialogues
 
 
 class Page:
@@ -195,7 +195,8 @@ def test_tools_are_shown_and_saved(tmp_path: Path) -> None:
     saved = page.do("save")
     path = tmp_path / saved["name"]
     path.write_text(saved["text"], encoding="utf-8")
-    loaded = load_conversations(path)  # what finetune reads
+    both = (stream_dialogues(str(path), split) for split in ("train", "val"))  # what finetune reads
+    loaded = [conversation for part in both for conversation in part]
     assert len(loaded) == 2 and loaded[0]["messages"][0] == {"role": "system", "content": "Be brief."}
     assert [part["type"] for part in loaded[0]["messages"][2]["content"]] == [
         "python",

@@ -44,7 +44,7 @@ from primechat.config import (
     encode_config,
 )
 from primechat.errors import ConfigError
-from primechat.names import ADAPTER_FOLDER, FAMILIES, parse_identifier
+from primechat.names import FOLDERS, parse_identifier
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT_NAMES = {"settings", "stage", "summary"}  # what desk/pods/script.py offers of a lab's tools
@@ -305,7 +305,7 @@ def check_folder(folder: Path, settings: str) -> None:
 
 def fill_in(lab: Path, config: Any, plan: Plan, home: Path) -> dict[str, str]:
     """Return what the placeholders of the templates stand for, in the order in which they are filled."""
-    family, folders = name_family(config), {**FAMILIES, "lora": ADAPTER_FOLDER}
+    family = name_family(config)
     first, talks = type(config) is PretrainConfig, isinstance(config, AutochatConfig)
     recipe = first and config == full_config(config.model.n_layer, config.model.architecture)
     cost = f"{format_hours(plan.train_s)} and ${plan.dollars:,.0f}"
@@ -325,7 +325,7 @@ def fill_in(lab: Path, config: Any, plan: Plan, home: Path) -> dict[str, str]:
         }  # fmt: skip
     else:
         source = parse_identifier(name_source(config))
-        place = f"{folders.get(source.family, source.family)}/{source.tag}"
+        place = f"{FOLDERS.get(source.family, source.family)}/{source.tag}"
         alone = not (home / place / "tokenizer").is_dir() and (home / "tokenizer").is_dir()
         mounts = [f"  {POD_BASE}/{name}: {json.dumps(str(home / name))}\n"
                   for name in (place, *(["tokenizer"] if alone else []))]  # fmt: skip
@@ -345,7 +345,7 @@ def fill_in(lab: Path, config: Any, plan: Plan, home: Path) -> dict[str, str]:
         **words, "@PULL@": pulls, "@PULL_SKY@": pulls.replace("@POD", "@primechat-@NAME@"),
         "@HOME@": shlex.quote(str(home)), "@BASE@": POD_BASE, "@IMAGE@": IMAGE,
         "@GPUS@": plan.machine.name, "@RANKS@": str(1 if talks else plan.machine.n_gpus),
-        "@FAMILY@": folders[family], "@TAG@": config.tag, "@LAB@": lab.name,
+        "@FAMILY@": FOLDERS[family], "@TAG@": config.tag, "@LAB@": lab.name,
         "@JOB@": job, "@NAME@": job.lower().replace("_", "-").replace(".", "-"),
         "@LIMIT@": f"{plan.dollars * (1.25 if first else 0.25):.0f}",
         "@PRICE@": f"{plan.machine.dollars_per_hour:.2f}",

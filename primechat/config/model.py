@@ -7,9 +7,10 @@ Hides: how a depth becomes a shape. Reference: nanochat, the code of October 202
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from primechat.config.runtime import check_number
 from primechat.errors import ConfigError
 
 ROPE_DTYPES = ("float32", "bfloat16", "compute")
@@ -62,11 +63,7 @@ class GPTConfig:
             "n_embd",
             "vocab_multiple",
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(
-                    f"model.{name}={value!r} must be a whole number of at least 1; set it to one."
-                )
+            check_number(f"model.{name}", getattr(self, name), low=1, whole=True)
         if self.n_embd % self.n_head:
             near = max(1, round(self.n_embd / self.n_head)) * self.n_head
             raise ConfigError(
@@ -235,19 +232,9 @@ def shape_student(teacher: GPTConfig, n_layer: int, n_embd: int, n_head: int) ->
 
 
 def classic_switches() -> dict[str, Any]:
-    """Return the switches that make a config `classic`; shapes and windows are free."""
-    return dict(
-        value_embeddings=False,
-        residual_scalars=False,
-        smear=False,
-        backout=False,
-        qk_gain=1.0,
-        rope_base=10_000.0,
-        rope_dtype="bfloat16",
-        logit_softcap=15.0,
-        window_pattern="",
-        vocab_multiple=1,
-    )
+    """Return the switches that make a config `classic`: the defaults; shapes and windows are free."""
+    sizes = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+    return {item.name: item.default for item in fields(GPTConfig) if item.name not in sizes}
 
 
 def modern_switches() -> dict[str, Any]:

@@ -6,6 +6,7 @@ Hides: nothing; these are plain settings. A field's string is its help on the co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from primechat.errors import ConfigError
 
@@ -41,9 +42,7 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (("device", DEVICES), ("dtype", DTYPES), ("compile", COMPILE)):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ConfigError(f"runtime.{name}={value!r} must be one of {', '.join(allowed)}; try auto.")
+            check_choice(f"runtime.{name}", getattr(self, name), allowed)
         for name in ("threads", "micro_batch_rows"):
             check_number(f"runtime.{name}", getattr(self, name), low=0, whole=True)
         for name in ("max_hours", "max_dollars", "dollars_per_hour"):
@@ -135,6 +134,22 @@ class LookConfig:
             ("save_every", 0), ("keep_checkpoints", 1), ("snapshot_budget_mb", 0),
         ):  # fmt: skip
             check_number(f"look.{name}", getattr(self, name), low=low, whole=True)
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Refuse a word that is none of the allowed ones."""
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} must be one of {', '.join(allowed)}; try {allowed[0]}.")
+
+
+def check_drawing(config: Any, most_tokens: float | None = None) -> None:
+    """Refuse settings that no reply can be drawn with; `most_tokens` bounds its length."""
+    check_number("temperature", config.temperature, low=0, high=100)
+    check_number("top_k", config.top_k, low=0, whole=True)
+    check_number("top_p", config.top_p, low=1e-6, high=1)
+    check_number("repetition_penalty", config.repetition_penalty, low=1, high=10)
+    check_number("max_new_tokens", config.max_new_tokens, low=1, high=most_tokens, whole=True)
+    check_number("seed", config.seed, low=0, whole=True)
 
 
 def check_number(

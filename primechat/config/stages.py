@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 
 from primechat.config.model import GPTConfig
-from primechat.config.runtime import LookConfig, OptimConfig, RuntimeConfig, check_number
+from primechat.config.runtime import LookConfig, OptimConfig, RuntimeConfig, check_choice, check_number
 from primechat.errors import ConfigError
 
 
@@ -336,21 +336,18 @@ def check_tag(tag: object, *, empty: bool = False) -> None:
         raise ConfigError(f"tag={tag!r} must be a plain name of letters, digits, '.', '_' and '-'; try d4.")
 
 
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Refuse a word that is none of the allowed ones."""
-    if value not in allowed:
-        raise ConfigError(f"{name}={value!r} must be one of {', '.join(allowed)}; try {allowed[0]}.")
-
-
 def check_training(config: PretrainConfig | FinetuneConfig, row_tokens: int) -> None:
     """Refuse sizes and lengths that no run can have."""
     check_number("batch_tokens", config.batch_tokens, low=1, whole=True)
     check_number("steps", config.steps, low=0, whole=True)
     check_number("seconds", config.seconds, low=0)
     check_number("seed", config.seed, low=0, whole=True)
-    if config.batch_tokens % row_tokens:
-        near = max(1, round(config.batch_tokens / row_tokens)) * row_tokens
-        raise ConfigError(
-            f"batch_tokens={config.batch_tokens} must be a multiple of model.sequence_len={row_tokens}; "
-            f"try {near}."
-        )
+    check_rows(config.batch_tokens, row_tokens)
+
+
+def check_rows(batch_tokens: int, sequence_len: int, whose: str = "model.") -> None:
+    """Refuse a batch that is no whole number of rows; `whose` is said before the length of a row."""
+    if batch_tokens % sequence_len:
+        near = max(1, round(batch_tokens / sequence_len)) * sequence_len
+        rule = f"must be a multiple of {whose}sequence_len={sequence_len}"
+        raise ConfigError(f"batch_tokens={batch_tokens} {rule}; try {near}.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from primechat.config.runtime import RuntimeConfig, check_number
+from primechat.config.runtime import RuntimeConfig, check_drawing, check_number
 from primechat.config.stages import check_tag
 from primechat.errors import ConfigError
 
@@ -59,14 +59,12 @@ class AutochatConfig:
 
     def __post_init__(self) -> None:
         check_tag(self.tag)
-        for name in ("n_talks", "max_new_tokens", "batch_rows", "tune_steps"):
+        check_drawing(self)
+        for name in ("n_talks", "batch_rows", "tune_steps"):
             check_number(name, getattr(self, name), low=1, whole=True)
         check_number("turns", self.turns, low=2, whole=True)
-        for name in ("top_k", "seed", "human_every", "generations"):
+        for name in ("human_every", "generations"):
             check_number(name, getattr(self, name), low=0, whole=True)
-        check_number("temperature", self.temperature, low=0, high=100)
-        check_number("top_p", self.top_p, low=1e-6, high=1)
-        check_number("repetition_penalty", self.repetition_penalty, low=1, high=10)
         check_number("human_share", self.human_share, low=0, high=0.95)
         if len(self.personas) != 2:
             raise ConfigError(f"personas={self.personas!r} must be two texts; give an empty one for none.")

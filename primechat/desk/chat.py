@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from primechat.config.runtime import DEVICES, check_number
+from primechat.config.runtime import DEVICES, check_choice, check_drawing
 from primechat.desk.progress import ProgressView, clean_text
 from primechat.errors import ConfigError, PrimechatError
 
@@ -61,14 +61,8 @@ class ChatConfig:
     """Seed of the first reply; each further one adds 1."""
 
     def __post_init__(self) -> None:
-        if self.device not in DEVICES:
-            raise ConfigError(f"device={self.device!r} must be one of {', '.join(DEVICES)}; try auto.")
-        check_number("temperature", self.temperature, low=0, high=100)
-        check_number("top_k", self.top_k, low=0, whole=True)
-        check_number("top_p", self.top_p, low=1e-6, high=1)
-        check_number("repetition_penalty", self.repetition_penalty, low=1, high=10)
-        check_number("max_new_tokens", self.max_new_tokens, low=1, whole=True)
-        check_number("seed", self.seed, low=0, whole=True)
+        check_choice("device", self.device, DEVICES)
+        check_drawing(self)
 
 
 def run_chat(

@@ -12,6 +12,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from primechat.desk.progress import format_seconds
 from primechat.errors import PrimechatError
 from primechat.records import TrainResult
 from primechat.store import base_dir, load_run
-from primechat.views.theme import DARK, FONT, LIGHT, SERIES, style_matplotlib
+from primechat.views.theme import DARK, FONT, LIGHT, SERIES, open_figure
 
 SMOOTH = 0.03  # of the run: the width over which a step's loss is averaged
 CURVES = (  # file, title, what is drawn: event, field, label
@@ -111,20 +112,17 @@ def draw_curve(run: TrainResult, title: str, lines: tuple[tuple[str, str], ...])
     series = [(name, x, y) for name, x, y in series if len(x)]
     if not series:
         return b""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PrimechatError(
-            "report draws with matplotlib, which is missing; pip install matplotlib."
-        ) from None
-    with rc_context(style_matplotlib()):  # type: ignore[arg-type]
-        return paint_curve(Figure(figsize=(7, 3.6), dpi=130, layout="constrained"), title, series)
+    if not find_spec("matplotlib"):
+        raise PrimechatError("report draws with matplotlib, which is missing; pip install matplotlib.")
+    with open_figure(7, 3.6, dpi=130) as (figure, axes):
+        paint_curve(axes, title, series)
+        out = io.BytesIO()
+        figure.savefig(out, format="png")
+    return out.getvalue()
 
 
-def paint_curve(figure: Any, title: str, series: list[tuple[str, np.ndarray, np.ndarray]]) -> bytes:
-    """Draw series on an empty figure and return it as a PNG."""
-    axes = figure.subplots()
+def paint_curve(axes: Any, title: str, series: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
+    """Draw series, each smoothed where it has many points, with its name at its end."""
     for (name, x, y), colour in zip(series, SERIES, strict=False):
         noisy = len(y) > 60
         if noisy:
@@ -141,9 +139,6 @@ def paint_curve(figure: Any, title: str, series: list[tuple[str, np.ndarray, np.
             axes.annotate(f" {LABELS.get(name, name)}", (x[-1], y[-1]), color=colour, va="center")
     axes.set(title=title, xlabel="optimizer steps")
     axes.margins(x=0.02 if len(series) == 1 else 0.12)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
 
 
 def write_page(run: TrainResult, folder: Path, pictures: dict[str, bytes]) -> str:

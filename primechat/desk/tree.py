@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from primechat.config.runtime import check_number
+from primechat.config.runtime import check_drawing, check_number
 from primechat.errors import ConfigError, DataError, PrimechatError
 from primechat.records import Token
 from primechat.text.conversation import read_messages
@@ -36,12 +36,7 @@ class ChatSettings:
     def __post_init__(self) -> None:
         if not isinstance(self.system, str):
             raise ConfigError(f"system={self.system!r:.40} must be a text; try an empty one.")
-        check_number("temperature", self.temperature, low=0, high=100)
-        check_number("top_k", self.top_k, low=0, whole=True)
-        check_number("top_p", self.top_p, low=1e-6, high=1)
-        check_number("repetition_penalty", self.repetition_penalty, low=1, high=10)
-        check_number("max_new_tokens", self.max_new_tokens, low=1, high=100_000, whole=True)
-        check_number("seed", self.seed, low=0, whole=True)
+        check_drawing(self, 100_000)
         check_number("alpha", self.alpha, low=0, high=100)
 
 

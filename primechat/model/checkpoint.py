@@ -60,7 +60,6 @@ def save_checkpoint(
     config: GPTConfig,
     optim_state: dict[str, Any] | None,
     meta: Mapping[str, Any],
-    rank: int = 0,
 ) -> None:
     """Commit one step; the caller holds the folder's `RunLock`.
 
@@ -68,13 +67,10 @@ def save_checkpoint(
         model_state: tensors by nanochat's keys; a prefix `_orig_mod.` is removed.
         optim_state: nested dicts, lists, tuples of tensors, numbers, strings; of all ranks, not one's share.
         meta: what else to record, JSON-able: val_bpb, tokenizer_identity, cursor, schedule, user_config ...
-        rank: only rank 0 writes.
 
     Raises:
         CheckpointError: the disk refuses, or nanochat wrote this step.
     """
-    if rank != 0:
-        return
     folder = Path(folder)
     state = {key.removeprefix("_orig_mod."): tensor for key, tensor in model_state.items()}
     if {key: tuple(tensor.shape) for key, tensor in state.items()} != list_shapes(config):
@@ -263,7 +259,6 @@ def load_checkpoint(
     folder: Path | str,
     step: int | None = None,
     *,
-    device: str = "cpu",
     want_optim: bool = False,
     verify: bool | None = None,
     dtype: str = "",
@@ -273,7 +268,6 @@ def load_checkpoint(
     Args:
         folder: the run's, or its `snapshots` folder.
         step: None takes the newest that can be read and names the newer ones in `skipped`.
-        device: where the model's tensors go; the optimizer's stay on the CPU.
         want_optim: read the optimizer's state too, to resume.
         verify: compare hashes; None does so when resuming, for files below 1 GB.
         dtype: float32 or bfloat16 to cast the model's tensors to; empty leaves them as they are.
@@ -283,11 +277,11 @@ def load_checkpoint(
     """
     folder = Path(folder)
     if step is not None:
-        return read_step(folder, step, device, want_optim, verify, dtype)
+        return read_step(folder, step, want_optim, verify, dtype)
     skipped: list[str] = []
     for number in reversed(list_numbers(folder)):
         try:
-            loaded = read_step(folder, number, device, want_optim, verify, dtype)
+            loaded = read_step(folder, number, want_optim, verify, dtype)
         except CheckpointError as e:
             skipped.append(f"step {number}: {e}")
             continue
@@ -299,9 +293,7 @@ def load_checkpoint(
     raise CheckpointError(f"{folder} holds no checkpoint; train one, or see `primechat models`.")
 
 
-def read_step(
-    folder: Path, step: int, device: str, want_optim: bool, verify: bool | None, dtype: str
-) -> Loaded:
+def read_step(folder: Path, step: int, want_optim: bool, verify: bool | None, dtype: str) -> Loaded:
     """Read one step or say what is wrong with it."""
     there = list_numbers(folder)
     if step not in there:
@@ -318,8 +310,6 @@ def read_step(
     except CheckpointError as e:
         raise CheckpointError(f"{path} cannot be used: {str(e)[0].lower()}{str(e)[1:]}") from None
     state = load_model(path, specs, dtype)
-    if device != "cpu":
-        state = {key: tensor.to(device) for key, tensor in state.items()}
     optim_state = read_optim(folder, step, meta) if want_optim else None
     return Loaded(step=step, config=config, model_state=state, meta=meta, optim_state=optim_state)
 

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from primechat import store
-from primechat.config import FinetuneConfig, LookConfig, decode_config, encode_config, find_difference
+from primechat.config import FinetuneConfig, LookConfig, encode_config, find_difference
 from primechat.config.talk import AutochatConfig
 from primechat.errors import ConfigError, DataError
 from primechat.files import write_whole
 from primechat.infer.engine import Engine
 from primechat.infer.sampling import seed_row
 from primechat.infer.threads import settle_threads
-from primechat.model.runlog import RunLock
+from primechat.model.runlog import RunLock, read_frozen
 from primechat.records import AutochatResult, OnEvent, PhaseEvent, ProgressEvent, Turn
 from primechat.stages.finetune import finetune
 from primechat.stages.run import pick_device
@@ -148,7 +148,7 @@ class Speaker:
 
     def __init__(self, config: AutochatConfig, identifier: str) -> None:
         device = pick_device(config.runtime.device)
-        model, tokenizer, meta = store.open_model(identifier, device=device, dtype=pick_dtype(config))
+        model, tokenizer, meta = store.open_model(identifier, device=device, dtype=config.runtime.dtype)
         settle_threads(model)
         self.engine, self.identifier = Engine(model, tokenizer), str(meta.get("identifier", identifier))
 
@@ -165,11 +165,6 @@ class Speaker:
             if len(ids) <= room:
                 return ids
         return ids[: self.engine.model.max_context // 2]
-
-
-def pick_dtype(config: AutochatConfig) -> str:
-    """Return the precision of the weights."""
-    return "auto" if config.runtime.dtype == "auto" else config.runtime.dtype
 
 
 def take_turn(
@@ -230,7 +225,7 @@ def open_folder(config: AutochatConfig, folder: Path) -> list[list[Turn]]:
             raise ConfigError(
                 f"{folder} holds conversations; add --resume to go on, or choose another --tag."
             )
-        frozen = decode_config(json.loads(path.read_text(encoding="utf-8")), AutochatConfig, str(path))
+        frozen = read_frozen(folder, AutochatConfig)
         if difference := find_difference(frozen, given, ("runtime",)):
             raise ConfigError(
                 f"{difference} (the conversations', then yours); drop that flag or change --tag."

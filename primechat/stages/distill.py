@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,18 +21,18 @@ from torch import Tensor
 from primechat import store
 from primechat.config import DistillConfig, GPTConfig, RuntimeConfig
 from primechat.config.model import shape_student, shrink_model
+from primechat.config.stages import check_rows
 from primechat.errors import ConfigError
 from primechat.infer.engine import Engine
 from primechat.metrics.retention import judge_writing, measure_retention, write_texts
-from primechat.model.checkpoint import Loaded, load_checkpoint
+from primechat.model.checkpoint import Loaded, load_checkpoint, save_checkpoint
 from primechat.model.era import list_shapes
 from primechat.model.gpt import GPT
 from primechat.records import NoteEvent, OnEvent, TrainResult
-from primechat.stages.finetune import make_job, open_cache
+from primechat.stages.finetune import make_job
 from primechat.stages.job import Batches, Job
-from primechat.stages.pretrain import CHAT_PROMPTS, TEXT_PROMPTS, cache_text
+from primechat.stages.pretrain import CHAT_PROMPTS, TEXT_PROMPTS, cache_text, open_cache, pack_rows
 from primechat.stages.run import TrainingRun, write_continuation
-from primechat.text.batches import PackedBatches
 from primechat.text.corpora import corpus_identity
 from primechat.text.tokenizer import Tokenizer
 from primechat.train.loop import SumLoss
@@ -84,9 +84,10 @@ def distill(
             return inner
         return OwnBatches(inner, made["student"], tokenizer, config.on_policy, config.seed)
 
-    kept = {item.name: getattr(plain, item.name) for item in fields(plain)} | {"open_batches": open_batches}
-    kept |= {"start_state": None if start is None else (lambda: start.model_state)}
-    kept["meta"] = {**plain.meta, "teacher": meta["identifier"]}
+    kept = {
+        **vars(plain), "open_batches": open_batches, "meta": {**plain.meta, "teacher": meta["identifier"]},
+        "start_state": None if start is None else (lambda: start.model_state),
+    }  # fmt: skip
     job = DistillJob(
         **kept, teacher=teacher, mix=mix, seed=config.seed, made=made,
         cache=open_teacher_cache(config, meta, shape.sequence_len),
@@ -126,19 +127,11 @@ def make_text_job(
         cache_text(config.corpus, split, tokenizer, config.n_shards, on_event) for split in ("train", "val")
     )
     T = shape.sequence_len
-    if config.batch_tokens % T:
-        near = max(1, round(config.batch_tokens / T)) * T
-        raise ConfigError(
-            f"batch_tokens={config.batch_tokens} must be a multiple of sequence_len={T}; try {near}."
-        )
-
-    def open_batches(rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None) -> PackedBatches:
-        shape: Any = dict(sequence_len=T, rows=rows, rank=rank, world_size=world_size, cursor=cursor)
-        return PackedBatches(train, seed=config.seed, **shape)
-
+    check_rows(config.batch_tokens, T, "")
     return Job(
-        family="base", model=shape, start_state=None, tokenizer=tokenizer, open_batches=open_batches,
-        open_windows=open_cache(val, T), last_eval_tokens=config.look.last_eval_tokens,
+        family="base", model=shape, start_state=None, tokenizer=tokenizer,
+        open_batches=pack_rows(train, T, config.seed), open_windows=open_cache(val, T),
+        last_eval_tokens=config.look.last_eval_tokens,
         default_steps=max(1, round(train.tokens / config.batch_tokens)),
         prompts=CHAT_PROMPTS if config.corpus == "chitchat" else TEXT_PROMPTS,
         write_sample=write_continuation,
@@ -196,8 +189,10 @@ class DistillJob(Job):
         """Commit the student; the projector goes with the optimizer, as only training needs it."""
         state, shapes = model.state_dict(), list_shapes(self.model)
         extra = {key: tensor for key, tensor in state.items() if key not in shapes}
-        plain = _Weights({key: tensor for key, tensor in state.items() if key in shapes})
-        super().save_step(folder, step, plain, {**optim_state, "projector": extra}, meta)  # type: ignore[arg-type]
+        save_checkpoint(
+            folder, step, model_state={key: state[key] for key in shapes}, config=self.model,
+            optim_state={**optim_state, "projector": extra}, meta=meta,
+        )  # fmt: skip
 
     def measure_more(self, model: GPT, tokens: int) -> dict[str, Any]:
         """Return retention, agreement and KL on the beginning of the validation text, and how the student
@@ -208,16 +203,6 @@ class DistillJob(Job):
         found = measure_retention(model, self.teacher, windows, self.tokenizer.byte_lengths()).total
         compared = {"retention": found.retention, "agreement": found.agreement, "kl_nats": found.kl_nats}
         return compared | judge_writing(write_texts(model, self.tokenizer, windows))
-
-
-class _Weights:
-    """Tensors that answer to `state_dict`, as a model does."""
-
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        self.state = state
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.state
 
 
 class OwnBatches:

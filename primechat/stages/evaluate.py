@@ -40,13 +40,7 @@ def evaluate(
     """
     t_start, tell = time.perf_counter(), on_event or (lambda event: None)
     device = list_devices(config.runtime.device)[0]
-    dtype = (
-        config.runtime.dtype
-        if config.runtime.dtype != "auto"
-        else "bfloat16"
-        if device == "cuda"
-        else "float32"
-    )
+    dtype = config.runtime.dtype
     model, tokenizer, _ = store.open_model(config.model, device=device, dtype=dtype, on_event=on_event)
     window = config.window or model.sequence_len
     stride = config.stride or window

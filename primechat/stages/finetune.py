@@ -10,21 +10,20 @@ that it came from. Reference: nanochat's chat SFT and midtraining; Ouyang et al.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
-
-from torch import Tensor
 
 from primechat import store
 from primechat.config import FinetuneConfig
-from primechat.errors import ConfigError, PrimechatError
+from primechat.config.stages import check_rows
+from primechat.errors import PrimechatError
 from primechat.infer.engine import Engine
 from primechat.model.checkpoint import Loaded, load_checkpoint
 from primechat.records import NoteEvent, OnEvent, TrainResult
-from primechat.stages.pretrain import EVAL_ROWS, cache_text
+from primechat.stages.job import Windows
+from primechat.stages.pretrain import cache_text, open_cache, pack_rows
 from primechat.stages.run import SAMPLE_TOKENS, Job, TrainingRun
-from primechat.text.batches import PackedBatches, PaddedBatches, TokenCache, build_cache, validation_windows
+from primechat.text.batches import PackedBatches, PaddedBatches, TokenCache, build_cache
 from primechat.text.corpora import is_local
 from primechat.text.dialogues import (
     DialogueOptions,
@@ -37,7 +36,6 @@ from primechat.text.tokenizer import Tokenizer
 
 PROMPTS = ("Hi! How was your day?", "Do you like music?")
 MAX_TOKENS = 2048  # of one conversation
-Windows = Callable[[int, int, int], Iterable[tuple[Tensor, Tensor]]]
 
 
 def finetune(
@@ -64,27 +62,18 @@ def make_job(
 ) -> Job:
     """Return what training on conversations, from a checkpoint, brings to the common loop."""
     T = loaded.config.sequence_len
-    if config.batch_tokens % T:
-        near = max(1, round(config.batch_tokens / T)) * T
-        raise ConfigError(
-            f"batch_tokens={config.batch_tokens} must be a multiple of the base model's sequence_len={T}; "
-            f"try {near}."
-        )
+    check_rows(config.batch_tokens, T, "the base model's ")
     train, val = (cache_dialogues(config, split, tokenizer, on_event) for split in ("train", "val"))
     if config.learn == "all":
         train, val = replace(train, mask=None), replace(val, mask=None)
     kind = PaddedBatches if config.layout == "padded" else PackedBatches
-
-    def open_batches(rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None) -> PackedBatches:
-        shape: Any = dict(sequence_len=T, rows=rows, rank=rank, world_size=world_size, cursor=cursor)
-        return kind(train, seed=config.seed, **shape)
 
     return Job(
         family="sft" if config.learn == "assistant" else "mid",
         model=loaded.config,
         start_state=lambda: loaded.model_state,
         tokenizer=tokenizer,
-        open_batches=open_batches,
+        open_batches=pack_rows(train, T, config.seed, kind),
         open_windows=open_cache(val, T),
         last_eval_tokens=config.look.last_eval_tokens,
         default_steps=max(1, round(train.tokens / config.batch_tokens)),
@@ -94,16 +83,6 @@ def make_job(
         open_general=open_general(config.general, loaded, tokenizer, on_event),
         bos_id=tokenizer.bos_id if config.layout == "masked" else -1,
     )
-
-
-def open_cache(cache: TokenCache, sequence_len: int) -> Windows:
-    """Return what opens the validation windows of a cache."""
-
-    def open_windows(tokens: int, rank: int, world_size: int) -> Iterable[tuple[Tensor, Tensor]]:
-        kind: Any = dict(rows=EVAL_ROWS, max_tokens=tokens, rank=rank, world_size=world_size)
-        return validation_windows(cache, sequence_len, **kind)
-
-    return open_windows
 
 
 def open_general(

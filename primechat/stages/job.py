@@ -22,6 +22,8 @@ from primechat.text.tokenizer import Tokenizer
 from primechat.train.loop import SumLoss
 from primechat.train.tune import make_loss
 
+Windows = Callable[[int, int, int], Iterable[tuple[Tensor, Tensor]]]
+
 
 class Batches(Protocol):
     """Endless batches with a cursor that names the next token."""
@@ -48,13 +50,13 @@ class Job:
     start_state: Callable[[], dict[str, Tensor]] | None
     tokenizer: Tokenizer
     open_batches: Callable[[int, int, int, dict[str, Any] | None], Batches]
-    open_windows: Callable[[int, int, int], Iterable[tuple[Tensor, Tensor]]]
+    open_windows: Windows
     last_eval_tokens: int
     default_steps: int
     prompts: tuple[str, ...]
     write_sample: Callable[[Engine, str, int], str]
     meta: dict[str, Any]
-    open_general: Callable[[int, int, int], Iterable[tuple[Tensor, Tensor]]] | None = None
+    open_general: Windows | None = None
     bos_id: int = -1
     val_tokens: int = 0  # of the whole validation text, where that is known
 

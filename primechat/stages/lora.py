@@ -8,7 +8,7 @@ Reference: Hu et al. 2021; `primechat.model.lora`.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,7 @@ def train_lora(
         rank=config.rank, alpha=config.alpha, rslora=config.rslora, dropout=config.dropout,
         targets=config.targets,
     )  # fmt: skip
-    kept = {item.name: getattr(plain, item.name) for item in fields(plain)} | {"family": "lora"}
-    job = LoraJob(**kept, spec=spec, tag=config.tag, base=base, seed=config.seed)
+    job = LoraJob(**{**vars(plain), "family": "lora"}, spec=spec, tag=config.tag, base=base, seed=config.seed)
     return TrainingRun(config, job, on_event, stop).work()
 
 

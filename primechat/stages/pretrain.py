@@ -7,16 +7,19 @@ Reference: nanochat's base training; Radford et al. 2019.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from primechat import store
 from primechat.config import PretrainConfig, TokenizerConfig
 from primechat.errors import ConfigError
 from primechat.model.checkpoint import find_steps, read_meta
 from primechat.records import OnEvent, TrainResult
+from primechat.stages.job import Batches, Windows
 from primechat.stages.run import Job, TrainingRun, pick_device, write_continuation
 from primechat.stages.tokenizer import train_tokenizer
 from primechat.text.batches import PackedBatches, ShardBatches, TokenCache, build_cache, validation_windows
@@ -56,23 +59,20 @@ def pretrain(
         keep=config.keep_shards, on_event=note,
     )  # fmt: skip
 
-    def open_batches(rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None) -> Any:
-        shape: Any = dict(sequence_len=T, rows=rows, rank=rank, world_size=world_size, cursor=cursor)
-        if feed is None:
-            assert train is not None, "local text has a cache"
-            return PackedBatches(train, seed=config.seed, **shape)
-        note = on_event if rank == 0 else None
-        return ShardBatches(feed, tokenizer, **shape, skip_bad=config.skip_bad_shards, on_event=note)
+    def read_shards(rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None) -> Batches:
+        assert feed is not None, "what is not local has shards"
+        return ShardBatches(
+            feed, tokenizer, sequence_len=T, rows=rows, rank=rank, world_size=world_size, cursor=cursor,
+            skip_bad=config.skip_bad_shards, on_event=on_event if rank == 0 else None,
+        )  # fmt: skip
 
     job = Job(
         family="base",
         model=model,
         start_state=None,
         tokenizer=tokenizer,
-        open_batches=open_batches,
-        open_windows=lambda tokens, rank, world_size: validation_windows(
-            val, T, rows=EVAL_ROWS, max_tokens=tokens, rank=rank, world_size=world_size
-        ),
+        open_batches=pack_rows(train, T, config.seed) if train else read_shards,
+        open_windows=open_cache(val, T),
         val_tokens=val.tokens,
         last_eval_tokens=config.look.last_eval_tokens or (0 if local else SHARD_EVAL_TOKENS),
         default_steps=max(1, round(config.tokens_per_param * model.n_params / config.batch_tokens)),
@@ -85,6 +85,28 @@ def pretrain(
     finally:
         if feed is not None:
             feed.close()
+
+
+def pack_rows(
+    cache: TokenCache, sequence_len: int, seed: int, kind: type[PackedBatches] = PackedBatches
+) -> Callable[[int, int, int, dict[str, Any] | None], PackedBatches]:
+    """Return what opens the batches of a cache, as a job wants it."""
+
+    def open_batches(rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None) -> PackedBatches:
+        shape: Any = dict(sequence_len=sequence_len, rows=rows, rank=rank, world_size=world_size)
+        return kind(cache, seed=seed, cursor=cursor, **shape)
+
+    return open_batches
+
+
+def open_cache(cache: TokenCache, sequence_len: int) -> Windows:
+    """Return what opens the validation windows of a cache."""
+
+    def open_windows(tokens: int, rank: int, world_size: int) -> Iterable[tuple[Tensor, Tensor]]:
+        kind: Any = dict(rows=EVAL_ROWS, max_tokens=tokens, rank=rank, world_size=world_size)
+        return validation_windows(cache, sequence_len, **kind)
+
+    return open_windows
 
 
 def choose_tokenizer(config: PretrainConfig, on_event: OnEvent | None = None) -> Tokenizer:

@@ -12,7 +12,6 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +49,7 @@ from primechat.records import (
     encode_record,
 )  # fmt: skip
 from primechat.stages.job import Job as Job
+from primechat.stages.job import Windows
 from primechat.train.loop import fit
 from primechat.train.optim import Optimizer
 from primechat.train.parallel import (
@@ -338,9 +338,7 @@ class TrainingRun:
                 text = self.job.write_sample(self.engine, prompt, step)
                 self.tell(SampleEvent(step=step, prompt=prompt, text=text))
 
-    def measure(
-        self, name: str, opened: Callable[[int, int, int], Iterable[tuple[Tensor, Tensor]]], tokens: int
-    ) -> Bits:
+    def measure(self, name: str, opened: Windows, tokens: int) -> Bits:
         """Score a text over all ranks."""
         self.tell(PhaseEvent(name=name, total=tokens or self.job.val_tokens, unit="tokens"))
         windows = opened(tokens, self.ranks.rank, self.ranks.world_size)

@@ -19,7 +19,6 @@ from typing import Any
 from primechat.errors import DataError
 from primechat.protocols import Conversation
 from primechat.records import OnEvent
-from primechat.text.conversation import read_messages
 from primechat.text.shards import HUB_CORPORA, list_shards, shard_paths
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -74,28 +73,17 @@ def read_documents(
         yield from islice(read_files(files), *cut)
 
 
-def read_conversations(dialogues: str, split: str, *, mirrored: bool = False) -> Iterator[Conversation]:
-    """Yield conversations between a user and an assistant, each ending with the assistant.
-
-    Args:
-        dialogues: chitchat, or the path of a .jsonl file, one conversation a line:
-            `{"messages": [{"role", "content"}, ...]}` or the bare list.
-        split: train or val, cut by conversation exactly as `read_documents` cuts.
-        mirrored: After each chitchat conversation, yield it once more with the roles exchanged, from the
-            second speaker's first turn on; twice as much to learn from.
-
-    Raises:
-        DataError: There are none, or one is malformed; it is named by its line.
+def read_conversations(dialogues: str, split: str) -> Iterator[Conversation]:
+    """Yield the embedded chats, chitchat, as conversations between a user, who begins, and an assistant, who
+    ends, cut into train and val as `read_documents` cuts; `text.dialogues` reads and cleans other sets.
     """
     check_split(split)
     if dialogues != "chitchat":
-        yield from split_last(load_conversations(Path(dialogues)), split)
-        return
+        raise DataError(f"dialogues={dialogues!r} must be chitchat; correct it.")
     for turns in split_last(load_chitchat(), split):
-        for user in (0, 1) if mirrored else (0,):
-            messages = assign_roles(turns, user)
-            if messages:
-                yield {"messages": messages}
+        messages = assign_roles(turns)
+        if messages:
+            yield {"messages": messages}
 
 
 def corpus_identity(corpus: str, split: str, *, n_shards: int = 8) -> str:
@@ -165,14 +153,14 @@ def read_turns(messages: list[list[dict[str, str]]]) -> Turns:
     return tuple(turns)
 
 
-def assign_roles(turns: Turns, user: int) -> list[dict[str, str]]:
-    """Return alternating messages, from speaker `user`'s first turn to the other speaker's last."""
+def assign_roles(turns: Turns) -> list[dict[str, str]]:
+    """Return alternating messages, from the first speaker's first turn to the other speaker's last."""
     messages: list[dict[str, str]] = []
     for speaker, text in turns:
-        role = "user" if speaker == user else "assistant"
+        role = "assistant" if speaker else "user"
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] += f" {text}"
-        elif messages or role == "user":
+        else:
             messages.append({"role": role, "content": text})
     return messages[: len(messages) // 2 * 2]
 
@@ -261,24 +249,3 @@ def read_parquet(path: Path) -> Iterator[str]:
                 yield from (text for text in batch.column(0).to_pylist() if isinstance(text, str) and text)
     except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
         raise DataError(f"{path} is damaged or no parquet file ({error!s:.80}); replace it.") from None
-
-
-def load_conversations(path: Path) -> tuple[Conversation, ...]:
-    """Return the conversations of a .jsonl file, each checked and ending with the assistant."""
-    if path.suffix != ".jsonl" or not path.is_file():
-        raise DataError(f"dialogues={str(path)!r} must be chitchat or the path of a .jsonl file; correct it.")
-    conversations = []
-    for number, row in read_rows(path):
-        conversation = {"messages": row} if isinstance(row, list) else row
-        try:
-            messages = read_messages(conversation)
-        except DataError as error:
-            raise DataError(f"{path} line {number}: {error}") from None
-        if messages[-1]["role"] == "user":
-            messages = messages[:-1]
-        if not messages or messages[-1]["role"] != "assistant":
-            raise DataError(f"{path} line {number} has no assistant message to learn from; remove it.")
-        conversations.append({"messages": messages})
-    if len(conversations) < 2:
-        raise DataError(f"{path} holds {len(conversations)} conversation(s), fewer than 2; add some.")
-    return tuple(conversations)

@@ -21,7 +21,7 @@ from primechat.config import OptimConfig
 from primechat.errors import PrimechatError
 from primechat.records import StepEvent
 from primechat.train.optim import Optimizer
-from primechat.train.parallel import SpreadLoss, any_rank, sum_grads, sum_numbers
+from primechat.train.parallel import SpreadLoss, any_rank, sum_numbers
 
 SumLoss = Callable[[Tensor, Tensor], Tensor]  # ids, targets (b, T) -> summed nats
 
@@ -75,8 +75,8 @@ def fit(
 
     Args:
         batches: yields this rank's (ids, targets) of each step.
-        loss: summed nats of a micro-batch, with gradients; a `SpreadLoss` sums these over the ranks while
-            the backward pass runs, those of any other are summed after it.
+        loss: summed nats of a micro-batch, with gradients; with several ranks a `SpreadLoss`, which sums
+            these while the backward pass runs.
         steps: optimizer steps of the whole run; the schedule stretches over them.
         micro_batch_rows: rows of one forward and backward pass.
         elapsed_s: training time of the steps done before.
@@ -111,8 +111,6 @@ def fit(
                 part = loss(x, y) / max(1.0, counted)
                 part.backward()
             nats += part.detach()
-        if not isinstance(loss, SpreadLoss):
-            sum_grads(optimizer.params)
         (mean_nats,) = sum_numbers([float(nats)], device)
         if not math.isfinite(mean_nats):
             raise PrimechatError(

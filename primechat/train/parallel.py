@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Shared = TypeVar("Shared")
-BUCKET_BYTES = 128 * 2**20
 PATIENCE = timedelta(minutes=60)  # a rank may wait for a shard, or for rank 0 to write a checkpoint
 PARTING = timedelta(seconds=10)
 # what a rank says whose neighbour has gone: not the cause, so nothing to print
@@ -76,23 +75,6 @@ def wait_turn(ranks: Ranks) -> Iterator[None]:
     yield
     if dist.is_initialized() and not ranks.local_rank:
         dist.barrier()
-
-
-def sum_grads(params: Iterable[Tensor]) -> None:
-    """Sum the gradients of all ranks in place, in buckets of one dtype."""
-    if not dist.is_initialized():
-        return
-    bucket: list[Tensor] = []
-    grads = [p.grad for p in params if p.grad is not None]
-    for i, grad in enumerate(grads):
-        bucket.append(grad)
-        full = sum(g.nbytes for g in bucket) >= BUCKET_BYTES
-        if full or i + 1 == len(grads) or grads[i + 1].dtype != grad.dtype:
-            flat = torch.cat([g.reshape(-1) for g in bucket])
-            dist.all_reduce(flat)
-            for g, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                g.copy_(part.view_as(g))
-            bucket = []
 
 
 def sum_numbers(numbers: list[float], device: torch.device) -> list[float]:

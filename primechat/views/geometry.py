@@ -11,48 +11,27 @@ from typing import Any
 
 import numpy as np
 
-from primechat.views.theme import INK, SERIES, style_matplotlib
+from primechat.views.theme import INK, SERIES, open_figure
 
 CONTROL = SERIES[5]
 WIDTH = 10.2  # inches, as wide as a lab's column at a readable size of letters
 
 
-def begin_style() -> Any:
-    """Return the context in which a figure gets the house's looks."""
-    from matplotlib import rc_context
-
-    style: Any = style_matplotlib()
-    return rc_context(style)
-
-
-def start_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    """Return a figure and its axes, `columns` beside each other, in the house's looks."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    return figure, axes[0] if columns == 1 else axes
-
-
-def draw_bars(
-    rows: Sequence[tuple[str, float, bool]], *, title: str, unit: str, digits: int = 1, top: float = 0.0
-) -> Any:
+def draw_bars(rows: Sequence[tuple[str, float, bool]], *, title: str, unit: str, digits: int = 1) -> Any:
     """Draw one bar a row, controls in grey.
 
     Args:
         rows: (label, value, whether it is a control).
         unit: of the values; stands below the axis.
-        top: end of the axis; 0 fits it.
     """
-    with begin_style():
-        figure, axes = start_figure(WIDTH, 0.75 + 0.4 * len(rows))
+    with open_figure(WIDTH, 0.75 + 0.4 * len(rows)) as (figure, axes):
         values = [round(value, digits) + 0.0 for _, value, _ in rows]  # no -0.0
         colours = [CONTROL if control else SERIES[0] for _, _, control in rows]
         bars = axes.barh(range(len(rows)), values, color=colours, height=0.62)
         axes.bar_label(bars, [f"{value:,.{digits}f}" for value in values], padding=4, color=INK)
         axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
         axes.invert_yaxis()
-        axes.set_xlim(min(0, *values), (top or max(values) or 1) * 1.12)
+        axes.set_xlim(min(0, *values), (max(values) or 1) * 1.12)
         axes.set_xlabel(unit)
         axes.set_title(title, loc="left")
         axes.grid(visible=False, axis="y")
@@ -63,8 +42,7 @@ def draw_groups(
     rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], *, title: str, unit: str
 ) -> Any:
     """Draw a group of bars a row, each named once; the last of a group is a control."""
-    with begin_style():
-        figure, axes = start_figure(WIDTH, 0.9 + 0.75 * len(rows))
+    with open_figure(WIDTH, 0.9 + 0.75 * len(rows)) as (figure, axes):
         high = 0.8 / len(names)
         colours = [*SERIES[: len(names) - 1], CONTROL]
         most = max([max(values) for _, values in rows] + [1e-9])
@@ -91,8 +69,7 @@ def draw_norms(
     """Draw each token's length against how often it was seen, beside the same lengths dealt out at random."""
     rng = np.random.default_rng(0)
     shown = np.arange(len(counts)) if len(counts) <= 6000 else rng.choice(len(counts), 6000, replace=False)
-    with begin_style():
-        figure, axes = start_figure(WIDTH, 3.9, columns=2)
+    with open_figure(WIDTH, 3.9, columns=2) as (figure, axes):
         panels = (
             (norms, real, "as trained", SERIES[0]),
             (rng.permutation(norms), shuffled, "shuffled", CONTROL),
@@ -114,16 +91,14 @@ def draw_norms(
 
 def draw_course(
     places: Sequence[float], lines: Mapping[str, Sequence[float]], *, title: str, x_label: str, y_label: str,
-    controls: Sequence[str] = (), names: Sequence[str] = (),
+    controls: Sequence[str] = (),
 ) -> Any:  # fmt: skip
     """Draw lines over training steps or layers, each named at its end, controls dashed and grey.
 
     Args:
         places: along the x axis; powers of two are drawn on a logarithmic axis.
-        names: what stands at the places instead of numbers.
     """
-    with begin_style():
-        figure, axes = start_figure(WIDTH, 3.8)
+    with open_figure(WIDTH, 3.8) as (figure, axes):
         for j, (name, values) in enumerate(lines.items()):
             control = name in controls
             colour = CONTROL if control else SERIES[j % 5]
@@ -141,8 +116,6 @@ def draw_course(
         if len(places) > 3 and places[-1] > 50:
             axes.set_xscale("symlog", linthresh=1, base=2)
             axes.set_xticks(places, [f"{int(x):,}" for x in places])
-        if names:
-            axes.set_xticks(places, names)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.set_title(title, loc="left")

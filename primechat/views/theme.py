@@ -7,7 +7,8 @@ Reference: Okabe & Ito 2008 (series that colour-blind readers tell apart); WCAG 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ DARK = {
 }  # fmt: skip
 SERIES = ("#3f7fe0", "#d9822b", "#2a9d76", "#a45fc4", "#c8506b", "#7a8294")
 INK, FAINT = "#737b8c", "rgba(122, 130, 148, 0.25)"  # of plots: reads on white and on near-black
-HEAT = ((0.0, "rgba(63, 127, 224, 0.02)"), (0.5, "rgba(63, 127, 224, 0.5)"), (1.0, "rgba(63, 127, 224, 1)"))
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 MONO = 'ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace'
 
@@ -71,6 +71,19 @@ def style_figure(figure: go.Figure, *, height: int = 340, **layout: Any) -> go.F
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
     return figure.update_layout(**layout)
+
+
+@contextmanager
+def open_figure(width: float, height: float, columns: int = 1, **kind: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield a matplotlib figure in the house's looks and its axes, `columns` beside each other; in inches."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style: Any = style_matplotlib()
+    with rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained", **kind)
+        axes = figure.subplots(1, columns, squeeze=False)[0]
+        yield figure, axes[0] if columns == 1 else axes
 
 
 def style_matplotlib() -> dict[str, Any]:

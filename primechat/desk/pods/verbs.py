@@ -36,7 +36,7 @@ from primechat.config import AutochatConfig, PretrainConfig, encode_config
 from primechat.config.runtime import check_number
 from primechat.errors import ConfigError, PrimechatError
 from primechat.model.runlog import read_metrics
-from primechat.names import ADAPTER_FOLDER, FAMILIES
+from primechat.names import FOLDERS
 from primechat.records import encode_record
 from primechat.store import base_dir, run_dir
 
@@ -192,7 +192,7 @@ def rehearse(folder: Path, ranks: int = 2, say: Any = print, kind: type[Any] = P
                 say(f"The rehearsal failed (exit code {done.returncode}):\n{done.stderr[-3000:]}")
                 return 1
         family = name_family(config)
-        parent = Path(place) / {**FAMILIES, "lora": ADAPTER_FOLDER}[family]
+        parent = Path(place) / FOLDERS[family]
         run = next(parent.glob("rehearsal*"), parent)  # of conversations: their first generation
         losses = [e["loss_nats"] for e in read_metrics(run / "metrics.jsonl") if e["kind"] == "step"]
     if len(losses) != 20 or losses[-1] >= losses[0]:
@@ -210,11 +210,10 @@ def plan_pull(flags: PullFlags) -> tuple[list[str], Path]:
         ConfigError: the source is not like USER@HOST:RUN.
     """
     host, colon, run = flags.source.partition(":")
-    folders = {**FAMILIES, "lora": ADAPTER_FOLDER}
-    match = re.fullmatch(rf"({'|'.join(folders)})/([^/@]+)", run)
-    path = f"{flags.base_dir}/{folders[match[1]]}/{match[2]}" if match else run.rstrip("/")
+    match = re.fullmatch(rf"({'|'.join(FOLDERS)})/([^/@]+)", run)
+    path = f"{flags.base_dir}/{FOLDERS[match[1]]}/{match[2]}" if match else run.rstrip("/")
     parent = Path(path).parent.name
-    family = match[1] if match else next((f for f, name in folders.items() if name == parent), "base")
+    family = match[1] if match else next((f for f, name in FOLDERS.items() if name == parent), "base")
     if not colon or not re.fullmatch(r"\w[\w.-]*@\w[\w.-]*", host) or not path:
         raise ConfigError(
             f"source={flags.source!r} must be USER@HOST:RUN; try root@203.0.113.7:base/d20 --port 22001."

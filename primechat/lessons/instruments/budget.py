@@ -18,7 +18,7 @@ from primechat.cloud.plan import (
     full_config,
     make_plan,
 )
-from primechat.views.theme import INK, SERIES, style_matplotlib
+from primechat.views.theme import INK, SERIES, open_figure
 
 MACHINES = ["8xH200", "8xH100", "1xH100", "4090"]
 
@@ -42,12 +42,7 @@ def describe_run(depth: int, machine: str, tokens_per_parameter: int, evict: boo
 
 def draw_parts(memory: dict[str, float], disk: dict[str, float], machine: Machine) -> Any:
     """Return two bars cut into their parts, each with the line that it must not cross."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(style_matplotlib()):  # type: ignore[arg-type]
-        figure = Figure(figsize=(8.4, 3.0 if disk else 1.9), layout="constrained")
-        axes = figure.subplots()
+    with open_figure(8.4, 3.0 if disk else 1.9) as (figure, axes):
         gpu = f"One GPU, {machine.memory_bytes / 1e9:.0f} GB"
         both = [("Disk, 80 GB", disk, 80e9), (gpu, memory, machine.memory_bytes)]
         bars = [bar for bar in both if bar[1]]

@@ -15,9 +15,9 @@ import numpy as np
 
 from primechat.desk.labs import runner
 from primechat.errors import ConfigError, PrimechatError
+from primechat.lessons.instruments.timelapse import find_run
 from primechat.metrics.embeddings import maps, tables
 from primechat.metrics.embeddings.atlas import N_NEAR, TextAtlas, TimeAtlas, TokenAtlas, name_stage
-from primechat.store import list_models
 from primechat.text.corpora import read_documents
 from primechat.views import geometry
 from primechat.views.widgets.atlas import AtlasView
@@ -240,23 +240,13 @@ class Explorer:
         text = "\n".join(islice(read_documents("chitchat", "val"), 8))
         return self.tokenizer.encode(text)[: min(256, self.model.sequence_len)]
 
-    def find_run(self) -> list[str]:
-        """Return the snapshots of the model's own run, else of the run that ships, else of any."""
-        entries = [entry for entry in list_models() if len(entry.snapshots) > 1]
-        name = self.picker.identifier.partition("@")[0]
-        entries.sort(key=lambda e: (e.identifier.partition("@")[0] != name, not e.shipped, -len(e.snapshots)))
-        for entry in entries[:1]:
-            run = ("shipped/" if entry.shipped else "") + f"{entry.family}/{entry.tag}"
-            return [f"{run}@snap:{step}" for step in entry.snapshots]
-        return []
-
     def travel(self) -> tuple[Any, Any]:
         """Return the map over the snapshots of a run, and a figure of how related tokens find each other."""
-        names = self.find_run()
-        if not names:
+        run, steps = find_run(self.picker.identifier)
+        if not steps:
             told = Live(lambda: "No run here has snapshots; train one with `primechat pretrain`.")
             return told, Live(lambda: None)
-        time = TimeAtlas(names)
+        time = TimeAtlas([f"{run}@snap:{step}" for step in steps])
         frames = time.fetch("input")
         related = [pair for rule in tables.RULES for pair in tables.find_pairs(time.tokenizer, rule)]
         a, b = np.array(related, dtype=np.int64).reshape(-1, 2).T

@@ -17,13 +17,14 @@ import numpy as np
 
 from primechat import store
 from primechat.cloud.forecast import Forecast, SmallRun, forecast_bpb
-from primechat.config import GPTConfig, LookConfig, OptimConfig, PretrainConfig, RuntimeConfig, decode_config
+from primechat.config import GPTConfig, LookConfig, OptimConfig, PretrainConfig, RuntimeConfig
 from primechat.config.runtime import check_number
 from primechat.errors import ConfigError
 from primechat.model.checkpoint import find_steps, read_meta
+from primechat.model.runlog import read_frozen
 from primechat.names import parse_identifier
 from primechat.records import NoteEvent, OnEvent, count_noun
-from primechat.views.theme import INK, SERIES, style_matplotlib
+from primechat.views.theme import INK, SERIES, open_figure
 
 RECORD = Path(__file__).with_name("small_runs.json")
 VOCAB, CONTEXT = 2048, 256
@@ -123,8 +124,7 @@ def train_small(
             SmallRun(n_layer=plan.model.n_layer, n_params=run.n_params, tokens=run.tokens, bpb=run.val_bpb)
         )
         # what was measured for the first holds for all: the search is not made ten times
-        frozen = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        runtime = runtime or decode_config(frozen, PretrainConfig).runtime
+        runtime = runtime or read_frozen(folder, PretrainConfig).runtime
     held = ((f"{count_noun(config.held_out, 'block')}, held out", found.pop()),) if config.held_out else ()
     return SeriesOfRuns(identifier=config.tag, runs=tuple(found), held_out=held)
 
@@ -195,16 +195,12 @@ def judge_forecast(name: str, run: SmallRun, told: Forecast) -> dict[str, str]:
 
 def draw_forecast(series: SeriesOfRuns) -> Any:
     """Return a picture: a curve for each size through its runs, the band of the forecast, the outcomes."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
 
     outcomes = [run for _, run in series.held_out]
     end = max(run.tokens for run in [*series.runs, *outcomes])
     grid = np.geomspace(min(run.tokens for run in series.runs) * 0.8, end * 1.15, 40).astype(int)
     sizes = sorted({(run.n_params, run.n_layer) for run in series.runs})
-    with rc_context(style_matplotlib()):  # type: ignore[arg-type]
-        figure = Figure(figsize=(8.4, 4.0), layout="constrained")
-        axes = figure.subplots()
+    with open_figure(8.4, 4.0) as (figure, axes):
         for (n_params, n_layer), colour in zip(sizes, SERIES[1:], strict=False):
             mine = [run for run in series.runs if run.n_params == n_params]
             until = grid[grid <= 1.3 * max(run.tokens for run in mine)]

@@ -21,7 +21,7 @@ from primechat.config import PretrainConfig
 from primechat.config.runtime import check_number
 from primechat.errors import ConfigError, PrimechatError
 from primechat.records import NoteEvent, OnEvent
-from primechat.views.theme import SERIES, push_apart, style_matplotlib
+from primechat.views.theme import SERIES, open_figure, push_apart
 
 SWITCHES: dict[str, dict[str, Any]] = {  # trick: what takes it away
     "value_embeddings": {"value_embeddings": False}, "residual_scalars": {"residual_scalars": False},
@@ -77,12 +77,7 @@ def overlay_runs(runs: str) -> Any:
 
 def paint_lines(curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], x: str, y: str) -> Any:
     """Return a picture of lines, each named at its end."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(style_matplotlib()):  # type: ignore[arg-type]
-        figure = Figure(figsize=(7.6, 3.6), layout="constrained")
-        axes = figure.subplots()
+    with open_figure(7.6, 3.6) as (figure, axes):
         for (_, xs, ys), colour in zip(curves, SERIES, strict=False):
             axes.plot(xs, ys, marker="o", markersize=3, color=colour)
         axes.set(xlabel=x, ylabel=y)

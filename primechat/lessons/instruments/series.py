@@ -20,7 +20,7 @@ from primechat.config.runtime import check_number
 from primechat.errors import ConfigError
 from primechat.metrics.diversity import estimate_mean
 from primechat.model.checkpoint import find_steps, read_meta
-from primechat.model.runlog import read_metrics
+from primechat.model.runlog import read_frozen, read_metrics
 from primechat.records import NoteEvent, OnEvent, TrainResult
 
 QUICK = RuntimeConfig(compile="off")  # the rest is measured by the first run of a series
@@ -163,17 +163,10 @@ def work_series(
             function, made, family = build(name, seed, runtime)
             result = run_once(function, made, family, on_event, stop)
             if not result.stopped:
-                runtime = read_runtime(result, runtime)
+                folder = store.base_dir() / result.path
+                if (folder / "config.json").is_file():
+                    runtime = read_frozen(folder, type(made)).runtime
                 yield describe_run(name, seed, result, family, config.model)
-
-
-def read_runtime(result: TrainResult, runtime: RuntimeConfig) -> RuntimeConfig:
-    """Return the settings of the machine that a run measured."""
-    from primechat.config import decode_config
-    from primechat.model.weights import read_json
-
-    path = store.base_dir() / result.path / "config.json"
-    return decode_config(read_json(path)["runtime"], RuntimeConfig, str(path)) if path.is_file() else runtime
 
 
 def describe_run(name: str, seed: int, result: TrainResult, family: str, base: str) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from primechat.lessons.instruments.scene import Scene, spell_tokens
 from primechat.store import list_models, open_model
 from primechat.views.widgets.attention.stream import TimeView
@@ -15,6 +17,18 @@ if TYPE_CHECKING:
     from primechat.lessons.instruments.microscope import Microscope
 
 HELD = 40  # opened snapshots kept; a small one takes a few megabytes
+
+
+def find_run(identifier: str) -> tuple[str, list[int]]:
+    """Return the run whose snapshots are shown, and their steps: a model's own if it has several, else the
+    one that ships, else any.
+    """
+    entries = [entry for entry in list_models() if len(entry.snapshots) > 1]
+    name = identifier.partition("@")[0]
+    entries.sort(key=lambda e: (e.identifier.partition("@")[0] != name, not e.shipped, -len(e.snapshots)))
+    for best in entries[:1]:
+        return ("shipped/" if best.shipped else "") + f"{best.family}/{best.tag}", list(best.snapshots)
+    return "", []
 
 
 class Timelapse:
@@ -29,15 +43,8 @@ class Timelapse:
         scope.follow(self.view, self.refresh, ["moment", "at"], "")
 
     def choose_run(self) -> None:
-        """Take the run of the model that is looked at if it has snapshots, else the one that ships."""
-        entries = [entry for entry in list_models() if len(entry.snapshots) > 1]
-        name = self.scope.picker.identifier.partition("@")[0]
-        entries.sort(key=lambda e: (e.identifier.partition("@")[0] != name, not e.shipped, -len(e.snapshots)))
-        run, steps = "", list[int]()
-        if entries:
-            best = entries[0]
-            run = ("shipped/" if best.shipped else "") + f"{best.family}/{best.tag}"
-            steps = list(best.snapshots)
+        """Take the run that the present model asks for."""
+        run, steps = find_run(self.scope.picker.identifier)
         if run != self.run:
             self.run, self.steps, self.models, self.scenes = run, steps, {}, {}
             self.view.steps, self.view.moment = steps, max(0, len(steps) - 1)
@@ -53,13 +60,7 @@ class Timelapse:
         if (step, text) not in self.scenes:
             self.scenes = {key: scene for key, scene in self.scenes.items() if key[1] == text}
             model, tokenizer = self.models[name]
-            ids = (
-                self.scope.encode_text(text) if tokenizer.identity == self.scope.tokenizer.identity else None
-            )
-            if ids is None:
-                import numpy as np
-
-                ids = np.array([tokenizer.bos_id, *tokenizer.encode(text)], dtype=np.int64)
+            ids = np.array([tokenizer.bos_id, *tokenizer.encode(text)], dtype=np.int64)
             self.scenes[step, text] = Scene(model, tokenizer, ids[: model.sequence_len])
         return self.scenes[step, text]
 
