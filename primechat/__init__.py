@@ -37,36 +37,24 @@ if TYPE_CHECKING:
     from primechat.store import list_models, load_model, load_run, load_tokenizer, open_model
     from primechat.text.tokenizer import Tokenizer
 
-_ROOMS = {
-    "train_tokenizer": "stages.tokenizer",
-    "pretrain": "stages.pretrain",
-    "finetune": "stages.finetune",
-    "train_lora": "stages.lora",
-    "distill": "stages.distill",
-    "evaluate": "stages.evaluate",
-    "autochat": "stages.autochat",
-    "quickstart": "stages.quickstart",
-    "speedrun": "stages.quickstart",
-    "TokenizerConfig": "config",
-    "AutochatConfig": "config",
-    "PretrainConfig": "config",
-    "FinetuneConfig": "config",
-    "LoRAConfig": "config",
-    "DistillConfig": "config",
-    "EvaluateConfig": "config",
-    "QuickstartConfig": "config",
-    "SpeedrunConfig": "config",
-    "GPTConfig": "config",
-    "Tokenizer": "text.tokenizer",
-    "GPT": "model.gpt",
-    "capture": "metrics.probes",
-    "Engine": "infer.engine",
-    "load_model": "store",
-    "load_tokenizer": "store",
-    "open_model": "store",
-    "list_models": "store",
-    "load_run": "store",
+_OFFERS = {  # room: its public names
+    "config": "AutochatConfig DistillConfig EvaluateConfig FinetuneConfig GPTConfig LoRAConfig "
+    "PretrainConfig QuickstartConfig SpeedrunConfig TokenizerConfig",
+    "infer.engine": "Engine",
+    "metrics.probes": "capture",
+    "model.gpt": "GPT",
+    "stages.autochat": "autochat",
+    "stages.distill": "distill",
+    "stages.evaluate": "evaluate",
+    "stages.finetune": "finetune",
+    "stages.lora": "train_lora",
+    "stages.pretrain": "pretrain",
+    "stages.quickstart": "quickstart speedrun",
+    "stages.tokenizer": "train_tokenizer",
+    "store": "list_models load_model load_run load_tokenizer open_model",
+    "text.tokenizer": "Tokenizer",
 }
+_ROOMS = {name: room for room, names in _OFFERS.items() for name in names.split()}
 
 __all__ = [
     "DistillConfig",

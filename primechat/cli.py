@@ -39,6 +39,7 @@ from primechat.records import (
     TrainResult,
 )
 
+CLOUD = "pods.verbs"  # each of its verbs parses its flags itself
 STAGES = {  # verb: (public name of the stage, of its config, its sentence)
     "train-tokenizer": ("train_tokenizer", "TokenizerConfig", "learn which pieces of words become tokens"),
     "pretrain": ("pretrain", "PretrainConfig", "train a base model to go on with any text"),
@@ -50,32 +51,21 @@ STAGES = {  # verb: (public name of the stage, of its config, its sentence)
     "speedrun": ("speedrun", "SpeedrunConfig", "a full run on GPUs: tokenizer, base, chat, evaluation"),
     "quickstart": ("quickstart", "QuickstartConfig", "tokenizer, base and chat model in minutes"),
 }
-DESK = {
-    "lab": "open the labs: notebooks to learn by, in JupyterLab or marimo",
-    "chat": "talk to a model in the terminal",
-    "download": "bring models from the Hugging Face Hub",
-    "convert": "turn a classic model into a Hugging Face folder, or back",
-    "check": "tell what a model is and whether it is sound",
-    "models": "list the models that are on this machine",
-    "plan": "tell what a run needs: memory, disk, hours, dollars",
-    "export": "write a lab as a folder that runs on rented GPUs",
-    "preflight": "test a rented machine in a minute, before money is spent",
-    "pull": "bring a run home from a rented machine",
-    "report": "write a run's curves and samples as one page and pictures",
-    "bench": "measure how fast this machine trains, generates and tokenizes",
-}
-PROGRAMS = {  # verb: module of the desk, its config, what runs it
-    "models": ("models", "ModelsFlags", "show_models"),
-    "download": ("download", "DownloadConfig", "run_download"),
-    "check": ("check", "CheckConfig", "run_check"),
-    "convert": ("convert", "ConvertConfig", "run_convert"),
-    "bench": ("bench", "BenchConfig", "run_bench"),
-    "report": ("report", "ReportFlags", "run_report"),
-    "lab": ("labs.twins", "LabConfig", "run_lab"),
-    "chat": ("chat", "ChatConfig", "run_chat"),
+DESK = {  # verb: (module of the desk, whose `run_VERB` it is, its config, its sentence)
+    "lab": ("labs.twins", "LabConfig", "open the labs: notebooks to learn by, in JupyterLab or marimo"),
+    "chat": ("chat", "ChatConfig", "talk to a model in the terminal"),
+    "download": ("download", "DownloadConfig", "bring models from the Hugging Face Hub"),
+    "convert": ("convert", "ConvertConfig", "turn a classic model into a Hugging Face folder, or back"),
+    "check": ("check", "CheckConfig", "tell what a model is and whether it is sound"),
+    "models": ("models", "ModelsFlags", "list the models that are on this machine"),
+    "plan": (CLOUD, "", "tell what a run needs: memory, disk, hours, dollars"),
+    "export": (CLOUD, "", "write a lab as a folder that runs on rented GPUs"),
+    "preflight": (CLOUD, "", "test a rented machine in a minute, before money is spent"),
+    "pull": (CLOUD, "", "bring a run home from a rented machine"),
+    "report": ("report", "ReportFlags", "write a run's curves and samples as one page and pictures"),
+    "bench": ("bench", "BenchConfig", "measure how fast this machine trains, generates and tokenizes"),
 }
 FEW_STEPS = 40  # of a quickstart: fewer leave a model that has not found words yet
-CLOUD = ("plan", "export", "preflight", "pull")
 SHORTCUTS = {
     "--device": "--device cpu|mps|cuda stands for --runtime.device.",
     "--max-hours": "--max-hours H saves and stops after so many hours; a speedrun: of pretraining.",
@@ -160,17 +150,15 @@ def run_verb(argv: list[str]) -> int:
         print(f"primechat {primechat.__version__}")
     elif verb in STAGES:
         return run_stage(verb, argv, device)
-    elif verb in CLOUD:
-        from primechat.desk.pods.verbs import run_cloud
-
-        return run_cloud(verb, argv)
-    elif verb in PROGRAMS:
-        place, config, run = PROGRAMS[verb]
+    elif verb in DESK:
+        place, config, _ = DESK[verb]
         module = importlib.import_module(f"primechat.desk.{place}")
+        if place == CLOUD:
+            return int(module.run_cloud(verb, argv))
         cls: Any = getattr(module, config)
         start = cls(device=device) if device and hasattr(cls, "device") else cls()
         words = name_model(argv) if verb in ("check", "chat", "report") else argv
-        return int(getattr(module, run)(parse_flags(verb, cls, words, start)))
+        return int(getattr(module, f"run_{verb}")(parse_flags(verb, cls, words, start)))
     else:
         near = difflib.get_close_matches(verb, [*STAGES, *DESK], 1)
         remedy = f"did you mean `primechat {near[0]}`?" if near else "`primechat --help` lists them."
@@ -185,8 +173,8 @@ def name_model(argv: list[str]) -> list[str]:
 
 def format_help() -> str:
     """Return the text of `primechat --help`."""
-    verbs = [(verb, sentence) for verb, (_, _, sentence) in STAGES.items()] + list(DESK.items())
-    table = "\n".join(f"  {verb:17}{sentence}" for verb, sentence in verbs)
+    verbs: dict[str, tuple[str, ...]] = {**STAGES, **DESK}
+    table = "\n".join(f"  {verb:17}{known[-1]}" for verb, known in verbs.items())
     return f"""\
 primechat makes a small ChatGPT before your eyes and lets you talk to it.
 
@@ -252,8 +240,8 @@ def build_default(verb: str, cls: Any, argv: list[str], device: str | None) -> A
     file = take_option(argv, "--config")
     config = read_config(Path(file), cls) if file else cls()
     if verb == "pretrain":
-        depth, arch = take_option(argv, "--depth"), take_option(argv, "--arch")
-        if depth or arch:
+        depth, arch = take_shape(argv)
+        if depth is not None or arch:
             config = shape_model(config, depth, arch)
     if device and hasattr(config, "runtime"):
         config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, device=device))
@@ -279,25 +267,28 @@ def read_config(path: Path, cls: type[Config]) -> Config:
     return decode_config(data, cls, str(path))
 
 
-def shape_model(config: Any, depth: str | None, arch: str | None) -> Any:
+def take_shape(argv: list[str]) -> tuple[int | None, str | None]:
+    """Take --depth and --arch out of the words; None where they are absent."""
+    depth, arch = take_option(argv, "--depth"), take_option(argv, "--arch")
+    if depth is not None and not depth.isdecimal():
+        raise ConfigError(f"--depth {depth} must be a whole number from 1 to 256; try 4, or 20 on GPUs.")
+    if arch not in (None, "classic", "modern"):
+        raise ConfigError(f"--arch {arch} must be classic or modern; try modern.")
+    return None if depth is None else int(depth), arch
+
+
+def shape_model(config: Any, depth: int | None, arch: str | None) -> Any:
     """Return a PretrainConfig whose model has a depth and an architecture; vocabulary and context stay."""
     from primechat.config import GPTConfig
 
     model = config.model
-    if depth is not None and not depth.isdecimal():
-        raise ConfigError(f"--depth {depth} must be a whole number from 1 to 256; try 4.")
-    blocks = int(depth) if depth else model.n_layer
+    blocks = model.n_layer if depth is None else depth
     keep = dict(vocab_size=model.vocab_size, sequence_len=model.sequence_len)
-    arch = arch or ("classic" if model.architecture == "classic" else "modern")
-    if arch not in ("classic", "modern"):
-        raise ConfigError(f"--arch {arch} must be classic or modern; try modern.")
-    classic = arch == "classic"
-    shape = (
-        GPTConfig.classic(blocks, **keep)
-        if classic
-        else GPTConfig.modern(blocks, **keep, head_dim=model.head_dim)
-    )
-    return dataclasses.replace(config, model=shape, tag=f"d{blocks}" if depth else config.tag)
+    if (arch or model.architecture) == "classic":
+        shape = GPTConfig.classic(blocks, **keep)
+    else:
+        shape = GPTConfig.modern(blocks, **keep, head_dim=model.head_dim)
+    return dataclasses.replace(config, model=shape, tag=config.tag if depth is None else f"d{blocks}")
 
 
 def run_stage(verb: str, argv: list[str], device: str | None) -> int:

@@ -110,7 +110,7 @@ _models: OrderedDict[tuple[Any, ...], tuple[Any, Any, dict[str, Any]]] = Ordered
 _lock = threading.Lock()
 
 
-def borrow_model(identifier: str = "", *, device: str = "cpu") -> tuple[GPT, Tokenizer, dict[str, Any]]:
+def borrow_model(identifier: str = "") -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """Open a model, or return the one that another cell has opened: the same objects, so change nothing.
 
     Args:
@@ -120,24 +120,19 @@ def borrow_model(identifier: str = "", *, device: str = "cpu") -> tuple[GPT, Tok
         PrimechatError: as `open_model`.
     """
     name = store.read_name(identifier)
-    key: tuple[Any, ...] = (str(name), device)
+    key: tuple[Any, ...] = (str(name),)
     if name.family != "hf":
         folder, name = store.locate_model(name)
-        key = (
-            folder,
-            max(store.find_steps(folder), default=None) if name.step is None else name.step,
-            device,
-            name.adapters,
-        )
+        step = max(store.find_steps(folder), default=None) if name.step is None else name.step
+        key = (folder, step, name.adapters)
     with _lock:
         if key not in _models:
-            _models[key] = store.open_model(str(name), device=device)
+            _models[key] = store.open_model(str(name))
         _models.move_to_end(key)
         while len(_models) > 1 and sum(map(measure_model, _models.values())) > CACHE_BYTES:
             _models.popitem(last=False)
         opened = _models[key]
-    if device == "cpu":
-        choose_threads(opened)
+    choose_threads(opened)
     return opened
 
 

@@ -60,9 +60,8 @@ def test_chitchat_conversations() -> None:
 
 def test_roles_of_odd_turns() -> None:
     turns = ((0, "a"), (0, "b"), (1, "c"), (0, "d"), (1, "e"), (0, "f"))
-    assert [m["content"] for m in corpora.assign_roles(turns, 0)] == ["a b", "c", "d", "e"]
-    assert [m["content"] for m in corpora.assign_roles(turns, 1)] == ["c", "d", "e", "f"]
-    assert corpora.assign_roles(((0, "a"), (0, "b")), 0) == corpora.assign_roles(((0, "a"),), 1) == []
+    assert [m["content"] for m in corpora.assign_roles(turns)] == ["a b", "c", "d", "e"]
+    assert corpora.assign_roles(((0, "a"), (0, "b"))) == []
     said = [
         [{"sender": s, "text": t} for t in texts]
         for s, texts in (("x", [" a\tb ", "c\n"]), ("y", [" "]), ("z", ["d"]))

@@ -61,14 +61,14 @@ class Cell:
     line: int
 
 
-def find_lab(number: str, folder: Path = ROOT / "labs") -> Path:
+def find_lab(number: str) -> Path:
     """Return the file of a lab that trains something, by its number.
 
     Raises:
         ConfigError: there is none.
     """
     number = number.zfill(2)
-    found = sorted(folder.glob(f"{number}_*.py")) if number in ("05", *STAGE_OF) else []
+    found = sorted((ROOT / "labs").glob(f"{number}_*.py")) if number in ("05", *STAGE_OF) else []
     if not found:
         raise ConfigError(f"lab={number!r} cannot be exported, only labs 05 to 09 can; try 05.")
     return found[0]
@@ -82,19 +82,22 @@ def read_cells(text: str) -> Iterator[Cell]:
         mark = node.decorator_list[0]
         if not ast.unparse(mark).startswith("app.cell"):
             continue
-        hidden = isinstance(mark, ast.Call) and any(
-            word.arg == "hide_code" and ast.unparse(word.value) == "True" for word in mark.keywords
-        )
         body = [part for part in node.body if not isinstance(part, ast.Return)]
         prose = read_prose(body)
         if prose is not None:
             yield Cell("prose", prose, node.lineno)
-        elif hidden or any(
+        elif is_folded(mark) or any(
             "exercise" == ast.unparse(c.func) for c in ast.walk(node) if isinstance(c, ast.Call)
         ):
             yield Cell("display", "", node.lineno)
         else:
             yield Cell("program", write_program(body, text), node.lineno)
+
+
+def is_folded(mark: ast.expr) -> bool:
+    """Tell whether the mark of a cell, `@app.cell(hide_code=True)`, hides its code."""
+    words = mark.keywords if isinstance(mark, ast.Call) else []
+    return any(word.arg == "hide_code" and ast.unparse(word.value) == "True" for word in words)
 
 
 def read_prose(body: list[ast.stmt]) -> str | None:
@@ -229,10 +232,10 @@ def full_stage(lab: Path, run: PretrainConfig) -> Any:
 
 def name_family(config: Any) -> str:
     """Return the family of the model that a config's stage makes."""
-    if isinstance(config, (LoRAConfig, DistillConfig)):
-        plain = isinstance(config, DistillConfig) and not config.dialogues
-        return "base" if plain else "lora" if isinstance(config, LoRAConfig) else "sft"
-    return "sft" if isinstance(config, (FinetuneConfig, AutochatConfig)) else "base"
+    if isinstance(config, LoRAConfig):
+        return "lora"
+    plain = isinstance(config, DistillConfig) and not config.dialogues
+    return "base" if plain or isinstance(config, PretrainConfig) else "sft"
 
 
 def name_source(config: Any) -> str:

@@ -21,7 +21,7 @@ class ModelsFlags:
     """Print JSON instead of a table."""
 
 
-def show_models(flags: ModelsFlags) -> int:
+def run_models(flags: ModelsFlags) -> int:
     """Print the models that store finds, as a table or as JSON."""
     entries = list_models()
     if flags.json:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, TextIO
 
 from primechat.records import (
@@ -66,9 +65,7 @@ class ProgressView:
     def __enter__(self) -> ProgressView:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         return None
 
     def __call__(self, event: Event) -> None:
@@ -176,7 +173,7 @@ class BarView(ProgressView):
         self.bars.start()
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
     def write_line(self, text: str) -> None:
@@ -188,12 +185,10 @@ class BarView(ProgressView):
     def start_phase(self, event: PhaseEvent) -> None:
         self.close_bars(keep=self.training.name if self.training else "")
         short = event.name.partition(":")[0]  # the bar needs the room
-        self.bar_of[event.name] = self.bars.add_task(short, total=self.count_total(event), figures="")
+        total = None if event.unit == "s" else event.total or None  # nobody tells of seconds that pass
+        self.bar_of[event.name] = self.bars.add_task(short, total=total, figures="")
         if self.training and event is not self.training:
             self.insets.add(event.name)
-
-    def count_total(self, event: PhaseEvent) -> float | None:
-        return None if event.unit == "s" else event.total or None  # nobody tells of seconds that pass
 
     def show_share(self, done: float) -> None:
         if self.phase.name in self.bar_of:

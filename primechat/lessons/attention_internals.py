@@ -43,16 +43,6 @@ def sum_columns(queries: np.ndarray, keys: np.ndarray, scale: float) -> np.ndarr
     return shares / shares.sum(axis=0)
 
 
-def forget_scale(queries: np.ndarray, keys: np.ndarray, scale: float) -> np.ndarray:
-    """A mistake: the scale is not used."""
-    return weigh_tokens(queries, keys, 1.0)
-
-
-def swap_roles(queries: np.ndarray, keys: np.ndarray, scale: float) -> np.ndarray:
-    """A mistake: keys ask and queries answer."""
-    return weigh_tokens(keys, queries, scale)
-
-
 def mask_with_zero(queries: np.ndarray, keys: np.ndarray, scale: float) -> np.ndarray:
     """A mistake: a score of zero is not a share of zero."""
     shares = np.exp(np.tril(queries @ keys.T * scale))
@@ -124,11 +114,6 @@ def read_latest(weights: np.ndarray, ids: list[int]) -> float:
     return sum(shares) / len(shares)
 
 
-def transpose_weights(weights: np.ndarray, ids: list[int]) -> float:
-    """A mistake: what reads and what is read are exchanged."""
-    return score_copying(weights.T, ids)
-
-
 def check_copying(attempt: Any) -> None:
     """Refuse anything but the induction score."""
     ids = [5, 7, 9, 5, 7, 9]
@@ -174,25 +159,10 @@ def split_logit(written: np.ndarray, row: np.ndarray) -> np.ndarray:
     return written @ row / np.sqrt((stream**2).mean() + EPS)
 
 
-def skip_norm(written: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """A mistake: the final norm is left out."""
-    return written @ row
-
-
-def norm_each(written: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """A mistake: each part is normed by itself."""
-    return written @ row / np.sqrt((written**2).mean(axis=1) + EPS)
-
-
 def make_shares(written: np.ndarray, row: np.ndarray) -> np.ndarray:
     """A mistake: shares of one instead of shares of the logit."""
     values = written @ row
     return values / values.sum()
-
-
-def give_total(written: np.ndarray, row: np.ndarray) -> float:
-    """A mistake: the logit itself."""
-    return split_logit(written, row).sum()
 
 
 def check_split(attempt: Any) -> None:
@@ -235,8 +205,8 @@ EXERCISES = (
             (forget_mask, "No token reads the future"),
             (sum_columns, "Each row sums to one"),
             (mask_with_zero, "No token reads the future"),
-            (forget_scale, "The scale counts"),
-            (swap_roles, "Queries ask, keys answer"),
+            (lambda queries, keys, scale: weigh_tokens(queries, keys, 1.0), "The scale counts"),
+            (lambda queries, keys, scale: weigh_tokens(keys, queries, scale), "Queries ask, keys answer"),
         ),
         praise="This is all that decides what a head reads. Every square in the grid above is one of these.",
     ),
@@ -252,7 +222,7 @@ EXERCISES = (
         solution=score_copying,
         mistakes=(
             (read_same, "What came next counts, not the word itself"),
-            (transpose_weights, "Rows read, columns are read"),
+            (lambda weights, ids: score_copying(weights.T, ids), "Rows read, columns are read"),
             (mean_all, "The mean is over words that came before"),
             (read_latest, "Every earlier occurrence counts"),
         ),
@@ -268,10 +238,13 @@ EXERCISES = (
         hint="The norm's divisor depends on the whole stream, and is one number: the same for all parts.",
         solution=split_logit,
         mistakes=(
-            (skip_norm, "The parts sum to the logit"),
-            (norm_each, "One scale for all parts"),
+            (lambda written, row: written @ row, "The parts sum to the logit"),
+            (
+                lambda written, row: written @ row / np.sqrt((written**2).mean(axis=1) + EPS),
+                "One scale for all parts",
+            ),
             (make_shares, "The parts sum to the logit"),
-            (give_total, "A number a part"),
+            (lambda written, row: split_logit(written, row).sum(), "A number a part"),
         ),
         praise="With the scale held fixed a prediction has authors, and you can name them.",
     ),

@@ -19,16 +19,6 @@ def mark_learned(parts: Parts) -> list[int]:
     return [int(role == "assistant") for role, n_tokens in parts for _ in range(n_tokens)]
 
 
-def mark_all(parts: Parts) -> list[int]:
-    """A mistake: the user's words are learned too."""
-    return [1 for _, n_tokens in parts for _ in range(n_tokens)]
-
-
-def mark_parts(parts: Parts) -> list[int]:
-    """A mistake: a number a part."""
-    return [int(role == "assistant") for role, _ in parts]
-
-
 def mark_last(parts: Parts) -> list[int]:
     """A mistake: only the last answer is learned from."""
     last = max(i for i, (role, _) in enumerate(parts) if role == "assistant")
@@ -74,11 +64,6 @@ def keep_blanks(talk: Talk) -> Talk:
     return [(role, text.replace("(blank)", "")) for role, text in found]
 
 
-def keep_question(talk: Talk) -> Talk:
-    """A mistake: the talk may end with a question that nobody answers."""
-    return order_talk([*talk, ("assistant", "x")])[:-1] + talk[-1:]
-
-
 def keep_greeting(talk: Talk) -> Talk:
     """A mistake: the assistant may begin."""
     return [talk[0], *order_talk(talk)] if talk[0][0] == "assistant" else order_talk(talk)
@@ -109,8 +94,11 @@ EXERCISES = (
         hint="Go through the parts, and through the tokens of each; only the role decides.",
         solution=mark_learned,
         mistakes=(
-            (mark_all, "Nothing is learned from the user"),
-            (mark_parts, "A number a token"),
+            (
+                lambda parts: [1 for _, n_tokens in parts for _ in range(n_tokens)],
+                "Nothing is learned from the user",
+            ),
+            (lambda parts: [int(role == "assistant") for role, _ in parts], "A number a token"),
             (mark_last, "Every answer is learned from"),
         ),
         praise="This mask is what keeps the model from learning to speak for you.",
@@ -125,7 +113,7 @@ EXERCISES = (
         mistakes=(
             (drop_doubles, "No word is lost"),
             (keep_blanks, "No blank turns"),
-            (keep_question, "An answer ends it"),
+            (lambda talk: order_talk([*talk, ("assistant", "x")])[:-1] + talk[-1:], "An answer ends it"),
             (keep_greeting, "The user begins"),
         ),
         praise="The stages clean every set by these rules, and count what they changed.",

@@ -26,11 +26,6 @@ def measure_gap(student: np.ndarray, teacher: np.ndarray, temperature: float) ->
     return float(temperature**2 * (p * np.log(p / q)).sum())
 
 
-def swap_gap(student: np.ndarray, teacher: np.ndarray, temperature: float) -> float:
-    """A mistake: the student leads."""
-    return measure_gap(teacher, student, temperature)
-
-
 def forget_square(student: np.ndarray, teacher: np.ndarray, temperature: float) -> float:
     """A mistake: not scaled back."""
     return measure_gap(student, teacher, temperature) / temperature**2
@@ -95,7 +90,7 @@ EXERCISES = (
         hint="softmax(z / T); subtract the largest score first, so that nothing overflows.",
         solution=measure_gap,
         mistakes=(
-            (swap_gap, "The teacher leads"),
+            (lambda student, teacher, temperature: measure_gap(teacher, student, temperature), "The teacher leads"),
             (forget_square, "Scaled back"),
             (cross_gap, "Nothing between equals"),
         ),

@@ -74,11 +74,6 @@ def nearest_far(table: np.ndarray, row: int, k: int) -> Any:
     return np.argsort(unit @ unit[row])[:k]
 
 
-def nearest_jumbled(table: np.ndarray, row: int, k: int) -> Any:
-    """Finds the right rows, farthest first."""
-    return list(nearest(table, row, k))[::-1]
-
-
 def check_overlap(attempt: Callable[[Sequence[int], Sequence[int]], Any]) -> None:
     """Try `overlap` on lists worked out by hand."""
     same = float(attempt([1, 2, 3, 4], [4, 3, 2, 1]))
@@ -102,21 +97,6 @@ def check_overlap(attempt: Callable[[Sequence[int], Sequence[int]], Any]) -> Non
 def overlap(true: Sequence[int], drawn: Sequence[int]) -> float:
     """The solution of the second exercise."""
     return 100 * len(set(true) & set(drawn)) / len(true)
-
-
-def overlap_placed(true: Sequence[int], drawn: Sequence[int]) -> float:
-    """Compares place by place."""
-    return 100 * float(np.mean(np.array(true) == np.array(drawn)))
-
-
-def overlap_share(true: Sequence[int], drawn: Sequence[int]) -> float:
-    """Returns a share."""
-    return len(set(true) & set(drawn)) / len(true)
-
-
-def overlap_union(true: Sequence[int], drawn: Sequence[int]) -> float:
-    """Divides by all that occur in either list."""
-    return 100 * len(set(true) & set(drawn)) / len(set(true) | set(drawn))
 
 
 def check_places(attempt: Callable[[list[np.ndarray]], Any]) -> None:
@@ -157,11 +137,6 @@ def place_all(tables: list[np.ndarray]) -> list[np.ndarray]:
     return [(table - middle) @ axes[:2].T for table in tables]
 
 
-def place_each(tables: list[np.ndarray]) -> list[np.ndarray]:
-    """Gives each snapshot axes and a middle of its own."""
-    return [place_all([table])[0] for table in tables]
-
-
 def place_raw(tables: list[np.ndarray]) -> list[np.ndarray]:
     """Takes no middle away."""
     _, _, axes = np.linalg.svd(tables[-1] - tables[-1].mean(0), full_matrices=False)
@@ -189,7 +164,7 @@ EXERCISES = (
             (nearest_dot, "Lengths do not count"),
             (nearest_self, "No token is its own neighbour"),
             (nearest_far, "Nearest, not farthest"),
-            (nearest_jumbled, "The nearest comes first"),
+            (lambda table, row, k: list(nearest(table, row, k))[::-1], "The nearest comes first"),
         ),
         praise="This is what the left list beside the map shows.",
     ),
@@ -201,9 +176,15 @@ EXERCISES = (
         hint="Python's sets know what two lists have in common.",
         solution=overlap,
         mistakes=(
-            (overlap_placed, "The order does not count"),
-            (overlap_share, "In percent"),
-            (overlap_union, "Divide by the true neighbours"),
+            (
+                lambda true, drawn: 100 * float(np.mean(np.array(true) == np.array(drawn))),
+                "The order does not count",
+            ),
+            (lambda true, drawn: len(set(true) & set(drawn)) / len(true), "In percent"),
+            (
+                lambda true, drawn: 100 * len(set(true) & set(drawn)) / len(set(true) | set(drawn)),
+                "Divide by the true neighbours",
+            ),
         ),
         praise="This is the number above the two lists. Beside it always stands what chance would give.",
     ),
@@ -217,7 +198,7 @@ EXERCISES = (
         "third result, the longest first.",
         solution=place_all,
         mistakes=(
-            (place_each, "One basis for all"),
+            (lambda tables: [place_all([table])[0] for table in tables], "One basis for all"),
             (place_raw, "The middle is taken away"),
             (place_least, "The axes of most variance"),
         ),

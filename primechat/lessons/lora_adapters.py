@@ -23,21 +23,6 @@ def adapt(x: np.ndarray, w: np.ndarray, a: np.ndarray, b: np.ndarray, scale: flo
     return x @ w.T + scale * (x @ a.T) @ b.T
 
 
-def forget_base(x: np.ndarray, w: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
-    """A mistake: the base's own map is left out."""
-    return scale * (x @ a.T) @ b.T
-
-
-def forget_scale(x: np.ndarray, w: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
-    """A mistake: no scale."""
-    return adapt(x, w, a, b, 1.0)
-
-
-def scale_all(x: np.ndarray, w: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
-    """A mistake: the base is scaled too."""
-    return scale * adapt(x, w, a, b, 1.0)
-
-
 def check_adapt(attempt: Any) -> None:
     """Refuse anything but y = Wx + s B(Ax)."""
     x, w, a, b = draw(1, 5, 6), draw(2, 4, 6), draw(3, 2, 6), draw(4, 4, 2)
@@ -77,9 +62,9 @@ EXERCISES = (
         hint="First `x @ a.T`, which is as narrow as the rank, then `@ b.T`.",
         solution=adapt,
         mistakes=(
-            (forget_base, "Nothing at first"),
-            (forget_scale, "The dial turns it off"),
-            (scale_all, "Nothing at first"),
+            (lambda x, w, a, b, scale: scale * (x @ a.T) @ b.T, "Nothing at first"),
+            (lambda x, w, a, b, scale: adapt(x, w, a, b, 1.0), "The dial turns it off"),
+            (lambda x, w, a, b, scale: scale * adapt(x, w, a, b, 1.0), "Nothing at first"),
         ),
         praise="As b is zero before training, a fresh adapter changes nothing at all.",
     ),

@@ -334,11 +334,11 @@ def flash3_runs(device_type: str, dtype: torch.dtype) -> bool:
     return device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) and load_flash3() is not None
 
 
-def describe_attention(device_type: str, dtype: torch.dtype, training: bool = True) -> str:
-    """Say in a few words which attention runs."""
+def describe_attention(device_type: str, dtype: torch.dtype) -> str:
+    """Say in a few words which attention runs in training."""
     if flash3_runs(device_type, dtype):
         return "FlashAttention-3"
-    if device_type == "cpu" and training:
+    if device_type == "cpu":
         return "block by block, as plain matrix products"
     if device_type == "cuda" and flash3_problem:
         return f"torch's own, because FlashAttention-3 did not load ({flash3_problem[0]})"

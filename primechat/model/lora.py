@@ -286,7 +286,7 @@ def name_remedy(name: str, folder: Path | str) -> str:
     return f"it was made for {base}: use lora:{name}+{base}" if base else "use it with its base"
 
 
-def load_adapter(model: GPT, name: str, folder: Path | str, *, train: bool = False) -> LoraSpec:
+def load_adapter(model: GPT, name: str, folder: Path | str) -> LoraSpec:
     """Attach an adapter from PEFT's two files, ours or others'.
 
     Returns:
@@ -310,27 +310,24 @@ def load_adapter(model: GPT, name: str, folder: Path | str, *, train: bool = Fal
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error!s:.80}); copy it again.") from None
-    put_state(model, name, spec, state, str(path), train=train, remedy=name_remedy(name, folder))
+    put_state(model, name, spec, state, path)
     return spec
 
 
-def put_state(
-    model: GPT, name: str, spec: LoraSpec, state: Mapping[str, Tensor], where: str, *, train: bool = False,
-    remedy: str = "use it with its base",
-) -> None:  # fmt: skip
-    """Attach an adapter with these matrices.
+def put_state(model: GPT, name: str, spec: LoraSpec, state: Mapping[str, Tensor], where: Path) -> None:
+    """Attach an adapter with the matrices that stood in a file.
 
     Raises:
         CheckpointError: a map, a matrix or a shape is not this model's.
     """
     paths = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in state}
-    maps = list_targets(model)
+    maps, remedy = list_targets(model), name_remedy(name, where.parent)
     strange = sorted(paths - set(maps))
     if strange:
         raise CheckpointError(
             f"{where} adapts {strange[0]!r}, which this model has not or does not adapt; {remedy}."
         )
-    attach(model, name, spec, train=train)
+    attach(model, name, spec)
     for path in set(maps) - paths:  # a file may adapt fewer maps than its targets match
         drop_adapter(maps[path], name)
     wanted = read_state(model, name)

@@ -62,8 +62,8 @@ class PairLearner:
     [b'lo', b'low', b' low']
     """
 
-    def __init__(self, texts: Iterable[str], pattern: str = SPLIT_PATTERN) -> None:
-        pieces = Counter(piece for text in texts for piece in split_pieces(text, pattern))
+    def __init__(self, texts: Iterable[str]) -> None:
+        pieces = Counter(piece for text in texts for piece in split_pieces(text))
         self.tokens = [bytes([i]) for i in range(256)]
         self._words = [list(piece.encode()) for piece in pieces]
         self._times = [*pieces.values()]

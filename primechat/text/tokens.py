@@ -60,7 +60,6 @@ def build_cache(
     folder: Path,
     key: str,
     *,
-    threads: int = 0,
     on_event: OnEvent | None = None,
 ) -> TokenCache:
     """Return the token cache of a corpus, building it only where it is missing, torn or stale.
@@ -69,7 +68,6 @@ def build_cache(
         documents: Texts, or (ids, mask) pairs of rendered conversations; not touched where the cache stands.
         tokenizer: Turns texts into ids; its identity is part of the key.
         key: Names the corpus and whatever else the documents depend on, as `corpus_identity` does.
-        threads: Threads that tokenise; 0 takes all cores.
         on_event: Hears of progress, in documents.
 
     Raises:
@@ -86,7 +84,7 @@ def build_cache(
         if on_event:
             on_event(PhaseEvent(name="tokens: the text is cut into them, once", unit="documents"))
         meta = {"identity": identity, "corpus": key}
-        write_cache(iter(documents), tokenizer, building, meta, threads, on_event)
+        write_cache(iter(documents), tokenizer, building, meta, on_event)
         if target.exists() and not open_cache(target, identity):
             shutil.rmtree(target)
         try:
@@ -106,7 +104,6 @@ def write_cache(
     tokenizer: Tokenizer,
     folder: Path,
     meta: dict[str, Any],
-    threads: int,
     on_event: OnEvent | None,
 ) -> None:
     """Tokenise documents into the files of a cache, a chunk of them in memory at a time."""
@@ -117,7 +114,7 @@ def write_cache(
     with (folder / "ids.bin").open("wb") as ids_file, (folder / "mask.bin").open("wb") as mask_file:
         while chunk := list(islice(documents, CHUNK_DOCUMENTS)):
             if isinstance(chunk[0], str):
-                encoded = [[bos, *ids] for ids in tokenizer.encode_batch(chunk, threads)]
+                encoded = [[bos, *ids] for ids in tokenizer.encode_batch(chunk)]
                 text_bytes += sum(len(text.encode("utf-8", "replace")) for text in chunk)
             else:
                 encoded, masked = [ids for ids, _ in chunk], True

@@ -227,13 +227,9 @@ def tune_runtime(
             tried.append(measure_candidate(model, ids, targets, candidate, make))
 
     for device in list_devices(runtime.device):
-        dtypes = (
-            [runtime.dtype]
-            if runtime.dtype != "auto"
-            else ["bfloat16"]
-            if device == "cuda"
-            else ["float32", "bfloat16"]
-        )
+        dtypes = ["bfloat16"] if device == "cuda" else ["float32", "bfloat16"]
+        if runtime.dtype != "auto":
+            dtypes = [runtime.dtype]
         if device == "cpu" and len(dtypes) > 1 and not half_pays():
             dtypes, guess = ["float32"], OLDER_GUESS
             left_out.append("cpu bfloat16 was not tried: this processor has no units for it.")

@@ -20,6 +20,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
+from primechat.cloud.export import is_folded
 from primechat.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -237,12 +238,7 @@ def read_folds(path: Path) -> list[bool]:
             if isinstance(node, ast.With)
             else getattr(node, "decorator_list", [])
         )
-        for mark in marks:
-            if ast.unparse(mark).startswith("app."):
-                words = mark.keywords if isinstance(mark, ast.Call) else []
-                folds.append(
-                    any(word.arg == "hide_code" and ast.unparse(word.value) == "True" for word in words)
-                )
+        folds += [is_folded(mark) for mark in marks if ast.unparse(mark).startswith("app.")]
     return folds
 
 

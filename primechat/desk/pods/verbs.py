@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import tyro
 
-from primechat.cli import parse_flags, read_config, take_option
+from primechat.cli import parse_flags, read_config, take_option, take_shape
 from primechat.cloud.export import (
     STAGE_OF,
     export_lab,
@@ -121,14 +121,10 @@ def run_cloud(verb: str, argv: list[str]) -> int:
 
 def full_run(argv: list[str]) -> PretrainConfig:
     """Return the run that --depth, --arch and --config name, a full one; takes them out of the words."""
-    file, depth, arch = (take_option(argv, name) for name in ("--config", "--depth", "--arch"))
+    file, (depth, arch) = take_option(argv, "--config"), take_shape(argv)
     if file:
         return read_config(Path(file), PretrainConfig)
-    if depth is not None and not depth.isdecimal():
-        raise ConfigError(f"--depth {depth} must be a whole number from 1 to 256; try 20.")
-    if arch not in (None, "classic", "modern"):
-        raise ConfigError(f"--arch {arch} must be classic or modern; try classic.")
-    return full_config(int(depth or 20), arch or "classic")
+    return full_config(20 if depth is None else depth, arch or "classic")
 
 
 def run_plan(flags: PlanFlags) -> int:
