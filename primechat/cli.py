@@ -80,11 +80,8 @@ Config = TypeVar("Config")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line.
-
-    Returns:
-        The exit code: 0 also after a clean stop, 1 for a check that finds a fault, 2 for what a user can
-        mend, 130 for an interrupt.
+    """Run one command line, that of the process for None, and return the exit code: 0 also after a clean
+    stop, 1 for a check that finds a fault, 2 for what a user can mend, 130 for an interrupt.
     """
     try:
         return run_verb(list(sys.argv[1:] if argv is None else argv))

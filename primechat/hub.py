@@ -234,11 +234,8 @@ NEEDLESS = ["*/*", "consolidated*", "adapter_*"]  # weights once more, in other 
 
 
 def fetch_model(name: str, tell: Callable[[str], None] = lambda text: None) -> Path:
-    """Return the folder of a model in Hugging Face's cache, with data only; what is missing is fetched.
-
-    Args:
-        name: owner/name or owner/name@revision.
-        tell: hears how much is to be fetched, before it is.
+    """Return the folder of a model (owner/name or owner/name@revision) in Hugging Face's cache, with data
+    only; what is missing is fetched, and `tell` hears how much before it is.
 
     Raises:
         HubError: the Hub cannot be reached or refuses, and the model is not in the cache.

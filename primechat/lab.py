@@ -86,10 +86,8 @@ def predict(
 
 
 def exercise(task: Exercise, attempt: Any = None) -> Any:
-    """Check a learner's attempt and return a card that names the first rule that it breaks.
-
-    Args:
-        attempt: a function or a value; None, `...`, or a function whose body is `...`: not tried yet.
+    """Check a learner's attempt and return a card that names the first rule that it breaks; None, `...` and a
+    function whose body is `...` are not tried yet.
     """
     card = ExerciseCard(title=task.title, task=task.task, hint=task.hint, solution=task.solution_text)
     if is_stub(attempt) and runner.in_app():
@@ -111,10 +109,8 @@ _lock = threading.Lock()
 
 
 def borrow_model(identifier: str = "") -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """Open a model, or return the one that another cell has opened: the same objects, so change nothing.
-
-    Args:
-        identifier: as for `open_model`; empty is the default model. Each call looks for a newer step.
+    """Open a model, or return the one that another cell has opened: the same objects, so change nothing. Each
+    call looks for a newer step.
 
     Raises:
         PrimechatError: as `open_model`.

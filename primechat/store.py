@@ -256,14 +256,8 @@ def load_model(
     step: int | None = None,
     dtype: str = "float32",
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """Open a model as nanochat does.
-
-    Args:
-        model_tag: None takes the largest d<number>, else the most recently written folder.
-        step: None takes the newest complete one.
-
-    Returns:
-        Model, tokenizer, metadata.
+    """Open a model as nanochat does: without a tag the largest d<number>, else the most recently written
+    folder; without a step the newest complete one.
 
     Raises:
         CheckpointError: there is no such model, or it does not go with its tokenizer.
@@ -401,10 +395,8 @@ def read_design(folder: Path, step: int) -> tuple[GPTConfig | None, dict[str, An
 
 
 def load_run(path: str | Path) -> TrainResult:
-    """Rebuild the result of a run from its folder, for example one that came back from another machine.
-
-    Args:
-        path: the run's folder, absolute or relative to the base directory, or an identifier such as base/d4.
+    """Rebuild the result of a run from its folder (absolute or relative to the base directory, perhaps one
+    that came back from another machine) or an identifier such as base/d4.
 
     Raises:
         CheckpointError: there is no run, or a file of it is damaged.

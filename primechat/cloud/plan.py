@@ -145,11 +145,8 @@ def count_shards(config: PretrainConfig, tokens: float | None = None) -> int:
 def estimate_memory(
     config: PretrainConfig, rows: int, *, n_gpus: int = 1, device: str = "cuda", dtype: str = "bfloat16"
 ) -> dict[str, float]:
-    """Return the bytes of one GPU's memory at the peak of a step, by kind.
-
-    Args:
-        rows: of one micro-batch, each of sequence_len tokens.
-        n_gpus: ranks that share the optimizer's states.
+    """Return the bytes of one GPU's memory at the peak of a step, by kind, where it reads `rows` of
+    sequence_len tokens at a time and `n_gpus` ranks share the optimizer's states.
     """
     model, T = config.model, config.model.sequence_len
     C, kv, L = model.n_embd, model.kv_dim, model.n_layer

@@ -27,10 +27,7 @@ def encode_config(config: Any) -> dict[str, Any]:
 
 
 def decode_config(data: Any, cls: type[Config], where: str = "config.json") -> Config:
-    """Rebuild a config from JSON data.
-
-    Args:
-        where: how errors name the source.
+    """Rebuild a config from JSON data; `where` is how errors name the source.
 
     Raises:
         ConfigError: an unknown field, a wrong type, or a newer schema.

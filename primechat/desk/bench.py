@@ -155,10 +155,7 @@ class Runner:
 
 def bench_train(config: BenchConfig, shape: GPTConfig | None = None) -> list[dict[str, Any]]:
     """Return tokens a second of whole optimizer steps: eager and compiled, float32 and bfloat16 (on a CPU
-    that has units for it), and auto.
-
-    Returns:
-        One row a candidate; `ratio` is to eager float32, the first.
+    that has units for it), and auto. One row a candidate; `ratio` is to eager float32, the first.
     """
     import torch
 
@@ -237,10 +234,8 @@ def prepare_runner(shape: GPTConfig, runtime: RuntimeConfig) -> Runner:
 
 
 def bench_infer(config: BenchConfig, shape: GPTConfig | None = None) -> list[dict[str, Any]]:
-    """Return prefill and decode speeds of the engine, float32, for one thread and for all.
-
-    Returns:
-        One row a number of threads, the faster decoder first.
+    """Return prefill and decode speeds of the engine, float32: a row a number of threads, the faster decoder
+    first.
     """
     import torch
 
@@ -312,13 +307,8 @@ def measure_engine(engine: Engine, seconds: float) -> dict[str, float]:
 def bench_tokenizer(
     config: BenchConfig, documents: list[str] | None = None, vocab_size: int = 4096
 ) -> list[dict[str, Any]]:
-    """Return seconds of training a tokenizer and megabytes of text a second of encoding.
-
-    Args:
-        documents: the text; None is the training split of the text that ships with primechat.
-
-    Returns:
-        One row for one thread, one for all.
+    """Return seconds of training a tokenizer and megabytes of text a second of encoding, a row for one thread
+    and one for all; without documents, of the text that ships with primechat.
     """
     from primechat import store
     from primechat.text.corpora import read_documents

@@ -80,10 +80,7 @@ def run_convert(config: ConvertConfig) -> int:
 
 
 def export_model(identifier: str, folder: str) -> Path:
-    """Write a classic model as a folder that transformers loads.
-
-    Returns:
-        The folder.
+    """Write a classic model as a folder that transformers loads; return the folder.
 
     Raises:
         CheckpointError: the model cannot be read, or computes what transformers' NanoChat does not.
@@ -180,14 +177,8 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def import_model(source: str, out: str) -> Path:
-    """Write transformers' folder of a nanochat model as a checkpoint with its tokenizer beside it.
-
-    Args:
-        source: a folder, or hf:owner/name.
-        out: a model's name such as sft/mine, or a folder.
-
-    Returns:
-        The folder of the checkpoint.
+    """Write transformers' folder of a nanochat model (a path, or hf:owner/name) as a checkpoint with its
+    tokenizer beside it; `out` is a model's name such as sft/mine, or a folder, which is returned.
 
     Raises:
         CheckpointError: the source is another kind of model, or the target has checkpoints.

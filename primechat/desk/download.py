@@ -88,10 +88,8 @@ def build_parcels(config: DownloadConfig) -> Iterator[Parcel]:
 
 
 def run_download(config: DownloadConfig) -> int:
-    """Plan, show the plan, fetch, and check what came.
-
-    Returns:
-        0, or 1 where a model that came cannot be used.
+    """Plan, show the plan, fetch, and check what came; return 1 where a model that came cannot be used, else
+    0.
 
     Raises:
         PrimechatError: with what went wrong and the next step.

@@ -414,11 +414,8 @@ def open_chat(
     height: str = "74vh",
     opener: Opener | None = None,
 ) -> Any:
-    """Return a chat page with a session of its own.
-
-    Args:
-        model: identifier to begin with; empty chooses as `choose_talker` does.
-        opener: opens a model by its identifier; None shares what other cells of the process have opened.
+    """Return a chat page with a session of its own; without a model it begins with that of `choose_talker`,
+    without an opener it shares what other cells of the process have opened.
     """
     from primechat import store
     from primechat.desk.chat import choose_talker

@@ -156,10 +156,8 @@ class BlockAttention(torch.autograd.Function):
 
 
 class TokenStep:
-    """Where one more token a row goes, and which keys it sees: worked out once for all layers.
-
-    Args:
-        lengths: tokens that each row holds; `at` is the position of the next ones, (B,), or one number.
+    """Where one more token a row goes, and which keys it sees: worked out once for all layers. `lengths` are
+    the tokens that each row holds; `at` is the position of the next ones, (B,), or one number.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:

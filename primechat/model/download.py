@@ -134,11 +134,7 @@ def plan_download(parcels: Sequence[Parcel], *, token: str | None = None, optim:
 
 
 def run_plan(plan: Plan, base: Path, on_event: OnEvent, *, token: str | None = None) -> None:
-    """Fetch what a plan wants and note in each folder where its files came from.
-
-    Args:
-        base: A folder that all places of the plan are in.
-        on_event: Hears notes, and the progress in bytes.
+    """Fetch what a plan wants, all of it below `base`, and note in each folder where its files came from.
 
     Raises:
         HubError: A file cannot be fetched; those that are finished stay.

@@ -107,10 +107,7 @@ def list_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def detect_era(shapes: Shapes, meta: Mapping[str, Any]) -> GPTConfig:
-    """Return the complete config of a checkpoint from the shapes of its tensors and its metadata.
-
-    Args:
-        shapes: tensor name -> shape, `_orig_mod.` already removed.
+    """Return the complete config of a checkpoint from the shapes of its tensors, by name, and its metadata.
 
     Raises:
         CheckpointError: an in-between era, by the keys it has and lacks; shapes other than the metadata's.

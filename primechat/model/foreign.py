@@ -41,11 +41,8 @@ _parsing = threading.Lock()
 
 
 def locate_foreign(name: str, tell: Callable[[str], None] = lambda text: None) -> tuple[Path, dict[str, str]]:
-    """Return the folder of a foreign model, fetched where it is not on this disk, and how to read it.
-
-    Args:
-        name: smollm2, owner/name or owner/name@revision.
-        tell: hears how much is to be fetched, before it is.
+    """Return the folder of a foreign model (smollm2, owner/name or owner/name@revision), fetched where it is
+    not on this disk, once `tell` has heard how much, and how to read it.
 
     Raises:
         ConfigError: a package is missing.

@@ -237,11 +237,8 @@ class GPT(nn.Module):
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> GPT:
-        """Build a model around the given tensors, one cast at a time, without a second copy of the weights.
-
-        Args:
-            state: tensors by nanochat's keys; the dictionary is emptied on the way.
-            dtype: of parameters and compute.
+        """Build a model around tensors by nanochat's keys, one cast at a time, without a second copy of the
+        weights: the dictionary is emptied on the way. `dtype` is of parameters and compute.
         """
         with torch.device("meta"):
             model = cls(config)

@@ -182,11 +182,7 @@ def turn_dial(model: GPT, name: str, dial: float) -> None:
 
 @torch.no_grad()
 def merge(model: GPT) -> dict[str, Tensor]:
-    """Add the active adapters to the weights and turn their dials to 0.
-
-    Returns:
-        The weights as they were, for `unmerge`.
-    """
+    """Add the active adapters to the weights, turn their dials to 0, and return the weights as they were."""
     before: dict[str, Tensor] = {}
     for path, linear in list_targets(model).items():
         change = linear.adapter.change() if linear.adapter is not None else None
@@ -287,10 +283,7 @@ def name_remedy(name: str, folder: Path | str) -> str:
 
 
 def load_adapter(model: GPT, name: str, folder: Path | str) -> LoraSpec:
-    """Attach an adapter from PEFT's two files, ours or others'.
-
-    Returns:
-        Its shape.
+    """Attach an adapter from PEFT's two files, ours or others', and return its shape.
 
     Raises:
         CheckpointError: a file is missing or damaged, was made for another model, or says something that

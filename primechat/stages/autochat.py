@@ -40,10 +40,8 @@ LOOK_TOKENS = 4096  # on which a generation's loss is measured: only what it say
 def autochat(
     config: AutochatConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> AutochatResult:
-    """Let a model talk to itself or to another, and, with generations, learn from it and talk again.
-
-    Returns:
-        Where the conversations are, and how fast they were written.
+    """Let a model talk to itself or to another, and, with generations, learn from it and talk again; return
+    where the conversations are, and how fast they were written.
 
     Raises:
         ConfigError: settings contradict those of the conversations that are there.

@@ -46,10 +46,7 @@ COMPARED_TOKENS = 16_384  # of each validation, for agreement and KL
 def distill(
     config: DistillConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> TrainResult:
-    """Train a student, or go on with one.
-
-    Returns:
-        What came of it; val_bpb is the student's.
+    """Train a student, or go on with one; val_bpb is the student's.
 
     Raises:
         ConfigError: settings contradict each other, the teacher or the run that is there.

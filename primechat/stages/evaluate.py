@@ -26,13 +26,8 @@ from primechat.train.tune import count_cores, list_devices
 def evaluate(
     config: EvaluateConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> EvaluateResult:
-    """Measure bits per byte; every target is scored once.
-
-    Args:
-        stop: ends it early; the result is of what has been scored.
-
-    Returns:
-        Bits per byte and the counts behind it.
+    """Measure bits per byte; every target is scored once. Stopped early, the result is of what has been
+    scored.
 
     Raises:
         ConfigError: the window is longer than the model can read, or the stride longer than the window.

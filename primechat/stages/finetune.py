@@ -41,10 +41,8 @@ MAX_TOKENS = 2048  # of one conversation
 def finetune(
     config: FinetuneConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> TrainResult:
-    """Make a chat model of a base model, or go on with one.
-
-    Returns:
-        What came of it; val_bpb is on the assistant's tokens of held-out conversations.
+    """Make a chat model of a base model, or go on with one; val_bpb is on the assistant's tokens of held-out
+    conversations.
 
     Raises:
         ConfigError: settings contradict each other, the base model or the run that is there.

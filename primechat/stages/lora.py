@@ -30,10 +30,7 @@ from primechat.stages.run import TrainingRun
 def train_lora(
     config: LoRAConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> TrainResult:
-    """Train an adapter, or go on with one.
-
-    Returns:
-        What came of it; its identifier opens the model with the adapter.
+    """Train an adapter, or go on with one; the result's identifier opens the model with the adapter.
 
     Raises:
         ConfigError: settings contradict each other, the model or the run that is there.

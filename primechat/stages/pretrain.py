@@ -38,10 +38,7 @@ TEXT_PROMPTS = ("The most important thing about", "Once upon a time")
 def pretrain(
     config: PretrainConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> TrainResult:
-    """Train a base model, or go on with one.
-
-    Returns:
-        What came of it, with the run's folder relative to the base directory.
+    """Train a base model, or go on with one; the result's path is relative to the base directory.
 
     Raises:
         ConfigError: settings contradict each other, the tokenizer or the run that is there.

@@ -44,13 +44,8 @@ CHAT_SHARE = 0.25  # of the pretraining time goes to finetuning
 def quickstart(
     config: QuickstartConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> QuickstartResult:
-    """Make a tokenizer, a base model and a chat model of one tag, and let the last one talk.
-
-    Args:
-        config: mostly `seconds`, the pretraining time to fill.
-
-    Returns:
-        The results of the stages and a short dialogue, empty after a stop.
+    """Make a tokenizer, a base model and a chat model of one tag in `seconds` of pretraining and what is
+    around it, and let the last one talk, unless it was stopped.
 
     Raises:
         ConfigError: the tag is taken, or there is nothing to resume.
@@ -96,10 +91,8 @@ def quickstart(
 def speedrun(
     config: SpeedrunConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> SpeedrunResult:
-    """Make a tokenizer, a base model and a chat model, and measure the base model.
-
-    Returns:
-        The stages' results. A finished stage is not done again by a resumed run.
+    """Make a tokenizer, a base model and a chat model, and measure the base model; resumed, a finished stage
+    is not done again.
 
     Raises:
         ConfigError: there is a run of this tag and `resume` is not set.

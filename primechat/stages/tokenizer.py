@@ -23,13 +23,8 @@ SAMPLE_DOCUMENTS = 200  # of the validation split, to measure bytes a token
 def train_tokenizer(
     config: TokenizerConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> TokenizerResult:
-    """Train a tokenizer and save it in nanochat's layout.
-
-    Args:
-        stop: ends it without a result; nothing is saved.
-
-    Returns:
-        Its folder, relative to the base directory, identity and bytes a token on validation text.
+    """Train a tokenizer and save it in nanochat's layout; return its folder, relative to the base directory,
+    identity and bytes a token on validation text. A stop ends it without a result; nothing is saved.
 
     Raises:
         DataError: the text is too small for the vocabulary, or another tokenizer is there.

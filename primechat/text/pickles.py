@@ -74,10 +74,8 @@ class EncodingReader(PickleReader):
 
 
 def read_encoding(path: Path) -> dict[str, Any]:
-    """Return the state of the one `tiktoken.core.Encoding` that a pickle holds, running nothing.
-
-    Returns:
-        The fields `name`, `pat_str`, `mergeable_ranks`, `special_tokens`, their contents unchecked.
+    """Return the state of the one `tiktoken.core.Encoding` that a pickle holds, running nothing: `name`,
+    `pat_str`, `mergeable_ranks` and `special_tokens`, their contents unchecked.
 
     Raises:
         DataError: The file is anything else than such a pickle.
@@ -95,10 +93,7 @@ def read_encoding(path: Path) -> dict[str, Any]:
 
 
 def read_lengths(path: Path, vocab_size: int) -> np.ndarray:
-    """Return the numbers of a `token_bytes.pt`, taken from its raw storage.
-
-    Returns:
-        int32 (vocab_size,).
+    """Return the numbers of a `token_bytes.pt`, int32 (vocab_size,), taken from its raw storage.
 
     Raises:
         DataError: The file holds anything else.

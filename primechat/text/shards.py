@@ -43,10 +43,7 @@ def list_shards(corpus: str, split: str, n_shards: int) -> list[str]:
 def shard_paths(
     corpus: str, split: str, n_shards: int, on_event: OnEvent | None = None, *, base_dir: Path | None
 ) -> list[Path]:
-    """Return the local paths of a split's shards, fetching those that are missing.
-
-    Args:
-        base_dir: Holds base_data and base_data_climbmix.
+    """Return the local paths of a split's shards, fetching those that are missing into `base_dir`.
 
     Raises:
         HubError: A shard is missing and cannot be fetched.
@@ -196,11 +193,8 @@ def open_feed(
     corpus: str, n_shards: int, base_dir: Path, *, fetches: bool, keep: int = 0,
     on_event: OnEvent | None = None,
 ) -> ShardFeed:  # fmt: skip
-    """Return the feed of a Hub corpus's training shards.
-
-    Args:
-        fetches: True on one process of a machine.
-        keep: Most shards on the disk at once, 0 for all.
+    """Return the feed of a Hub corpus's training shards; one process of a machine fetches, and at most `keep`
+    shards are on the disk at once, 0 for all.
     """
     repo, subfolder, _ = HUB_CORPORA[corpus]
     return ShardFeed(

@@ -104,10 +104,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Tokenizer:
-        """Read a tokenizer folder in nanochat's layout, unpickling nothing.
-
-        Args:
-            folder: Holds `tokenizer.pkl`, perhaps `token_bytes.pt` and `primechat_tokenizer.json`.
+        """Read a folder in nanochat's layout, unpickling nothing: `tokenizer.pkl`, perhaps `token_bytes.pt`
+        and `primechat_tokenizer.json`.
 
         Raises:
             DataError: Nothing is there, or a file is damaged, unsafe or of another kind.

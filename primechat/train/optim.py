@@ -210,14 +210,8 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, ratio: float, momentum: float) -> tuple[float, float]:
-        """Move every parameter and drop the gradients.
-
-        Args:
-            ratio: the schedule's share of each peak learning rate.
-            momentum: Muon's momentum now.
-
-        Returns:
-            The gradient's norm before clipping, and the norm of the matrices' move.
+        """Move every parameter, each by `ratio` of its peak learning rate, and drop the gradients; return the
+        gradient's norm before clipping, and the norm of the matrices' move.
         """
         grads = [p.grad for p in self.params if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads))

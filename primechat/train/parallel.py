@@ -182,13 +182,8 @@ class Share:
         self.lo, self.hi = min(n, rank * self.size), min(n, (rank + 1) * self.size)
 
     def gather(self, mine: Tensor) -> Callable[[], Tensor]:
-        """Begin to bring all parts together; the call that is returned waits for them.
-
-        Args:
-            mine: this rank's rows (hi - lo, ...).
-
-        Returns:
-            A call that gives all rows (n, ...), on every rank.
+        """Begin to bring the rows of all ranks together, of this one (hi - lo, ...); the call that is
+        returned waits for them and gives all, (n, ...), on every rank.
         """
         if self.world_size == 1:
             return lambda: mine

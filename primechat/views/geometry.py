@@ -18,11 +18,8 @@ WIDTH = 10.2  # inches, as wide as a lab's column at a readable size of letters
 
 
 def draw_bars(rows: Sequence[tuple[str, float, bool]], *, title: str, unit: str, digits: int = 1) -> Any:
-    """Draw one bar a row, controls in grey.
-
-    Args:
-        rows: (label, value, whether it is a control).
-        unit: of the values; stands below the axis.
+    """Draw one bar a row (label, value, whether it is a control), controls in grey; the unit stands below the
+    axis.
     """
     with open_figure(WIDTH, 0.75 + 0.4 * len(rows)) as (figure, axes):
         values = [round(value, digits) + 0.0 for _, value, _ in rows]  # no -0.0
@@ -93,10 +90,8 @@ def draw_course(
     places: Sequence[float], lines: Mapping[str, Sequence[float]], *, title: str, x_label: str, y_label: str,
     controls: Sequence[str] = (),
 ) -> Any:  # fmt: skip
-    """Draw lines over training steps or layers, each named at its end, controls dashed and grey.
-
-    Args:
-        places: along the x axis; powers of two are drawn on a logarithmic axis.
+    """Draw lines over training steps or layers, each named at its end, controls dashed and grey; places that
+    are powers of two get a logarithmic axis.
     """
     with open_figure(WIDTH, 3.8) as (figure, axes):
         for j, (name, values) in enumerate(lines.items()):

@@ -16,10 +16,8 @@ from primechat.views.theme import SERIES, push_apart, style_figure
 
 
 def draw_ranks(shares: Mapping[str, Mapping[str, float]]) -> go.Figure:
-    """Draw how likely the model held the tokens that it took, for each of several models.
-
-    Args:
-        shares: for each model, the share of its tokens in each bucket of ranks.
+    """Draw how likely each of several models held the tokens that it took: by name, the share of its tokens
+    in each bucket of ranks.
     """
     figure = go.Figure()
     for i, (name, found) in enumerate(shares.items()):
@@ -57,11 +55,8 @@ def label_line(figure: go.Figure, x: float, y: float, name: str, colour: str, sh
 
 
 def draw_bands(traces: Mapping[str, np.ndarray], what: str) -> go.Figure:
-    """Draw a measure turn by turn: each group's mean, and for the first the middle 80 % of its conversations.
-
-    Args:
-        traces: for each group, (conversations, turns); nan where nothing was measured.
-        what: the measure with its unit, for the axis.
+    """Draw a measure turn by turn, of each group (conversations, turns), nan where nothing was measured: each
+    one's mean, and for the first the middle 80 % of its conversations.
     """
     figure = go.Figure()
     ends: list[tuple[float, str, str]] = []
@@ -169,11 +164,7 @@ def draw_spreads(
 
 
 def draw_generations(found: Mapping[str, Sequence[Spread]], people: Spread, measure: str) -> go.Figure:
-    """Draw a measure against the generation, for each mix, with intervals and people's line.
-
-    Args:
-        found: for each mix, the measures of each generation.
-    """
+    """Draw a measure against the generation, for each mix, with intervals and people's line."""
     figure = go.Figure()
     longest = max(map(len, found.values()), default=1)
     for i, (name, spreads) in enumerate(found.items()):

@@ -53,11 +53,8 @@ def push_apart(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def style_figure(figure: go.Figure, *, height: int = 340, **layout: Any) -> go.Figure:
-    """Give a plotly figure the house's looks and return it.
-
-    Args:
-        height: in pixels.
-        layout: further settings of plotly's layout; they win.
+    """Give a plotly figure the house's looks and return it; height is in pixels, further settings of layout
+    win.
     """
     axis = dict(
         gridcolor=FAINT, zerolinecolor=FAINT, linecolor=FAINT, ticks="outside", tickcolor=FAINT,

@@ -63,11 +63,8 @@ def draw_lines(
     faint: Sequence[str] = (),
     **layout: Any,
 ) -> go.FigureWidget:
-    """Draw curves with their names at their ends.
-
-    Args:
-        series: points (x, y) by name, or (x, y, low, high) with the ends of an interval.
-        faint: names of controls, drawn dotted.
+    """Draw curves with their names at their ends: points (x, y) by name, or (x, y, low, high) with the ends
+    of an interval; those of `faint`, controls, are dotted.
     """
     figure = go.FigureWidget()
     ends = {name: points[-1][1] for name, points in series.items() if points}

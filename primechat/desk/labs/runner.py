@@ -68,10 +68,8 @@ class FixedFigure:
 
 
 def show(widget: Any) -> Any:
-    """Return a widget as the present host shows it; its attributes can be read from what is returned.
-
-    Args:
-        widget: one of ours, a plotly FigureWidget, or, where nothing will change it, a plotly Figure.
+    """Return a widget, ours or plotly's FigureWidget, or a plotly Figure that nothing will change, as the
+    present host shows it; its attributes can be read from what is returned.
     """
     figure = hasattr(widget, "to_plotly_json") and not hasattr(widget, "comm")
     if in_marimo():

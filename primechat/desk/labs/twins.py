@@ -161,11 +161,7 @@ def build_words(config: LabConfig, path: Path | None) -> tuple[list[str], dict[s
 
 
 def sync_twins(*, check: bool = False) -> int:
-    """Write labs/notebooks anew, or only tell what is out of date.
-
-    Returns:
-        0, or 1 where a twin was out of date and is only checked.
-    """
+    """Write labs/notebooks anew; with `check` only tell what is out of date, and return 1 where something is."""
     folder, stale = LABS / "notebooks", 0
     twins = {folder / f"{path.stem}.ipynb": path for path in list_labs()}
     for twin, path in twins.items():

@@ -25,14 +25,9 @@ BATCH_TOKENS, MICRO_ROWS = 8192, 8
 
 
 def bench_ranks(seconds: float, *, depth: int = 0) -> list[dict[str, Any]]:
-    """Return tokens a second of one process with all threads and of as many ranks with one thread each.
-
-    Args:
-        seconds: to measure each kind in each number format, the start of the jobs apart.
-        depth: blocks of the model; 0 is the depth-4 model.
-
-    Returns:
-        Two rows a number format; `ratio` is to the single process's median.
+    """Return tokens a second of one process with all threads and of as many ranks with one thread each: two
+    rows a number format, `ratio` to the single process's median. Each is measured for `seconds`, the start of
+    the jobs apart; a `depth` of 0 is the depth-4 model.
     """
     from primechat.train.tune import count_cores, half_pays
 

@@ -101,11 +101,7 @@ class SmallRunsConfig:
 def train_small(
     config: SmallRunsConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> SeriesOfRuns:
-    """Train the runs one after the other; those that are finished are kept, so a stopped series goes on.
-
-    Returns:
-        What each run reached.
-    """
+    """Train the runs one after the other; those that are finished are kept, so a stopped series goes on."""
     from primechat.stages.pretrain import pretrain
 
     stop, runtime, found = stop or threading.Event(), None, list[SmallRun]()

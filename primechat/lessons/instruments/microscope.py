@@ -32,11 +32,8 @@ SMALL = 50_000_000  # parameters up to which a control is tried unasked
 
 
 class Microscope:
-    """A model and a text under every view of lab 02.
-
-    Args:
-        picker: what chooses the model: its `identifier` is read and observed, as `primechat.lab.pick_model`
-            returns it.
+    """A model and a text under every view of lab 02; the `identifier` of `picker`
+    (`primechat.lab.pick_model`) is read and observed.
     """
 
     def __init__(self, picker: Any, text: str = TEXT) -> None:

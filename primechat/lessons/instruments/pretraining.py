@@ -136,11 +136,7 @@ class AblationResult:
 def ablate(
     config: AblationConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> AblationResult:
-    """Train the model with every trick, and without each, over several seeds; finished runs are kept.
-
-    Returns:
-        What each variant reached.
-    """
+    """Train the model with every trick, and without each, over several seeds; finished runs are kept."""
     from primechat.stages.pretrain import pretrain
 
     stop = stop or threading.Event()

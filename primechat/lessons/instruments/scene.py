@@ -38,11 +38,7 @@ def pool_weights(weights: np.ndarray, side: int = SIDE) -> np.ndarray:
 
 
 class Scene:
-    """A model, its tokenizer and a text.
-
-    Args:
-        ids: (T,) of at least two tokens.
-    """
+    """A model, its tokenizer and a text, (T,) of at least two tokens."""
 
     def __init__(self, model: Any, tokenizer: Any, ids: np.ndarray) -> None:
         self.model, self.tokenizer, self.ids = model, tokenizer, ids
@@ -133,11 +129,8 @@ class Scene:
 
 
 def save_copying(losses: np.ndarray) -> float:
-    """Return by how many nats the second half of a text said twice is easier than the first.
-
-    Args:
-        losses: those of a capture of [bos, *words, *words]; the first word of each half is left out, as
-            nothing before it tells which comes.
+    """Return by how many nats the second half of a text said twice, [bos, *words, *words], is easier than the
+    first; the first word of each half is left out, as nothing before it tells which comes.
     """
     n = len(losses) // 2
     return float(losses[1:n].mean() - losses[n + 1 :].mean()) if n > 1 else math.nan

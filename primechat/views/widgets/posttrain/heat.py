@@ -14,10 +14,8 @@ from primechat.views.widgets.kit import Widget
 
 
 class HeatText(Widget):
-    """A prompt and a reply; each token tells its distance and both models' likeliest tokens.
-
-    Args:
-        measure: returns what is shown: prompt -> {"tokens": [{"text", "kl", "teacher", "student"}, ...]}.
+    """A prompt and a reply; each token tells its distance and both models' likeliest tokens. `measure`
+    returns what is shown: prompt -> {"tokens": [{"text", "kl", "teacher", "student"}, ...]}.
     """
 
     prompt = traitlets.Unicode("").tag(sync=True)

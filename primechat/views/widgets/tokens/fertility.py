@@ -25,11 +25,7 @@ class FertilityTable(Widget):
     def __init__(
         self, opened: Opened, passages: Sequence[tuple[str, str, str]], shown: Sequence[str]
     ) -> None:
-        """Show passages.
-
-        Args:
-            passages: (name, group, text); the first is what the others are compared with.
-        """
+        """Show passages (name, group, text); the first is what the others are compared with."""
         super().__init__(passages=[list(p) for p in passages], shown=list(shown), choices=opened.describe())
         self._opened = opened
         opened.on_change.append(lambda: setattr(self, "choices", opened.describe()))
