@@ -154,18 +154,14 @@ def run_verb(argv: list[str]) -> int:
             return int(module.run_cloud(verb, argv))
         cls: Any = getattr(module, config)
         start = cls(device=device) if device and hasattr(cls, "device") else cls()
-        words = name_model(argv) if verb in ("check", "chat", "report") else argv
-        return int(getattr(module, f"run_{verb}")(parse_flags(verb, cls, words, start)))
+        if verb in ("check", "chat", "report") and argv and not argv[0].startswith("-"):
+            argv = ["--model", *argv]  # as in `primechat chat sft/d4`
+        return int(getattr(module, f"run_{verb}")(parse_flags(verb, cls, argv, start)))
     else:
         near = difflib.get_close_matches(verb, [*STAGES, *DESK], 1)
         remedy = f"did you mean `primechat {near[0]}`?" if near else "`primechat --help` lists them."
         raise ConfigError(f"{verb!r} must be one of primechat's verbs; {remedy}")
     return 0
-
-
-def name_model(argv: list[str]) -> list[str]:
-    """Return the words with --model before a first one that is no flag, as in `primechat chat sft/d4`."""
-    return ["--model", *argv] if argv and not argv[0].startswith("-") else argv
 
 
 def format_help() -> str:
@@ -268,7 +264,7 @@ def take_shape(argv: list[str]) -> tuple[int | None, str | None]:
     """Take --depth and --arch out of the words; None where they are absent."""
     depth, arch = take_option(argv, "--depth"), take_option(argv, "--arch")
     if depth is not None and not depth.isdecimal():
-        raise ConfigError(f"--depth {depth} must be a whole number from 1 to 256; try 4, or 20 on GPUs.")
+        raise ConfigError(f"--depth {depth} must be a whole number from 1 to 256; try 20, or 4 on a laptop.")
     if arch not in (None, "classic", "modern"):
         raise ConfigError(f"--arch {arch} must be classic or modern; try modern.")
     return None if depth is None else int(depth), arch

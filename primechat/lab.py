@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from primechat.desk.labs import runner
 from primechat.desk.labs.forms import build_form, read_command
 from primechat.desk.labs.runner import in_marimo, in_notebook, open_control, show
 from primechat.lessons import Broken, Exercise, is_stub
-from primechat.records import count_noun, encode_record
+from primechat.records import count_noun
 from primechat.store import ModelEntry
 from primechat.views.widgets.controls import ExerciseCard, Live, ModelPicker, Notice, Prediction
 from primechat.views.widgets.runs import RunLog, StageControl, Summary, build_event, describe_figures
@@ -133,9 +134,7 @@ def borrow_model(identifier: str = "") -> tuple[GPT, Tokenizer, dict[str, Any]]:
 
 
 def choose_threads(opened: tuple[Any, Any, dict[str, Any]]) -> None:
-    """Let this thread compute a small model alone, numpy's products included: threads that wait for each
-    other take five times as long on a busy machine.
-    """
+    """Let this thread compute a small model alone, numpy too: threads that wait take five times as long."""
     import torch
     from threadpoolctl import threadpool_limits
 
@@ -183,7 +182,7 @@ def summary(result: Any, *, title: str = "", notes: Sequence[str] = ()) -> Any:
             again = "" if in_marimo() else " Run this cell again then."
             waiting = f"The run is under way above. What came of it will stand here once it is done.{again}"
         return show(Summary(title=title or "Result", notes=[waiting]))
-    log, record = RunLog(), encode_record(result)
+    log, record = RunLog(), asdict(result)
     for event in record.pop("events", None) or ():
         log.add(build_event(event))
     view = {**log.describe(), "figures": describe_figures(record)}

@@ -24,8 +24,7 @@ FAMILIES = {
 }
 FORMS = "base/d4, base/d4@600, base/d4@snap:64, sft, shipped/sft, hf:smollm2, lora:pirate, lora:pirate+sft/d4"
 ADAPTER = re.compile(r"lora:([A-Za-z0-9][A-Za-z0-9_-]{0,99})(?:\*(\d{1,3}(?:\.\d+)?))?")
-ADAPTER_FOLDER = "lora_checkpoints"
-FOLDERS = {**FAMILIES, "lora": ADAPTER_FOLDER}
+FOLDERS = {**FAMILIES, "lora": "lora_checkpoints"}
 IDENTIFIER = re.compile(r"(shipped/)?(base|mid|sft|rl)(?:/([^/@]+)(?:@(snap:)?(\d{1,9}))?)?")
 FOREIGN = re.compile(r"hf:(smollm2|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[A-Za-z0-9][\w.-]*)?)", re.ASCII)
 

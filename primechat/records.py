@@ -6,7 +6,7 @@ view.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
@@ -121,11 +121,6 @@ class OnEvent(Protocol):
     """What a stage calls with each event."""
 
     def __call__(self, event: Event, /) -> None: ...
-
-
-def encode_record(record: Any) -> dict[str, Any]:
-    """Return a record of plain values as JSON-ready data."""
-    return asdict(record)
 
 
 @dataclass(frozen=True, kw_only=True)

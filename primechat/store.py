@@ -28,15 +28,7 @@ from primechat.model.checkpoint import explain_steps, find_steps, list_snapshots
 from primechat.model.era import detect_era
 from primechat.model.runlog import read_metrics
 from primechat.model.weights import inspect_model, read_json
-from primechat.names import (
-    ADAPTER,
-    ADAPTER_FOLDER,
-    FAMILIES,
-    FOLDERS,
-    IDENTIFIER,
-    ModelName,
-    parse_identifier,
-)  # fmt: skip
+from primechat.names import ADAPTER, FAMILIES, FOLDERS, IDENTIFIER, ModelName, parse_identifier  # fmt: skip
 from primechat.records import NoteEvent, OnEvent, TrainResult
 
 if TYPE_CHECKING:
@@ -325,7 +317,7 @@ def load_tokenizer(identifier: str = "") -> Tokenizer:
 
 def list_models() -> list[ModelEntry]:
     """Return every model on this disk, one's own first, foreign ones last, without importing torch."""
-    own = [*walk_models(base_dir(), shipped=False), *walk_adapters(base_dir() / ADAPTER_FOLDER)]
+    own = [*walk_models(base_dir(), shipped=False), *walk_adapters(base_dir() / FOLDERS["lora"])]
     return [*own, *walk_models(SHIPPED, shipped=True), *walk_foreign()]
 
 

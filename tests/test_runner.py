@@ -9,6 +9,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from primechat.records import (
     SampleEvent,
     StepEvent,
     TrainResult,
-    encode_record,
 )  # fmt: skip
 from primechat.views.widgets.runs import RunLog, StageControl, thin_points
 
@@ -310,7 +310,7 @@ def test_script_runs_in_line_with_its_command_line(tmp_path: Path) -> None:
 
 def test_summary_shows_figures_and_curves() -> None:
     events = tuple(
-        {"schema": 1, **encode_record(event)}
+        {"schema": 1, **asdict(event)}
         for event in (
             make_step(1),
             LossEvent(step=1, val_bpb=1.6, val_loss_nats=7.1, whole=True, elapsed_s=5),

@@ -149,14 +149,12 @@ def write_script(lab: Path, origin: str = "") -> str:
         '"""\n\nfrom __future__ import annotations'
     ]
     known = set(dir(builtins)) | {"__file__"}
+    prose = textwrap.TextWrapper(106, break_long_words=False, break_on_hyphens=False)
     program = False
     for cell in read_cells(lab.read_text(encoding="utf-8")):
         if cell.kind == "prose":
-            parts.append(
-                "\n".join(
-                    f"# {line}".rstrip() for part in cell.text.splitlines() for line in wrap_prose(part)
-                )
-            )
+            lines = [line for part in cell.text.splitlines() for line in prose.wrap(part) or [""]]
+            parts.append("\n".join(f"# {line}".rstrip() for line in lines))
         elif cell.kind == "program" and cell.text:
             tree, program = ast.parse(cell.text), True
             names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
@@ -173,11 +171,6 @@ def write_script(lab: Path, origin: str = "") -> str:
     if not program:
         raise ConfigError(f"{lab.name} has no cell whose code is shown, so nothing to export; try 05.")
     return "\n\n".join(parts) + "\n"
-
-
-def wrap_prose(line: str) -> list[str]:
-    """Return a line of prose as lines that fit behind a comment sign."""
-    return textwrap.wrap(line, 106, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def drop_keywords(text: str, tree: ast.Module, known: set[str]) -> tuple[str, ast.Module]:

@@ -234,9 +234,7 @@ def prepare_runner(shape: GPTConfig, runtime: RuntimeConfig) -> Runner:
 
 
 def bench_infer(config: BenchConfig, shape: GPTConfig | None = None) -> list[dict[str, Any]]:
-    """Return prefill and decode speeds of the engine, float32: a row a number of threads, the faster decoder
-    first.
-    """
+    """Return prefill and decode speeds, float32: a row a number of threads, the faster decoder first."""
     import torch
 
     from primechat.train.tune import count_cores

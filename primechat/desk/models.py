@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from primechat.records import encode_record
 from primechat.store import base_dir, list_models
 
 
@@ -25,7 +24,7 @@ def run_models(flags: ModelsFlags) -> int:
     """Print the models that store finds, as a table or as JSON."""
     entries = list_models()
     if flags.json:
-        print(json.dumps([encode_record(entry) for entry in entries], indent=2))
+        print(json.dumps([asdict(entry) for entry in entries], indent=2))
     elif not entries:
         print("No models yet. `primechat quickstart` makes one in minutes.")
     else:

@@ -282,8 +282,11 @@ class ChatSession:
         if replies:
             asked = [node for node in [replies[0].parent] if node and node.role != "root"]
             self._tell(kind="update", nodes=[node.view() for node in [*asked, *replies]], **self._describe())
-        else:
-            self._prepare(self.talk.chosen)
+        for name in () if replies else self.talk.chosen:  # before they are needed
+            try:
+                self._open(name)
+            except Exception as error:  # told again where it is used
+                self._tell(kind="status", text=explain_error(error), fault=True)
         for node in replies:
             if self._cancel.is_set():
                 node.state, node.note = "stopped", "Stopped before its first token."
@@ -297,14 +300,6 @@ class ChatSession:
         if replies:
             self.busy = False
             self._tell(kind="update", nodes=[], busy=False)
-
-    def _prepare(self, names: Sequence[str]) -> None:
-        """Open models before they are needed."""
-        for name in names:
-            try:
-                self._open(name)
-            except Exception as error:  # told again where it is used
-                self._tell(kind="status", text=explain_error(error), fault=True)
 
     def _open(self, name: str) -> tuple[Any, Any, dict[str, Any]]:
         import torch

@@ -112,9 +112,7 @@ def key_range(start: int, stop: int, left: int | None) -> tuple[int, int]:
 
 
 class BlockAttention(torch.autograd.Function):
-    """Attention as plain matrix products over blocks of queries; the weights are kept for the backward
-    pass.
-    """
+    """Attention as plain matrix products over blocks of queries; the backward pass has their weights."""
 
     @staticmethod
     def forward(

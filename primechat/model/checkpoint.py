@@ -302,7 +302,9 @@ def read_step(folder: Path, step: int, want_optim: bool, verify: bool | None, dt
     meta = read_meta(folder, step)
     for name, entry in meta["files"].items() if meta.get("writer") == WRITER else ():
         if verify or (verify is None and want_optim and entry["bytes"] < HASH_LIMIT):
-            check_hash(folder / name, entry)
+            if hash_file(folder / name) != entry.get("sha256"):
+                rule = "has changed since it was written (its SHA-256)"
+                raise CheckpointError(f"{folder / name} {rule}; use another step.")
     path = folder / f"model_{step:06d}.pt"
     specs = inspect_model(path)
     try:
@@ -312,12 +314,6 @@ def read_step(folder: Path, step: int, want_optim: bool, verify: bool | None, dt
     state = load_model(path, specs, dtype)
     optim_state = read_optim(folder, step, meta) if want_optim else None
     return Loaded(step=step, config=config, model_state=state, meta=meta, optim_state=optim_state)
-
-
-def check_hash(path: Path, entry: dict[str, Any]) -> None:
-    """Refuse a file whose bytes are not those that were written."""
-    if hash_file(path) != entry.get("sha256"):
-        raise CheckpointError(f"{path} has changed since it was written (its SHA-256); use another step.")
 
 
 def read_optim(folder: Path, step: int, meta: dict[str, Any]) -> dict[str, Any]:

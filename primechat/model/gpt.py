@@ -94,9 +94,7 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def merge_weights(self) -> None:
-        """Lay the weights of queries, keys and values side by side in one tensor, of which they become
-        views.
-        """
+        """Lay the weights of queries, keys and values side by side in one tensor, as views of it."""
         maps = (self.c_q, self.c_k, self.c_v)
         self.qkv = torch.cat([f.weight for f in maps])
         for f, part in zip(maps, self.qkv.split([len(f.weight) for f in maps]), strict=True):

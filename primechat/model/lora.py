@@ -240,14 +240,6 @@ def save_adapter(
     write_whole(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
 
 
-def read_labels(folder: Path | str) -> dict[str, str]:
-    """Return the labels in the header of an adapter's weights."""
-    from safetensors import safe_open
-
-    with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
-        return dict(file.metadata() or {})
-
-
 def open_adapter(model: GPT, name: str, folder: Path, tokenizer_identity: str, dial: float = 1.0) -> None:
     """Put an adapter beside a model, its dial set.
 
@@ -261,7 +253,10 @@ def open_adapter(model: GPT, name: str, folder: Path, tokenizer_identity: str, d
             f"run `primechat lora --tag {name}`."
         )
     load_adapter(model, name, folder)
-    identity = read_labels(folder).get("tokenizer_identity")
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        identity = (file.metadata() or {}).get("tokenizer_identity")
     if identity and identity != tokenizer_identity:
         raise CheckpointError(
             f"lora:{name} was trained with the tokenizer {identity[:12]}, this model has "

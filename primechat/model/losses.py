@@ -29,9 +29,7 @@ def cap_logits(z: Tensor, cap: float) -> Tensor:
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum of cross-entropies, in nats, behind a linear head with softcap; gradients come with the forward
-    pass.
-    """
+    """Sum of cross-entropies, in nats, behind a head with softcap; gradients come with the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab: int) -> Tensor:

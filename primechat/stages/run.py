@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,6 @@ from primechat.records import (
     StepEvent,
     TrainResult,
     count_noun,
-    encode_record,
 )  # fmt: skip
 from primechat.stages.job import Job as Job
 from primechat.stages.job import Windows
@@ -123,11 +122,6 @@ def remember_compiling(learned: dict[str, float]) -> None:
     write_whole(store.base_dir() / COMPILE_FILE, json.dumps(figures).encode())
 
 
-def pick_power(step: int) -> bool:
-    """Tell whether a step gets a snapshot: 0, 1, 2, 4, 8 ..."""
-    return step & (step - 1) == 0
-
-
 class TrainingRun:
     """One run from its folder to its result; `work` does it."""
 
@@ -152,7 +146,7 @@ class TrainingRun:
         if not self.ranks.is_main:
             return
         if self.log and event.kind in ("step", "loss", "sample", "checkpoint", "done"):
-            self.log.append(encode_record(event))
+            self.log.append(asdict(event))
         if self.on_event:
             self.on_event(event)
 
@@ -352,7 +346,7 @@ class TrainingRun:
     def save(self, step: int, last: bool) -> None:
         """Write a snapshot and a checkpoint where it is time to."""
         look, main = self.config.look, self.ranks.is_main
-        small = look.snapshots and (last or pick_power(step))
+        small = look.snapshots and (last or step & (step - 1) == 0)  # 0, 1, 2, 4, 8 ...
         room = look.snapshot_budget_mb * 1e6 - 2 * self.job.model.n_params
         if main and small and measure_snapshots(self.folder) <= room:
             save_snapshot(self.folder, step, self.model.state_dict(), self.job.model, self.describe(step))

@@ -48,9 +48,7 @@ def lr_ratio(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def muon_momentum(step: int, steps: int, config: OptimConfig) -> float:
-    """Return Muon's momentum at a step: from 0.85 up to its full value in 300 steps or a quarter of the
-    run.
-    """
+    """Return Muon's momentum: from 0.85 up to its full value in 300 steps or a quarter of the run."""
     share = min(1.0, step / max(1.0, min(300.0, steps / 4)))
     return 0.85 + (config.momentum - 0.85) * share if config.momentum > 0.85 else config.momentum
 

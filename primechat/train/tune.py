@@ -328,9 +328,7 @@ def decide_compile(
 
 
 def make_loss(model: GPT, runtime: RuntimeConfig, bos_id: int = -1) -> SumLoss:
-    """Return the summed loss of a model, compiled for micro-batches of one shape where the runtime says
-    so; bos_id as `GPT.loss` takes it.
-    """
+    """Return a model's summed loss, compiled for micro-batches of one shape where the runtime says so."""
     call = torch.compile(model.loss, dynamic=False) if runtime.compile == "on" else model.loss
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:

@@ -18,9 +18,7 @@ WIDTH = 10.2  # inches, as wide as a lab's column at a readable size of letters
 
 
 def draw_bars(rows: Sequence[tuple[str, float, bool]], *, title: str, unit: str, digits: int = 1) -> Any:
-    """Draw one bar a row (label, value, whether it is a control), controls in grey; the unit stands below the
-    axis.
-    """
+    """Draw one bar a row (label, value, whether it is a control), controls in grey; unit below the axis."""
     with open_figure(WIDTH, 0.75 + 0.4 * len(rows)) as (figure, axes):
         values = [round(value, digits) + 0.0 for _, value, _ in rows]  # no -0.0
         colours = [CONTROL if control else SERIES[0] for _, _, control in rows]
@@ -90,9 +88,7 @@ def draw_course(
     places: Sequence[float], lines: Mapping[str, Sequence[float]], *, title: str, x_label: str, y_label: str,
     controls: Sequence[str] = (),
 ) -> Any:  # fmt: skip
-    """Draw lines over training steps or layers, each named at its end, controls dashed and grey; places that
-    are powers of two get a logarithmic axis.
-    """
+    """Draw lines over steps (powers of two: logarithmic) or layers, named at their ends, controls dashed."""
     with open_figure(WIDTH, 3.8) as (figure, axes):
         for j, (name, values) in enumerate(lines.items()):
             control = name in controls

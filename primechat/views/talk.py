@@ -16,9 +16,7 @@ from primechat.views.theme import SERIES, push_apart, style_figure
 
 
 def draw_ranks(shares: Mapping[str, Mapping[str, float]]) -> go.Figure:
-    """Draw how likely each of several models held the tokens that it took: by name, the share of its tokens
-    in each bucket of ranks.
-    """
+    """Draw how likely models held the tokens that they took: by name, their share in each bucket of ranks."""
     figure = go.Figure()
     for i, (name, found) in enumerate(shares.items()):
         colour = SERIES[0] if i == 0 else SERIES[5]

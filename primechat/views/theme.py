@@ -53,9 +53,7 @@ def push_apart(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def style_figure(figure: go.Figure, *, height: int = 340, **layout: Any) -> go.Figure:
-    """Give a plotly figure the house's looks and return it; height is in pixels, further settings of layout
-    win.
-    """
+    """Give a plotly figure the house's looks and return it; height in pixels, further layout wins."""
     axis = dict(
         gridcolor=FAINT, zerolinecolor=FAINT, linecolor=FAINT, ticks="outside", tickcolor=FAINT,
         title_font_size=13, automargin=True,

@@ -63,9 +63,7 @@ def draw_lines(
     faint: Sequence[str] = (),
     **layout: Any,
 ) -> go.FigureWidget:
-    """Draw curves with their names at their ends: points (x, y) by name, or (x, y, low, high) with the ends
-    of an interval; those of `faint`, controls, are dotted.
-    """
+    """Draw curves, named at their ends: points (x, y) or (x, y, low, high) by name; `faint` ones dotted."""
     figure = go.FigureWidget()
     ends = {name: points[-1][1] for name, points in series.items() if points}
     heights = [value for points in series.values() for p in points for value in p[1:]] or [0.0]

@@ -42,7 +42,7 @@ def build_form(config: Any, simple: Sequence[str], title: str) -> SettingsForm:
         {
             "name": name, "title": name_field(name, kind_name), "simple": name in order,
             "help": "" if text.rstrip(".") == name_field(name, kind_name) else text,
-            "section": name_section(name),
+            "section": SECTIONS.get(part := name.rpartition(".")[0].rpartition(".")[2], part.capitalize()),
             "form": name_form(name, kind), "choices": list(CHOICES.get(name, ())),
         }
         for name, _, kind, text in sorted(fields, key=lambda field: order.get(field[0], len(order)))
@@ -115,12 +115,6 @@ def read_helps(cls: type) -> dict[str, str]:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
         if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
     }
-
-
-def name_section(name: str) -> str:
-    """Return the title of the part of a form that a field stands in."""
-    part = name.rpartition(".")[0].rpartition(".")[2]  # of a bench's run as of a run
-    return SECTIONS.get(part, part.capitalize())
 
 
 def build_config(config: Any, draft: Mapping[str, Any], prefix: str = "") -> Any:

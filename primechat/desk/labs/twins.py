@@ -16,7 +16,6 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from tyro.conf import Positional
 
@@ -161,7 +160,7 @@ def build_words(config: LabConfig, path: Path | None) -> tuple[list[str], dict[s
 
 
 def sync_twins(*, check: bool = False) -> int:
-    """Write labs/notebooks anew; with `check` only tell what is out of date, and return 1 where something is."""
+    """Write labs/notebooks anew; with `check` only tell what is out of date, and return 1 where it is."""
     folder, stale = LABS / "notebooks", 0
     twins = {folder / f"{path.stem}.ipynb": path for path in list_labs()}
     for twin, path in twins.items():
@@ -202,11 +201,8 @@ def write_twin(path: Path) -> str:
         cell["metadata"] = (
             {"jupyter": {"source_hidden": True}} if folded and cell["cell_type"] == "code" else {}
         )
-    cells = [
-        cell
-        for cell in cells
-        if "".join(cell["source"]).strip() != "import marimo as mo" or uses_marimo(cells)
-    ]
+    if not any("mo." in "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"):
+        cells = [cell for cell in cells if "".join(cell["source"]).strip() != "import marimo as mo"]
     for cell in cells:
         if cell["cell_type"] == "markdown":
             title, _, rest = "".join(cell["source"]).partition("\n")
@@ -236,8 +232,3 @@ def read_folds(path: Path) -> list[bool]:
         )
         folds += [is_folded(mark) for mark in marks if ast.unparse(mark).startswith("app.")]
     return folds
-
-
-def uses_marimo(cells: list[dict[str, Any]]) -> bool:
-    """Tell whether a code cell of a twin still needs marimo."""
-    return any("mo." in "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +37,6 @@ from primechat.config.runtime import check_number
 from primechat.errors import ConfigError, PrimechatError
 from primechat.model.runlog import read_metrics
 from primechat.names import FOLDERS
-from primechat.records import encode_record
 from primechat.store import base_dir, run_dir
 
 
@@ -131,7 +130,7 @@ def run_plan(flags: PlanFlags) -> int:
     """Print a plan; return 1 where the run does not fit, else 0."""
     plan = flags.plan()
     if flags.json:
-        found = encode_record(plan)
+        found = asdict(plan)
         found["config"] = encode_config(plan.config)
         print(json.dumps(found, indent=2))
     else:

@@ -82,9 +82,9 @@ def draw_rows(depth: int, rows: int, recompute: bool) -> list[Any]:
     return [figures, draw_parts(need, {}, machine)]
 
 
-def price_ratio(a: int = 20, b: int = 32) -> float:
-    """Return how many times the dollars a depth costs that another costs."""
-    first, second = (make_plan(full_config(depth), find_machine("8xH200")) for depth in (a, b))
+def price_ratio() -> float:
+    """Return how many times the dollars of a d20 a d32 costs."""
+    first, second = (make_plan(full_config(depth), find_machine("8xH200")) for depth in (20, 32))
     return second.dollars / first.dollars
 
 

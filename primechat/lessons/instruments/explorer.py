@@ -167,11 +167,10 @@ class Explorer:
                 tables.score_analogies(self.tokenizer, vectors, rule, max_questions=600)
                 for rule in tables.RULES
             ]
-            rows = [
-                (f"{s.rule}\n{show_pair(s.pairs[-1])}", [100 * s.offset, 100 * s.near, 100 * s.shuffled])
-                for s in found
-                if s is not None
-            ]
+            rows = []
+            for s in (score for score in found if score is not None):
+                a, b = (text.replace(" ", "·") for text in s.pairs[-1])
+                rows.append((f"{s.rule}\n{a} → {b}", [100 * s.offset, 100 * s.near, 100 * s.shuffled]))
             if not rows:
                 return "This vocabulary has too few pairs of related tokens."
             names = ("c + b − a", "nearest to c alone", "a random step")
@@ -280,8 +279,3 @@ class Explorer:
 
         self.followers.append(follow)
         return made
-
-
-def show_pair(pair: tuple[str, str]) -> str:
-    """Return a pair of tokens in words, the space before a word as a dot."""
-    return " → ".join(text.replace(" ", "·") for text in pair)

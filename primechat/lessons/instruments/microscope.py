@@ -32,9 +32,7 @@ SMALL = 50_000_000  # parameters up to which a control is tried unasked
 
 
 class Microscope:
-    """A model and a text under every view of lab 02; the `identifier` of `picker`
-    (`primechat.lab.pick_model`) is read and observed.
-    """
+    """A model and a text under every view of lab 02; the `identifier` of `picker` is read and observed."""
 
     def __init__(self, picker: Any, text: str = TEXT) -> None:
         self.picker = getattr(picker, "widget", picker)  # marimo wraps a widget

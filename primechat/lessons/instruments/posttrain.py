@@ -132,12 +132,6 @@ def answer(engine: Any, prompt: str, seed: int = 0) -> str:
     return reply
 
 
-def add_diversity(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows with distinct-2 of each model's replies: pairs of words that differ among all pairs."""
-    replies = ([split_words(write_reply(row["identifier"], p)) for p in PROMPTS] for row in rows)
-    return [{**row, "distinct-2": measure_distinct(said)} for row, said in zip(rows, replies, strict=True)]
-
-
 def compare_replies(before: str, after: str, prompts: Sequence[str] = PROMPTS[:4]) -> list[dict[str, str]]:
     """Return two models' answers to the same prompts."""
     return [
@@ -286,10 +280,14 @@ def open_answers(before: str, result: TrainResult | None) -> Live:
 
 
 def open_table(rows: Sequence[dict[str, Any]] | None, keys: Sequence[str], *, diversity: bool = True) -> Live:
-    """Return the table of a series: means over seeds with their intervals."""
+    """Return the table of a series: means over seeds with their intervals; with distinct-2 of each model's
+    replies, the pairs of words that differ among all pairs.
+    """
     found = list(rows or ())
     if diversity and found and "retention" not in found[0]:
-        found = add_diversity(found)
+        replies = [[split_words(write_reply(row["identifier"], p)) for p in PROMPTS] for row in found]
+        pairs = zip(found, replies, strict=True)
+        found = [row | {"distinct-2": measure_distinct(said)} for row, said in pairs]
     return Live(lambda: sum_rows(found, keys))
 
 

@@ -7,10 +7,10 @@ run already and goes on where it was stopped.
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from primechat import store
@@ -79,8 +79,9 @@ def compare_sets(
     from primechat.stages.finetune import finetune
 
     def build(name: str, seed: int, runtime: RuntimeConfig) -> tuple[Any, Any, str]:
+        plain = re.sub(r"\W|_", "-", name)
         made = FinetuneConfig(
-            tag=f"lab06-{clean_name(name)}-{seed}", base=config.model, dialogues=name, seed=seed,
+            tag=f"lab06-{plain}-{seed}", base=config.model, dialogues=name, seed=seed,
             steps=config.steps, batch_tokens=config.batch_tokens, look=QUIET, runtime=runtime,
         )  # fmt: skip
         return finetune, made, "sft"
@@ -177,10 +178,11 @@ def describe_run(name: str, seed: int, result: TrainResult, family: str, base: s
     tag = folder.name
     state = max((p.stat().st_size for p in folder.glob("optim_*.pt")), default=0)
     opened = f"lora:{tag}+{base}" if family == "lora" else f"{family}/{tag}"
+    n_params = result.n_params or int(read_meta(folder, find_steps(folder)[-1])["lora"]["n_params"])
     row = {
         "name": name, "seed": seed, "identifier": opened,
         "gain": first["val_bpb"] - last["val_bpb"], "val_bpb": last["val_bpb"], "seconds": result.train_s,
-        "optimizer MB": state / 1e6, "parameters": result.n_params or count_adapter(folder),
+        "optimizer MB": state / 1e6, "parameters": n_params,
     }  # fmt: skip
     if first.get("general_bpb") is not None:
         row["forgotten"] = last["general_bpb"] - first["general_bpb"]
@@ -188,16 +190,6 @@ def describe_run(name: str, seed: int, result: TrainResult, family: str, base: s
         if last.get(key) is not None:
             row[key.replace("distinct_2", "distinct-2")] = last[key]
     return row
-
-
-def count_adapter(folder: Path) -> int:
-    """Return the parameters of an adapter from its newest step."""
-    return int(read_meta(folder, find_steps(folder)[-1])["lora"]["n_params"])
-
-
-def clean_name(name: str) -> str:
-    """Return a name that can be a tag."""
-    return "".join(c if c.isalnum() else "-" for c in name)
 
 
 def sum_rows(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:

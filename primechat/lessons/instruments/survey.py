@@ -31,9 +31,7 @@ def find_favourite(scene: Scene) -> tuple[str, str]:
 
 
 def find_worst(scene: Scene) -> tuple[str, str]:
-    """Return which of EFFECTS the single head has that the loss misses most, and it and the worst MLP in
-    words.
-    """
+    """Return which of EFFECTS the head has that the loss misses most; it and the worst MLP in words."""
     changes = dict(scan_ablations(scene.model, scene.ids))
     head, mlp = (
         max((part for part in changes if kind in part), key=lambda part: changes[part])
