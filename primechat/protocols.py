@@ -20,20 +20,16 @@ class Cache(Protocol):
     @property
     def lengths(self) -> list[int]:
         """Tokens read so far, for each row."""
-        ...
 
     @property
     def capacity(self) -> int:
         """Tokens that each row can hold."""
-        ...
 
     def select(self, rows: Sequence[int]) -> Cache:
         """Return a cache of the given rows, in that order; a row may be named several times."""
-        ...
 
     def join(self, others: Sequence[Cache]) -> Cache:
         """Return one cache holding the rows of this one and of `others`, whatever their lengths."""
-        ...
 
 
 @runtime_checkable
@@ -46,23 +42,19 @@ class LanguageModel(Protocol):
     @property
     def sequence_len(self) -> int:
         """Tokens of context the model was trained with."""
-        ...
 
     @property
     def max_context(self) -> int:
         """Most tokens that a cache may hold (for ours, the length of the rotary table)."""
-        ...
 
     @property
     def device(self) -> torch.device: ...
 
     def new_cache(self, batch_size: int, capacity: int) -> Any:
         """Return an empty `Cache` of `batch_size` rows."""
-        ...
 
     def advance(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         """Read ids (B, T) int64 into the cache; return float32 logits (B, V) that follow the last one."""
-        ...
 
 
 class Tap(Protocol):
@@ -71,7 +63,6 @@ class Tap(Protocol):
     @property
     def extra(self) -> frozenset[str]:
         """Points that the pass computes only where they are wanted: the attention weights."""
-        ...
 
     def __call__(self, point: str, x: torch.Tensor, /) -> torch.Tensor: ...
 

@@ -6,8 +6,9 @@ view.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +116,7 @@ class DoneEvent:
 Event = (
     NoteEvent | PhaseEvent | ProgressEvent | StepEvent | LossEvent | SampleEvent | CheckpointEvent | DoneEvent
 )
-
-
-class OnEvent(Protocol):
-    """What a stage calls with each event."""
-
-    def __call__(self, event: Event, /) -> None: ...
+OnEvent = Callable[[Event], None]  # what a stage calls with each event
 
 
 @dataclass(frozen=True, kw_only=True)

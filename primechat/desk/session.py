@@ -13,7 +13,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,7 @@ class ChatSession:
 
     def show_first(self) -> dict[str, Any]:
         """Return what `show_all` does, and open nothing yet."""
-        return {**self._describe(nodes=[node.view() for node in self._drawn()]), "models": self.find_models()}
+        return {**self._draw(), "models": self.find_models()}
 
     def send(self, text: str) -> None:
         """Add the reader's message and let the chosen models answer."""
@@ -155,7 +155,7 @@ class ChatSession:
         node = self._find(id)
         assert node.parent, "only the root has none"
         node.parent.pick = node.parent.children.index(node)
-        return self._describe(nodes=[node.view() for node in self._drawn()])
+        return self._draw()
 
     def stop(self) -> None:
         """Stop within one token; the text stays."""
@@ -182,13 +182,13 @@ class ChatSession:
         if self.talk.root.children:
             self.talks.append(Talk(self._add(None, "root"), list(self.talk.chosen)))
             self.at = len(self.talks) - 1
-        return self._describe(nodes=[])
+        return self._draw()
 
     def open_talk(self, index: int) -> dict[str, Any]:
         """Show another conversation of this session."""
         self._refuse_busy()
         self.at = min(max(int(index), 0), len(self.talks) - 1)
-        return self._describe(nodes=[node.view() for node in self._drawn()])
+        return self._draw()
 
     def save(self) -> dict[str, Any]:
         """Return the session as JSON lines for finetune, one conversation each, the branch that is shown."""
@@ -212,7 +212,7 @@ class ChatSession:
             self.talks.append(Talk(root, chosen))
         self.talks = self.talks[at if not self.talk.root.children and at == 1 else 0 :]
         self.at = len(self.talks) - len(found)
-        return self._describe(nodes=[node.view() for node in self._drawn()])
+        return self._draw()
 
     # the tree
 
@@ -239,20 +239,19 @@ class ChatSession:
             )
         return node.measures[index]
 
-    def _drawn(self) -> Iterator[Message]:
-        """Yield what the page draws: the branch, and the replies beside those of it."""
-        for node in list(self.talk.walk()):
-            yield node
-            if node.beside:
-                yield from (self._nodes[id] for id in node.beside if id != node.id)
+    def _draw(self) -> dict[str, Any]:
+        """Return what the page draws: the branch, and the replies beside those of it."""
+        nodes = []
+        for node in self.talk.walk():
+            nodes += [node, *(self._nodes[id] for id in node.beside if id != node.id)]
+        return {**self._describe(), "nodes": [node.view() for node in nodes]}
 
-    def _describe(self, nodes: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-        state: dict[str, Any] = {
+    def _describe(self) -> dict[str, Any]:
+        return {
             "path": [node.id for node in self.talk.walk()],
             "chosen": self.talk.chosen, "settings": asdict(self.settings), "busy": self.busy,
             "talks": [talk.title for talk in self.talks], "at": self.at,
         }  # fmt: skip
-        return state if nodes is None else {**state, "nodes": nodes}
 
     def _ask(self, asked: Message) -> None:
         """Make an empty reply of each chosen model below a message, and have them written."""

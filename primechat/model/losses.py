@@ -126,8 +126,6 @@ def token_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, cap: float, 
 
 # Distances between a student's and a teacher's distributions
 
-DIVERGENCES = ("forward", "reverse", "jsd")
-
 
 def diverge(log_q: Tensor, log_p: Tensor, kind: str = "forward", beta: float = 0.5) -> Tensor:
     """Return how far a student's distribution q is from a teacher's p, in nats.

@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,12 +23,6 @@ from primechat.train.optim import Optimizer
 from primechat.train.parallel import SpreadLoss, any_rank, sum_numbers
 
 SumLoss = Callable[[Tensor, Tensor], Tensor]  # ids, targets (b, T) -> summed nats
-
-
-class RowBatches(Protocol):
-    """Endless batches of this rank's rows of one step: ids and targets, (R, T) int64."""
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 def lr_ratio(step: int, steps: int, config: OptimConfig) -> float:
@@ -55,7 +48,7 @@ def muon_momentum(step: int, steps: int, config: OptimConfig) -> float:
 
 def fit(
     optimizer: Optimizer,
-    batches: RowBatches,
+    batches: Iterable[tuple[Tensor, Tensor]],
     loss: SumLoss,
     *,
     steps: int,
@@ -72,7 +65,7 @@ def fit(
     """Train until `steps` or until stopped.
 
     Args:
-        batches: yields this rank's (ids, targets) of each step.
+        batches: endless, of this rank's rows of one step: ids and targets, (R, T) int64.
         loss: summed nats of a micro-batch, with gradients; with several ranks a `SpreadLoss`, which sums
             these while the backward pass runs.
         steps: optimizer steps of the whole run; the schedule stretches over them.

@@ -199,24 +199,6 @@ def open_heat(student: str, teacher: str, prompt: str = "Hi! What did you do tod
     return HeatText(measure, prompt)
 
 
-def list_spectra(adapter: str, tuned: str, base: str, path: str) -> dict[str, list[tuple[float, float]]]:
-    """Return the singular values of what an adapter and what full fine-tuning added to one matrix."""
-    import torch
-
-    from primechat.model.lora import weight_changes
-
-    changes = {"adapter": weight_changes(borrow_model(adapter)[0])[path]}
-    full, plain = (borrow_model(name)[0].get_parameter(f"{path}.weight") for name in (tuned, base))
-    changes["full fine-tuning"] = full - plain
-    changes["random, same size"] = torch.randn(full.shape, generator=torch.Generator().manual_seed(0))
-    changes["random, same size"] *= changes["full fine-tuning"].norm() / changes["random, same size"].norm()
-    spectra: dict[str, list[tuple[float, float]]] = {}
-    for name, change in changes.items():
-        values = torch.linalg.svdvals(change.detach().float())
-        spectra[name] = [(float(i + 1), float(v)) for i, v in enumerate(values[:64]) if v > 1e-6]
-    return spectra
-
-
 def break_down(student: str, teacher: str, tokens: int = 8192) -> Any:
     """Return retention of a student by frequency, position and kind of token, on held-out chats."""
     from primechat.metrics.retention import measure_retention, name_kind
@@ -329,7 +311,20 @@ def find_spectra(
     ranks = sorted((name for name in found if name.isdigit()), key=int)
     if not ranks or "full" not in found:
         return {}
-    return list_spectra(found[ranks[-1]], found["full"], base, path)
+    import torch
+
+    from primechat.model.lora import weight_changes
+
+    changes = {"adapter": weight_changes(borrow_model(found[ranks[-1]])[0])[path]}
+    full, plain = (borrow_model(name)[0].get_parameter(f"{path}.weight") for name in (found["full"], base))
+    changes["full fine-tuning"] = full - plain
+    changes["random, same size"] = torch.randn(full.shape, generator=torch.Generator().manual_seed(0))
+    changes["random, same size"] *= changes["full fine-tuning"].norm() / changes["random, same size"].norm()
+    spectra: dict[str, list[tuple[float, float]]] = {}
+    for name, change in changes.items():
+        values = torch.linalg.svdvals(change.detach().float())
+        spectra[name] = [(float(i + 1), float(v)) for i, v in enumerate(values[:64]) if v > 1e-6]
+    return spectra
 
 
 def open_sizes(teacher: str) -> Live:

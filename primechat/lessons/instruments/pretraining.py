@@ -129,7 +129,7 @@ class AblationResult:
     """Bits per byte of each variant, one a seed; `stopped` tells whether some are missing."""
 
     identifier: str
-    bpb: dict[str, tuple[float, ...]]
+    bpb: dict[str, list[float]]
     stopped: bool
 
 
@@ -155,14 +155,9 @@ def ablate(
                 on_event(NoteEvent(text=f"{name}, seed {seed}"))
             run = pretrain(one, on_event=on_event, stop=stop)
             if run.stopped:
-                return AblationResult(identifier=config.tag, bpb=freeze(found), stopped=True)
+                return AblationResult(identifier=config.tag, bpb=found, stopped=True)
             found.setdefault(name, []).append(run.val_bpb)
-    return AblationResult(identifier=config.tag, bpb=freeze(found), stopped=False)
-
-
-def freeze(found: dict[str, list[float]]) -> dict[str, tuple[float, ...]]:
-    """Return lists as tuples."""
-    return {name: tuple(values) for name, values in found.items()}
+    return AblationResult(identifier=config.tag, bpb=found, stopped=False)
 
 
 def judge_ablation(result: AblationResult | None, state: str = "") -> Any:

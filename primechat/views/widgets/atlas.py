@@ -17,17 +17,6 @@ from primechat.records import Cloud, Nearby
 from primechat.views.widgets.kit import Widget
 
 
-class Job(Protocol):
-    """A picture on its way."""
-
-    elapsed_s: Any
-    expected_s: float
-
-    def poll(self) -> Any: ...
-
-    def stop(self) -> Any: ...
-
-
 class Source(Protocol):
     """What the atlas shows: spaces by key and title, pictures of them, and a point's neighbours."""
 
@@ -67,7 +56,6 @@ class AtlasView(Widget):
         self,
         source: Source,
         *,
-        space: str = "",
         colour: str = "",
         picked: int = -1,
         frame: int = 0,
@@ -77,7 +65,6 @@ class AtlasView(Widget):
         """Show a source.
 
         Args:
-            space: the one to begin with; empty takes the first.
             colour: key of the channel that colours the points; empty takes the first.
             frame: the frame to begin with; negative counts from the end.
             text: for a source that reads texts, the first one; the page offers to change it.
@@ -85,7 +72,7 @@ class AtlasView(Widget):
         self.source, self.job, self.at = source, None, ("", 2)  # type: tuple[Source, Any, tuple[str, int]]
         if text:
             source.read(text)  # type: ignore[attr-defined]
-        space = space or next(iter(source.spaces))
+        space = next(iter(source.spaces))
         super().__init__(
             spaces=[list(item) for item in source.spaces.items()], space=space, frame_word=frame_word,
             text=text, colour=colour,

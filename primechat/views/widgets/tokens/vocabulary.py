@@ -66,7 +66,7 @@ class VocabularyBrowser(Widget):
             about: what is counted and how long it takes, for the button.
         """
         super().__init__(key=key, choices=opened.describe())
-        self._opened, self._count, self._about = opened, count, about
+        self._opened, self._count = opened, count
         self._indices: dict[str, tuple[Any, Index]] = {}
         opened.on_change.append(lambda: setattr(self, "choices", opened.describe()))
         self.start = {**self.answer_find(key), "about": about}
