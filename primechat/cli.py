@@ -28,16 +28,8 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import primechat
+from primechat import records
 from primechat.errors import ConfigError, PrimechatError
-from primechat.records import (
-    AutochatResult,
-    EvaluateResult,
-    OverlapResult,
-    QuickstartResult,
-    SpeedrunResult,
-    TokenizerResult,
-    TrainResult,
-)
 
 CLOUD = "pods.verbs"  # each of its verbs parses its flags itself
 STAGES = {  # verb: (public name of the stage, of its config, its sentence)
@@ -264,7 +256,7 @@ def take_shape(argv: list[str]) -> tuple[int | None, str | None]:
     """Take --depth and --arch out of the words; None where they are absent."""
     depth, arch = take_option(argv, "--depth"), take_option(argv, "--arch")
     if depth is not None and not depth.isdecimal():
-        raise ConfigError(f"--depth {depth} must be a whole number from 1 to 256; try 20, or 4 on a laptop.")
+        raise ConfigError(f"--depth {depth} must be a whole number from 1 to 256; try 4, or try 20 on GPUs.")
     if arch not in (None, "classic", "modern"):
         raise ConfigError(f"--arch {arch} must be classic or modern; try modern.")
     return None if depth is None else int(depth), arch
@@ -297,7 +289,7 @@ def run_stage(verb: str, argv: list[str], device: str | None) -> int:
         return 0
     if is_stopped(result):
         place = [] if device is None else ["--device", device]
-        if isinstance(result, QuickstartResult) and not config.tag:
+        if isinstance(result, records.QuickstartResult) and not config.tag:
             place += ["--tag", find_tag(result.base.identifier)]
         again = ["primechat", verb, *words, *place, *([] if config.resume else ["--resume"])]
         print(f"Stopped and saved. To go on: {shlex.join(again)}")
@@ -353,35 +345,35 @@ def find_tag(identifier: str) -> str:
 
 def is_stopped(result: object) -> bool:
     """Tell whether a stage was asked to end before its work was done."""
-    if isinstance(result, QuickstartResult):
+    if isinstance(result, records.QuickstartResult):
         return result.base.stopped or result.chat.stopped
-    return isinstance(result, (TrainResult, AutochatResult)) and result.stopped
+    return isinstance(result, (records.TrainResult, records.AutochatResult)) and result.stopped
 
 
 def describe_result(result: object) -> str:
     """Return what a stage made, in a few lines, and what to do with it."""
-    if isinstance(result, TokenizerResult):
+    if isinstance(result, records.TokenizerResult):
         size = f"{result.vocab_size:,} tokens, {result.bytes_per_token:.2f} bytes a token"
         return f"Tokenizer: {size}, {result.elapsed_s:.1f} s; in {result.path}"
-    if isinstance(result, EvaluateResult):
+    if isinstance(result, records.EvaluateResult):
         scored = f"{result.scored_tokens:,} tokens, {result.scored_bytes:,} bytes, windows of {result.window}"
         measured = f"{result.identifier} on {result.corpus}: {result.bpb:.4f} bits per byte ({scored})"
         return "\n".join([measured, *(describe_overlap(result.overlap) if result.overlap else ())])
-    if isinstance(result, TrainResult):
+    if isinstance(result, records.TrainResult):
         quality = f"{result.n_params:,} parameters, {result.val_bpb:.4f} bits per byte"
         speed = f"{result.tokens:,} tokens at {result.tokens_per_s:,.0f} a second"
         return f"{result.identifier}: {quality}, {speed}; in {result.path}"
-    if isinstance(result, AutochatResult):
+    if isinstance(result, records.AutochatResult):
         talks = f"{result.n_talks} conversations of {result.turns} turns"
         speed = f"{result.tokens:,} tokens at {result.tokens_per_s:,.0f} a second"
         return f"{result.tag}: {talks}, {speed}; in {', '.join(result.generations)}"
-    if isinstance(result, SpeedrunResult):
+    if isinstance(result, records.SpeedrunResult):
         parts = (result.base, result.chat, result.evaluation)
         return "\n".join(describe_result(part) for part in parts if part is not None)
-    return "\n".join(describe_quickstart(result)) if isinstance(result, QuickstartResult) else ""
+    return "\n".join(describe_quickstart(result)) if isinstance(result, records.QuickstartResult) else ""
 
 
-def describe_overlap(overlap: OverlapResult) -> Iterator[str]:
+def describe_overlap(overlap: records.OverlapResult) -> Iterator[str]:
     """Yield the lines that tell what an evaluation text shares with a training text."""
     share = overlap.shared_n_grams / max(1, overlap.n_grams)
     yield (
@@ -392,7 +384,7 @@ def describe_overlap(overlap: OverlapResult) -> Iterator[str]:
     yield from (f"  shared: {text}" for text in overlap.examples)
 
 
-def describe_quickstart(result: QuickstartResult) -> Iterator[str]:
+def describe_quickstart(result: records.QuickstartResult) -> Iterator[str]:
     """Yield the lines that end a quickstart: figures, a dialogue, and what to do next."""
     from primechat.desk.progress import clean_text
 
