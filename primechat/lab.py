@@ -87,9 +87,7 @@ def predict(
 
 
 def exercise(task: Exercise, attempt: Any = None) -> Any:
-    """Check a learner's attempt and return a card that names the first rule that it breaks; None, `...` and a
-    function whose body is `...` are not tried yet.
-    """
+    """Check an attempt (None, `...` or a stub is none); return a card that names the first rule it breaks."""
     card = ExerciseCard(title=task.title, task=task.task, hint=task.hint, solution=task.solution_text)
     if is_stub(attempt) and runner.in_app():
         number = Path(sys._getframe(1).f_globals.get("__file__") or "NN").name[:2]

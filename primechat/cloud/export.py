@@ -174,9 +174,7 @@ def write_script(lab: Path, origin: str = "") -> str:
 
 
 def drop_keywords(text: str, tree: ast.Module, known: set[str]) -> tuple[str, ast.Module]:
-    """Return a cell without the keywords, each in a line of its own, that need unknown names: what a widget
-    sets is frozen in config.json, or has its default.
-    """
+    """Return a cell without the lines of keywords that need unknown names: config.json has those settings."""
     lines = text.splitlines()
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         for word in call.keywords:

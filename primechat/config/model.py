@@ -13,6 +13,7 @@ from typing import Any
 from primechat.config.runtime import check_number
 from primechat.errors import ConfigError
 
+SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 ROPE_DTYPES = ("float32", "bfloat16", "compute")
 
 
@@ -54,15 +55,7 @@ class GPTConfig:
     """Embedding tables are padded to a multiple of this many rows."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "sequence_len",
-            "vocab_size",
-            "n_layer",
-            "n_head",
-            "n_kv_head",
-            "n_embd",
-            "vocab_multiple",
-        ):
+        for name in (*SIZES, "vocab_multiple"):
             check_number(f"model.{name}", getattr(self, name), low=1, whole=True)
         if self.n_embd % self.n_head:
             near = max(1, round(self.n_embd / self.n_head)) * self.n_head
@@ -153,21 +146,13 @@ class GPTConfig:
 
     @classmethod
     def classic(cls, depth: int, *, vocab_size: int = 65_536, sequence_len: int = 2048) -> GPTConfig:
-        """Return the October 2025 model of a depth: width 64 * depth, heads of 128, or of the next width
-        that divides it.
-        """
+        """Return the 2025 model of a depth: width 64 * depth, heads of 128 or of the next width that fits."""
         check_depth(depth)
         n_head = next(
             n for n in range(-(-depth // 2), depth + 1) if 64 * depth % n == 0 and 64 * depth // n % 2 == 0
         )
-        return cls(
-            n_layer=depth,
-            n_embd=64 * depth,
-            n_head=n_head,
-            n_kv_head=n_head,
-            vocab_size=vocab_size,
-            sequence_len=sequence_len,
-        )
+        plain = cls(vocab_size=vocab_size, sequence_len=sequence_len)
+        return set_shape(plain, depth, 64 * depth, n_head)
 
     @classmethod
     def modern(
@@ -176,16 +161,9 @@ class GPTConfig:
         """Return the 2026 model of a depth: width 64 * depth rounded up to a multiple of head_dim."""
         check_depth(depth)
         n_head = -(-64 * depth // head_dim)
-        return cls(
-            n_layer=depth,
-            n_embd=n_head * head_dim,
-            n_head=n_head,
-            n_kv_head=n_head,
-            vocab_size=vocab_size,
-            sequence_len=sequence_len,
-            window_pattern="SSSL",
-            **modern_switches(),
-        )
+        switches = {**modern_switches(), "window_pattern": "SSSL"}
+        plain = cls(vocab_size=vocab_size, sequence_len=sequence_len, **switches)
+        return set_shape(plain, depth, n_head * head_dim, n_head)
 
 
 def check_depth(depth: int) -> None:
@@ -211,7 +189,7 @@ def shrink_model(teacher: GPTConfig, size: str) -> GPTConfig:
     98566144
     """
     if size in STUDENTS:
-        return shape_student(teacher, *STUDENTS[size])
+        return set_shape(teacher, *STUDENTS[size])
     if size not in SHARES:
         raise ConfigError(f"size={size!r} must be one of {', '.join([*SHARES, *STUDENTS])}; try quarter.")
     wanted, slim = SHARES[size] * teacher.n_params, teacher.n_embd / teacher.n_layer
@@ -223,18 +201,17 @@ def shrink_model(teacher: GPTConfig, size: str) -> GPTConfig:
     head_dim = next(d for d in (128, 64, 32, 16, teacher.head_dim) if teacher.n_embd >= 8 * d or d <= 16)
     widths = [w for w in range(head_dim, teacher.n_embd + 1, head_dim) if w >= 24]  # what a smear reads
     shapes = [(n, w, w // head_dim) for n in range(1, teacher.n_layer + 1) for w in widths]
-    return min((shape_student(teacher, *shape) for shape in shapes), key=miss)
+    return min((set_shape(teacher, *shape) for shape in shapes), key=miss)
 
 
-def shape_student(teacher: GPTConfig, n_layer: int, n_embd: int, n_head: int) -> GPTConfig:
-    """Return a teacher's config with another shape."""
-    return replace(teacher, n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_head)
+def set_shape(config: GPTConfig, n_layer: int, n_embd: int, n_head: int) -> GPTConfig:
+    """Return a config with another shape, as many key heads as query heads."""
+    return replace(config, n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_head)
 
 
 def classic_switches() -> dict[str, Any]:
     """Return the switches that make a config `classic`: the defaults; shapes and windows are free."""
-    sizes = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
-    return {item.name: item.default for item in fields(GPTConfig) if item.name not in sizes}
+    return {item.name: item.default for item in fields(GPTConfig) if item.name not in SIZES}
 
 
 def modern_switches() -> dict[str, Any]:

@@ -345,14 +345,8 @@ class ChatSession:
                 if not self._tell(kind="tokens", id=node.id, at=sent, tokens=rows, stats=asdict(reply.stats)):
                     self._cancel.set()
                 sent, t_flush = len(reply.pieces), time.perf_counter()
-        self._close(node, reply, [*prefix, *reply.tokens], merge_measures(measured, reply, begun), seed)
-
-    def _close(
-        self, node: Message, reply: Reply, tokens: list[int], measures: list[Token], seed: int
-    ) -> None:
-        """Keep what was written."""
-        node.tokens, node.pieces, node.measures = tokens, list(reply.pieces), measures
-        node.content = reply.message["content"]
+        node.tokens, node.pieces = [*prefix, *reply.tokens], list(reply.pieces)
+        node.measures, node.content = merge_measures(measured, reply, begun), reply.message["content"]
         ends = {"stop": "done", "cancelled": "stopped"}
         node.state = ends.get(reply.stats.stop_reason, reply.stats.stop_reason)
         own = reply.measures

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from primechat import store
 from primechat.config import DistillConfig, GPTConfig, RuntimeConfig
-from primechat.config.model import shape_student, shrink_model
+from primechat.config.model import set_shape, shrink_model
 from primechat.config.stages import check_rows
 from primechat.errors import ConfigError
 from primechat.infer.engine import Engine
@@ -112,7 +112,7 @@ def choose_student(
                 f"n_layer={given[0]}, n_embd={given[1]}, n_head={given[2]} must be given together; "
                 "or choose a size."
             )
-        return shape_student(teacher, *given), None
+        return set_shape(teacher, *given), None
     return shrink_model(teacher, config.size), None
 
 
@@ -192,9 +192,7 @@ class DistillJob(Job):
         )  # fmt: skip
 
     def measure_more(self, model: GPT, tokens: int) -> dict[str, Any]:
-        """Return retention, agreement and KL on the beginning of the validation text, and how the student
-        writes on from there.
-        """
+        """Return how the student does on the beginning of the validation text, and how it writes on."""
         windows = list(self.open_windows(min(tokens or COMPARED_TOKENS, COMPARED_TOKENS), 0, 1))
         self.teacher.compute_dtype = model.compute_dtype
         found = measure_retention(model, self.teacher, windows, self.tokenizer.byte_lengths()).total

@@ -134,9 +134,7 @@ def choose_tokenizer(config: PretrainConfig, on_event: OnEvent | None = None) ->
 
 
 def find_shipped(config: PretrainConfig) -> Path | None:
-    """Return the tokenizer that ships with primechat where training one would give the very same: it was
-    trained on this text, and has as many tokens.
-    """
+    """Return the shipped tokenizer if training gives the very same: from this text, with as many tokens."""
     folder = store.choose_tag(store.SHIPPED, "base")
     steps = find_steps(folder) if folder else []
     if not folder or not steps:

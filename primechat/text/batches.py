@@ -85,7 +85,8 @@ class PackedBatches(Iterator[Batch]):
         for row in range(first, first + self.share):
             epoch, position = divmod(self._pick(row) * T, tokens)
             parts.append(self._take(epoch, position, T + 1))
-        self._epoch, self._position = self._advance(self.rows * T)
+        passed, self._position = divmod(self._position + self.rows * T, tokens)
+        self._epoch += passed
         ids = np.stack([part for part, _ in parts])
         targets = np.stack([t[1:] if m is None else np.where(m[1:] == 0, -1, t[1:]) for t, m in parts])
         return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets)
@@ -99,10 +100,6 @@ class PackedBatches(Iterator[Batch]):
             order = np.random.default_rng([self.seed, epoch, 1]).permutation(end - start)
             self._orders = {e: old for e, old in self._orders.items() if e == epoch - 1} | {epoch: order}
         return start + int(self._orders[epoch][row - start])
-
-    def _advance(self, count: int) -> tuple[int, int]:
-        epochs, position = divmod(self._position + count, self.cache.tokens)
-        return self._epoch + epochs, position
 
     def _take(self, epoch: int, position: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Return `count` tokens of the stream from a place on, and their mask, int64."""

@@ -193,9 +193,7 @@ def open_feed(
     corpus: str, n_shards: int, base_dir: Path, *, fetches: bool, keep: int = 0,
     on_event: OnEvent | None = None,
 ) -> ShardFeed:  # fmt: skip
-    """Return the feed of a Hub corpus's training shards; one process of a machine fetches, and at most `keep`
-    shards are on the disk at once, 0 for all.
-    """
+    """Return the feed of a corpus's training shards; one process `fetches`, at most `keep` stay (0: all)."""
     repo, subfolder, _ = HUB_CORPORA[corpus]
     return ShardFeed(
         list_shards(corpus, "train", n_shards), Path(base_dir) / subfolder, repo=repo if fetches else "",

@@ -54,9 +54,7 @@ def find_shell() -> Any:
 
 
 class FixedFigure:
-    """A plotly figure as Jupyter keeps it where nothing changes it any more: its numbers, without a program
-    of 4 MB beside each figure of a notebook.
-    """
+    """A plotly figure as Jupyter keeps it where nothing changes it: its numbers, no program of 4 MB."""
 
     def __init__(self, figure: Any) -> None:
         self.figure = figure

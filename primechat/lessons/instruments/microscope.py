@@ -116,9 +116,7 @@ class Microscope:
     def follow(
         self, view: Widget, refresh: Callable[[], None], names: list[str], heeds: str = "at head"
     ) -> Any:
-        """Refresh a view now, when the text or model changes, when one of `heeds` does, and when the reader
-        changes a trait of it.
-        """
+        """Refresh a view now, and when the text, the model, one of `heeds` or one of its `names` changes."""
         busy: list[bool] = []
 
         def run(change: Any = None) -> None:

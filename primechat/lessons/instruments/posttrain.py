@@ -228,25 +228,22 @@ def guess_share(name: str) -> str:
     return "a tenth" if share < 0.25 else "about half" if share < 0.75 else "nearly all"
 
 
-def list_losses(result: TrainResult | None) -> list[dict[str, Any]]:
-    """Return a run's validations."""
-    return [e for e in (result.events if result else ()) if e.get("kind") == "loss"]
-
-
 def list_curves(result: TrainResult | None) -> dict[str, list[tuple[float, float]]]:
     """Return bits per byte along a run, on its own talks and on general text."""
-    losses = list_losses(result)
-    names = {"its own talks": "val_bpb", "general text": "general_bpb"}
-    return {
-        name: [(e["step"], e[key]) for e in losses if e.get(key) is not None] for name, key in names.items()
-    }
+    return trace_losses(result, {"its own talks": "val_bpb", "general text": "general_bpb"})
 
 
 def list_retention(result: TrainResult | None) -> dict[str, list[tuple[float, float]]]:
     """Return retention and agreement along a student's run."""
-    losses = list_losses(result)
-    names = ("retention", "agreement")
-    return {name: [(e["step"], e[name]) for e in losses if e.get(name) is not None] for name in names}
+    return trace_losses(result, {"retention": "retention", "agreement": "agreement"})
+
+
+def trace_losses(result: TrainResult | None, names: dict[str, str]) -> dict[str, list[tuple[float, float]]]:
+    """Return fields of a run's validations over its steps, under other names."""
+    losses = [e for e in (result.events if result else ()) if e.get("kind") == "loss"]
+    return {
+        name: [(e["step"], e[key]) for e in losses if e.get(key) is not None] for name, key in names.items()
+    }
 
 
 def open_answers(before: str, result: TrainResult | None) -> Live:
@@ -381,9 +378,7 @@ def open_breakdown(result: TrainResult | None, teacher: str) -> Live:
 
 
 def list_by_size(rows: Sequence[dict[str, Any]] | None) -> dict[str, list[tuple[float, ...]]]:
-    """Return retention by parameters, for students taught and alone: the mean, and its interval of three
-    seeds or more.
-    """
+    """Return retention by parameters, of students taught and alone: mean, and interval of three seeds up."""
     curves: dict[str, dict[float, list[float]]] = {}
     for row in rows or ():
         kind = row["name"].partition(" ")[2] or "taught"

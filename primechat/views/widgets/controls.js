@@ -1,4 +1,4 @@
-import { frame, h, asking, commit, debounce, number, button, slider, select, toggle, more, phrase, prose, whenSeen } from "./kit.js";
+import { ofKinds, h, asking, commit, debounce, number, button, slider, select, toggle, more, phrase, prose, whenSeen } from "./kit.js";
 
 function drawModels({ model, root, listen, later }) {
   const ask = asking(model, later);
@@ -163,12 +163,4 @@ function drawLive({ model, root, listen, later }) {
   }
 }
 
-export default {
-  render({ model, el }) {
-    const kind = model.get("kind");
-    const frameOf = frame({ model, el }, kind);
-    const draw = { models: drawModels, notice: drawNotice, prediction: drawPrediction, exercise: drawExercise, live: drawLive }[kind];
-    draw({ model, ...frameOf });
-    return frameOf.end;
-  },
-};
+export default ofKinds({ models: drawModels, notice: drawNotice, prediction: drawPrediction, exercise: drawExercise, live: drawLive });

@@ -56,6 +56,17 @@ export function frame({ model, el }, name) {
   return { root, listen, later, end: () => undo.forEach((work) => work()) };
 }
 
+/** A widget of several kinds: what draws each, by the trait `kind`. */
+export function ofKinds(kinds) {
+  return {
+    render({ model, el }) {
+      const kind = model.get("kind"), inside = frame({ model, el }, kind);
+      kinds[kind]({ model, ...inside });
+      return inside.end;
+    },
+  };
+}
+
 /** Set traits and send them; what has not changed is not sent. */
 export function commit(model, values) {
   for (const [name, value] of Object.entries(values)) model.set(name, value);

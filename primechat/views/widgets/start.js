@@ -1,4 +1,4 @@
-import { frame, h, asking, number, button, select, more, phrase } from "./kit.js";
+import { ofKinds, h, asking, number, button, select, more, phrase } from "./kit.js";
 
 function megabytes(bytes) {
   return bytes >= 1e9 ? `${number(bytes / 1e9, 2)} GB` : `${number(bytes / 1e6, bytes < 1e7 ? 1 : 0)} MB`;
@@ -96,10 +96,4 @@ function drawDownload({ model, root, listen, later }) {
   refresh();
 }
 
-export default {
-  render({ model, el }) {
-    const kind = model.get("kind"), inside = frame({ model, el }, kind);
-    ({ machine: drawMachine, check: drawCheck, download: drawDownload })[kind]({ model, ...inside });
-    return inside.end;
-  },
-};
+export default ofKinds({ machine: drawMachine, check: drawCheck, download: drawDownload });
