@@ -47,10 +47,8 @@ def announce(text: str = "The controls appear in a few seconds: the model is bei
 
 def pick_model(families: Sequence[str] = (), *, label: str = "Model", first: str = "") -> Any:
     """Return a choice among the models on this machine; `.identifier` is the chosen one, "" if there is none.
-
-    Args:
-        families: which to offer, for example ("sft", "rl") for models that chat; empty is all.
-        first: the identifier to begin with; empty takes the default model.
+    `families` are those to offer, for example ("sft", "rl") for models that chat, empty is all; `first` is
+    the identifier to begin with, empty the default model.
     """
 
     def find() -> list[dict[str, str]]:
@@ -110,9 +108,6 @@ _lock = threading.Lock()
 def borrow_model(identifier: str = "") -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """Open a model, or return the one that another cell has opened: the same objects, so change nothing. Each
     call looks for a newer step.
-
-    Raises:
-        PrimechatError: as `open_model`.
     """
     name = store.read_name(identifier)
     key: tuple[Any, ...] = (str(name),)
@@ -149,11 +144,9 @@ def measure_model(opened: tuple[Any, Any, dict[str, Any]]) -> int:
 
 
 def stage(function: Callable[..., Any], config: Any, *, title: str = "") -> Any:
-    """Return Start and Stop of a stage with a live view; `.result` is what came of it, None until then.
-
-    Args:
-        function: a stage: called with the config, `on_event` and `stop`.
-        config: its settings. In a script the stage runs now, and this returns when it ends.
+    """Return Start and Stop of a stage with a live view; `.result` is what came of it, None until then. The
+    stage is called with the config, `on_event` and `stop`; in a script it runs now, and this returns when it
+    ends.
     """
     title = title or inspect.getdoc(type(config)).partition(".")[0]  # type: ignore[union-attr]
     if in_notebook() or runner.still:
@@ -167,11 +160,8 @@ def stage(function: Callable[..., Any], config: Any, *, title: str = "") -> Any:
 
 
 def summary(result: Any, *, title: str = "", notes: Sequence[str] = ()) -> Any:
-    """Return what came of a run: figures, curves, samples.
-
-    Args:
-        result: what `stage` returned, or its `.result`, which is None where it has not run yet.
-        title: what stands above; empty is the model's identifier.
+    """Return what came of a run: figures, curves, samples, of what `stage` returned or of its `.result`, None
+    where it has not run yet; an empty title is the model's identifier.
     """
     state, result = getattr(result, "state", ""), getattr(result, "result", result)
     if result is None:
@@ -188,11 +178,9 @@ def summary(result: Any, *, title: str = "", notes: Sequence[str] = ()) -> Any:
 
 
 def settings(config: Any, simple: Sequence[str] = ("tag", "steps", "seconds"), *, title: str = "") -> Any:
-    """Return a form of a config; `.config` is the config in force.
-
-    Args:
-        config: what the form starts from. In a script the command line overrides it: --steps 20.
-        simple: the fields to show at once, parts with dots: "runtime.device"; the others are behind "more".
+    """Return a form that starts from a config; `.config` is the config in force. In a script the command line
+    overrides it: --steps 20. `simple` are the fields to show at once, parts with dots ("runtime.device"); the
+    others are behind "more".
     """
     form = build_form(config, simple, title)
     if not in_notebook():

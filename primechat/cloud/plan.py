@@ -55,11 +55,8 @@ GPUS = {  # one GPU: memory, peak, MFU, where that is from, $/h (RunPod's list, 
 
 
 def find_machine(name: str, base_dir: Path | None = None) -> Machine:
-    """Return a machine by its name.
-
-    Args:
-        name: `8xH200`, `8xH100`, `4090`, any count of one of these, or `here`.
-        base_dir: holds what `primechat bench train` measured here.
+    """Return a machine by its name: `8xH200`, `8xH100`, `4090`, any count of one of these, or `here`, which
+    `base_dir` knows from `primechat bench train`.
 
     Raises:
         ConfigError: no such machine, or this one was not measured.

@@ -73,11 +73,8 @@ def run_chat(
     stdout: TextIO | None = None,
     stderr: TextIO | None = None,
 ) -> int:
-    """Chat until the reader leaves.
-
-    Args:
-        opener: identifier to model, tokenizer and metadata; None is store.open_model.
-        stdin, stdout, stderr: None are the process's own.
+    """Chat until the reader leaves, by the process's own streams where none are given; an opener takes an
+    identifier and returns model, tokenizer and metadata, None is store.open_model.
 
     Raises:
         PrimechatError: the first model cannot be opened.

@@ -88,12 +88,7 @@ def build_parcels(config: DownloadConfig) -> Iterator[Parcel]:
 
 
 def run_download(config: DownloadConfig) -> int:
-    """Plan, show the plan, fetch, and check what came; return 1 where a model that came cannot be used, else
-    0.
-
-    Raises:
-        PrimechatError: with what went wrong and the next step.
-    """
+    """Plan, show the plan, fetch, check what came; return 1 where a model cannot be used, else 0."""
     from huggingface_hub import logging
 
     logging.set_verbosity_error()  # its warnings would cut through the bars; its errors are told here

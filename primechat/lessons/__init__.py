@@ -54,11 +54,8 @@ class Exercise:
 
 
 def require(holds: bool, rule: str, sentence: str) -> None:
-    """Raise Broken where a rule does not hold.
-
-    Args:
-        rule: its name, for example "No text is lost".
-        sentence: what was seen, with the values: "decode(encode('é')) returned 'e'".
+    """Raise Broken where a rule does not hold: its name, as "No text is lost", and what was seen, with the
+    values, as "decode(encode('é')) returned 'e'".
     """
     if not holds:
         raise Broken(rule, sentence)

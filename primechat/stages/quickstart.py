@@ -49,7 +49,6 @@ def quickstart(
 
     Raises:
         ConfigError: the tag is taken, or there is nothing to resume.
-        PrimechatError: as the stages do.
     """
     t_start = time.perf_counter()
     tag = choose_tag(config)
@@ -96,7 +95,6 @@ def speedrun(
 
     Raises:
         ConfigError: there is a run of this tag and `resume` is not set.
-        PrimechatError: as the stages do.
     """
     tag, stop = config.pretrain.tag, stop or threading.Event()
 

@@ -201,11 +201,8 @@ def hide_models() -> Iterator[None]:
 
 
 def write_pages(folder: Path, labs: Sequence[Path], *, train: bool = False, own: bool = False) -> int:
-    """Write labs and an index into a folder; return 1 where a lab could not be run.
-
-    Args:
-        folder: where to; pages of other labs that stand there keep their links.
-        own: show the reader's own models and runs, not only those that ship.
+    """Write labs and an index into a folder, where pages of other labs keep their links; return 1 where a lab
+    could not be run. With `own` they show the reader's own models and runs, not only those that ship.
     """
     folder.mkdir(parents=True, exist_ok=True)
     failed, rows = 0, []

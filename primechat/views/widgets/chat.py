@@ -16,11 +16,8 @@ from primechat.views.widgets.kit import Widget
 
 
 class ChatView(Widget):
-    """A page to chat on.
-
-    Args:
-        act: is called with the name of what the reader did and its details; returns what the page needs.
-        first: what the page shows before Python has time to answer, as `act("ready")` returns it.
+    """A page to chat on. `act` is called with the name of what the reader did and its details, and returns
+    what the page needs; `first` is shown before Python has time to answer, as `act("ready")` returns it.
     """
 
     height = traitlets.Unicode("74vh").tag(sync=True)

@@ -19,11 +19,8 @@ MAX_ROWS = 200
 
 
 class ModelPicker(Widget):
-    """A choice among the models that are here; `identifier` is the chosen one.
-
-    Args:
-        find: returns the models as dicts of `identifier` and `about`; asked again when the learner wishes.
-        identifier: the first choice; empty takes the first that is found.
+    """A choice among the models that are here; `identifier` is the chosen one, at first the given one if it
+    is found. `find` returns dicts of `identifier` and `about`; it is asked again when the learner wishes.
     """
 
     kind = traitlets.Unicode("models").tag(sync=True)
