@@ -53,8 +53,9 @@ def _(mo):
 
 @app.cell(hide_code=True)
 def _(posttrain, predict):
+    halved = "Half the width and half the layers: how many of the teacher's numbers are left, in percent?"
     predict(
-        "Half the width and half the layers: how many of the teacher's numbers are left, in percent?",
+        halved,
         (0.0, 100.0),
         posttrain.guess_halved("shipped/base"),
         why="The blocks shrink to about an eighth, as width counts twice in them; the tables of tokens only "
@@ -62,12 +63,12 @@ def _(posttrain, predict):
         within=5.0,
         unit="%",
     )
-    return
+    return (halved,)
 
 
 @app.cell(hide_code=True)
-def _(posttrain, show):
-    show(posttrain.open_sizes("shipped/base"))
+def _(halved, posttrain, show):
+    show(posttrain.open_sizes("shipped/base"), after=halved)
     return
 
 

@@ -26,7 +26,7 @@ def _():
     import marimo as mo
 
     from primechat.desk.chat import choose_talker
-    from primechat.lab import Live, borrow_model, exercise, in_notebook, pick_model, predict, show
+    from primechat.lab import Live, announce, borrow_model, exercise, in_notebook, pick_model, predict, show
     from primechat.lessons.autochat_entropy import EXERCISES
     from primechat.lessons.instruments import talks
     from primechat.stages.autochat import read_talks
@@ -35,6 +35,7 @@ def _():
     return (
         EXERCISES,
         Live,
+        announce,
         borrow_model,
         choose_talker,
         exercise,
@@ -66,8 +67,19 @@ def _(choose_talker, pick_model):
 
 
 @app.cell(hide_code=True)
-def _(borrow_model, picker, talks):
+def _(announce):
+    notice = announce(
+        "The model says 66 turns in six conversations with itself and then reads people's: ten seconds on a "
+        "quiet laptop, the first time. Guess meanwhile: will its choices become more open or more narrow?"
+    )
+    notice
+    return (notice,)
+
+
+@app.cell(hide_code=True)
+def _(borrow_model, notice, picker, talks):
     study = talks.Study(picker, borrow_model)
+    notice.end()
     return (study,)
 
 
@@ -75,8 +87,6 @@ def _(borrow_model, picker, talks):
 def _(mo):
     mo.md(r"""
     ## 1. Look
-
-    Guess first: does the model's choice become more open or more narrow as it listens to itself?
 
     A **detector** marks conversations that go round to their end: the last turn ends in one phrase three
     times in a row, or three of the last four turns take at least 70 % of their words from the four turns
@@ -88,19 +98,20 @@ def _(mo):
 
 @app.cell(hide_code=True)
 def _(predict, study):
+    trend = "Over twelve turns of talk with itself, how does the model's entropy change?"
     _answer, _said = study.tell_trend()
     predict(
-        "Over twelve turns of talk with itself, how does the model's entropy change?",
+        trend,
         ("It rises", "It stays", "It falls"),
         _answer,
         why=f"Measured on the conversations below: {_said}. Less than 5 % counts as staying.",
     )
-    return
+    return (trend,)
 
 
 @app.cell(hide_code=True)
-def _(show, study):
-    show(study.show_strips())
+def _(show, study, trend):
+    show(study.show_strips(), after=trend)
     return
 
 
@@ -118,7 +129,8 @@ def _(mo):
 
     The red numbers mark where a conversation "goes round". Two readers who did not know that verdict labelled
     100 transcripts: is this talk stuck by its end? (They were two language models with a page of rules, **not
-    people**.) Cohen's **kappa** is their agreement beyond chance: 0 is chance, 1 is perfect.
+    people**.) Cohen's **kappa** is their agreement beyond chance: 0 is chance, 1 is perfect. The lower four
+    bars are the detector against each of them.
     """)
     return
 
@@ -250,7 +262,8 @@ def _(show, study, talk):
 def _(mo):
     mo.md(r"""
     A way that shrinks to a few places goes round; shuffled turns jump about without a way. The larger the
-    dot, the later the turn; at the last one stands the mean length of a hop from turn to turn on this map.
+    dot, the later the turn, and the last one has a ring. At the right, at its height, stands the mean length
+    of a hop from turn to turn on this map.
 
     *What this cannot show:* two of many directions. Points that lie together here may be far apart in the
     rest.

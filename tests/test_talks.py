@@ -197,7 +197,13 @@ def test_strips_on_a_page(tmp_path: Path) -> None:
     with browser.start_host("run", app, tmp_path) as server, sync_playwright() as driver:
         page = driver.chromium.launch(executable_path=path, args=browser.FLAGS).new_page()
         page.goto(server.url)
+        page.get_by_text("guess above first").wait_for(timeout=60_000)
+        assert not page.locator(".pc-strips-cell").first.is_visible(), "the answer is not beside the guess"
+        page.get_by_text("right", exact=True).click()
+        assert not page.locator(".pc-strips-cell").first.is_visible(), "nor before it is asked for"
+        page.get_by_role("button", name="Show the answer").click()
         page.locator(".pc-strips-cell").first.wait_for(timeout=60_000)
+        assert page.get_by_text("guess above first").is_hidden()
         assert page.locator(".pc-strips-cell").count() == 6
         page.locator(".pc-strips-cell[data-t='2'][data-r='0']").click()
         assert "<b>third</b>" in page.locator(".pc-strips-text").inner_text()
@@ -217,7 +223,7 @@ app = marimo.App()
 
 @app.cell
 def _():
-    from primechat.lab import show
+    from primechat.lab import predict, show
     from primechat.views.widgets.strips import TalkStrips
 
     def turn(text, a, b):
@@ -229,7 +235,13 @@ def _():
     groups = [{"name": "main", "about": "", "talks": talks}]
     alone = [{"title": "o", "loop": -1, "turns": [turn("alone", 1, 1)]}]
     groups.append({"name": "other", "about": "", "talks": alone})
-    show(TalkStrips(rows, groups))
+    show(TalkStrips(rows, groups), after="Which?")
+    return (predict,)
+
+
+@app.cell
+def _(predict):
+    predict("Which?", ("left", "right"), "left")
     return
 
 

@@ -57,7 +57,7 @@ def draw_bands(traces: Mapping[str, np.ndarray], what: str) -> go.Figure:
     one's mean, and for the first the middle 80 % of its conversations.
     """
     figure = go.Figure()
-    ends: list[tuple[float, str, str]] = []
+    ends, top = list[tuple[float, str, str]](), 0.0
     for i, (name, x) in enumerate(traces.items()):
         known = ~np.isnan(x).all(axis=0)
         turns, colour = np.flatnonzero(known), pick_colour(name, i)
@@ -66,6 +66,7 @@ def draw_bands(traces: Mapping[str, np.ndarray], what: str) -> go.Figure:
         mean = np.nanmean(x[:, known], axis=0)
         if i == 0 and len(x) > 2:
             low, high = np.nanquantile(x[:, known], [0.1, 0.9], axis=0)
+            top = float(high.max())
             figure.add_scatter(
                 x=[*turns, *turns[::-1]], y=[*high, *low[::-1]], fill="toself", line_width=0, opacity=0.25,
                 fillcolor=colour, hoverinfo="skip", mode="lines",
@@ -75,9 +76,11 @@ def draw_bands(traces: Mapping[str, np.ndarray], what: str) -> go.Figure:
             hovertemplate="turn %{x}: %{y:.2f}<extra>" + name + "</extra>",
         )  # fmt: skip
         ends.append((float(mean[-1]), name, colour))
-    top = max((y for y, _, _ in ends), default=1.0) or 1.0
+        top = max(top, float(mean.max()))
     last = max((x.shape[1] - 1 for x in traces.values()), default=1)
-    for place, (_, name, colour) in zip(push_apart([y for y, _, _ in ends], 0.08 * top), ends, strict=True):
+    for place, (_, name, colour) in zip(
+        push_apart([y for y, _, _ in ends], 0.08 * (top or 1)), ends, strict=True
+    ):
         label_line(figure, last, place, name, colour)
     style_figure(figure, height=330, title_text=f"{what}, turn by turn", margin_r=110)
     figure.update_xaxes(title_text="Turn")
@@ -94,7 +97,7 @@ def draw_repeats(found: Mapping[str, Sequence[float]], sentence: str) -> go.Figu
             x=list(range(len(p))), y=list(p), mode="lines+markers", line_color=colour, marker_size=6,
             hovertemplate="said %{x} times before: %{y:.3f}<extra>" + name + "</extra>",
         )  # fmt: skip
-        label_line(figure, len(p) - 1, p[-1], name, colour, shift=7 * (1 - 2 * i))
+        label_line(figure, len(p) - 1, p[-1], name, colour, shift=9)
     style_figure(figure, height=300, title_text=f"“{sentence}”, said over and over", margin_r=130)
     figure.update_xaxes(title_text="Times that it was said before")
     figure.update_yaxes(title_text="Mean probability of its tokens", range=[0, 1.02])
@@ -102,20 +105,39 @@ def draw_repeats(found: Mapping[str, Sequence[float]], sentence: str) -> go.Figu
 
 
 def draw_drift(maps: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> go.Figure:
-    """Draw a conversation's way over a map of its turns, for each group; the larger the dot, the later."""
+    """Draw a conversation's way over a map of its turns, for each group; the larger the dot, the later.
+
+    The names stand at the right, at the heights of the last turns, whose dots have rings.
+    """
     figure = go.Figure()
+    ends = list[tuple[float, str, str]]()
     for i, (name, (places, drift)) in enumerate(maps.items()):
         colour = pick_colour(name, i)
         figure.add_scatter(
             x=places[:, 0], y=places[:, 1], mode="lines+markers", line=dict(color=colour, width=1),
-            marker=dict(color=colour, size=np.linspace(5, 15, len(places))), customdata=drift,
+            marker=dict(
+                color=colour, size=np.linspace(5, 15, len(places)), line_color=SERIES[5],
+                line_width=[0] * (len(places) - 1) + [2],
+            ), customdata=drift,
             hovertemplate="turn %{pointNumber}, drift %{customdata:.2f}<extra>" + name + "</extra>",
             opacity=1 if i == 0 else 0.55,
         )  # fmt: skip
         hop = float(np.linalg.norm(np.diff(places, axis=0), axis=1).mean()) if len(places) > 1 else 0.0
         label = f"{name}, mean hop {hop:.1f}"
-        label_line(figure, float(places[-1, 0]), float(places[-1, 1]), label, colour)
-    style_figure(figure, height=380, title_text="Where the conversation goes", margin_r=160)
+        ends.append((float(places[-1, 1]), label, colour))
+    span = float(np.ptp(np.concatenate([places[:, 1] for places, _ in maps.values()]))) or 1.0
+    for place, (_, label, colour) in zip(push_apart([y for y, _, _ in ends], 0.08 * span), ends, strict=True):
+        figure.add_annotation(
+            x=1,
+            xref="paper",
+            y=place,
+            text=label,
+            showarrow=False,
+            xanchor="left",
+            xshift=6,
+            font_color=colour,
+        )
+    style_figure(figure, height=380, title_text="Where the conversation goes", margin_r=190)
     figure.update_xaxes(title_text="First direction of largest spread", showticklabels=False)
     figure.update_yaxes(title_text="Second direction of largest spread", showticklabels=False)
     return figure

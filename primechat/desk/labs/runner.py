@@ -65,10 +65,13 @@ class FixedFigure:
         return {"application/vnd.plotly.v1+json": drawn, "text/plain": f"[{title}: to be seen in JupyterLab]"}
 
 
-def show(widget: Any) -> Any:
+def show(widget: Any, *, after: str = "") -> Any:
     """Return a widget, ours or plotly's FigureWidget, or a plotly Figure that nothing will change, as the
-    present host shows it; its attributes can be read from what is returned.
+    present host shows it; its attributes can be read from what is returned. One of ours that shows the answer
+    to a question of `predict` opens `after` the guess.
     """
+    if after:
+        widget.waits = after
     figure = hasattr(widget, "to_plotly_json") and not hasattr(widget, "comm")
     if in_marimo():
         if figure:

@@ -76,7 +76,7 @@ function drawPrediction({ model, root, listen, later }) {
     if (shown) {
       if (isScale) result.append(h("p", { class: "pc-prose" }, h("strong", { text: `It is ${say(model.get("answer"))}. ` }), isRight() ? "Your guess was close enough." : `You guessed ${say(guess)}.`));
       result.append(...prose(model.get("why")));
-      scores.set(mine, { done: true, right: isRight() });
+      scores.set(mine, { done: true, right: isRight(), question: model.get("question") });
       window.dispatchEvent(new Event("primechat-score"));
     }
   };

@@ -53,6 +53,11 @@ export function frame({ model, el }, name) {
   };
   const later = (work) => undo.push(work);
   el.replaceChildren(root);
+  if (model.get("waits")) {
+    const gate = waitForGuess(root, model.get("waits"), later);
+    el.prepend(gate);
+    undo.push(() => gate.remove());
+  }
   return { root, listen, later, end: () => undo.forEach((work) => work()) };
 }
 
@@ -65,6 +70,21 @@ export function ofKinds(kinds) {
       return inside.end;
     },
   };
+}
+
+/** Hide a widget until the prediction with this question is answered; return what stands there until then. */
+function waitForGuess(root, question, later) {
+  const open = () => { gate.hidden = true; root.hidden = false; };
+  const gate = h("div", { class: "pc", dataset: { theme: root.dataset.theme } }, h("div", { class: "pc-row" },
+    h("span", { class: "pc-muted", text: "This shows the answer: guess above first, and it opens." }), button("Open it now", open)));
+  const watch = new MutationObserver(() => { gate.dataset.theme = root.dataset.theme; });
+  watch.observe(root, { attributes: true, attributeFilter: ["data-theme"] });
+  const look = () => { if ([...(window.primechatScores?.values() ?? [])].some((entry) => entry.question === question)) open(); };
+  window.addEventListener("primechat-score", look);
+  later(() => { watch.disconnect(); window.removeEventListener("primechat-score", look); });
+  root.hidden = true;
+  look();
+  return gate;
 }
 
 /** Set traits and send them; what has not changed is not sent. */
