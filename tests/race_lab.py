@@ -48,8 +48,8 @@ def run_lab(browser: Browser, server: Server, values: dict[str, str], timeout_s:
     command = fill_form(page, values)
     stage, t_start = page.locator(".pc-stage").first, time.monotonic()
     stage.get_by_role("button", name="Start", exact=True).click()
-    line = "document.querySelector('.pc-stage .pc-train')?.getAttribute('d')?.includes('L')"
-    page.wait_for_function(line, timeout=600_000)  # a run that compiles says so and counts down
+    curve = page.locator('.pc-stage .pc-train[d*="L"]').first
+    curve.wait_for(state="attached", timeout=600_000)  # a run that compiles says so and counts down
     fell_s = time.monotonic() - t_start
     stage.locator(".pc-badge", has_text="Done").wait_for(timeout=1000 * timeout_s)
     page.close()

@@ -215,6 +215,9 @@ def test_events_become_one_state() -> None:
     view = log.describe()
     log.add(PhaseEvent(name="last check", total=2048, unit="tokens"))  # before the last step: an interruption
     assert abs(log.describe()["left_s"] - 4.9) < 1e-6
+    log.add(PhaseEvent(name="training", total=100, unit="steps"))
+    log.add(make_step(60, steps=120))  # the first tenth of a timed run settles its steps
+    assert log.describe()["total"] == log.describe()["steps"] == 120
     log.add(make_step(100))
     log.add(PhaseEvent(name="last check", total=2048, unit="tokens"))
     assert log.describe()["left_s"] is None

@@ -91,11 +91,11 @@ class RunLog:
     def describe(self) -> dict[str, Any]:
         """Return the state as plain data; times are in seconds."""
         last, phase, done, left = self.last, self.phase, self.done, None
-        is_training = phase is self.training
+        is_training, total = phase is self.training, phase.total
         if (
             last and self.training and (is_training or last.step < last.steps)
         ):  # also while a check interrupts
-            done = float(last.step) if is_training else done
+            done, total = (float(last.step), last.steps) if is_training else (done, total)
             left = (
                 last.elapsed_s / max(1, last.step) * (last.steps - last.step) or None
             )  # the last check comes
@@ -122,7 +122,7 @@ class RunLog:
             if self.losses[-1].retention is not None:
                 figures.insert(2, [f"{self.losses[-1].retention:.1%}", "of the teacher kept"])
         return {
-            "phase": phase.name, "done": done, "total": phase.total, "unit": phase.unit, "left_s": left,
+            "phase": phase.name, "done": done, "total": total, "unit": phase.unit, "left_s": left,
             "figures": figures, "saved": self.saved, "notes": self.notes, "samples": self.samples,
             "train": train, "steps": last.steps if last else 0,
             "gauges": gauges,
