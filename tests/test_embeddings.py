@@ -237,10 +237,18 @@ def test_states_agree_with_a_plain_pass(shipped: tuple) -> None:
 # ---- atlases
 
 
-def test_token_atlas(shipped: tuple) -> None:
+def test_token_atlas(shipped: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer, _ = shipped
     counts = np.arange(tokenizer.vocab_size)
+    late = TokenAtlas(model, tokenizer)
+    first = late.show("input")
+    assert [c.key for c in first.channels] == ["kind", "norm", "cluster"] and not late.is_whole
+    monkeypatch.setattr(tables, "count_tokens", lambda tokenizer: counts)
+    late.complete()
     atlas = TokenAtlas(model, tokenizer, counts)
+    then, want = late.show("input"), atlas.show("input")
+    assert late.is_whole and np.array_equal(then.places, first.places)
+    assert [(c.key, c.names) for c in then.channels] == [(c.key, c.names) for c in want.channels]
     cloud = atlas.show("output")
     assert cloud.places.shape == (1, tokenizer.vocab_size, 3) and len(cloud.labels) == tokenizer.vocab_size
     assert [c.key for c in cloud.channels] == ["kind", "frequency", "norm", "cluster"]

@@ -44,6 +44,8 @@ class Explorer:
 
         self.model, self.tokenizer, _ = borrow_model(identifier)
         self.atlas = TokenAtlas(self.model, self.tokenizer)
+        if runner.still or not runner.in_notebook():  # no page will ask for what the first picture leaves out
+            self.atlas.complete()
 
     def change_model(self) -> None:
         """Follow the picker; what cannot be opened is told beside the map."""

@@ -8,6 +8,7 @@ Reference: Smilkov et al. 2016, Embedding Projector.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,11 @@ class Atlas:
         self.spaces = spaces
         self.vectors: dict[str, np.ndarray] = {}
         self.clouds: dict[tuple[str, str, int], Cloud] = {}
+
+    is_whole = True  # the pictures tell all that there is to tell of the points
+
+    def complete(self) -> None:
+        """Find out what took too long for the first picture, and put it into those that are made."""
 
     def load(self, space: str) -> np.ndarray:
         """Return the vectors (F, N, C) of a space."""
@@ -127,14 +133,33 @@ class TokenAtlas(Atlas):
         Args:
             model: whose tables.
             tokenizer: its tokenizer.
-            counts: (V,) how often each token stands in a text; None counts the embedded chats.
+            counts: (V,) how often each token stands in a text; None counts the embedded chats, once they
+                are asked for. Pictures that were made before are without them until `complete`.
         """
         super().__init__(tables.list_tables(model))
         self.model, self.tokenizer = model, tokenizer
-        self.counts = tables.count_tokens(tokenizer) if counts is None else counts
+        self.counted = counts
         self.kinds = tables.sort_kinds(tokenizer)
         self.labels = tuple(tables.name_token(tokenizer, i) for i in range(tokenizer.vocab_size))
         self.norms: dict[str, np.ndarray] = {}
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Return how often each token stands in a text (V,)."""
+        if self.counted is None:
+            self.counted = tables.count_tokens(self.tokenizer)
+        return self.counted
+
+    @property
+    def is_whole(self) -> bool:  # type: ignore[override]
+        """Tell whether every picture that is made says how often a token was seen."""
+        return all(any(c.key == "frequency" for c in cloud.channels) for cloud in self.clouds.values())
+
+    def complete(self) -> None:
+        """Count the tokens, and say so in the pictures that are made."""
+        _ = self.counts
+        for key, cloud in self.clouds.items():
+            self.clouds[key] = replace(cloud, channels=self.describe(key[0])[2])
 
     def load(self, space: str) -> np.ndarray:
         """Return the table of a space; input rows as the model reads them, scaled to length 1."""
@@ -148,20 +173,23 @@ class TokenAtlas(Atlas):
     def describe(self, space: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Channel, ...]]:
         """Return what is known of tokens."""
         clusters = maps.cluster_rows(self.fetch(space)[-1])
+        seen = () if self.counted is None else (self.counted,)
         channels = (
             Channel(key="kind", title="kind of token", values=self.kinds, names=tables.KINDS),
-            Channel(key="frequency", title="times seen", values=self.counts, whole=True),
+            *(Channel(key="frequency", title="times seen", values=counts, whole=True) for counts in seen),
             Channel(key="norm", title="length of the vector", values=self.norms[space]),
             Channel(key="cluster", title="cluster", values=clusters, names=self.name_clusters(clusters)),
         )
         return self.labels, ("",), channels
 
     def name_clusters(self, clusters: np.ndarray) -> tuple[str, ...]:
-        """Name each cluster by its three most frequent tokens."""
-        names = []
+        """Name each cluster by its three most frequent tokens; before they are counted, by those that the
+        tokenizer learned first.
+        """
+        names, often = [], -np.arange(len(self.labels)) if self.counted is None else self.counted
         for j in range(int(clusters.max()) + 1):
             rows = np.flatnonzero(clusters == j)
-            names.append("  ".join(self.labels[i] for i in rows[np.argsort(-self.counts[rows])[:3]]))
+            names.append("  ".join(self.labels[i] for i in rows[np.argsort(-often[rows])[:3]]))
         return tuple(names)
 
 

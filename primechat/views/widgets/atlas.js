@@ -438,6 +438,13 @@ function render(context) {
     queueMicrotask(() => { queued = false; if (!state.gone) read(); });
   };
   listen(["cloud", "places", "facts"], soon);
+  let asked = false;
+  const complete = () => { // once the first picture is there; what Python is at comes first
+    if (asked || !model.get("waits")) return;
+    asked = true;
+    requestAnimationFrame(() => ask("complete", {}, 300000).then(() => { asked = false; complete(); }, (error) => fault(error.message)));
+  };
+  listen("waits", complete);
   listen("spaces", () => spaceBox?.fill(model.get("spaces"), model.get("space")));
   listen("nearby", () => { // Python picked a point, for example for another model
     const i = model.get("picked");
@@ -464,6 +471,7 @@ function render(context) {
   state.chosen = new Set(model.get("chosen"));
   rank();
   showTable();
+  complete();
   if (model.get("laying_out")) tell(ask("lay_out", { action: "poll" })).then((answer) => { if (answer?.running) follow(answer); });
   return end;
 }

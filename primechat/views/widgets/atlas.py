@@ -22,6 +22,11 @@ class Source(Protocol):
 
     spaces: dict[str, str]
 
+    @property
+    def is_whole(self) -> bool: ...
+
+    def complete(self) -> None: ...
+
     def show(self, space: str, method: str = "PCA", n_axes: int = 2) -> Cloud: ...
 
     def near(self, space: str, method: str, n_axes: int, frame: int, point: int) -> Nearby: ...
@@ -48,6 +53,7 @@ class AtlasView(Widget):
     nearby = traitlets.Dict().tag(sync=True)
     chosen = traitlets.List(traitlets.Int()).tag(sync=True)
     text = traitlets.Unicode().tag(sync=True)
+    waits = traitlets.Bool(False).tag(sync=True)  # for the page to ask for what the first picture leaves out
     laying_out = traitlets.Bool(False).tag(sync=True)
     problem = traitlets.Unicode().tag(sync=True)
     notice = traitlets.Unicode().tag(sync=True)  # what the page waits for
@@ -110,12 +116,17 @@ class AtlasView(Widget):
             if self.chosen and max(self.chosen) >= len(cloud.labels):
                 self.chosen = []
             self.places = np.ascontiguousarray(cloud.places, dtype="<f4").tobytes()
-            self.facts = np.stack(facts).astype("<f4").tobytes()
+            self.facts, self.waits = np.stack(facts).astype("<f4").tobytes(), not self.source.is_whole
             self.cloud = dict(
                 title=cloud.title, labels=list(cloud.labels), frames=list(cloud.frames), channels=heads,
                 method=cloud.method, n_axes=cloud.n_axes, shown=list(cloud.shown), note=cloud.note,
                 kept=list(cloud.kept), chance=cloud.chance,
             )  # fmt: skip
+
+    def answer_complete(self) -> dict[str, Any]:
+        """Show the same picture with all that there is to know of its points."""
+        self.source.complete()
+        return self.answer_show(self.space, self.method, self.n_axes)
 
     def answer_show(self, space: str, method: str, n_axes: int) -> dict[str, Any]:
         """Show another space, or the same one with other axes."""
