@@ -29,34 +29,26 @@ def _():
 
 @app.cell(hide_code=True)
 def _():
-    from primechat.lab import announce, exercise, pick_model, predict, show
+    from primechat.lab import exercise, offer_model, predict, show
     from primechat.lessons.attention_internals import EXERCISES
 
-    return EXERCISES, announce, exercise, pick_model, predict, show
+    return EXERCISES, exercise, offer_model, predict, show
 
 
 @app.cell(hide_code=True)
-def _(announce):
-    notice = announce()
-    notice
-    return (notice,)
-
-
-@app.cell(hide_code=True)
-def _(pick_model):
-    picker = pick_model(label="Model", first="shipped/base")
-    choice = getattr(picker, "widget", picker)  # a cell that reads `picker` would run again at each choice
-    picker
+def _(offer_model):
+    choice = offer_model("shipped/base")
+    choice
     return (choice,)
 
 
 @app.cell(hide_code=True)
-def _(choice, notice):
+def _(choice):
     from primechat.lessons.instruments import survey
     from primechat.lessons.instruments.microscope import Microscope
 
     scope = Microscope(choice)
-    notice.end()
+    choice.end()
     return scope, survey
 
 

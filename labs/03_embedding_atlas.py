@@ -29,33 +29,25 @@ def _():
 
 @app.cell(hide_code=True)
 def _():
-    from primechat.lab import announce, exercise, pick_model, predict, show
+    from primechat.lab import exercise, offer_model, predict, show
     from primechat.lessons.embedding_atlas import EXERCISES
 
-    return EXERCISES, announce, exercise, pick_model, predict, show
+    return EXERCISES, exercise, offer_model, predict, show
 
 
 @app.cell(hide_code=True)
-def _(announce):
-    notice = announce()
-    notice
-    return (notice,)
-
-
-@app.cell(hide_code=True)
-def _(pick_model):
-    picker = pick_model(label="Model", first="shipped/base")
-    choice = getattr(picker, "widget", picker)  # a cell that reads `picker` would run again at each choice
-    picker
+def _(offer_model):
+    choice = offer_model("shipped/base")
+    choice
     return (choice,)
 
 
 @app.cell(hide_code=True)
-def _(choice, notice):
+def _(choice):
     from primechat.lessons.instruments.explorer import TRENDS, Explorer
 
     explorer = Explorer(choice)
-    notice.end()
+    choice.end()
     return TRENDS, explorer
 
 
@@ -113,7 +105,7 @@ def _(atlas):
 
     # what you have selected on the map, one row a token (in Jupyter, run this cell again)
     frame = pd.DataFrame(atlas.selected())
-    frame if len(frame) else "Nothing is selected yet: hold Shift and draw on the map."
+    frame if len(frame) else print("Nothing is selected yet: hold Shift and draw on the map.")
     return
 
 

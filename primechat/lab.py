@@ -14,6 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,17 +33,29 @@ if TYPE_CHECKING:
     from primechat.text.tokenizer import Tokenizer
 
 __all__ = [
-    "Live", "announce", "borrow_model", "exercise", "in_marimo", "in_notebook", "pick_model", "predict",
-    "settings", "show", "stage", "summary",
+    "Live", "announce", "borrow_model", "exercise", "in_marimo", "in_notebook", "offer_model", "pick_model",
+    "predict", "settings", "show", "stage", "summary",
 ]  # fmt: skip
 
 CACHE_BYTES = 2**31  # of weights that stay in memory between cells
 SMALL_BYTES = 2**28  # of weights up to which one thread is as fast as several, and does not burn their time
 
 
-def announce(text: str = "The controls appear in a few seconds: the model is being opened.") -> Any:
+OPENING = "The controls appear in a few seconds: the model is being opened."
+
+
+def announce(text: str = OPENING) -> Any:
     """Return a line that tells what the page waits for; call its `end()` once that is there."""
     return show(Notice(text=text))
+
+
+def offer_model(first: str = "") -> ModelPicker:
+    """Return a choice of the model that a page's instruments follow; call its `end()` once they are there.
+
+    Until then it tells what the page waits for. As the instruments follow it by themselves, marimo runs no
+    cell again when another model is chosen.
+    """
+    return ModelPicker(find_models, first or str(store.choose_model()), waits=OPENING)
 
 
 def pick_model(families: Sequence[str] = (), *, label: str = "Model", first: str = "") -> Any:
@@ -50,12 +63,13 @@ def pick_model(families: Sequence[str] = (), *, label: str = "Model", first: str
     `families` are those to offer, for example ("sft", "rl") for models that chat, empty is all; `first` is
     the identifier to begin with, empty the default model.
     """
+    return show(ModelPicker(partial(find_models, families), first or str(store.choose_model()), label))
 
-    def find() -> list[dict[str, str]]:
-        entries = [entry for entry in store.list_models() if not families or entry.family in families]
-        return [{"identifier": entry.identifier, "about": describe_entry(entry)} for entry in entries]
 
-    return show(ModelPicker(find, first or str(store.choose_model()), label))
+def find_models(families: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Return the models of these families that are here as a picker shows them."""
+    entries = [entry for entry in store.list_models() if not families or entry.family in families]
+    return [{"identifier": entry.identifier, "about": describe_entry(entry)} for entry in entries]
 
 
 def describe_entry(entry: ModelEntry) -> str:

@@ -71,6 +71,10 @@ def test_notice_ends() -> None:
     assert notice.text == "Wait." and not notice.over
     notice.end()
     assert notice.over
+    choice = lab.offer_model("shipped/base")
+    assert choice.identifier == "shipped/base" and choice.waits == lab.OPENING
+    choice.end()
+    assert choice.waits == ""
 
 
 def test_small_models_are_computed_alone(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +134,7 @@ def test_live_answers_each_change() -> None:
 
     live = Live(play, text="hello", k=(1, 9, 3), loud=False, mode=["a", "b"], labels={"k": "letters"})
     assert [c["form"] for c in live.controls] == ["text", "slider", "toggle", "select"]
-    assert live.controls[1]["label"] == "letters" and live.controls[1]["step"] == 1
+    assert live.controls[1]["label"] == "Letters" and live.controls[1]["step"] == 1
     assert live.output["parts"][0] == {"kind": "text", "text": "hel"}
     live.values = {**live.values, "loud": True, "#": 1}
     assert live.output["#"] == 1 and live.output["parts"][0]["text"] == "HELLO"

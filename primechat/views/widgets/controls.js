@@ -21,12 +21,17 @@ function drawModels({ model, root, listen, later }) {
     tell();
   });
   listen("identifier", () => { box.box.value = model.get("identifier"); tell(); });
+  const line = notice(model.get("waits")), wait = () => { line.hidden = !model.get("waits"); };
+  listen("waits", wait);
+  wait();
   tell();
-  root.append(h("div", { class: "pc-row" }, box, again, about), none);
+  root.append(h("div", { class: "pc-row" }, box, again, about), none, line);
 }
 
+const notice = (text) => h("p", { class: "pc-notice", role: "status" }, h("i", { "aria-hidden": "true" }), h("span", { text }));
+
 function drawNotice({ model, root, listen }) {
-  const line = h("p", { class: "pc-notice", role: "status" }, h("i", { "aria-hidden": "true" }), h("span", { text: model.get("text") }));
+  const line = notice(model.get("text"));
   const refresh = () => { line.hidden = model.get("over"); };
   listen("over", refresh);
   root.append(line);

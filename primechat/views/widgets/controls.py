@@ -21,21 +21,31 @@ MAX_ROWS = 200
 class ModelPicker(Widget):
     """A choice among the models that are here; `identifier` is the chosen one, at first the given one if it
     is found. `find` returns dicts of `identifier` and `about`; it is asked again when the learner wishes.
+    `waits` is what the page waits for until `end`.
     """
 
     kind = traitlets.Unicode("models").tag(sync=True)
     label = traitlets.Unicode("").tag(sync=True)
     models: Any = traitlets.List().tag(sync=True)
     identifier = traitlets.Unicode("").tag(sync=True)
+    waits = traitlets.Unicode("").tag(sync=True)
 
     def __init__(
-        self, find: Callable[[], list[dict[str, str]]], identifier: str = "", label: str = "Model"
+        self,
+        find: Callable[[], list[dict[str, str]]],
+        identifier: str = "",
+        label: str = "Model",
+        waits: str = "",
     ) -> None:
         found = find()
         known = [model["identifier"] for model in found]
         first = identifier if identifier in known else known[0] if known else ""
         self.find = find
-        super().__init__(models=found, identifier=first, label=label)
+        super().__init__(models=found, identifier=first, label=label, waits=waits)
+
+    def end(self) -> None:
+        """Tell that what the page waited for is there."""
+        self.waits = ""
 
     def answer_find(self) -> dict[str, Any]:
         """Look for models again."""
@@ -127,7 +137,8 @@ class Live(Widget):
         specs = [describe_control(name, spec) for name, spec in controls.items()]
         names = labels or {}
         for spec in specs:
-            spec["label"] = names.get(spec["name"], spec["name"].replace("_", " "))
+            label = names.get(spec["name"], spec["name"].replace("_", " "))
+            spec["label"] = label[:1].upper() + label[1:] if label[1:2].isalpha() else label  # not a in a : b
         self.function = function
         start = {spec["name"]: spec["start"] for spec in specs}
         super().__init__(controls=specs, values=start, seen=not lazy)
