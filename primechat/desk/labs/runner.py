@@ -71,7 +71,7 @@ def show(widget: Any, *, after: str = "") -> Any:
     to a question of `predict` opens `after` the guess.
     """
     if after:
-        widget.waits = after
+        widget.gate = after
     figure = hasattr(widget, "to_plotly_json") and not hasattr(widget, "comm")
     if in_marimo():
         if figure:

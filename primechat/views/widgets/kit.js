@@ -53,8 +53,8 @@ export function frame({ model, el }, name) {
   };
   const later = (work) => undo.push(work);
   el.replaceChildren(root);
-  if (model.get("waits")) {
-    const gate = waitForGuess(root, model.get("waits"), later);
+  if (model.get("gate")) {
+    const gate = waitForGuess(root, model.get("gate"), later);
     el.prepend(gate);
     undo.push(() => gate.remove());
   }

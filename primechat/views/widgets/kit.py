@@ -44,11 +44,11 @@ class Widget(anywidget.AnyWidget):
     """A widget whose script and looks stand beside its module, as `<stem>.js` and `<stem>.css`; the looks
     beside a script that it imports come along.
 
-    A subclass declares its state as synchronized traits (`traitlets.Unicode().tag(sync=True)`). `waits` is
+    A subclass declares its state as synchronized traits (`traitlets.Unicode().tag(sync=True)`). `gate` is
     the question of a prediction on the same page that is to be answered before the widget is seen.
     """
 
-    waits = traitlets.Unicode("").tag(sync=True)
+    gate = traitlets.Unicode("").tag(sync=True)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         path = Path(str(sys.modules[cls.__module__].__file__))
