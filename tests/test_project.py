@@ -161,8 +161,9 @@ def test_tests_are_hermetic(base_dir: Path, tmp_path: Path) -> None:
 
 
 def test_labs_are_not_rewritten_on_opening() -> None:
-    marimo = read_project()["tool"]["marimo"]
-    assert marimo == {"runtime": {"auto_instantiate": True}, "save": {"autosave": "off"}}
+    """And they follow the system's light or dark, which `marimo run` does only where it is told to."""
+    runs, dark = {"auto_instantiate": True}, {"theme": "system"}
+    assert read_project()["tool"]["marimo"] == {"runtime": runs, "save": {"autosave": "off"}, "display": dark}
 
 
 def run_tool(*words: str) -> None:
