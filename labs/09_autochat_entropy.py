@@ -355,15 +355,18 @@ def _(mo):
 
 @app.cell(hide_code=True)
 def _(predict, talks):
+    variety = (
+        "The model reads only its own talk for three generations. What becomes of the variety of its words?"
+    )
     _answer, _said = talks.tell_change(talks.read_recorded(), "only its own talk", "distinct-2")
     predict(
-        "The model reads only its own talk for three generations. What becomes of the variety of its words?",
+        variety,
         ("It falls", "It stays", "It rises"),
         _answer,
         why=f"Measured with the model that ships, over three seeds: {_said}. Rare things go first (Shumailov "
         "et al. 2024).",
     )
-    return
+    return (variety,)
 
 
 @app.cell(hide_code=True)
@@ -382,18 +385,18 @@ def _(in_notebook, stage, study, talks):
 
 
 @app.cell(hide_code=True)
-def _(collapse, show, study, talk, talks):
+def _(collapse, show, study, talk, talks, variety):
     people = study.compare_groups()["people"]
     generations = (
         collapse.result.measure() if collapse is not None and collapse.result else talks.read_recorded()
     )
-    show(talk.draw_generations(generations, people, "Vendi"))
+    show(talk.draw_generations(generations, people, "Vendi"), after=variety)
     return generations, people
 
 
 @app.cell(hide_code=True)
-def _(generations, people, show, talk):
-    show(talk.draw_generations(generations, people, "distinct-2"))
+def _(generations, people, show, talk, variety):
+    show(talk.draw_generations(generations, people, "distinct-2"), after=variety)
     return
 
 

@@ -22,10 +22,9 @@ def _():
 
     from primechat.desk.session import open_chat
     from primechat.lab import borrow_model, exercise, predict, show
-    from primechat.lessons.chat import EXERCISES, compare_ranks
-    from primechat.views.talk import draw_ranks
+    from primechat.lessons.chat import EXERCISES, RankStudy
 
-    return EXERCISES, borrow_model, compare_ranks, draw_ranks, exercise, mo, open_chat, predict, show
+    return EXERCISES, RankStudy, borrow_model, exercise, mo, open_chat, predict, show
 
 
 @app.cell(hide_code=True)
@@ -59,35 +58,31 @@ def _(mo):
     A model gives **every** token a probability. Then one is drawn: the **temperature** says how strictly the
     likely ones are preferred (0: only ever the likeliest), **top-k** and **top-p** cut off the unlikely ones.
     A **repetition penalty** above 1 makes every token that already stands there less likely, also the useful
-    ones.
+    ones. Some models come with their makers' advice on all this; it is followed until you choose otherwise,
+    and *Settings* says so.
     """)
     return
 
 
 @app.cell(hide_code=True)
-def _(borrow_model, compare_ranks):
-    _model, _tokenizer, _ = borrow_model()
-    shares = compare_ranks(_model, _tokenizer)
-    return (shares,)
-
-
-@app.cell(hide_code=True)
-def _(predict, shares):
+def _(RankStudy, borrow_model, predict):
+    ranks = RankStudy(borrow_model)
+    likeliest = "At temperature 0.8, how many of a hundred tokens are the one that the model held likeliest?"
     predict(
-        "At temperature 0.8, how many of a hundred tokens are the one that the model held likeliest?",
+        likeliest,
         (0, 100),
-        round(100 * shares["this model"]["1st"]),
+        ranks.count_first,
         why="Measured just now on three short replies of the default model. The rest is chance, and that is "
         "why two seeds give two replies.",
         within=8,
         unit="tokens",
     )
-    return
+    return likeliest, ranks
 
 
 @app.cell(hide_code=True)
-def _(draw_ranks, shares, show):
-    show(draw_ranks(shares))
+def _(likeliest, ranks, show):
+    show(ranks.draw, after=likeliest)
     return
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import VOCAB_SIZE, byte_tokenizer
+from tiny import VOCAB_SIZE, byte_tokenizer, measure_prediction
 
 from primechat import store
 from primechat.cli import main
@@ -20,7 +20,7 @@ from primechat.config.model import GPTConfig
 from primechat.errors import ConfigError, DataError
 from primechat.infer.engine import Engine
 from primechat.metrics import loops
-from primechat.metrics.diversity import measure_information, measure_prediction
+from primechat.metrics.diversity import measure_information
 from primechat.model.gpt import GPT
 from primechat.records import Event, ProgressEvent
 from primechat.stages.autochat import HUMAN, Speaker, autochat, build_messages, read_talks

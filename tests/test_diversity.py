@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import measure_prediction
 
 from primechat.errors import DataError
 from primechat.metrics import diversity as d
@@ -137,12 +138,12 @@ def test_vendi_by_hand() -> None:
 
 def test_prediction_by_hand() -> None:
     # p = 3/4, 1/4: H = ln 4 - 3/4 ln 3; varentropy p q (ln(p/q))^2
-    entropy, varentropy = d.measure_prediction(np.log([[0.75, 0.25], [0.5, 0.5]]))
+    entropy, varentropy = measure_prediction(np.log([[0.75, 0.25], [0.5, 0.5]]))
     assert entropy == pytest.approx([math.log(4) - 0.75 * math.log(3), math.log(2)])
     assert varentropy == pytest.approx([0.75 * 0.25 * math.log(3) ** 2, 0])
-    entropy, varentropy = d.measure_prediction(np.array([[0.0, -np.inf], [7.0, 7.0]]))
+    entropy, varentropy = measure_prediction(np.array([[0.0, -np.inf], [7.0, 7.0]]))
     assert entropy == pytest.approx([0, math.log(2)]) and varentropy == pytest.approx([0, 0])
-    assert d.measure_prediction(np.zeros((2, 3, 8)))[0] == pytest.approx(np.full((2, 3), math.log(8)))
+    assert measure_prediction(np.zeros((2, 3, 8)))[0] == pytest.approx(np.full((2, 3), math.log(8)))
 
 
 def test_prediction_equals_the_engine() -> None:
@@ -151,7 +152,7 @@ def test_prediction_equals_the_engine() -> None:
     from primechat.infer.sampling import measure_logits
 
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 3
-    entropy, varentropy = d.measure_prediction(logits.numpy())
+    entropy, varentropy = measure_prediction(logits.numpy())
     tokens = measure_logits(logits, torch.zeros(6, dtype=torch.long))
     assert [t.entropy for t in tokens] == pytest.approx(entropy, abs=1e-5)
     assert [t.varentropy for t in tokens] == pytest.approx(varentropy, abs=1e-4)

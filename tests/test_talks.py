@@ -147,15 +147,13 @@ def test_collapse_is_as_published() -> None:
     assert found["only its own talk"][-1]["Vendi"][2] < found["half of it people's"][-1]["Vendi"][0]
 
 
-def test_jupyter_keeps_a_figures_numbers_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = talk.draw_repeats({"this model": [0.1, 0.2]}, "x")
-    assert runner.show(figure) is figure, "a script has no use for more"
-    monkeypatch.setattr(runner, "find_shell", lambda: object())
-    kept = runner.show(figure)._repr_mimebundle_()
-    assert kept["application/vnd.plotly.v1+json"]["data"][0]["y"] == [0.1, 0.2]
-    assert len(json.dumps(kept)) < 50_000
-    widget = plotly.graph_objects.FigureWidget(figure)
-    assert runner.show(widget) is widget, "what changes later stays a widget"
+def test_a_figures_numbers_are_all_that_is_sent() -> None:
+    shown = runner.show(talk.draw_repeats({"this model": [0.1, 0.2]}, "x"))
+    assert shown.figure == {}, "and not before it is wanted"
+    shown.settle()
+    assert shown.figure["data"][0]["y"] == [0.1, 0.2] and len(json.dumps(shown.get_state("figure"))) < 50_000
+    widget = plotly.graph_objects.FigureWidget()
+    assert runner.show(widget) is widget, "what changes later stays plotly's own"
 
 
 def test_export(study: talks.Study, tmp_path: Path) -> None:

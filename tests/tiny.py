@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from primechat.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
@@ -83,3 +84,13 @@ class ScriptModel(HistoryModel):
         logits = torch.zeros(self.vocab_size)
         logits[self.script[min(place, len(self.script) - 1)]] = 40.0
         return logits
+
+
+def measure_prediction(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return entropy and varentropy of predictions (..., V) by the plain formula, in float64."""
+    x = np.asarray(logits, np.float64)
+    x = x - x.max(axis=-1, keepdims=True)
+    logp = x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    p, finite = np.exp(logp), np.where(np.isneginf(logp), 0.0, logp)
+    entropy = -(p * finite).sum(axis=-1)
+    return entropy, (p * (finite + entropy[..., None]) ** 2).sum(axis=-1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,17 +40,38 @@ def share_ranks(ranks: Sequence[int]) -> dict[str, float]:
     return {name: counts[i] / max(len(ranks), 1) for i, (name, _) in enumerate(BUCKETS)}
 
 
-def compare_ranks(model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
-    """Return `share_ranks` of a model and of one of its shape that has learned nothing."""
-    import torch
+class RankStudy:
+    """How likely a model held the tokens that it took; measured when somebody wants to know, once.
 
-    from primechat.model.gpt import GPT
+    Args:
+        opener: opens the model with its tokenizer.
+    """
 
-    fresh = GPT(model.config)
-    fresh.init_weights(torch.Generator().manual_seed(0))
-    fresh.requires_grad_(False).eval()
-    found = {"this model": model, "random weights": fresh}
-    return {name: share_ranks(collect_ranks(one, tokenizer)) for name, one in found.items()}
+    def __init__(self, opener: Callable[[], tuple[Any, Any, Any]]) -> None:
+        self.opener = opener
+
+    @cached_property
+    def shares(self) -> dict[str, dict[str, float]]:
+        """`share_ranks` of the model and of one of its shape that has learned nothing."""
+        import torch
+
+        from primechat.model.gpt import GPT
+
+        model, tokenizer, _ = self.opener()
+        fresh = GPT(model.config)
+        fresh.init_weights(torch.Generator().manual_seed(0))
+        found = {"this model": model, "random weights": fresh.requires_grad_(False).eval()}
+        return {name: share_ranks(collect_ranks(one, tokenizer)) for name, one in found.items()}
+
+    def count_first(self) -> int:
+        """Return how many of a hundred tokens are the likeliest one."""
+        return round(100 * self.shares["this model"]["1st"])
+
+    def draw(self) -> Any:
+        """Draw the shares."""
+        from primechat.views.talk import draw_ranks
+
+        return draw_ranks(self.shares)
 
 
 # Exercise 1

@@ -243,25 +243,6 @@ def count_vectors(texts: Sequence[Tokens], n: int = 1) -> np.ndarray:
     return np.bincount(owner * width + codes, minlength=len(texts) * width).reshape(len(texts), width)
 
 
-def measure_prediction(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return entropy and varentropy of predictions, before temperature and truncation.
-
-    Args:
-        logits: (..., V); -inf for a token that cannot occur.
-
-    Returns:
-        H = -sum p ln p in nats, and sum p (ln p + H)^2 in nats squared, (...).
-
-    Source: Shannon 1948; Kontoyiannis and Verdu 2014.
-    """
-    x = np.asarray(logits, np.float64)
-    x = x - x.max(axis=-1, keepdims=True)
-    logp = x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
-    p, finite = np.exp(logp), np.where(np.isneginf(logp), 0.0, logp)
-    entropy = -(p * finite).sum(axis=-1)
-    return entropy, (p * (finite + entropy[..., None]) ** 2).sum(axis=-1)
-
-
 def measure_drift(vectors: np.ndarray) -> np.ndarray:
     """Return how far each turn's vector has turned from the first: 1 - cos(e_t, e_0), for (T, d) vectors."""
     x = np.asarray(vectors, np.float64)

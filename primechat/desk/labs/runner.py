@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import json
 import os
 import re
 import sys
@@ -21,6 +20,8 @@ from primechat import store
 from primechat.desk.labs.forms import renew_config
 from primechat.errors import explain_error
 from primechat.records import Event, count_noun
+from primechat.views.widgets.figure import WaitingFigure
+from primechat.views.widgets.kit import Widget
 from primechat.views.widgets.runs import RunLog, StageControl
 
 SEND_EVERY_S, BEAT_EVERY_S = 0.3, 1.0
@@ -53,33 +54,22 @@ def find_shell() -> Any:
     return shell if getattr(shell, "kernel", None) is not None else None
 
 
-class FixedFigure:
-    """A plotly figure as Jupyter keeps it where nothing changes it: its numbers, no program of 4 MB."""
-
-    def __init__(self, figure: Any) -> None:
-        self.figure = figure
-
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        title = self.figure.layout.title.text or "a figure"
-        drawn = json.loads(self.figure.to_json())
-        return {"application/vnd.plotly.v1+json": drawn, "text/plain": f"[{title}: to be seen in JupyterLab]"}
-
-
 def show(widget: Any, *, after: str = "") -> Any:
     """Return a widget, ours or plotly's FigureWidget, or a plotly Figure that nothing will change, as the
-    present host shows it; its attributes can be read from what is returned. One of ours that shows the answer
-    to a question of `predict` opens `after` the guess.
-    """
-    if after:
-        widget.gate = after
-    figure = hasattr(widget, "to_plotly_json") and not hasattr(widget, "comm")
-    if in_marimo():
-        if figure:
-            from plotly.graph_objects import FigureWidget
+    present host shows it; its attributes can be read from what is returned. Instead of a Figure it can be a
+    function that returns one, called when the reader comes to it. What shows the answer to a question of
+    `predict` opens `after` the guess.
 
-            widget = FigureWidget(widget)
-        return sys.modules["marimo"].ui.anywidget(widget)
-    return FixedFigure(widget) if figure and find_shell() else widget
+    Raises:
+        TypeError: it cannot wait for a guess.
+    """
+    if callable(widget) or (hasattr(widget, "to_plotly_json") and (after or not hasattr(widget, "comm"))):
+        widget = WaitingFigure(widget)
+    if after:
+        if not isinstance(widget, Widget):
+            raise TypeError(f"a {type(widget).__name__} cannot wait for a guess; show a figure or a widget.")
+        widget.gate = after
+    return sys.modules["marimo"].ui.anywidget(widget) if in_marimo() else widget
 
 
 class StopWish(threading.Event):

@@ -40,7 +40,7 @@ function drawNotice({ model, root, listen }) {
 
 function drawPrediction({ model, root, listen, later }) {
   // One score a page: each lab's predictions meet in the window, wherever the host keeps their elements.
-  const scores = (window.primechatScores ??= new Map()), mine = {};
+  const scores = (window.primechatScores ??= new Map()), mine = {}, ask = asking(model, later);
   const line = h("span", { class: "pc-muted" });
   const scale = model.get("scale"), unit = model.get("unit"), isScale = scale.length === 2;
   const say = (value) => isScale ? number(value, [20, 5, 0].findIndex((width) => Math.abs(scale[1] - scale[0]) > width)) + (unit === "%" ? " %" : unit && ` ${unit}`) : value;
@@ -60,7 +60,15 @@ function drawPrediction({ model, root, listen, later }) {
   } else {
     body.append(h("div", { class: "pc-options", role: "radiogroup", "aria-label": model.get("question") }, ...choices.map((choice) => choice.node)));
   }
-  const reveal = button("Show the answer", () => { commit(model, { revealed: true }); refresh(); }, { primary: true });
+  const reveal = button("Show the answer", async () => {
+    if (model.get("answer") === null) {
+      reveal.disabled = true;
+      result.replaceChildren(h("p", { class: "pc-muted", text: "Being measured …" }));
+      try { model.set("answer", (await ask("measure", {}, 300000)).answer); } catch (error) { refresh(); result.append(h("p", { class: "pc-error", text: error.message })); return; }
+    }
+    commit(model, { revealed: true });
+    refresh();
+  }, { primary: true });
   const count = () => {
     const done = [...scores.values()].filter((entry) => entry.done), right = done.filter((entry) => entry.right).length;
     line.textContent = done.length ? `${right} of ${done.length} guesses in this lab were right` : "";

@@ -66,13 +66,15 @@ class Notice(Widget):
 
 
 class Prediction(Widget):
-    """A question whose answer is shown only after a guess; the page keeps the score over a whole lab."""
+    """A question whose answer is shown only after a guess; the page keeps the score over a whole lab. The
+    answer can be a function, called when it is to be shown.
+    """
 
     kind = traitlets.Unicode("prediction").tag(sync=True)
     question = traitlets.Unicode("").tag(sync=True)
     options: Any = traitlets.List().tag(sync=True)
     scale: Any = traitlets.List().tag(sync=True)
-    answer = traitlets.Any().tag(sync=True)
+    answer = traitlets.Any(None, allow_none=True).tag(sync=True)
     why = traitlets.Unicode("").tag(sync=True)
     within = traitlets.Float(0.0).tag(sync=True)
     unit = traitlets.Unicode("").tag(sync=True)
@@ -86,14 +88,26 @@ class Prediction(Widget):
         is_scale = isinstance(options, tuple) and len(options) == 2 and not isinstance(options[0], str)
         if is_scale:
             low, high = map(float, options)
-            shape: dict[str, Any] = {"scale": [low, high], "answer": float(answer)}
+            shape: dict[str, Any] = {"scale": [low, high]}
             within = within or (high - low) / 20
         else:
-            texts = [str(option) for option in options]
-            if str(answer) not in texts:
-                raise ValueError(f"answer={answer!r} must be one of the options {texts}; correct it.")
-            shape = {"options": texts, "answer": str(answer)}
+            shape = {"options": [str(option) for option in options]}
         super().__init__(question=question, why=why, within=within, unit=unit, **shape)
+        self.find: Callable[[], Any] = answer if callable(answer) else lambda: answer
+        if not callable(answer):
+            self.settle()
+
+    def settle(self) -> None:
+        """Find the answer now."""
+        found = self.find()
+        if self.options and str(found) not in self.options:
+            raise ValueError(f"answer={found!r} must be one of the options {self.options}; correct it.")
+        self.answer = str(found) if self.options else float(found)
+
+    def answer_measure(self) -> dict[str, Any]:
+        """Find the answer, where it was not known yet."""
+        self.settle()
+        return {"answer": self.answer}
 
 
 class ExerciseCard(Widget):

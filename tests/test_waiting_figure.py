@@ -1,0 +1,132 @@
+"""Figures and answers that wait for a guess: in marimo, in JupyterLab and in a page without Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import pytest
+
+from primechat.desk.labs import pages, twins
+from primechat.desk.labs.runner import show
+from primechat.views.widgets.controls import Prediction
+from primechat.views.widgets.figure import WaitingFigure
+
+LAB = """
+import marimo
+
+app = marimo.App()
+
+
+@app.cell
+def _():
+    from primechat.lab import predict, show
+    import plotly.graph_objects as go
+
+    def find():
+        print("COMPUTED")
+        return 37
+
+    def draw():
+        print("COMPUTED")
+        return go.Figure(go.Scatter(y=[3, 1, 2]), layout_title_text="a function")
+    return draw, find, go, predict, show
+
+
+@app.cell
+def _(find, predict):
+    predict("How much?", (0, 100), find, why="Because.")
+    return
+
+
+@app.cell
+def _(go, show):
+    show(go.Figure(go.Bar(y=[1, 2, 3]), layout_title_text="a figure"), after="How much?")
+    return
+
+
+@app.cell
+def _(draw, show):
+    show(draw, after="How much?")
+    return
+
+
+if __name__ == "__main__":
+    app.run()
+"""
+
+
+def test_what_waits_is_made_once_and_late() -> None:
+    made: list[int] = []
+
+    def draw() -> go.Figure:
+        made.append(1)
+        return go.Figure(go.Bar(y=[1.5, 2.5]))
+
+    widget = show(draw, after="Which?")
+    assert isinstance(widget, WaitingFigure) and widget.gate == "Which?" and not made and not widget.figure
+    assert widget.answer_draw()["figure"]["data"][0]["type"] == "bar"
+    widget.settle()
+    assert made == [1]
+    assert "newPlot" in widget.answer_script()["script"]
+    assert isinstance(show(go.Figure(), after="Which?"), WaitingFigure)
+    assert isinstance(show(go.FigureWidget(), after="Which?"), WaitingFigure)
+    with pytest.raises(TypeError, match="a str cannot wait for a guess"):
+        show("text", after="Which?")
+
+
+def test_answers_are_measured_when_asked_for() -> None:
+    asked: list[int] = []
+    guess = Prediction("How many?", ("one", "two"), lambda: asked.append(1) or "two")
+    assert not asked and guess.answer is None
+    assert guess.answer_measure() == {"answer": "two"} and guess.answer == "two"
+    with pytest.raises(ValueError, match="answer='three' must be one of"):
+        Prediction("How many?", ("one", "two"), lambda: "three").settle()
+
+
+def guess_and_look(page: Any) -> None:
+    """Guess, ask for the answer, and see both figures only then."""
+    page.get_by_text("guess above first").nth(1).wait_for(timeout=60_000)
+    assert page.locator(".js-plotly-plot").count() == 0, "the answer is not beside the guess"
+    page.get_by_label("My guess").fill("40")
+    page.get_by_role("button", name="Show the answer").click()
+    page.get_by_text("It is 37").wait_for(timeout=60_000)
+    page.locator(".js-plotly-plot .gtitle", has_text="a figure").wait_for(timeout=60_000)
+    page.locator(".js-plotly-plot .gtitle", has_text="a function").wait_for(timeout=60_000)
+    assert page.locator(".js-plotly-plot .bars .point").count() == 3
+    assert page.get_by_text("guess above first").first.is_hidden()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["run", "jupyter"])
+def test_figures_wait_for_the_guess(
+    host: str, tmp_path: Path, serve: Callable[..., Any], lab_page: Callable[..., Any]
+) -> None:
+    from browser import run_all_cells
+
+    path = tmp_path / "lab.py"
+    path.write_text(LAB, encoding="utf-8")
+    if host == "jupyter":
+        twin = path.with_suffix(".ipynb")
+        twin.write_text(twins.write_twin(path), encoding="utf-8")
+        path = twin
+    found = lab_page(serve(host, path).url)
+    if host == "jupyter":
+        run_all_cells(found.page)
+        said = found.page.locator(".jp-OutputArea-output", has_text="COMPUTED")
+        assert said.count() == 0, "nothing is measured before it is asked for"
+    guess_and_look(found.page)
+    found.check()
+
+
+@pytest.mark.slow
+def test_figures_wait_in_a_page_too(tmp_path: Path, lab_page: Callable[..., Any]) -> None:
+    path = tmp_path / "lab.py"
+    path.write_text(LAB, encoding="utf-8")
+    page = tmp_path / "page.html"
+    page.write_text(pages.write_lab(path), encoding="utf-8")
+    found = lab_page(f"file://{page}", offline=True)
+    guess_and_look(found.page)
+    found.check()
