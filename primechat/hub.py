@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from primechat.errors import CheckpointError, DataError, HubError, PrimechatError
+from primechat.config.runtime import SAMPLING, check_number
+from primechat.errors import CheckpointError, ConfigError, DataError, HubError, PrimechatError
 from primechat.files import hash_file
 from primechat.records import OnEvent, PhaseEvent, ProgressEvent
 
@@ -268,6 +269,27 @@ def fetch_model(name: str, tell: Callable[[str], None] = lambda text: None) -> P
         rule = "it has no safetensors, and weights of other kinds may run code"
         raise CheckpointError(f"hf:{name} is refused: {rule}; choose another model.")
     return folder
+
+
+# The sampling that the makers recommend on a model's card alone: by name, what and where they say so.
+CARDS = {"smollm2|.+/smollm2-.+-instruct": ({"temperature": 0.2, "top_p": 0.9}, "SmolLM2-Instruct's card")}
+
+
+def read_sampling(name: str, folder: Path) -> tuple[dict[str, float], str]:
+    """Return how to sample from a model by its makers' word, and where they say so; empty where they do not.
+
+    Of `generation_config.json` only what sampling needs, and only numbers within bounds.
+    """
+    found = dict[str, float]()
+    with suppress(OSError, ValueError, AttributeError):
+        said = json.loads((folder / "generation_config.json").read_bytes())
+        for key, (low, high, whole) in SAMPLING.items() if said.get("do_sample", True) else ():
+            with suppress(ConfigError):
+                check_number(key, said.get(key), low=low, high=high, whole=whole)
+                found[key] = said[key]
+    if found:
+        return found, "its generation_config.json"
+    return next((CARDS[rule] for rule in CARDS if re.fullmatch(rule, name.partition("@")[0], re.I)), ({}, ""))
 
 
 def count_params(folder: Path) -> int:

@@ -91,7 +91,8 @@ def predict(
 
     Args:
         options: what can be answered, or two numbers: the ends of a scale.
-        answer: the right option, or the number; measure it, so that it is true of the learner's model.
+        answer: the right option, or the number; measure it, so that it is true of the learner's model. A
+            function is called when the answer is to be shown.
         why: what is read after the reveal.
         within: how far from the number a guess may be; 0 is a twentieth of the scale.
     """
@@ -153,8 +154,8 @@ def choose_threads(opened: tuple[Any, Any, dict[str, Any]]) -> None:
 
 
 def measure_model(opened: tuple[Any, Any, dict[str, Any]]) -> int:
-    """Return the bytes of a model's parameters."""
-    return sum(weight.numel() * weight.element_size() for weight in opened[0].parameters())
+    """Return the bytes of a model's parameters; another project's has them in `network`."""
+    return sum(x.numel() * x.element_size() for x in getattr(opened[0], "network", opened[0]).parameters())
 
 
 def stage(function: Callable[..., Any], config: Any, *, title: str = "") -> Any:

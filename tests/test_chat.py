@@ -135,6 +135,29 @@ def test_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "temperature=-1.0 must" in err and "temperature=nan must" in err
 
 
+def test_makers_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model's makers advise is followed and said, but for what the command line or /temp says."""
+    seen: list[Any] = []
+    real = Engine.chat
+
+    def spy(self: Engine, messages: Any, **options: Any) -> Any:
+        seen.append([options[key] for key in ("temperature", "top_k", "top_p")])
+        return real(self, messages, **options)
+
+    def open_advised(identifier: str) -> tuple[Any, Any, dict[str, Any]]:
+        model, tokenizer, meta = open_fake("sft/a")
+        advice = ({"temperature": 0.2, "top_p": 0.9}, "its card") if identifier != "sft/b" else None
+        return model, tokenizer, {**meta, "sampling": advice}
+
+    monkeypatch.setattr(Engine, "chat", spy)
+    _, err = talk("hi", "/temp", "/temp 1", "hi", "/model sft/b", "hi", opener=open_advised)
+    assert seen == [[0.2, 50, 0.9], [1.0, 50, 0.9], [1.0, 50, 1.0]]
+    assert "its card advises temperature 0.2, top_p 0.9: so it is" in err and "temperature is 0.2." in err
+    seen.clear()
+    talk("hi", opener=open_advised, temperature=0.8)
+    assert seen == [[0.8, 50, 0.9]], "also where it is the usual one"
+
+
 def test_stats_on_and_off() -> None:
     _, err = talk("/stats", "hi", "/stats", "hi")
     assert err.count("6 tokens, ") == 1 and "context 12 of 64" in err

@@ -412,6 +412,28 @@ def test_probes(kind: str) -> None:
     assert parts.logit == pytest.approx(float(seen.last.max()), abs=1e-3)
 
 
+def test_advice_on_sampling_is_read(tmp_path: Path) -> None:
+    """From generation_config.json, else from the table of cards; nonsense in a file is left out."""
+    file = tmp_path / "generation_config.json"
+    assert hub.read_sampling("me/mine", tmp_path) == ({}, "")
+    file.write_text('{"do_sample": true, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "max_length": 9}')
+    advice = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
+    assert hub.read_sampling("me/mine", tmp_path) == (advice, "its generation_config.json")
+    file.write_text('{"temperature": -1, "top_p": "x", "top_k": 2.5, "repetition_penalty": 1.1}')
+    assert hub.read_sampling("me/mine", tmp_path)[0] == {"repetition_penalty": 1.1}
+    for text in (
+        '{"do_sample": false, "temperature": 0.7}',
+        "[]",
+        "{",
+        '{"temperature": true, "top_p": NaN}',
+    ):
+        file.write_text(text)
+        assert hub.read_sampling("me/mine", tmp_path) == ({}, ""), text
+    for name in ("smollm2", "HuggingFaceTB/SmolLM2-1.7B-Instruct@main"):
+        assert hub.read_sampling(name, tmp_path)[0] == {"temperature": 0.2, "top_p": 0.9}
+    assert hub.read_sampling("HuggingFaceTB/SmolLM2-135M", tmp_path) == ({}, ""), "a base model has no card"
+
+
 def test_gguf_is_counted(tmp_path: Path) -> None:
     """Values of every kind are stepped over; a cut or a strange file counts for nothing, at once."""
     gguf = pytest.importorskip("gguf", reason="needs the extra hf: pip install -e '.[hf]'")
@@ -448,6 +470,7 @@ def test_smollm2_answers() -> None:
     (entry,) = [entry for entry in store.list_models() if entry.identifier == "hf:smollm2"]
     assert entry.n_params == 134_515_008
     model, tokenizer, meta = store.open_model("hf:smollm2")
+    assert meta["sampling"] == ({"temperature": 0.2, "top_p": 0.9}, "SmolLM2-Instruct's card")
     assert meta["chat"] and model.n_params == 134_515_008 and model.max_context == 8192
     engine, said = Engine(model, tokenizer), [{"role": "user", "content": "What is the capital of France?"}]
     reply = engine.chat(said, max_new_tokens=24, temperature=0.0)

@@ -25,7 +25,7 @@ class Page:
         self.told: list[dict[str, Any]] = []
         self.listens = True
         start = ChatSettings(**{"temperature": 0.0, "max_new_tokens": 20_000, **settings})
-        models = [{"id": name, "label": name, "about": ""} for name in MODELS]
+        models = [{"identifier": name, "about": ""} for name in MODELS]
         self.session = ChatSession(self.push, open_echo, lambda: models, "shipped/sft", start)
         self.do("ready")
         self.wait()
@@ -261,6 +261,32 @@ def test_an_adapter_has_a_dial() -> None:
     page.do("settings", alpha=0.25)
     assert read(page.say("arr")) == "arr"
     assert opened[0] == "lora:pirate+sft" and opened[-1] == "lora:pirate*0.25+sft"
+
+
+def test_makers_advice_is_followed_until_the_reader_chooses() -> None:
+    page = Page(temperature=0.8, max_new_tokens=1)  # as the page begins
+    advice = {"temperature": 0.0, "top_p": 0.9}
+
+    def open_advised(name: str) -> Any:
+        model, tokenizer, meta = open_echo("shipped/sft")
+        return model, tokenizer, {**meta, "sampling": (advice, "its card")} if name == "advised" else meta
+
+    page.session.opener = open_advised
+    page.do("models", chosen=["advised", "slow"])
+    page.wait()
+    shown = next(m["advice"] for m in reversed(page.told) if "advice" in m)
+    assert shown["advised"] == (advice, "its card") and shown["slow"] == ({}, "")
+
+    def draw() -> list[tuple[float, float]]:
+        page.say("x")
+        nodes = [page.nodes[id] for id in page.last["beside"]]
+        return [(node["stats"]["temperature"], node["stats"]["top_p"]) for node in nodes]
+
+    assert draw() == [(0.0, 0.9), (0.8, 1.0)], "each model in its own way"
+    page.do("settings", temperature=1.5, chosen=["temperature"])
+    assert draw() == [(1.5, 0.9), (1.5, 1.0)]
+    page.do("settings", temperature=0.8, chosen=[])
+    assert draw() == [(0.0, 0.9), (0.8, 1.0)]
 
 
 def test_a_model_that_fails_is_told() -> None:

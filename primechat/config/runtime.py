@@ -142,14 +142,15 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}={value!r} must be one of {', '.join(allowed)}; try {allowed[0]}.")
 
 
+SAMPLING = {"temperature": (0, 100, False), "top_p": (1e-6, 1, False), "top_k": (0, None, True)}
+SAMPLING["repetition_penalty"] = (1, 10, False)  # how a token is drawn: least, most, whether it is whole
+
+
 def check_drawing(config: Any, most_tokens: float | None = None) -> None:
     """Refuse settings that no reply can be drawn with; `most_tokens` bounds its length."""
-    check_number("temperature", config.temperature, low=0, high=100)
-    check_number("top_k", config.top_k, low=0, whole=True)
-    check_number("top_p", config.top_p, low=1e-6, high=1)
-    check_number("repetition_penalty", config.repetition_penalty, low=1, high=10)
-    check_number("max_new_tokens", config.max_new_tokens, low=1, high=most_tokens, whole=True)
-    check_number("seed", config.seed, low=0, whole=True)
+    bounds = {**SAMPLING, "max_new_tokens": (1, most_tokens, True), "seed": (0, None, True)}
+    for name, (low, high, whole) in bounds.items():
+        check_number(name, getattr(config, name), low=low, high=high, whole=whole)
 
 
 def check_number(

@@ -14,17 +14,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from primechat.config.runtime import DEVICES, check_choice, check_drawing
+from primechat.config.runtime import DEVICES, SAMPLING, check_choice, check_drawing
 from primechat.desk.progress import ProgressView, clean_text
+from primechat.desk.tree import Advice, ChatSettings, is_base
 from primechat.errors import ConfigError, PrimechatError
 
 if TYPE_CHECKING:
-    from primechat.infer.engine import Engine, Options
+    from primechat.infer.engine import Engine
     from primechat.infer.reply import Reply
     from primechat.protocols import ChatTokenizer, LanguageModel
     from primechat.store import ModelEntry
@@ -47,14 +48,15 @@ class ChatConfig:
     """cpu, mps, cuda, or auto."""
     tokenizer: str = ""
     """Folder of the model's tokenizer; empty takes the one that was saved with it."""
-    temperature: float = 0.8
-    """0 always takes the likeliest token; higher is more varied."""
-    top_k: int = 50
-    """Sample from this many of the likeliest tokens; 0 from all."""
-    top_p: float = 1.0
-    """Sample from the likeliest tokens that reach this probability together."""
-    repetition_penalty: float = 1.0
-    """Above 1, tokens that were there become less likely (Keskar et al. 2019); 1 is off."""
+    temperature: float | None = None
+    """0 always takes the likeliest token; higher is more varied. None, here and below, is what the model's
+    makers advise; without advice it is 0.8."""
+    top_k: int | None = None
+    """Sample from this many of the likeliest tokens; 0 from all. Without advice 50."""
+    top_p: float | None = None
+    """Sample from the likeliest tokens that reach this probability together. Without advice 1."""
+    repetition_penalty: float | None = None
+    """Above 1, tokens that were there become less likely (Keskar et al. 2019). Without advice 1, off."""
     max_new_tokens: int = 256
     """Tokens of a reply at most."""
     seed: int = 0
@@ -62,7 +64,13 @@ class ChatConfig:
 
     def __post_init__(self) -> None:
         check_choice("device", self.device, DEVICES)
-        check_drawing(self)
+        check_drawing(self.settings)
+
+    @property
+    def settings(self) -> ChatSettings:
+        """The same as a chat page has them."""
+        given: Any = {name: x for name in SAMPLING if (x := getattr(self, name)) is not None}
+        return ChatSettings(**given, max_new_tokens=self.max_new_tokens, seed=self.seed, chosen=tuple(given))
 
 
 def run_chat(
@@ -166,7 +174,7 @@ class ChatTalk:
         self.interactive = stdin.isatty() and stdout.isatty()
         where = stdout if self.interactive else stderr
         self.console = Console(file=where, highlight=False, markup=False, emoji=False)
-        self.temperature, self.seed = config.temperature, config.seed
+        self.settings, self.seed = config.settings, config.seed
         self.messages: list[dict[str, Any]] = []
         self.saved: set[Path] = set()
         self.show_stats = self.warned_long = False
@@ -206,10 +214,13 @@ class ChatTalk:
         self.engine, self.identifier = Engine(model, tokenizer), str(meta.get("identifier", identifier))
         for reason in meta.get("skipped", ()):
             self.say(str(reason))
-        is_base = self.identifier.removeprefix("shipped/").startswith("base")
-        self.is_base = not meta.get("chat", not is_base)  # a foreign model tells whether it has a template
+        self.is_base = is_base({"identifier": identifier, **meta})
         if self.interactive:
             self.say(f"This is {self.identifier} on {model.device}. /help lists the commands. {LEAVING}")
+        self.advice: Advice = meta.get("sampling") or ({}, "")
+        if self.advice[0]:
+            listed = ", ".join(f"{name} {x:g}" for name, x in self.advice[0].items())
+            self.say(f"{self.advice[1]} advises {listed}: so it is sampled, but for what you set yourself.")
         if self.is_base:
             self.say("It is a base model: it goes on from what you type, and knows no questions or answers.")
 
@@ -256,13 +267,9 @@ class ChatTalk:
 
     def answer(self, text: str) -> None:
         """Write the model's reply to a text; an interrupted one counts as far as it got."""
-        options: Options = {
-            "max_new_tokens": self.config.max_new_tokens, "temperature": self.temperature,
-            "top_k": self.config.top_k or None, "top_p": self.config.top_p, "seed": self.seed,
-            "repetition_penalty": self.config.repetition_penalty, "cancel": threading.Event(),
-        }  # fmt: skip
         said = {"role": "user", "content": text}
-        self.cancel = options["cancel"]
+        self.cancel = threading.Event()
+        options = self.settings.fit(self.advice, self.seed, self.cancel)
         try:
             messages = [*self.messages, said]
             engine = self.engine
@@ -314,16 +321,14 @@ class ChatTalk:
 
     def set_temperature(self, value: str) -> None:
         """Set or tell the temperature."""
-        from primechat.infer.sampling import check_sampling
-
         if value:
-            try:
-                temperature = float(value)
-            except ValueError:
-                raise ConfigError(f"temperature={value!r} must be a number; try /temp 0.8.") from None
-            check_sampling(temperature, None, None, 0)
-            self.temperature = temperature
-        self.say(f"The temperature is {self.temperature:g}.")
+            wish: Any = value
+            with suppress(ValueError):  # what is no number is refused by the settings
+                wish = float(value)
+            chosen = (*self.settings.chosen, "temperature")
+            self.settings = replace(self.settings, temperature=wish, chosen=chosen)
+        now = self.settings.fit(self.advice, 0, threading.Event())
+        self.say(f"The temperature is {now['temperature']:g}.")
 
     def toggle_stats(self, _: str) -> None:
         """Show the figures of each reply, or no longer."""

@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from primechat.desk.tree import ChatSettings, Message, Talk, read_jsonl, write_jsonl
+from primechat.config.runtime import SAMPLING
+from primechat.desk.tree import Advice, ChatSettings, Message, Talk, is_base, read_jsonl, write_jsonl
 from primechat.errors import ConfigError, explain_error
 from primechat.records import Token
 
 if TYPE_CHECKING:
-    from primechat.infer.engine import Options
     from primechat.infer.reply import Reply
 
 Opener = Callable[[str], tuple[Any, Any, dict[str, Any]]]  # identifier -> model, tokenizer, metadata
@@ -40,7 +40,7 @@ class ChatSession:
     Args:
         push: sends a message to the page; returns False once the page is gone.
         opener: opens a model by its identifier; it is called on the worker thread.
-        find_models: returns [{"id", "label", "about"}] of the models that can be chosen.
+        find_models: returns [{"identifier", "about"}] of the models that can be chosen.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ChatSession:
         self.settings = settings or ChatSettings()
         self._nodes: dict[int, Message] = {}
         self._worker: threading.Thread | None = None
-        self._threads: dict[str, int] = {}  # that decode a model fastest
+        self._advice: dict[str, Advice] = {}  # of the models that have been opened
         self.busy = False  # a reply is being written
         self._cancel = threading.Event()
         self.talks = [Talk(self._add(None, "root"), [model])]
@@ -249,8 +249,8 @@ class ChatSession:
     def _describe(self) -> dict[str, Any]:
         return {
             "path": [node.id for node in self.talk.walk()],
-            "chosen": self.talk.chosen, "settings": asdict(self.settings), "busy": self.busy,
-            "talks": [talk.title for talk in self.talks], "at": self.at,
+            "chosen": self.talk.chosen, "settings": asdict(self.settings), "advice": self._advice,
+            "talks": [talk.title for talk in self.talks], "at": self.at, "busy": self.busy,
         }  # fmt: skip
 
     def _ask(self, asked: Message) -> None:
@@ -300,35 +300,28 @@ class ChatSession:
             self.busy = False
             self._tell(kind="update", nodes=[], busy=False)
 
-    def _open(self, name: str) -> tuple[Any, Any, dict[str, Any]]:
-        import torch
-
-        from primechat.infer.threads import settle_threads
-
-        name = set_dial(name, self.settings.alpha)
-        if name not in self._threads:
-            self._tell(kind="status", text=f"Opening {name} …")
-        opened = self.opener(name)
-        if name not in self._threads:
-            self._threads[name] = settle_threads(opened[0])
-            self._tell(kind="status", text="")
-        torch.set_num_threads(self._threads[name])  # it is each thread's own
+    def _open(self, model: str) -> tuple[Any, Any, dict[str, Any]]:
+        is_new = model not in self._advice
+        if is_new:
+            self._tell(kind="status", text=f"Opening {model} …")
+        opened = self.opener(
+            set_dial(model, self.settings.alpha)
+        )  # it chooses this thread's count of threads
+        self._advice[model] = opened[2].get("sampling") or ({}, "")
+        if is_new:
+            self._tell(kind="update", nodes=[], advice=self._advice)  # takes the line away too
         return opened
 
     def _write(self, node: Message, keep: int) -> None:
         from primechat.infer.engine import Engine
 
         model, tokenizer, meta = self._open(node.model)
-        node.is_base = is_base(str(meta.get("identifier", node.model)))
+        node.is_base = is_base({"identifier": node.model, **meta})
         engine = Engine(model, tokenizer)
         seed = self.settings.seed + (
             node.parent.children.index(node) if node.parent and not node.beside else 0
         )
-        options: Options = {
-            "max_new_tokens": self.settings.max_new_tokens, "temperature": self.settings.temperature,
-            "top_k": self.settings.top_k or None, "top_p": self.settings.top_p, "seed": seed,
-            "repetition_penalty": self.settings.repetition_penalty, "cancel": self._cancel,
-        }  # fmt: skip
+        options = self.settings.fit(self._advice[node.model], seed, self._cancel)
         prefix = node.tokens[:keep]
         while prefix and prefix[-1] in tokenizer.stop_ids:
             prefix.pop()
@@ -351,7 +344,7 @@ class ChatSession:
         node.state = ends.get(reply.stats.stop_reason, reply.stats.stop_reason)
         own = reply.measures
         node.stats = {
-            **asdict(reply.stats), "seed": seed, "temperature": self.settings.temperature,
+            **asdict(reply.stats), "seed": seed, **{name: options[name] for name in SAMPLING},
             "entropy": sum(token.entropy for token in own) / len(own) if own else 0.0,
         }  # fmt: skip
 
@@ -390,11 +383,6 @@ def set_dial(identifier: str, alpha: float) -> str:
     return re.sub(r"(lora:[^*+]+)(?:\*[\d.]+)?\+", lambda found: f"{found[1]}{dial}+", identifier)
 
 
-def is_base(identifier: str) -> bool:
-    """Tell whether a model goes on with text and knows no questions or answers."""
-    return identifier.rpartition("+")[2].removeprefix("shipped/").startswith("base")
-
-
 def open_chat(
     model: str = "",
     *,
@@ -405,16 +393,9 @@ def open_chat(
     """Return a chat page with a session of its own; without a model it begins with that of `choose_talker`,
     without an opener it shares what other cells of the process have opened.
     """
-    from primechat import store
     from primechat.desk.chat import choose_talker
-    from primechat.lab import borrow_model, describe_entry
+    from primechat.lab import borrow_model, find_models
     from primechat.views.widgets.chat import ChatView
-
-    def find_models() -> list[dict[str, str]]:
-        return [
-            {"id": entry.identifier, "label": entry.identifier, "about": describe_entry(entry)}
-            for entry in store.list_models()
-        ]
 
     name, why = (model, "") if model else choose_talker()
     session = ChatSession(

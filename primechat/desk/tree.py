@@ -8,15 +8,17 @@ Reference: primechat.text.conversation, whose rules a saved conversation keeps.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from primechat.config.runtime import check_drawing, check_number
+from primechat.config.runtime import SAMPLING, check_drawing, check_number
 from primechat.errors import ConfigError, DataError, PrimechatError
 from primechat.records import Token
 from primechat.text.conversation import read_messages
 
+Advice = tuple[dict[str, float], str]  # how to sample by a model's makers' word, and where they say so
 KINDS = {"text": 0, "python": 1, "python_output": 2, "mark": 3}
 
 
@@ -32,12 +34,29 @@ class ChatSettings:
     max_new_tokens: int = 256
     seed: int = 0
     alpha: float = 1.0  # strength of an adapter, where the model has one
+    chosen: Sequence[str] = ()  # those of SAMPLING that the reader chose: there no advice is heeded
 
     def __post_init__(self) -> None:
         if not isinstance(self.system, str):
             raise ConfigError(f"system={self.system!r:.40} must be a text; try an empty one.")
         check_drawing(self, 100_000)
         check_number("alpha", self.alpha, low=0, high=100)
+
+    def fit(self, advice: Advice, seed: int, cancel: threading.Event) -> dict[str, Any]:
+        """Return them as the engine takes them, for a model whose makers advise how to sample."""
+        heeded: Any = {name: x for name, x in advice[0].items() if name not in self.chosen}
+        drawn: Any = {name: getattr(self, name) for name in (*SAMPLING, "max_new_tokens")} | heeded
+        return {**drawn, "top_k": drawn["top_k"] or None, "seed": seed, "cancel": cancel}
+
+
+def is_base(meta: dict[str, Any]) -> bool:
+    """Tell whether a model goes on with text and knows no questions or answers, by its metadata.
+
+    >>> is_base({"identifier": "lora:x+shipped/base"}), is_base({"identifier": "hf:gpt2", "chat": False})
+    (True, True)
+    """
+    name = str(meta["identifier"]).rpartition("+")[2].removeprefix("shipped/")
+    return not meta.get("chat", not name.startswith("base"))  # another project's tells of its template
 
 
 @dataclass(eq=False, kw_only=True)

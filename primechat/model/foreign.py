@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from primechat.errors import CheckpointError, ConfigError, DataError, PrimechatError
-from primechat.hub import count_gguf, count_params, fetch_model, find_package
+from primechat.hub import count_gguf, count_params, fetch_model, find_package, read_sampling
 from primechat.protocols import Conversation
 
 LENGTHS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")  # as configurations name it
@@ -69,8 +69,8 @@ def open_foreign(
         on_size: is told how many parameters there are before they are read, and may raise.
 
     Returns:
-        Model, tokenizer, and metadata: identifier, path, revision, architecture, skipped, and chat (whether
-        there is a chat template).
+        Model, tokenizer, and metadata: identifier, path, revision, architecture, skipped, chat (whether
+        there is a chat template), and sampling, as `read_sampling` returns it.
 
     Raises:
         PrimechatError: as `locate_foreign`, or transformers cannot load it without code of its own.
@@ -95,6 +95,7 @@ def open_foreign(
     meta = {
         "identifier": f"hf:{name}", "path": str(folder), "revision": kind.get("gguf_file", folder.name),
         "architecture": type(network).__name__, "skipped": [], "chat": bool(inner.chat_template),
+        "sampling": read_sampling(name, folder),
     }  # fmt: skip
     return model, tokenizer, meta
 

@@ -10,16 +10,19 @@ const KEYS = [
   ["Alt N", "new chat"], ["Alt R", "answer anew"], ["Alt C", "copy the last reply"], ["Alt T", "show tokens; arrow keys walk, Enter opens"], ["Alt ←  Alt →", "the other answers"],
 ];
 const MARK = 3;
+const WORDS = { temperature: "temperature", top_k: "top-k", top_p: "top-p", repetition_penalty: "repetition penalty" };
+const SAMPLING = Object.keys(WORDS); // what a model's makers may advise
 
 function render({ model, el }) {
   const { root, listen, later, end } = frame({ model, el }, "chat");
   const ask = asking(model, later);
   const nodes = new Map(), drawn = new Map(); // by id: what Python sent, what is on the page
   let state = { path: [], chosen: [], models: [], talks: [], at: 0, settings: {}, busy: false };
+  let pending = {}; // settings that were changed and not sent yet
   let colour = "", showTokens = false, follows = true, alive = true, ready = false, early = false; // ready: Python has answered; early: sent before that
   later(() => { alive = false; });
 
-  const act = (name, given = {}) => ask("act", { name, given }).then((answer) => { take(answer); return answer; }, (error) => { tell(error.message, true); throw error; });
+  const act = (name, given = {}) => (name === "settings" || flush(), ask("act", { name, given }).then((answer) => { take(answer); return answer; }, (error) => { tell(error.message, true); throw error; }));
   const quietly = (name, given) => act(name, given).catch(() => {});
 
   // ---- the frame
@@ -101,15 +104,15 @@ function render({ model, el }) {
     }
     if (!ready && answered) {
       ready = true;
-      settingsButton.disabled = false;
       tell(model.get("first")?.note ?? "");
       if (early) setTimeout(submit);
     }
     const was = state;
-    state = { ...state, ...message };
-    if (message.models || message.chosen) drawPicks();
+    state = { ...state, ...message, settings: { ...state.settings, ...message.settings, ...pending } };
+    if (message.advice && !message.talks) tell(advise() === advice.textContent ? "" : advise()); // a model was opened
+    if (message.models || message.chosen) { drawPicks(); if (!message.settings) putSettings(); }
     if (message.talks) { talks.hidden = state.talks.length < 2; talks.fill(state.talks.map((title, i) => [String(i), title]), String(state.at)); }
-    if (message.settings) putSettings();
+    if (message.settings || message.advice) putSettings();
     if (message.path) drawPath();
     if (was.busy !== state.busy || message.path) {
       go.textContent = state.busy ? "Stop" : "Send";
@@ -138,17 +141,16 @@ function render({ model, el }) {
   // ---- the models
 
   function drawPicks() {
-    const name = (id) => state.models.find((entry) => entry.id === id)?.label ?? id;
-    const options = (chosen) => [...state.models.map((entry) => [entry.id, entry.label]), ...(state.models.some((entry) => entry.id === chosen) ? [] : [[chosen, name(chosen)]])];
+    const all = state.models.map((entry) => entry.identifier), options = (chosen) => [...all, ...(all.includes(chosen) ? [] : [chosen])];
     const put = (i, value) => { const next = [...state.chosen]; if (value === null) next.splice(i, 1); else next[i] = value; quietly("models", { chosen: next }); };
     picks.replaceChildren(...[
       ...state.chosen.map((chosen, i) => h("span", { class: "pc-chat-pick" },
-        h("select", { class: "pc-select", "aria-label": i ? `Model ${i + 1}` : "Model", title: state.models.find((entry) => entry.id === chosen)?.about, onchange: (event) => put(i, event.target.value) },
-          ...options(chosen).map(([id, label]) => h("option", { value: id, text: label, selected: id === chosen }))),
-        state.chosen.length > 1 && h("button", { type: "button", class: "pc-chat-x", "aria-label": `Leave out ${name(chosen)}`, text: "×", onclick: () => put(i, null) }))),
+        h("select", { class: "pc-select", "aria-label": i ? `Model ${i + 1}` : "Model", title: state.models.find((entry) => entry.identifier === chosen)?.about, onchange: (event) => put(i, event.target.value) },
+          ...options(chosen).map((id) => h("option", { value: id, text: id, selected: id === chosen }))),
+        state.chosen.length > 1 && h("button", { type: "button", class: "pc-chat-x", "aria-label": `Leave out ${chosen}`, text: "×", onclick: () => put(i, null) }))),
       state.chosen.length < Math.min(4, state.models.length) && button("+ Compare", () => {
-        const free = state.models.find((entry) => !state.chosen.includes(entry.id));
-        if (free) put(state.chosen.length, free.id);
+        const free = all.find((id) => !state.chosen.includes(id));
+        if (free) put(state.chosen.length, free);
       }, { title: "Ask another model the same, side by side" }),
     ].filter(Boolean));
     for (const box of picks.querySelectorAll("select")) box.value = state.chosen[[...picks.querySelectorAll("select")].indexOf(box)];
@@ -246,7 +248,7 @@ function render({ model, el }) {
       const node = nodes.get(id), text = textOf(node), writing = node.state === "writing" || node.state === "waiting";
       el.classList.toggle("pc-chat-writing", writing);
       el.setAttribute("aria-busy", String(writing));
-      name.textContent = state.models.find((entry) => entry.id === node.model)?.label ?? node.model;
+      name.textContent = node.model;
       name.hidden = !node.model;
       const next = showTokens || colour ? `tokens ${colour}` : "text";
       if (next !== mode) { body.replaceChildren(); body.classList.toggle("pc-chat-tokens", next !== "text"); mode = next; shown = -1; seen = ""; }
@@ -389,7 +391,7 @@ function render({ model, el }) {
       ["Tokens", `${number(stats.prompt_tokens)} read + ${number(stats.new_tokens)} written`],
       ["Context used", `${number(100 * stats.context_used)} % of what it was trained on`],
       ["Mean entropy", `${number(stats.entropy, 2)} nats a token, as if it chose among ${number(Math.exp(stats.entropy), 1)} equally likely ones`],
-      ["Whole reply", `${number(stats.total_s, 2)} s`], ["Sampling", `temperature ${stats.temperature}, seed ${stats.seed}`], ["Model", name],
+      ["Whole reply", `${number(stats.total_s, 2)} s`], ["Drawn with", `temperature ${stats.temperature}, top-k ${stats.top_k || "off"}, top-p ${stats.top_p}, repetition penalty ${stats.repetition_penalty}, seed ${stats.seed}`], ["Model", name],
     ];
     return h("table", { class: "pc-table pc-chat-more" }, h("tbody", {}, ...rows.map(([what, value]) => h("tr", {}, h("td", { class: "pc-muted", text: what }), h("td", { text: value })))));
   }
@@ -427,8 +429,33 @@ function render({ model, el }) {
 
   // ---- settings
 
-  const send = debounce((values) => quietly("settings", values), 150);
-  const settingSlider = (name, label, range, show) => Object.assign(slider({ label, ...range, value: range.min, input: (value) => { state.settings[name] = value; send({ ...state.settings }); }, show }), { trait: name });
+  function flush() { const values = pending; pending = {}; if (Object.keys(values).length) quietly("settings", values); }
+  const soon = debounce(flush, 150);
+  const choose = (name, value) => {
+    const values = { [name]: value, ...(SAMPLING.includes(name) && { chosen: [...new Set([...(state.settings.chosen ?? []), name])] }) };
+    Object.assign(state.settings, values);
+    Object.assign(pending, values);
+    soon();
+  };
+  const brought = (id) => state.advice?.[id]?.[0] ?? {};
+  /** The value in force for the first model: what the reader chose, else what its makers advise. */
+  const inForce = (name) => (state.settings.chosen?.includes(name) ? undefined : brought(state.chosen[0])[name]) ?? state.settings[name];
+  /** In words, what the makers of the chosen models advise. */
+  function advise() {
+    const own = state.settings.chosen ?? [];
+    return state.chosen.filter((id) => Object.keys(brought(id)).length).map((id) => {
+      const listed = Object.entries(brought(id)).map(([name, value]) => `${WORDS[name]} ${value}${own.includes(name) ? " (you chose otherwise)" : ""}`);
+      return `${state.advice[id][1]} advises ${listed.join(", ")}: ${id} follows it.`;
+    }).join(" ");
+  }
+  function follow() {
+    const usual = model.get("first")?.settings ?? {};
+    pending = { ...pending, ...Object.fromEntries(SAMPLING.map((name) => [name, usual[name]])), chosen: [] };
+    Object.assign(state.settings, pending);
+    putSettings();
+    flush();
+  }
+  const settingSlider = (name, label, range, show) => Object.assign(slider({ label, ...range, value: range.min, input: (value) => choose(name, value), show }), { trait: name });
   const sliders = [
     settingSlider("temperature", "Temperature", { min: 0, max: 2, step: 0.05 }, (value) => (value === 0 ? "0, always the likeliest" : number(value, 2))),
     settingSlider("top_k", "Top k", { min: 0, max: 200 }, (value) => (value ? `the ${value} likeliest` : "all tokens")),
@@ -436,16 +463,17 @@ function render({ model, el }) {
     settingSlider("repetition_penalty", "Repetition penalty", { min: 1, max: 2, step: 0.05 }, (value) => (value === 1 ? "off" : number(value, 2))),
     settingSlider("max_new_tokens", "Longest reply", { min: 8, max: 1024, step: 8 }, (value) => `${value} tokens`),
   ];
-  const seed = h("input", { type: "number", min: 0, step: 1, class: "pc-input", "aria-label": "Seed", "data-lm-suppress-shortcuts": "true", oninput: () => { state.settings.seed = Math.max(0, Math.floor(Number(seed.value) || 0)); send({ ...state.settings }); } });
-  const system = h("textarea", { class: "pc-text", "aria-label": "System prompt", rows: 3, placeholder: "For example: You are a pirate.", "data-lm-suppress-shortcuts": "true", oninput: () => { state.settings.system = system.value; send({ ...state.settings }); } });
+  const seed = h("input", { type: "number", min: 0, step: 1, class: "pc-input", "aria-label": "Seed", "data-lm-suppress-shortcuts": "true", oninput: () => choose("seed", Math.max(0, Math.floor(Number(seed.value) || 0))) });
+  const system = h("textarea", { class: "pc-text", "aria-label": "System prompt", rows: 3, placeholder: "For example: You are a pirate.", "data-lm-suppress-shortcuts": "true", oninput: () => choose("system", system.value) });
   const colourBox = select({ label: "Colour tokens by", options: COLOURS, value: "", input: (value) => { colour = value; if (value) { showTokens = true; tokensBox.box.checked = true; } redrawAll(); } });
   const tokensBox = toggle({ label: "Show tokens", value: false, input: putTokens });
   const alpha = settingSlider("alpha", "Adapter strength", { min: 0, max: 2, step: 0.05 }, (value) => (value === 0 ? "off" : number(value, 2)));
+  const advice = h("p", { class: "pc-muted" }), advised = button("Back to the usual settings", follow);
   alpha.hidden = true;
   sliders.push(alpha);
   panel.append(
-    h("h3", { class: "pc-title", text: "Sampling" }), ...sliders, h("label", { class: "pc-field" }, h("span", { class: "pc-label", text: "Seed" }), seed),
-    h("p", { class: "pc-muted", text: "The same seed and settings give the same reply again." }),
+    h("h3", { class: "pc-title", text: "How the next token is drawn" }), advice, ...sliders, h("label", { class: "pc-field" }, h("span", { class: "pc-label", text: "Seed" }), seed),
+    h("p", { class: "pc-muted", text: "The same seed and settings give the same reply again." }), advised,
     h("h3", { class: "pc-title", text: "System prompt" }), system, h("p", { class: "pc-muted", text: "Stands before the first message. Small models hardly follow it." }),
     h("h3", { class: "pc-title", text: "Tokens" }), tokensBox, colourBox, h("p", { class: "pc-muted", text: "Strong colour: the model was unsure, or took a token that it held unlikely." }),
     h("h3", { class: "pc-title", text: "Conversations" }), h("div", { class: "pc-row" }, button("Save", saveAll), button("Load", () => file.click()), file),
@@ -453,13 +481,16 @@ function render({ model, el }) {
     more("Keys", h("table", { class: "pc-table" }, h("tbody", {}, ...KEYS.map(([key, what]) => h("tr", {}, h("td", { class: "pc-mono", text: key }), h("td", { text: what })))))));
   function openPanel(on) { panel.hidden = !on; settingsButton.setAttribute("aria-expanded", String(on)); if (on) panel.querySelector("input").focus(); else input.focus(); }
   function putSettings() {
+    advice.textContent = advise();
+    advice.hidden = !advice.textContent;
+    advised.hidden = !state.settings.chosen?.length;
     const here = root.getRootNode().activeElement;
-    for (const one of sliders) if (here !== one.bar) one.put(state.settings[one.trait]);
+    for (const one of sliders) if (here !== one.bar) one.put(inForce(one.trait));
     if (here !== seed) seed.value = String(state.settings.seed);
     if (here !== system) system.value = state.settings.system;
   }
 
-  talks.hidden = settingsButton.disabled = true;
+  talks.hidden = true;
   tell("Looking up the models: some seconds. You can write meanwhile.");
   const first = model.get("first");
   if (first?.chosen) { // the models are known; only sending waits until the notebook's other cells are done
