@@ -1,12 +1,14 @@
 """A headless browser, and the hosts of a lab for it to open: `marimo run`, `marimo edit`, JupyterLab.
 
-Every test can ask for the fixtures `browser`, `serve` and `lab_page`. Each server gets a free port, no token
-and a base directory of its own, and it and its children end with the test.
+Every test can ask for the fixtures `browser`, `serve`, `shared` and `lab_page`. A server gets a free port, no
+token and a base directory of its own. What `serve` starts ends with the test; `shared` starts each host once
+in a process of tests, for labs in which nothing is trained.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -35,6 +37,10 @@ HARMLESS = re.compile(
     r"favicon|ResizeObserver loop|/lsp|jupyterlab-lsp|custom\.css|/api/ai|copilot|third-party cookie"
     r"|restore the debugger state|WebGL.*(?:fallback|Performance)|GPU stall|autocomplete attribute",
     re.I,
+)
+FAULTS = ", ".join(
+    [".marimo-error"]
+    + [f".jp-RenderedText[data-mime-type='application/vnd.jupyter.{kind}']" for kind in ("stderr", "error")]
 )
 
 
@@ -69,7 +75,10 @@ class LabPage:
         self.page.wait_for_timeout(300)
 
     def check(self) -> None:
-        """Fail on anything that the console called an error."""
+        """Fail on anything that the console called an error, and on what a cell complains of."""
+        if not self.page.is_closed():
+            faults = self.page.locator(FAULTS)
+            assert faults.count() == 0, faults.all_inner_texts()
         assert not self.errors, "\n".join(self.errors)
 
 
@@ -100,33 +109,32 @@ def end_group(process: subprocess.Popen[Any]) -> None:
         os.killpg(process.pid, signal.SIGKILL)  # children that outlived their parent
 
 
-def build_command(host: str, path: Path, port: int) -> tuple[list[str], str]:
-    """Return the command that serves a lab, and the address of its page."""
-    url = f"http://127.0.0.1:{port}"
+def build_command(host: str, path: Path, port: int) -> list[str]:
+    """Return the command that serves a lab, or all labs of a folder."""
     if host in ("run", "edit"):
         words = [sys.executable, "-m", "marimo", "-y", "-q", host, str(path), "--headless", "--no-token"]
-        return [*words, "--port", str(port), *(["--skip-update-check"] if host == "edit" else [])], url
-    words = [sys.executable, "-m", "jupyterlab", "--no-browser", f"--ServerApp.port={port}"]
+        # A kernel of the editor would outlive its page.
+        words += ["--skip-update-check", "--session-ttl", "5"] if host == "edit" and path.is_dir() else []
+        words += ["--skip-update-check"] if host == "edit" and path.is_file() else []
+        return [*words, "--port", str(port)]
     settings = {
-        "IdentityProvider.token": "''", "ServerApp.password": "''", "ServerApp.disable_check_xsrf": "True",
-        "ServerApp.root_dir": str(path.parent), "ServerApp.allow_root": "True", "ServerApp.port_retries": "0",
-        "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate", "LabApp.news_url": "None",
+        "ServerApp.port": port, "IdentityProvider.token": "''", "ServerApp.password": "''",
+        "ServerApp.disable_check_xsrf": "True", "ServerApp.allow_root": "True", "ServerApp.port_retries": "0",
+        "ServerApp.root_dir": path if path.is_dir() else path.parent, "LabApp.news_url": "None",
+        "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
         "MultiKernelManager.default_kernel_name": "python3",
     }  # fmt: skip
-    # Reset, so that no tab of another test comes back.
-    return [
-        *words,
-        *(f"--{key}={value}" for key, value in settings.items()),
-    ], f"{url}/lab/tree/{path.name}?reset"
+    words = [sys.executable, "-m", "jupyterlab", "--no-browser"]
+    return [*words, *(f"--{key}={value}" for key, value in settings.items())]
 
 
 @contextlib.contextmanager
 def start_host(
     host: str, path: Path, scratch: Path, environment: dict[str, str] | None = None
 ) -> Iterator[Server]:
-    """Serve a lab (its .py, or for Jupyter its .ipynb) until the block ends."""
+    """Serve a lab (its .py, or for Jupyter its .ipynb), or a folder of them, until the block ends."""
     port, base, log = find_port(), scratch / "nanochat", scratch / f"{host}.log"
-    words, url = build_command(host, path, port)
+    words, url = build_command(host, path, port), f"http://127.0.0.1:{port}"
     places = {"JUPYTER_CONFIG_DIR": "jupyter", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython"}
     env = {
         **os.environ, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": str(ROOT),
@@ -141,8 +149,10 @@ def start_host(
             words, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
         try:
-            wait_for(url.partition("?")[0], process, log)
-            yield Server(url, process, base, log)
+            wait_for(url, process, log)
+            # Reset, so that no tab of another test comes back.
+            page = f"/lab/tree/{path.name}?reset" if host == "jupyter" and path.is_file() else ""
+            yield Server(url + page, process, base, log)
         finally:
             end_group(process)
 
@@ -183,6 +193,62 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
             return stack.enter_context(start_host(host, path, scratch, environment))
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], tuple[Server, Path]]]:
+    """Hosts of a copy of labs/; each starts when it is first asked for."""
+    found: dict[str, Server] = {}
+    with contextlib.ExitStack() as stack:
+
+        def start(host: str) -> tuple[Server, Path]:
+            folder = tmp_path_factory.getbasetemp() / "shared"
+            if not folder.exists():
+                shutil.copytree(ROOT / "labs", folder / "labs")
+                shutil.copy(ROOT / "pyproject.toml", folder)
+            if host not in found:
+                scratch = tmp_path_factory.mktemp(host)
+                found[host] = stack.enter_context(start_host(host, folder / "labs", scratch))
+            return found[host], folder / "labs"
+
+        yield start
+
+
+@pytest.fixture
+def shared(hosts: Callable[[str], tuple[Server, Path]]) -> Iterator[Callable[[str, Path], str]]:
+    """`shared(host, path)` returns the address of a lab in a host that other tests use too.
+
+    Afterwards the lab's file must be as it was, and the kernels that JupyterLab started end.
+    """
+    kernels, opened = "", []
+
+    def find(host: str, path: Path) -> str:
+        nonlocal kernels
+        server, labs = hosts(host)
+        name = f"notebooks/{path.stem}.ipynb" if host == "jupyter" else path.name
+        opened.append((labs / name, ROOT / "labs" / name))
+        if host != "jupyter":
+            return f"{server.url}/?file={name}"
+        kernels = f"{server.url}/api/kernels"
+        return f"{server.url}/lab/tree/{name}?reset"
+
+    yield find
+    if kernels:
+        with urllib.request.urlopen(kernels) as answer:
+            running = json.load(answer)
+        for kernel in running:
+            wish = urllib.request.Request(f"{kernels}/{kernel['id']}", method="DELETE")
+            urllib.request.urlopen(wish).close()
+    for mine, original in opened:
+        assert read_source(mine) == read_source(original), "opening a lab rewrites it"
+
+
+def read_source(path: Path) -> list[str]:
+    """Return a lab's text, of a notebook its cells: JupyterLab saves what they gave every two minutes."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return [text]
+    return ["".join(cell["source"]) for cell in json.loads(text)["cells"]]
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -314,12 +313,9 @@ def test_two_people_on_one_server(chat: Chat, server: Server, browser: Browser) 
     assert chat.said == ["my secret"]
 
 
-def test_lab_10_chats_in_jupyterlab(
-    serve: Callable[..., Server], lab_page: Callable[..., LabPage], tmp_path: Path
-) -> None:
+def test_lab_10_chats_in_jupyterlab(shared: Callable[..., str], lab_page: Callable[..., LabPage]) -> None:
     """The twin with the model that ships: a message, its reply and figures, stop, copy."""
-    shutil.copy(ROOT / "labs" / "notebooks" / "10_chat.ipynb", tmp_path)
-    opened = lab_page(serve("jupyter", tmp_path / "10_chat.ipynb").url)
+    opened = lab_page(shared("jupyter", ROOT / "labs" / "10_chat.py"))
     run_all_cells(opened.page, timeout_s=240)
     chat = Chat(opened)
     chat.say("Hi! How was your day?")

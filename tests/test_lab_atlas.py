@@ -12,16 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import ROOT, LabPage, Server, browser, lab_page, run_all_cells, serve
+from browser import ROOT, LabPage, Server, run_all_cells
 from matplotlib.image import imread
 from playwright.sync_api import Locator, Page, expect
 
-from primechat.desk.labs.twins import write_twin
 from primechat.metrics.embeddings.atlas import TokenAtlas
 from primechat.model.checkpoint import save_snapshot
 from primechat.store import open_model
 
-__all__ = ["browser", "lab_page", "serve"]
 LAB = ROOT / "labs" / "03_embedding_atlas.py"
 SCATTER = 'e => e.closest(".pc-atlas").scatter'
 pytestmark = pytest.mark.slow
@@ -93,7 +91,9 @@ def read_lists(view: Locator) -> tuple[list[str], list[str]]:
 
 def lasso(page: Page, view: Locator, reach: int) -> int:
     """Draw a square around the middle of the map with Shift held; return how many points are selected."""
-    box = view.locator(".pc-scatter").bounding_box()
+    scatter = view.locator(".pc-scatter")
+    scatter.scroll_into_view_if_needed()  # all of it: a click that was tried again may have scrolled the page
+    box = scatter.bounding_box()
     assert box, "the map is in sight"
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.keyboard.down("Shift")
@@ -184,10 +184,8 @@ def test_lab_in_a_browser(
     found.check()
 
 
-def test_umap_goes_on_in_the_background(
-    serve: Callable[..., Server], lab_page: Callable[..., LabPage]
-) -> None:
-    found = lab_page(serve("run", LAB).url)
+def test_umap_goes_on_in_the_background(shared: Callable[..., str], lab_page: Callable[..., LabPage]) -> None:
+    found = lab_page(shared("run", LAB))
     page, view = found.page, find_atlas(found.page, 0)
     view.get_by_role("tab", name="UMAP").click()
     expect(view.locator(".pc-atlas-work")).to_contain_text("in the background", timeout=20_000)
@@ -203,12 +201,10 @@ def test_umap_goes_on_in_the_background(
 
 
 def test_twin_is_coloured_and_alive(
-    serve: Callable[..., Server], lab_page: Callable[..., LabPage], truth: Any, tmp_path: Path
+    shared: Callable[..., str], lab_page: Callable[..., LabPage], truth: Any
 ) -> None:
     """JupyterLab draws a widget before it stands in the page: colours come later."""
-    path = tmp_path / "twin.ipynb"
-    path.write_text(write_twin(LAB))
-    found = lab_page(serve("jupyter", path).url)
+    found = lab_page(shared("jupyter", LAB))
     page = found.page
     run_all_cells(page)
     view = find_atlas(page, 0)

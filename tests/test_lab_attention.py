@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from browser import HOSTS, ROOT, LabPage, Server, browser, lab_page, run_all_cells, serve
+from browser import HOSTS, ROOT, LabPage, run_all_cells
 from playwright.sync_api import Locator, Page, expect
 
 from primechat import capture, lab
@@ -26,23 +24,6 @@ def find(page: Page, name: str) -> Locator:
     view.wait_for(state="attached", timeout=60_000)
     view.scroll_into_view_if_needed()
     return view
-
-
-def open_lab(
-    host: str, serve: Callable[..., Server], lab_page: Callable[..., LabPage], tmp_path: Path, theme: str
-) -> tuple[LabPage, float]:
-    """Return the lab's page in a host, and the seconds until all heads were drawn."""
-    path = LAB
-    if host == "jupyter":
-        path = tmp_path / f"{LAB.stem}.ipynb"  # JupyterLab saves what it has run
-        path.write_bytes((ROOT / "labs" / "notebooks" / path.name).read_bytes())
-    server = serve(host, path)
-    t_start = time.monotonic()
-    found = lab_page(server.url, theme)
-    if host == "jupyter":
-        run_all_cells(found.page, 180)
-    found.page.wait_for_selector(".pc-headgrid canvas", timeout=90_000, state="attached")
-    return found, time.monotonic() - t_start
 
 
 @pytest.fixture
@@ -174,11 +155,11 @@ def check_typing(page: Page, truth: Any) -> None:
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_lab_is_alive(
-    host: str, serve: Any, lab_page: Any, tmp_path: Path, truth: Any, record_property: Any
-) -> None:
-    found, seconds = open_lab(host, serve, lab_page, tmp_path, "dark" if host == "edit" else "light")
-    record_property("first_paint_s", round(seconds, 2))
+def test_lab_is_alive(host: str, shared: Any, lab_page: Callable[..., LabPage], truth: Any) -> None:
+    found = lab_page(shared(host, LAB), "dark" if host == "edit" else "light")
+    if host == "jupyter":
+        run_all_cells(found.page, 180)
+    found.page.wait_for_selector(".pc-headgrid canvas", timeout=90_000, state="attached")
     for check in (check_heads, check_switches, check_lens, check_more, check_typing):
         check(found.page, truth)
     found.check()

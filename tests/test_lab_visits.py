@@ -17,7 +17,7 @@ from primechat.store import list_models, open_model
 
 pytestmark = pytest.mark.slow
 TEXT = "My sister has a small dog. My sister has a big cat. I like the dog, but I love the cat."
-Serve, LabOpener = Callable[..., Server], Callable[..., LabPage]
+Serve, Shared, LabOpener = Callable[..., Server], Callable[..., str], Callable[..., LabPage]
 
 
 def find_lab(number: str) -> Path:
@@ -30,9 +30,9 @@ def name_snapshots() -> list[str]:
     return [f"shipped/{film.family}/{film.tag}@snap:{step}" for step in film.snapshots]
 
 
-def test_heads_over_the_shipped_snapshots(serve: Serve, lab_page: LabOpener) -> None:
+def test_heads_over_the_shipped_snapshots(shared: Shared, lab_page: LabOpener) -> None:
     """The slider of lab 02: loss and lens are those of the snapshot under it."""
-    found = lab_page(serve("run", find_lab("02")).url)
+    found = lab_page(shared("run", find_lab("02")))
     view = found.page.locator(".pc-time")
     view.wait_for(state="attached", timeout=120_000)
     view.scroll_into_view_if_needed()
@@ -55,9 +55,9 @@ def test_heads_over_the_shipped_snapshots(serve: Serve, lab_page: LabOpener) -> 
     found.check()
 
 
-def test_map_over_the_shipped_snapshots(serve: Serve, lab_page: LabOpener) -> None:
+def test_map_over_the_shipped_snapshots(shared: Shared, lab_page: LabOpener) -> None:
     """The slider of lab 03: at each end the neighbours beside the map are those that are measured here."""
-    found = lab_page(serve("run", find_lab("03")).url)
+    found = lab_page(shared("run", find_lab("03")))
     film = found.page.locator(".pc-atlas").nth(1)
     film.locator(".pc-scatter[data-painter]").wait_for(state="attached", timeout=120_000)
     film.scroll_into_view_if_needed()

@@ -5,10 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import os
-import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,78 +151,54 @@ def test_sync_writes_checks_and_removes(
         write_twin(tmp_path / "labs" / "00_one.py")
 
 
-def run_script(path: Path, *words: str, **extra: str) -> subprocess.CompletedProcess[str]:
-    base_dir = Path(os.environ["NANOCHAT_BASE_DIR"])
-    return subprocess.run(
-        [sys.executable, path, *words], env={**environment(base_dir), **extra}, capture_output=True,
-        text=True, timeout=600, cwd=ROOT,
+SCRIPTS = """
+import runpy, sys, traceback
+failed = []
+for path in sys.argv[1:]:
+    sys.argv = [path]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except BaseException:
+        failed.append(path)
+        traceback.print_exc()
+sys.exit(", ".join(failed) or 0)
+"""
+
+
+@pytest.mark.slow
+def test_labs_run_as_scripts(base_dir: Path) -> None:
+    """Every cell runs; stages, which take minutes, wait. One process for all: it imports torch once."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPTS, *map(str, LABS)], capture_output=True, text=True, timeout=600,
+        env={**environment(base_dir), "PRIMECHAT_STILL": "1"}, cwd=ROOT,
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+# These open in tests of their own, which check the same and more: test_lab_tokenizer, test_lab_attention,
+# test_lab_atlas, test_lab_training, test_start, test_chatpage.
+ELSEWHERE = {
+    "00": ("run",), "01": HOSTS, "02": HOSTS, "03": ("run", "jupyter"), "05": ("run",), "10": ("jupyter",),
+}  # fmt: skip
 
 
 @pytest.mark.slow
-@each_lab
-def test_lab_runs_as_a_script(path: Path) -> None:
-    """Every cell runs; stages, which take minutes, wait."""
-    done = run_script(path, PRIMECHAT_STILL="1")
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.slow
-@each_lab
-def test_twin_runs(path: Path, base_dir: Path, tmp_path: Path) -> None:
-    import nbformat
-
-    words = [
-        sys.executable,
-        "-m",
-        "nbconvert",
-        "--to",
-        "notebook",
-        "--execute",
-        "--output-dir",
-        str(tmp_path),
-    ]
-    twin = ROOT / "labs" / "notebooks" / f"{path.stem}.ipynb"
-    env = {
-        **environment(base_dir),
-        "IPYTHONDIR": str(tmp_path / "ipython"),
-        "JUPYTER_RUNTIME_DIR": str(tmp_path),
-    }
-    done = subprocess.run([*words, str(twin)], capture_output=True, text=True, env=env, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = nbformat.read(tmp_path / twin.name, as_version=4)
-    outputs = [output for cell in found.cells for output in cell.get("outputs", [])]
-    assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in outputs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("host", HOSTS)
-@each_lab
+@pytest.mark.parametrize(
+    ("path", "host"),
+    [(path, host) for host in HOSTS for path in LABS if host not in ELSEWHERE.get(path.stem[:2], ())],
+    ids=lambda value: value if isinstance(value, str) else value.stem,
+)
 def test_lab_opens_without_errors(
-    path: Path, host: str, serve: Callable[..., Any], lab_page: Callable[..., Any], tmp_path: Path
+    path: Path, host: str, shared: Callable[..., Any], lab_page: Callable[..., Any]
 ) -> None:
-    """Every widget is drawn, no console error is heard, and opening a lab changes no file of it."""
-    folder = tmp_path / "labs"
-    shutil.copytree(ROOT / "labs", folder)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    opened = folder / (f"notebooks/{path.stem}.ipynb" if host == "jupyter" else path.name)
-    before = opened.read_bytes()
-    found = lab_page(serve(host, opened).url)
+    """Every widget is drawn, no error is heard or shown, and the lab's file stays as it is."""
+    found = lab_page(shared(host, path))
     if host == "jupyter":
         run_all_cells(found.page, timeout_s=240)
-    found.page.wait_for_selector(".pc:not(.pc-notice)", timeout=120_000)
-    expected = path.read_text(encoding="utf-8").count("\n    show(")
-    t_end = time.monotonic() + 60
-    while found.page.locator(".pc").count() < max(1, expected) and time.monotonic() < t_end:
-        found.page.wait_for_timeout(500)
-    assert found.page.locator(".pc").count() >= max(1, expected)
+    expected = max(1, path.read_text(encoding="utf-8").count("\n    show("))
+    found.page.locator(".pc:not(.pc-notice)").nth(expected - 1).wait_for(state="attached", timeout=180_000)
     found.page.wait_for_timeout(1500)
-    faults = found.page.locator(
-        ".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'], .marimo-error"
-    )
-    assert faults.count() == 0, faults.all_inner_texts()
     found.check()
-    assert opened.read_bytes() == before, "opening a lab rewrites it"
 
 
 @pytest.mark.slow
@@ -244,6 +218,8 @@ def test_command_opens_a_lab_in_jupyterlab(tmp_path: Path, lab_page: Callable[..
             wait_for(f"http://127.0.0.1:{port}/api?token=abc", process, log)
             found = lab_page(f"http://127.0.0.1:{port}/?token=abc")
             found.page.locator(".jp-NotebookPanel h1", has_text="tokens?").wait_for(timeout=90_000)
+            # JupyterLab interrupts its kernels when it ends, and one that is still starting complains.
+            found.page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for(timeout=90_000)
         finally:
             end_group(process)
     assert "Traceback" not in log.read_text()

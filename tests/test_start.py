@@ -114,9 +114,9 @@ def test_download_tells_why_it_cannot(base_dir: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_tour_in_a_browser(serve: Callable[..., Any], lab_page: Callable[..., Any]) -> None:
+def test_tour_in_a_browser(shared: Callable[..., Any], lab_page: Callable[..., Any]) -> None:
     """Five minutes in seconds: guess, check, talk, ask for a size without a network."""
-    found = lab_page(serve("run", find_lab("00")).url)
+    found = lab_page(shared("run", find_lab("00")))
     page = found.page
     page.get_by_label("millions").check()
     page.get_by_role("button", name="Show the answer").click()
