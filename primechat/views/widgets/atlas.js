@@ -115,7 +115,8 @@ function render(context) {
     button("+", () => scatter.zoom(1.4), { title: "Zoom in" }),
     button("−", () => scatter.zoom(1 / 1.4), { title: "Zoom out" }),
     button("Fit", () => scatter.fit(), { title: "Show all" }));
-  const stage = h("div", { class: "pc-atlas-stage" }, scatter.node, tools, hintBox, tip);
+  // on the map, so that nothing below the bar moves when something is found
+  const stage = h("div", { class: "pc-atlas-stage" }, scatter.node, h("div", { class: "pc-atlas-find" }, found, take), tools, hintBox, tip);
   const play = button("Play", () => (state.playing ? pause() : start()), { primary: true });
   const timeBar = slider({ label: model.get("frame_word"), min: 0, max: 1, value: 0, input: (value) => { pause(); go(value, 450); }, show: (value) => state.frames[value] ?? "" });
   const timeRow = h("div", { class: "pc-row pc-atlas-time" }, play, timeBar);
@@ -127,8 +128,7 @@ function render(context) {
   if (textBox) textBox.value = model.get("text");
   root.append(
     ...(textBox ? [textBox] : []),
-    h("div", { class: "pc-row pc-atlas-bar" }, ...(spaceBox ? [spaceBox] : []), methodTabs, axesTabs, colourBox,
-      h("span", { class: "pc-atlas-find" }, search, found, take)),
+    h("div", { class: "pc-row pc-atlas-bar" }, ...(spaceBox ? [spaceBox] : []), methodTabs, axesTabs, colourBox, search),
     work,
     h("div", { class: "pc-atlas-main" }, h("div", {}, stage, legend), card),
     timeRow, note, table);

@@ -412,13 +412,18 @@ export function makeScatter({ hover, pick, lasso, hint, decorate, label }) {
     }
     hands.set(event.pointerId, now);
     const [dx, dy] = [now[0] - before[0], now[1] - before[1]];
-    moved += Math.hypot(dx, dy);
+    if (!path) moved += Math.hypot(dx, dy);
     if (hands.size === 2) {
       const [p, q] = [...hands.values()], gap = Math.hypot(p[0] - q[0], p[1] - q[1]);
       if (spread) zoom(gap / spread, (p[0] + q[0]) / 2, (p[1] + q[1]) / 2);
       spread = gap;
     } else if (path) {
-      path.push(now);
+      // a page that is slow to draw hears of many moves as of one, and a lasso without its corners holds nothing
+      const steps = event.getCoalescedEvents?.() ?? [];
+      for (const [x, y] of (steps.length ? steps : [event]).map(place)) {
+        moved += Math.hypot(x - path.at(-1)[0], y - path.at(-1)[1]);
+        path.push([x, y]);
+      }
       invalidate(false);
     } else if (moved > 3) {
       layer.style.cursor = "grabbing";
@@ -434,8 +439,11 @@ export function makeScatter({ hover, pick, lasso, hint, decorate, label }) {
     const area = path;
     path = null;
     if (event.type === "pointercancel") return invalidate(false);
-    if (area && moved > 8) lasso(inside(area));
-    else if (moved <= 3) pick(nearest(...place(event)));
+    if (area && moved > 8) {
+      const ids = inside(area);
+      if (!ids.length) hint("No point lies inside.");
+      lasso(ids);
+    } else if (moved <= 3) pick(nearest(...place(event)));
     invalidate(false);
   };
   layer.addEventListener("pointerup", release);
