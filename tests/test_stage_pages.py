@@ -133,10 +133,7 @@ def test_press_while_cells_run_again_is_kept(
     found.check()
 
 
-# A known fault: Stop pressed in a JupyterLab tab that was closed and opened again is not seen to be answered.
-@pytest.mark.parametrize(
-    "host", [pytest.param(h, marks=[pytest.mark.xfail(strict=False)] * (h == "jupyter")) for h in HOSTS]
-)
+@pytest.mark.parametrize("host", HOSTS)
 def test_state_is_true_after_the_tab_was_closed(
     host: str, tmp_path: Path, serve: Callable[..., Any], lab_page: Callable[..., Any]
 ) -> None:

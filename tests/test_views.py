@@ -88,6 +88,29 @@ def test_page_asks_python() -> None:
     assert sent[1]["re"] == "y" and "unsupported operand" in sent[1]["error"]
 
 
+def test_pages_that_come_later_are_heard() -> None:
+    """ipykernel 7.4 remembers, with each message of ours, a subshell that a closed tab takes with it."""
+
+    class Comm:
+        comm_id, kernel, sent = "x", "there", 0
+
+        def on_msg(self, _: object) -> None: ...
+
+        def send(self, **_: object) -> None:
+            self.sent += 1
+            self._reply_subshell_id = "of a tab that is closed"
+
+    class Plain(kit.Widget):
+        _esm = "export default {}"
+
+    widget, comm = Plain(), Comm()
+    comm._reply_subshell_id = "of the cell"
+    widget.comm = comm
+    widget.send({"any": "thing"})
+    widget.gate = "changed"
+    assert comm.sent == 2 and not hasattr(comm, "_reply_subshell_id")
+
+
 def test_scripts_are_safe_and_alone() -> None:
     """No text of a model is ever read as HTML, and no page asks another machine for anything."""
     for path in sorted(WIDGETS.rglob("*.js")):

@@ -66,6 +66,14 @@ class Widget(anywidget.AnyWidget):
         super().__init__(**traits)
         self.on_msg(self._hear)
 
+    def _send(self, msg: Any, buffers: Any = None) -> None:
+        """Send, and let what a page sends go where it says: ipykernel 7.4 would bring it to the subshell
+        of whichever message was heard last when we sent, and drop it once that one's tab is closed.
+        """
+        super()._send(msg, buffers=buffers)
+        if hasattr(self.comm, "_reply_subshell_id"):
+            del self.comm._reply_subshell_id
+
     def _hear(self, _: Any, message: Any, buffers: Any) -> None:
         """Answer a question of the page; a fault becomes a sentence that the page shows."""
         if not isinstance(message, dict) or "ask" not in message:
