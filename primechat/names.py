@@ -69,9 +69,7 @@ def parse_identifier(text: str) -> ModelName:
     adapters = [ADAPTER.fullmatch(part) for part in beside]
     match = IDENTIFIER.fullmatch(plain)
     if not match or not all(adapters):
-        raise ConfigError(
-            f"model={text[:80]!r} must be like {FORMS}; `primechat models` lists what there is."
-        )
+        raise ConfigError(f"model={text[:80]!r} must be like {FORMS}; `primechat models` lists what is here.")
     if match[3]:
         check_tag(match[3])
     step = int(match[5]) if match[5] else None

@@ -1,4 +1,5 @@
-"""A headless browser, and the hosts of a lab for it to open: `marimo run`, `marimo edit`, JupyterLab.
+"""A headless browser, and the hosts of a lab for it to open: `marimo run`, alone and as `primechat lab --app`
+starts it, `marimo edit`, JupyterLab.
 
 Every test can ask for the fixtures `browser`, `serve`, `shared` and `lab_page`. A server gets a free port, no
 token and a base directory of its own. What `serve` starts ends with the test; `shared` starts each host once
@@ -25,6 +26,8 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
+
+from primechat.desk.labs.twins import LabConfig, build_words
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = [
@@ -111,6 +114,8 @@ def end_group(process: subprocess.Popen[Any]) -> None:
 
 def build_command(host: str, path: Path, port: int) -> list[str]:
     """Return the command that serves a lab, or all labs of a folder."""
+    if host == "app":
+        return build_words(LabConfig(app=True, headless=True, port=port), path)[0]
     if host in ("run", "edit"):
         words = [sys.executable, "-m", "marimo", "-y", "-q", host, str(path), "--headless", "--no-token"]
         # A kernel of the editor would outlive its page.

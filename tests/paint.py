@@ -1,7 +1,8 @@
-"""How soon a lab can be used: `python tests/paint.py 01 02 03 --rounds 3`.
+"""How soon `primechat lab NN --app` can be used: `python tests/paint.py 01 02 03 --rounds 3`.
 
 The server is up before the clock starts; its process is new, so torch, the model and the lab are opened on
-the clock, as for somebody who opens a lab for the first time. The clock starts with the navigation and stops
+the clock, as for somebody who opens a lab for the first time, and what the app reads ahead, it reads then too
+(primechat/desk/labs/app.py). The clock starts with the navigation and stops
 when the page has drawn what the lab is about and it answers. CPU seconds are those of server and browser.
 """
 
@@ -45,7 +46,7 @@ def measure_paint(
     """Return the figures of each visit to one new server; only the first is cold."""
     (path,) = (ROOT / "labs").glob(f"{number}_*.py")
     rows = []
-    with tempfile.TemporaryDirectory() as scratch, start_host("run", path, Path(scratch)) as server:
+    with tempfile.TemporaryDirectory() as scratch, start_host("app", path, Path(scratch)) as server:
         process = psutil.Process(server.process.pid)
         for _ in range(visits):
             page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()

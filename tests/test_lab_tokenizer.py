@@ -197,8 +197,8 @@ def test_a_keystroke_settles(in_run: LabPage) -> None:
     lab.check()
 
 
-def test_first_paint(shared: Any, lab_page: Any) -> None:
-    url = shared("run", LAB)
+def test_first_paint(serve: Any, lab_page: Any) -> None:
+    url = serve("app", LAB).url
     times = []
     for _ in range(3):  # the first starts cold; the quickest counts
         t_start = time.perf_counter()

@@ -51,7 +51,33 @@ def test_commands_that_open_a_lab() -> None:
     assert f"--LabApp.default_url=/lab/tree/notebooks/{LABS[0].stem}.ipynb" in words
     assert places["PATH"].startswith(str(Path(sys.executable).parent))
     app, _ = build_words(LabConfig(app=True, headless=True, port=4321), LABS[0])
-    assert app[1:] == ["-m", "marimo", "run", str(LABS[0]), "--headless", "--port", "4321"]
+    assert app[1:4] == ["-m", "primechat.desk.labs.app", "run"]
+    assert app[4:] == [str(LABS[0]), "--port", "4321", "--headless"]
+    editor, _ = build_words(LabConfig(edit=True), LABS[0])
+    assert editor[1:6] == ["-m", "marimo", "edit", str(LABS[0]), "--port"] and int(editor[6]) > 1023
+
+
+READ_AHEAD = """
+import socket, sys, threading
+from pathlib import Path
+from primechat.desk.labs import app
+
+server = socket.create_server(("127.0.0.1", 0))
+thread = threading.Thread(target=app.read_ahead, args=(Path(sys.argv[1]), server.getsockname()[1]))
+thread.start()
+thread.join()
+assert {"ipywidgets", "numpy", "primechat.lab", "primechat.lessons.attention_internals"} <= set(sys.modules)
+assert "torch" not in sys.modules and "primechat.lessons.instruments.microscope" not in sys.modules
+from primechat.lessons.instruments.microscope import Microscope
+assert "torch" in sys.modules
+"""
+
+
+def test_app_reads_ahead_all_but_torch() -> None:
+    (lab,) = (path for path in LABS if path.stem.startswith("02"))
+    words = [sys.executable, "-c", READ_AHEAD, str(lab)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @each_lab

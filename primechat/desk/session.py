@@ -235,7 +235,7 @@ class ChatSession:
     def _measure(self, node: Message, index: int) -> Token:
         if not 0 <= index < len(node.measures):
             raise ConfigError(
-                "This text was not written here, so its alternatives are not known; regenerate it."
+                "This text was not written here, so its alternatives are unknown; regenerate it."
             )
         return node.measures[index]
 

@@ -172,9 +172,7 @@ def find_part(module: Any, *names: str) -> Any:
         if hasattr(module, name):
             return getattr(module, name)
     kind = type(module).__name__
-    raise ConfigError(
-        f"A {kind} has none of {', '.join(names)}, so no probe finds its parts; use another model."
-    )
+    raise ConfigError(f"A {kind} has none of {', '.join(names)}, so no probe finds its parts; use another.")
 
 
 def dissect(model: Any) -> Any:

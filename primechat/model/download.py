@@ -126,9 +126,7 @@ def plan_download(parcels: Sequence[Parcel], *, token: str | None = None, optim:
             fates["fetch"].append(file)
             fates["torn"] += [file] if path in sizes else []
         else:
-            raise DataError(
-                f"{path} is another file than the Hub's {file.name}; move it away to get that one."
-            )
+            raise DataError(f"{path} is another file than the Hub's {file.name}; move it away to get that.")
     parts = {fate: tuple(files) for fate, files in fates.items()}
     return Plan(**parts, n_bytes=sum(file.size for file in parts["fetch"]))
 

@@ -287,9 +287,7 @@ def load_adapter(model: GPT, name: str, folder: Path | str) -> LoraSpec:
     folder = Path(folder)
     path = folder / "adapter_model.safetensors"
     if not path.is_file() or not (folder / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{folder} holds no adapter_config.json with {path.name}; train one, or copy both."
-        )
+        raise CheckpointError(f"{folder} holds no adapter_config.json with {path.name}; copy both.")
     spec = read_spec(folder / "adapter_config.json")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -345,9 +343,7 @@ def read_spec(path: Path) -> LoraSpec:
             )
     rank, alpha = data.get("r"), data.get("lora_alpha")
     if not isinstance(rank, int) or not 0 < rank <= 65_536 or not isinstance(alpha, (int, float)):
-        raise CheckpointError(
-            f"{path} has r={rank!r:.20} and lora_alpha={alpha!r:.20}; both must be numbers."
-        )
+        raise CheckpointError(f"{path} has r={rank!r:.20} and lora_alpha={alpha!r:.20}; write numbers.")
     if data.get("rank_pattern"):
         raise CheckpointError(f"{path} has several ranks (rank_pattern), one is read; train with one.")
     named = data.get("target_modules")

@@ -220,14 +220,10 @@ def open_folder(config: AutochatConfig, folder: Path) -> list[list[Turn]]:
     given = replace(config, resume=True)
     if path.is_file():
         if not config.resume:
-            raise ConfigError(
-                f"{folder} holds conversations; add --resume to go on, or choose another --tag."
-            )
+            raise ConfigError(f"{folder} holds conversations; add --resume to go on, or change --tag.")
         frozen = read_frozen(folder, AutochatConfig)
         if difference := find_difference(frozen, given, ("runtime",)):
-            raise ConfigError(
-                f"{difference} (the conversations', then yours); drop that flag or change --tag."
-            )
+            raise ConfigError(f"{difference} (the conversations', then yours); drop it or change --tag.")
         talks = read_talks(folder, config.n_talks)
         for start in range(0, config.n_talks, config.batch_rows):
             group = talks[start : start + config.batch_rows]

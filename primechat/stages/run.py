@@ -359,9 +359,7 @@ class TrainingRun:
             return
         cursors = gather_objects(self.batches.cursor)
         if cursors.count(cursors[0]) < len(cursors):  # nodes with shards of their own may differ
-            raise DataError(
-                f"step {step}: the ranks read different text; compare the nodes' shards and resume."
-            )
+            raise DataError(f"step {step}: the ranks read different text; compare their shards and resume.")
         self.saved_step, t_start = step, time.monotonic()
         state = {
             "optimizer": self.optimizer.state_dict(),

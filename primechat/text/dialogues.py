@@ -191,9 +191,7 @@ def stream_dialogues(
             yield from (c for n, c in enumerate(found) if int((n + 1) * share) > int(n * share))
         if not tallies[part.name]["kept"]:
             found_counts = dict(tallies[part.name])
-            raise DataError(
-                f"nothing of {part.name} is left in {split} ({found_counts}); choose another set."
-            )
+            raise DataError(f"nothing of {part.name} is left in {split} ({found_counts}); choose another.")
 
     streams = {part.name: repeat(part) for part in parts}
     given = dict.fromkeys(streams, 0)

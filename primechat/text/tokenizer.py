@@ -59,9 +59,7 @@ class Tokenizer:
             DataError: One of these rules is broken.
         """
         if fault := find_fault(pattern, ranks, specials):
-            raise DataError(
-                f"{source or 'This'} is no tokenizer: {fault}; replace it with nanochat's or ours."
-            )
+            raise DataError(f"{source or 'This'} is no tokenizer: {fault}; use nanochat's or ours.")
         self.pattern = pattern
         self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         self.specials = dict(sorted(specials.items(), key=lambda item: item[1]))
@@ -125,9 +123,7 @@ class Tokenizer:
         note_path = folder / "primechat_tokenizer.json"
         note = read_note(note_path, hashlib.sha256(read_bounded(path)).hexdigest())
         if note and note.get("identity") != tokenizer.identity:
-            raise DataError(
-                f"{note_path} names another tokenizer than {path.name} holds; delete {note_path}."
-            )
+            raise DataError(f"{note_path} names another tokenizer than {path.name} has; delete {note_path}.")
         tokenizer.provenance = note.get("provenance") or {}
         return tokenizer
 

@@ -11,6 +11,7 @@ import ast
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -85,9 +86,7 @@ def find_lab(name: str) -> Path:
         ConfigError: there is none of that name.
     """
     stem = Path(name).stem
-    found = [
-        path for path in list_labs() if stem in (path.stem, path.stem[:2]) or f"0{stem}" == path.stem[:2]
-    ]
+    found = [lab for lab in list_labs() if stem in (lab.stem, lab.stem[:2]) or f"0{stem}" == lab.stem[:2]]
     if len(found) != 1:
         there = ", ".join(path.stem[:2] for path in list_labs())
         raise ConfigError(f"lab={name!r} must be one of {there}; `primechat lab --list` shows their names.")
@@ -141,12 +140,12 @@ def build_words(config: LabConfig, path: Path | None) -> tuple[list[str], dict[s
     if config.app or config.edit:
         if path is None:
             raise ConfigError("--app and --edit open one lab; name it, for example `primechat lab 01 --app`.")
-        words = [sys.executable, "-m", "marimo", "run" if config.app else "edit", str(path)]
-        words += [
-            *(["--headless"] if config.headless else []),
-            *(["--port", str(config.port)] if config.port else []),
-        ]
-        return words, environment
+        kind = ["primechat.desk.labs.app", "run"] if config.app else ["marimo", "edit"]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = config.port or probe.getsockname()[1]
+        words = [sys.executable, "-m", *kind, str(path), "--port", str(port)]
+        return words + ["--headless"] * config.headless, environment
     where = f"/notebooks/{path.stem}.ipynb" if path else ""
     words = [
         sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={LABS}",
@@ -225,10 +224,8 @@ def read_folds(path: Path) -> list[bool]:
     """Return of each cell of a lab whether its code is folded."""
     folds = []
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        marks = (
-            [node.items[0].context_expr]
-            if isinstance(node, ast.With)
-            else getattr(node, "decorator_list", [])
-        )
+        marks = getattr(node, "decorator_list", [])
+        if isinstance(node, ast.With):
+            marks = [node.items[0].context_expr]
         folds += [is_folded(mark) for mark in marks if ast.unparse(mark).startswith("app.")]
     return folds

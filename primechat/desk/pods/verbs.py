@@ -233,8 +233,6 @@ def run_pull(flags: PullFlags) -> int:
     target.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(command)
     if done.returncode:
-        raise PrimechatError(
-            f"rsync ended with {done.returncode}: {shlex.join(command)}; correct host or run."
-        )
+        raise PrimechatError(f"rsync gave {done.returncode}: {shlex.join(command)}; correct host or run.")
     print(f"Here: {target}. Look at it: primechat report {target}")
     return 0

@@ -92,9 +92,7 @@ class Atlas:
         """Return a point's neighbours in one frame, in the true space and on the picture."""
         vectors, cloud = self.fetch(space)[frame], self.show(space, method, n_axes)
         if not 0 <= point < len(vectors):
-            raise ConfigError(
-                f"point={point} must be from 0 to {len(vectors) - 1}; choose one on the picture."
-            )
+            raise ConfigError(f"point={point} must be from 0 to {len(vectors) - 1}; choose one on the map.")
         true, cosines = maps.find_near(vectors, point, N_NEAR)
         drawn, _ = maps.find_near(cloud.places[frame][:, :n_axes], point, N_NEAR, straight=True)
         return Nearby(

@@ -73,9 +73,7 @@ def check_vectors(vectors: np.ndarray, least: int = 3) -> np.ndarray:
     if x.ndim != 2 or len(x) < least:
         raise ConfigError(f"vectors of shape {x.shape} must be ({least} or more, C); give more points.")
     if not np.isfinite(x).all():
-        raise ConfigError(
-            f"{int((~np.isfinite(x)).any(1).sum())} vectors are not finite; the model is broken."
-        )
+        raise ConfigError(f"{int((~np.isfinite(x)).any(1).sum())} rows are not finite; the model is broken.")
     return x
 
 
