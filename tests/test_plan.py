@@ -104,8 +104,8 @@ def test_rows_and_memory() -> None:
 
 
 MEASURED = [  # shape, rows of a step, of a micro-batch, dtype
-    (GPTConfig.classic(6, vocab_size=16_384, sequence_len=256), 8, 8, "float32"),
-    (GPTConfig.modern(6, vocab_size=8192, sequence_len=512, head_dim=64), 8, 4, "float32"),
+    (GPTConfig.classic(6, vocab_size=16_384, sequence_len=256), 4, 4, "float32"),
+    (GPTConfig.modern(6, vocab_size=8192, sequence_len=512, head_dim=64), 4, 2, "float32"),
     (GPTConfig.modern(4, vocab_size=4096, sequence_len=256, head_dim=64), 8, 8, "bfloat16"),
 ]
 
