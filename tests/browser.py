@@ -95,6 +95,11 @@ class Server:
     log: Path
 
 
+def measure_load() -> float:
+    """Return how many times slower than alone this machine runs one more process, roughly."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def find_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

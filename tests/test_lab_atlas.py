@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import ROOT, LabPage, Server, run_all_cells
+from browser import ROOT, LabPage, Server, measure_load, run_all_cells
 from matplotlib.image import imread
 from playwright.sync_api import Locator, Page, expect
 
@@ -237,7 +237,7 @@ def test_many_points(
         pytest.skip("this Chromium has no WebGL")
     assert scatter.evaluate(f"e => ({SCATTER})(e).count()") == 65_536
     drawing_ms = scatter.evaluate(f"e => ({SCATTER})(e).bench(20)")
-    assert drawing_ms < 400, f"{drawing_ms:.0f} ms a drawing, by software on a busy machine"
+    assert drawing_ms < 400 * measure_load(), f"{drawing_ms:.0f} ms a drawing, by software"
     # the point drawn under the pointer is the one that is named and picked
     x, y = scatter.evaluate(f"e => ({SCATTER})(e).where(17)")
     box = scatter.bounding_box()

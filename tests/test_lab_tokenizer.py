@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import pytest
 
 pytest.importorskip("playwright.sync_api", reason="needs playwright (in the extra `test`)")
 
-from browser import ROOT, LabPage, run_all_cells  # noqa: E402
+from browser import ROOT, LabPage, measure_load, run_all_cells  # noqa: E402
 
 from primechat.lessons.instruments.passages import ENGLISH  # noqa: E402
 from primechat.lessons.instruments.tokenizers import Tokenizers  # noqa: E402
@@ -46,11 +45,6 @@ def wait_until(lab: LabPage, test: Callable[[], bool], what: str, seconds: float
     while not test():
         assert time.monotonic() - t_start < seconds, what
         lab.page.wait_for_timeout(50)
-
-
-def measure_load() -> float:
-    """Return how many times slower than alone this machine runs one more process, roughly."""
-    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def read_cards(lab: LabPage) -> list[tuple[str, list[int]]]:

@@ -96,11 +96,10 @@ def test_stop_is_heard_within_a_token() -> None:
     model = MODELS["slow"]
     while sum(m["kind"] == "tokens" for m in page.told) < 4:
         time.sleep(0.005)
-    t_start = time.perf_counter()
     before = model.steps
     page.do("stop")
     page.wait()
-    assert model.steps - before <= 2 and time.perf_counter() - t_start < 0.3  # one may have been under way
+    assert model.steps - before <= 2  # one may have been under way
     assert page.last["state"] == "stopped" and read(page.last).startswith("on and on")
     steps = model.steps
     time.sleep(0.05)
