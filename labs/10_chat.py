@@ -23,8 +23,9 @@ def _():
     from primechat.desk.session import open_chat
     from primechat.lab import borrow_model, exercise, predict, show
     from primechat.lessons.chat import EXERCISES, RankStudy
+    from primechat.views.talk import draw_ranks
 
-    return EXERCISES, RankStudy, borrow_model, exercise, mo, open_chat, predict, show
+    return EXERCISES, RankStudy, borrow_model, draw_ranks, exercise, mo, open_chat, predict, show
 
 
 @app.cell(hide_code=True)
@@ -71,7 +72,7 @@ def _(RankStudy, borrow_model, predict):
     predict(
         likeliest,
         (0, 100),
-        ranks.count_first,
+        lambda: round(100 * ranks.shares["this model"]["1st"]),
         why="Measured just now on three short replies of the default model. The rest is chance, and that is "
         "why two seeds give two replies.",
         within=8,
@@ -81,8 +82,8 @@ def _(RankStudy, borrow_model, predict):
 
 
 @app.cell(hide_code=True)
-def _(likeliest, ranks, show):
-    show(ranks.draw, after=likeliest)
+def _(draw_ranks, likeliest, ranks, show):
+    show(lambda: draw_ranks(ranks.shares), after=likeliest)
     return
 
 

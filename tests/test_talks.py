@@ -75,6 +75,10 @@ def test_a_study_has_its_controls(study: talks.Study) -> None:
     )
     widget = study.show_strips()
     assert [row["name"] for row in widget.rows] == list(MEASURES)
+    assert [len(group["talks"]) > 0 for group in widget.groups] == [True, False, False, False], (
+        "the first soon"
+    )
+    widget.answer_settle()
     loops = {group["name"]: [one["loop"] for one in group["talks"]] for group in widget.groups}
     assert all(loop >= 4 for loop in loops["planted loop"])
     turn = widget.groups[0]["talks"][0]["turns"][1]
@@ -150,7 +154,7 @@ def test_collapse_is_as_published() -> None:
 def test_a_figures_numbers_are_all_that_is_sent() -> None:
     shown = runner.show(talk.draw_repeats({"this model": [0.1, 0.2]}, "x"))
     assert shown.figure == {}, "and not before it is wanted"
-    shown.settle()
+    shown.answer_settle()
     assert shown.figure["data"][0]["y"] == [0.1, 0.2] and len(json.dumps(shown.get_state("figure"))) < 50_000
     widget = plotly.graph_objects.FigureWidget()
     assert runner.show(widget) is widget, "what changes later stays plotly's own"

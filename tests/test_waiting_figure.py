@@ -67,8 +67,8 @@ def test_what_waits_is_made_once_and_late() -> None:
 
     widget = show(draw, after="Which?")
     assert isinstance(widget, WaitingFigure) and widget.gate == "Which?" and not made and not widget.figure
-    assert widget.answer_draw()["figure"]["data"][0]["type"] == "bar"
-    widget.settle()
+    assert widget.answer_settle()["figure"]["data"][0]["type"] == "bar"
+    widget.answer_settle()
     assert made == [1]
     assert "newPlot" in widget.answer_script()["script"]
     assert isinstance(show(go.Figure(), after="Which?"), WaitingFigure)
@@ -81,9 +81,9 @@ def test_answers_are_measured_when_asked_for() -> None:
     asked: list[int] = []
     guess = Prediction("How many?", ("one", "two"), lambda: asked.append(1) or "two")
     assert not asked and guess.answer is None
-    assert guess.answer_measure() == {"answer": "two"} and guess.answer == "two"
+    assert guess.answer_settle() == {"answer": "two"} and guess.answer == "two"
     with pytest.raises(ValueError, match="answer='three' must be one of"):
-        Prediction("How many?", ("one", "two"), lambda: "three").settle()
+        Prediction("How many?", ("one", "two"), lambda: "three").answer_settle()
 
 
 def guess_and_look(page: Any) -> None:

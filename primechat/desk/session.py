@@ -276,11 +276,11 @@ class ChatSession:
         self._worker.start()
 
     def _work(self, replies: list[Message], keep: int, before: threading.Thread | None) -> None:
-        if before is not None:
-            before.join()
-        if replies:
+        if replies:  # seen at once, also where a model is being opened
             asked = [node for node in [replies[0].parent] if node and node.role != "root"]
             self._tell(kind="update", nodes=[node.view() for node in [*asked, *replies]], **self._describe())
+        if before is not None:
+            before.join()
         for name in () if replies else self.talk.chosen:  # before they are needed
             try:
                 self._open(name)
@@ -303,7 +303,7 @@ class ChatSession:
     def _open(self, model: str) -> tuple[Any, Any, dict[str, Any]]:
         is_new = model not in self._advice
         if is_new:
-            self._tell(kind="status", text=f"Opening {model} …")
+            self._tell(kind="status", text=f"Opening {model}{', some ten seconds' * ('hf:' in model)} …")
         opened = self.opener(
             set_dial(model, self.settings.alpha)
         )  # it chooses this thread's count of threads
@@ -394,13 +394,11 @@ def open_chat(
     without an opener it shares what other cells of the process have opened.
     """
     from primechat.desk.chat import choose_talker
-    from primechat.lab import borrow_model, find_models
+    from primechat.lab import borrow_model, find_models, in_notebook
     from primechat.views.widgets.chat import ChatView
 
     name, why = (model, "") if model else choose_talker()
-    session = ChatSession(
-        lambda message: view.push(message), opener or borrow_model, find_models,
-        name, settings,
-    )  # fmt: skip
-    view = ChatView(session.act, height=height, first={**session.show_first(), "note": why})
+    session = ChatSession(lambda said: view.push(said), opener or borrow_model, find_models, name, settings)
+    first = session.show_all() if in_notebook() else session.show_first()  # a notebook's page comes soon
+    view = ChatView(session.act, height=height, first={**first, "note": why})
     return view

@@ -63,16 +63,6 @@ class RankStudy:
         found = {"this model": model, "random weights": fresh.requires_grad_(False).eval()}
         return {name: share_ranks(collect_ranks(one, tokenizer)) for name, one in found.items()}
 
-    def count_first(self) -> int:
-        """Return how many of a hundred tokens are the likeliest one."""
-        return round(100 * self.shares["this model"]["1st"])
-
-    def draw(self) -> Any:
-        """Draw the shares."""
-        from primechat.views.talk import draw_ranks
-
-        return draw_ranks(self.shares)
-
 
 # Exercise 1
 

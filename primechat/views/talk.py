@@ -33,7 +33,8 @@ def draw_ranks(shares: Mapping[str, Mapping[str, float]]) -> go.Figure:
         figure, height=300, bargap=0.3, title_text="How likely the model held the token that it took"
     )
     figure.update_xaxes(title_text="Place among all tokens, the likeliest first")
-    figure.update_yaxes(title_text="Share of tokens, %", rangemode="tozero")
+    most = max(share for found in shares.values() for share in found.values())
+    figure.update_yaxes(title_text="Share of tokens, %", range=[0, 130 * most])  # room for the names
     return figure
 
 
@@ -206,12 +207,14 @@ def draw_generations(found: Mapping[str, Sequence[Spread]], people: Spread, meas
         x=0, y=people[measure][0], text="people", showarrow=False, xanchor="left", yshift=9,
         font_color=COLOURS["people"],
     )  # fmt: skip
-    title = f"{measure} against the generation" if found else f"{measure}: nothing yet, press Start above"
+    words = {"Vendi": "Really different turns (Vendi)", "distinct-2": "Share of different pairs (distinct-2)"}
+    said = words.get(measure, measure)
+    title = f"{said}, generation by generation" if found else f"{said}: nothing yet, press Start above"
     style_figure(figure, height=330, title_text=title, margin_r=160)
     figure.update_xaxes(
         title_text="Generation: 0 is the model as it was", dtick=1, range=[-0.1, max(longest, 2) - 0.9]
     )
-    figure.update_yaxes(title_text=measure)
+    figure.update_yaxes(title_text=said)
     return figure
 
 

@@ -62,6 +62,7 @@ def style_figure(figure: go.Figure, *, height: int = 340, **layout: Any) -> go.F
         height=height, font=dict(family=FONT, size=13, color=INK), paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)", colorway=list(SERIES), margin=dict(l=56, r=24, t=40, b=48),
         title_font_size=15, hoverlabel=dict(font_family=FONT), showlegend=False,
+        modebar=dict(bgcolor="rgba(0,0,0,0)", color=FAINT, activecolor=INK),
     )  # fmt: skip
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)

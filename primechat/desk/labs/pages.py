@@ -124,7 +124,7 @@ class PageWriter:
 
     def write_widget(self, widget: Widget) -> str:
         """Return the place of a widget; its state and script stand at the end of the page."""
-        getattr(widget, "settle", lambda: None)()
+        getattr(widget, "answer_settle", dict)()  # what waits for a reader: here nobody answers
         self.has_plotly = self.has_plotly or widget.has_trait("figure")
         name = f"{type(widget).__module__}.{type(widget).__name__}"
         self.kinds[name] = {"script": str(widget._esm), "looks": str(widget._css)}

@@ -14,6 +14,7 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -77,15 +78,16 @@ class Study:
             max_new_tokens=32,
             resume=True,
         )
-        human = find_people(turns, n_talks)
-        made = {
-            "people": human,
-            "shuffled": shuffle_talks(human),
-            "planted loop": [plant_loop(talk, period=1 + i % 3) for i, talk in enumerate(human[:3])],
-        }
-        self.groups: dict[str, Talks] = {"the model": read_talks(autochat(self.config).path)}
-        for name, talks in made.items():
-            self.groups[name] = [read_talk(self.model, self.tokenizer, talk) for talk in talks]
+        self.talks = read_talks(autochat(self.config).path)
+
+    @cached_property
+    def groups(self) -> dict[str, Talks]:
+        """The model's conversations and the controls, which the model reads when they are first wanted."""
+        human = find_people(self.turns, self.config.n_talks)
+        planted = [plant_loop(talk, period=1 + i % 3) for i, talk in enumerate(human[:3])]
+        made = {"people": human, "shuffled": shuffle_talks(human), "planted loop": planted}
+        read = partial(read_talk, self.model, self.tokenizer)
+        return {"the model": self.talks, **{name: list(map(read, talks)) for name, talks in made.items()}}
 
     def plan(self, name: str, **changes: Any) -> AutochatConfig:
         """Return the settings of one of the further studies of this model, in a folder of its own."""
@@ -96,11 +98,14 @@ class Study:
         from primechat.views.widgets.strips import TalkStrips
 
         rows = [{"name": name, "about": about, "full": full} for name, (about, full) in MEASURES.items()]
-        groups = [
-            {"name": name, "about": ABOUT[name], "talks": [self.describe(turns) for turns in talks]}
-            for name, talks in self.groups.items()
-        ]
-        return TalkStrips(rows, groups)
+        others = [{"name": name, "talks": []} for name in [*ABOUT][1:]]
+        first = self.describe_group("the model")
+        return TalkStrips(rows, [first, *others], lambda: [self.describe_group(name) for name in ABOUT])
+
+    def describe_group(self, name: str) -> dict[str, Any]:
+        """Return a group as the strips show it."""
+        talks = self.talks if name == "the model" else self.groups[name]
+        return {"name": name, "about": ABOUT[name], "talks": [self.describe(turns) for turns in talks]}
 
     def describe(self, turns: Sequence[Turn]) -> dict[str, Any]:
         """Return a conversation as the strips show it."""
@@ -154,7 +159,7 @@ class Study:
 
     def tell_trend(self) -> tuple[str, str]:
         """Return whether the model's entropy rises, falls or stays over a conversation, and the figures."""
-        x = self.trace("entropy")["the model"]
+        x = np.array([measure_turns(turns)["entropy"] for turns in self.talks])
         third = max(1, (x.shape[1] - 1) // 3)
         early, late = float(np.nanmean(x[:, 1 : 1 + third])), float(np.nanmean(x[:, -third:]))
         word = "It falls" if late < 0.95 * early else "It rises" if late > 1.05 * early else "It stays"

@@ -22,7 +22,7 @@ function render({ model, el }) {
   let colour = "", showTokens = false, follows = true, alive = true, ready = false, early = false; // ready: Python has answered; early: sent before that
   later(() => { alive = false; });
 
-  const act = (name, given = {}) => (name === "settings" || flush(), ask("act", { name, given }).then((answer) => { take(answer); return answer; }, (error) => { tell(error.message, true); throw error; }));
+  const act = (name, given = {}) => (name === "settings" || flush(), ask("act", { name, given }).then((answer) => { if (status.classList.contains("pc-chat-fault")) tell(""); take(answer); return answer; }, (error) => { tell(error.message, true); throw error; }));
   const quietly = (name, given) => act(name, given).catch(() => {});
 
   // ---- the frame

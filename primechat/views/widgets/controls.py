@@ -95,18 +95,14 @@ class Prediction(Widget):
         super().__init__(question=question, why=why, within=within, unit=unit, **shape)
         self.find: Callable[[], Any] = answer if callable(answer) else lambda: answer
         if not callable(answer):
-            self.settle()
+            self.answer_settle()
 
-    def settle(self) -> None:
-        """Find the answer now."""
+    def answer_settle(self) -> dict[str, Any]:
+        """Find the answer, where it is not known yet."""
         found = self.find()
         if self.options and str(found) not in self.options:
             raise ValueError(f"answer={found!r} must be one of the options {self.options}; correct it.")
         self.answer = str(found) if self.options else float(found)
-
-    def answer_measure(self) -> dict[str, Any]:
-        """Find the answer, where it was not known yet."""
-        self.settle()
         return {"answer": self.answer}
 
 

@@ -20,7 +20,7 @@ function render({ model, el }) {
   root.append(line, place);
   whenSeen(root, async () => {
     try {
-      const known = model.get("figure"), figure = known.data ? known : (await ask("draw", {}, WAIT_MS)).figure;
+      const known = model.get("figure"), figure = known.data ? known : (await ask("settle", {}, WAIT_MS)).figure;
       const plotly = await loadPlotly(ask);
       if (!alive) return;
       await plotly.newPlot(place, figure.data, figure.layout, { responsive: true, displaylogo: false });

@@ -24,13 +24,9 @@ class WaitingFigure(Widget):
         self.make: Callable[[], Any] = figure if callable(figure) else lambda: figure
         super().__init__()
 
-    def settle(self) -> None:
-        """Make the figure now."""
+    def answer_settle(self) -> dict[str, Any]:
+        """Make the figure, if it is not made yet."""
         self.figure = self.figure or json.loads(self.make().to_json())
-
-    def answer_draw(self) -> dict[str, Any]:
-        """Return the figure."""
-        self.settle()
         return {"figure": self.figure}
 
     def answer_script(self) -> dict[str, Any]:

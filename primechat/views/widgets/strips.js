@@ -1,25 +1,31 @@
 // A conversation as a heat strip, and the turn behind a cell.
 
-import { frame, h, number, select, tabs } from "./kit.js";
+import { asking, frame, h, more, number, select, tabs } from "./kit.js";
 
 function render({ model, el }) {
-  const { root, listen, end } = frame({ model, el }, "strips");
+  const { root, listen, later, end } = frame({ model, el }, "strips"), ask = asking(model, later);
   let group = 0, talk = 0, turn = 1, by = "entropy";
   const grid = h("div", { class: "pc-strips-grid", role: "grid" }), reading = h("div", { class: "pc-card pc-strips-reading", "aria-live": "polite" });
   const head = h("div", { class: "pc-row" }), about = h("p", { class: "pc-muted pc-strips-about" });
-  root.append(head, about, grid, reading);
+  const figure = (value, row) => number(value, row.full >= 10 ? 0 : 2); // words are whole
+  root.append(head, about, grid, more("What the rows say", h("table", { class: "pc-table" }, h("tbody", {}, ...model.get("rows").map((row) =>
+    h("tr", {}, h("td", { text: row.name }), h("td", { class: "pc-muted", text: `${row.about}; the strongest colour is ${figure(row.full, row)} or more` })))))), reading);
 
   const now = () => model.get("groups")[group]?.talks[talk];
   function drawHead() {
     const groups = model.get("groups");
     head.replaceChildren(
-      tabs({ label: "Who talks", options: groups.map((one, i) => [String(i), one.name]), value: String(group), input: (value) => { group = Number(value); talk = Math.min(talk, groups[group].talks.length - 1); drawHead(); draw(); } }),
+      tabs({ label: "Who talks", options: groups.map((one, i) => [String(i), one.name]), value: String(group), input: (value) => { group = Number(value); talk = Math.max(0, Math.min(talk, groups[group].talks.length - 1)); drawHead(); draw(); } }),
       select({ label: "Conversation", options: groups[group].talks.map((one, i) => [String(i), one.title]), value: String(talk), input: (value) => { talk = Number(value); draw(); } }));
-    about.textContent = groups[group].about;
+    about.textContent = groups[group].about ?? "";
   }
   function draw() {
     const chosen = now(), rows = model.get("rows");
-    if (!chosen) return;
+    if (!chosen) {
+      grid.replaceChildren();
+      reading.replaceChildren(h("p", { class: "pc-muted", role: "status", text: "The model is reading these conversations: some seconds …" }));
+      return;
+    }
     turn = Math.min(turn, chosen.turns.length - 1);
     grid.style.setProperty("--pc-turns", chosen.turns.length);
     grid.replaceChildren(h("span", { class: "pc-strips-name pc-muted", text: "turn" }), ...chosen.turns.map((_, t) => h("span", { class: "pc-strips-number", dataset: { loop: String(chosen.loop >= 0 && t >= chosen.loop) }, text: String(t) })),
@@ -27,7 +33,7 @@ function render({ model, el }) {
         const value = one.values[r], share = value === null ? 0 : Math.max(0, Math.min(1, value / row.full));
         return h("button", {
           type: "button", class: "pc-strips-cell", role: "gridcell", dataset: { t, r, chosen: String(t === turn) }, tabindex: t === turn && r === 0 ? 0 : -1, "data-lm-suppress-shortcuts": "true",
-          "aria-label": `turn ${t}, ${row.name} ${value === null ? "not measured" : number(value, 2)}`, title: value === null ? `${row.name}: nothing to measure` : `${row.name} ${number(value, 2)}: ${row.about}`,
+          "aria-label": `turn ${t}, ${row.name} ${value === null ? "not measured" : figure(value, row)}`, title: value === null ? `${row.name}: nothing to measure` : `${row.name} ${figure(value, row)}: ${row.about}`,
           text: value === null ? "·" : "", style: { "--pc-heat": `${Math.round(100 * share)}%` }, onclick: () => pick(t),
         });
       })]));
@@ -56,11 +62,14 @@ function render({ model, el }) {
         h("span", { class: "pc-strips-gap" }), select({ label: "Colour by", options: [["entropy", "entropy"], ["p", "improbability"], ["rank", "rank"]], value: by, input: (value) => { by = value; drawReading(); } })),
       before ? h("p", { class: "pc-muted pc-strips-before", text: `before: ${before.text || "(nothing)"}` }) : "",
       h("p", { class: "pc-strips-text" }, ...(tokens.length ? tokens : [one.text || "(nothing)"])),
-      h("p", { class: "pc-muted", text: rows.map((row, r) => `${row.name} ${one.values[r] === null ? "–" : number(one.values[r], 2)}`).join(" · ") }));
+      h("p", { class: "pc-muted", text: rows.map((row, r) => `${row.name} ${one.values[r] === null ? "–" : figure(one.values[r], row)}`).join(" · ") }));
   }
-  listen(["groups", "rows"], () => { group = Math.min(group, model.get("groups").length - 1); talk = 0; drawHead(); draw(); });
+  listen(["groups", "rows"], () => { group = Math.min(group, model.get("groups").length - 1); talk = Math.max(0, Math.min(talk, (model.get("groups")[group]?.talks.length ?? 1) - 1)); drawHead(); draw(); });
   drawHead();
   draw();
+  if (model.get("groups").some((one) => !one.talks.length)) {
+    ask("settle", {}, 300000).catch((error) => { about.textContent = `The other conversations could not be read: ${error.message}`; });
+  }
   return end;
 }
 

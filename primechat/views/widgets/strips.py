@@ -6,6 +6,7 @@ Reference: primechat.metrics.loops, MEASURES.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import traitlets
@@ -20,10 +21,18 @@ class TalkStrips(Widget):
         rows: for each measure, {"name", "about", "full"}: full is the value of the strongest colour.
         groups: {"name", "about", "talks"}; a talk is {"title", "loop", "turns"}, and a turn {"who", "text",
             "values": one a row or None, "tokens": [text, entropy, probability, rank] each}.
+        rest: return all groups, where `groups` has some without talks: so the first is seen before the others
+            are measured.
     """
 
     rows: Any = traitlets.List().tag(sync=True)
     groups: Any = traitlets.List().tag(sync=True)
 
-    def __init__(self, rows: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+    def __init__(self, rows: list[Any], groups: list[Any], rest: Callable[[], Any] | None = None) -> None:
+        self.rest = rest or (lambda: groups)
         super().__init__(rows=rows, groups=groups)
+
+    def answer_settle(self) -> dict[str, Any]:
+        """Bring the groups that are not there yet."""
+        self.groups = self.rest()
+        return {}
