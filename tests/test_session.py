@@ -214,7 +214,7 @@ def test_tools_are_shown_and_saved(tmp_path: Path) -> None:
     other.do("go_on", id=first)  # a reply that was loaded goes on from its text
     other.wait()
     assert read(other.nodes[first]).startswith("second")
-    with pytest.raises(ConfigError, match="not known"):
+    with pytest.raises(ConfigError, match="are unknown"):
         other.do("alternatives", id=other.do("open", index=0)["path"][1], index=0)
 
 
