@@ -108,7 +108,7 @@ def test_rank_correlation_against_scipy() -> None:
 def test_bad_vectors_get_a_sentence() -> None:
     with pytest.raises(ConfigError, match="give more points"):
         maps.fit_basis(np.zeros((2, 4)))
-    with pytest.raises(ConfigError, match="1 vectors are not finite"):
+    with pytest.raises(ConfigError, match="1 rows are not finite"):
         maps.cluster_rows(np.array([[1.0, 2], [np.nan, 1], [1, 1]]))
 
 

@@ -206,7 +206,7 @@ def test_bad_files(tmp_path: Path) -> None:
     good = json.loads(path.read_text())
     changes: list[tuple[dict[str, Any], str]] = [
         ({"peft_type": "IA3"}, "only LORA"), ({"use_dora": True}, "use_dora=T"), ({"bias": "all"}, "bias="),
-        ({"r": 3}, "rank 3 need"), ({"r": "x"}, "must be numbers"), ({"rank_pattern": {"c_q": 4}}, "several"),
+        ({"r": 3}, "rank 3 need"), ({"r": "x"}, "write numbers"), ({"rank_pattern": {"c_q": 4}}, "several"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ]  # fmt: skip
     for change, said in changes:
