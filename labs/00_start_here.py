@@ -30,27 +30,10 @@ def _():
 def _():
     from primechat.desk.session import open_chat
     from primechat.lab import exercise, predict, show
-    from primechat.lessons.instruments.firststeps import (
-        name_magnitude,
-        open_check,
-        open_download,
-        open_machine,
-    )
+    from primechat.lessons.instruments.firststeps import open_check, open_download, open_machine
     from primechat.lessons.start_here import EXERCISES
-    from primechat.store import list_models
 
-    return (
-        EXERCISES,
-        exercise,
-        list_models,
-        name_magnitude,
-        open_chat,
-        open_check,
-        open_download,
-        open_machine,
-        predict,
-        show,
-    )
+    return (EXERCISES, exercise, open_chat, open_check, open_download, open_machine, predict, show)
 
 
 @app.cell(hide_code=True)
@@ -69,15 +52,14 @@ def _(mo):
 
 
 @app.cell(hide_code=True)
-def _(list_models, name_magnitude, predict):
-    _size = next(entry.n_params for entry in list_models() if entry.shipped)
+def _(predict):
     predict(
-        "How many parameters has the model that ships with primechat?",
-        ["thousands", "millions", "billions"],
-        name_magnitude(_size),
-        why=f"It has **{_size:,}**. GPT-2, of 2019, had up to 1.5 billion, today's largest have about a "
-        "trillion. Small is enough to see how everything works, and too small to know anything "
-        "about the world.",
+        "At 250 words a minute: how long would you read what the model that ships was trained on?",
+        ["an evening", "a month of working days", "a lifetime"],
+        "a month of working days",
+        why="It is 2.5 million words of people's chats, some **165 hours**, and the model went through them "
+        "four times. Today's largest models have read trillions of words: tens of thousands of years. Small "
+        "is enough to see how everything works, and too small to know anything about the world.",
     )
     return
 

@@ -9,9 +9,10 @@ def _(mo):
     mo.md(r"""
     # How does noise become words, and what would the same run cost on 8 H200?
 
-    **Pretraining** shows a model text and asks, at every place, for the next token. It begins as noise.
-    Watch it learn letters, then words, then the shape of a talk. In the editor, the cells whose code you see
-    are the whole program: `primechat export 05` turns them into a script for rented GPUs.
+    **Pretraining** shows a model text and asks, at every place, for the next token. It begins as a
+    jumble of pieces. Watch it find the common ones, then their order, then the shape of a talk. In the
+    editor, the cells whose code you see are the whole program: `primechat export 05` turns them into a script
+    for rented GPUs.
     """)
     return
 

@@ -198,9 +198,9 @@ def _(many, summary):
 
 
 @app.cell(hide_code=True)
-def _(many, read_talks, show, study, talk):
+def _(many, read_talks, show, study, talk, trend):
     _found = read_talks(many.result.path) if many.result else None
-    show(talk.draw_bands(study.trace("entropy", _found), "Entropy, nats a token"))
+    show(talk.draw_bands(study.trace("entropy", _found), "Entropy, nats a token"), after=trend)
     return
 
 

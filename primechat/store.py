@@ -125,7 +125,7 @@ def locate_model(name: ModelName) -> tuple[Path, ModelName]:
     if name.tag:
         folder = root / FAMILIES[name.family] / name.tag
         if not folder.is_dir():
-            there = ", ".join(f.name for f in list_tags(root, name.family)[:8]) or "none"
+            there = ", ".join(f.name for f in list_tags(root, name.family)[:8]) or "none yet"
             kind = f"shipped/{name.family}" if name.shipped else name.family
             raise CheckpointError(
                 f"{folder} is missing, the tags of {kind} are: {there}; name one of those or train it."

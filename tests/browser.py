@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from primechat.desk.labs.twins import LabConfig, build_words
 
@@ -34,6 +34,7 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 ]  # fmt: skip
+expect.set_options(timeout=60_000)  # a busy machine is slow, not wrong
 HOSTS = ("run", "edit", "jupyter")
 # What hosts themselves say of things that no lab can help; anything else is a fault.
 HARMLESS = re.compile(

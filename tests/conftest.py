@@ -31,12 +31,6 @@ for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "FORCE_COLOR", "HF_TOKEN"):
 from browser import browser, hosts, lab_page, serve, shared  # noqa: E402, F401  # fixtures for every test
 
 
-@pytest.hookimpl(optionalhook=True)  # where pytest-xdist is
-def pytest_xdist_auto_num_workers() -> int:
-    """With `-n auto` one worker more than cores: browsers and servers are waited for much of the time."""
-    return (os.cpu_count() or 1) + 1
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Let workers of pytest-xdist ask for one test after another, so that all end together."""
     config.option.maxschedchunk = 1

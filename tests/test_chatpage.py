@@ -73,12 +73,12 @@ class Chat:
         self.line.press("Enter")
         if wait:
             new = self.page.locator(".pc-chat-reply .pc-chat-body").nth(n_replies)
-            new.wait_for(state="attached", timeout=30_000)
+            new.wait_for(state="attached", timeout=60_000)
             self.settle()
 
     def settle(self) -> None:
         self.page.wait_for_timeout(150)
-        self.page.get_by_role("button", name="Send", exact=True).wait_for(timeout=30_000)
+        self.page.get_by_role("button", name="Send", exact=True).wait_for(timeout=60_000)
         self.page.wait_for_timeout(80)
 
     @property

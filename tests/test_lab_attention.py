@@ -39,7 +39,7 @@ def check_heads(page: Page, truth: Any) -> None:
     """Point at a token and read what it reads; enlarge another head by mouse and by key."""
     heads = find(page, "heads")
     tokens = heads.locator(".pc-token")
-    expect(tokens).to_have_count(len(truth.ids), timeout=20_000)
+    expect(tokens).to_have_count(len(truth.ids), timeout=60_000)
     weights = capture(truth.model, truth.ids, points=["layer.*.attn.weights"]).stack("attn.weights")
     heads.locator(".pc-thumb").nth(1 * truth.model.config.n_head + 2).click()
     expect(heads.locator("h4").nth(1)).to_have_text("Layer 1, head 2")
@@ -58,7 +58,7 @@ def check_heads(page: Page, truth: Any) -> None:
     heads.locator("input[type=checkbox]").check()
     page.wait_for_function(
         "([node, old]) => [...node.querySelectorAll('canvas')].map((c) => c.toDataURL()).join() !== old",
-        arg=[heads.element_handle(), trained], timeout=20_000,
+        arg=[heads.element_handle(), trained], timeout=60_000,
     )  # fmt: skip
     heads.locator("input[type=checkbox]").uncheck()
 
@@ -75,19 +75,19 @@ def check_switches(page: Page, truth: Any) -> None:
         board.locator(f'.pc-switch[data-part="{part}"]').click()
         expect(board.locator(f'.pc-switch[data-part="{part}"]')).to_have_attribute("aria-checked", "false")
     cut = capture(truth.model, truth.ids, ablate=parts).losses.mean()
-    expect(stats.nth(1)).to_have_text(f"{cut:.2f}", timeout=20_000)
+    expect(stats.nth(1)).to_have_text(f"{cut:.2f}", timeout=60_000)
     assert board.locator(".pc-share-value").all_inner_texts() != before
     board.get_by_role("button", name="All on").click()
-    expect(stats.nth(1)).to_have_text(f"{whole:.2f}", timeout=20_000)
+    expect(stats.nth(1)).to_have_text(f"{whole:.2f}", timeout=60_000)
     board.get_by_role("button", name="Try each one alone").click()
     expect(board.get_by_text("Each number: how much the loss grows")).to_be_visible(timeout=90_000)
     alone = capture(truth.model, truth.ids, ablate=["layer.3.mlp"]).losses.mean() - whole
     shown = board.locator('.pc-switch[data-part="layer.3.mlp"]').inner_text().replace("−", "-")
     assert float(shown) == pytest.approx(float(alone), abs=0.011)
     board.get_by_role("tab", name="its words shuffled, twice").click()
-    expect(board.get_by_text("copying saves now")).to_be_visible(timeout=20_000)
+    expect(board.get_by_text("copying saves now")).to_be_visible(timeout=60_000)
     board.get_by_role("tab", name="your text").click()
-    expect(stats.nth(0)).to_have_text(f"{whole:.2f}", timeout=20_000)
+    expect(stats.nth(0)).to_have_text(f"{whole:.2f}", timeout=60_000)
 
 
 def check_lens(page: Page, truth: Any) -> None:
@@ -95,7 +95,7 @@ def check_lens(page: Page, truth: Any) -> None:
     lens = find(page, "lens")
     logits = capture(truth.model, truth.ids, points=["logits"])["logits"]
     rows = lens.locator("tbody tr")
-    expect(rows).to_have_count(truth.model.config.n_layer + 3, timeout=20_000)
+    expect(rows).to_have_count(truth.model.config.n_layer + 3, timeout=60_000)
     shown = rows.nth(truth.model.config.n_layer + 1).locator("td").all_inner_texts()
     want = [truth.tokenizer.token_bytes(int(i)).decode("utf-8", "replace") for i in logits.argmax(-1)]
     plain = [text.replace("·", " ").replace("⏎", "").strip() for text in shown]
@@ -112,7 +112,7 @@ def check_more(page: Page, truth: Any) -> None:
     for name, drawn in (("scores", ".pc-strip"), ("shares", ".pc-part"), ("neurons", ".pc-band")):
         view = find(page, name)
         view.locator("summary").click()
-        expect(view.locator(drawn).first).to_be_visible(timeout=30_000)
+        expect(view.locator(drawn).first).to_be_visible(timeout=60_000)
     shares = find(page, "shares")
     shown = [
         float(text.replace("−", "-")) for text in shares.locator(".pc-parts .pc-value").all_inner_texts()
@@ -124,7 +124,7 @@ def check_more(page: Page, truth: Any) -> None:
     patch = find(page, "patch")
     patch.locator("summary").click()
     patch.get_by_label("second prompt").fill("I")
-    expect(patch.get_by_text("must have equally many")).to_be_visible(timeout=30_000)
+    expect(patch.get_by_text("must have equally many")).to_be_visible(timeout=60_000)
     times = find(page, "time")
     times.locator("summary").click()
     if times.locator("input[type=range]").count():
@@ -133,7 +133,7 @@ def check_more(page: Page, truth: Any) -> None:
         page.keyboard.press("Home")
         page.wait_for_function(
             "([node, old]) => [...node.querySelectorAll('.pc-rung')].map((r) => r.innerText).join() !== old",
-            arg=[times.element_handle(), ",".join(first)], timeout=30_000,
+            arg=[times.element_handle(), ",".join(first)], timeout=60_000,
         )  # fmt: skip
 
 
@@ -142,16 +142,16 @@ def check_typing(page: Page, truth: Any) -> None:
     prompt = find(page, "prompt")
     prompt.locator("textarea").fill("one two one two one")
     ids = [truth.tokenizer.bos_id, *truth.tokenizer.encode("one two one two one")]
-    expect(page.locator(".pc-heads .pc-token")).to_have_count(len(ids), timeout=20_000)
+    expect(page.locator(".pc-heads .pc-token")).to_have_count(len(ids), timeout=60_000)
     loss = capture(truth.model, ids).losses.mean()
-    expect(find(page, "switches").locator(".pc-stat dd").first).to_have_text(f"{loss:.2f}", timeout=20_000)
-    expect(find(page, "lens").locator("thead th")).to_have_count(len(ids) + 1, timeout=20_000)
+    expect(find(page, "switches").locator(".pc-stat dd").first).to_have_text(f"{loss:.2f}", timeout=60_000)
+    expect(find(page, "lens").locator("thead th")).to_have_count(len(ids) + 1, timeout=60_000)
     find(page, "models").locator("select").select_option("shipped/sft")
     other = capture(lab.borrow_model("shipped/sft")[0], ids).losses.mean()
     assert f"{other:.2f}" != f"{loss:.2f}"
-    expect(find(page, "switches").locator(".pc-stat dd").first).to_have_text(f"{other:.2f}", timeout=20_000)
+    expect(find(page, "switches").locator(".pc-stat dd").first).to_have_text(f"{other:.2f}", timeout=60_000)
     find(page, "prompt").locator("textarea").fill("")
-    expect(page.get_by_text("Type at least two tokens.")).to_be_visible(timeout=20_000)
+    expect(page.get_by_text("Type at least two tokens.")).to_be_visible(timeout=60_000)
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -32,7 +32,7 @@ def type_text(lab: LabPage, text: str) -> None:
 
 def wait_settled(lab: LabPage) -> None:
     root, area = lab.page.locator(".pc-playground"), lab.page.locator(".pc-area")
-    for _ in range(400):
+    for _ in range(2400):  # a minute: a busy machine is slow, not wrong
         if root.get_attribute("data-shown") == str(len(area.input_value().encode("utf-16-le")) // 2):
             return
         lab.page.wait_for_timeout(25)

@@ -70,7 +70,7 @@ def test_map_over_the_shipped_snapshots(shared: Shared, lab_page: LabOpener) -> 
         point = truth.labels.index(film.locator(".pc-atlas-name").inner_text())
         near = truth.near("input", "PCA", 2, frame, point)
         lists.append([truth.labels[i] for i in near.true])
-        expect(film.locator(".pc-atlas-true .pc-atlas-near .pc-mono")).to_have_text(lists[-1], timeout=30_000)
+        expect(film.locator(".pc-atlas-true .pc-atlas-near .pc-mono")).to_have_text(lists[-1], timeout=60_000)
     assert lists[0] != lists[1]
     found.check()
 
@@ -97,18 +97,18 @@ def check_alive(page: Page, number: str) -> None:
         expect(page.locator(".pc-check")).to_contain_text(re.compile(r"\d\.\d\d"), timeout=120_000)
     elif number == "01":
         page.locator(".pc-area").fill("blueberry")
-        expect(page.locator('.pc-playground [data-name="characters"]')).to_have_text("9", timeout=30_000)
+        expect(page.locator('.pc-playground [data-name="characters"]')).to_have_text("9", timeout=60_000)
     elif number == "02":
         page.locator(".pc-prompt textarea").fill("red blue red blue")
         expect(page.locator(".pc-heads .pc-token")).to_have_count(
-            1 + len(open_model("shipped/base")[1].encode("red blue red blue")), timeout=30_000
+            1 + len(open_model("shipped/base")[1].encode("red blue red blue")), timeout=60_000
         )
     else:
         view = page.locator(".pc-atlas").first
         view.get_by_label("Find a token").fill("you")
-        expect(view.locator(".pc-atlas-find")).to_contain_text("found", timeout=30_000)
+        expect(view.locator(".pc-atlas-find")).to_contain_text("found", timeout=60_000)
         page.keyboard.press("Enter")
-        expect(view.locator(".pc-atlas-name")).to_contain_text("you", timeout=30_000)
+        expect(view.locator(".pc-atlas-name")).to_contain_text("you", timeout=60_000)
 
 
 # each lab once, in a host that keeps its kernel (edit, jupyter) or makes a new one (run)

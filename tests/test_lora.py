@@ -103,7 +103,7 @@ def test_dials_and_merging(rslora: bool) -> None:
     assert torch.allclose(decode(model), scaled, atol=1e-4)  # the short way through single tokens sees it too
     before = lora.merge(model)
     assert torch.allclose(model(IDS), scaled, atol=1e-4) and lora.list_adapters(model) == {"a": 0, "b": 0}
-    lora.unmerge(model, before)
+    model.load_state_dict({f"{path}.weight": weight for path, weight in before.items()}, strict=False)
     assert torch.equal(model(IDS), base)
     lora.turn_dial(model, "a", 1.5)
     assert torch.equal(model(IDS), scaled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -112,6 +113,29 @@ def test_failure_is_told_and_resume_offered() -> None:
     runner.act("start")
     wait_until(lambda: control.state == "failed")
     assert control.message == "RuntimeError: out of ink" and control.actions == [["again", "Run again"]]
+
+
+def test_run_of_an_earlier_day_is_taken_up(base_dir: Path) -> None:
+    folder = base_dir / "base_checkpoints" / "lab05"
+    folder.mkdir(parents=True)
+    told = [make_step(1), make_step(2), DoneEvent(step=2, elapsed_s=1.0, stopped=True)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(asdict(event)) + "\n" for event in told))
+    asked: list[PretrainConfig] = []
+
+    def go_on(config: PretrainConfig, *, on_event: Any, stop: threading.Event) -> TrainResult:
+        asked.append(config)
+        on_event(PhaseEvent(name="training base/lab05", total=100, unit="steps"))
+        on_event(make_step(3))
+        return make_result()
+
+    runner, control = start_runner(go_on, PretrainConfig(tag="lab05"))
+    assert (control.state, control.message) == ("stopped", "base/lab05 is here already.")
+    assert [word for word, _ in control.actions] == ["resume", "afresh"] and control.result.step == 2
+    assert len(control.view["train"]) == 2
+    runner.act("resume")
+    wait_until(lambda: control.state == "done")
+    assert asked[0].resume and [x for x, _ in control.view["train"]] == [1, 2, 3], "the curve goes on"
+    assert start_runner(go_on, PretrainConfig(tag="other"))[1].state == "ready"
 
 
 def test_run_ends_with_its_cell_and_at_exit(monkeypatch: pytest.MonkeyPatch) -> None:

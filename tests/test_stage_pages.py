@@ -121,7 +121,7 @@ def test_press_while_cells_run_again_is_kept(
         steps.fill(str(wanted))
         page.wait_for_timeout(delay_ms)
         start.click()
-        page.locator(".pc-stage .pc-stat", has_text=f"of {wanted:,}").wait_for(timeout=30_000)
+        page.locator(".pc-stage .pc-stat", has_text=f"of {wanted:,}").wait_for(timeout=60_000)
         page.wait_for_timeout(3000)  # every cell has run again: nothing has stopped the run
         page.locator(".pc-stage .pc-badge", has_text="Running").wait_for(timeout=5000)
         page.get_by_role("button", name="Stop and save").click()

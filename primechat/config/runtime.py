@@ -161,4 +161,4 @@ def check_number(
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not number or not low <= value <= (float("1e18") if high is None else high):  # type: ignore[operator]
         bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise ConfigError(f"{name}={value!r} must be {kind} {bounds}; set it to one.")
+        raise ConfigError(f"{name}={value!r} must be {kind} {bounds}; choose such a number.")

@@ -64,8 +64,8 @@ class PretrainConfig:
     steps: int = 0
     """Optimizer steps; 0 derives them from `seconds`, else from `tokens_per_param`."""
     seconds: float = 0.0
-    """Training time to fill, compilation included, validation not; steps are fixed by measuring before the
-    first one.
+    """Training time to fill, compilation included, validation not; steps are counted before the first one,
+    and once more after a tenth of the time.
     """
     tokens_per_param: float = 20.0
     """Training tokens a parameter, where neither steps nor seconds is given."""

@@ -194,15 +194,6 @@ def merge(model: GPT) -> dict[str, Tensor]:
     return before
 
 
-@torch.no_grad()
-def unmerge(model: GPT, before: Mapping[str, Tensor]) -> None:
-    """Put back the weights that `merge` returned; dials stay at 0 until they are turned."""
-    maps = list_targets(model)
-    for path, weight in before.items():
-        maps[path].weight.copy_(weight)
-    model.plan = None
-
-
 def weight_changes(model: GPT) -> dict[str, Tensor]:
     """Return dW (out, in) of each adapted map by its path, in float32."""
     found = {p: m.adapter.change() for p, m in list_targets(model).items() if m.adapter is not None}

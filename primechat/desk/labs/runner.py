@@ -14,12 +14,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from primechat import store
 from primechat.desk.labs.forms import renew_config
-from primechat.errors import explain_error
-from primechat.records import Event, count_noun
+from primechat.errors import PrimechatError, explain_error
+from primechat.records import Event, TrainResult, count_noun
 from primechat.views.widgets.figure import WaitingFigure
 from primechat.views.widgets.kit import Widget
 from primechat.views.widgets.runs import RunLog, StageControl
@@ -27,6 +28,7 @@ from primechat.views.widgets.runs import RunLog, StageControl
 SEND_EVERY_S, BEAT_EVERY_S = 0.3, 1.0
 END_WAIT_S = 20.0  # for a run to save when the kernel exits
 AHEAD_S = 60.0  # until the cell of a run that began with newer settings than its own has been given them too
+RUNS = {"PretrainConfig": "base", "FinetuneConfig": "sft", "LoRAConfig": "lora"}  # settings: family
 # While a lab is made into a page, or where PRIMECHAT_STILL=1, stages wait for a Start that nobody presses.
 still = os.environ.get("PRIMECHAT_STILL") == "1"
 
@@ -100,6 +102,9 @@ class Runner:
         self.thread: threading.Thread | None = None
         self.state: dict[str, Any] = {}
         self.offer("ready")
+        if (old := find_earlier(config)) is not None:
+            self.log.take_up(old.identifier, old.events)
+            self.offer("stopped" if old.stopped else "done", f"{old.identifier} is here already.", old)
 
     @property
     def is_busy(self) -> bool:
@@ -231,6 +236,14 @@ def find_cell() -> str:
     """Return the identity of the present Jupyter cell, empty where there is none."""
     shell = find_shell()
     return str(shell.get_parent().get("metadata", {}).get("cellId", "")) if shell is not None else ""
+
+
+def find_earlier(config: Any) -> TrainResult | None:
+    """Return what came of a run that bears the name in a config, None where there is none."""
+    family = RUNS.get(type(config).__name__, "")
+    with suppress(PrimechatError):
+        return store.load_run(store.run_dir(family, config.tag)) if family else None
+    return None
 
 
 def name_run(function: Callable[..., Any], config: Any) -> tuple[Any, str]:

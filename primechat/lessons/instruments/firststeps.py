@@ -33,7 +33,6 @@ EXTRAS = {
     "umap": "the map of lab 03",
     "tiktoken": "other tokenizers",
 }
-MAGNITUDES = (("thousands", 1e6), ("millions", 1e9), ("billions", 1e12), ("trillions", float("inf")))
 
 
 def open_machine() -> MachineCard:
@@ -78,11 +77,6 @@ def name_device() -> tuple[str, str]:
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         return "Apple silicon", "its GPU is used where it is the faster one"
     return "the CPU", "all labs are made for that; a GPU is not needed"
-
-
-def name_magnitude(number: float) -> str:
-    """Return how large a number is: thousands, millions, billions or trillions."""
-    return next(name for name, limit in MAGNITUDES if number < limit)
 
 
 def open_check() -> CheckCard:

@@ -149,7 +149,8 @@ function render({ model, el }) {
           ...options(chosen).map((id) => h("option", { value: id, text: id, selected: id === chosen }))),
         state.chosen.length > 1 && h("button", { type: "button", class: "pc-chat-x", "aria-label": `Leave out ${chosen}`, text: "×", onclick: () => put(i, null) }))),
       state.chosen.length < Math.min(4, state.models.length) && button("+ Compare", () => {
-        const free = all.find((id) => !state.chosen.includes(id));
+        const others = all.filter((id) => !state.chosen.includes(id)); // one that chats, else one that is well trained
+        const free = ["sft/", "shipped/sft", "shipped/base", ""].map((kind) => others.find((id) => id.startsWith(kind))).find(Boolean);
         if (free) put(state.chosen.length, free);
       }, { title: "Ask another model the same, side by side" }),
     ].filter(Boolean));

@@ -191,7 +191,7 @@ function drawStage({ model, root, listen, later }) {
     const amount = view.unit === "s" ? "" : view.unit === "bytes" ? `${number(view.done / 1e6, 1)} of ${number(view.total / 1e6, 1)} MB` : view.total ? `${number(view.done)} of ${number(view.total)} ${view.unit}` : view.done ? `${number(view.done)} ${view.unit}` : "";
     const [what, why] = (view.phase || "getting ready").split(/: (.*)/s);
     phase.replaceChildren(...(on ? [h("strong", { text: what[0].toUpperCase() + what.slice(1) }), h("span", { class: "pc-muted", text: [why, amount].filter(Boolean).join(" · ") })] : []));
-    left.textContent = on && view.left_s !== null && view.left_s !== undefined ? `about ${clock(view.left_s)} left` : "";
+    left.textContent = on && view.left_s !== null && view.left_s !== undefined ? `${view.unit === "s" ? "this takes " : ""}about ${clock(view.left_s)}${view.unit === "s" ? " more" : " left"}` : "";
     bar.hidden = !on;
     bar.setAttribute("aria-valuenow", Math.round(share * 100));
     bar.classList.toggle("pc-unsure", on && !view.total);

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import traitlets
@@ -51,6 +51,12 @@ class RunLog:
         self.losses: list[LossEvent] = []
         self.last: StepEvent | None = None
         self.saved: int | None = None
+
+    def take_up(self, identifier: str, events: Sequence[Mapping[str, Any]]) -> None:
+        """Begin with what a run told before; if it goes on, so do its curves."""
+        self.training = PhaseEvent(name=f"training {identifier}", unit="steps")
+        for event in events:
+            self.add(build_event(event))
 
     def add(self, event: Event) -> None:
         """Take in an event."""
