@@ -112,7 +112,7 @@ def test_tour_in_a_browser(shared: Callable[..., Any], lab_page: Callable[..., A
     """Five minutes in seconds: guess, check, talk, ask for a size without a network."""
     found = lab_page(shared("run", find_lab("00")))
     page = found.page
-    page.get_by_label("millions").check()
+    page.get_by_label("a month of working days").check()
     page.get_by_role("button", name="Show the answer").click()
     page.locator(".pc-prediction .pc-mark", has_text="right: your guess").wait_for()
     page.get_by_role("button", name="Check it").click()
