@@ -119,7 +119,8 @@ def test_run_of_an_earlier_day_is_taken_up(base_dir: Path) -> None:
     folder = base_dir / "base_checkpoints" / "lab05"
     folder.mkdir(parents=True)
     told = [make_step(1), make_step(2), DoneEvent(step=2, elapsed_s=1.0, stopped=True)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(asdict(event)) + "\n" for event in told))
+    lines = [*map(asdict, told), {"kind": "of another version"}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     asked: list[PretrainConfig] = []
 
     def go_on(config: PretrainConfig, *, on_event: Any, stop: threading.Event) -> TrainResult:

@@ -10,6 +10,7 @@ import dataclasses
 import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import traitlets
@@ -56,7 +57,8 @@ class RunLog:
         """Begin with what a run told before; if it goes on, so do its curves."""
         self.training = PhaseEvent(name=f"training {identifier}", unit="steps")
         for event in events:
-            self.add(build_event(event))
+            with suppress(KeyError, TypeError):  # of another version
+                self.add(build_event(event))
 
     def add(self, event: Event) -> None:
         """Take in an event."""
