@@ -103,9 +103,10 @@ def test_loss_is_the_formula(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     plain = 0.3 * ce + 0.7 * 2.5**2 * far
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
     plain.backward()
-    for name, p in student.named_parameters():
-        if name in got:
-            assert torch.allclose(got[name], p.grad, atol=1e-3 * float(p.grad.abs().max()) + 1e-6), name
+    grads = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    noise = 1e-6 * max(float(grad.abs().max()) for grad in grads.values())  # of sums that come to 0
+    for name, grad in grads.items():
+        assert torch.allclose(got[name], grad, atol=1e-3 * float(grad.abs().max()) + noise), name
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["asked", "cached"])
