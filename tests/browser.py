@@ -3,7 +3,7 @@ starts it, `marimo edit`, JupyterLab.
 
 Every test can ask for the fixtures `browser`, `serve`, `shared` and `lab_page`. A server gets a free port, no
 token and a base directory of its own. What `serve` starts ends with the test; `shared` starts each host once
-in a process of tests, for labs in which nothing is trained.
+in a process of tests, for labs that write nothing: those of labs/ and the small ones of tests/labs/.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from primechat.desk.labs.twins import LabConfig, build_words
+from primechat.desk.labs.twins import LabConfig, build_words, write_twin
 
 ROOT = Path(__file__).resolve().parent.parent
+SMALL_LABS = ROOT / "tests" / "labs"
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
@@ -148,7 +149,7 @@ def start_host(
     words, url = build_command(host, path, port), f"http://127.0.0.1:{port}"
     places = {"JUPYTER_CONFIG_DIR": "jupyter", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython"}
     env = {
-        **os.environ, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": str(ROOT),
+        **os.environ, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         **{name: str(scratch / folder) for name, folder in places.items()},
         "JUPYTERLAB_SETTINGS_DIR": str(scratch / "settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(scratch / "spaces"),
@@ -208,7 +209,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 @pytest.fixture(scope="session")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], tuple[Server, Path]]]:
-    """Hosts of a copy of labs/; each starts when it is first asked for."""
+    """Hosts of a copy of labs/ and tests/labs/; each starts when it is first asked for."""
     found: dict[str, Server] = {}
     with contextlib.ExitStack() as stack:
 
@@ -216,6 +217,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
             folder = tmp_path_factory.getbasetemp() / "shared"
             if not folder.exists():
                 shutil.copytree(ROOT / "labs", folder / "labs")
+                shutil.copytree(SMALL_LABS, folder / "labs", dirs_exist_ok=True)
                 shutil.copy(ROOT / "pyproject.toml", folder)
             if host not in found:
                 scratch = tmp_path_factory.mktemp(host)
@@ -237,7 +239,9 @@ def shared(hosts: Callable[[str], tuple[Server, Path]]) -> Iterator[Callable[[st
         nonlocal kernels
         server, labs = hosts(host)
         name = f"notebooks/{path.stem}.ipynb" if host == "jupyter" else path.name
-        opened.append((labs / name, ROOT / "labs" / name))
+        if host == "jupyter" and path.parent == SMALL_LABS:
+            (labs / name).write_text(write_twin(path), encoding="utf-8")
+        opened.append((labs / name, read_source(labs / name)))
         if host != "jupyter":
             return f"{server.url}/?file={name}"
         kernels = f"{server.url}/api/kernels"
@@ -250,8 +254,8 @@ def shared(hosts: Callable[[str], tuple[Server, Path]]) -> Iterator[Callable[[st
         for kernel in running:
             wish = urllib.request.Request(f"{kernels}/{kernel['id']}", method="DELETE")
             urllib.request.urlopen(wish).close()
-    for mine, original in opened:
-        assert read_source(mine) == read_source(original), "opening a lab rewrites it"
+    for mine, source in opened:
+        assert read_source(mine) == source, "opening a lab rewrites it"
 
 
 def read_source(path: Path) -> list[str]:

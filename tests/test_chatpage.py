@@ -11,31 +11,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("playwright", reason="needs the extra test")
-from browser import ROOT, Browser, LabPage, Server, measure_load, run_all_cells, start_host  # noqa: E402
+from browser import ROOT, SMALL_LABS, Browser, LabPage, measure_load, run_all_cells  # noqa: E402
 
 pytestmark = pytest.mark.slow
-APP = """
-import marimo
-
-app = marimo.App(width="full")
-
-
-@app.cell
-def _():
-    import sys
-
-    sys.path.insert(0, {tests!r})
-    from chat_pages import open_page
-
-    from primechat.lab import show
-
-    show(open_page())
-    return
-
-
-if __name__ == "__main__":
-    app.run()
-"""
 HOSTILE = [
     "<script>window.pwned = 1</script>",
     "<img src=x onerror='window.pwned = 2'>",
@@ -46,15 +24,6 @@ HOSTILE = [
     "**never [closed `and _so ~~on\n\n- <b>list\n> quote <i>\n```html\n<script>window.pwned = 8</script>",
     "[ok](https://example.org/a_b) and JaVaScRiPt:window.pwned=9 [c](  java\tscript:window.pwned=10 )",
 ]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    scratch = tmp_path_factory.mktemp("chat")
-    path = scratch / "page.py"
-    path.write_text(APP.format(tests=str(Path(__file__).parent)), encoding="utf-8")
-    with start_host("run", path, scratch) as found:
-        yield found
 
 
 class Chat:
@@ -99,8 +68,8 @@ class Chat:
 
 
 @pytest.fixture
-def chat(server: Server, lab_page: Callable[..., LabPage]) -> Iterator[Chat]:
-    found = Chat(lab_page(server.url))
+def chat(shared: Callable[..., str], lab_page: Callable[..., LabPage]) -> Iterator[Chat]:
+    found = Chat(lab_page(shared("run", SMALL_LABS / "echo.py")))
     yield found
     found.opened.check()
 
@@ -301,13 +270,13 @@ def test_long_talks_stay_smooth(chat: Chat, tmp_path: Path) -> None:
     )
 
 
-def test_two_people_on_one_server(chat: Chat, server: Server, browser: Browser) -> None:
+def test_two_people_on_one_server(chat: Chat, browser: Browser) -> None:
     chat.say("my secret")
     context: Any = browser.new_context()
     try:
         page = context.new_page()
-        page.goto(server.url)
-        other = Chat(LabPage(page, server.url))
+        page.goto(chat.opened.url)
+        other = Chat(LabPage(page, chat.opened.url))
         other.say("who is there?")
         assert other.said == ["who is there?"] and "secret" not in page.locator("body").inner_text()
     finally:
@@ -315,7 +284,7 @@ def test_two_people_on_one_server(chat: Chat, server: Server, browser: Browser) 
     assert chat.said == ["my secret"]
 
 
-def test_lab_10_chats_in_jupyterlab(shared: Callable[..., str], lab_page: Callable[..., LabPage]) -> None:
+def test_lab_10_chats_in_jupyter(shared: Callable[..., str], lab_page: Callable[..., LabPage]) -> None:
     """The twin with the model that ships: a message, its reply and figures, stop, copy."""
     opened = lab_page(shared("jupyter", ROOT / "labs" / "10_chat.py"))
     run_all_cells(opened.page, timeout_s=240)

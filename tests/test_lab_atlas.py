@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import ROOT, LabPage, Server, measure_load, run_all_cells
+from browser import ROOT, SMALL_LABS, LabPage, Server, measure_load, run_all_cells
 from matplotlib.image import imread
 from playwright.sync_api import Locator, Page, expect
 
@@ -24,27 +24,6 @@ LAB = ROOT / "labs" / "03_embedding_atlas.py"
 SCATTER = 'e => e.closest(".pc-atlas").scatter'
 pytestmark = pytest.mark.slow
 
-BIG = """
-import marimo
-app = marimo.App(width="medium")
-@app.cell
-def _():
-    import numpy as np
-    from primechat import lab
-    from primechat.metrics.embeddings.atlas import Atlas
-    from primechat.records import Channel
-    from primechat.views.widgets.atlas import AtlasView
-    class Big(Atlas):
-        def load(self, space):
-            return np.random.default_rng(0).normal(size=(2, 65536, 8)).astype("float32")
-        def describe(self, space):
-            kinds = Channel(key="kind", title="kind", values=np.arange(65536) % 6, names=tuple("abcdef"))
-            return tuple(f"token{i}" for i in range(65536)), ("0", "1"), (kinds,)
-    lab.show(AtlasView(Big({"all": "many points"}), picked=17))
-    return
-if __name__ == "__main__":
-    app.run()
-"""
 NO_WEBGL = """
 const real = HTMLCanvasElement.prototype.getContext;
 HTMLCanvasElement.prototype.getContext = function (kind, ...rest) {
@@ -200,7 +179,7 @@ def test_umap_goes_on_in_the_background(shared: Callable[..., str], lab_page: Ca
     found.check()
 
 
-def test_twin_is_coloured_and_alive(
+def test_twin_is_coloured_and_alive_in_jupyter(
     shared: Callable[..., str], lab_page: Callable[..., LabPage], truth: Any
 ) -> None:
     """JupyterLab draws a widget before it stands in the page: colours come later."""
@@ -222,15 +201,11 @@ def test_twin_is_coloured_and_alive(
 
 
 @pytest.mark.parametrize("painter", ["WebGL", "canvas"])
-def test_many_points(
-    painter: str, serve: Callable[..., Server], lab_page: Callable[..., LabPage], tmp_path: Path
-) -> None:
-    path = tmp_path / "big.py"
-    path.write_text(BIG)
+def test_many_points(painter: str, shared: Callable[..., str], lab_page: Callable[..., LabPage]) -> None:
     found = lab_page("about:blank")
     if painter == "canvas":
         found.page.add_init_script(NO_WEBGL)
-    found.page.goto(serve("run", path).url)
+    found.page.goto(shared("run", SMALL_LABS / "points.py"))
     page, view = found.page, find_atlas(found.page, 0)
     scatter = view.locator(".pc-scatter")
     if scatter.get_attribute("data-painter") != painter:

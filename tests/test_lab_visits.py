@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,13 +113,11 @@ def check_alive(page: Page, number: str) -> None:
 # each lab once, in a host that keeps its kernel (edit, jupyter) or makes a new one (run)
 @pytest.mark.parametrize("number, host", [("00", "run"), ("01", "edit"), ("02", "jupyter"), ("03", "run")])
 def test_closed_in_mid_work_and_opened_again(
-    number: str, host: str, serve: Serve, lab_page: LabOpener, tmp_path: Path
+    number: str, host: str, serve: Serve, shared: Shared, lab_page: LabOpener
 ) -> None:
     """The tab goes while something is under way; the lab that is opened again answers, without errors."""
-    path = find_lab(number)
-    if host == "jupyter":
-        path = Path(shutil.copy(ROOT / "labs" / "notebooks" / f"{path.stem}.ipynb", tmp_path))
-    server = serve(host, path)
+    path = find_lab(number)  # the shared editor's kernels end with their page
+    url = serve(host, path).url if host == "edit" else shared(host, path)
     first = {
         "00": ".pc-check",
         "01": ".pc-token",
@@ -128,7 +125,7 @@ def test_closed_in_mid_work_and_opened_again(
         "03": ".pc-scatter[data-painter]",
     }
     for visit in range(2):
-        found = lab_page(server.url)
+        found = lab_page(url)
         if host == "jupyter":
             run_all_cells(found.page, 180)
         found.page.wait_for_selector(first[number], timeout=120_000, state="attached")

@@ -160,6 +160,7 @@ def test_bytes_and_numbers_travel() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", twins.list_labs(), ids=lambda path: path.stem)
 def test_every_lab_is_a_page(path: Path, tmp_path: Path, lab_page: Callable[..., Any]) -> None:
+    """Every cell runs, as in a script, and its widgets are drawn; stages, which take minutes, wait."""
     page = tmp_path / "page.html"
     page.write_text(pages.write_lab(path), encoding="utf-8")
     assert page.stat().st_size < 25e6

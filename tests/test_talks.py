@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,69 +186,24 @@ def test_variants_and_generations_are_measured(
 
 
 @pytest.mark.slow
-def test_strips_on_a_page(tmp_path: Path) -> None:
+def test_strips_on_a_page(shared: Callable[..., str], lab_page: Callable[..., Any]) -> None:
     """Cells, keys and the reading below, in Chromium, without a model."""
-    browser = pytest.importorskip("browser", reason="needs playwright")
-    app = tmp_path / "strips.py"
-    app.write_text(STRIPS, encoding="utf-8")
-    import shutil
-
-    from playwright.sync_api import sync_playwright
-
-    path = shutil.which("chromium")
-    if not path:
-        pytest.skip("needs Chromium")
-    with browser.start_host("run", app, tmp_path) as server, sync_playwright() as driver:
-        page = driver.chromium.launch(executable_path=path, args=browser.FLAGS).new_page()
-        page.goto(server.url)
-        page.get_by_text("guess above first").wait_for(timeout=60_000)
-        assert not page.locator(".pc-strips-cell").first.is_visible(), "the answer is not beside the guess"
-        page.get_by_text("right", exact=True).click()
-        assert not page.locator(".pc-strips-cell").first.is_visible(), "nor before it is asked for"
-        page.get_by_role("button", name="Show the answer").click()
-        page.locator(".pc-strips-cell").first.wait_for(timeout=60_000)
-        assert page.get_by_text("guess above first").is_hidden()
-        assert page.locator(".pc-strips-cell").count() == 6
-        page.locator(".pc-strips-cell[data-t='2'][data-r='0']").click()
-        assert "<b>third</b>" in page.locator(".pc-strips-text").inner_text()
-        assert page.locator(".pc-strips-text b").count() == 0
-        page.keyboard.press("ArrowLeft")
-        assert "second" in page.locator(".pc-strips-text").inner_text()
-        assert "goes round from turn 1 on" in page.locator(".pc-strips-reading").inner_text()
-        page.get_by_role("tab", name="other").click()
-        assert page.locator(".pc-strips-cell").count() == 2
-
-
-STRIPS = """
-import marimo
-
-app = marimo.App()
-
-
-@app.cell
-def _():
-    from primechat.lab import predict, show
-    from primechat.views.widgets.strips import TalkStrips
-
-    def turn(text, a, b):
-        return {"who": "x", "text": text, "values": [a, b], "tokens": [[text, 1.0, 0.5, 0]]}
-
-    rows = [{"name": n, "about": n, "full": 1.0} for n in ("one", "two")]
-    turns = [turn("first", None, 0.5), turn("second", 1, 2), turn("<b>third</b>", 0, 0)]
-    talks = [{"title": "t", "loop": 1, "turns": turns}]
-    groups = [{"name": "main", "about": "", "talks": talks}]
-    alone = [{"title": "o", "loop": -1, "turns": [turn("alone", 1, 1)]}]
-    groups.append({"name": "other", "about": "", "talks": alone})
-    show(TalkStrips(rows, groups), after="Which?")
-    return (predict,)
-
-
-@app.cell
-def _(predict):
-    predict("Which?", ("left", "right"), "left")
-    return
-
-
-if __name__ == "__main__":
-    app.run()
-"""
+    found = lab_page(shared("run", ROOT / "tests" / "labs" / "strips.py"))
+    page = found.page
+    page.get_by_text("guess above first").wait_for(timeout=60_000)
+    assert not page.locator(".pc-strips-cell").first.is_visible(), "the answer is not beside the guess"
+    page.get_by_text("right", exact=True).click()
+    assert not page.locator(".pc-strips-cell").first.is_visible(), "nor before it is asked for"
+    page.get_by_role("button", name="Show the answer").click()
+    page.locator(".pc-strips-cell").first.wait_for(timeout=60_000)
+    assert page.get_by_text("guess above first").is_hidden()
+    assert page.locator(".pc-strips-cell").count() == 6
+    page.locator(".pc-strips-cell[data-t='2'][data-r='0']").click()
+    assert "<b>third</b>" in page.locator(".pc-strips-text").inner_text()
+    assert page.locator(".pc-strips-text b").count() == 0
+    page.keyboard.press("ArrowLeft")
+    assert "second" in page.locator(".pc-strips-text").inner_text()
+    assert "goes round from turn 1 on" in page.locator(".pc-strips-reading").inner_text()
+    page.get_by_role("tab", name="other").click()
+    assert page.locator(".pc-strips-cell").count() == 2
+    found.check()

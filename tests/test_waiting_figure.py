@@ -8,54 +8,14 @@ from typing import Any
 
 import plotly.graph_objects as go
 import pytest
+from browser import SMALL_LABS, run_all_cells
 
-from primechat.desk.labs import pages, twins
+from primechat.desk.labs import pages
 from primechat.desk.labs.runner import show
 from primechat.views.widgets.controls import Prediction
 from primechat.views.widgets.figure import WaitingFigure
 
-LAB = """
-import marimo
-
-app = marimo.App()
-
-
-@app.cell
-def _():
-    from primechat.lab import predict, show
-    import plotly.graph_objects as go
-
-    def find():
-        print("COMPUTED")
-        return 37
-
-    def draw():
-        print("COMPUTED")
-        return go.Figure(go.Scatter(y=[3, 1, 2]), layout_title_text="a function")
-    return draw, find, go, predict, show
-
-
-@app.cell
-def _(find, predict):
-    predict("How much?", (0, 100), find, why="Because.")
-    return
-
-
-@app.cell
-def _(go, show):
-    show(go.Figure(go.Bar(y=[1, 2, 3]), layout_title_text="a figure"), after="How much?")
-    return
-
-
-@app.cell
-def _(draw, show):
-    show(draw, after="How much?")
-    return
-
-
-if __name__ == "__main__":
-    app.run()
-"""
+LAB = SMALL_LABS / "waiting.py"
 
 
 def test_what_waits_is_made_once_and_late() -> None:
@@ -102,17 +62,9 @@ def guess_and_look(page: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("host", ["run", "jupyter"])
 def test_figures_wait_for_the_guess(
-    host: str, tmp_path: Path, serve: Callable[..., Any], lab_page: Callable[..., Any]
+    host: str, shared: Callable[..., str], lab_page: Callable[..., Any]
 ) -> None:
-    from browser import run_all_cells
-
-    path = tmp_path / "lab.py"
-    path.write_text(LAB, encoding="utf-8")
-    if host == "jupyter":
-        twin = path.with_suffix(".ipynb")
-        twin.write_text(twins.write_twin(path), encoding="utf-8")
-        path = twin
-    found = lab_page(serve(host, path).url)
+    found = lab_page(shared(host, LAB))
     if host == "jupyter":
         run_all_cells(found.page)
         said = found.page.locator(".jp-OutputArea-output", has_text="COMPUTED")
@@ -123,10 +75,8 @@ def test_figures_wait_for_the_guess(
 
 @pytest.mark.slow
 def test_figures_wait_in_a_page_too(tmp_path: Path, lab_page: Callable[..., Any]) -> None:
-    path = tmp_path / "lab.py"
-    path.write_text(LAB, encoding="utf-8")
     page = tmp_path / "page.html"
-    page.write_text(pages.write_lab(path), encoding="utf-8")
+    page.write_text(pages.write_lab(LAB), encoding="utf-8")
     found = lab_page(f"file://{page}", offline=True)
     guess_and_look(found.page)
     found.check()

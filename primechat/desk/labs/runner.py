@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import os
 import re
 import sys
 import threading
@@ -29,8 +28,7 @@ SEND_EVERY_S, BEAT_EVERY_S = 0.3, 1.0
 END_WAIT_S = 20.0  # for a run to save when the kernel exits
 AHEAD_S = 60.0  # until the cell of a run that began with newer settings than its own has been given them too
 RUNS = {"PretrainConfig": "base", "FinetuneConfig": "sft", "LoRAConfig": "lora"}  # settings: family
-# While a lab is made into a page, or where PRIMECHAT_STILL=1, stages wait for a Start that nobody presses.
-still = os.environ.get("PRIMECHAT_STILL") == "1"
+still = False  # while a lab is made into a page: its stages wait for a Start that nobody presses
 
 
 def in_marimo() -> bool:
