@@ -106,9 +106,8 @@ def choose_tag(root: Path, family: str) -> Path | None:
     depths = {folder: int(folder.name[1:]) for folder in folders if re.fullmatch(r"d\d{1,9}", folder.name)}
     if depths:
         return max(depths, key=lambda folder: depths[folder])
-    return max(
-        folders, key=lambda folder: max(path.stat().st_mtime_ns for path in folder.glob("meta_*.json"))
-    )
+    ages = {folder: max(p.stat().st_mtime_ns for p in folder.glob("meta_*.json")) for folder in folders}
+    return max(folders, key=lambda folder: ages[folder])
 
 
 def locate_model(name: ModelName) -> tuple[Path, ModelName]:
@@ -406,9 +405,8 @@ def load_run(path: str | Path) -> TrainResult:
     if config is None and (run / "config.json").is_file():
         model = read_json(run / "config.json").get("model")
         config = decode_config(model, GPTConfig, f"{run / 'config.json'}: model") if model else None
-    trained, losses, done = (
-        [e for e in events if e.get("kind") == kind] for kind in ("step", "loss", "done")
-    )
+    kinds = ("step", "loss", "done")
+    trained, losses, done = ([e for e in events if e.get("kind") == kind] for kind in kinds)
     seconds = [take_number(e, "tokens") / (take_number(e, "tokens_per_s") or math.inf) for e in trained]
     tokens, train_s = int(sum(take_number(e, "tokens") for e in trained)), sum(seconds)
     end: dict[str, Any] = done[-1] if done else {"stopped": True}

@@ -32,22 +32,25 @@ from browser import browser, hosts, lab_page, serve, shared  # noqa: E402, F401 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let workers of pytest-xdist ask for one test after another, so that all end together; what shares hosts
-    runs on one of them.
-    """
+    """Let workers of pytest-xdist take groups, and else one test after another, so that all end together."""
     config.option.maxschedchunk = 1
     if getattr(config.option, "dist", "") == "load":
         config.option.dist = "loadgroup"
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto` starts one worker more than there are cores: two of them wait for pages half of the time."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.hookimpl(tryfirst=True)  # xdist looks for groups in this hook too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes long; what is short fills the end. Hosts start once: tests that share JupyterLab
-    run on one worker, those that share marimo's on one worker too.
+    """Begin with what takes long; what is short fills the end. Tests in a browser run on two workers, one of
+    them for JupyterLab: so shared hosts start once, and no more than two pages are open at a time.
     """
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
-        if "shared" in getattr(item, "fixturenames", ()):
+        if "browser" in getattr(item, "fixturenames", ()):
             call = getattr(item, "callspec", None)
             is_jupyter = "jupyter" in (call.params.get("host") if call else "", item.name.rpartition("_")[2])
             item.add_marker(pytest.mark.xdist_group("jupyter" if is_jupyter else "marimo"))

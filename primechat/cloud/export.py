@@ -187,9 +187,8 @@ def drop_keywords(text: str, tree: ast.Module, known: set[str]) -> tuple[str, as
 
 def list_loaded(tree: ast.AST) -> set[str]:
     """Return the names that a piece of code reads."""
-    return {
-        node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-    }
+    names = (node for node in ast.walk(tree) if isinstance(node, ast.Name))
+    return {name.id for name in names if isinstance(name.ctx, ast.Load)}
 
 
 def list_bound(tree: ast.AST) -> Iterator[str]:
@@ -364,10 +363,8 @@ def shrink_config(config: Any) -> Any:
     """Return a rehearsal: the same switches, 20 steps of a tiny model on a CPU; a stage takes base/small."""
     changes: dict[str, Any] = dict(dialogues="faq", base="base/small", general="none")
     if isinstance(config, PretrainConfig):
-        model = replace(
-            config.model, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, vocab_size=400, sequence_len=64
-        )
-        changes = dict(model=model, corpus="chitchat", tokenizer="")
+        tiny: Any = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=64, vocab_size=400, sequence_len=64)
+        changes = dict(model=replace(config.model, **tiny), corpus="chitchat", tokenizer="")
     elif isinstance(config, AutochatConfig):
         runtime = RuntimeConfig(device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=4)
         changes = dict(model="base/small", n_talks=4, turns=4, max_new_tokens=8, generations=1, tune_steps=20)

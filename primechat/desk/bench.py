@@ -110,9 +110,7 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         words = zip(line, widths, rows[0].values(), strict=True)
-        print(
-            "  ".join(f"{word:<{n}}" if isinstance(kind, str) else f"{word:>{n}}" for word, n, kind in words)
-        )
+        print("  ".join(w.ljust(n) if isinstance(kind, str) else w.rjust(n) for w, n, kind in words))
 
 
 def format_figure(value: object) -> str:

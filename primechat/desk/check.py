@@ -26,11 +26,7 @@ from primechat.model.checkpoint import Loaded, load_checkpoint
 from primechat.model.gpt import GPT
 from primechat.records import NoteEvent, OnEvent, count_noun
 
-ERAS = {
-    "classic": "nanochat of October 2025",
-    "modern": "nanochat of 2026",
-    "custom": "switches of neither era",
-}
+ERAS = dict(classic="nanochat of October 2025", modern="nanochat of 2026", custom="switches of neither era")
 PROMPT, QUESTION, SAMPLE_TOKENS = "In the summer we had a garden full of", "How are you today?", 20
 PART = 2**22  # numbers looked at in one go
 

@@ -70,14 +70,12 @@ def build_parcels(config: DownloadConfig) -> Iterator[Parcel]:
     if not config.skip_tokenizer and (DEFAULT in bundles or not config.bundle):
         for folder in [*(run_dir("base", name) for name in bundles if name == DEFAULT), base]:
             lone = None if bundles else revision
-            yield Parcel(
-                repo=TOKENIZER_REPO, folder=folder / "tokenizer", patterns=TOKENIZER_FILES, revision=lone
-            )
+            folder = folder / "tokenizer"
+            yield Parcel(repo=TOKENIZER_REPO, folder=folder, patterns=TOKENIZER_FILES, revision=lone)
     for name in bundles:
         repo, family, patterns = BUNDLES[name]
-        yield Parcel(
-            repo=repo, folder=run_dir(family, name), patterns=patterns, revision=revision, beside=True
-        )
+        folder = run_dir(family, name)
+        yield Parcel(repo=repo, folder=folder, patterns=patterns, revision=revision, beside=True)
     for text in (text for group in config.extra for text in group):
         repo, place, names = [*(part.strip() for part in text.split("::")), "", ""][:3]
         patterns = tuple(name.strip() for name in names.split(",") if name.strip())

@@ -304,9 +304,7 @@ class ChatSession:
         is_new = model not in self._advice
         if is_new:
             self._tell(kind="status", text=f"Opening {model}{', some ten seconds' * ('hf:' in model)} …")
-        opened = self.opener(
-            set_dial(model, self.settings.alpha)
-        )  # it chooses this thread's count of threads
+        opened = self.opener(set_dial(model, self.settings.alpha))  # it chooses the threads of this thread
         self._advice[model] = opened[2].get("sampling") or ({}, "")
         if is_new:
             self._tell(kind="update", nodes=[], advice=self._advice)  # takes the line away too

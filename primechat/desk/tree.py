@@ -100,10 +100,8 @@ class Message:
         """Return [text, kind, logprob, entropy, rank] of each token from `start`: what the page is sent."""
         rows = []
         for i, (kind, text) in enumerate(self.pieces[start:], start):
-            measured = self.measures[i] if i < len(self.measures) else None
-            figures = (
-                [round(measured.logprob, 3), round(measured.entropy, 3), measured.rank] if measured else []
-            )
+            m = self.measures[i] if i < len(self.measures) else None
+            figures = [round(m.logprob, 3), round(m.entropy, 3), m.rank] if m else []
             rows.append([text, KINDS[kind], *figures])
         return rows
 

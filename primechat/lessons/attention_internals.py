@@ -57,20 +57,14 @@ def check_weights(attempt: Any) -> None:
     ahead = float(np.abs(np.triu(got, 1)).max())
     require(ahead < 1e-9, "No token reads the future", f"a token gave {ahead:.3f} to a later one")
     sums = got.sum(axis=1)
-    require(
-        bool(np.allclose(sums, 1)), "Each row sums to one", f"the rows sum to {np.round(sums, 3).tolist()}"
-    )
+    require(np.allclose(sums, 1), "Each row sums to one", f"the rows sum to {np.round(sums, 3).tolist()}")
     same = np.asarray(attempt(np.zeros((3, 4)), np.ones((3, 4)), 0.5))[2]
-    require(
-        bool(np.allclose(same, 1 / 3)), "Equal scores, equal shares", f"equal scores gave {same.round(3)}"
-    )
+    require(np.allclose(same, 1 / 3), "Equal scores, equal shares", f"equal scores gave {same.round(3)}")
     steep = np.asarray(attempt(q.copy(), k.copy(), 0.0))[4]
-    require(
-        bool(np.allclose(steep, 0.2)), "The scale counts", f"with scale 0 the last row was {steep.round(3)}"
-    )
+    require(np.allclose(steep, 0.2), "The scale counts", f"with scale 0 the last row was {steep.round(3)}")
     want = weigh_tokens(q, k, 0.5)
     require(
-        bool(np.allclose(got, want)),
+        np.allclose(got, want),
         "Queries ask, keys answer",
         f"row 1 was {got[1].round(3).tolist()}, not {want[1].round(3).tolist()}",
     )
@@ -178,7 +172,7 @@ def check_split(attempt: Any) -> None:
     )
     ratio = got / (written @ row)
     require(
-        bool(np.allclose(ratio, ratio[0])),
+        np.allclose(ratio, ratio[0]),
         "One scale for all parts",
         f"the parts were scaled by {ratio.round(2).tolist()}: the norm is of the whole stream",
     )

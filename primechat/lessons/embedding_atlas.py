@@ -125,7 +125,7 @@ def check_places(attempt: Callable[[list[np.ndarray]], Any]) -> None:
     )
     moved = np.linalg.norm(got[0] - got[1], axis=1)
     require(
-        bool(np.allclose(moved, 3, atol=1e-3)), "One basis for all",
+        np.allclose(moved, 3, atol=1e-3), "One basis for all",
         f"all points moved by 3, the places say {moved.mean():.2f}: they do not share axes and middle",
     )  # fmt: skip
 

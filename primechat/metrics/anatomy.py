@@ -35,13 +35,8 @@ class GPTBody:
         c = model.config
         self.model, self.device, self.vocab_size = model, model.device, c.vocab_size
         self.sequence_len, self.max_context = model.sequence_len, model.max_context
-        self.n_layer, self.n_head, self.n_kv_head, self.head_dim = (
-            c.n_layer,
-            c.n_head,
-            c.n_kv_head,
-            c.head_dim,
-        )
-        self.n_params = c.n_params
+        self.n_layer, self.n_head, self.n_kv_head = c.n_layer, c.n_head, c.n_kv_head
+        self.head_dim, self.n_params = c.head_dim, c.n_params
         self.scale = c.qk_gain**2 / c.head_dim**0.5  # from the product of a query and a key to a score
         self.windows = tuple(c.window(i) for i in range(c.n_layer))
         scalars = c.residual_scalars

@@ -201,9 +201,8 @@ def measure_selfrepetition(texts: Sequence[Tokens], n: int = 4) -> float:
     codes, owner = number_grams(texts, n)
     pairs = np.unique(codes * max(len(texts), 1) + owner)
     spread = np.bincount(pairs // max(len(texts), 1))  # texts that have a gram
-    return (
-        float(np.log1p(np.bincount(owner, spread[codes] - 1, len(texts))).mean()) if texts else float("nan")
-    )
+    shared = np.bincount(owner, spread[codes] - 1, len(texts))
+    return float(np.log1p(shared).mean()) if texts else float("nan")
 
 
 def measure_compression(text: str) -> float:

@@ -99,9 +99,8 @@ def weigh(q: Tensor, k: Tensor, left: int | None, scale: float) -> Tensor:
 
 def make_mask(start: int, n_query: int, n_key: int, left: int | None, device: torch.device) -> Tensor:
     """Return which keys 0..n_key-1 the queries start..start+n_query-1 may see, bool (n_query, n_key)."""
-    distance = torch.arange(start, start + n_query, device=device)[:, None] - torch.arange(
-        n_key, device=device
-    )
+    queries = torch.arange(start, start + n_query, device=device)[:, None]
+    distance = queries - torch.arange(n_key, device=device)
     mask = distance >= 0
     return mask if left is None else mask & (distance <= left)
 
@@ -254,11 +253,8 @@ class KVCache:
             keys[:, :, step.at], values[:, :, step.at] = k, v
         else:
             keys[step.rows, :, step.at], values[step.rows, :, step.at] = k.to(keys.dtype), v.to(keys.dtype)
-        k, v, grouped = (
-            keys[:, :, lo : step.last + 1],
-            values[:, :, lo : step.last + 1],
-            q.size(1) != k.size(1),
-        )
+        k, v = keys[:, :, lo : step.last + 1], values[:, :, lo : step.last + 1]
+        grouped = q.size(1) != k.size(1)
         # on a CPU, SDPA of one bfloat16 query takes 3 to 4 times as long: there the cache is float32
         out = F.scaled_dot_product_attention(
             q.unsqueeze(2).to(k.dtype), k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
@@ -283,9 +279,8 @@ class KVCache:
             mask = make_mask(start - lo, T, hi - lo, left, q.device) if T > 1 else None
         else:
             lo, hi = 0, max(self.lengths) + T
-            at = torch.tensor(self.lengths, device=q.device)[:, None] + torch.arange(
-                T, device=q.device
-            )  # (B, T)
+            first = torch.tensor(self.lengths, device=q.device)[:, None]
+            at = first + torch.arange(T, device=q.device)  # (B, T)
             rows = torch.arange(B, device=q.device)[:, None]
             keys[rows, :, at], values[rows, :, at] = k.to(keys.dtype), v.to(keys.dtype)
             distance = at[:, :, None] - torch.arange(hi, device=q.device)  # (B, T, S)

@@ -90,13 +90,8 @@ def list_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     shapes["transformer.wte.weight"] = (rows, width)
     for i in range(config.n_layer):
         block = f"transformer.h.{i}."
-        outputs = {
-            "attn.c_q": width,
-            "attn.c_k": kv,
-            "attn.c_v": kv,
-            "attn.c_proj": width,
-            "mlp.c_fc": 4 * width,
-        }
+        outputs = {"attn.c_q": width, "attn.c_k": kv, "attn.c_v": kv, "attn.c_proj": width}
+        outputs["mlp.c_fc"] = 4 * width
         shapes |= {f"{block}{name}.weight": (n, width) for name, n in outputs.items()}
         shapes[f"{block}mlp.c_proj.weight"] = (width, 4 * width)
         if config.has_value_embedding(i):

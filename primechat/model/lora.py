@@ -70,10 +70,9 @@ class Adapter(nn.Module):
         for a, b, factor in self.active():
             seen = x
             if self.training and self.dropout and a.requires_grad:
-                keep = torch.empty(x.shape, device=x.device).bernoulli_(
-                    1 - self.dropout, generator=self.generator
-                )
-                seen = x * (keep / (1 - self.dropout)).to(x.dtype)
+                share, blank = 1 - self.dropout, torch.empty(x.shape, device=x.device)
+                keep = blank.bernoulli_(share, generator=self.generator)
+                seen = x * (keep / share).to(x.dtype)
             low = F.linear(seen, a.to(x.dtype))  # (..., r)
             y = y + F.linear(low, b.to(x.dtype)) * factor
         return y

@@ -323,11 +323,8 @@ class TrainingRun:
                 step=step, val_bpb=self.last_bits.bpb, val_loss_nats=self.last_bits.loss_nats,
                 whole=tokens == 0, elapsed_s=self.trained_s, general_bpb=general, **more,
             ))  # fmt: skip
-        if (
-            self.ranks.is_main
-            and config.look.sample_every > 0
-            and (last or step % config.look.sample_every == 0)
-        ):
+        every = config.look.sample_every
+        if self.ranks.is_main and every > 0 and (last or step % every == 0):
             for prompt in self.job.prompts:
                 text = self.job.write_sample(self.engine, prompt, step)
                 self.tell(SampleEvent(step=step, prompt=prompt, text=text))
@@ -361,10 +358,8 @@ class TrainingRun:
         if cursors.count(cursors[0]) < len(cursors):  # nodes with shards of their own may differ
             raise DataError(f"step {step}: the ranks read different text; compare their shards and resume.")
         self.saved_step, t_start = step, time.monotonic()
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-        }  # by all ranks together
+        # by all ranks together
+        state = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
         if main:
             meta = {**self.describe(step), "cursors": cursors[:1]}
             self.job.save_step(self.folder, step, self.model, state, meta)

@@ -408,9 +408,8 @@ def list_files(repo: str) -> dict[str, int]:
     """Return the sizes of a set's files on the Hub by their paths."""
     from huggingface_hub import HfApi
 
-    tree = HfApi(endpoint=os.environ.get("HF_ENDPOINT")).list_repo_tree(
-        repo, repo_type="dataset", recursive=True
-    )
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    tree = api.list_repo_tree(repo, repo_type="dataset", recursive=True)
     return {item.path: int(getattr(item, "size", 0) or 0) for item in tree if hasattr(item, "size")}
 
 

@@ -22,15 +22,8 @@ import tiktoken
 from primechat.text.tokenizer import SPLIT_PATTERN, replace_surrogates
 
 # A character of each class that split patterns ask for; the last is in none of them.
-STAND_INS = {
-    "Lu": "\xc0",
-    "Ll": "\xe0",
-    "Lt": "\u01c5",
-    "Lm": "\u02b0",
-    "Lo": "\xaa",
-    "M": "\u0300",
-    "N": "\xb2",
-}
+LETTERS = {"Lu": "\xc0", "Ll": "\xe0", "Lt": "\u01c5", "Lm": "\u02b0", "Lo": "\xaa"}
+STAND_INS = {**LETTERS, "M": "\u0300", "N": "\xb2"}
 NO_CLASS = "\ue000"
 
 
@@ -208,9 +201,8 @@ def merge_piece(piece: bytes, ranks: Mapping[bytes, int]) -> Iterator[tuple[int,
             start_of[end] = start
         file(start)
         file(start_of[start])
-    if (
-        piece and end_of[0] < len(piece) and piece in ranks
-    ):  # tiktoken looks up the whole piece before it merges
+    # tiktoken looks up the whole piece before it merges
+    if piece and end_of[0] < len(piece) and piece in ranks:
         middle = end_of[0]
         while middle < len(piece):
             yield ranks[piece], 0, middle, end_of[middle]

@@ -183,10 +183,9 @@ class Tokenizer:
         if threads == 1:
             return [self.encode(text) for text in texts]
         with ThreadPoolExecutor(threads) as pool:
-            parts = pool.map(
-                lambda part: [self.encode(text) for text in part], split_evenly(texts, 4 * threads)
-            )
-            return [ids for part in parts for ids in part]
+            parts = split_evenly(texts, 4 * threads)
+            found = pool.map(lambda part: [self.encode(text) for text in part], parts)
+            return [ids for part in found for ids in part]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""

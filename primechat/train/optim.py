@@ -137,17 +137,15 @@ class Adam:
                 if p not in self.state:
                     zeros = {key: torch.zeros_like(mine.data) for key in ("exp_avg", "exp_avg_sq")}
                     self.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
-            first, second, steps = (
-                [self.state[p][key] for p in ready] for key in ("exp_avg", "exp_avg_sq", "step")
-            )
+            keys = ("exp_avg", "exp_avg_sq", "step")
+            first, second, steps = ([self.state[p][key] for p in ready] for key in keys)
             if ready:
                 adamw(
                     [self.mine[p] for p in ready], grads, first, second, [], steps, fused=True, amsgrad=False,
                     beta1=0.8, beta2=0.95, lr=peak * ratio, weight_decay=0.0, eps=1e-10, maximize=False,
                 )  # fmt: skip
-        coming = [
-            (p, share.gather(self.mine[p])) for p, share in shares.items() if share and self.mine[p] is not p
-        ]
+        spread = [(p, share) for p, share in shares.items() if share and self.mine[p] is not p]
+        coming = [(p, share.gather(self.mine[p])) for p, share in spread]
 
         def wait() -> None:
             for p, whole in coming:

@@ -34,10 +34,8 @@ COMPILING = "compiling: the model becomes a faster program"
 # What compiling brought on a 2-core server CPU where nothing was measured yet: seconds, and eager time /
 # compiled time
 COMPILE_GUESS = {"compile_s": 45.0, "gain_float32": 1.2, "gain_bfloat16": 1.8}
-OLDER_GUESS = {
-    **COMPILE_GUESS,
-    "gain_float32": 1.1,
-}  # the same without units for bfloat16: products take most
+# the same without units for bfloat16: products take most
+OLDER_GUESS = {**COMPILE_GUESS, "gain_float32": 1.1}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,10 +65,8 @@ def draw_norms(
     rng = np.random.default_rng(0)
     shown = np.arange(len(counts)) if len(counts) <= 6000 else rng.choice(len(counts), 6000, replace=False)
     with open_figure(WIDTH, 3.9, columns=2) as (figure, axes):
-        panels = (
-            (norms, real, "as trained", SERIES[0]),
-            (rng.permutation(norms), shuffled, "shuffled", CONTROL),
-        )
+        mixed = rng.permutation(norms)
+        panels = ((norms, real, "as trained", SERIES[0]), (mixed, shuffled, "shuffled", CONTROL))
         for place, (values, correlation, name, colour) in zip(axes, panels, strict=True):
             place.scatter(counts[shown] + 0.5, values[shown], s=6, alpha=0.5, color=colour, linewidths=0)
             place.set_xscale("log")
@@ -93,17 +91,10 @@ def draw_course(
         for j, (name, values) in enumerate(lines.items()):
             control = name in controls
             colour = CONTROL if control else SERIES[j % 5]
-            axes.plot(
-                places, values, color=colour, linestyle="--" if control else "-", marker="o", markersize=3.5
-            )
-            axes.annotate(
-                name,
-                (places[-1], values[-1]),
-                xytext=(8, 0),
-                textcoords="offset points",
-                va="center",
-                color=colour,
-            )
+            style = "--" if control else "-"
+            axes.plot(places, values, color=colour, linestyle=style, marker="o", markersize=3.5)
+            end, beside = (places[-1], values[-1]), dict(xytext=(8, 0), textcoords="offset points")
+            axes.annotate(name, end, **beside, va="center", color=colour)
         if len(places) > 3 and places[-1] > 50:
             axes.set_xscale("symlog", linthresh=1, base=2)
             axes.set_xticks(places, [f"{int(x):,}" for x in places])

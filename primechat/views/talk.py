@@ -29,9 +29,8 @@ def draw_ranks(shares: Mapping[str, Mapping[str, float]]) -> go.Figure:
             x=1, xref="paper", y=1.08 - 0.09 * i, yref="paper", text=f"■ {name}", font_color=colour,
             showarrow=False, xanchor="right",
         )  # fmt: skip
-    style_figure(
-        figure, height=300, bargap=0.3, title_text="How likely the model held the token that it took"
-    )
+    title = "How likely the model held the token that it took"
+    style_figure(figure, height=300, bargap=0.3, title_text=title)
     figure.update_xaxes(title_text="Place among all tokens, the likeliest first")
     most = max(share for found in shares.values() for share in found.values())
     figure.update_yaxes(title_text="Share of tokens, %", range=[0, 130 * most])  # room for the names
@@ -79,9 +78,8 @@ def draw_bands(traces: Mapping[str, np.ndarray], what: str) -> go.Figure:
         ends.append((float(mean[-1]), name, colour))
         top = max(top, float(mean.max()))
     last = max((x.shape[1] - 1 for x in traces.values()), default=1)
-    for place, (_, name, colour) in zip(
-        push_apart([y for y, _, _ in ends], 0.08 * (top or 1)), ends, strict=True
-    ):
+    places = push_apart([y for y, _, _ in ends], 0.08 * (top or 1))
+    for place, (_, name, colour) in zip(places, ends, strict=True):
         label_line(figure, last, place, name, colour)
     style_figure(figure, height=330, title_text=f"{what}, turn by turn", margin_r=110)
     figure.update_xaxes(title_text="Turn")
@@ -172,9 +170,8 @@ def draw_spreads(
                 ),
                 hovertemplate=f"{name}, {measure}: %{{x:.3f}}, {low:.3f} to {high:.3f}<extra></extra>",
             )  # fmt: skip
-    style_figure(
-        figure, height=110 + 34 * len(groups), title_text=title, margin=dict(l=150, r=16, t=80, b=40)
-    )
+    margins = dict(l=150, r=16, t=80, b=40)
+    style_figure(figure, height=110 + 34 * len(groups), title_text=title, margin=margins)
     figure.update_yaxes(categoryorder="array", categoryarray=labels, ticks="")
     figure.update_xaxes(nticks=3)
     if limits:

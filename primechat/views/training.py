@@ -45,9 +45,8 @@ def draw_tradeoff(
             x=x, y=y, mode="markers", marker=dict(size=10, color=colour, opacity=0.75), name=name,
             hovertemplate="%{x:.3f} · %{y:.3f}<extra>" + name + "</extra>",
         )  # fmt: skip
-        figure.add_annotation(
-            x=sum(x) / len(x), y=max(y), text=name, showarrow=False, yshift=16, font_color=colour
-        )
+        middle = sum(x) / len(x)
+        figure.add_annotation(x=middle, y=max(y), text=name, showarrow=False, yshift=16, font_color=colour)
     style_figure(figure, height=360, title_text=title)
     figure.update_xaxes(title_text=gain)
     figure.update_yaxes(title_text=loss)
@@ -67,9 +66,8 @@ def draw_lines(
     figure = go.FigureWidget()
     ends = {name: points[-1][1] for name, points in series.items() if points}
     heights = [value for points in series.values() for p in points for value in p[1:]] or [0.0]
-    places = dict(
-        zip(ends, push_apart(list(ends.values()), 0.08 * (max(heights) - min(heights))), strict=True)
-    )
+    apart = push_apart(list(ends.values()), 0.08 * (max(heights) - min(heights)))
+    places = dict(zip(ends, apart, strict=True))
     for i, (name, points) in enumerate(series.items()):
         control = name in faint
         colour = SERIES[5] if control else SERIES[i % 5]
@@ -84,15 +82,9 @@ def draw_lines(
         )  # fmt: skip
         if x:
             figure.add_annotation(
-                x=1,
-                xref="paper",
-                y=places[name],
-                text=name,
-                showarrow=False,
-                xanchor="left",
-                xshift=6,
+                x=1, xref="paper", y=places[name], text=name, showarrow=False, xanchor="left", xshift=6,
                 font_color=colour,
-            )
+            )  # fmt: skip
     style_figure(figure, height=340, title_text=title, margin=dict(l=64, r=170, t=48, b=52))
     figure.update_xaxes(title_text=x_title)
     figure.update_yaxes(title_text=y_title)

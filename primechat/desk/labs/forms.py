@@ -69,9 +69,8 @@ def build_form(config: Any, simple: Sequence[str], title: str) -> SettingsForm:
 
 def renew_config(config: Any) -> Any:
     """Return what the form that gave this very config has in force now; a config of no form is returned."""
-    return next(
-        (form.config for form, given in list(_forms.items()) if any(one is config for one in given)), config
-    )
+    forms = (form for form, given in list(_forms.items()) if any(one is config for one in given))
+    return next((form.config for form in forms), config)
 
 
 def name_form(name: str, kind: Any) -> str:

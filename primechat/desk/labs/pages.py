@@ -90,9 +90,8 @@ class PageWriter:
 
     def write_part(self, part: Part) -> str:
         """Return a cell as HTML."""
-        is_prose = (
-            "mo.md(" in part.code and hasattr(part.output, "text") and not isinstance(part.output, Widget)
-        )
+        has_text = hasattr(part.output, "text") and not isinstance(part.output, Widget)
+        is_prose = has_text and "mo.md(" in part.code
         blocks = []
         if not is_prose and part.code.strip() != "import marimo as mo":
             mark = "" if part.folded else " open"

@@ -197,9 +197,8 @@ def write_twin(path: Path) -> str:
             f"{path} could not be exported: marimo said {said!r}; `marimo check` tells more."
         ) from None
     for cell, folded in zip(cells, read_folds(path), strict=True):
-        cell["metadata"] = (
-            {"jupyter": {"source_hidden": True}} if folded and cell["cell_type"] == "code" else {}
-        )
+        hidden = folded and cell["cell_type"] == "code"
+        cell["metadata"] = {"jupyter": {"source_hidden": True}} if hidden else {}
     if not any("mo." in "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"):
         cells = [cell for cell in cells if "".join(cell["source"]).strip() != "import marimo as mo"]
     for cell in cells:

@@ -103,10 +103,8 @@ class Explorer:
             noise = np.random.default_rng(0).normal(size=vectors.shape).astype(np.float32)
             flat = maps.fit_basis(noise, 2).project(noise)
             blind, chance = maps.measure_overlap(noise, flat, N_NEAR, 256)
-            rows = [
-                ("random places", N_NEAR * chance, True),
-                ("PCA, 2-D, of random numbers", N_NEAR * blind, True),
-            ]
+            controls = (("random places", chance), ("PCA, 2-D, of random numbers", blind))
+            rows = [(name, N_NEAR * kept, True) for name, kept in controls]
             for method, n_axes in (("PCA", 2), ("PCA", 3), ("UMAP", 2), ("UMAP", 3)):
                 if method == "PCA" or (space, method, n_axes) in self.atlas.clouds:
                     kept = self.atlas.show(space, method, n_axes).kept[-1]

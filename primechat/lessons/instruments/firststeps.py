@@ -28,11 +28,7 @@ BUNDLES = {
     "sdobson-d20": "a chat model of depth 20",
     "d32": "nanochat's own chat model of depth 32, 1.9 billion parameters, if there is room",
 }
-EXTRAS = {
-    "transformers": "other people's models",
-    "umap": "the map of lab 03",
-    "tiktoken": "other tokenizers",
-}
+EXTRAS = dict(transformers="other people's models", umap="the map of lab 03", tiktoken="other tokenizers")
 
 
 def open_machine() -> MachineCard:
@@ -159,9 +155,8 @@ class Downloader:
         self.plan = plan
         base = store.base_dir()
         fates = (("", plan.fetch), ("is here", plan.whole), ("another one is here and stays", plan.kept))
-        files = [
-            [str(file.path.relative_to(base)), file.size, fate] for fate, group in fates for file in group
-        ]
+        found = [(fate, file) for fate, group in fates for file in group]
+        files = [[str(file.path.relative_to(base)), file.size, fate] for fate, file in found]
         card.plan = {"bundle": bundle, "files": files, "total": plan.n_bytes, "free": measure_space(base)}
         return "planned", "" if plan.fetch else "All of it is here already."
 

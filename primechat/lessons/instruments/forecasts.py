@@ -116,9 +116,8 @@ def train_small(
         run = pretrain(one, on_event=on_event, stop=stop)
         if run.stopped:
             return SeriesOfRuns(identifier=config.tag, runs=tuple(found), stopped=True)
-        found.append(
-            SmallRun(n_layer=plan.model.n_layer, n_params=run.n_params, tokens=run.tokens, bpb=run.val_bpb)
-        )
+        size = dict(n_layer=plan.model.n_layer, n_params=run.n_params)
+        found.append(SmallRun(**size, tokens=run.tokens, bpb=run.val_bpb))
         # what was measured for the first holds for all: the search is not made ten times
         runtime = runtime or read_frozen(folder, PretrainConfig).runtime
     held = ((f"{count_noun(config.held_out, 'block')}, held out", found.pop()),) if config.held_out else ()
@@ -159,9 +158,8 @@ def show_record() -> list[Any]:
 def show_forecast(series: SeriesOfRuns | None, state: str = "") -> list[Any]:
     """Return a table of forecasts and outcomes, and a picture; words where there are no runs yet."""
     if series is None:
-        waiting = (
-            "The runs are under way above." if state == "running" else "Nothing has run yet: press Start."
-        )
+        is_running = state == "running"
+        waiting = "The runs are under way above." if is_running else "Nothing has run yet: press Start."
         return [f"{waiting} The forecast comes when all of them are done."]
     if series.stopped or not series.held_out:
         return ["There is no run to hold the forecast against: let the series end, with one held out."]
@@ -219,9 +217,8 @@ def draw_band(axes: Any, series: SeriesOfRuns, grid: np.ndarray) -> None:
     colour = SERIES[0]
     for n_params, n_layer in sorted({(run.n_params, run.n_layer) for _, run in series.held_out}):
         told = forecast_bpb(series.runs, [(n_params, int(tokens)) for tokens in grid])
-        axes.fill_between(
-            grid, [t.low for t in told], [t.high for t in told], color=colour, alpha=0.16, linewidth=0
-        )
+        low, high = [t.low for t in told], [t.high for t in told]
+        axes.fill_between(grid, low, high, color=colour, alpha=0.16, linewidth=0)
         axes.plot(grid, [t.bpb for t in told], color=colour, linestyle="--", linewidth=1.3)
         name = f"  {count_noun(n_layer, 'block')},\n  forecast"
         axes.annotate(name, (grid[-1], told[-1].bpb), color=colour, va="center")

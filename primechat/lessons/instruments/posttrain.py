@@ -179,9 +179,8 @@ def open_heat(student: str, teacher: str, prompt: str = "Hi! What did you do tod
         from primechat.infer.engine import Engine
 
         options: Any = dict(max_new_tokens=60, temperature=0.7, top_k=50, seed=0)
-        said = [
-            i for i in Engine(master, tokenizer).generate(asked, **options) if i not in tokenizer.stop_ids
-        ]
+        written = Engine(master, tokenizer).generate(asked, **options)
+        said = [i for i in written if i not in tokenizer.stop_ids]
         if not said:
             raise DataError("the teacher has nothing to say to this; try other words.")
         ids = torch.tensor([[*asked, *said]])

@@ -38,25 +38,21 @@ def describe_plan(config: PretrainConfig) -> dict[str, str]:
     try:
         here = find_machine("here", store.base_dir())
         tokens = count_steps(config, here.flops_per_s) * config.batch_tokens
-        figures |= {
-            "tokens": f"about {tokens:,}",
-            "time here": format_hours(tokens * flops / here.flops_per_s),
-        }
+        figures["tokens"] = f"about {tokens:,}"
+        figures["time here"] = format_hours(tokens * flops / here.flops_per_s)
     except ConfigError:
-        figures["time here"] = (
-            format_hours(config.seconds) if config.seconds else "`primechat bench train` tells"
-        )
+        known = format_hours(config.seconds) if config.seconds else ""
+        figures["time here"] = known or "`primechat bench train` tells"
     cloud = make_plan(full_config(20), find_machine("8xH200"))
     return {**figures, "a d20 (20 blocks) on 8 H200": f"{format_hours(cloud.train_s)}, ${cloud.dollars:,.0f}"}
 
 
 def list_runs() -> list[str]:
     """Return the runs on this machine whose history is here, the newest first."""
-    entries = [
-        e for e in store.list_models() if e.family == "base" and (Path(e.path) / "metrics.jsonl").is_file()
-    ]
-    newest = sorted(entries, key=lambda e: -(Path(e.path) / "metrics.jsonl").stat().st_mtime)
-    return [entry.identifier for entry in newest]
+    entries = (entry for entry in store.list_models() if entry.family == "base")
+    logs = {entry.identifier: Path(entry.path) / "metrics.jsonl" for entry in entries}
+    here = [name for name, log in logs.items() if log.is_file()]
+    return sorted(here, key=lambda name: -logs[name].stat().st_mtime)
 
 
 def overlay_runs(runs: str) -> Any:

@@ -127,9 +127,8 @@ class Tokenizers:
 
     def chat(self) -> ChatFormat:
         """Return the conversation builder."""
-        keys = [
-            (key, self.opened.choices[key].label, self.opened.choices[key].context) for key in self.chat_keys
-        ]
+        offered = [self.opened.choices[key] for key in self.chat_keys]
+        keys = [(choice.key, choice.label, choice.context) for choice in offered]
         return ChatFormat(keys, self.draw_chat, DIALOGUE)
 
     def draw_chat(self, key: str, messages: list[dict[str, Any]], max_tokens: int) -> dict[str, Any]:

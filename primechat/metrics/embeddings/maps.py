@@ -283,9 +283,8 @@ class UmapJob:
         why = "it was stopped" if self.stopped else text.splitlines()[-1][:200] if text else "no reason given"
         code = "" if self.stopped else f" (exit code {self.child.returncode})"
         note = f"UMAP did not finish{code}: {why}. The picture is PCA's."
-        return Picture(
-            places=fit_basis(self.vectors, self.n_axes).project(self.vectors), method="PCA", note=note
-        )
+        flat = fit_basis(self.vectors, self.n_axes).project(self.vectors)
+        return Picture(places=flat, method="PCA", note=note)
 
 
 def end_child(child: subprocess.Popen[bytes], folder: Path) -> None:

@@ -58,9 +58,8 @@ def list_tables(model: Any) -> dict[str, str]:
     tables = {"input": "input embeddings", "output": "output embeddings"}
     if isinstance(model, ForeignModel):
         one, two = model.network.get_input_embeddings(), model.network.get_output_embeddings()
-        return (
-            {"input": "embeddings, input and output"} if two is None or one.weight is two.weight else tables
-        )
+        is_one = two is None or one.weight is two.weight
+        return {"input": "embeddings, input and output"} if is_one else tables
     if isinstance(model, GPT):
         return tables | {f"value.{i}": f"value embeddings of layer {i}" for i in model.value_embeds}
     raise ConfigError(f"{type(model).__name__} has no tables that are known; open one with open_model.")
@@ -230,12 +229,10 @@ def score_analogies(
             right += int((cosines.argmax(1) == d[rows]).sum())
         return right / len(first)
 
-    texts = [
-        (tokenizer.token_bytes(i).decode(), tokenizer.token_bytes(j).decode()) for i, j in pairs.tolist()
-    ]
+    spell = tokenizer.token_bytes
     return AnalogyScore(
         rule=rule,
-        pairs=tuple(texts),
+        pairs=tuple((spell(i).decode(), spell(j).decode()) for i, j in pairs.tolist()),
         n=len(first),
         offset=hit(unit[c] + unit[b] - unit[a], (a, b, c)),
         near=hit(unit[c], (a, b, c)),

@@ -173,10 +173,8 @@ class AtlasView(Widget):
 
     def selected(self) -> dict[str, list[Any]]:
         """Return what is known of the selected points, column by column, ready for a data frame."""
-        rows: dict[str, list[Any]] = {
-            "token": [self.shown.labels[i] for i in self.chosen],
-            "id": list(self.chosen),
-        }
+        labels = [self.shown.labels[i] for i in self.chosen]
+        rows: dict[str, list[Any]] = {"token": labels, "id": list(self.chosen)}
         for channel in self.shown.channels:
             values = np.asarray(channel.values)[list(self.chosen)].tolist()
             rows[channel.key] = [channel.names[int(v)] for v in values] if channel.names else values

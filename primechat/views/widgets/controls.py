@@ -180,12 +180,8 @@ def describe_control(name: str, spec: Any) -> dict[str, Any]:
         step = 1 if whole else (high - low) / 100
         return {"name": name, "form": "slider", "low": low, "high": high, "step": step, "start": start}
     if isinstance(spec, list) and spec:
-        return {
-            "name": name,
-            "form": "select",
-            "options": [str(item) for item in spec],
-            "start": str(spec[0]),
-        }
+        options = [str(item) for item in spec]
+        return {"name": name, "form": "select", "options": options, "start": options[0]}
     raise TypeError(
         f"{name}={spec!r} must be a text, a bool, (low, high), (low, high, start) or a list; write one."
     )

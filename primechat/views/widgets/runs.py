@@ -100,13 +100,10 @@ class RunLog:
         """Return the state as plain data; times are in seconds."""
         last, phase, done, left = self.last, self.phase, self.done, None
         is_training, total = phase is self.training, phase.total
-        if (
-            last and self.training and (is_training or last.step < last.steps)
-        ):  # also while a check interrupts
+        # also while a check interrupts; at the end the last check comes, of unknown length
+        if last and self.training and (is_training or last.step < last.steps):
             done, total = (float(last.step), last.steps) if is_training else (done, total)
-            left = (
-                last.elapsed_s / max(1, last.step) * (last.steps - last.step) or None
-            )  # the last check comes
+            left = last.elapsed_s / max(1, last.step) * (last.steps - last.step) or None
         elif phase.unit == "s" and phase.total:  # nobody tells of seconds that pass
             done = min(phase.total, float(int(time.monotonic() - self.t_phase)))
             left = phase.total - done or None
@@ -150,9 +147,7 @@ def thin_points(points: list[tuple[int, float]], limit: int = MAX_POINTS) -> lis
     """
     size = -(-len(points) // limit) or 1
     groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [
-        [sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)] for group in groups
-    ]
+    return [[sum(values) / len(group) for values in zip(*group, strict=True)] for group in groups]
 
 
 class StageControl(Widget):
@@ -239,12 +234,10 @@ def describe_figures(record: Mapping[str, Any]) -> list[list[str]]:
     figures = []
     for name, value in record.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            unit = next((unit for end, unit in UNITS.items() if name.endswith(end)), "")
-            stem = next((name.removesuffix(end) for end in UNITS if name.endswith(end)), name).replace(
-                "_", " "
-            )
+            end = next((end for end in UNITS if name.endswith(end)), "")
+            stem = name.removesuffix(end).replace("_", " ")
             said = "tokens said" if name == "tokens" and "n_talks" in record else NAMES.get(name)
-            label = said or (f"{stem.strip()}, {unit}" if unit else stem)
+            label = said or (f"{stem.strip()}, {UNITS[end]}" if end else stem)
             digits = 0 if isinstance(value, int) or abs(value) >= 100 else 3 if abs(value) < 10 else 1
             figures.append([f"{value:,.{digits}f}", label])
     return figures

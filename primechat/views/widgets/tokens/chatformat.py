@@ -34,9 +34,8 @@ class ChatFormat(Widget):
             draw: returns `ids`, `mask`, `pieces` (bytes of each token), `special` (1 where it is one) and
                 `cut` (tokens beyond the context) for a key, messages and a most number of tokens.
         """
-        super().__init__(
-            formats=[list(key) for key in keys], key=keys[0][0] if keys else "", messages=messages
-        )
+        first = keys[0][0] if keys else ""
+        super().__init__(formats=[list(key) for key in keys], key=first, messages=messages)
         self._draw = draw
         self.start = self.answer_draw(self.key, messages, keys[0][2]) if keys else {}
 
