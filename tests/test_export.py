@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,8 @@ def test_folder(exported: Path) -> None:
         "tmux attach",
     ):
         assert words in read_me, words
+    (budget,) = re.findall("bash launch.sh start --max_dollars .* --dollars_per_hour [0-9.]+", read_me)
+    assert budget in (ROOT / "README.md").read_text(), "the one README of the d20 says what the other says"
     assert "--arch modern" in read_me and "whose cost has been measured" in read_me
     assert "primechat pull root@POD:base/d20" in read_me and "@" not in read_me.replace("root@", "")
     assert '--nproc_per_node="${RANKS:-8}"' in launch and os.access(exported / "launch.sh", os.X_OK)
@@ -297,6 +300,21 @@ def test_names_and_folders(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="something else than an export"):
         export_lab(find_lab("05"), full_config(20), plan, tmp_path, base_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_what_was_edited_stays(tmp_path: Path) -> None:
+    """The same export again is fine; with an edited script it is refused, and forced it is as it was."""
+    run, plan = full_config(2), make_plan(full_config(2), find_machine("8xH200"))
+    write = partial(export_lab, find_lab("05"), run, plan, tmp_path / "d2", base_dir=tmp_path)
+    script = write()[0]
+    first = script.read_text()
+    write()
+    script.write_text("# mine\n")
+    with pytest.raises(ConfigError, match=r"holds run\.py with changes.*--force"):
+        write()
+    assert script.read_text() == "# mine\n"
+    write(force=True)
+    assert script.read_text() == first
 
 
 def test_export_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,22 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from primechat.cloud import templates
 from primechat.cloud.plan import Plan, describe_plan, format_hours, full_config
-from primechat.cloud.templates import (
-    BRING,
-    DATA,
-    IMAGE,
-    LAUNCH,
-    POD_BASE,
-    PREFLIGHT,
-    READ_ME,
-    RECIPE,
-    SKY,
-    STAGE_PLAN,
-    TRY,
-    TRY_TALK,
-    fill_words,
-)
+from primechat.cloud.templates import DATA, IMAGE, POD_BASE, STAGE_PLAN, fill_words
 from primechat.config import (
     AutochatConfig,
     DistillConfig,
@@ -257,26 +244,26 @@ def export_lab(
 
     Args:
         plan: of the pretraining, for what it costs; of another stage only its machine counts.
-        folder: where to; files of an earlier export of the same settings are replaced.
+        folder: where to; the library in an earlier export of the same settings is replaced.
 
     Returns:
         The files that were written, the library's not counted.
 
     Raises:
-        ConfigError: the folder holds something else, or the machine is none to rent.
+        ConfigError: the folder holds something else or was edited, or the machine is none to rent.
     """
     if plan.machine.name == "here":
         raise ConfigError("gpus='here' must be a machine to rent; try 8xH200.")
     script = write_script(lab, "Its settings are frozen in config.json; flags override them.")
     settings = json.dumps(encode_config(config), indent=2) + "\n"
-    if not force:
-        check_folder(folder, settings)
-    folder.mkdir(parents=True, exist_ok=True)
     words = fill_in(lab, config, plan, base_dir.expanduser().resolve())
     files = {
-        "run.py": script, "config.json": settings, "launch.sh": fill_words(LAUNCH, words),
-        "sky.yaml": fill_words(SKY, words), "README.md": fill_words(READ_ME, words),
+        "run.py": script, "config.json": settings, "launch.sh": fill_words(templates.LAUNCH, words),
+        "sky.yaml": fill_words(templates.SKY, words), "README.md": fill_words(templates.READ_ME, words),
     }  # fmt: skip
+    if not force:
+        check_folder(folder, files)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "launch.sh").chmod(0o755)
@@ -284,13 +271,16 @@ def export_lab(
     return [folder / name for name in files]
 
 
-def check_folder(folder: Path, settings: str) -> None:
-    """Refuse a folder that holds something else than an export of these settings."""
-    path = folder / "config.json"
-    if path.is_file() and path.read_text(encoding="utf-8", errors="replace") == settings:
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "an export of other settings" if path.is_file() else "something else than an export"
+def check_folder(folder: Path, files: dict[str, str]) -> None:
+    """Refuse a folder that holds something else than an export of these settings, or one that was edited."""
+    there = {name: (folder / name).read_bytes() for name in files if (folder / name).is_file()}
+    changed = [name for name in there if there[name] != files[name].encode()]
+    what = f"{', '.join(changed)} with changes, yours or another version's" if changed else ""
+    if "config.json" in changed:
+        what = "an export of other settings"
+    elif "config.json" not in there and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "something else than an export"
+    if what:
         raise ConfigError(
             f"output={str(folder)!r} holds {what}; choose another output, or --force replaces it."
         )
@@ -304,8 +294,8 @@ def fill_in(lab: Path, config: Any, plan: Plan, home: Path) -> dict[str, str]:
     cost = f"{format_hours(plan.train_s)} and ${plan.dollars:,.0f}"
     words = {
         "@PLAN@": "\n".join(f"    {line}".rstrip() for line in describe_plan(plan)) if first else STAGE_PLAN,
-        "@RECIPE@": RECIPE if recipe else "", "@BRING@": "" if first else BRING,
-        "@PREFLIGHT@": PREFLIGHT if first else TRY_TALK if talks else TRY,
+        "@RECIPE@": templates.RECIPE if recipe else "", "@BRING@": "" if first else templates.BRING,
+        "@PREFLIGHT@": templates.PREFLIGHT if first else templates.TRY_TALK if talks else templates.TRY,
         "@DATA@": DATA if hasattr(config, "corpus") else 'echo "The run fetches its dialogues itself."',
         "@COST@": cost if first else f"less than the {cost} of its model's pretraining; preflight tells",
     }  # fmt: skip
