@@ -9,12 +9,8 @@ def _(mo):
     mo.md(r"""
     # Does a ChatGPT of my own run on this machine?
 
-    Yes, and in five minutes you will talk to it. A **language model** is a list of numbers, its
-    **parameters**, and a rule that turns a text into a guess at what comes next. It reads and
-    writes **tokens**, short pieces of words. A small one is part of primechat, so nothing needs to
-    be downloaded.
-
-    ## 1. What is here (one minute)
+    Yes: here it is. It is small, and a part of primechat, so nothing needs to be downloaded, and what you
+    write stays on this machine. Ask how its day was; ask about food, music or a pet.
     """)
     return
 
@@ -30,23 +26,29 @@ def _():
 def _():
     from primechat.desk.session import open_chat
     from primechat.lab import exercise, predict, show
-    from primechat.lessons.instruments.firststeps import open_check, open_download, open_machine
     from primechat.lessons.start_here import EXERCISES
 
-    return (EXERCISES, exercise, open_chat, open_check, open_download, open_machine, predict, show)
+    return EXERCISES, exercise, open_chat, predict, show
 
 
 @app.cell(hide_code=True)
-def _(open_machine, show):
-    show(open_machine())
+def _(open_chat, show):
+    show(open_chat("shipped/sft", height="460px"))
     return
 
 
 @app.cell(hide_code=True)
 def _(mo):
     mo.md(r"""
-    A name such as `shipped/sft` or `base/d4` says where a model comes from: **base** models go on with any
-    text, **sft** models were then taught to answer. Before you look closer, guess:
+    It has read small talk and little else, so it chats, and it makes things up: it does not know who was
+    president, or what you said an hour ago. **Stop** ends a reply at once, and **Tokens** shows what else it
+    could have said.
+
+    ## 1. What did you talk to? (one minute)
+
+    A **language model** is a list of numbers, its **parameters**, and a rule that turns a text into a guess
+    at what comes next. It reads and writes **tokens**, short pieces of words. Its numbers come from reading.
+    How much? Guess first:
     """)
     return
 
@@ -78,6 +80,13 @@ def _(mo):
 
 
 @app.cell(hide_code=True)
+def _():
+    from primechat.lessons.instruments.firststeps import open_check, open_download, open_machine
+
+    return open_check, open_download, open_machine
+
+
+@app.cell(hide_code=True)
 def _(open_check, show):
     show(open_check())
     return
@@ -86,18 +95,17 @@ def _(open_check, show):
 @app.cell(hide_code=True)
 def _(mo):
     mo.md(r"""
-    ## 3. Talk to it (two minutes)
+    ## 3. What else is here (one minute)
 
-    Ask how its day was; ask about food, music or a pet. It has read small talk and little else, so it chats,
-    and it makes things up: it does not know who was president, or what you said an hour ago. **Stop** ends a
-    reply at once, and **Tokens** shows what else it could have said.
+    A name such as `shipped/sft` or `base/d4` says where a model comes from: **base** models go on with any
+    text, **sft** models were then taught to answer.
     """)
     return
 
 
 @app.cell(hide_code=True)
-def _(open_chat, show):
-    show(open_chat("shipped/sft", height="560px"))
+def _(open_machine, show):
+    show(open_machine())
     return
 
 
@@ -123,8 +131,7 @@ def _(mo):
     mo.md(r"""
     ## 5. Two exercises
 
-    Replace the `...` in a cell and run it (Shift+Enter); the card says what does not hold yet. In an app the
-    cells cannot be changed: open the lab with `primechat lab 00`.
+    Replace the `...` in a cell and run it (Shift+Enter); the card says what does not hold yet.
     """)
     return
 
@@ -154,7 +161,7 @@ def _(mo):
     - **02 Attention internals**: what does a part of the model read, and what breaks without it?
     - **03 Embedding atlas**: which words does it hold to be related?
     - **05 Pretraining**: noise becomes words, on this machine, in minutes.
-    - **10 Chat**: the page above, larger.
+    - **10 Chat**: the page at the top, larger.
 
     `primechat lab --list` names them all; `primechat quickstart` makes a model of your own, from nothing.
     """)

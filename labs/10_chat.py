@@ -38,7 +38,7 @@ def _(open_chat, show):
 def _(mo):
     mo.md(r"""
     Everything stays on this machine: no text leaves it, and what a model writes can only ever be text, never
-    code that runs. `marimo run labs/10_chat.py` shows this page as an app; people who open it at the same
+    code that runs. `primechat lab 10 --app` shows this page as an app; people who open it at the same
     time do not see each other's chats. In a terminal, `primechat chat` talks to the same models.
 
     ## What the figures say

@@ -9,6 +9,7 @@ const KEYS = [
   ["Enter", "send"], ["Shift Enter", "new line"], ["Esc", "stop a reply, close what is open"], ["↑", "in the empty line: edit the last message"],
   ["Alt N", "new chat"], ["Alt R", "answer anew"], ["Alt C", "copy the last reply"], ["Alt T", "show tokens; arrow keys walk, Enter opens"], ["Alt ←  Alt →", "the other answers"],
 ];
+const STARTERS = ["Hi! How was your day?", "What did you have for dinner?", "I have a small dog."];
 const MARK = 3;
 const WORDS = { temperature: "temperature", top_k: "top-k", top_p: "top-p", repetition_penalty: "repetition penalty" };
 const SAMPLING = Object.keys(WORDS); // what a model's makers may advise
@@ -181,6 +182,7 @@ function render({ model, el }) {
   }
   function greeting() {
     return h("div", { class: "pc-chat-empty" }, h("p", { class: "pc-title", text: "Say something." }),
+      h("div", { class: "pc-row" }, STARTERS.map((text) => button(text, () => { input.value = text; submit(); }))),
       h("p", { class: "pc-muted", text: "The reply appears as it is written. Under it stand its speed and its length; click a token to see what else the model could have said, and go on from there." }));
   }
   function card(id) {
@@ -498,7 +500,7 @@ function render({ model, el }) {
     takeIn(first, false);
     tell("The model is being opened. You can write meanwhile.");
   }
-  quietly("ready");
+  ask("act", { name: "ready", given: {} }).then(take, (error) => tell(error.message)); // a picture of a lab says that it is one
   return end;
 }
 
