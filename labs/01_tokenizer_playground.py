@@ -119,8 +119,9 @@ def _(mo):
 
 @app.cell(hide_code=True)
 def _(predict, tokenizers):
+    shuffled = "English with its letters in random order: how many times as many tokens as before?"
     predict(
-        "English with its letters in random order: how many times as many tokens as before?",
+        shuffled,
         (0.5, 4),
         round(tokenizers.shuffled_ratio(), 2),
         within=0.3,
@@ -128,12 +129,12 @@ def _(predict, tokenizers):
         why="Merges are frequent neighbours. Random letters have few of them, so most stay alone: what a "
         "tokenizer saves, it saves by knowing words.",
     )
-    return
+    return (shuffled,)
 
 
 @app.cell(hide_code=True)
-def _(show, tokenizers):
-    show(tokenizers.fertility())
+def _(show, shuffled, tokenizers):
+    show(tokenizers.fertility(), after=shuffled)
     return
 
 

@@ -66,8 +66,9 @@ def _(mo):
 
 @app.cell(hide_code=True)
 def _(explorer, predict):
+    kept = "Of a token's ten true neighbours, how many are among the ten nearest to it on the map?"
     predict(
-        "Of a token's ten true neighbours, how many are among the ten nearest to it on the map?",
+        kept,
         (0, 10),
         round(explorer.kept, 1),
         within=0.5,
@@ -75,12 +76,12 @@ def _(explorer, predict):
         why="That is the mean over tokens, of the map below. What looks close is seldom close; what is close "
         "is often drawn far away. The line under the map says so for every map that you make.",
     )
-    return
+    return (kept,)
 
 
 @app.cell(hide_code=True)
-def _(explorer, show):
-    atlas = show(explorer.view)
+def _(explorer, kept, show):
+    atlas = show(explorer.view, after=kept)
     atlas
     return (atlas,)
 
@@ -122,8 +123,8 @@ def _(mo):
 
 
 @app.cell(hide_code=True)
-def _(explorer, show):
-    show(explorer.compare_maps())
+def _(explorer, kept, show):
+    show(explorer.compare_maps(), after=kept)
     return
 
 
@@ -243,13 +244,14 @@ def _(mo):
 @app.cell(hide_code=True)
 def _(TRENDS, explorer, predict):
     _trend, _said = explorer.find_trend("input")
-    predict("Whose rows are longer in the table of input embeddings?", TRENDS, _trend, why=_said)
-    return
+    longer = "Whose rows are longer in the table of input embeddings?"
+    predict(longer, TRENDS, _trend, why=_said)
+    return (longer,)
 
 
 @app.cell(hide_code=True)
-def _(explorer, show):
-    show(explorer.draw_lengths())
+def _(explorer, longer, show):
+    show(explorer.draw_lengths(), after=longer)
     return
 
 

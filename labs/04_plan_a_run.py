@@ -143,19 +143,20 @@ def _(mo):
 def _(forecasts, predict):
     _best = min(run.bpb for run in forecasts.read_record()[0].runs)
     _came = forecasts.open_outcome()
+    shipped = f"The best of the small models needs {_best:.2f} bits per byte. What does the shipped one need?"
     predict(
-        f"The best of the small models needs {_best:.2f} bits per byte. What does the shipped one need?",
+        shipped,
         (1.0, 2.0),
         _came.bpb if _came else _best,
         within=0.06,
         why="See what the forecast from the small runs was, and whether it held.",
     )
-    return
+    return (shipped,)
 
 
 @app.cell(hide_code=True)
-def _(Live, forecasts, show):
-    show(Live(forecasts.show_record))
+def _(Live, forecasts, shipped, show):
+    show(Live(forecasts.show_record), after=shipped)
     return
 
 

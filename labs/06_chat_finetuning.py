@@ -55,15 +55,16 @@ def _(mo):
 @app.cell(hide_code=True)
 def _(load_tokenizer, posttrain, show):
     tokenizer = load_tokenizer("shipped/base")
-    shelf = show(posttrain.open_desk(tokenizer))
+    learned = "In a chat of two people, about which share of the tokens is learned from?"
+    shelf = show(posttrain.open_desk(tokenizer), after=learned)
     shelf
-    return (shelf,)
+    return learned, shelf
 
 
 @app.cell(hide_code=True)
-def _(posttrain, predict):
+def _(learned, posttrain, predict):
     predict(
-        "In a chat of two people, about which share of the tokens is learned from?",
+        learned,
         ["a tenth", "about half", "nearly all"],
         posttrain.guess_share("chitchat"),
         why="Measured on the first chats of the set, special tokens included.",

@@ -132,6 +132,10 @@ def test_lab_in_a_browser(
     assert scatter.evaluate(f"e => ({SCATTER})(e).where(40)") != before
     view.get_by_role("tab", name="3-D").click()
     kept = 10 * truth.atlas.show("input", "PCA", 3).kept[0]
+    expect(view.locator(".pc-atlas-note")).to_contain_text("stands here after your guess", timeout=60_000)
+    guess = page.locator(".pc-prediction", has_text="ten true neighbours")
+    guess.get_by_label("My guess").fill("3")
+    guess.get_by_role("button", name="Show the answer").click()
     expect(view.locator(".pc-atlas-note")).to_contain_text(f"{kept:.1f} are neighbours here", timeout=60_000)
     view.get_by_label("Show", exact=True).select_option("output")
     shown = 100 * truth.atlas.show("output", "PCA", 3).shown[0]

@@ -257,6 +257,12 @@ def test_play_train_chat_and_search(in_run: LabPage) -> None:
     assert "my own" in page.locator(".pc-playground select").first.inner_text()
 
     fertility = page.locator(".pc-fertility")
+    guess = page.locator(".pc-prediction", has_text="letters in random order")
+    guess.scroll_into_view_if_needed()
+    fertility.wait_for(state="hidden")  # the table tells the answer
+    guess.get_by_label("My guess").fill("2")
+    guess.get_by_role("button", name="Show the answer").click()
+    fertility.wait_for()
     fertility.scroll_into_view_if_needed()
     fertility.get_by_role("tab", name="Tokens", exact=True).click()
     row = fertility.locator(".pc-passage", has_text="English").first

@@ -45,6 +45,19 @@ def test_labs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         build_words(LabConfig(app=True), None)
 
 
+def test_answers_wait_for_their_guess() -> None:
+    """What shows the answer to a question opens after it; and the question is one that this lab asks."""
+    waiting = {}
+    for path in LABS:
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        calls = [node for node in nodes if isinstance(node, ast.Call)]
+        asked = {ast.unparse(call.args[0]) for call in calls if ast.unparse(call.func) == "predict"}
+        gates = [ast.unparse(word.value) for call in calls for word in call.keywords if word.arg == "after"]
+        assert set(gates) <= asked, f"{path.stem}: a gate that no guess opens"
+        waiting[path.stem[:2]] = len(gates)
+    assert waiting["01"] == 1 and waiting["03"] == 3 and min(waiting[n] for n in ("04", "06", "08")) == 1
+
+
 def test_commands_that_open_a_lab() -> None:
     words, places = build_words(LabConfig(), LABS[0])
     assert "--MarimoProxyConfig.no_sandbox=True" in words

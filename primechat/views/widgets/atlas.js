@@ -1,4 +1,4 @@
-import { asking, button, commit, debounce, frame, h, number, select, slider, tabs, throttle } from "./kit.js";
+import { asking, button, commit, debounce, frame, h, number, select, slider, tabs, throttle, whenGuessed } from "./kit.js";
 import { makeScatter } from "./scatter.js";
 
 const ROWS = 100; // of the table of what was chosen
@@ -42,7 +42,7 @@ function normalise(all, n, f) {
 
 function render(context) {
   const { model } = context;
-  const { root, listen, later, end } = frame(context, "atlas");
+  const { root, listen, later, end } = frame(context, "atlas", { partly: true });
   const ask = asking(model, later);
   const state = {
     labels: [], channels: [], facts: [], n: 0, frames: [""], picked: -1, near: null, hits: null, only: -1,
@@ -60,7 +60,7 @@ function render(context) {
   const legend = h("div", { class: "pc-atlas-legend" });
   const card = h("div", { class: "pc-atlas-side" });
   const table = h("div", { class: "pc-atlas-table" });
-  let hintTimer = 0;
+  let hintTimer = 0, guessed = false;
   const hint = (text) => {
     hintBox.textContent = text;
     hintBox.dataset.on = "true";
@@ -194,7 +194,8 @@ function render(context) {
     if (cloud.shown?.length) {
       parts.push(`This picture shows ${number(100 * cloud.shown[now], 1)} % of the differences between the vectors.`);
     } else if (cloud.method === "UMAP") parts.push("UMAP keeps neighbours together; its axes, and distances across the map, mean nothing.");
-    if (cloud.kept.length) {
+    if (cloud.kept.length && !guessed) parts.push("How many neighbours it keeps stands here after your guess.");
+    else if (cloud.kept.length) {
       parts.push(`Of ten true neighbours of a token, ${number(10 * cloud.kept[now], 1)} are neighbours here too (by chance: ${number(10 * cloud.chance, cloud.chance < 0.001 ? 4 : 2)}).`);
     }
     if (cloud.note) parts.unshift(cloud.note);
@@ -467,6 +468,7 @@ function render(context) {
   root.scatter = scatter; // for tests that measure
   state.picked = -1;
   read();
+  whenGuessed(model.get("gate"), () => { if (!guessed) { guessed = true; say(); } }, later);
   showCard();
   state.chosen = new Set(model.get("chosen"));
   rank();

@@ -33,8 +33,11 @@ export function readTheme() {
   return matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 }
 
-/** Begin a widget: a root in the page's theme inside el, `listen` for traits, and `end` to return from render. */
-export function frame({ model, el }, name) {
+/**
+ * Begin a widget: a root in the page's theme inside el, `listen` for traits, and `end` to return from render.
+ * One of which only a part shows the answer to a guess is seen at once, and asks `whenGuessed` about that part.
+ */
+export function frame({ model, el }, name, { partly = false } = {}) {
   const root = h("div", { class: `pc pc-${name}`, dataset: { theme: readTheme() } });
   const undo = [];
   const follow = () => { root.dataset.theme = readTheme(); };
@@ -53,7 +56,8 @@ export function frame({ model, el }, name) {
   };
   const later = (work) => undo.push(work);
   el.replaceChildren(root);
-  if (model.get("gate")) {
+  setTimeout(() => root.closest(".jp-Notebook")?.classList.add("pc-notebook")); // its text is then set as kit.css says
+  if (model.get("gate") && !partly) {
     const gate = waitForGuess(root, model.get("gate"), later);
     el.prepend(gate);
     undo.push(() => gate.remove());
@@ -79,12 +83,18 @@ function waitForGuess(root, question, later) {
     h("span", { class: "pc-muted", text: "This shows the answer: guess above first, and it opens." }), button("Open it now", open)));
   const watch = new MutationObserver(() => { gate.dataset.theme = root.dataset.theme; });
   watch.observe(root, { attributes: true, attributeFilter: ["data-theme"] });
-  const look = () => { if ([...(window.primechatScores?.values() ?? [])].some((entry) => entry.question === question)) open(); };
-  window.addEventListener("primechat-score", look);
-  later(() => { watch.disconnect(); window.removeEventListener("primechat-score", look); });
+  later(() => watch.disconnect());
   root.hidden = true;
-  look();
+  whenGuessed(question, open, later);
   return gate;
+}
+
+/** Do something once the prediction with this question is answered; at once where it is, or where there is none. */
+export function whenGuessed(question, work, later) {
+  const look = () => { if (!question || [...(window.primechatScores?.values() ?? [])].some((entry) => entry.question === question)) work(); };
+  window.addEventListener("primechat-score", look);
+  later(() => window.removeEventListener("primechat-score", look));
+  look();
 }
 
 /** Set traits and send them; what has not changed is not sent. */

@@ -1,13 +1,13 @@
 // Dialogue sets: cards with weights, one conversation with what is learned from lit, the shares of the mixture.
-import { asking, button, commit, frame, h, number, slider } from "../kit.js";
+import { asking, button, commit, frame, h, number, slider, whenGuessed } from "../kit.js";
 
 function render({ model, el }) {
-  const { root, listen, later, end } = frame({ model, el }, "mix");
+  const { root, listen, later, end } = frame({ model, el }, "mix", { partly: true });
   const ask = asking(model, later);
   const cards = h("div", { class: "pc-mix-cards" }), page = h("div", { class: "pc-card pc-mix-page" });
   const bar = h("div", { class: "pc-mix-bar", role: "img" }), legend = h("div", { class: "pc-row pc-mix-legend" });
   const line = h("code", { class: "pc-mono pc-mix-line" });
-  let place = 0;
+  let place = 0, guessed = false;
   const here = () => model.get("sets").filter((set) => set.here);
   const weigh = (name) => Number(model.get("weights")[name] ?? 0);
   const size = (v) => (v >= 1e6 ? `${number(v / 1e6, 1)} million` : number(v));
@@ -49,8 +49,8 @@ function render({ model, el }) {
       h("div", { class: "pc-row" }, h("h3", { class: "pc-title", text: `${set.name}, talk ${place + 1} of ${found.of}` }),
         button("Back", () => { place = Math.max(0, place - 1); open(); }, { disabled: place === 0 }),
         button("Next", () => { place = (place + 1) % found.of; open(); })),
-      h("p", { class: "pc-muted pc-mix-key" }, h("span", { class: "pc-lit pc-mono", text: "lit" }), " is learned from, the rest is only read: ",
-        `${number(found.learned)} of ${number(found.tokens)} tokens.`),
+      h("p", { class: "pc-muted pc-mix-key" }, h("span", { class: "pc-lit pc-mono", text: "lit" }), " is learned from, the rest is only read",
+        guessed ? `: ${number(found.learned)} of ${number(found.tokens)} tokens.` : "."),
       h("div", { class: "pc-mix-turns" }, ...turns));
   }
 
@@ -67,7 +67,8 @@ function render({ model, el }) {
   root.append(h("div", { class: "pc-mix" }, cards, page), h("div", { class: "pc-card pc-stack" }, h("span", { class: "pc-label", text: "Your mixture, by tokens" }), bar, legend, line));
   listen("chosen", open);
   listen("weights", weighAll);
-  open();
+  whenGuessed(model.get("gate"), () => { if (!guessed) { guessed = true; open(); } }, later);
+  if (!guessed) open();
   weighAll();
   return end;
 }
