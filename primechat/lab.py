@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from primechat import store
 from primechat.desk.labs import runner
 from primechat.desk.labs.forms import build_form, read_command
-from primechat.desk.labs.runner import in_marimo, in_notebook, open_control, show
+from primechat.desk.labs.runner import in_marimo, open_control, show
 from primechat.lessons import Broken, Exercise, is_stub
 from primechat.records import count_noun
 from primechat.store import ModelEntry
@@ -56,6 +56,11 @@ def offer_model(first: str = "") -> ModelPicker:
     cell again when another model is chosen.
     """
     return ModelPicker(find_models, first or str(store.choose_model()), waits=OPENING)
+
+
+def in_notebook() -> bool:
+    """Tell whether somebody can press buttons, or a page is made that shows them."""
+    return runner.in_notebook() or runner.still
 
 
 def pick_model(families: Sequence[str] = (), *, label: str = "Model", first: str = "") -> Any:
@@ -164,7 +169,7 @@ def stage(function: Callable[..., Any], config: Any, *, title: str = "") -> Any:
     ends.
     """
     title = title or inspect.getdoc(type(config)).partition(".")[0]  # type: ignore[union-attr]
-    if in_notebook() or runner.still:
+    if in_notebook():
         return show(open_control(function, config, title))
     from primechat.cli import call_stage
 

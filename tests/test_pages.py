@@ -127,6 +127,7 @@ def test_chosen_labs_alone_without_private_models(
     assert {path.name for path in out.iterdir()} == {"index.html", "08_other.html"}
     text = (out / "08_other.html").read_text(encoding="utf-8")
     assert str(tmp_path / "mine") not in text and "07_little.html" not in text
+    assert "~/.cache/nanochat printed" in text, "the folder that stands in for it is not told either"
     assert os.environ["NANOCHAT_BASE_DIR"] == str(tmp_path / "mine")
     assert cli.main(["lab", "render", str(out), "08", "--own"]) == 0
     assert str(tmp_path / "mine") in (out / "08_other.html").read_text(encoding="utf-8")
@@ -172,4 +173,7 @@ def test_every_lab_is_a_page(path: Path, tmp_path: Path, lab_page: Callable[...,
     found.page.wait_for_timeout(1000)
     assert places.count() > 0 and found.page.locator("[data-widget] .pc").count() >= places.count()
     assert not re.search(r"could not be drawn", found.page.locator("main").inner_text())
+    assert found.page.locator(".pc-chat-fault").count() == 0, "nobody has asked for anything yet"
+    stages = len(re.findall(r"= \(?\s*stage\(", path.read_text(encoding="utf-8")))
+    assert found.page.get_by_role("button", name="Start", exact=True).count() == stages
     found.check()

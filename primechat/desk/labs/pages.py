@@ -189,13 +189,13 @@ def write_lab(path: Path, shown: Sequence[Path] = (), *, train: bool = False) ->
 
 
 @contextmanager
-def hide_models() -> Iterator[None]:
-    """Let an empty base directory be the reader's, for pages that others will read."""
+def hide_models() -> Iterator[str]:
+    """Let an empty base directory be the reader's, for pages that others will read; yield its path."""
     before = os.environ.get("NANOCHAT_BASE_DIR")
     with tempfile.TemporaryDirectory(prefix="primechat-") as empty:
         os.environ["NANOCHAT_BASE_DIR"] = empty
         try:
-            yield
+            yield empty
         finally:
             os.environ.pop("NANOCHAT_BASE_DIR")
             os.environ.update({} if before is None else {"NANOCHAT_BASE_DIR": before})
@@ -211,8 +211,10 @@ def write_pages(folder: Path, labs: Sequence[Path], *, train: bool = False, own:
     shown = [path for path, page in pages.items() if path in labs or page.is_file()]
     for path in labs:
         try:
-            with nullcontext() if own else hide_models():
-                pages[path].write_text(write_lab(path, shown, train=train), encoding="utf-8")
+            with nullcontext("") if own else hide_models() as hidden:
+                text = write_lab(path, shown, train=train)
+            text = text.replace(hidden, "~/.cache/nanochat") if hidden else text
+            pages[path].write_text(text, encoding="utf-8")
         except Exception as error:  # one lab's fault must not keep the others from being written
             failed += 1
             print(f"{path.name}: {type(error).__name__}: {error}", file=sys.stderr)
