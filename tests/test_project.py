@@ -21,6 +21,7 @@ from test_house import read_house
 
 import primechat
 from primechat import cli, store
+from primechat.views.theme import DARK, LIGHT
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -162,8 +163,12 @@ def test_tests_are_hermetic(base_dir: Path, tmp_path: Path) -> None:
 
 def test_labs_are_not_rewritten_on_opening() -> None:
     """And they follow the system's light or dark, which `marimo run` does only where it is told to."""
-    runs, dark = {"auto_instantiate": True}, {"theme": "system"}
+    looks = "primechat/desk/labs/marimo.css"
+    runs, dark = {"auto_instantiate": True}, {"theme": "system", "custom_css": [looks]}
     assert read_project()["tool"]["marimo"] == {"runtime": runs, "save": {"autosave": "off"}, "display": dark}
+    pairs = re.findall(r"light-dark\((#\w+), (#\w+)\)", (ROOT / looks).read_text(encoding="utf-8"))
+    known = set(zip(LIGHT.values(), DARK.values(), strict=True))
+    assert len(pairs) > 15 and set(pairs) <= known, "marimo's page has the colours of the cards"
 
 
 def run_tool(*words: str) -> None:
