@@ -21,6 +21,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 # What is drawn first and answers: a selector of the lab's own first picture.
 FIRST = {
+    "00": ".pc-chat .pc-chat-empty",
     "01": '.pc-playground[data-ready="true"] .pc-token',
     "02": ".pc-heads canvas",
     "03": ".pc-atlas .pc-scatter[data-painter]",
