@@ -29,7 +29,6 @@ def _():
     from primechat.lab import Live, announce, borrow_model, exercise, in_notebook, pick_model, predict, show
     from primechat.lessons.autochat_entropy import EXERCISES
     from primechat.lessons.instruments import talks
-    from primechat.stages.autochat import read_talks
     from primechat.views import talk
 
     return (
@@ -43,7 +42,6 @@ def _():
         mo,
         pick_model,
         predict,
-        read_talks,
         show,
         talk,
         talks,
@@ -70,7 +68,7 @@ def _(choose_talker, pick_model):
 def _(announce):
     notice = announce(
         "The model says 66 turns in six conversations with itself: some seconds on a quiet laptop, the first "
-        "time. Guess meanwhile: will its choices become more open or more narrow?"
+        "time. Guess meanwhile: after how many turns does it say the same again?"
     )
     notice
     return (notice,)
@@ -88,46 +86,68 @@ def _(mo):
     mo.md(r"""
     ## 1. Look
 
-    A **detector** marks conversations that go round to their end: the last turn ends in one phrase three
-    times in a row, or three of the last four turns take at least 70 % of their words from the four turns
-    before them. From where that begins, the turns' numbers are bold and red, and the card below says *goes
-    round from turn ... on*.
+    Here the model always takes the token that it holds likeliest. A person said turn 0; all that follows is
+    the model's. Each column is a turn, each row a measure; click a cell to read that turn between its
+    neighbours.
     """)
     return
 
 
 @app.cell(hide_code=True)
-def _(predict, study):
-    trend = "Over twelve turns of talk with itself, how does the model's entropy change?"
-    _answer, _said = study.tell_trend()
-    predict(
-        trend,
-        ("It rises", "It stays", "It falls"),
-        _answer,
-        why=f"Measured on the conversations below: {_said}. Less than 5 % counts as staying.",
-    )
-    return (trend,)
-
-
-@app.cell(hide_code=True)
-def _(show, study, trend):
-    show(study.show_strips(), after=trend)
+def _(show, study, talks):
+    show(study.show_strips(talks.SURE))
     return
 
 
 @app.cell(hide_code=True)
 def _(mo):
     mo.md(r"""
-    Each column is a turn, each row a measure; click a cell and read the turn, its tokens coloured by how open
-    the choice was. Look at the controls too: **people** is how talk should look, **shuffled** has the same
-    words without a thread, and the **planted loop** shows what the detector must find.
+    **What you see.** Look along *said before* and *like its last*: where they turn dark and stay dark, the
+    model says again what it has said, and *entropy* and *surprise* grow pale, since it becomes sure of it.
+    Nothing can bring it out: after the same words the likeliest token is always the same one.
+
+    The red line is the verdict of a **detector**, not ours by eye. It marks conversations that go round to
+    their end: the last turn ends in one phrase three times in a row, or three of the last four turns take at
+    least 70 % of their words from the four turns before them. *Conversation* shows the other five; ↻ marks
+    those that go round.
+
+    **Temperature** says how much chance plays a part: at 0 the model always takes the likeliest token, as
+    above, at 0.8 it draws each token almost by its probability. Now the same first turns at 0.8.
+    """)
+    return
+
+
+@app.cell(hide_code=True)
+def _(predict, study):
+    rounds = "At temperature 0.8, from the same first turns: do fewer conversations go round, or more?"
+    predict(
+        rounds,
+        ("Fewer", "As many", "More"),
+        study.tell_loops,
+        why="Counted by the detector, in the conversations below and those above. A ring breaks where chance "
+        "takes another token, so most samplers use some; too much of it and the words lose their thread.",
+    )
+    return (rounds,)
+
+
+@app.cell(hide_code=True)
+def _(rounds, show, study, talks):
+    show(study.show_strips(*(name for name in talks.ABOUT if name != talks.SURE)), after=rounds)
+    return
+
+
+@app.cell(hide_code=True)
+def _(mo):
+    mo.md(r"""
+    Look at the controls too: **people** is how talk should look, **shuffled** has the same words without a
+    thread, and the **planted loop** shows what the detector must find.
 
     *What this cannot show:* whether a turn makes sense. A model may say new words all the time and mean
     nothing by them.
 
     ## How far can the detector be trusted?
 
-    The red numbers mark where a conversation "goes round". Two readers who did not know that verdict labelled
+    Two readers who did not know that verdict labelled
     100 transcripts: is this talk stuck by its end? (They were two language models with a page of rules, **not
     people**.) Cohen's **kappa** is their agreement beyond chance: 0 is chance, 1 is perfect. The lower four
     bars are the detector against each of them.
@@ -137,14 +157,15 @@ def _(mo):
 
 @app.cell(hide_code=True)
 def _(show, talk, talks):
-    kappas, shares = talks.judge_detector()
-    show(talk.draw_spreads(kappas, "How well two verdicts agree, with 95 % intervals", (0, 1)))
-    return (shares,)
+    agree = "How well two verdicts agree, with 95 % intervals"
+    show(lambda: talk.draw_spreads(talks.judge_detector()[0], agree, (0, 1)))
+    return
 
 
 @app.cell(hide_code=True)
-def _(shares, show, talk):
-    show(talk.draw_spreads(shares, "Share of transcripts that are called stuck", (0, 1)))
+def _(show, talk, talks):
+    stuck = "Share of transcripts that are called stuck"
+    show(lambda: talk.draw_spreads(talks.judge_detector()[1], stuck, (0, 1)))
     return
 
 
@@ -198,25 +219,37 @@ def _(many, summary):
 
 
 @app.cell(hide_code=True)
-def _(many, read_talks, show, study, talk, trend):
-    _found = read_talks(many.result.path) if many.result else None
-    show(talk.draw_bands(study.trace("entropy", _found), "Entropy, nats a token"), after=trend)
+def _(predict, study):
+    trend = "Over twelve turns of talk with itself at temperature 0.8, how does the model's entropy change?"
+    predict(
+        trend,
+        ("It rises", "It stays", "It falls"),
+        lambda: study.tell_trend()[0],
+        why="Measured on the six conversations of the first look, the first third of the turns against the "
+        "last. Less than 5 % counts as staying.",
+    )
+    return (trend,)
+
+
+@app.cell(hide_code=True)
+def _(many, show, study, talk, trend):
+    show(lambda: talk.draw_bands(study.trace("entropy", many.result), "Entropy, nats a token"), after=trend)
     return
 
 
 @app.cell(hide_code=True)
-def _(many, read_talks, show, study, talk):
-    _found = read_talks(many.result.path) if many.result else None
-    show(talk.draw_bands(study.trace("said before", _found), "Share of three-word pieces said before"))
+def _(many, show, study, talk):
+    said = "Share of three-word pieces said before"
+    show(lambda: talk.draw_bands(study.trace("said before", many.result), said))
     return
 
 
 @app.cell(hide_code=True)
 def _(mo):
     mo.md(r"""
-    The band holds the middle 80 % of the conversations; until you press Start they are the six from above.
-    The lines of people and of their
-    shuffled turns are read by the same model, so their entropy is how open *its* choice was.
+    The band holds the middle 80 % of the conversations at temperature 0.8; until you press Start they are the
+    six from above. The lines of people and of their shuffled turns are read by the same model, so their
+    entropy is how open *its* choice was.
 
     *What this cannot show:* low entropy may be a loop, or just good manners (*thank you* is followed by *you
     are welcome*). Only the second plot tells them apart.
@@ -230,7 +263,7 @@ def _(mo):
 
 @app.cell(hide_code=True)
 def _(show, study, talk, talks):
-    show(talk.draw_repeats(study.trace_repeats(), talks.SENTENCE))
+    show(lambda: talk.draw_repeats(study.trace_repeats(), talks.SENTENCE))
     return
 
 
@@ -254,7 +287,7 @@ def _(mo):
 
 @app.cell(hide_code=True)
 def _(show, study, talk):
-    show(talk.draw_drift(study.map_drift()))
+    show(lambda: talk.draw_drift(study.map_drift()))
     return
 
 
@@ -289,11 +322,8 @@ def _(in_notebook, stage, study, talks):
 
 @app.cell(hide_code=True)
 def _(show, study, talk, variants):
-    _groups = study.compare_groups()
-    if variants is not None and variants.result:
-        _found = {name: found[0] for name, found in variants.result.measure().items()}
-        _groups = {**_found, "people": _groups["people"], "shuffled": _groups["shuffled"]}
-    show(talk.draw_spreads(_groups, "Measures of a conversation, mean and 95 % interval"))
+    helps = "Measures of a conversation, mean and 95 % interval"
+    show(lambda: talk.draw_spreads(study.compare_groups(variants), helps))
     return
 
 
@@ -330,11 +360,8 @@ def _(in_notebook, stage, study, talks):
 
 @app.cell(hide_code=True)
 def _(models, show, study, talk):
-    _people = study.compare_groups()
-    _found = models.result.measure() if models is not None and models.result else {}
-    side = {name: found[0] for name, found in _found.items()}
-    side |= {name: _people[name] for name in ("people", "shuffled")}
-    show(talk.draw_spreads(side, "Models side by side, mean and 95 % interval"))
+    beside = "Models side by side, mean and 95 % interval"
+    show(lambda: talk.draw_spreads(study.compare_groups(models, only=True), beside))
     return
 
 
@@ -387,17 +414,18 @@ def _(in_notebook, stage, study, talks):
 
 @app.cell(hide_code=True)
 def _(collapse, show, study, talk, talks, variety):
-    people = study.compare_groups()["people"]
-    generations = (
-        collapse.result.measure() if collapse is not None and collapse.result else talks.read_recorded()
-    )
-    show(talk.draw_generations(generations, people, "Vendi"), after=variety)
-    return generations, people
+    def draw_generations(measure):
+        ran = collapse is not None and collapse.result
+        found = collapse.result.measure() if ran else talks.read_recorded()
+        return talk.draw_generations(found, study.compare_groups()["people"], measure)
+
+    show(lambda: draw_generations("Vendi"), after=variety)
+    return (draw_generations,)
 
 
 @app.cell(hide_code=True)
-def _(generations, people, show, talk, variety):
-    show(talk.draw_generations(generations, people, "distinct-2"), after=variety)
+def _(draw_generations, show, variety):
+    show(lambda: draw_generations("distinct-2"), after=variety)
     return
 
 

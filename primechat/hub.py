@@ -271,8 +271,10 @@ def fetch_model(name: str, tell: Callable[[str], None] = lambda text: None) -> P
     return folder
 
 
-# The sampling that the makers recommend on a model's card alone: by name, what and where they say so.
-CARDS = {"smollm2|.+/smollm2-.+-instruct": ({"temperature": 0.2, "top_p": 0.9}, "SmolLM2-Instruct's card")}
+# The sampling that the makers show on a model's card alone, by name. Checked: under "How to use" the cards of
+# SmolLM2-135M-Instruct and -1.7B-Instruct call `generate(..., temperature=0.2, top_p=0.9)`, and the 135M's
+# generation_config.json names no sampling; the 360M is taken to be like them.
+CARDS = {"smollm2|.+/smollm2-.+-instruct": ({"temperature": 0.2, "top_p": 0.9}, "its card's example")}
 
 
 def read_sampling(name: str, folder: Path) -> tuple[dict[str, float], str]:

@@ -73,7 +73,9 @@ def talk_in_terminal(
 
 
 def test_pipe_writes_replies_only() -> None:
-    assert talk("hi", "", "  there ") == ("hello\nhello\n", "")
+    assert talk("hi", "", "  there ") == ("hello\nhello\n", "you> hi\nyou> there\n"), (
+        "and tells what was asked"
+    )
     assert talk() == ("", "")
     assert talk("hi", "/quit", "unread")[0] == "hello\n"
     assert talk("hi", "/exit", "unread")[0] == "hello\n"
@@ -246,7 +248,7 @@ def test_runs_off_the_main_thread() -> None:
     thread = threading.Thread(target=lambda: got.append(talk("hi")))
     thread.start()
     thread.join()
-    assert got == [("hello\n", "")]
+    assert got == [("hello\n", "you> hi\n")]
 
 
 def test_broken_encodings_end_nothing() -> None:

@@ -470,7 +470,7 @@ def test_smollm2_answers() -> None:
     (entry,) = [entry for entry in store.list_models() if entry.identifier == "hf:smollm2"]
     assert entry.n_params == 134_515_008
     model, tokenizer, meta = store.open_model("hf:smollm2")
-    assert meta["sampling"] == ({"temperature": 0.2, "top_p": 0.9}, "SmolLM2-Instruct's card")
+    assert meta["sampling"] == ({"temperature": 0.2, "top_p": 0.9}, "its card's example")
     assert meta["chat"] and model.n_params == 134_515_008 and model.max_context == 8192
     engine, said = Engine(model, tokenizer), [{"role": "user", "content": "What is the capital of France?"}]
     reply = engine.chat(said, max_new_tokens=24, temperature=0.0)

@@ -75,14 +75,17 @@ def test_a_study_has_its_controls(study: talks.Study) -> None:
     assert sorted(t.text for one in study.groups["people"] for t in one) == sorted(
         t.text for one in study.groups["shuffled"] for t in one
     )
-    widget = study.show_strips()
+    widget = study.show_strips(*talks.ABOUT)
     assert [row["name"] for row in widget.rows] == list(MEASURES)
-    assert [len(group["talks"]) > 0 for group in widget.groups] == [True, False, False, False], (
-        "the first soon"
-    )
+    ready = [group["name"] for group in widget.groups if group["talks"]]
+    assert ready == [talks.SURE], "the first look comes soon"
     widget.answer_settle()
     loops = {group["name"]: [one["loop"] for one in group["talks"]] for group in widget.groups}
     assert all(loop >= 4 for loop in loops["planted loop"])
+    sure, chance = ([loop >= 0 for loop in loops[name]] for name in (talks.SURE, "the model"))
+    assert sum(sure) >= 2 > sum(chance) and study.tell_loops() == "Fewer", (
+        "what the first look is there to show"
+    )
     turn = widget.groups[0]["talks"][0]["turns"][1]
     assert turn["who"].startswith("shipped/sft") and len(turn["values"]) == len(MEASURES)
     assert "".join(token[0] for token in turn["tokens"]) == turn["text"] or "\ufffd" in str(turn["tokens"])
@@ -95,14 +98,14 @@ def test_a_study_has_its_controls(study: talks.Study) -> None:
 
 def test_pictures_show_what_they_are_given(study: talks.Study) -> None:
     bands = talk.draw_bands(study.trace("entropy"), "Entropy")
-    assert {note.text for note in bands.layout.annotations} == {"the model", "people", "shuffled"}
+    assert {note.text for note in bands.layout.annotations} == {*talks.ABOUT} - {"planted loop"}
     expected = np.nanmean([measure_turns(one)["entropy"][1:] for one in study.groups["people"]], axis=0)
-    assert bands.data[2].y == pytest.approx(expected) or bands.data[1].y == pytest.approx(expected)
+    assert next(line for line in bands.data if line.name == "people").y == pytest.approx(expected)
     repeats = study.trace_repeats()
     assert talk.draw_repeats(repeats, "x").data[0].y == pytest.approx(repeats["this model"])
     assert max(repeats["random weights"]) < 0.01  # all tokens alike
     drift = talk.draw_drift(study.map_drift())
-    assert len(drift.data) == 3 and drift.data[0].customdata[0] == pytest.approx(0, abs=1e-6)
+    assert len(drift.data) == 4 and drift.data[0].customdata[0] == pytest.approx(0, abs=1e-6)
     x, y = (np.asarray(drift.data[0][axis], float) for axis in "xy")
     hop = np.hypot(np.diff(x), np.diff(y)).mean()
     assert any(note.text.endswith(f", mean hop {hop:.1f}") for note in drift.layout.annotations)
@@ -182,6 +185,10 @@ def test_variants_and_generations_are_measured(
     found = talks.run_variants(small)
     measured = found.measure(("distinct-2",))
     assert list(measured) == list(talks.VARIANTS) and not found.stopped
+    ran, waits = SimpleNamespace(result=found), SimpleNamespace(result=None)
+    assert list(study.compare_groups(ran)) == [*talks.VARIANTS, "people", "shuffled"]
+    assert list(study.compare_groups(waits)) == list(talks.ABOUT)
+    assert list(study.compare_groups(waits, only=True)) == ["people", "shuffled"]
     assert all(len(one) == 1 and 0 < one[0]["distinct-2"][0] <= 1 for one in measured.values())
 
 
@@ -198,6 +205,10 @@ def test_strips_on_a_page(shared: Callable[..., str], lab_page: Callable[..., An
     page.locator(".pc-strips-cell").first.wait_for(timeout=60_000)
     assert page.get_by_text("guess above first").is_hidden()
     assert page.locator(".pc-strips-cell").count() == 6
+    assert "1 of 1 conversations goes round to its end; this one does from turn 1 on" in page.inner_text(
+        ".pc-strips"
+    )
+    assert page.locator("[data-chosen=true][data-t='1']").count() == 2, "it opens where the loop begins"
     page.locator(".pc-strips-cell[data-t='2'][data-r='0']").click()
     assert "<b>third</b>" in page.locator(".pc-strips-text").inner_text()
     assert page.locator(".pc-strips-text b").count() == 0

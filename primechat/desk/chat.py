@@ -2,7 +2,7 @@
 
 Hides: the terminal. A reply is written as it comes; Ctrl-C sets the engine's `cancel` during a reply and
 clears the line at the prompt. A model's text is never interpreted: no markup, no control characters. In a
-pipe only replies go to stdout.
+pipe only replies go to stdout; what was asked, and all else, to stderr.
 Reference: nanochat's chat_cli.
 """
 
@@ -246,6 +246,8 @@ class ChatTalk:
         """Return the next line without white space around it, None at the end of input."""
         if not self.interactive:
             line = self.stdin.readline()
+            if line.strip():
+                self.say(f"you> {line.strip()}")
             return line.strip() if line else None
         try:
             return input("you> ").strip()
@@ -283,7 +285,7 @@ class ChatTalk:
 
     def write(self, reply: Reply) -> None:
         """Write a reply as it comes, then why it ended and its figures."""
-        if self.interactive:
+        if self.stdout.isatty():
             self.stdout.write("bot> ")
         try:
             for piece in reply:

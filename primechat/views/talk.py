@@ -37,7 +37,10 @@ def draw_ranks(shares: Mapping[str, Mapping[str, float]]) -> go.Figure:
     return figure
 
 
-COLOURS = {"the model": SERIES[0], "people": SERIES[2], "shuffled": SERIES[5], "planted loop": SERIES[1]}
+COLOURS = {
+    "the model": SERIES[0], "always the likeliest": SERIES[3], "people": SERIES[2], "shuffled": SERIES[5],
+    "planted loop": SERIES[1],
+}  # fmt: skip
 
 
 def pick_colour(name: str, i: int = 0) -> str:
@@ -81,7 +84,7 @@ def draw_bands(traces: Mapping[str, np.ndarray], what: str) -> go.Figure:
     places = push_apart([y for y, _, _ in ends], 0.08 * (top or 1))
     for place, (_, name, colour) in zip(places, ends, strict=True):
         label_line(figure, last, place, name, colour)
-    style_figure(figure, height=330, title_text=f"{what}, turn by turn", margin_r=110)
+    style_figure(figure, height=330, title_text=f"{what}, turn by turn", margin_r=150)
     figure.update_xaxes(title_text="Turn")
     figure.update_yaxes(title_text=what, rangemode="tozero")
     return figure
@@ -127,16 +130,10 @@ def draw_drift(maps: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> go.Figure:
     span = float(np.ptp(np.concatenate([places[:, 1] for places, _ in maps.values()]))) or 1.0
     for place, (_, label, colour) in zip(push_apart([y for y, _, _ in ends], 0.08 * span), ends, strict=True):
         figure.add_annotation(
-            x=1,
-            xref="paper",
-            y=place,
-            text=label,
-            showarrow=False,
-            xanchor="left",
-            xshift=6,
+            x=1, xref="paper", y=place, text=label, showarrow=False, xanchor="left", xshift=6,
             font_color=colour,
-        )
-    style_figure(figure, height=380, title_text="Where the conversation goes", margin_r=190)
+        )  # fmt: skip
+    style_figure(figure, height=380, title_text="Where the conversation goes", margin_r=230)
     figure.update_xaxes(title_text="First direction of largest spread", showticklabels=False)
     figure.update_yaxes(title_text="Second direction of largest spread", showticklabels=False)
     return figure

@@ -14,7 +14,7 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,11 @@ from primechat.store import list_models
 from primechat.text.corpora import read_conversations
 
 Talks = list[list[Turn]]
+Spreads = dict[str, dict[str, tuple[float, float, float]]]
+SURE = "always the likeliest"
 ABOUT = {
-    "the model": "The model talks to itself; only the first turn is a person's.",
+    "the model": "The model talks to itself at temperature 0.8; only the first turn is a person's.",
+    SURE: "The model talks to itself at temperature 0: no chance at all. Only the first turn is a person's.",
     "people": "Two people; the model reads along, and its entropy is shown.",
     "shuffled": "The same people's turns in a random order: nothing follows from anything.",
     "planted loop": "People's talk that was made to go round from turn 4 on, to see what a loop looks like.",
@@ -71,14 +74,15 @@ class Study:
         step = meta.get("step", 0)
         self.tag = re.sub(r"[^A-Za-z0-9]+", "-", f"lab09-{picker.identifier}-{step}").strip("-")
         self.config = AutochatConfig(
-            tag=self.tag,
-            model=picker.identifier,
-            n_talks=n_talks,
-            turns=turns,
-            max_new_tokens=32,
+            tag=self.tag, model=picker.identifier, n_talks=n_talks, turns=turns, max_new_tokens=32,
             resume=True,
-        )
-        self.talks = read_talks(autochat(self.config).path)
+        )  # fmt: skip
+        self.sure = read_talks(run_many(self.plan("sure", temperature=0.0)).path)  # the first to be seen
+
+    @cached_property
+    def talks(self) -> Talks:
+        """What the model says by chance, from the same first turns."""
+        return read_talks(run_many(self.config).path)
 
     @cached_property
     def groups(self) -> dict[str, Talks]:
@@ -87,24 +91,24 @@ class Study:
         planted = [plant_loop(talk, period=1 + i % 3) for i, talk in enumerate(human[:3])]
         made = {"people": human, "shuffled": shuffle_talks(human), "planted loop": planted}
         read = partial(read_talk, self.model, self.tokenizer)
-        return {"the model": self.talks, **{name: list(map(read, talks)) for name, talks in made.items()}}
+        own = {"the model": self.talks, SURE: self.sure}
+        return {**own, **{name: list(map(read, talks)) for name, talks in made.items()}}
 
     def plan(self, name: str, **changes: Any) -> AutochatConfig:
         """Return the settings of one of the further studies of this model, in a folder of its own."""
         return replace(self.config, tag=f"{self.tag}-{name}", **changes)
 
-    def show_strips(self) -> Any:
-        """Return the heat strips of all groups."""
+    def show_strips(self, *names: str) -> Any:
+        """Return the heat strips of groups; all but SURE are read, or said, when the page is there."""
         from primechat.views.widgets.strips import TalkStrips
 
         rows = [{"name": name, "about": about, "full": full} for name, (about, full) in MEASURES.items()]
-        others = [{"name": name, "talks": []} for name in [*ABOUT][1:]]
-        first = self.describe_group("the model")
-        return TalkStrips(rows, [first, *others], lambda: [self.describe_group(name) for name in ABOUT])
+        first = [self.describe_group(name) if name == SURE else {"name": name, "talks": []} for name in names]
+        return TalkStrips(rows, first, lambda: list(map(self.describe_group, names)))
 
     def describe_group(self, name: str) -> dict[str, Any]:
         """Return a group as the strips show it."""
-        talks = self.talks if name == "the model" else self.groups[name]
+        talks = self.sure if name == SURE else self.groups[name]
         return {"name": name, "about": ABOUT[name], "talks": [self.describe(turns) for turns in talks]}
 
     def describe(self, turns: Sequence[Turn]) -> dict[str, Any]:
@@ -125,9 +129,9 @@ class Study:
         first = " ".join(turns[0].text.split())
         return {"title": first[:40] or "...", "loop": loop.turn if loop else -1, "turns": drawn}
 
-    def trace(self, measure: str, extra: Talks | None = None) -> dict[str, np.ndarray]:
-        """Return a measure of each group, (talks, turns); `extra` takes the place of the first look."""
-        groups = {**self.groups, **({"the model": extra} if extra else {})}
+    def trace(self, measure: str, said: AutochatResult | None = None) -> dict[str, np.ndarray]:
+        """Return a measure of each group, (talks, turns); what was `said` later replaces the first look."""
+        groups = {**self.groups, **({"the model": read_talks(said.path)} if said else {})}
         groups.pop("planted loop")
         return {
             name: np.array([measure_turns(turns)[measure] for turns in talks])
@@ -157,6 +161,12 @@ class Study:
         _, _, axes = np.linalg.svd(whole - whole.mean(0), full_matrices=False)
         return {name: ((x - whole.mean(0)) @ axes[:2].T, measure_drift(x)) for name, x in vectors.items()}
 
+    def tell_loops(self) -> str:
+        """Return whether with chance fewer conversations go round, as many, or more."""
+        texts = ([[turn.text for turn in turns] for turns in talks] for talks in (self.talks, self.sure))
+        chance, sure = (sum(map(bool, map(find_loop, talks))) for talks in texts)
+        return "Fewer" if chance < sure else "More" if chance > sure else "As many"
+
     def tell_trend(self) -> tuple[str, str]:
         """Return whether the model's entropy rises, falls or stays over a conversation, and the figures."""
         x = np.array([measure_turns(turns)["entropy"] for turns in self.talks])
@@ -165,9 +175,23 @@ class Study:
         word = "It falls" if late < 0.95 * early else "It rises" if late > 1.05 * early else "It stays"
         return word, f"{early:.2f} nats a token in the first third, {late:.2f} in the last"
 
-    def compare_groups(self) -> dict[str, dict[str, tuple[float, float, float]]]:
-        """Return the published measures of each group, with intervals over its conversations."""
+    @cached_property
+    def spreads(self) -> Spreads:
+        """The published measures of each group, with intervals over its conversations."""
         return {name: measure_spread(talks) for name, talks in self.groups.items()}
+
+    def compare_groups(self, control: Any = None, only: bool = False) -> Spreads:
+        """Return `spreads`; where a stage's `control` has run, of its first generations, beside people's.
+
+        Args:
+            control: of a stage that returns a Comparison; None in a script.
+            only: leave the groups of the first look away also where it has not run yet.
+        """
+        found = control.result.measure() if control is not None and control.result else {}
+        if not found and not only:
+            return self.spreads
+        beside = {name: self.spreads[name] for name in ("people", "shuffled")}
+        return {**{name: one[0] for name, one in found.items()}, **beside}
 
     def save(self, folder: str, write: bool) -> str:
         """Write the files of `export` where that is asked for; say what was written."""
@@ -191,7 +215,7 @@ class Study:
                     for t, turn in enumerate(turns):
                         figures = [f"{v[t]:.4f}" for v in values.values()]
                         out.writerow([name, i, t, turn.model, turn.text, *figures])
-        values = measure_turns(self.groups["the model"][0])
+        values = measure_turns(self.sure[0])
         scales = {name: full for name, (_, full) in MEASURES.items()}
         return [table, *save_strip(values, scales, folder / "strip")]
 
@@ -241,9 +265,7 @@ class Comparison:
         }
 
 
-Spreads = dict[str, dict[str, tuple[float, float, float]]]
-
-
+@cache
 def judge_detector(draws: int = 500) -> tuple[Spreads, Spreads]:
     """Compare the loop detector with labels that were given without knowing its verdict.
 
@@ -349,20 +371,14 @@ def run_collapse(
 
 def name_part(tag: str, name: str, i: int) -> str:
     """Return the tag of one of several runs: a model's name is part of it, as other models come and go."""
-    return (
-        f"{tag}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}"
-        if "/" in name or ":" in name
-        else f"{tag}-{i}"
-    )
+    is_model = "/" in name or ":" in name
+    return f"{tag}-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-') if is_model else i}"
 
 
 def run_each(
-    config: AutochatConfig,
-    variants: dict[str, dict[str, Any]],
-    on_event: OnEvent | None,
-    stop: threading.Event | None,
-    n_seeds: int = 1,
-) -> Comparison:
+    config: AutochatConfig, variants: dict[str, dict[str, Any]], on_event: OnEvent | None,
+    stop: threading.Event | None, n_seeds: int = 1,
+) -> Comparison:  # fmt: skip
     """Run a config with each set of changes and seed; what ran before is not run again."""
     paths: dict[str, tuple[tuple[str, ...], ...]] = {}
     for i, seed in ((i, seed) for seed in range(n_seeds) for i in range(len(variants))):

@@ -81,7 +81,7 @@ function render({ model, el }) {
     }
     if (!event.altKey || event.ctrlKey || event.metaKey) return;
     const last = lastReply(), plain = event.code.replace("Key", "").toLowerCase();
-    const found = { n: begin, r: () => last && quietly("regenerate", { id: last.id }), c: () => last && copy(textOf(last), null), t: () => putTokens(!showTokens), arrowleft: () => last && turn(last, -1), arrowright: () => last && turn(last, 1) }[plain];
+    const found = { n: begin, r: () => last && quietly("regenerate", { id: last.id }), c: () => last && copy(textOf(last), null), t: () => putTokens(!showTokens, true), arrowleft: () => last && turn(last, -1), arrowright: () => last && turn(last, 1) }[plain];
     if (found) { event.preventDefault(); found(); }
   }
 
@@ -183,7 +183,7 @@ function render({ model, el }) {
   function greeting() {
     return h("div", { class: "pc-chat-empty" }, h("p", { class: "pc-title", text: "Say something." }),
       h("div", { class: "pc-row" }, STARTERS.map((text) => button(text, () => { input.value = text; submit(); }))),
-      h("p", { class: "pc-muted", text: "The reply appears as it is written. Under it stand its speed and its length; click a token to see what else the model could have said, and go on from there." }));
+      h("p", { class: "pc-muted", text: "The reply appears as it is written. Under it stand its speed and its length; Tokens there shows the pieces it is made of. Click one to see what else the model could have said, and go on from there." }));
   }
   function card(id) {
     if (!drawn.has(id)) drawn.set(id, nodes.get(id).role === "user" ? drawUser(id) : drawReply(id));
@@ -214,6 +214,7 @@ function render({ model, el }) {
     const next = node.siblings[node.siblings.indexOf(node.id) + step];
     if (next !== undefined && !state.busy) quietly("choose", { id: next });
   }
+  const tokensAct = () => { const act = action("Tokens", () => putTokens(!showTokens), "Show its tokens; click one for its alternatives (Alt T)"); act.setAttribute("aria-pressed", String(showTokens)); return act; };
   const action = (text, onclick, title) => h("button", { type: "button", class: "pc-chat-act", text, title, onclick });
 
   function drawUser(id) {
@@ -268,6 +269,7 @@ function render({ model, el }) {
       const stats = node.stats?.new_tokens ? statsLine(node.stats) : node.state === "waiting" ? "waiting …" : "";
       const copyIt = action("Copy", () => copy(textOf(node), copyIt));
       const parts = [
+        (showTokens || colour) && last && node.tokens.length && h("div", { class: "pc-muted", text: "Click a token to see what else it might have said. Keys: ← and → walk, Enter opens." }),
         node.state === "failed" && h("div", { class: "pc-error", text: node.note }),
         ENDS[node.state] && h("div", { class: "pc-muted", text: node.note || (node.base && node.state === "length" ? "A base model goes on for as long as it may." : ENDS[node.state]) }),
         stats && h("div", { class: "pc-chat-stats" }, h("span", { class: "pc-chat-figures", text: stats }),
@@ -276,7 +278,7 @@ function render({ model, el }) {
         !writing && h("div", { class: "pc-chat-acts" }, switcher(node), copyIt,
           !state.busy && action("Regenerate", () => { follows = true; quietly("regenerate", { id }); }, "Answer anew with the next seed (Alt R)"),
           !state.busy && last && node.state !== "failed" && action("Continue", () => { follows = true; quietly("go_on", { id }); }, "Write on where the reply ended"),
-          action("Tokens", () => putTokens(!showTokens), "Show its tokens; click one for its alternatives (Alt T)"),
+          tokensAct(),
           !taken && !state.busy && action("Go on with this one", () => quietly("choose", { id }))),
       ].filter(Boolean);
       const within = footer.contains(root.getRootNode().activeElement);
@@ -324,7 +326,7 @@ function render({ model, el }) {
     node.tokens.slice(keep).forEach((token, i) => {
       const [text, kind] = token, level = strength(token);
       body.append(h("span", {
-        class: kind === MARK ? "pc-chat-token pc-chat-special" : "pc-chat-token", dataset: { index: keep + i }, tabindex: keep + i ? "-1" : "0", role: "button",
+        class: kind === MARK ? "pc-chat-token pc-chat-special" : "pc-chat-token", dataset: { index: keep + i }, tabindex: keep + i ? "-1" : "0", role: "button", "aria-haspopup": "dialog", "aria-expanded": "false",
         text: text || (kind === MARK ? "·" : ""), style: level ? { "--pc-level": `${Math.round(level * 62)}%` } : undefined,
         title: token.length > 2 ? `p ${Math.exp(token[2]).toFixed(3)} · rank ${token[4] + 1} · entropy ${token[3].toFixed(2)} nats` : undefined,
       }));
@@ -336,7 +338,7 @@ function render({ model, el }) {
     const token = event.target.closest?.(".pc-chat-token");
     if (!token) return;
     if (event.key === "Enter" || event.key === " ") { event.preventDefault(); openPopup(token); }
-    const next = { ArrowRight: token.nextElementSibling, ArrowLeft: token.previousElementSibling }[event.key];
+    const next = { ArrowRight: token.nextElementSibling, ArrowLeft: token.previousElementSibling, Home: token.parentNode.firstElementChild, End: token.parentNode.lastElementChild }[event.key];
     if (next && !event.altKey) { event.preventDefault(); token.tabIndex = -1; next.tabIndex = 0; next.focus(); }
   });
 
@@ -348,6 +350,7 @@ function render({ model, el }) {
     let found;
     try { found = await ask("act", { name: "alternatives", given: { id, index } }); } catch (error) { tell(error.message, true); return; }
     opener = token;
+    token.setAttribute("aria-expanded", "true");
     const most = Math.max(...found.rows.map((row) => row.p), 1e-9);
     const rows = found.rows.map((row) => h("button", {
       type: "button", class: "pc-chat-option", disabled: state.busy || row.id === found.taken, "aria-label": `${row.text}, probability ${row.p.toFixed(3)}`,
@@ -371,13 +374,15 @@ function render({ model, el }) {
     const all = [...popup.querySelectorAll("button:not(:disabled)")];
     all[(all.indexOf(root.getRootNode().activeElement) + step + all.length) % all.length]?.focus();
   });
-  function closePopup() { popup.hidden = true; (opener?.isConnected ? opener : input).focus({ preventScroll: true }); }
+  function closePopup() { popup.hidden = true; opener?.setAttribute("aria-expanded", "false"); (opener?.isConnected ? opener : input).focus({ preventScroll: true }); }
   function visible(text) { return text.replace(/ /g, "␣").replace(/\n/g, "⏎") || "(end)"; }
-  function putTokens(on) {
+  /** Show tokens or text; by the key, the last reply's first token gets the focus, so that arrows walk from it. */
+  function putTokens(on, byKey = false) {
     showTokens = on;
     tokensBox.box.checked = on;
     if (!on) { colour = ""; colourBox.box.value = ""; }
     redrawAll();
+    if (on && byKey) requestAnimationFrame(() => [...list.querySelectorAll(".pc-chat-token[tabindex='0']")].at(-1)?.focus());
   }
   function redrawAll() { for (const part of drawn.values()) part.redraw(); }
 

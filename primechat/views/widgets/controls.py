@@ -31,12 +31,9 @@ class ModelPicker(Widget):
     waits = traitlets.Unicode("").tag(sync=True)
 
     def __init__(
-        self,
-        find: Callable[[], list[dict[str, str]]],
-        identifier: str = "",
-        label: str = "Model",
+        self, find: Callable[[], list[dict[str, str]]], identifier: str = "", label: str = "Model",
         waits: str = "",
-    ) -> None:
+    ) -> None:  # fmt: skip
         found = find()
         known = [model["identifier"] for model in found]
         first = identifier if identifier in known else known[0] if known else ""

@@ -15,6 +15,7 @@ function render({ model, el }) {
   const { root, later, end } = frame({ model, el }, "figure");
   const ask = asking(model, later);
   const line = h("p", { class: "pc-muted", role: "status", text: "Being measured and drawn …" }), place = h("div");
+  root.style.minHeight = `${model.get("height")}px`;
   let alive = true;
   later(() => { alive = false; window.Plotly?.purge(place); });
   root.append(line, place);
@@ -23,6 +24,7 @@ function render({ model, el }) {
       const known = model.get("figure"), figure = known.data ? known : (await ask("settle", {}, WAIT_MS)).figure;
       const plotly = await loadPlotly(ask);
       if (!alive) return;
+      root.style.minHeight = `${figure.layout.height ?? 450}px`;
       await plotly.newPlot(place, figure.data, figure.layout, { responsive: true, displaylogo: false });
       line.remove();
     } catch (error) {
