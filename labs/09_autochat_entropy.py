@@ -248,8 +248,9 @@ def _(many, show, study, talk):
 def _(mo):
     mo.md(r"""
     The band holds the middle 80 % of the conversations at temperature 0.8; until you press Start they are the
-    six from above. The lines of people and of their shuffled turns are read by the same model, so their
-    entropy is how open *its* choice was.
+    six from above. *Always the likeliest* are those of the first strip: there the two plots tell one story.
+    The lines of people and of their shuffled turns are read by the same model, so their entropy is how open
+    *its* choice was.
 
     *What this cannot show:* low entropy may be a loop, or just good manners (*thank you* is followed by *you
     are welcome*). Only the second plot tells them apart.

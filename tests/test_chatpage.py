@@ -138,11 +138,14 @@ def test_a_token_its_alternatives_and_a_branch(chat: Chat) -> None:
     tokens = chat.page.locator(".pc-chat-token")
     tokens.first.wait_for()
     assert tokens.all_inner_texts()[:5] == list("hello")
-    tokens.first.focus()
+    assert chat.page.get_by_text("Click a token to see what else it might have said").is_visible()
+    chat.page.locator(".pc-chat-act[aria-pressed=true]").wait_for()
+    chat.page.locator(".pc-chat-token:focus").wait_for()  # the keys walk at once
     chat.page.keyboard.press("ArrowRight")
     chat.page.keyboard.press("Enter")
     popup = chat.page.get_by_role("dialog")
     popup.wait_for()
+    assert chat.page.locator(".pc-chat-token[aria-expanded=true]").inner_text() == "e"
     options = popup.get_by_role("button").all_inner_texts()
     assert options[0].split()[0] == "e" and options[1].split()[0] == "x" and len(options) == 8
     chat.page.screenshot()
@@ -169,6 +172,26 @@ def test_compare_side_by_side(chat: Chat) -> None:
     chat.say("on")
     chat.press("Copy all")
     assert "shipped/base: SAME" in chat.clipboard() and "shipped/sft: same" not in chat.clipboard()
+
+
+def test_page_follows_what_is_written(chat: Chat) -> None:
+    far = "(s) => s.scrollHeight - s.scrollTop - s.clientHeight"
+    scroll = chat.page.locator(".pc-chat-scroll")
+    chat.press("+ Compare")
+    chat.page.get_by_label("Model 2").wait_for()
+    for text in ("many\n\n" * 30, "same", "again"):
+        chat.say(text)
+        chat.page.wait_for_timeout(300)
+        assert scroll.evaluate(far) < 40, text
+    chat.say("endless: go", wait=False)
+    chat.page.get_by_role("button", name="Stop", exact=True).wait_for()
+    chat.page.wait_for_timeout(500)
+    scroll.hover()
+    chat.page.mouse.wheel(0, -600)
+    chat.page.wait_for_timeout(800)
+    assert scroll.evaluate(far) > 200, "who scrolls up reads on in peace"
+    chat.press("Stop")
+    chat.settle()
 
 
 def test_settings_save_and_load(chat: Chat, tmp_path: Path) -> None:

@@ -32,7 +32,13 @@ function render({ model, el }) {
   const talks = select({ label: "Conversation", options: [], value: "", input: (value) => quietly("open", { index: Number(value) }) });
   const status = h("div", { class: "pc-chat-status pc-muted", role: "status" });
   const list = h("div", { class: "pc-chat-list", role: "log", "aria-label": "Conversation", tabindex: "-1" });
-  const scroll = h("div", { class: "pc-chat-scroll", onscroll: () => { follows = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 40; } }, list);
+  let top = 0;
+  const scroll = h("div", { class: "pc-chat-scroll", onscroll: () => { // only who scrolls up stops following: an event of ours may be heard after the text has grown
+    if (scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 40) follows = true;
+    else if (scroll.scrollTop < top - 2) follows = false;
+    top = scroll.scrollTop;
+    scroll.style.overflowAnchor = follows ? "none" : "";
+  } }, list);
   const input = h("textarea", {
     class: "pc-text pc-chat-input", rows: 1, "aria-label": "Message", "data-lm-suppress-shortcuts": "true",
     placeholder: "Write a message …", oninput: grow,
@@ -198,7 +204,7 @@ function render({ model, el }) {
     node.beside.forEach((id) => drawn.get(id)?.redraw());
     return el;
   }
-  const toEnd = throttle(() => { if (follows) scroll.scrollTop = scroll.scrollHeight; }, 30);
+  const toEnd = throttle(() => { if (follows) { scroll.style.overflowAnchor = "none"; scroll.scrollTop = scroll.scrollHeight; } }, 30);
   const size = new ResizeObserver(toEnd);
   size.observe(list);
   size.observe(scroll);
@@ -233,6 +239,7 @@ function render({ model, el }) {
       const send = () => { if (box.value.trim()) { redraw(); follows = true; quietly("edit", { id, text: box.value }); input.focus(); } };
       el.replaceChildren(box, h("footer", {}, button("Send", send, { primary: true }), button("Cancel", () => { redraw(); input.focus(); })));
       box.focus();
+      el.scrollIntoView({ block: "nearest" }); // its buttons too
     };
     redraw();
     return { el, redraw, edit: () => edit(nodes.get(id)) };
