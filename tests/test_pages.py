@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 
 from primechat import cli, lab
 from primechat.desk.labs import pages, runner, twins
+from primechat.desk.session import open_chat
+from primechat.lessons.start_here import EXERCISES
 
 LAB = """
 import marimo
@@ -145,6 +148,15 @@ def test_fault_of_one_lab_is_told(little: Path, tmp_path: Path, capsys: pytest.C
     said = capsys.readouterr()
     assert "08_broken.py: OSError: no ink" in said.err and "07_little.html" in said.out
     assert cli.main(["lab", "render"]) == 2 and "needs a folder" in capsys.readouterr().err
+
+
+def test_a_page_opens_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that opens one would still be at it when the pages are written, and torch aborts then."""
+    monkeypatch.setattr(runner, "still", True)
+    before = threading.active_count()
+    view = open_chat("shipped/sft")
+    assert threading.active_count() == before and view.first["chosen"] == ["shipped/sft"]
+    assert lab.exercise(EXERCISES[0]).message.startswith("To try it, open the lab"), "it cannot be run here"
 
 
 def test_bytes_and_numbers_travel() -> None:

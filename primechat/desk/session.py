@@ -392,7 +392,8 @@ def open_chat(
     without an opener it shares what other cells of the process have opened.
     """
     from primechat.desk.chat import choose_talker
-    from primechat.lab import borrow_model, find_models, in_notebook
+    from primechat.desk.labs.runner import in_notebook
+    from primechat.lab import borrow_model, find_models
     from primechat.views.widgets.chat import ChatView
 
     name, why = (model, "") if model else choose_talker()
