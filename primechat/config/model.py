@@ -176,6 +176,7 @@ def check_depth(depth: int) -> None:
 
 STUDENTS = {"100m": (10, 512, 8), "100m-deep": (28, 384, 6), "100m-flat": (3, 640, 10)}  # for a d20
 SHARES = {"half": 1 / 2, "quarter": 1 / 4, "eighth": 1 / 8}
+STUDENT_SIZES = (*SHARES, *STUDENTS)
 
 
 def shrink_model(teacher: GPTConfig, size: str) -> GPTConfig:
@@ -191,7 +192,7 @@ def shrink_model(teacher: GPTConfig, size: str) -> GPTConfig:
     if size in STUDENTS:
         return set_shape(teacher, *STUDENTS[size])
     if size not in SHARES:
-        raise ConfigError(f"size={size!r} must be one of {', '.join([*SHARES, *STUDENTS])}; try quarter.")
+        raise ConfigError(f"size={size!r} must be one of {', '.join(STUDENT_SIZES)}; try quarter.")
     wanted, slim = SHARES[size] * teacher.n_params, teacher.n_embd / teacher.n_layer
 
     def miss(config: GPTConfig) -> float:

@@ -8,9 +8,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from primechat.config.model import GPTConfig
+from primechat.config.model import STUDENT_SIZES, GPTConfig
 from primechat.config.runtime import LookConfig, OptimConfig, RuntimeConfig, check_choice, check_number
 from primechat.errors import ConfigError
+
+LAYOUTS = ("packed", "masked", "padded")  # how conversations share rows
+LEARN = ("assistant", "all")  # whose tokens count
+DISTANCES = ("forward", "reverse", "jsd")  # between student and teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +147,8 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         check_tag(self.tag)
         check_training(self, 1)
-        check_choice("layout", self.layout, ("packed", "masked", "padded"))
-        check_choice("learn", self.learn, ("assistant", "all"))
+        check_choice("layout", self.layout, LAYOUTS)
+        check_choice("learn", self.learn, LEARN)
         check_number("dialogue_shards", self.dialogue_shards, low=1, whole=True)
 
 
@@ -243,7 +247,8 @@ class DistillConfig(FinetuneConfig):
                 f"top_k={self.top_k} must be 0 with on_policy={self.on_policy}: what the student writes is "
                 "never seen again; drop one of them."
             )
-        check_choice("loss", self.loss, ("forward", "reverse", "jsd"))
+        check_choice("size", self.size, STUDENT_SIZES)
+        check_choice("loss", self.loss, DISTANCES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from primechat.config.model import STUDENT_SIZES
 from primechat.config.runtime import COMPILE, DEVICES, DTYPES
+from primechat.config.stages import DISTANCES, LAYOUTS, LEARN
 from primechat.errors import ConfigError
 from primechat.views.widgets.runs import SettingsForm
 from primechat.views.words import name_field
@@ -30,7 +32,10 @@ SECTIONS = {
 }  # fmt: skip
 _taken: list[str] = []
 _forms: weakref.WeakKeyDictionary[SettingsForm, list[Any]] = weakref.WeakKeyDictionary()  # and what each gave
-CHOICES = {"runtime.device": DEVICES, "runtime.dtype": DTYPES, "runtime.compile": COMPILE}
+CHOICES = {
+    "runtime.device": DEVICES, "runtime.dtype": DTYPES, "runtime.compile": COMPILE, "size": STUDENT_SIZES,
+    "loss": DISTANCES, "layout": LAYOUTS, "learn": LEARN,
+}  # fmt: skip
 
 
 def build_form(config: Any, simple: Sequence[str], title: str) -> SettingsForm:
