@@ -18,7 +18,7 @@ import pytest
 
 import primechat as pc
 from primechat import cli, lab
-from primechat.config import PretrainConfig
+from primechat.config import DistillConfig, PretrainConfig
 from primechat.desk.labs import runner as desk_runner
 from primechat.desk.labs.forms import build_config, build_form, list_fields, renew_config, write_command
 from primechat.desk.labs.runner import Runner, find_free
@@ -281,6 +281,12 @@ def test_form_is_the_config() -> None:
         answer = form.answer_change({**draft, **change})
         assert answer["field"] == name and word in answer["fault"] and form.config.steps == 1200
     assert build_config(config, {}) == config
+    student = build_form(DistillConfig(), ("size",), "")
+    assert student.fields[0]["form"] == "choice" and "quarter" in student.fields[0]["choices"]
+    for field in (f for f in student.fields if f["form"] == "choice"):  # what is offered is what is taken
+        for word in field["choices"]:
+            assert "values" in student.answer_change({**student.values, field["name"]: word})
+    assert "size='tiny'" in student.answer_change({**student.values, "size": "tiny"})["fault"]
 
 
 def test_every_config_is_a_form_and_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
