@@ -102,8 +102,8 @@ def _(show, study, talks):
 @app.cell(hide_code=True)
 def _(mo):
     mo.md(r"""
-    **What you see.** Look along *said before* and *like its last*: where they turn dark and stay dark, the
-    model says again what it has said, and *entropy* and *surprise* grow pale, since it becomes sure of it.
+    **What you see.** Look along *said before* and *like its last*: where they fill and stay full, the
+    model says again what it has said, and *entropy* and *surprise* fade, since it becomes sure of it.
     Nothing can bring it out: after the same words the likeliest token is always the same one.
 
     The red line is the verdict of a **detector**, not ours by eye. It marks conversations that go round to

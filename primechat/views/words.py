@@ -98,6 +98,16 @@ TITLES = {  # by the whole name where one word means several things
     "tokens": "Tokens that each reads",
     "held_out": "Blocks of the model to forecast",
     "vocab_size": "Tokens in the vocabulary",
+    "partner": "Second speaker",
+    "openings": "First turns",
+    "n_talks": "Conversations",
+    "max_new_tokens": "Longest turn, in tokens",
+    "AutochatConfig.batch_rows": "Conversations at once",
+    "human_every": "Turns between words of a person",
+    "human_share": "Share of people's talk to learn from",
+    "tune_steps": "Steps of each generation",
+    "max_chars": "Characters to learn from",
+    "max_doc_chars": "Characters of each document",
 }
 
 
