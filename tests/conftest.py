@@ -6,6 +6,7 @@ The environment is set before torch and huggingface_hub are first imported, beca
 from __future__ import annotations
 
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 _CACHES = tempfile.TemporaryDirectory(prefix="primechat-tests-")
 os.environ.update(
@@ -31,29 +33,40 @@ for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "FORCE_COLOR", "HF_TOKEN"):
 from browser import browser, hosts, lab_page, serve, shared  # noqa: E402, F401  # fixtures for every test
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Let workers of pytest-xdist take groups, and else one test after another, so that all end together."""
-    config.option.maxschedchunk = 1
-    if getattr(config.option, "dist", "") == "load":
-        config.option.dist = "loadgroup"
+class HostScheduling(LoadScopeScheduling):
+    """Which tests run on one worker of pytest-xdist: of those in a browser all that open JupyterLab, and all
+    others. So hosts start once, and no more than two pages are open at a time.
+    """
+
+    FILES = re.compile(r"test_(chatpage|lab_\w+|labs|pages|stage_pages|start|talks|waiting_figure)\.py::")
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if not self.FILES.search(nodeid) else "jupyter" if "jupyter" in nodeid else "marimo"
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Take the tests in groups."""
+    return HostScheduling(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """`-n auto` starts one worker more than there are cores: two of them wait for pages half of the time."""
     return (os.cpu_count() or 1) + 1
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist looks for groups in this hook too
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Refuse a test in a browser that stands in no group."""
+    if "browser" in getattr(item, "fixturenames", ()):
+        assert HostScheduling.FILES.search(item.nodeid), (
+            f"name the file of {item.nodeid} in tests/conftest.py"
+        )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes long; what is short fills the end. Tests in a browser run on two workers, one of
-    them for JupyterLab: so shared hosts start once, and no more than two pages are open at a time.
-    """
+    """Begin with what takes long; what is short fills the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    for item in items:
-        if "browser" in getattr(item, "fixturenames", ()):
-            call = getattr(item, "callspec", None)
-            is_jupyter = "jupyter" in (call.params.get("host") if call else "", item.name.rpartition("_")[2])
-            item.add_marker(pytest.mark.xdist_group("jupyter" if is_jupyter else "marimo"))
 
 
 class NetworkUsed(RuntimeError):
