@@ -38,10 +38,13 @@ class HostScheduling(LoadScopeScheduling):
     others. So hosts start once, and no more than two pages are open at a time.
     """
 
-    FILES = re.compile(r"test_(chatpage|lab_\w+|labs|pages|stage_pages|start|talks|waiting_figure)\.py::")
+    GROUPED = re.compile(
+        r"test_(chatpage|lab_\w+|labs|pages|stage_pages|start|talks|waiting_figure)\.py::"
+        r"(?!test_(twin_is_current|scripts_of_other_tools))"  # slow, and no page is opened
+    )
 
     def _split_scope(self, nodeid: str) -> str:
-        return nodeid if not self.FILES.search(nodeid) else "jupyter" if "jupyter" in nodeid else "marimo"
+        return nodeid if not self.GROUPED.search(nodeid) else "jupyter" if "jupyter" in nodeid else "marimo"
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -59,9 +62,7 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Refuse a test in a browser that stands in no group."""
     if "browser" in getattr(item, "fixturenames", ()):
-        assert HostScheduling.FILES.search(item.nodeid), (
-            f"name the file of {item.nodeid} in tests/conftest.py"
-        )
+        assert HostScheduling.GROUPED.search(item.nodeid), f"name {item.nodeid} in tests/conftest.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

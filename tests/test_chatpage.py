@@ -36,10 +36,13 @@ class Chat:
         self.line.wait_for(timeout=60_000)
         self.page.get_by_label("Model", exact=True).wait_for(timeout=60_000)
 
-    def say(self, text: str, wait: bool = True) -> None:
+    def say(self, text: str, wait: bool = True, button: bool = False) -> None:
         n_replies = len(self.replies)
         self.line.fill(text)
-        self.line.press("Enter")
+        if button:
+            self.press("Send")
+        else:
+            self.line.press("Enter")
         if wait:
             new = self.page.locator(".pc-chat-reply .pc-chat-body").nth(n_replies)
             new.wait_for(state="attached", timeout=60_000)
@@ -227,9 +230,7 @@ def test_nothing_that_a_model_writes_can_act(chat: Chat) -> None:
     page, asked = chat.page, []
     page.on("request", lambda request: asked.append(request.url))
     for text in HOSTILE:
-        chat.line.fill(text)
-        chat.press("Send")
-        chat.settle()
+        chat.say(text, button=True)
     assert len(chat.replies) == len(HOSTILE)
     for link in page.locator(".pc-md a").all():
         assert (link.get_attribute("href") or "").startswith("https://example.org/")
@@ -245,12 +246,11 @@ def test_nothing_that_a_model_writes_can_act(chat: Chat) -> None:
 
 
 def test_markdown_is_drawn(chat: Chat) -> None:
-    chat.line.fill(
+    chat.say(
         "# Title\n\nSome **bold** and *soft* `code_x` text_with_names.\n\n1. one\n2. two\n   - inner\n\n"
-        "| a | b |\n|---|---|\n| 1 | 2 |\n\n> said"
+        "| a | b |\n|---|---|\n| 1 | 2 |\n\n> said",
+        button=True,
     )
-    chat.press("Send")
-    chat.settle()
     body = chat.page.locator(".pc-chat-body")
     for where, text in (
         (".pc-md-heading", "Title"), ("strong", "bold"), ("em", "soft"), (".pc-md-inline", "code_x"),
