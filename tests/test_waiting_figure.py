@@ -54,6 +54,7 @@ def guess_and_look(page: Any) -> None:
     page.get_by_role("button", name="Show the answer").click()
     page.get_by_text("It is 37").wait_for(timeout=60_000)
     page.locator(".js-plotly-plot .gtitle", has_text="a figure").wait_for(timeout=60_000)
+    page.locator(".pc-figure").nth(1).scroll_into_view_if_needed()  # it is drawn when it is come to
     page.locator(".js-plotly-plot .gtitle", has_text="a function").wait_for(timeout=60_000)
     assert page.locator(".js-plotly-plot .bars .point").count() == 3
     assert page.get_by_text("guess above first").first.is_hidden()
