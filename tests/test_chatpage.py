@@ -312,9 +312,9 @@ def test_lab_10_chats_in_jupyter(shared: Callable[..., str], lab_page: Callable[
     opened = lab_page(shared("jupyter", ROOT / "labs" / "10_chat.py"))
     run_all_cells(opened.page, timeout_s=240)
     chat = Chat(opened)
-    assert chat.line.evaluate("(line) => line.offsetHeight") < 50, (
-        "one line, whichever widget's style came last"
-    )
+    low = "(line) => [line.offsetHeight, line.closest('.pc-chat').getBoundingClientRect().bottom"
+    high, room = chat.line.evaluate(f"{low} - line.getBoundingClientRect().bottom]")
+    assert high < 50 and room < 40, "one line at the bottom, whichever widget's style came last"
     chat.say("Hi! How was your day?")
     opened.page.locator(".pc-chat-figures").first.wait_for(timeout=60_000)
     assert chat.said == ["Hi! How was your day?"]
