@@ -7,6 +7,7 @@ would keep the page waiting after it has loaded marimo. Reference: `marimo run`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import re
 import runpy
@@ -16,19 +17,44 @@ import threading
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[3]  # of the packages
+IMPORT = r"^(?:from|import) ([\w.]+)(?: import (\([^)]*\)|.*))?"
 
-class Refusal:
-    """Keeps torch from one thread: marimo waits for an import of it that is under way before it shows a word,
-    and alone it takes seconds.
+
+def find_source(name: str) -> Path | None:
+    """Return the file of a module of primechat; None where there is no such module."""
+    base = ROOT.joinpath(*name.split("."))
+    found = (path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file())
+    return next(found, None) if name.startswith("primechat") else None
+
+
+def read_imports(name: str) -> list[str]:
+    """Return what a module of primechat imports when it is imported: the names at its text's left margin."""
+    if (path := find_source(name)) is None:
+        return []
+    found = re.findall(IMPORT, path.read_text(encoding="utf-8"), re.M)
+    inner = [f"{module}.{word}" for module, words in found for word in re.findall(r"\w+", words)]
+    return [module for module, _ in found] + [name for name in inner if find_source(name)]
+
+
+@functools.cache
+def needs_torch(name: str) -> bool:
+    """Tell whether importing a module imports torch."""
+    return "torch" in name.split(".") or any(needs_torch(inner) for inner in read_imports(name))
+
+
+@functools.cache
+def import_light(name: str) -> None:
+    """Import a module, or what it imports where it needs torch: marimo waits for an import of torch that is
+    under way before it shows a word, and alone it takes seconds. An import that is broken off would leave
+    half a module to a cell that asks for it in that moment, so none is begun.
     """
-
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
-
-    def find_spec(self, name: str, *_: object) -> None:
-        """Find nothing; raise ImportError where this thread asks for torch."""
-        if name == "torch" and threading.get_ident() == self.thread:
-            raise ImportError("torch is left to the cell that needs it.")
+    if needs_torch(name):
+        for inner in read_imports(name):
+            import_light(inner)
+        return
+    with contextlib.suppress(Exception):  # the cell that imports it says what is wrong
+        importlib.import_module(name)
 
 
 def read_ahead(path: Path, port: int) -> None:
@@ -37,10 +63,8 @@ def read_ahead(path: Path, port: int) -> None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
             break
         time.sleep(0.02)
-    sys.meta_path.insert(0, Refusal())  # type: ignore[arg-type]
     for name in re.findall(r"^ +(?:from|import) ([\w.]+)", path.read_text(encoding="utf-8"), re.M):
-        with contextlib.suppress(Exception):  # the cell that imports it says what is wrong
-            importlib.import_module(name)
+        import_light(name)
 
 
 if __name__ == "__main__":  # `run LAB --port PORT` and whatever words follow
