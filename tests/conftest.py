@@ -53,12 +53,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
     return HostScheduling(config, log)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """`-n auto` starts one worker more than there are cores: two of them wait for pages half of the time."""
-    return (os.cpu_count() or 1) + 1
-
-
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Refuse a test in a browser that stands in no group."""
     if "browser" in getattr(item, "fixturenames", ()):
