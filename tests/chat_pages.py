@@ -74,5 +74,5 @@ def open_echo(identifier: str) -> tuple[Any, Any, dict[str, Any]]:
 
 def open_page(model: str = "shipped/sft") -> Any:
     """Return a chat page over the echo models."""
-    settings = ChatSettings(temperature=0.0, max_new_tokens=200_000)
+    settings = ChatSettings(temperature=0.0, max_new_tokens=100_000)
     return open_chat(model, settings=settings, opener=open_echo)

@@ -167,6 +167,7 @@ function render({ model, el }) {
       revision = -1;
       fault.textContent = error.message;
       fault.hidden = false;
+      if (error.silent) later = setTimeout(pump, 1000); // a notebook that is busy answers when it is done
     }
     root.dataset.revision = String(revision);
     busy = false;
