@@ -18,7 +18,7 @@ def test_press_while_cells_run_again_is_kept(
     host: str, shared: Callable[..., str], lab_page: Callable[..., Any]
 ) -> None:
     """The old button stands for 1.5 s after its widget was closed: whenever it is pressed, the run begins."""
-    found = lab_page(shared(host, SMALL_LABS / "slow_stage.py"))
+    found = lab_page(shared(host, SMALL_LABS / "stage.py"))
     page = found.page
     start = page.get_by_role("button", name="Start", exact=True)
     steps = page.locator(".pc-setting", has_text="steps").locator("input").first

@@ -73,7 +73,15 @@ def _(FinetuneConfig, settings):
 
 
 @app.cell
-def _(form, stage, train):
+def _(form, time):
+    time.sleep(1.5)
+    late = form.config.steps
+    return (late,)
+
+
+@app.cell
+def _(form, late, stage, train):
+    assert late == form.config.steps
     run = stage(train, form.config, title="Train")
     run
     return (run,)
