@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import threading
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +16,10 @@ from tiny import VOCAB_SIZE, HistoryModel, ScriptModel, byte_tokenizer
 
 from primechat.config import GPTConfig
 from primechat.errors import CheckpointError, ConfigError
+from primechat.infer import engine as engine_module
 from primechat.infer.engine import PREFILL_CHUNK, Engine
-from primechat.infer.sampling import sample_logits, seed_row
-from primechat.infer.threads import settle_threads
+from primechat.infer.sampling import draw_uniform, sample_logits, seed_row
+from primechat.infer.threads import keep_freed_memory, settle_threads
 from primechat.model.gpt import GPT
 from primechat.protocols import ChatTokenizer, LanguageModel
 from primechat.store import open_model
@@ -45,14 +49,14 @@ def tiny_gpt(modern: bool = True) -> GPT:
 
 def unbatched(model: Any, prompt: list[int], n: int, seed: int = 0, **cuts: Any) -> list[int]:
     """Sample without the engine: the whole history is read anew for each token."""
-    generator, ids = torch.Generator().manual_seed(seed), list(prompt)
+    draws, ids = draw_uniform(seed), list(prompt)
     with torch.inference_mode():
         for _ in range(n):
             if isinstance(model, GPT):
                 logits = model(torch.tensor([ids]))[:, -1]
             else:
                 logits = model.score(ids)[None]
-            ids.append(int(sample_logits(logits, [generator], **cuts)))
+            ids.append(int(sample_logits(logits, [draws], **cuts)))
     return ids[len(prompt) :]
 
 
@@ -327,14 +331,20 @@ def test_calculator_forces_its_result() -> None:
 
 
 def test_forced_tokens_are_measured_and_draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    draws, rand = [0], torch.rand
-    monkeypatch.setattr(torch, "rand", lambda *a, **k: (draws.append(1), rand(*a, **k))[1])
+    drawn: list[float] = []
+
+    def draw(seed: int) -> Iterator[float]:
+        for u in draw_uniform(seed):
+            drawn.append(u)
+            yield u
+
+    monkeypatch.setattr(engine_module, "draw_uniform", draw)
     start, end = TOKENIZER.special("<|python_start|>"), TOKENIZER.special("<|python_end|>")
     engine = script(start, "7*7", end)
     ids = TOKENIZER.render_for_completion({"messages": USER})
     tokens = list(engine.stream(ids, max_new_tokens=9))
     assert [t.id for t in tokens[6:8]] == [*b"49"] and all(t.rank > 0 for t in tokens[6:8])
-    assert len(tokens) == 9 and sum(draws) == 9 - 4, "`<|output_start|>49<|output_end|>` is not drawn"
+    assert len(tokens) == 9 and len(drawn) == 9 - 4, "`<|output_start|>49<|output_end|>` is not drawn"
 
 
 def test_reply_whole_code_points() -> None:
@@ -503,12 +513,25 @@ def test_threads_do_not_disturb_each_other() -> None:
     assert [together[i] for i in range(3)] == alone
 
 
+def test_freed_memory_is_kept_where_the_libc_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def mallopt(name: int, value: int) -> int:
+        calls.append((name, value))
+        return 1
+
+    for library, kept in ((SimpleNamespace(mallopt=mallopt), True), (SimpleNamespace(), False)):
+        monkeypatch.setattr(ctypes, "CDLL", {None: library}.get)
+        assert keep_freed_memory.__wrapped__() is kept
+    assert calls == [(-1, 256 << 20), (-3, 32 << 20)]
+
+
 def test_threads_measured() -> None:
     """Of one thread and all, one is kept; another device is left alone."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        assert settle_threads(HistoryModel()) in (1, 2)
+        assert settle_threads(HistoryModel(), rows=3) in (1, 2)
         assert torch.get_num_threads() in (1, 2)
         torch.set_num_threads(2)
         elsewhere = HistoryModel()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -8,14 +10,21 @@ import torch
 
 from primechat.errors import ConfigError
 from primechat.infer import sampling
-from primechat.infer.sampling import check_sampling, measure_logits, penalise_seen, sample_logits, seed_row
+from primechat.infer.sampling import (
+    check_sampling,
+    draw_uniform,
+    measure_logits,
+    penalise_seen,
+    sample_logits,
+    seed_row,
+)
 
 
 def draw(logits: torch.Tensor, n: int, **options: Any) -> torch.Tensor:
     """Return n draws of each row of logits (V,) or (B, V): (n, B)."""
     logits = logits.view(-1, logits.shape[-1])
-    generators = [torch.Generator().manual_seed(i) for i in range(len(logits))]
-    return torch.stack([sample_logits(logits, generators, **options) for _ in range(n)])
+    sources = [draw_uniform(i) for i in range(len(logits))]
+    return torch.stack([sample_logits(logits, sources, **options) for _ in range(n)])
 
 
 def share(draws: torch.Tensor, size: int) -> torch.Tensor:
@@ -33,12 +42,10 @@ def test_draws_follow_softmax() -> None:
 
 def test_zero_temperature_is_argmax() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0], [5.0, 1.0, 2.0]])
-    state = torch.Generator().manual_seed(1)
-    before = state.get_state()
+    empty: Iterator[float] = iter(())  # argmax draws nothing
     for temperature in (0.0, 1e-30):
-        ids = sample_logits(logits, [state, state], temperature, top_k=2, top_p=0.5)
+        ids = sample_logits(logits, [empty, empty], temperature, top_k=2, top_p=0.5)
         assert ids.tolist() == [1, 0] and ids.dtype == torch.int64
-    assert torch.equal(state.get_state(), before), "argmax draws nothing"
 
 
 def test_top_k_exact() -> None:
@@ -96,28 +103,34 @@ def test_order_of_cuts() -> None:
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2.0**-24])
-def test_ends_of_the_range(monkeypatch: pytest.MonkeyPatch, u: float) -> None:
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(u))
+def test_ends_of_the_range(u: float) -> None:
     for size in (3, 4096, 65_536):
         logits = torch.full((1, size), -math.inf)
         logits[0, 1 : size - 1] = torch.randn(size - 2, generator=torch.Generator().manual_seed(size))
-        token = int(sample_logits(logits, [torch.Generator()]))
+        token = int(sample_logits(logits, [iter([u])]))
         assert math.isfinite(float(logits[0, token])), "a token of mass 0 was drawn"
 
 
 def test_rows_are_their_own() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(3))
     for options in ({}, {"top_k": 10}, {"top_p": 0.8}, {"top_k": 10, "top_p": 0.8, "temperature": 0.7}):
-        together = [torch.Generator().manual_seed(i) for i in range(3)]
-        alone = [torch.Generator().manual_seed(i) for i in range(3)]
+        together, alone = ([draw_uniform(i) for i in range(3)] for _ in range(2))
         for _ in range(30):
             rows = sample_logits(logits, together, **options).tolist()
             assert rows == [int(sample_logits(logits[i : i + 1], [alone[i]], **options)) for i in range(3)]
 
 
+def test_uniform_numbers_are_the_generators() -> None:
+    """Many at a time are the same numbers as one by one, below 1, and of the seed alone."""
+    generator = torch.Generator().manual_seed(4)
+    ones = [float(torch.rand((), generator=generator)) for _ in range(50)]
+    assert list(islice(draw_uniform(4), 50)) == ones != list(islice(draw_uniform(5), 50))
+    assert 0 <= min(ones) and max(ones) < 1
+
+
 def test_none_draws_nothing() -> None:
     logits = torch.zeros(2, 9)
-    a, b = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    a, b = draw_uniform(5), draw_uniform(5)
     for _ in range(5):
         assert int(sample_logits(logits, [None, a])[1]) == int(sample_logits(logits[:1], [b]))
 

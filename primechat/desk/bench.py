@@ -31,6 +31,7 @@ BATCH_TOKENS = 8192
 TURN_STEPS = 3  # optimizer steps before the next candidate has its turn
 PROMPT_TOKENS = 64
 NEW_TOKENS = 64
+ROWS = 32  # conversations that are written at once
 TUNE_SECONDS = 300.0  # the budget that `auto` is asked to choose for
 
 
@@ -272,7 +273,7 @@ def open_engine(config: BenchConfig, shape: GPTConfig) -> tuple[Engine, str]:
 
 
 def measure_engine(engine: Engine, seconds: float) -> dict[str, float]:
-    """Return time to first token, and tokens a second of reading and of writing one row and eight."""
+    """Return time to first token, and tokens a second of reading and of writing one row and 32."""
 
     def write(n_prompt: int, n_new: int, batch: int = 1) -> Callable[[], object]:
         prompt = [(7 * i) % 251 for i in range(n_prompt)]
@@ -290,13 +291,15 @@ def measure_engine(engine: Engine, seconds: float) -> dict[str, float]:
         return time.perf_counter() - t_start
 
     share, longest = seconds / 5, engine.model.sequence_len
-    first, eight = (repeat_call(write(PROMPT_TOKENS, 1, batch), share) for batch in (1, 8))
-    more = repeat_call(write(PROMPT_TOKENS, 1 + NEW_TOKENS, 8), share)
+    first, begun = (repeat_call(write(PROMPT_TOKENS, 1, batch), share) for batch in (1, ROWS))
+    more = repeat_call(write(PROMPT_TOKENS, 1 + NEW_TOKENS, ROWS), share)
     return {
         "ttft_ms": round(first * 1e3, 2),
         "prefill_tok_s": round(longest / repeat_call(write(longest, 1), share), 1),
         "decode_tok_s": round(NEW_TOKENS / sorted(time_tokens() for _ in range(7))[3], 1),
-        "decode_tok_s_batch_8": round(8 * NEW_TOKENS / (more - eight), 1) if more > eight else float("nan"),
+        f"decode_tok_s_batch_{ROWS}": (
+            round(ROWS * NEW_TOKENS / (more - begun), 1) if more > begun else float("nan")
+        ),
     }
 
 

@@ -20,7 +20,15 @@ import torch
 from primechat.config.runtime import check_number
 from primechat.errors import CheckpointError, ConfigError
 from primechat.infer.reply import Reply
-from primechat.infer.sampling import check_sampling, measure_logits, penalise_seen, sample_logits, seed_row
+from primechat.infer.sampling import (
+    check_sampling,
+    draw_uniform,
+    measure_logits,
+    penalise_seen,
+    sample_logits,
+    seed_row,
+)
+from primechat.infer.threads import keep_freed_memory
 from primechat.infer.tools import ToolCall, find_tool
 from primechat.protocols import Cache, ChatTokenizer, LanguageModel
 from primechat.records import Token
@@ -75,7 +83,7 @@ class Row:
     prompt: list[int]
     limit: int
     limit_reason: str
-    generator: torch.Generator
+    draws: Iterator[float]
     stop_ids: frozenset[int]
     tool: ToolCall | None
     seen: torch.Tensor | None = None  # (V,) which tokens are there, where that counts
@@ -270,7 +278,7 @@ class Engine:
             prompt=prompt,
             limit=min(settings.max_new_tokens, room),
             limit_reason="length" if settings.max_new_tokens <= room else "context",
-            generator=torch.Generator().manual_seed(seed_row(settings.seed, index)),
+            draws=draw_uniform(seed_row(settings.seed, index)),
             stop_ids=frozenset(stop_ids),
             tool=ToolCall(self.tokenizer, self._tool_ids) if self._tool_ids else None,
             seen=seen,
@@ -281,6 +289,8 @@ class Engine:
     ) -> Iterator[None]:
         """Write rows to their ends, a token each a step, and yield after each step."""
         rows = [row for row in rows if not row.stop_reason]
+        if len(rows) > 1:
+            keep_freed_memory()
         read = self._read_prompts(rows, settings) if rows else None
         if read is not None:
             logits, cache = read
@@ -305,12 +315,12 @@ class Engine:
         self, logits: torch.Tensor, rows: list[Row], settings: Settings, n_alternatives: int | None
     ) -> None:
         """Let each row take its next token from logits (B, V), and measure it if n_alternatives is given."""
-        generators = [None if row.forced else row.generator for row in rows]
+        draws = [None if row.forced else row.draws for row in rows]
         cut = logits
         if settings.repetition_penalty != 1:
             seen = torch.stack([row.seen for row in rows if row.seen is not None])
             cut = penalise_seen(logits, seen, settings.repetition_penalty)
-        drawn = sample_logits(cut, generators, settings.temperature, settings.top_k, settings.top_p)
+        drawn = sample_logits(cut, draws, settings.temperature, settings.top_k, settings.top_p)
         ids = [row.accept(token) for row, token in zip(rows, drawn.tolist(), strict=True)]
         if n_alternatives is not None:
             measures = measure_logits(logits, torch.tensor(ids, device=logits.device), n_alternatives)

@@ -147,7 +147,7 @@ class Speaker:
     def __init__(self, config: AutochatConfig, identifier: str) -> None:
         device = pick_device(config.runtime.device)
         model, tokenizer, meta = store.open_model(identifier, device=device, dtype=config.runtime.dtype)
-        settle_threads(model)
+        settle_threads(model, min(config.batch_rows, config.n_talks))
         self.engine, self.identifier = Engine(model, tokenizer), str(meta.get("identifier", identifier))
 
     def render(self, turns: Sequence[Turn], speaker: int, persona: str, room: int) -> list[int]:
