@@ -315,6 +315,13 @@ def test_what_was_edited_stays(tmp_path: Path) -> None:
     assert script.read_text() == "# mine\n"
     write(force=True)
     assert script.read_text() == first
+    module = tmp_path / "d2" / "src" / "primechat" / "names.py"
+    module.write_text("# mine\n")
+    with pytest.raises(ConfigError, match=r"holds src/primechat with changes.*--force"):
+        write()
+    assert module.read_text() == "# mine\n"
+    write(force=True)
+    assert module.read_text() == (ROOT / "primechat" / "names.py").read_text()
 
 
 def test_export_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

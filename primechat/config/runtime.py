@@ -158,7 +158,8 @@ def check_number(
 ) -> None:
     """Refuse a setting that is no number, not finite, or out of bounds."""
     kind = "a whole number" if whole else "a number"
+    top = float("1e18") if high is None else high
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value <= (float("1e18") if high is None else high):  # type: ignore[operator]
+    if not number or not low <= value <= top:  # type: ignore[operator]
         bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise ConfigError(f"{name}={value!r} must be {kind} {bounds}; choose such a number.")
+        raise ConfigError(f"{name}={value!r} must be {kind} {bounds}; try {min(max(low, 1), top):g}.")

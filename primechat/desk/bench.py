@@ -293,13 +293,12 @@ def measure_engine(engine: Engine, seconds: float) -> dict[str, float]:
     share, longest = seconds / 5, engine.model.sequence_len
     first, begun = (repeat_call(write(PROMPT_TOKENS, 1, batch), share) for batch in (1, ROWS))
     more = repeat_call(write(PROMPT_TOKENS, 1 + NEW_TOKENS, ROWS), share)
+    rest = max(more - begun, 0.0) or float("nan")
     return {
         "ttft_ms": round(first * 1e3, 2),
         "prefill_tok_s": round(longest / repeat_call(write(longest, 1), share), 1),
         "decode_tok_s": round(NEW_TOKENS / sorted(time_tokens() for _ in range(7))[3], 1),
-        f"decode_tok_s_batch_{ROWS}": (
-            round(ROWS * NEW_TOKENS / (more - begun), 1) if more > begun else float("nan")
-        ),
+        f"decode_tok_s_batch_{ROWS}": round(ROWS * NEW_TOKENS / rest, 1),
     }
 
 

@@ -163,26 +163,6 @@ def embed_texts(model: Any, tokenizer: ChatTokenizer, texts: Sequence[str]) -> n
     return torch.stack(rows).float().cpu().numpy()
 
 
-def score_turns(model: Any, tokenizer: ChatTokenizer, talk: Sequence[str]) -> tuple[list[float], list[float]]:
-    """Return ln p of each turn but the first, after the turn before it and on its own, for
-    `diversity.measure_information`.
-
-    Source: Li et al. 2016, section 3.
-    """
-    import torch
-
-    def score(before: list[int], text: str) -> float:
-        ids = [tokenizer.bos_id, *before, *tokenizer.encode(text)][-model.sequence_len :]
-        start = len(ids) - len(tokenizer.encode(text))
-        row = torch.tensor([ids], device=model.device)
-        with torch.inference_mode():
-            logp = model(row[:, :-1]).log_softmax(-1).gather(-1, row[:, 1:, None])[0, :, 0]
-        return float(logp[max(start - 1, 0) :].sum())
-
-    pairs = [(tokenizer.encode(a + "\n"), b) for a, b in zip(talk, talk[1:], strict=False)]
-    return [score(before, text) for before, text in pairs], [score([], text) for _, text in pairs]
-
-
 # Turn by turn
 
 MEASURES = {  # of a turn: (what it says, the value at which the heat strip is full)

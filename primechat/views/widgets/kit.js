@@ -112,7 +112,7 @@ export function asking(model, later) {
   later(() => model.off("msg:custom", hear));
   return (name, given = {}, wait_ms = 30000) => new Promise((resolve, reject) => {
     const id = `${mine}-${count++}`;
-    const end = setTimeout(() => { open.delete(id); reject(Object.assign(new Error("Python does not answer. Is the notebook running?"), { silent: true })); }, wait_ms);
+    const end = setTimeout(() => { open.delete(id); reject(Object.assign(new Error("Python does not answer. If the notebook is running, reload this page."), { silent: true })); }, wait_ms);
     open.set(id, (message) => {
       clearTimeout(end);
       open.delete(id);
