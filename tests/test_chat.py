@@ -137,6 +137,22 @@ def test_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "temperature=-1.0 must" in err and "temperature=nan must" in err
 
 
+def test_again_and_long_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last message is answered anew by another seed and stands once; /temperature is /temp."""
+    seen: list[Any] = []
+    real = Engine.chat
+
+    def spy(self: Engine, messages: Any, **options: Any) -> Any:
+        seen.append(([m["content"] for m in messages], options["seed"]))
+        return real(self, messages, **options)
+
+    monkeypatch.setattr(Engine, "chat", spy)
+    out, err = talk("/again", "one", "two", "/again", "/temperature 0.5", seed=3)
+    assert out == "hello\n" * 3 and "/again needs a message that was answered" in err
+    assert seen == [(["one"], 3), (["one", "hello", "two"], 4), (["one", "hello", "two"], 5)]
+    assert "The temperature is 0.5." in err
+
+
 def test_makers_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a model's makers advise is followed and said, but for what the command line or /temp says."""
     seen: list[Any] = []

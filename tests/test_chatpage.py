@@ -226,6 +226,19 @@ def test_settings_save_and_load(chat: Chat, tmp_path: Path) -> None:
     assert chat.replies[-1] == "goes on"
 
 
+def test_settings_open_and_close_on_a_phone(chat: Chat) -> None:
+    """The panel hangs below the bar, whatever its height, with all its fields inside."""
+    page = chat.page
+    page.set_viewport_size({"width": 420, "height": 900})
+    chat.press("Settings")
+    panel = page.locator(".pc-chat-panel")
+    box, bar = panel.bounding_box(), page.locator(".pc-chat-bar").bounding_box()
+    assert box and bar and box["y"] >= bar["y"] + bar["height"] - 1 and box["width"] > 250
+    assert panel.evaluate("e => e.scrollWidth <= e.clientWidth"), "nothing reaches beyond it"
+    chat.press("Settings")
+    panel.wait_for(state="hidden")
+
+
 def test_nothing_that_a_model_writes_can_act(chat: Chat) -> None:
     page, asked = chat.page, []
     page.on("request", lambda request: asked.append(request.url))

@@ -18,7 +18,7 @@ from primechat.config import GPTConfig
 from primechat.errors import CheckpointError, ConfigError
 from primechat.infer import engine as engine_module
 from primechat.infer.engine import PREFILL_CHUNK, Engine
-from primechat.infer.sampling import draw_uniform, sample_logits, seed_row
+from primechat.infer.sampling import draw_floats, sample_logits, seed_row
 from primechat.infer.threads import keep_freed_memory, settle_threads
 from primechat.model.gpt import GPT
 from primechat.protocols import ChatTokenizer, LanguageModel
@@ -49,7 +49,7 @@ def tiny_gpt(modern: bool = True) -> GPT:
 
 def unbatched(model: Any, prompt: list[int], n: int, seed: int = 0, **cuts: Any) -> list[int]:
     """Sample without the engine: the whole history is read anew for each token."""
-    draws, ids = draw_uniform(seed), list(prompt)
+    draws, ids = draw_floats(seed), list(prompt)
     with torch.inference_mode():
         for _ in range(n):
             if isinstance(model, GPT):
@@ -333,12 +333,12 @@ def test_calculator_forces_its_result() -> None:
 def test_forced_tokens_are_measured_and_draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[float] = []
 
-    def draw(seed: int) -> Iterator[float]:
-        for u in draw_uniform(seed):
+    def draw(seed: int, row: int) -> Iterator[float]:
+        for u in draw_floats(seed, row):
             drawn.append(u)
             yield u
 
-    monkeypatch.setattr(engine_module, "draw_uniform", draw)
+    monkeypatch.setattr(engine_module, "draw_floats", draw)
     start, end = TOKENIZER.special("<|python_start|>"), TOKENIZER.special("<|python_end|>")
     engine = script(start, "7*7", end)
     ids = TOKENIZER.render_for_completion({"messages": USER})

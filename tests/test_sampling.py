@@ -12,7 +12,7 @@ from primechat.errors import ConfigError
 from primechat.infer import sampling
 from primechat.infer.sampling import (
     check_sampling,
-    draw_uniform,
+    draw_floats,
     measure_logits,
     penalise_seen,
     sample_logits,
@@ -23,7 +23,7 @@ from primechat.infer.sampling import (
 def draw(logits: torch.Tensor, n: int, **options: Any) -> torch.Tensor:
     """Return n draws of each row of logits (V,) or (B, V): (n, B)."""
     logits = logits.view(-1, logits.shape[-1])
-    sources = [draw_uniform(i) for i in range(len(logits))]
+    sources = [draw_floats(i) for i in range(len(logits))]
     return torch.stack([sample_logits(logits, sources, **options) for _ in range(n)])
 
 
@@ -114,7 +114,7 @@ def test_ends_of_the_range(u: float) -> None:
 def test_rows_are_their_own() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(3))
     for options in ({}, {"top_k": 10}, {"top_p": 0.8}, {"top_k": 10, "top_p": 0.8, "temperature": 0.7}):
-        together, alone = ([draw_uniform(i) for i in range(3)] for _ in range(2))
+        together, alone = ([draw_floats(i) for i in range(3)] for _ in range(2))
         for _ in range(30):
             rows = sample_logits(logits, together, **options).tolist()
             assert rows == [int(sample_logits(logits[i : i + 1], [alone[i]], **options)) for i in range(3)]
@@ -124,13 +124,13 @@ def test_uniform_numbers_are_the_generators() -> None:
     """Many at a time are the same numbers as one by one, below 1, and of the seed alone."""
     generator = torch.Generator().manual_seed(4)
     ones = [float(torch.rand((), generator=generator)) for _ in range(50)]
-    assert list(islice(draw_uniform(4), 50)) == ones != list(islice(draw_uniform(5), 50))
+    assert list(islice(draw_floats(4), 50)) == ones != list(islice(draw_floats(5), 50))
     assert 0 <= min(ones) and max(ones) < 1
 
 
 def test_none_draws_nothing() -> None:
     logits = torch.zeros(2, 9)
-    a, b = draw_uniform(5), draw_uniform(5)
+    a, b = draw_floats(5), draw_floats(5)
     for _ in range(5):
         assert int(sample_logits(logits, [None, a])[1]) == int(sample_logits(logits[:1], [b]))
 

@@ -288,6 +288,28 @@ def test_makers_advice_is_followed_until_the_reader_chooses() -> None:
     assert draw() == [(0.0, 0.9), (0.8, 1.0)]
 
 
+def test_a_question_does_not_wait_for_every_model() -> None:
+    """Models are opened before they are needed; once a question comes, only the one under way is."""
+    begun, go, opened = threading.Event(), threading.Event(), []
+
+    def open_slowly(name: str) -> tuple[Any, Any, dict[str, Any]]:
+        opened.append(name)
+        begun.set()
+        assert go.wait(20)
+        return open_echo(name)
+
+    session = ChatSession(lambda _: True, open_slowly, list, "shipped/sft", ChatSettings(temperature=0.0))
+    session.talk.chosen = ["shipped/sft", "shipped/base"]
+    session.act("ready", {})
+    assert begun.wait(20)
+    session.talk.chosen = ["shipped/sft"]
+    session.act("send", {"text": "hi"})
+    go.set()
+    assert session._worker is not None
+    session._worker.join(20)
+    assert opened == ["shipped/sft", "shipped/sft"] and not session.busy
+
+
 def test_a_model_that_fails_is_told() -> None:
     page = Page()
     page.do("models", chosen=["missing"])

@@ -261,19 +261,22 @@ class ChatTalk:
             self.answer(line)
             return True
         name, _, rest = line[1:].partition(" ")
+        name = next((known for known in COMMANDS if name.startswith(known)), name)  # /temperature
         if name in COMMANDS:
             COMMANDS[name][0](self, rest.strip())
         elif name not in LEAVE:
             raise ConfigError(f"/{name} is no command; /help lists them, /quit leaves.")
         return name not in LEAVE
 
-    def answer(self, text: str) -> None:
-        """Write the model's reply to a text; an interrupted one counts as far as it got."""
+    def answer(self, text: str, before: list[dict[str, str]] | None = None) -> None:
+        """Write the model's reply to a text, after all or only some messages; an interrupted one counts as
+        far as it got.
+        """
         said = {"role": "user", "content": text}
         self.cancel = threading.Event()
         options = self.settings.fit(self.advice, self.seed, self.cancel)
         try:
-            messages = [*self.messages, said]
+            messages = [*(self.messages if before is None else before), said]
             engine = self.engine
             reply = engine.complete(text, **options) if self.is_base else engine.chat(messages, **options)
             self.write(reply)
@@ -332,6 +335,12 @@ class ChatTalk:
         now = self.settings.fit(self.advice, 0, threading.Event())
         self.say(f"The temperature is {now['temperature']:g}.")
 
+    def answer_again(self, _: str) -> None:
+        """Answer the last message anew, with other random numbers."""
+        if not self.messages:
+            raise ConfigError("/again needs a message that was answered; type one first.")
+        self.answer(self.messages[-2]["content"], self.messages[:-2])
+
     def toggle_stats(self, _: str) -> None:
         """Show the figures of each reply, or no longer."""
         self.show_stats = not self.show_stats
@@ -366,6 +375,7 @@ class ChatTalk:
 COMMANDS: dict[str, tuple[Callable[[ChatTalk, str], None], str, str]] = {
     "model": (ChatTalk.switch_model, "NAME", "talk to another model, like sft/d4; the conversation stays"),
     "temp": (ChatTalk.set_temperature, "X", "set the temperature; 0 is always the likeliest token"),
+    "again": (ChatTalk.answer_again, "", "answer your last message anew"),
     "stats": (ChatTalk.toggle_stats, "", "speed and context after each reply, on and off"),
     "save": (ChatTalk.save, "FILE", "write the conversation as JSONL, which `primechat finetune` reads"),
     "clear": (ChatTalk.clear, "", "begin a new conversation"),

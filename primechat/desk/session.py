@@ -282,6 +282,8 @@ class ChatSession:
         if before is not None:
             before.join()
         for name in () if replies else self.talk.chosen:  # before they are needed
+            if self._worker is not threading.current_thread():
+                break  # a question came: of these models it waits for those alone that are being opened
             try:
                 self._open(name)
             except Exception as error:  # told again where it is used

@@ -20,14 +20,7 @@ import torch
 from primechat.config.runtime import check_number
 from primechat.errors import CheckpointError, ConfigError
 from primechat.infer.reply import Reply
-from primechat.infer.sampling import (
-    check_sampling,
-    draw_uniform,
-    measure_logits,
-    penalise_seen,
-    sample_logits,
-    seed_row,
-)
+from primechat.infer.sampling import check_sampling, draw_floats, measure_logits, penalise_seen, sample_logits
 from primechat.infer.threads import keep_freed_memory
 from primechat.infer.tools import ToolCall, find_tool
 from primechat.protocols import Cache, ChatTokenizer, LanguageModel
@@ -278,7 +271,7 @@ class Engine:
             prompt=prompt,
             limit=min(settings.max_new_tokens, room),
             limit_reason="length" if settings.max_new_tokens <= room else "context",
-            draws=draw_uniform(seed_row(settings.seed, index)),
+            draws=draw_floats(settings.seed, index),
             stop_ids=frozenset(stop_ids),
             tool=ToolCall(self.tokenizer, self._tool_ids) if self._tool_ids else None,
             seen=seen,

@@ -48,14 +48,15 @@ def seed_row(seed: int, row: int) -> int:
     return (seed + 0x9E3779B97F4A7C15 * row) % 2**63
 
 
-def draw_uniform(seed: int) -> Iterator[float]:
-    """Yield a CPU generator's numbers in [0, 1); several at a time, as a call of torch takes microseconds.
+def draw_floats(seed: int, row: int = 0) -> Iterator[float]:
+    """Yield numbers in [0, 1) of a row's own CPU generator; several are taken at a time, as each call of
+    torch takes microseconds.
 
-    >>> source = draw_uniform(0)
+    >>> source = draw_floats(0)
     >>> [round(next(source), 4) for _ in range(2)]
     [0.4963, 0.7682]
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed_row(seed, row))
     while True:
         yield from torch.rand(16, generator=generator).tolist()
 
@@ -84,7 +85,7 @@ def sample_logits(
 
     Args:
         logits: (B, V) float32.
-        draws: B sources of uniform numbers (`draw_uniform`); a row with None gets just any token.
+        draws: B sources of uniform numbers (`draw_floats`); a row with None gets just any token.
         temperature: divides the logits; 0 takes the likeliest (of equals the lowest id) and draws nothing.
         top_k: keep exactly this many of the likeliest tokens, also where several are equally likely.
         top_p: keep the smallest set of the likeliest tokens whose probabilities sum to at least this.

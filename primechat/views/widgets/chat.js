@@ -157,7 +157,7 @@ function render({ model, el }) {
         state.chosen.length > 1 && h("button", { type: "button", class: "pc-chat-x", "aria-label": `Leave out ${chosen}`, text: "×", onclick: () => put(i, null) }))),
       state.chosen.length < Math.min(4, state.models.length) && button("+ Compare", () => {
         const others = all.filter((id) => !state.chosen.includes(id)); // one that chats, else one that is well trained
-        const free = ["sft/", "shipped/sft", "shipped/base", ""].map((kind) => others.find((id) => id.startsWith(kind))).find(Boolean);
+        const free = ["sft/", "shipped/sft", "base/", "shipped/base"].map((kind) => others.find((id) => id.startsWith(kind) && !id.includes("@snap"))).find(Boolean) ?? others[0];
         if (free) put(state.chosen.length, free);
       }, { title: "Ask another model the same, side by side" }),
     ].filter(Boolean));
