@@ -9,10 +9,10 @@ def _(mo):
     mo.md(r"""
     # What does a head read, and what breaks without it?
 
-    A language model cuts text into **tokens**, short pieces of a word or more. It guesses the next token from
-    those before. Before it guesses, every token may look back at the others: the parts that look are called
-    **heads**. A model has several heads in each of its **layers**, the steps that a text passes one after
-    the other.
+    A language model cuts text into **tokens**, short pieces of text, often a word or a part of one. It
+    guesses the next token from those before. Before it guesses, every token may look back at the others:
+    the parts that look are called **heads**. A model has several heads in each of its **layers**, the steps
+    that a text passes one after the other; a layer is also called a **block**.
 
     Here you watch the heads of a real model at work on your own text, switch some off, and see what the
     model can no longer do. Every number on this page comes from the model's own forward pass.

@@ -84,7 +84,8 @@ def _(Live, budget, show):
 def _(mo):
     mo.md(r"""
     The same run on other machines. **MFU**, the share of its peak that a machine reaches in training, comes
-    from runs that others and we have timed; where it is a guess, the table says so.
+    from runs that others and we have timed; where it is a guess, the table says so. The runs were not the
+    same, so a few points of MFU between two rows may be the runs' and not the machines'.
     """)
     return
 
@@ -104,7 +105,7 @@ def _(mo):
     **optimizer** (how it moved lately; 8 GPUs share that). **Activations** are what every block keeps of
     the text until the gradients have been computed; they grow with the rows that are read at a time. The
     slider counts powers of two. Recomputing keeps only each block's input, and computes the inside again:
-    memory for time.
+    memory for time. Here the model has 32 blocks and the GPU 80 GB: there it becomes tight.
     """)
     return
 

@@ -193,7 +193,7 @@ def _(draw_lines, plan, posttrain, series, show):
             posttrain.find_spectra(series.result, plan.config.model),
             "which singular value, the largest first",
             "its size",
-            title="What was added to one matrix (the first layer's c_fc)",
+            title="What was added to one matrix (c_fc, the first of the MLP, in the first layer)",
             faint=("random, same size",),
         )
     )

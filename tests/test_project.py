@@ -21,7 +21,7 @@ from test_house import read_house
 
 import primechat
 from primechat import cli, store
-from primechat.views.theme import DARK, LIGHT
+from primechat.views.theme import DARK, FONT, LIGHT
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -166,7 +166,9 @@ def test_labs_are_not_rewritten_on_opening() -> None:
     looks = "primechat/desk/labs/marimo.css"
     runs, dark = {"auto_instantiate": True}, {"theme": "system", "custom_css": [looks]}
     assert read_project()["tool"]["marimo"] == {"runtime": runs, "save": {"autosave": "off"}, "display": dark}
-    pairs = re.findall(r"light-dark\((#\w+), (#\w+)\)", (ROOT / looks).read_text(encoding="utf-8"))
+    sheet = (ROOT / looks).read_text(encoding="utf-8")
+    assert f"--marimo-text-font: {FONT};" in sheet, "and their typeface"
+    pairs = re.findall(r"light-dark\((#\w+), (#\w+)\)", sheet)
     known = set(zip(LIGHT.values(), DARK.values(), strict=True))
     assert len(pairs) > 15 and set(pairs) <= known, "marimo's page has the colours of the cards"
 

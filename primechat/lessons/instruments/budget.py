@@ -32,7 +32,7 @@ def describe_run(depth: int, machine: str, tokens_per_parameter: int, evict: boo
     figures = {
         "parameters": f"{config.model.n_params / 1e6:,.0f} million",
         "tokens to read": f"{plan.tokens / 1e9:,.1f} billion",
-        "work": f"{plan.total_flops:.2g} FLOPs",
+        "work: sums and products": f"{plan.total_flops:.2g} FLOPs",
         "time": format_hours(plan.train_s),
         "cost": f"${plan.dollars:,.0f}",
         "on this machine and 80 GB of disk": room,

@@ -227,6 +227,6 @@ def draw_band(axes: Any, series: SeriesOfRuns, grid: np.ndarray) -> None:
         away = 12 if run.bpb > told_of.bpb else -24  # from the line
         axes.plot([run.tokens], [run.bpb], "D", color=INK, markersize=7)
         axes.annotate(
-            f"came out: {run.bpb:.2f}", (run.tokens, run.bpb), xytext=(0, away), textcoords="offset points",
+            f"came out: {run.bpb:.3f}", (run.tokens, run.bpb), xytext=(0, away), textcoords="offset points",
             ha="center", color=INK,
         )  # fmt: skip

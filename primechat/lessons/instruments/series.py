@@ -24,6 +24,7 @@ from primechat.model.runlog import read_frozen, read_metrics
 from primechat.records import NoteEvent, OnEvent, TrainResult
 
 QUICK = RuntimeConfig(compile="off")  # the rest is measured by the first run of a series
+COLUMNS = {"val_bpb": "bits per byte", "kl_nats": "KL, nats"}  # of tables, where the figure's name is no word
 QUIET = LookConfig(eval_tokens=8192, last_eval_tokens=8192, sample_every=-1, snapshots=False)
 
 
@@ -205,5 +206,5 @@ def sum_rows(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[s
             elif values:
                 mean, low, _ = estimate_mean(values)
                 shown[key] = f"{mean:.3f} ± {mean - low:.3f}" if len(values) > 2 else f"{mean:.3f}"
-        table.append(shown)
+        table.append({COLUMNS.get(key, key): value for key, value in shown.items()})
     return table or [{"run": "nothing yet: it comes when the run above is done"}]
