@@ -136,6 +136,27 @@ def test_cache_ragged() -> None:
     )
 
 
+@pytest.mark.parametrize("n_rows", [3, 20])  # a few rows and many multiply otherwise
+@pytest.mark.parametrize("n_kv_head", [1, 2])
+def test_tokens_of_uneven_rows(n_rows: int, n_kv_head: int) -> None:
+    """Decoded together, a token a step, rows of different lengths give the logits of each whole, also where
+    one row's window has begun to move and another's has not.
+    """
+    model = make_gpt(window_pattern="SL", sequence_len=140, n_kv_head=n_kv_head)
+    model = GPT.from_state(model.config, dict(model.state_dict()))
+    counts = [1 + 7 * i % 160 for i in range(n_rows)]
+    ids = torch.randint(97, (n_rows, 200), generator=torch.Generator().manual_seed(5))
+    cache = model.new_cache(n_rows, 200)
+    with torch.no_grad():
+        whole = model(ids)
+    model.read_padded(ids[:, : max(counts)], counts, cache)
+    rows = torch.arange(n_rows)
+    for step in range(12):
+        at = torch.tensor(counts) + step
+        got = model.advance(ids[rows, at][:, None], cache)
+        assert (got - whole[rows, at]).abs().max() < 2e-4, step
+
+
 def test_cache_full() -> None:
     model = make_gpt()
     with pytest.raises(ValueError, match="7 tokens do not fit in 6 places"):
