@@ -85,6 +85,7 @@ def test_every_stage_has_tag_and_resume(cls: Any) -> None:
         (lambda: GPTConfig(**SMALL, window_pattern="SXL"), ["'SXL'", "SSSL"]),
         (lambda: GPTConfig(**SMALL, rope_dtype="float16"), ["'float16'", "compute"]),
         (lambda: GPTConfig(**SMALL, logit_softcap=-1.0), ["-1.0"]),
+        (lambda: GPTConfig(**SMALL, logit_softcap=90.0), ["90.0", "70"]),
         (lambda: GPTConfig.classic(0), ["depth=0"]),
         (lambda: GPTConfig.modern(True), ["depth=True"]),
         (lambda: RuntimeConfig(device="tpu"), ["runtime.device='tpu'", "mps", "auto"]),

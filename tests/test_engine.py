@@ -347,6 +347,18 @@ def test_forced_tokens_are_measured_and_draw_nothing(monkeypatch: pytest.MonkeyP
     assert len(tokens) == 9 and len(drawn) == 9 - 4, "`<|output_start|>49<|output_end|>` is not drawn"
 
 
+def test_a_reply_cut_in_a_result_goes_on_with_it() -> None:
+    """Wherever a reply was stopped, what the calculator answers is whole."""
+    names = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
+    start, end, begin, done = (TOKENIZER.special(name) for name in names)
+    whole = [start, *b"7*7", end, begin, *b"49", done]
+    ids = TOKENIZER.render_for_completion({"messages": USER})
+    for cut in range(5, len(whole)):
+        reply = script(start, "7*7", end).reply(ids, whole[:cut], max_new_tokens=len(whole) - cut)
+        reply.read()
+        assert [*whole[:cut], *reply.tokens] == whole, cut
+
+
 def test_reply_whole_code_points() -> None:
     text = "é🙂ü漢 a"
     for split in (1, 2, 3):

@@ -84,8 +84,8 @@ class GPTConfig:
                 f"model.window_pattern={self.window_pattern!r} must be made of S and L; try 'SSSL', or '' "
                 "for none."
             )
-        if self.logit_softcap < 0:
-            raise ConfigError(f"model.logit_softcap={self.logit_softcap} must be 0 (off) or more; try 15.")
+        if not 0 <= self.logit_softcap <= 70:  # the loss sums exp(cap) over the vocabulary in float32
+            raise ConfigError(f"model.logit_softcap={self.logit_softcap} must be 0 (off) to 70; try 15.")
 
     @property
     def head_dim(self) -> int:

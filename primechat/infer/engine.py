@@ -244,7 +244,8 @@ class Engine:
         row = self._open_row([*ids, *prefix], 0, settings)
         if row.tool:
             for token in prefix:  # an expression that was begun goes on; one just ended is answered
-                row.forced = deque(row.tool.feed(token))
+                answered = bool(row.forced) and row.forced.popleft() == token
+                row.forced = row.forced if answered else deque(row.tool.feed(token))
         steps = self._write([row], settings, n_alternatives)
         return Reply(steps, row, self.tokenizer, self.model.sequence_len, prefix)
 

@@ -25,11 +25,8 @@ def keep_freed_memory() -> bool:
     A step of many rows frees half a megabyte that the next one takes again. By default that goes back to
     the system each time, and its pages come back as faults, which are a twelfth of the step.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    return bool(mallopt(TRIM_THRESHOLD, 256 << 20) and mallopt(MMAP_THRESHOLD, 32 << 20))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return bool(mallopt and mallopt(TRIM_THRESHOLD, 256 << 20) and mallopt(MMAP_THRESHOLD, 32 << 20))
 
 
 def settle_threads(model: LanguageModel, rows: int = 1) -> int:
