@@ -147,10 +147,10 @@ def test_again_and_long_names(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(self, messages, **options)
 
     monkeypatch.setattr(Engine, "chat", spy)
-    out, err = talk("/again", "one", "two", "/again", "/temperature 0.5", seed=3)
+    out, err = talk("/again", "one", "two", "/again", "/temperature 0.5", "/clearly", seed=3)
     assert out == "hello\n" * 3 and "/again needs a message that was answered" in err
     assert seen == [(["one"], 3), (["one", "hello", "two"], 4), (["one", "hello", "two"], 5)]
-    assert "The temperature is 0.5." in err
+    assert "The temperature is 0.5." in err and "/clearly is no command" in err
 
 
 def test_makers_advice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,9 @@ from tiny import VOCAB_SIZE, HistoryModel, ScriptModel, byte_tokenizer
 from primechat.config import GPTConfig
 from primechat.errors import CheckpointError, ConfigError
 from primechat.infer import engine as engine_module
+from primechat.infer.cpu import keep_freed_memory, settle_threads
 from primechat.infer.engine import PREFILL_CHUNK, Engine
 from primechat.infer.sampling import draw_floats, sample_logits, seed_row
-from primechat.infer.threads import keep_freed_memory, settle_threads
 from primechat.model.gpt import GPT
 from primechat.protocols import ChatTokenizer, LanguageModel
 from primechat.store import open_model

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -288,6 +290,43 @@ def test_rehearsal(exported: Path) -> None:
     launcher.write_text(whole.replace("run.py --config", "run.py --no_such_flag --config"))
     assert rehearse(exported, say=said.append) == 1 and "no_such_flag" in said[-1]
     launcher.write_text(whole)
+
+
+def test_ctrl_c_saves_and_flags_stay_whole(exported: Path, tmp_path: Path) -> None:
+    """`start` in a stand-in for tmux: an interrupt, which reaches all that it started, still lets it save."""
+    tools = {
+        "tmux": 'exec bash -c "${@: -1}"',
+        "python": f"exec {sys.executable} {tmp_path}/trainer.py " + '"$@"',
+    }
+    (tmp_path / "trainer.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "stop = []\n"
+        "signal.signal(signal.SIGINT, lambda *_: stop.append(1))\n"
+        "print('running', flush=True)\n"
+        "while not stop: time.sleep(0.02)\n"
+        "time.sleep(0.3)\n"
+        "print('saving', flush=True)\n"
+        "pathlib.Path('saved').write_text(repr(sys.argv))\n"
+    )
+    for name, text in tools.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    shutil.copy(exported / "launch.sh", tmp_path)
+    run = subprocess.Popen(
+        ["bash", "launch.sh", "start", "--tag", "a b;c"], cwd=tmp_path, stdout=subprocess.DEVNULL,
+        start_new_session=True, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    log, saved = tmp_path / "run.log", tmp_path / "saved"
+    while not (log.is_file() and "running" in log.read_text()):
+        assert run.poll() is None, "it ended before it ran"
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)
+    run.wait(60)
+    for _ in range(200):  # what it started may outlive it
+        if saved.is_file():
+            break
+        time.sleep(0.05)
+    assert "'--tag', 'a b;c'" in saved.read_text() and "saving" in log.read_text()
 
 
 def test_names_and_folders(tmp_path: Path) -> None:

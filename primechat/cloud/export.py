@@ -37,7 +37,7 @@ from primechat.names import FOLDERS, parse_identifier
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT_NAMES = {"settings", "stage", "summary"}  # what desk/pods/script.py offers of a lab's tools
 STAGE_OF = {"06": FinetuneConfig, "07": LoRAConfig, "08": DistillConfig, "09": AutochatConfig}  # 05 pretrains
-COPIED = "src/copied.sha256"  # of the library as it was copied
+COPIED = "copied.sha256"  # beside a copied library, of it as it was copied
 TOP_FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 
@@ -270,7 +270,6 @@ def export_lab(
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "launch.sh").chmod(0o755)
     copy_library(folder / "src")
-    (folder / COPIED).write_text(hash_library(folder) + "\n", encoding="utf-8")
     return [folder / name for name in files]
 
 
@@ -278,8 +277,8 @@ def check_folder(folder: Path, files: dict[str, str]) -> None:
     """Refuse a folder that holds something else than an export of these settings, or one that was edited."""
     there = {name: (folder / name).read_bytes() for name in files if (folder / name).is_file()}
     changed = [name for name in there if there[name] != files[name].encode()]
-    copied = folder / COPIED
-    if copied.is_file() and copied.read_text(encoding="utf-8").strip() != hash_library(folder):
+    copied = folder / "src" / COPIED
+    if copied.is_file() and copied.read_text(encoding="utf-8") != hash_library(copied.parent):
         changed.append("src/primechat")
     what = f"{', '.join(changed)} with changes, yours or another version's" if changed else ""
     if "config.json" in changed:
@@ -353,11 +352,12 @@ def copy_library(target: Path) -> None:
     )
     for name in TOP_FILES:
         shutil.copy(ROOT / name, target / name)
+    (target / COPIED).write_text(hash_library(target), encoding="utf-8")
 
 
-def hash_library(folder: Path) -> str:
-    """Return the SHA-256 of the library in an export, by which its changes show."""
-    library = folder / "src" / "primechat"
+def hash_library(target: Path) -> str:
+    """Return the SHA-256 of a copied library, by which changes to it show."""
+    library = target / "primechat"
     files = sorted(path for path in library.rglob("*") if path.is_file() and path.suffix != ".pyc")
     named = (path.relative_to(library).as_posix().encode() + path.read_bytes() for path in files)
     return hashlib.sha256(b"".join(named)).hexdigest()

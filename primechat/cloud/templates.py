@@ -41,7 +41,10 @@ run)
         run.py --config "$config" ${resume[@]+"${resume[@]}"} "$@"
     ;;
 start)
-    tmux new-session -d -s primechat "bash launch.sh run $* 2>&1 | tee -a run.log"
+    words=""
+    [ $# = 0 ] || printf -v words ' %q' "$@"
+    # Ctrl-C reaches tee as well; without -i it would go, and a run that can print no more could not save
+    tmux new-session -d -s primechat "bash launch.sh run$words 2>&1 | tee -i -a run.log"
     echo "Started. Look at it: tmux attach -t primechat, or tail -f run.log"
     ;;
 *) echo "launch.sh knows install, preflight, data, run and start, not $verb" >&2; exit 2 ;;

@@ -206,8 +206,8 @@ class ChatTalk:
 
     def open(self, identifier: str) -> None:
         """Open a model; the conversation stays."""
+        from primechat.infer.cpu import settle_threads
         from primechat.infer.engine import Engine
-        from primechat.infer.threads import settle_threads
 
         model, tokenizer, meta = self.opener(identifier)
         settle_threads(model)
@@ -261,7 +261,7 @@ class ChatTalk:
             self.answer(line)
             return True
         name, _, rest = line[1:].partition(" ")
-        name = next((known for known in COMMANDS if name.startswith(known)), name)  # /temperature
+        name = "temp" if name == "temperature" else name  # as the flag is called
         if name in COMMANDS:
             COMMANDS[name][0](self, rest.strip())
         elif name not in LEAVE:

@@ -19,9 +19,9 @@ import torch
 
 from primechat.config.runtime import check_number
 from primechat.errors import CheckpointError, ConfigError
+from primechat.infer.cpu import keep_freed_memory
 from primechat.infer.reply import Reply
 from primechat.infer.sampling import check_sampling, draw_floats, measure_logits, penalise_seen, sample_logits
-from primechat.infer.threads import keep_freed_memory
 from primechat.infer.tools import ToolCall, find_tool
 from primechat.protocols import Cache, ChatTokenizer, LanguageModel
 from primechat.records import Token

@@ -23,11 +23,9 @@ def chunk_rows(n_rows: int, vocab: int, device_type: str) -> int:
 
 
 def cap_logits(z: Tensor, cap: float) -> Tensor:
-    """Return c tanh(z / c) in float32, in z's own memory where it needs no gradient; c = 0 leaves z alone."""
+    """Return c * tanh(z / c) in float32; c = 0 leaves z as it is."""
     z = z.float()
-    if not cap:
-        return z
-    return cap * torch.tanh(z / cap) if z.requires_grad else z.div_(cap).tanh_().mul_(cap)
+    return cap * torch.tanh(z / cap) if cap else z
 
 
 class HeadLoss(torch.autograd.Function):

@@ -23,9 +23,9 @@ from primechat.config import FinetuneConfig, LookConfig, encode_config, find_dif
 from primechat.config.talk import AutochatConfig
 from primechat.errors import ConfigError, DataError
 from primechat.files import write_whole
+from primechat.infer.cpu import settle_threads
 from primechat.infer.engine import Engine
 from primechat.infer.sampling import seed_row
-from primechat.infer.threads import settle_threads
 from primechat.model.runlog import RunLock, read_frozen
 from primechat.records import AutochatResult, OnEvent, PhaseEvent, ProgressEvent, Turn
 from primechat.stages.finetune import finetune

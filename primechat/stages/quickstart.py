@@ -23,8 +23,8 @@ from primechat.config import (
     TokenizerConfig,
 )  # fmt: skip
 from primechat.errors import ConfigError
+from primechat.infer.cpu import settle_threads
 from primechat.infer.engine import Engine
-from primechat.infer.threads import settle_threads
 from primechat.model.runlog import read_frozen
 from primechat.records import OnEvent, QuickstartResult, SpeedrunResult
 from primechat.stages.evaluate import evaluate

@@ -156,8 +156,8 @@ function render({ model, el }) {
           ...options(chosen).map((id) => h("option", { value: id, text: id, selected: id === chosen }))),
         state.chosen.length > 1 && h("button", { type: "button", class: "pc-chat-x", "aria-label": `Leave out ${chosen}`, text: "×", onclick: () => put(i, null) }))),
       state.chosen.length < Math.min(4, state.models.length) && button("+ Compare", () => {
-        const others = all.filter((id) => !state.chosen.includes(id)); // one that chats, else one that is well trained
-        const free = ["sft/", "shipped/sft", "base/", "shipped/base"].map((kind) => others.find((id) => id.startsWith(kind) && !id.includes("@snap"))).find(Boolean) ?? others[0];
+        const others = all.filter((id) => !state.chosen.includes(id)).sort((a, b) => a.includes("@snap") - b.includes("@snap"));
+        const free = ["sft/", "shipped/sft", ""].map((kind) => others.find((id) => id.startsWith(kind))).find(Boolean); // one that chats, else any that is done
         if (free) put(state.chosen.length, free);
       }, { title: "Ask another model the same, side by side" }),
     ].filter(Boolean));
