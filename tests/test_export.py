@@ -108,7 +108,7 @@ def test_folder(exported: Path) -> None:
         "export NANOCHAT_BASE_DIR=/workspace/cache/nanochat",
         IMAGE,
         "2.96 h and $85",
-        "tmux attach",
+        "tmux -L primechat attach",
     ):
         assert words in read_me, words
     (budget,) = re.findall("bash launch.sh start --max_dollars .* --dollars_per_hour [0-9.]+", read_me)
@@ -327,6 +327,24 @@ def test_ctrl_c_saves_and_flags_stay_whole(exported: Path, tmp_path: Path) -> No
             break
         time.sleep(0.05)
     assert "'--tag', 'a b;c'" in saved.read_text() and "saving" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "resumes"), [("", False), ("--tag mine", True), ("--steps 4 --tag=mine", True), ("--tag new", False)]
+)
+def test_going_on_is_of_the_tag(exported: Path, tmp_path: Path, words: str, resumes: bool) -> None:
+    """A run goes on where its own tag has one, whichever of the flags names it."""
+    run = tmp_path / "base_checkpoints" / "mine"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    (tmp_path / "python").write_text('#!/usr/bin/env bash\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    said = subprocess.run(
+        ["bash", exported / "launch.sh", "run", *words.split()], capture_output=True, text=True, check=True,
+        env={**os.environ, "PATH": path, "NANOCHAT_BASE_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert ("--resume" in said.stdout) == resumes and said.stdout.strip().endswith(words)
 
 
 def test_names_and_folders(tmp_path: Path) -> None:

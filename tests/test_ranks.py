@@ -112,3 +112,23 @@ def test_one_traceback(base_dir: Path, tmp_path: Path) -> None:
     done = launch(tmp_path, make_config("wrong", tokenizer=str(tmp_path / "nowhere")), 2)
     _, err = done.communicate(timeout=120)
     assert done.returncode != 0 and err.count("nowhere") == 1, err
+
+
+@pytest.mark.slow
+def test_machines_share_a_disk(base_dir: Path, tmp_path: Path) -> None:
+    """Machines that do not see the same steps would wait for each other for ever; they are told instead."""
+    pretrain(make_config("far", steps=5))
+    file, script = tmp_path / "far.json", tmp_path / "machine.py"
+    file.write_text(json.dumps(encode_config(make_config("far", steps=5))))
+    script.write_text(
+        "import os, sys\n"
+        "from primechat.cli import main\n"
+        "here = os.environ['RANK'] == '0'  # the other's disk has no run\n"
+        "if not here: os.environ['NANOCHAT_BASE_DIR'] += '-of-another'\n"
+        f"sys.exit(main(['pretrain', '--config', {str(file)!r}, *(['--resume'] if here else [])]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode != 0 and done.stderr.count("a disk that all of them share") == 1, done.stderr

@@ -13,9 +13,9 @@ LAUNCH = """\
 #   bash launch.sh install     once; keeps the torch that is there
 #   bash launch.sh preflight   a minute; refuses before money is spent
 #   bash launch.sh start       in tmux, so that it outlives the connection
-#   tmux attach -t primechat   look at it; Ctrl-B D leaves it alone, Ctrl-C saves and stops
+#   tmux -L primechat attach   look at it; Ctrl-B D leaves it alone, Ctrl-C saves and stops
 # `start` again goes on where a stopped run was saved. Words after `start` or `run` are flags of run.py.
-# Several machines: NODES=2 HEAD=10.0.0.1:29500 bash launch.sh run, on each of them.
+# Several machines: NODES=2 HEAD=10.0.0.1:29500 bash launch.sh run, on each, with one disk that all of them share.
 set -euo pipefail
 cd "$(dirname "$0")"
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-@BASE@}"
@@ -35,8 +35,15 @@ install)
 preflight) @PREFLIGHT@ ;;
 data) @DATA@ ;;
 run)
-    resume=()
-    if [ -e "$NANOCHAT_BASE_DIR/@FAMILY@/${TAG:-@TAG@}/config.json" ]; then resume=(--resume); fi
+    resume=() tag="@TAG@" before=""
+    for word in "$@"; do
+        case "$before $word" in
+        *" --tag="*) tag="${word#--tag=}" ;;
+        "--tag "*) tag="$word" ;;
+        esac
+        before="$word"
+    done
+    if [ -e "$NANOCHAT_BASE_DIR/@FAMILY@/$tag/config.json" ]; then resume=(--resume); fi
     python -m torch.distributed.run "${place[@]}" --nproc_per_node="${RANKS:-@RANKS@}" \\
         run.py --config "$config" ${resume[@]+"${resume[@]}"} "$@"
     ;;
@@ -44,8 +51,9 @@ start)
     words=""
     [ $# = 0 ] || printf -v words ' %q' "$@"
     # Ctrl-C reaches tee as well; without -i it would go, and a run that can print no more could not save
-    tmux new-session -d -s primechat "bash launch.sh run$words 2>&1 | tee -i -a run.log"
-    echo "Started. Look at it: tmux attach -t primechat, or tail -f run.log"
+    # a tmux server of its own: one that ran before would give the run its own environment, not this one
+    tmux -L primechat new-session -d -s primechat "bash launch.sh run$words 2>&1 | tee -i -a run.log"
+    echo "Started. Look at it: tmux -L primechat attach, or tail -f run.log"
     ;;
 *) echo "launch.sh knows install, preflight, data, run and start, not $verb" >&2; exit 2 ;;
 esac
@@ -97,7 +105,7 @@ cd /workspace/@JOB@
 bash launch.sh install                        # keeps the image's torch
 bash launch.sh preflight
 bash launch.sh start
-tmux attach -t primechat
+tmux -L primechat attach
 ```
 
 `bash launch.sh start --max_dollars @LIMIT@ --dollars_per_hour @PRICE@` saves and stops before more is

@@ -137,6 +137,12 @@ class TrainingRun:
         self.t_start, self.on_event = time.perf_counter(), on_event
         self.folder = open_folder(config, job.family)
         self.ranks: Ranks = join_ranks(pick_device(config.runtime.device))
+        seen = gather_objects((config.resume, find_steps(self.folder)))
+        if any(one != seen[0] for one in seen):
+            raise ConfigError(
+                f"the machines find different steps in {self.folder}; set NANOCHAT_BASE_DIR to a disk that "
+                "all of them share."
+            )
         self.log: MetricsLog | None = None
         self.last_bits, self.saved_step, self.t_saved, self.save_s = Bits(), -1, time.monotonic(), 0.0
         self.trained_s, self.tokens, self.tokens_per_s = 0.0, 0, 0.0
