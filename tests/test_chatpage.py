@@ -273,6 +273,21 @@ def test_markdown_is_drawn(chat: Chat) -> None:
     assert body.locator("em").count() == 1
 
 
+def test_a_loop_of_marks_is_drawn_at_once(chat: Chat, tmp_path: Path) -> None:
+    """A small model that repeats itself for thousands of tokens must not keep the page busy for minutes."""
+    loops = [f"so {mark * 10_000}" for mark in ("`", "*", "[", "_a", "~~", "![a", "**a ", "[a](", "`a``a")]
+    talk = [{"role": role, "content": c} for loop in loops for role, c in (("user", "go"), ("assistant", loop))]
+    path = tmp_path / "loops.jsonl"
+    path.write_text(json.dumps({"messages": talk}), encoding="utf-8")
+    chat.page.locator("input[type=file]").set_input_files(path)
+    chat.page.locator(".pc-chat-reply").nth(len(loops) - 1).wait_for(state="attached", timeout=60_000)
+    chat.settle()
+    chat.say("``a`b`` and `c` and ` alone")
+    spans = chat.page.locator("article").last.locator(".pc-md-inline")
+    assert spans.all_inner_texts() == ["a`b", "c"]
+    assert chat.page.locator(".pc-chat-reply .pc-chat-body").first.text_content() == loops[0]
+
+
 def test_long_talks_stay_smooth(chat: Chat, tmp_path: Path) -> None:
     words = "a few **plain** words that were said, " * 12
     messages = [{"role": ("user", "assistant")[i % 2], "content": f"{i}: {words}"} for i in range(200)]

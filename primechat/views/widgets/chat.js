@@ -72,7 +72,7 @@ function render({ model, el }) {
     input.value = "";
     grow();
     follows = true;
-    act("send", { text }).catch(() => { input.value = input.value || text; grow(); });
+    act("send", { text }).catch(() => { input.value = [text, input.value].filter(Boolean).join("\n"); grow(); });
   }
   function begin() { act("new").then(() => input.focus(), () => {}); }
 
@@ -134,7 +134,7 @@ function render({ model, el }) {
     else if (kind === "status") tell(message.text, message.fault);
     else if (kind === "tokens") {
       const node = nodes.get(message.id);
-      if (!node) return;
+      if (!node || message.at > node.tokens.length) return; // a report was lost: the end of a reply brings all of it
       node.tokens.length = message.at;
       node.tokens.push(...message.tokens);
       Object.assign(node, { stats: message.stats, state: "writing" });
