@@ -30,6 +30,14 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def measure_file(path: Path) -> int:
+    """Return a file's bytes, -1 where there is none (any more)."""
+    try:
+        return path.stat().st_size if path.is_file() else -1
+    except OSError:
+        return -1
+
+
 def hash_file(path: Path) -> str:
     """Return a file's SHA-256 in hex digits."""
     sha = hashlib.sha256()

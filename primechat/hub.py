@@ -357,8 +357,8 @@ def list_cached() -> Iterator[tuple[str, Path]]:
         try:
             commit = (place / "refs" / "main").read_text(encoding="ascii").strip()
             folder = place / "snapshots" / commit
-            kinds = json.loads((folder / "config.json").read_bytes()).get("architectures") or [""]
-        except (OSError, ValueError, AttributeError):
-            continue
-        if any(folder.glob("*.safetensors")) and re.search("CausalLM$|LMHeadModel$", str(kinds[0])):
+            kind = str(json.loads((folder / "config.json").read_bytes())["architectures"][0])
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # no model of transformers, or a damaged one
+        if any(folder.glob("*.safetensors")) and re.search("CausalLM$|LMHeadModel$", kind):
             yield place.name.removeprefix("models--").replace("--", "/", 1), folder

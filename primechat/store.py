@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from primechat.config import GPTConfig, decode_config
 from primechat.config.stages import check_tag
 from primechat.errors import CheckpointError, ConfigError
+from primechat.files import measure_file
 from primechat.hub import count_gguf, count_params, find_package, list_cached
 from primechat.model.checkpoint import explain_steps, find_steps, list_snapshots, load_checkpoint, read_meta
 from primechat.model.era import detect_era
@@ -100,14 +102,15 @@ def is_tag(name: str) -> bool:
 
 def choose_tag(root: Path, family: str) -> Path | None:
     """Return the run folder of the largest `d<number>`, else the most recently written one, else None."""
-    folders = [folder for folder in list_tags(root, family) if find_steps(folder)]
+    steps = {folder: find_steps(folder) for folder in list_tags(root, family)}
+    folders = [folder for folder in steps if steps[folder]]
     if not folders:
         return None
     depths = {folder: int(folder.name[1:]) for folder in folders if re.fullmatch(r"d\d{1,9}", folder.name)}
     if depths:
         return max(depths, key=lambda folder: depths[folder])
-    ages = {folder: max(p.stat().st_mtime_ns for p in folder.glob("meta_*.json")) for folder in folders}
-    return max(folders, key=lambda folder: ages[folder])
+    newest = {folder: folder / f"meta_{steps[folder][-1]:06d}.json" for folder in folders}  # never pruned
+    return max(folders, key=lambda folder: newest[folder].stat().st_mtime_ns)
 
 
 def locate_model(name: ModelName) -> tuple[Path, ModelName]:
@@ -323,9 +326,11 @@ def list_models() -> list[ModelEntry]:
 def walk_adapters(parent: Path) -> Iterator[ModelEntry]:
     """Yield an entry for each adapter that is there; its identifier names the base that it was trained on."""
     for path in sorted(parent.glob("*/adapter_model.safetensors")):
-        folder, config = path.parent, path.with_name("adapter_config.json")
-        if is_tag(folder.name) and config.is_file():
-            facts, size = read_json(config), path.stat().st_size
+        folder, facts = path.parent, dict[str, Any]()
+        with suppress(CheckpointError):
+            facts = read_json(folder / "adapter_config.json")
+        if is_tag(folder.name) and facts:
+            size = measure_file(path)
             yield ModelEntry(
                 identifier=f"lora:{folder.name}+{facts.get('base_model_name_or_path') or 'sft'}",
                 family="lora", tag=folder.name, steps=tuple(find_steps(folder)) or (0,), snapshots=(),
@@ -340,6 +345,8 @@ def walk_models(root: Path, shipped: bool) -> Iterator[ModelEntry]:
         default = choose_tag(root, family) if shipped else None  # `shipped/sft` alone
         for folder in list_tags(root, family):
             steps, snapshots = find_steps(folder), list_snapshots(folder)
+            if not steps and not snapshots:
+                continue  # removed just now
             where = folder if steps else folder / "snapshots"
             tag = "" if folder == default else folder.name
             name = ModelName(family=family, tag=tag, shipped=shipped)
@@ -351,7 +358,7 @@ def walk_models(root: Path, shipped: bool) -> Iterator[ModelEntry]:
             yield ModelEntry(
                 identifier=str(name), family=family, tag=folder.name, path=str(folder), shipped=shipped,
                 steps=tuple(steps), snapshots=tuple(snapshots),
-                n_bytes=sum(path.stat().st_size for path in folder.rglob("*.pt")),
+                n_bytes=sum(max(0, measure_file(path)) for path in folder.rglob("*.pt")),
                 architecture=config.architecture if config else "unreadable",
                 n_params=config.n_params if config else 0,
                 val_bpb=float(bpb) if isinstance(bpb, (int, float)) else None,

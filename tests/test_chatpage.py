@@ -276,7 +276,9 @@ def test_markdown_is_drawn(chat: Chat) -> None:
 def test_a_loop_of_marks_is_drawn_at_once(chat: Chat, tmp_path: Path) -> None:
     """A small model that repeats itself for thousands of tokens must not keep the page busy for minutes."""
     loops = [f"so {mark * 10_000}" for mark in ("`", "*", "[", "_a", "~~", "![a", "**a ", "[a](", "`a``a")]
-    talk = [{"role": role, "content": c} for loop in loops for role, c in (("user", "go"), ("assistant", loop))]
+    talk = [
+        {"role": role, "content": c} for loop in loops for role, c in (("user", "go"), ("assistant", loop))
+    ]
     path = tmp_path / "loops.jsonl"
     path.write_text(json.dumps({"messages": talk}), encoding="utf-8")
     chat.page.locator("input[type=file]").set_input_files(path)

@@ -483,6 +483,18 @@ def test_others_files_stay(hub: Hub, base_dir: Path) -> None:
         plan_download([place(base_dir)])
 
 
+def test_the_note_keeps_what_came_before(hub: Hub, base_dir: Path) -> None:
+    """Files of a folder that came one by one are all in its note; one that was damaged is begun anew."""
+    note = base_dir / "base_checkpoints" / "d3" / "download.json"
+    for pattern, names in (("meta_*", ["meta_000010.json"]), ("model_*", [])):
+        fetch(base_dir, place(base_dir, patterns=(pattern,)))
+        names = names or ["meta_000010.json", "model_000010.pt"]
+        assert [row["name"] for row in json.loads(note.read_text())["files"]] == names
+    note.write_text('{"files": [3]}')
+    fetch(base_dir, place(base_dir, patterns=("optim_*", "m*_000010.*")))
+    assert len(json.loads(note.read_text())["files"]) == 3
+
+
 def test_tokenizers_of_others_stay(hub: Hub, base_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = base_dir / "tokenizer"
     folder.mkdir(parents=True)

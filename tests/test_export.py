@@ -330,7 +330,8 @@ def test_ctrl_c_saves_and_flags_stay_whole(exported: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("words", "resumes"), [("", False), ("--tag mine", True), ("--steps 4 --tag=mine", True), ("--tag new", False)]
+    ("words", "resumes"),
+    [("", False), ("--tag mine", True), ("--steps 4 --tag=mine", True), ("--tag new", False)],
 )
 def test_going_on_is_of_the_tag(exported: Path, tmp_path: Path, words: str, resumes: bool) -> None:
     """A run goes on where its own tag has one, whichever of the flags names it."""

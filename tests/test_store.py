@@ -310,6 +310,16 @@ def test_list_models(base_dir: Path) -> None:
     assert (last.identifier, last.architecture) == ("rl/d7", "unreadable")
 
 
+def test_a_damaged_adapter_hides_no_model(base_dir: Path) -> None:
+    make_run(base_dir, "base_checkpoints/d1")
+    folder = store.run_dir("lora", "torn")
+    folder.mkdir(parents=True)
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    for text in ('{"r": 4', "[]", "{}"):
+        (folder / "adapter_config.json").write_text(text)
+        assert [entry.identifier for entry in store.list_models()] == ["base/d1"]
+
+
 def test_listing_leaves_torch_out() -> None:
     code = "import sys, primechat as p; print(len(p.list_models())); assert 'torch' not in sys.modules"
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(NANOCHAT / "head")}

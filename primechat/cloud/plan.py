@@ -286,22 +286,13 @@ def make_plan(config: PretrainConfig, machine: Machine, *, disk_limit_bytes: flo
     train_s = tokens * flops / machine.flops_per_s
     share = -(-rows_all // machine.n_gpus)
     return Plan(
-        config=config,
-        machine=machine,
-        params=count_params(config.model),
-        flops_per_token=flops,
-        tokens=tokens,
-        steps=steps,
-        total_flops=float(tokens) * flops,
-        shards=count_shards(config, tokens),
+        config=config, machine=machine, params=count_params(config.model), flops_per_token=flops,
+        tokens=tokens, steps=steps, total_flops=float(tokens) * flops, shards=count_shards(config, tokens),
         memory=estimate_memory(config, max(1, rows), n_gpus=machine.n_gpus, device=machine.device),
-        micro_batch_rows=rows,
-        accumulate=-(-share // max(1, rows)),
-        disk=estimate_disk(config),
-        disk_limit_bytes=disk_limit_bytes,
-        train_s=train_s,
+        micro_batch_rows=rows, accumulate=-(-share // max(1, rows)), disk=estimate_disk(config),
+        disk_limit_bytes=disk_limit_bytes, train_s=train_s,
         dollars=train_s / 3600 * machine.dollars_per_hour,
-    )
+    )  # fmt: skip
 
 
 def full_config(depth: int, arch: str = "classic", corpus: str = "fineweb-edu") -> PretrainConfig:

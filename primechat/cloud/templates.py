@@ -15,7 +15,7 @@ LAUNCH = """\
 #   bash launch.sh start       in tmux, so that it outlives the connection
 #   tmux -L primechat attach   look at it; Ctrl-B D leaves it alone, Ctrl-C saves and stops
 # `start` again goes on where a stopped run was saved. Words after `start` or `run` are flags of run.py.
-# Several machines: NODES=2 HEAD=10.0.0.1:29500 bash launch.sh run, on each, with one disk that all of them share.
+# Several machines: NODES=2 HEAD=10.0.0.1:29500 bash launch.sh run, on each; their disk is shared.
 set -euo pipefail
 cd "$(dirname "$0")"
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-@BASE@}"

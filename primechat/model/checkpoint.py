@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from primechat.config import GPTConfig
 from primechat.errors import CheckpointError
-from primechat.files import hash_file, sync_folder, write_synced
+from primechat.files import hash_file, measure_file, sync_folder, write_synced
 from primechat.model.era import detect_era, encode_model, list_shapes
 from primechat.model.runlog import RunLock as RunLock
 from primechat.model.weights import inspect_model, load_model, load_tensors, read_json
@@ -247,7 +247,7 @@ def read_meta(folder: Path | str, step: int) -> dict[str, Any]:
         match = FILE_NAME.fullmatch(name)
         if not match or int(match[2]) != step or not isinstance(entry, dict):
             raise CheckpointError(f"{path} lists a file of another step; restore it or use another step.")
-        size = (folder / name).stat().st_size if (folder / name).is_file() else -1
+        size = measure_file(folder / name)
         if size != entry.get("bytes"):
             there = f"has {size:,} bytes" if size >= 0 else "is missing"
             said = str(entry.get("bytes"))[:20]
@@ -366,4 +366,4 @@ def list_snapshots(folder: Path | str) -> list[int]:
 
 def measure_snapshots(folder: Path | str) -> int:
     """Return the bytes that a run's snapshots take."""
-    return sum(path.stat().st_size for path, _, _ in list_files(Path(folder) / "snapshots"))
+    return sum(max(0, measure_file(path)) for path, _, _ in list_files(Path(folder) / "snapshots"))

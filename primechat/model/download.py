@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from primechat.errors import ConfigError, DataError, HubError
-from primechat.files import hash_file, write_whole
+from primechat.files import hash_file, measure_file, write_whole
 from primechat.hub import HubFile, ask_hub, explain, fetch_files
 from primechat.model.checkpoint import list_files
 from primechat.model.runlog import RunLock
@@ -112,7 +112,7 @@ def plan_download(parcels: Sequence[Parcel], *, token: str | None = None, optim:
         strange = [path.name for path, _, _ in list_files(folder) if path not in wanted]
         if strange and not (folder / RECORD).exists():
             raise DataError(f"{folder} holds another run's {strange[0]}, which stays as it is; move it away.")
-    sizes = {path: path.stat().st_size if path.is_file() else -1 for path in wanted if path.exists()}
+    sizes = {path: measure_file(path) for path in wanted if path.exists()}
     fates: dict[str, list[HubFile]] = {"fetch": [], "whole": [], "kept": [], "torn": []}
     for path, file in sorted(wanted.items(), key=lambda item: item[0].name != TOKENIZER_FILES[0]):
         pickle = path.with_name(TOKENIZER_FILES[0])
@@ -158,11 +158,22 @@ def run_plan(plan: Plan, base: Path, on_event: OnEvent, *, token: str | None = N
             fetch_files(plan.fetch, staging, on_event, token=token, at_once=1)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+        keys = ("repo", "name", "revision", "size", "sha256")
         for folder in {file.path.parent for file in plan.fetch}:
-            files = [file for file in (*plan.fetch, *plan.whole) if file.path.parent == folder]
-            keys = ("repo", "name", "revision", "size", "sha256")
-            rows = [{key: getattr(file, key) for key in keys} for file in files]
-            write_whole(folder / RECORD, json.dumps({"schema": 1, "files": rows}, indent=2).encode())
+            rows = read_record(folder)
+            for file in (*plan.fetch, *plan.whole):
+                if file.path.parent == folder:
+                    rows[file.name] = {key: getattr(file, key) for key in keys}
+            text = json.dumps({"schema": 1, "files": list(rows.values())}, indent=2)
+            write_whole(folder / RECORD, text.encode())
+
+
+def read_record(folder: Path) -> dict[str, dict[str, object]]:
+    """Return what earlier downloads noted in a folder, by name; a damaged note counts for nothing."""
+    try:
+        return {row["name"]: row for row in json.loads((folder / RECORD).read_bytes())["files"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def measure_space(folder: Path) -> int:

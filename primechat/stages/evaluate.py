@@ -60,17 +60,10 @@ def evaluate(
     finally:
         torch.set_num_threads(threads)
     return EvaluateResult(
-        identifier=config.model or str(store.choose_model()),
-        corpus=config.corpus,
-        bpb=bits.bpb,
-        loss_nats=bits.loss_nats,
-        scored_tokens=bits.tokens,
-        scored_bytes=bits.n_bytes,
-        window=window,
-        stride=stride,
-        elapsed_s=time.perf_counter() - t_start,
-        overlap=overlap,
-    )
+        identifier=config.model or str(store.choose_model()), corpus=config.corpus, bpb=bits.bpb,
+        loss_nats=bits.loss_nats, scored_tokens=bits.tokens, scored_bytes=bits.n_bytes, window=window,
+        stride=stride, elapsed_s=time.perf_counter() - t_start, overlap=overlap,
+    )  # fmt: skip
 
 
 def find_overlap(config: EvaluateConfig, on_event: OnEvent | None) -> OverlapResult:

@@ -225,37 +225,22 @@ class TrainingRun:
                 self.tell(NoteEvent(text=f"The budget is spent ({spent_s / 3600:.2f} h): saving; {rest}."))
 
         step = fit(
-            optimizer,
-            self.batches,
-            loss or SpreadLoss(model, job.make_loss(model, config.runtime)),
-            steps=config.steps,
-            start_step=start_step,
-            micro_batch_rows=config.runtime.micro_batch_rows,
-            device=device,
-            elapsed_s=offset_s,
-            count_steps=self.count_steps,
-            on_step=on_step,
-            on_eval=self.look,
-            on_save=self.save,
-            stop=self.stop,
-        )
+            optimizer, self.batches, loss or SpreadLoss(model, job.make_loss(model, config.runtime)),
+            steps=config.steps, start_step=start_step, micro_batch_rows=config.runtime.micro_batch_rows,
+            device=device, elapsed_s=offset_s, count_steps=self.count_steps, on_step=on_step,
+            on_eval=self.look, on_save=self.save, stop=self.stop,
+        )  # fmt: skip
         stopped = step < self.config.steps
         self.tell(DoneEvent(step=step, elapsed_s=self.trained_s, stopped=stopped))
+        bits = self.last_bits
         return TrainResult(
-            identifier=job.identify(config.tag),
-            path=str(self.folder.relative_to(store.base_dir())),
-            step=step,
-            stopped=stopped,
-            val_bpb=self.last_bits.bpb
-            if self.last_bits.n_bytes or loaded is None
-            else loaded.meta["val_bpb"],
-            n_params=job.count_params(model),
-            tokens=self.tokens,
+            identifier=job.identify(config.tag), path=str(self.folder.relative_to(store.base_dir())),
+            step=step, stopped=stopped, n_params=job.count_params(model), tokens=self.tokens,
+            val_bpb=bits.bpb if bits.n_bytes or loaded is None else loaded.meta["val_bpb"],
             tokens_per_s=self.tokens / self.trained_s if self.trained_s else 0.0,
-            train_s=self.trained_s,
-            total_s=time.perf_counter() - self.t_start,
+            train_s=self.trained_s, total_s=time.perf_counter() - self.t_start,
             events=tuple(read_metrics(self.folder / "metrics.jsonl")) if self.ranks.is_main else (),
-        )
+        )  # fmt: skip
 
     def tune(self, model: GPT, ids: Tensor, targets: Tensor) -> Tuning:
         """Measure how to run, on rank 0's word."""

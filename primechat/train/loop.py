@@ -106,8 +106,7 @@ def fit(
         if not math.isfinite(mean_nats):
             raise PrimechatError(
                 f"The loss of step {step} is {mean_nats}, it must be a number; lower the learning rates "
-                "and resume "
-                "from the last checkpoint."
+                "and resume from the last checkpoint."
             )
         ratio = lr_ratio(step, steps, optimizer.config)
         grad_norm, update_norm = optimizer.step(ratio, muon_momentum(step, steps, optimizer.config))
@@ -116,19 +115,11 @@ def fit(
         elapsed_s += spent_s
         steps = count_steps(step, elapsed_s) if count_steps else steps
         if on_step:
-            on_step(
-                StepEvent(
-                    step=step,
-                    steps=steps,
-                    loss_nats=mean_nats,
-                    lr_ratio=ratio,
-                    grad_norm=grad_norm,
-                    update_norm=update_norm,
-                    tokens=int(tokens),
-                    tokens_per_s=tokens / spent_s,
-                    elapsed_s=elapsed_s,
-                )
-            )
+            on_step(StepEvent(
+                step=step, steps=steps, loss_nats=mean_nats, lr_ratio=ratio, grad_norm=grad_norm,
+                update_norm=update_norm, tokens=int(tokens), tokens_per_s=tokens / spent_s,
+                elapsed_s=elapsed_s,
+            ))  # fmt: skip
         stopped = any_rank(stop.is_set(), device) and step < steps
         if on_eval and not stopped:
             on_eval(step, step == steps)
