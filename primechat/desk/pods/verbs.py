@@ -170,10 +170,10 @@ def rehearse(folder: Path, ranks: int = 2, say: Any = print, kind: type[Any] = P
         keep = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         env = {
             **keep, "NANOCHAT_BASE_DIR": place, "CONFIG": "rehearsal.json",
-            "RANKS": str(1 if kind is AutochatConfig else ranks), "TAG": "rehearsal",
+            "RANKS": str(1 if kind is AutochatConfig else ranks),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }  # fmt: skip
-        launch = ["bash", "launch.sh", "run"]
+        launch = ["bash", "launch.sh", "run", "--tag", config.tag]
         commands = [[*launch, "--max_hours", "1"], launch]  # the second finds the run, resumes, and is done
         if kind is not PretrainConfig:
             small = replace(shrink_config(full_config(2)), tag="small")
