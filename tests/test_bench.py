@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -151,3 +153,13 @@ def test_ranks_take_turns_with_one_process(monkeypatch: pytest.MonkeyPatch) -> N
         assert spread["ratio"] == pytest.approx(spread["tokens_per_s"] / alone["tokens_per_s"], abs=1e-3)
     with pytest.raises(PrimechatError, match="2 ranks did not train"):
         ranks.run_job(PretrainConfig(runtime=RuntimeConfig(device="mps", dtype="float32")), 2)
+
+
+@pytest.mark.slow
+def test_a_job_that_takes_too_long_leaves_no_rank_behind() -> None:
+    runtime = RuntimeConfig(device="cpu", dtype="float32", threads=1, micro_batch_rows=2)
+    config = PretrainConfig(tag=f"late-{os.getpid()}", model=TINY, batch_tokens=128, runtime=runtime)
+    with pytest.raises(PrimechatError, match="2 ranks did not do 1000000 steps in 15 s"):
+        ranks.run_job(config, 2, steps=1_000_000, limit_s=15)
+    left = subprocess.run(["pgrep", "-f", config.tag], capture_output=True, text=True).stdout.split()
+    assert left == [], "they would hold the GPUs"

@@ -67,13 +67,17 @@ def run_job(
     env = {**os.environ, "PYTHONPATH": str(Path(primechat.__file__).parent.parent)}
     if config.runtime.threads:
         env["OMP_NUM_THREADS"] = str(config.runtime.threads)
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=limit_s)
+        out, err = job.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
         raise PrimechatError(f"{ranks} ranks did not do {steps} steps in {limit_s:.0f} s") from None
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        raise PrimechatError(f"{ranks} ranks did not train: {done.stderr.strip()[-400:]}")
+    finally:
+        job.terminate()  # killed, torchrun would leave its ranks behind, on the GPUs
+        job.wait()
+    lines = [line for line in out.splitlines() if line.startswith("{")]
+    if job.returncode or not lines:
+        raise PrimechatError(f"{ranks} ranks did not train: {err.strip()[-400:]}")
     return dict(json.loads(lines[-1]))
 
 
