@@ -67,14 +67,14 @@ def run_job(
     env = {**os.environ, "PYTHONPATH": str(Path(primechat.__file__).parent.parent)}
     if config.runtime.threads:
         env["OMP_NUM_THREADS"] = str(config.runtime.threads)
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    try:
-        out, err = job.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        raise PrimechatError(f"{ranks} ranks did not do {steps} steps in {limit_s:.0f} s") from None
-    finally:
-        job.terminate()  # killed, torchrun would leave its ranks behind, on the GPUs
-        job.wait()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env) as job:
+        try:
+            out, err = job.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            raise PrimechatError(f"{ranks} ranks did not do {steps} steps in {limit_s:.0f} s") from None
+        finally:
+            job.terminate()  # killed, torchrun would leave its ranks behind, on the GPUs
     lines = [line for line in out.splitlines() if line.startswith("{")]
     if job.returncode or not lines:
         raise PrimechatError(f"{ranks} ranks did not train: {err.strip()[-400:]}")
