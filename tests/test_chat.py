@@ -103,7 +103,8 @@ def test_model_text_cannot_control_the_terminal(monkeypatch: pytest.MonkeyPatch)
 
 def test_switch_model_keeps_conversation(tmp_path: Path) -> None:
     path = tmp_path / "talk.jsonl"
-    out, err = talk("hi", "/model base/c", "And.", "/model nothere", "/model", f"/save {path}")
+    out, err = talk("hi", "/model base/c", "And.", "/model nothere", "/models", f"/save {path}")
+    assert "After /model can stand: shipped/base, " in err
     assert out == "hello\n and on\n"
     assert (
         err.count("base model") == 1 and "nothere is missing; train it." in err and "This is base/c@9" in err

@@ -148,13 +148,8 @@ def build_opener(config: ChatConfig) -> Opener:
         if device == "auto":  # mps on request only
             device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = config.tokenizer if identifier == config.model else ""
-        return open_model(
-            identifier,
-            device=device,
-            dtype="auto",
-            tokenizer=folder or None,
-            on_event=ProgressView(sys.stderr),
-        )
+        view = ProgressView(sys.stderr)
+        return open_model(identifier, device=device, dtype="auto", tokenizer=folder or None, on_event=view)
 
     return open_named
 
@@ -261,7 +256,7 @@ class ChatTalk:
             self.answer(line)
             return True
         name, _, rest = line[1:].partition(" ")
-        name = "temp" if name == "temperature" else name  # as the flag is called
+        name = {"temperature": "temp", "models": "model"}.get(name, name)  # as flag and verb are called
         if name in COMMANDS:
             COMMANDS[name][0](self, rest.strip())
         elif name not in LEAVE:
@@ -322,7 +317,10 @@ class ChatTalk:
         if name:
             self.open(name)
         else:
-            self.say(f"This is {self.identifier}; `primechat models` lists what can follow /model.")
+            from primechat.store import list_models
+
+            names = ", ".join(entry.identifier for entry in list_models())
+            self.say(f"This is {self.identifier}. After /model can stand: {names}.")
 
     def set_temperature(self, value: str) -> None:
         """Set or tell the temperature."""
@@ -373,7 +371,7 @@ class ChatTalk:
 
 
 COMMANDS: dict[str, tuple[Callable[[ChatTalk, str], None], str, str]] = {
-    "model": (ChatTalk.switch_model, "NAME", "talk to another model, like sft/d4; the conversation stays"),
+    "model": (ChatTalk.switch_model, "NAME", "talk to another model, or list them; the conversation stays"),
     "temp": (ChatTalk.set_temperature, "X", "set the temperature; 0 is always the likeliest token"),
     "again": (ChatTalk.answer_again, "", "answer your last message anew"),
     "stats": (ChatTalk.toggle_stats, "", "speed and context after each reply, on and off"),
