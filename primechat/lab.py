@@ -127,14 +127,15 @@ _lock = threading.Lock()
 
 def borrow_model(identifier: str = "") -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """Open a model, or return the one that another cell has opened: the same objects, so change nothing. Each
-    call looks for a newer step.
+    call looks for a newer step, of its adapters too.
     """
     name = store.read_name(identifier)
     key: tuple[Any, ...] = (str(name),)
     if name.family != "hf":
         folder, name = store.locate_model(name)
         step = max(store.find_steps(folder), default=None) if name.step is None else name.step
-        key = (folder, step, name.adapters)
+        made = [store.run_dir("lora", tag) / "adapter_model.safetensors" for tag, _ in name.adapters]
+        key = (folder, step, name.adapters, *(path.stat().st_mtime_ns for path in made if path.exists()))
     with _lock:
         if key not in _models:
             _models[key] = store.open_model(str(name))

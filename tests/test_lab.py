@@ -12,6 +12,7 @@ import pytest
 from primechat import lab, store
 from primechat.desk.labs import runner
 from primechat.lessons import Exercise, is_stub, require
+from primechat.model import lora
 from primechat.views.widgets.controls import Live, describe_control, describe_output
 
 DOUBLE = Exercise(
@@ -54,6 +55,25 @@ def test_models_are_opened_once(base_dir: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(lab, "CACHE_BYTES", 1)
     lab.borrow_model("shipped/base")
     assert lab.borrow_model("shipped/sft")[0] is not one[0], "the older one had to go"
+
+
+def test_an_adapter_that_was_trained_on_is_opened_anew(base_dir: Path) -> None:
+    model, tokenizer, _ = store.open_model("shipped/sft")
+    spec, name = lora.LoraSpec(rank=2), "lora:mine+shipped/sft"
+    lora.attach(model, "mine", spec)
+
+    def save(value: float) -> None:
+        for _, matrix in sorted(lora.read_state(model, "mine").items()):
+            matrix.fill_(value)
+        labels = {"base": "shipped/sft", "tokenizer_identity": tokenizer.identity}
+        lora.save_adapter(model, "mine", spec, store.run_dir("lora", "mine"), **labels)
+
+    save(0.01)
+    first = lab.borrow_model(name)[0]
+    assert lab.borrow_model(name)[0] is first
+    save(0.02)
+    second = lab.borrow_model(name)[0]
+    assert second is not first and lora.read_state(second, "mine").popitem()[1].max() == pytest.approx(0.02)
 
 
 def test_a_lazy_function_waits_to_be_seen() -> None:
