@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import tiktoken
 
+from primechat.config import TokenizerConfig
 from primechat.errors import DataError
+from primechat.stages.tokenizer import train_tokenizer
 from primechat.text import pickles
 from primechat.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
@@ -121,6 +123,15 @@ def test_too_little_text() -> None:
         Tokenizer.train(["aaaa"], 5000)
     with pytest.raises(DataError, match="vocab_size=264 must be at least 265"):
         Tokenizer.train(["a"], 264)
+
+
+def test_half_a_character_in_a_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON may hold lone surrogates, which are no UTF-8: the tokens a byte are measured all the same."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    path = tmp_path / "half.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"{text} \ud83d {i}"}) for i in range(30) for text in TEXT))
+    made = train_tokenizer(TokenizerConfig(tag="half", corpus=str(path), vocab_size=290))
+    assert 1 < made.bytes_per_token < 10
 
 
 def test_identity_covers_everything(small: Tokenizer) -> None:

@@ -64,7 +64,7 @@ def train_tokenizer(
         )
     )
     n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(held_out))
-    bytes_per_token = sum(len(text.encode()) for text in held_out) / max(1, n_tokens)
+    bytes_per_token = sum(len(text.encode("utf-8", "surrogatepass")) for text in held_out) / max(1, n_tokens)
     found = f"{tokenizer.vocab_size:,} tokens, {bytes_per_token:.2f} bytes a token on text it has not seen."
     tell(NoteEvent(text=found))
     return TokenizerResult(
