@@ -297,9 +297,9 @@ def estimate_mean(values: Sequence[float]) -> tuple[float, float, float]:
     Source: Student 1908; mean -+ t s / sqrt(n).
     """
     x = np.asarray(values, float)
-    if x.size < 2:
+    if (n := x.size - 1) < 1:
         return float(x.mean()), float("nan"), float("nan")
-    t = T_QUANTILES[x.size - 2] if x.size - 2 < len(T_QUANTILES) else 2.0
+    t = T_QUANTILES[n - 1] if n < 10 else 1.96 + 2.372 / n + 3.05 / n**2  # Abramowitz and Stegun 26.7.5
     half = float(t * x.std(ddof=1) / x.size**0.5)
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
