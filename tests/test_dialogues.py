@@ -230,6 +230,15 @@ def test_tool_parts_stay(tmp_path: Path) -> None:
     assert found[0]["messages"][1]["content"] == [*parts, {"type": "text", "text": "two"}]
 
 
+def test_odd_line_ends(tmp_path: Path) -> None:
+    """What holds out the last conversations counts the lines that are read: none is taken for a blank one."""
+    path, rows = tmp_path / "old.jsonl", [json.dumps(talk(f"q{i}", f"a{i}")) for i in range(5)]
+    for content in ("\r".join(rows), "\ufeff\n" + "\n".join(rows) + "\n\u3000\n\xa0\n"):
+        path.write_bytes(content.encode())
+        train, val = take(str(path), "train")[0], take(str(path), "val")[0]
+        assert [len(train), [say(c) for c in val]] == [4, [["u:q4", "a:a4"]]]
+
+
 def test_mixture_weights(tmp_path: Path) -> None:
     for name in "ab":
         rows = [talk(f"{name}{i}", "x") for i in range(105)]

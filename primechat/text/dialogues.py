@@ -276,13 +276,12 @@ def is_file(name: str) -> bool:
 
 
 def count_rows(path: Path) -> int:
-    """Return the lines of a file that are not blank.
+    """Return the lines of a file that are not blank, by `read_rows`' own count: its line ends and its blanks.
 
     Raises:
         DataError: there are fewer than two, so that none can be held out.
     """
-    with path.open("rb") as file:
-        total = sum(1 for line in file if line.strip())
+    total = sum(1 for _ in read_rows(path))
     if total < 2:
         raise DataError(f"{path} holds {total} conversation(s), fewer than 2; add some.")
     return total
