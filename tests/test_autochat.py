@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from primechat.errors import ConfigError, DataError
 from primechat.infer.engine import Engine
 from primechat.metrics import loops
 from primechat.model.gpt import GPT
-from primechat.records import Event, ProgressEvent
+from primechat.records import Event, ProgressEvent, Turn
 from primechat.stages.autochat import HUMAN, Speaker, autochat, build_messages, read_talks
 from primechat.stages.finetune import finetune
 from primechat.stages.pretrain import pretrain
@@ -93,11 +94,13 @@ def test_what_does_not_fit_is_forgotten_from_the_front() -> None:
     assert "turn 8" in prompt and "turn 7" in prompt and "turn 0" not in prompt
     whole = speaker.engine.tokenizer.decode(speaker.render(turns, 1, "", 10_000))
     assert all(f"turn {i}" in whole for i in range(9))
+    prompt = speaker.render([Turn(speaker=0, model="x", text="word " * 999 + "END")], 1, "", 40)
+    tokenizer = speaker.engine.tokenizer  # one turn alone is too long: its end, and whose turn it is, stay
+    assert len(prompt) == speaker.engine.model.max_context // 2 and prompt[0] == tokenizer.bos_id
+    assert tokenizer.decode(prompt).endswith("word END<|user_end|><|assistant_start|>")
 
 
 def loops_turn(i: int) -> Any:
-    from primechat.records import Turn
-
     return Turn(speaker=i % 2, model="x", text=f"turn {i}")
 
 
@@ -146,6 +149,11 @@ def test_generations_learn_from_their_talk(base: Path) -> None:
     lines = (base / "autochat/gen-g0/learned.jsonl").read_text(encoding="utf-8").splitlines()
     own = [build_messages(turns) for turns in read_talks("autochat/gen-g0")]
     assert len(lines) == 8 and [json.loads(line)["messages"] for line in lines[4:]] == own
+    # a kill while finetune measures the machine leaves a folder without settings
+    shutil.rmtree(base / "chatsft_checkpoints/gen-g2")
+    (base / "chatsft_checkpoints/gen-g2").mkdir()
+    again = build(tag="gen", generations=2, human_share=0.5, tune_steps=1, n_talks=4, resume=True)
+    assert not autochat(again).stopped and (base / "chatsft_checkpoints/gen-g2/config.json").exists()
 
 
 def test_command_line_and_refusals(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,7 @@ def learn_talks(
     runtime = config.runtime
     if runtime.compile == "auto":
         runtime = replace(runtime, compile="off")  # it takes longer than so few steps
-    there = store.run_dir("sft", tag).is_dir()
+    there = (store.run_dir("sft", tag) / "config.json").exists()  # else it was killed before its first step
     result = finetune(
         FinetuneConfig(
             tag=tag, base=model, dialogues=str(path), steps=config.tune_steps, batch_tokens=TUNE_TOKENS,
@@ -162,7 +162,7 @@ class Speaker:
             ids = self.engine.tokenizer.render_for_completion({"messages": [*system, *messages]})
             if len(ids) <= room:
                 return ids
-        return ids[: self.engine.model.max_context // 2]
+        return [ids[0], *ids[1 - self.engine.model.max_context // 2 :]]  # one turn is too long: its end
 
 
 def take_turn(
