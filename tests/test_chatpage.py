@@ -273,6 +273,33 @@ def test_markdown_is_drawn(chat: Chat) -> None:
     assert body.locator("em").count() == 1
 
 
+def test_the_browser_keeps_what_was_said(chat: Chat) -> None:
+    """A page that is loaded again has a session of its own; what was said before can be brought there."""
+
+    def load_again() -> Chat:
+        chat.page.reload()
+        return Chat(chat.opened)
+
+    chat.say("first <b>talk</b>")
+    chat.press("New chat")
+    chat.say("second")
+    page = load_again()
+    assert page.said == []
+    page.say("third")  # whoever does not bring them back loses none either
+    page = load_again()
+    page.page.get_by_text("that this browser has kept: 3").wait_for()
+    page.press("Bring back")
+    page.page.locator(".pc-chat-reply").wait_for()
+    assert (page.said, page.replies) == (["third"], ["third"])
+    options = page.page.get_by_label("Conversation", exact=True).first.locator("option").all_inner_texts()
+    assert options == ["third", "first <b>talk</b>", "second"]
+    page = load_again()
+    page.press("Forget")
+    page = load_again()
+    page.settle()
+    assert page.page.get_by_role("button", name="Bring back").count() == 0
+
+
 def test_a_loop_of_marks_is_drawn_at_once(chat: Chat, tmp_path: Path) -> None:
     """A small model that repeats itself for thousands of tokens must not keep the page busy for minutes."""
     loops = [f"so {mark * 10_000}" for mark in ("`", "*", "[", "_a", "~~", "![a", "**a ", "[a](", "`a``a")]

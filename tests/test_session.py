@@ -128,6 +128,19 @@ def test_stop_counts_exactly_one_step() -> None:
     assert page.last["stats"]["new_tokens"] in (19, 20)
 
 
+def test_what_was_never_answered_can_be_loaded_again() -> None:
+    """A reply that was stopped before its first token is no message; the next question takes its place."""
+    page = Page()
+    page.session.opener = lambda name: (page.session.stop(), open_echo(name))[1]
+    page.say("stopped at once")
+    assert page.last["state"] == "stopped" and read(page.last) == ""
+    page.session.opener = open_echo
+    page.say("answered")
+    saved = page.do("save")
+    assert [m["content"] for m in json.loads(saved["text"])["messages"]] == ["answered", "answered"]
+    assert Page().do("load", text=saved["text"])["talks"] == ["answered"]
+
+
 def test_a_page_that_is_gone_ends_its_reply() -> None:
     page = Page()
     page.listens = False

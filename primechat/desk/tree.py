@@ -143,7 +143,11 @@ def write_jsonl(talks: Iterable[Talk], system: str) -> list[str]:
     """Return a JSON line for each conversation in which something was said: the branch that is shown."""
     lines = []
     for talk in talks:
-        messages = [{"role": node.role, "content": node.content} for node in talk.walk() if node.content]
+        messages: list[dict[str, Any]] = []
+        for node in talk.walk():
+            if node.content and messages and messages[-1]["role"] == node.role:
+                messages.pop()  # its reply is empty: stopped before its first token
+            messages += [{"role": node.role, "content": node.content}] if node.content else []
         if messages:
             first = [{"role": "system", "content": system}] if system else []
             lines.append(json.dumps({"messages": [*first, *messages]}, ensure_ascii=False))

@@ -11,6 +11,7 @@ const KEYS = [
 ];
 const STARTERS = ["Hi! How was your day?", "What did you have for dinner?", "I have a small dog."];
 const MARK = 3;
+const KEPT = "primechat conversations", MOST_KEPT = 50; // in this browser, newest first: a page that is loaded again has a session of its own
 const WORDS = { temperature: "temperature", top_k: "top-k", top_p: "top-p", repetition_penalty: "repetition penalty" };
 const SAMPLING = Object.keys(WORDS); // what a model's makers may advise
 
@@ -20,6 +21,8 @@ function render({ model, el }) {
   const nodes = new Map(), drawn = new Map(); // by id: what Python sent, what is on the page
   let state = { path: [], chosen: [], models: [], talks: [], at: 0, settings: {}, busy: false };
   let pending = {}; // settings that were changed and not sent yet
+  let earlier = ""; // what this browser has kept of other pages, as JSON lines
+  try { earlier = localStorage.getItem(KEPT) ?? ""; } catch { /* the browser forbids it here */ }
   let colour = "", showTokens = false, follows = true, alive = true, ready = false, early = false; // ready: Python has answered; early: sent before that
   later(() => { alive = false; });
 
@@ -121,11 +124,21 @@ function render({ model, el }) {
     if (message.talks) { talks.hidden = state.talks.length < 2; talks.fill(state.talks.map((title, i) => [String(i), title]), String(state.at)); }
     if (message.settings || message.advice) putSettings();
     if (message.path) drawPath();
+    if (was.busy && !state.busy) keep();
     if (was.busy !== state.busy || message.path) {
       go.textContent = state.busy ? "Stop" : "Send";
       root.classList.toggle("pc-chat-busy", state.busy);
       for (const id of state.path) drawn.get(id)?.redraw();
     }
+  }
+  /** Have the browser keep what was said, so that loading the page again loses nothing. */
+  function keep() {
+    ask("act", { name: "save", given: {} }).then(({ text }) => localStorage.setItem(KEPT, (text + earlier).split("\n").slice(0, MOST_KEPT).join("\n"))).catch(() => {});
+  }
+  function putEarlier(text) {
+    earlier = "";
+    if (text) act("load", { text }).catch(() => {});
+    else { localStorage.removeItem(KEPT); keepFocus(() => list.replaceChildren(greeting())); }
   }
   function hear({ push } = {}) {
     if (!push) return;
@@ -189,7 +202,8 @@ function render({ model, el }) {
   function greeting() {
     return h("div", { class: "pc-chat-empty" }, h("p", { class: "pc-title", text: "Say something." }),
       h("div", { class: "pc-row" }, STARTERS.map((text) => button(text, () => { input.value = text; submit(); }))),
-      h("p", { class: "pc-muted", text: "The reply appears as it is written. Under it stand its speed and its length; Tokens there shows the pieces it is made of. Click one to see what else the model could have said, and go on from there." }));
+      h("p", { class: "pc-muted", text: "The reply appears as it is written. Under it stand its speed and its length; Tokens there shows the pieces it is made of. Click one to see what else the model could have said, and go on from there." }),
+      earlier && ready && h("div", { class: "pc-row" }, h("span", { class: "pc-muted", text: `Conversations from before that this browser has kept: ${earlier.trim().split("\n").length}` }), button("Bring back", () => putEarlier(earlier)), button("Forget", () => putEarlier(""))) || "");
   }
   function card(id) {
     if (!drawn.has(id)) drawn.set(id, nodes.get(id).role === "user" ? drawUser(id) : drawReply(id));
@@ -492,7 +506,7 @@ function render({ model, el }) {
     h("h3", { class: "pc-title", text: "System prompt" }), system, h("p", { class: "pc-muted", text: "Stands before the first message. Small models hardly follow it." }),
     h("h3", { class: "pc-title", text: "Tokens" }), tokensBox, colourBox, h("p", { class: "pc-muted", text: "Strong colour: the model was unsure, or took a token that it held unlikely." }),
     h("h3", { class: "pc-title", text: "Conversations" }), h("div", { class: "pc-row" }, button("Save", saveAll), button("Load", () => file.click()), file),
-    h("p", { class: "pc-muted", text: "JSON lines, as primechat finetune reads them." }),
+    h("p", { class: "pc-muted", text: "JSON lines, as primechat finetune reads them. This browser also keeps the last 50 conversations, for when the page is loaded again." }),
     more("Keys", h("table", { class: "pc-table" }, h("tbody", {}, ...KEYS.map(([key, what]) => h("tr", {}, h("td", { class: "pc-mono", text: key }), h("td", { text: what })))))));
   function openPanel(on) { panel.hidden = !on; settingsButton.setAttribute("aria-expanded", String(on)); if (on) panel.querySelector("input").focus(); else input.focus(); }
   function putSettings() {
