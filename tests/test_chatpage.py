@@ -80,7 +80,7 @@ def chat(shared: Callable[..., str], lab_page: Callable[..., LabPage]) -> Iterat
 def test_pick_stream_stop_copy(chat: Chat) -> None:
     page = chat.page
     chat.say("Hello, you!")
-    assert chat.replies == ["Hello, you!"]
+    assert chat.replies == ["Hello, you!"] and page.get_by_text("trained on").count() == 0
     figures = page.locator(".pc-chat-figures")
     assert re.fullmatch(r"[\d,.]+ tokens/s · first token [\d.,]+ m?s · 12 tokens", figures.inner_text())
     chat.press("more")
@@ -315,6 +315,7 @@ def test_a_loop_of_marks_is_drawn_at_once(chat: Chat, tmp_path: Path) -> None:
     spans = chat.page.locator("article").last.locator(".pc-md-inline")
     assert spans.all_inner_texts() == ["a`b", "c"]
     assert chat.page.locator(".pc-chat-reply .pc-chat-body").first.text_content() == loops[0]
+    assert chat.page.get_by_text("longer than any that the model was trained on").count() == 1  # and it says so
 
 
 def test_long_talks_stay_smooth(chat: Chat, tmp_path: Path) -> None:

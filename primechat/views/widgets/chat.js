@@ -4,6 +4,7 @@ import { asking, button, commit, debounce, frame, h, more, number, select, slide
 import { drawMarkdown } from "./markdown.js";
 
 const ENDS = { stopped: "Stopped.", length: "Cut at the longest reply that the settings allow. Continue goes on.", context: "The model can read no further; begin a new chat." };
+const LONG = "This talk is longer than any that the model was trained on: its replies get worse. A new chat begins afresh.";
 const COLOURS = [["", "Nothing"], ["p", "Probability: how likely it held the token"], ["entropy", "Entropy: how open the choice was"], ["rank", "Rank: how many tokens were likelier"]];
 const KEYS = [
   ["Enter", "send"], ["Shift Enter", "new line"], ["Esc", "stop a reply, close what is open"], ["↑", "in the empty line: edit the last message"],
@@ -293,6 +294,7 @@ function render({ model, el }) {
         (showTokens || colour) && last && node.tokens.length && h("div", { class: "pc-muted", text: "Click a token to see what else it might have said. Keys: ← and → walk, Enter opens." }),
         node.state === "failed" && h("div", { class: "pc-error", text: node.note }),
         ENDS[node.state] && h("div", { class: "pc-muted", text: node.note || (node.base && node.state === "length" ? "A base model goes on for as long as it may." : ENDS[node.state]) }),
+        last && !writing && node.stats?.context_used > 1 && h("div", { class: "pc-muted", text: LONG }),
         stats && h("div", { class: "pc-chat-stats" }, h("span", { class: "pc-chat-figures", text: stats }),
           node.stats?.final && h("button", { type: "button", class: "pc-chat-act", text: open ? "less" : "more", "aria-expanded": String(open), onclick: () => { open = !open; paint(); footer.querySelector("[aria-expanded]")?.focus(); } })),
         open && node.stats?.final && statsTable(node),
