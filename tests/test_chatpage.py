@@ -315,7 +315,7 @@ def test_a_loop_of_marks_is_drawn_at_once(chat: Chat, tmp_path: Path) -> None:
     spans = chat.page.locator("article").last.locator(".pc-md-inline")
     assert spans.all_inner_texts() == ["a`b", "c"]
     assert chat.page.locator(".pc-chat-reply .pc-chat-body").first.text_content() == loops[0]
-    assert chat.page.get_by_text("longer than any that the model was trained on").count() == 1  # and it says so
+    assert chat.page.get_by_text("longer than any that the model was trained on").count() == 1
 
 
 def test_long_talks_stay_smooth(chat: Chat, tmp_path: Path) -> None:

@@ -135,10 +135,10 @@ def test_what_was_never_answered_can_be_loaded_again() -> None:
     page.say("stopped at once")
     assert page.last["state"] == "stopped" and read(page.last) == ""
     page.session.opener = open_echo
-    page.say("answered")
+    page.say("a\u2028b\x85c")  # line ends to Unicode, not to JSON lines
     saved = page.do("save")
-    assert [m["content"] for m in json.loads(saved["text"])["messages"]] == ["answered", "answered"]
-    assert Page().do("load", text=saved["text"])["talks"] == ["answered"]
+    assert [m["content"] for m in json.loads(saved["text"])["messages"]] == ["a\u2028b\x85c"] * 2
+    assert Page().do("load", text=saved["text"].replace("\n", "\r\n"))["talks"] == ["a b c"]
 
 
 def test_a_page_that_is_gone_ends_its_reply() -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from primechat.desk.progress import format_seconds
 from primechat.errors import PrimechatError
+from primechat.model.weights import read_json
 from primechat.records import TrainResult
 from primechat.store import base_dir, load_run
 from primechat.views.theme import DARK, FONT, LIGHT, SERIES, open_figure
@@ -193,5 +194,4 @@ def write_settings(folder: Path) -> str:
     path = folder / "config.json"
     if not path.is_file():
         return ""
-    settings: Any = json.loads(path.read_text(encoding="utf-8"))
-    return f"<h2>Settings</h2><pre>{html.escape(json.dumps(settings, indent=2))}</pre>"
+    return f"<h2>Settings</h2><pre>{html.escape(json.dumps(read_json(path), indent=2))}</pre>"
