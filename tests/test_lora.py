@@ -132,6 +132,13 @@ def test_only_the_adapter_learns() -> None:
     assert model.lm_head.weight.grad is None
     first, second = model.loss(IDS, targets), model.loss(IDS, targets)
     assert first != second  # dropout draws anew, in training only
+    grads = []
+    for model.checkpoint_blocks in (False, True):  # a block that is computed again drops the same inputs
+        torch.manual_seed(3)
+        model.zero_grad()
+        model.loss(IDS, targets).backward()
+        grads.append([p.grad for p in params])
+    assert all(map(torch.equal, *grads))
     model.eval()
     assert model.loss(IDS, targets) == model.loss(IDS, targets)
     # the gradient is that of the plain formula
@@ -258,8 +265,9 @@ def base(tmp_path: Path) -> str:
 def test_stage_and_identifiers(base: str) -> None:
     look = LookConfig(eval_tokens=256, save_every=4, eval_every=4, snapshots=False)
     config = LoRAConfig(
-        tag="loud", base="sft/d3", dialogues=base, rank=4, batch_tokens=128, steps=8, runtime=FIXED, look=look
-    )
+        tag="loud", base="sft/d3", dialogues=base, rank=4, dropout=0.2, batch_tokens=128, steps=8,
+        runtime=FIXED, look=look,
+    )  # fmt: skip
     result = train_lora(config)
     assert result.identifier == "lora:loud+sft/d3@3" and result.path == "lora_checkpoints/loud"
     losses = [e for e in result.events if e["kind"] == "loss"]

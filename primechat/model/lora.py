@@ -59,7 +59,6 @@ class Adapter(nn.Module):
         self.scales: dict[str, float] = {}
         self.dials: dict[str, float] = {}
         self.dropout = 0.0
-        self.generator: torch.Generator | None = None
 
     def active(self) -> list[tuple[Tensor, Tensor, float]]:
         """Return A, B and the whole factor of each adapter that is not dialled to 0."""
@@ -70,9 +69,7 @@ class Adapter(nn.Module):
         for a, b, factor in self.active():
             seen = x
             if self.training and self.dropout and a.requires_grad:
-                share, blank = 1 - self.dropout, torch.empty(x.shape, device=x.device)
-                keep = blank.bernoulli_(share, generator=self.generator)
-                seen = x * (keep / share).to(x.dtype)
+                seen = F.dropout(x, self.dropout)  # by torch's own generator: a checkpoint keeps its state
             low = F.linear(seen, a.to(x.dtype))  # (..., r)
             y = y + F.linear(low, b.to(x.dtype)) * factor
         return y
@@ -132,7 +129,7 @@ def attach(
         b = nn.Parameter(torch.zeros(linear.out_features, spec.rank, **kind), requires_grad=train)
         linear.adapter.a[name], linear.adapter.b[name] = a, b
         linear.adapter.scales[name], linear.adapter.dials[name] = spec.scale, 1.0
-        linear.adapter.dropout, linear.adapter.generator = spec.dropout, generator
+        linear.adapter.dropout = spec.dropout
         params += [a, b]
     model.plan = None
     return params

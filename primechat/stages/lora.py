@@ -74,6 +74,8 @@ class LoraJob(Job):
         lora.detach(model, self.tag)
         generator = torch.Generator().manual_seed(self.seed)
         lora.attach(model, self.tag, self.spec, generator=generator, train=True)
+        if self.spec.dropout:  # draws from torch's own state, which checkpoints keep: that goes on from here
+            torch.set_rng_state(generator.get_state())
 
     def fill_model(self, model: GPT, loaded: Loaded | None, seed: int) -> None:
         """Put in the base's weights, and the adapter of the step to go on from."""
