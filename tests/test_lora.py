@@ -302,6 +302,28 @@ def test_stage_and_identifiers(base: str) -> None:
     ).bpb
 
 
+def test_a_kill_at_the_last_step(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = LookConfig(eval_tokens=256, save_every=2, eval_every=4, snapshots=False, sample_every=-1)
+    config = LoRAConfig(
+        tag="cut", base="sft/d3", dialogues=base, rank=2, batch_tokens=128, steps=4, runtime=FIXED, look=look
+    )
+    saved, written = lora.save_adapter, [0]
+
+    def kill_second(*args: Any, **kwargs: Any) -> None:
+        written[0] += 1
+        if written[0] == 2:
+            raise KeyboardInterrupt
+        saved(*args, **kwargs)
+
+    monkeypatch.setattr(lora, "save_adapter", kill_second)
+    with pytest.raises(KeyboardInterrupt):
+        train_lora(config)
+    result = train_lora(replace(config, resume=True))
+    newest = torch.load(store.base_dir() / result.path / "model_000004.pt")
+    opened = lora.read_state(store.open_model("lora:cut+sft/d3")[0], "cut")
+    assert result.step == 4 and all(torch.equal(newest[key], opened[key]) for key in opened)
+
+
 def test_stage_refuses(base: str) -> None:
     with pytest.raises(CheckpointError, match="the adapters are: none"):
         store.open_model("lora:none")

@@ -1,7 +1,7 @@
 """Train an adapter on conversations; the model beside which it stands is never written.
 
-Hides: how an adapter's run is kept. Its checkpoints hold the adapter and its optimizer alone; with each of
-them PEFT's two files are written anew, which is what `lora:<tag>+<base>` opens.
+Hides: how an adapter's run is kept. Its checkpoints hold the adapter and its optimizer alone; before each
+of them PEFT's two files are written anew, which is what `lora:<tag>+<base>` opens.
 Reference: Hu et al. 2021; `primechat.model.lora`.
 """
 
@@ -99,11 +99,11 @@ class LoraJob(Job):
     def save_step(
         self, folder: Path, step: int, model: GPT, optim_state: dict[str, Any], meta: dict[str, Any]
     ) -> None:
-        """Commit the adapter and its optimizer, then write PEFT's files."""
+        """Write PEFT's files, then commit the adapter and its optimizer: a step that counts has both."""
         state = lora.read_state(model, self.tag)
         names = f"model_{step:06d}.pt", f"optim_{step:06d}_rank0.pt"
         whole = {**meta, "step": step, "lora": {"base": self.base, "rank": self.spec.rank}}
         whole["lora"]["n_params"] = sum(tensor.numel() for tensor in state.values())
-        commit_step(folder, step, dict(zip(names, (state, optim_state), strict=True)), whole)
         identity = self.tokenizer.identity
         lora.save_adapter(model, self.tag, self.spec, folder, self.base, tokenizer_identity=identity)
+        commit_step(folder, step, dict(zip(names, (state, optim_state), strict=True)), whole)
