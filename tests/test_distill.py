@@ -197,6 +197,14 @@ def test_retention_of_a_teacher_is_whole() -> None:
     assert name_kind("The") == "begins a word" and name_kind("...") == "punctuation"
 
 
+def test_retention_where_nothing_is_scored() -> None:
+    """A few windows of conversations may hold no word of the assistant."""
+    model = make_model(SHAPE, 2)
+    windows = [(torch.zeros(2, 8, dtype=torch.int64), torch.full((2, 8), -1))]
+    found = measure_retention(model, model, windows, np.ones(300), name_kind=str)
+    assert found.total.tokens == 0 and math.isnan(found.total.agreement) and not found.groups["frequency"]
+
+
 def test_writing_is_judged() -> None:
     found = judge_writing(["a b a b", "a b c"])  # pairs ab ba ab, ab bc: 3 of 5 differ; 1 of 3, 0 of 2 again
     assert found == {"distinct_2": pytest.approx(0.6), "repetition": pytest.approx(1 / 6)}

@@ -32,11 +32,12 @@ from primechat.model.runlog import RunLock, read_frozen, read_metrics
 from primechat.records import Event, StepEvent
 from primechat.stages import run
 from primechat.stages.evaluate import evaluate
-from primechat.stages.finetune import finetune
+from primechat.stages.finetune import cache_dialogues, finetune
 from primechat.stages.pretrain import pretrain
 from primechat.stages.quickstart import quickstart, speedrun
 from primechat.stages.run import COMPILE_FILE, recall_compiling, remember_compiling
 from primechat.stages.tokenizer import train_tokenizer
+from primechat.text.tokenizer import Tokenizer
 
 WORDS = "the cat sat on a mat and ate my hat while you ran to see what we did with all that jam".split()
 FIXED = RuntimeConfig(device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=2)
@@ -285,6 +286,29 @@ def test_finetune_run(corpus: str, dialogues: str) -> None:
     assert finetune(replace(config, resume=True)).step == 8
     with pytest.raises(ConfigError, match="batch_tokens=100 must be a multiple"):
         finetune(replace(config, tag="other", base="base/d3", batch_tokens=100))
+
+
+def load_small(corpus: str) -> Tokenizer:
+    return Tokenizer.load(
+        store.base_dir() / train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300)).path
+    )
+
+
+def test_question_longer_than_a_conversation_may_be(corpus: str, tmp_path: Path) -> None:
+    """Its answer is cut off: it is left out, as a validation on such alone would be of nothing, and nan."""
+    tokenizer = load_small(corpus)
+    talk = [
+        [{"role": "user", "content": f"cat {i}"}, {"role": "assistant", "content": "a mat"}]
+        for i in range(40)
+    ]
+    path, long = tmp_path / "long.jsonl", [{**talk[0][0], "content": "the cat sat on " * 3000}, talk[0][1]]
+    path.write_text("\n".join(map(json.dumps, [*talk[:39], long, *talk[39:]])))
+    config = FinetuneConfig(dialogues=str(path))
+    caches = [cache_dialogues(config, split, tokenizer) for split in ("train", "val")]
+    assert [cache.documents for cache in caches] == [39, 1]
+    path.write_text("\n".join(map(json.dumps, [*talk[:30], long])))
+    with pytest.raises(DataError, match="first 2048 tokens of no conversation in val reach an answer"):
+        cache_dialogues(config, "val", tokenizer)
 
 
 def test_speedrun_and_report(

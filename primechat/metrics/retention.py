@@ -124,7 +124,7 @@ def group_frequency(table: np.ndarray, flat: float) -> tuple[PlaceGroup, ...]:
     reached = np.cumsum(counts[order]) / counts.sum()
     edges = np.array([edge for edge, _ in FREQUENCIES])
     # a token belongs where the share before it ends
-    place = np.searchsorted(edges, np.concatenate([[0.0], reached[:-1]]) + 1e-12)
+    place = np.searchsorted(edges, np.concatenate([[0.0], reached])[:-1] + 1e-12)
     found = dict(zip(words[order].tolist(), np.minimum(place, len(edges) - 1).tolist(), strict=True))
     which = np.array([found[word] for word in table[:, 0].tolist()])
     rows = ((name, table[which == i]) for i, (_, name) in enumerate(FREQUENCIES))

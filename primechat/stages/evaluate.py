@@ -42,8 +42,7 @@ def evaluate(
     if window > model.max_context or stride > window:
         raise ConfigError(
             f"window={window} and stride={stride} must obey stride <= window <= {model.max_context}; try "
-            "window="
-            f"{model.sequence_len}."
+            f"window={model.sequence_len}."
         )
     cache = cache_text(config.corpus, "val", tokenizer, 1, on_event)
     batches = validation_windows(cache, window, stride, rows=config.batch_rows, max_tokens=config.max_tokens)

@@ -16,7 +16,7 @@ from dataclasses import replace
 from primechat import store
 from primechat.config import FinetuneConfig
 from primechat.config.stages import check_rows
-from primechat.errors import PrimechatError
+from primechat.errors import DataError, PrimechatError
 from primechat.infer.engine import Engine
 from primechat.model.checkpoint import Loaded, load_checkpoint
 from primechat.records import NoteEvent, OnEvent, TrainResult
@@ -127,8 +127,15 @@ def cache_dialogues(
         prepare_set(part.name, options, on_event)
 
     def render() -> Iterator[tuple[list[int], list[int]]]:
+        found = False
         for conversation in stream_dialogues(config.dialogues, split, options):
-            yield tokenizer.render_conversation(conversation, max_tokens=MAX_TOKENS)
+            ids, mask = tokenizer.render_conversation(conversation, max_tokens=MAX_TOKENS)
+            if any(mask):  # else a question alone fills it: there would be nothing to learn or to score
+                found = True
+                yield ids, mask
+        if not found:
+            said = f"the first {MAX_TOKENS} tokens of no conversation in {split} reach an answer"
+            raise DataError(f"dialogues={config.dialogues!r}: {said}; shorten the questions, or add others.")
 
     key = f"chat-{split}-{identify_mixture(config.dialogues, split, options)}"
     return build_cache(render(), tokenizer, store.base_dir() / "token_cache", key)

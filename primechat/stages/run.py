@@ -25,12 +25,7 @@ from primechat.config import FinetuneConfig, PretrainConfig, encode_config
 from primechat.errors import ConfigError, DataError
 from primechat.infer.engine import Engine
 from primechat.metrics.bits import Bits, measure_bits
-from primechat.model.checkpoint import (
-    find_steps,
-    measure_snapshots,
-    prune_checkpoints,
-    save_snapshot,
-)  # fmt: skip
+from primechat.model.checkpoint import find_steps, measure_snapshots, prune_checkpoints, save_snapshot
 from primechat.model.gpt import GPT
 from primechat.model.runlog import MetricsLog, RunLock, read_metrics, take_frozen, write_whole
 from primechat.records import (
