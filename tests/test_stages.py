@@ -33,7 +33,7 @@ from primechat.records import Event, StepEvent
 from primechat.stages import run
 from primechat.stages.evaluate import evaluate
 from primechat.stages.finetune import cache_dialogues, finetune
-from primechat.stages.pretrain import pretrain
+from primechat.stages.pretrain import choose_tokenizer, pretrain
 from primechat.stages.quickstart import quickstart, speedrun
 from primechat.stages.run import COMPILE_FILE, recall_compiling, remember_compiling
 from primechat.stages.tokenizer import train_tokenizer
@@ -90,6 +90,17 @@ def stop_at(step: int, stop: threading.Event, events: list[Event]) -> Any:
 
 def read_losses(path: Path) -> list[float]:
     return [e["loss_nats"] for e in read_metrics(path / "metrics.jsonl") if e["kind"] == "step"]
+
+
+def test_tokenizer_torn_by_a_kill(corpus: str) -> None:
+    """Of a tokenizer that was being saved the main file is missing: it is made again, not asked for."""
+    made = load_small(corpus)
+    own = store.run_dir("base", "d3") / "tokenizer"
+    own.mkdir(parents=True)
+    (own / "token_bytes.pt").write_bytes(b"torn")
+    assert choose_tokenizer(make_config(corpus)) == made
+    made.save(own)
+    assert Tokenizer.load(own).byte_lengths().tolist() == made.byte_lengths().tolist()
 
 
 def test_pretrain_run(corpus: str) -> None:

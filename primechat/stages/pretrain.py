@@ -116,7 +116,8 @@ def choose_tokenizer(config: PretrainConfig, on_event: OnEvent | None = None) ->
     own = store.run_dir("base", config.tag) / "tokenizer"
     wanted, shared = config.model.vocab_size, store.base_dir() / "tokenizer"
     folder = Path(config.tokenizer) if config.tokenizer else own
-    if not config.tokenizer and not own.exists():
+    # that file is written last: a folder that a kill left without it holds no tokenizer yet
+    if not config.tokenizer and not (own / "tokenizer.pkl").exists():
         if (shared / "tokenizer.pkl").exists() and Tokenizer.load(shared).vocab_size == wanted:
             folder = shared
         elif (shipped := find_shipped(config)) is not None:

@@ -36,9 +36,8 @@ def train_tokenizer(
 
     def read_texts() -> Iterator[str]:
         nonlocal chars
-        for n, text in enumerate(
-            read_documents(config.corpus, "train", base_dir=store.base_dir(), on_event=on_event)
-        ):
+        texts = read_documents(config.corpus, "train", base_dir=store.base_dir(), on_event=on_event)
+        for n, text in enumerate(texts):
             if stop is not None and stop.is_set():
                 raise PrimechatError(
                     "The tokenizer was stopped before it was trained, nothing is saved; start it again."
@@ -57,12 +56,8 @@ def train_tokenizer(
         tokenizer.save(folder)
     except DataError as error:
         raise DataError(f"{error} Or give this one a --tag of its own.") from error
-    held_out = list(
-        islice(
-            read_documents(config.corpus, "val", base_dir=store.base_dir(), on_event=on_event),
-            SAMPLE_DOCUMENTS,
-        )
-    )
+    texts = read_documents(config.corpus, "val", base_dir=store.base_dir(), on_event=on_event)
+    held_out = list(islice(texts, SAMPLE_DOCUMENTS))
     n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(held_out))
     bytes_per_token = sum(len(text.encode("utf-8", "surrogatepass")) for text in held_out) / max(1, n_tokens)
     found = f"{tokenizer.vocab_size:,} tokens, {bytes_per_token:.2f} bytes a token on text it has not seen."

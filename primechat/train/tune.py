@@ -252,8 +252,7 @@ def tune_runtime(
     if not best.tokens_per_s:
         raise ConfigError(
             f"A micro-batch of {rows} x {ids.size(1)} tokens does not fit into memory; take a smaller "
-            "model or "
-            "runtime.micro_batch_rows=1."
+            "model or runtime.micro_batch_rows=1."
         )
     settle_model(model, best)
     loss = make(model, replace(runtime, compile="off"))
