@@ -315,6 +315,28 @@ def test_licence_before_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert order == ["told", "asked", f"{repo}:data/train-1.parquet:5", f"{repo}:data/train-2.parquet:6"]
 
 
+def test_a_fetch_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of a set's files is not the set: what a kill left out is fetched by the next run."""
+    asked: list[list[str]] = []
+
+    def fetch_files(files: list[Any], staging: Path, tell: Any) -> None:
+        asked.append([file.name for file in files])
+        for file in files:
+            file.path.parent.mkdir(parents=True, exist_ok=True)
+            file.path.write_bytes(b"x" * file.size)
+            if len(asked) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(dialogues, "list_files", lambda repo: {f"data/train-{i}.parquet": 5 for i in (1, 2)})
+    monkeypatch.setattr(dialogues, "fetch_files", fetch_files)
+    with pytest.raises(KeyboardInterrupt):
+        dialogues.prepare_set("lmsys", make_options(tmp_path))
+    for _ in range(2):
+        dialogues.prepare_set("lmsys", make_options(tmp_path))
+    assert asked == [["data/train-1.parquet", "data/train-2.parquet"], ["data/train-2.parquet"]]
+
+
 def test_identity_follows_files(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps(talk(str(i), "x")) for i in range(4)))

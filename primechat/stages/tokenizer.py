@@ -63,10 +63,7 @@ def train_tokenizer(
     found = f"{tokenizer.vocab_size:,} tokens, {bytes_per_token:.2f} bytes a token on text it has not seen."
     tell(NoteEvent(text=found))
     return TokenizerResult(
-        path=str(folder.relative_to(store.base_dir())),
-        identity=tokenizer.identity,
-        vocab_size=tokenizer.vocab_size,
-        trained_chars=chars,
-        elapsed_s=time.perf_counter() - t_start,
+        path=str(folder.relative_to(store.base_dir())), identity=tokenizer.identity,
+        vocab_size=tokenizer.vocab_size, trained_chars=chars, elapsed_s=time.perf_counter() - t_start,
         bytes_per_token=bytes_per_token,
-    )
+    )  # fmt: skip

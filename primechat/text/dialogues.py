@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from primechat.errors import ConfigError, DataError, HubError
+from primechat.files import measure_file
 from primechat.hub import HubFile, ask_hub, explain, fetch_files
 from primechat.protocols import Conversation
 from primechat.records import NoteEvent, OnEvent
@@ -381,7 +382,9 @@ def prepare_set(name: str, options: DialogueOptions, on_event: OnEvent | None = 
         is_file(name)
         return
     folder, tell = set_folder(name, options), on_event or (lambda event: None)
-    if folder.is_dir() and any(p.is_file() and ".download" not in p.parts for p in folder.rglob("*.*")):
+    begun = folder / ".download" / "begun"  # stands until all files of a set are here, not the first alone
+    there = any(p.is_file() and ".download" not in p.parts for p in folder.rglob("*.*"))
+    if there and not begun.exists():
         return
     wanted = SETS[name]
     tell(NoteEvent(text=describe_set(name)))
@@ -399,8 +402,12 @@ def prepare_set(name: str, options: DialogueOptions, on_event: OnEvent | None = 
     files = [
         HubFile(repo=wanted.repo, name=path, path=folder / path, size=size, repo_type="dataset")
         for path, size in chosen.items()
+        if measure_file(folder / path) != size
     ]
-    fetch_files(files, folder / ".download", tell)
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    begun.touch()
+    fetch_files(files, begun.parent, tell)
+    begun.unlink(missing_ok=True)
 
 
 def list_files(repo: str) -> dict[str, int]:
