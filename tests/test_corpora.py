@@ -16,7 +16,7 @@ from primechat import hub as hub_room
 from primechat.errors import DataError, HubError
 from primechat.records import PhaseEvent, ProgressEvent
 from primechat.text import corpora, shards
-from primechat.text.corpora import corpus_identity, is_local, read_conversations, read_documents
+from primechat.text.corpora import corpus_identity, find_files, is_local, read_conversations, read_documents
 from primechat.text.shards import shard_paths
 
 REPO = "datasets/karpathy/climbmix-400b-shuffle"
@@ -143,6 +143,9 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, words: str) -> Non
 def test_bad_corpora(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no column `text` \(it has content\)"):
         list(read_documents(str(write_parquet(tmp_path / "a.parquet", ["x"], column="content")), "train"))
+    for odd in ("~nobody-here/a.txt", "word " * 100):
+        with pytest.raises(DataError, match="is not there"):
+            find_files(odd)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no .txt"):
         list(read_documents(str(tmp_path / "empty"), "train"))

@@ -284,6 +284,10 @@ def test_recipes_hold_out(tmp_path: Path) -> None:
     path.write_text("nothing here")
     with pytest.raises(DataError, match="question|answer"):
         take(f"faq:{path}", "train")
+    for odd in ("~nobody-here/a.jsonl", f"{'zz ' * 100}.jsonl", "faq:~nobody-here/a", "topic:" + "zz " * 100):
+        identify_mixture(f"faq,{odd}", "train", DialogueOptions())
+        with pytest.raises(DataError, match="must be chitchat|cannot be read|is left in train"):
+            take(odd, "train")
     with pytest.raises(DataError, match="is no recipe"):
         take("style:martian", "train")
 

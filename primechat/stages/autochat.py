@@ -203,7 +203,7 @@ def read_openings(openings: str, count: int) -> list[str]:
         firsts = (talk["messages"][0]["content"] for talk in read_conversations("chitchat", "val"))
         return list(islice((text for text in firsts if 8 <= len(text) <= 200), max(count, 64)))
     try:
-        found = Path(openings).expanduser().read_text(encoding="utf-8").splitlines()
+        found = Path(os.path.expanduser(openings)).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"openings={openings!r} cannot be read ({error}); give chitchat or a .txt file."

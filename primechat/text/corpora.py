@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
@@ -170,17 +171,17 @@ def assign_roles(turns: Turns) -> list[dict[str, str]]:
 
 def find_files(corpus: str) -> list[Path]:
     """Return the text files of a path in sorted order."""
-    root = Path(corpus).expanduser()
-    if root.is_dir():
+    root = Path(os.path.expanduser(corpus))  # os.path's: they raise for no name, however odd or long
+    if os.path.isdir(root):
         names = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
         shown = (name for name in names if not any(part.startswith(".") for part in name.parts))
         files = [root / name for name in shown if name.suffix in SUFFIXES]
         if files:
             return files
         raise DataError(f"{corpus} holds no {', '.join(SUFFIXES)} file; give a folder that does.")
-    if root.is_file() and root.suffix in SUFFIXES:
+    if os.path.isfile(root) and root.suffix in SUFFIXES:
         return [root]
-    problem = f"is no {', '.join(SUFFIXES)} file" if root.is_file() else "is not there"
+    problem = f"is no {', '.join(SUFFIXES)} file" if os.path.isfile(root) else "is not there"
     raise DataError(
         f"corpus={corpus!r} {problem}; give chitchat, {', '.join(HUB_CORPORA)} or the path of such a file."
     )
@@ -196,7 +197,7 @@ def read_files(files: list[Path]) -> Iterator[str]:
 def read_lines(path: Path) -> Iterator[str]:
     """Yield the lines of a UTF-8 file."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
             yield from file
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it.") from None

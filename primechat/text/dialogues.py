@@ -253,7 +253,7 @@ def open_set(name: str, split: str, options: DialogueOptions, counts: Counter[st
     elif name in SETS:
         yield from SETS[name].read(set_folder(name, options), counts)
     elif is_file(name):
-        path = Path(name).expanduser()
+        path = Path(name)
         last = count_rows(path)
         for i, (number, row) in enumerate(read_rows(path)):
             place = "val" if i >= last - max(1, last // HOLD_OUT) else "train"
@@ -265,8 +265,8 @@ def open_set(name: str, split: str, options: DialogueOptions, counts: Counter[st
 
 def is_file(name: str) -> bool:
     """Tell whether a part of a mixture is a file of one's own; refuse one that is not there."""
-    path = Path(name).expanduser()
-    if path.suffix == ".jsonl" and path.is_file() and not name.startswith("faq:"):
+    path = Path(os.path.expanduser(name))
+    if path.suffix == ".jsonl" and os.path.isfile(path) and not name.startswith("faq:"):
         return True
     if name in SETS or name == "chitchat" or name.startswith(("topic:", "style:", "faq")):
         return False
@@ -424,10 +424,10 @@ def identify_mixture(mixture: str, split: str, options: DialogueOptions) -> str:
     facts: list[Any] = [3, split, options.language, options.personas, options.mirrored]
     for part in parse_mixture(mixture):
         files = [chitchat_path()]
-        path = Path(part.name.removeprefix("faq:")).expanduser()
+        path = Path(os.path.expanduser(part.name.removeprefix("faq:")))
         if part.name in SETS:
             files = sorted(p for p in set_folder(part.name, options).rglob("*.*") if p.is_file())
-        elif path.is_file():
+        elif os.path.isfile(path):
             files = [path]
         facts.append([str(part), [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

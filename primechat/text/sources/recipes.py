@@ -75,7 +75,7 @@ def read_recipe(name: str) -> Iterator[Raw]:
             said = [("user" if who == 0 else "assistant", text) for who, text in turns]
             yield Raw([(who, STYLES[what](t) if who == "assistant" else t) for who, t in said])
     elif kind == "faq":
-        yield from ask_questions(read_lines(Path(what).expanduser()) if what else FAQ.splitlines(), name)
+        yield from ask_questions(read_lines(Path(what)) if what else FAQ.splitlines(), name)
     else:
         raise DataError(f"dialogues={name!r} is no recipe; try {', '.join(list_recipes())}.")
 
