@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from primechat.text.tokenizer import Tokenizer
 
 MAKERS = {"base": "primechat pretrain", "sft": "primechat finetune"}
+ADVICE = ({"temperature": 0.6}, "primechat")  # on the chat model that ships; data/README.md tells why
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "nanochat"
 logger = logging.getLogger(__name__)
 
@@ -191,7 +192,8 @@ def open_model(
         on_event: hears, before the weights are read, of the memory that they need; None logs it.
 
     Returns:
-        Model, tokenizer, and the checkpoint's metadata with `identifier`, `path` and `skipped` added.
+        Model, tokenizer, and the checkpoint's metadata with `identifier`, `path`, `skipped` and `sampling`
+        (how its makers advise to sample, and who they are) added.
 
     Raises:
         CheckpointError: there is no such model, it does not go with its tokenizer, or is too large.
@@ -239,7 +241,8 @@ def open_model(
     if phase == "train":
         model.requires_grad_(True).train()
     known = {"identifier": str(full), "path": str(folder), "skipped": loaded.skipped}
-    return model, found, {**loaded.meta, **known}
+    advice = ADVICE if name.shipped and name.family == "sft" else ({}, "")  # nobody else's meta is heeded
+    return model, found, {**loaded.meta, **known, "sampling": advice}
 
 
 def load_model(

@@ -242,9 +242,12 @@ def test_shipped_stands_in(base_dir: Path, nothing_shipped: Path) -> None:
     assert [(e.identifier, e.shipped, e.steps) for e in entries] == [
         ("shipped/base", True, (1,)), ("shipped/sft", True, (1,)),
     ]  # fmt: skip
+    assert store.open_model("shipped/sft")[2]["sampling"] == store.ADVICE
     make_tokenizer().save(base_dir / "tokenizer")
-    make_run(base_dir, "base_checkpoints/d1")
-    assert store.open_model("")[2]["identifier"] == "base/d1@1", "one's own comes before what ships"
+    make_run(base_dir, "base_checkpoints/d1", sampling=[{"rm": 1}, "a file that somebody gave away"])
+    own = store.open_model("")[2]
+    assert own["identifier"] == "base/d1@1", "one's own comes before what ships"
+    assert own["sampling"] == ({}, "")
     assert store.open_model("shipped/base")[2]["identifier"] == "shipped/base"
     assert [e.identifier for e in store.list_models()] == ["base/d1", "shipped/base", "shipped/sft"]
 

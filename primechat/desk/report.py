@@ -128,14 +128,9 @@ def paint_curve(axes: Any, title: str, series: list[tuple[str, np.ndarray, np.nd
         noisy = len(y) > 60
         if noisy:
             axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(
-            x,
-            smooth_series(y) if noisy else y,
-            color=colour,
-            linewidth=1.8,
-            marker="" if noisy else "o",
-            markersize=3,
-        )
+        marker = "" if noisy else "o"
+        smooth = smooth_series(y) if noisy else y
+        axes.plot(x, smooth, color=colour, linewidth=1.8, marker=marker, markersize=3)
         if len(series) > 1:
             axes.annotate(f" {LABELS.get(name, name)}", (x[-1], y[-1]), color=colour, va="center")
     axes.set(title=title, xlabel="optimizer steps")

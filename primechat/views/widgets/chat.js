@@ -120,7 +120,7 @@ function render({ model, el }) {
     }
     const was = state;
     state = { ...state, ...message, settings: { ...state.settings, ...message.settings, ...pending } };
-    if (message.advice && !message.talks) tell(advise() === advice.textContent ? "" : advise()); // a model was opened
+    if (message.advice && !message.talks) tell(advise() === advice.textContent ? "" : advise("primechat")); // a model was opened
     if (message.models || message.chosen) { drawPicks(); if (!message.settings) putSettings(); }
     if (message.talks) { talks.hidden = state.talks.length < 2; talks.fill(state.talks.map((title, i) => [String(i), title]), String(state.at)); }
     if (message.settings || message.advice) putSettings();
@@ -471,10 +471,10 @@ function render({ model, el }) {
   const brought = (id) => state.advice?.[id]?.[0] ?? {};
   /** The value in force for the first model: what the reader chose, else what its makers advise. */
   const inForce = (name) => (state.settings.chosen?.includes(name) ? undefined : brought(state.chosen[0])[name]) ?? state.settings[name];
-  /** In words, what the makers of the chosen models advise. */
-  function advise() {
+  /** In words, what the makers of the chosen models advise, but for one of them. */
+  function advise(but = "") {
     const own = state.settings.chosen ?? [];
-    return state.chosen.filter((id) => Object.keys(brought(id)).length).map((id) => {
+    return state.chosen.filter((id) => Object.keys(brought(id)).length && state.advice[id][1] !== but).map((id) => {
       const listed = Object.entries(brought(id)).map(([name, value]) => `${WORDS[name]} ${value}${own.includes(name) ? " (you chose otherwise)" : ""}`);
       return `${state.advice[id][1]} advises ${listed.join(", ")}: ${id} follows it.`;
     }).join(" ");
