@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ from primechat.records import Event, StepEvent
 from primechat.stages import run
 from primechat.stages.evaluate import evaluate
 from primechat.stages.finetune import cache_dialogues, finetune
-from primechat.stages.pretrain import choose_tokenizer, pretrain
+from primechat.stages.pretrain import cache_text, choose_tokenizer, pretrain
 from primechat.stages.quickstart import quickstart, speedrun
 from primechat.stages.run import COMPILE_FILE, recall_compiling, remember_compiling
 from primechat.stages.tokenizer import train_tokenizer
@@ -101,6 +103,17 @@ def test_tokenizer_torn_by_a_kill(corpus: str) -> None:
     assert choose_tokenizer(make_config(corpus)) == made
     made.save(own)
     assert Tokenizer.load(own).byte_lengths().tolist() == made.byte_lengths().tolist()
+
+
+def test_a_shard_to_train_on_is_taken_whole(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only of the validation shard the beginning will do: distillation learns from all that it asks for."""
+    monkeypatch.setattr("primechat.stages.pretrain.SHARD_EVAL_DOCUMENTS", 5)
+    folder, tokenizer = store.base_dir() / "base_data", load_small(corpus)
+    folder.mkdir()
+    for name in ("shard_00000", "shard_00001", "shard_01822"):
+        pq.write_table(pa.table({"text": [f"the cat sat {i}" for i in range(9)]}), folder / f"{name}.parquet")
+    caches = [cache_text("fineweb-edu", split, tokenizer, 2, None) for split in ("train", "val")]
+    assert [cache.documents for cache in caches] == [18, 5]
 
 
 def test_pretrain_run(corpus: str) -> None:

@@ -148,11 +148,11 @@ def find_shipped(config: PretrainConfig) -> Path | None:
 def cache_text(
     corpus: str, split: str, tokenizer: Tokenizer, n_shards: int, on_event: OnEvent | None
 ) -> TokenCache:
-    """Tokenize a split once and return its memory-mapped cache."""
+    """Tokenize a split once and return its memory-mapped cache; of a shard for validation its beginning."""
     documents: Iterable[str] = read_documents(
         corpus, split, n_shards=n_shards, base_dir=store.base_dir(), on_event=on_event
     )
     key = f"{split}-{corpus_identity(corpus, split, n_shards=n_shards)}"
-    if not is_local(corpus):
+    if not is_local(corpus) and split == "val":
         documents, key = islice(documents, SHARD_EVAL_DOCUMENTS), f"{key}-{SHARD_EVAL_DOCUMENTS}"
     return build_cache(documents, tokenizer, store.base_dir() / "token_cache", key, on_event=on_event)
