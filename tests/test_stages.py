@@ -18,6 +18,7 @@ import torch
 
 from primechat import cli, store
 from primechat.config import (
+    DistillConfig,
     EvaluateConfig,
     FinetuneConfig,
     GPTConfig,
@@ -33,6 +34,7 @@ from primechat.model.checkpoint import find_steps, list_snapshots, load_checkpoi
 from primechat.model.runlog import RunLock, read_frozen, read_metrics
 from primechat.records import Event, StepEvent
 from primechat.stages import run
+from primechat.stages.distill import distill
 from primechat.stages.evaluate import evaluate
 from primechat.stages.finetune import cache_dialogues, finetune
 from primechat.stages.pretrain import cache_text, choose_tokenizer, pretrain
@@ -316,6 +318,25 @@ def load_small(corpus: str) -> Tokenizer:
     return Tokenizer.load(
         store.base_dir() / train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300)).path
     )
+
+
+def test_one_rank_prepares_the_text(corpus: str, dialogues: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversations, and a student's text, wait for the machine's first rank, which fetches and cuts them."""
+
+    def refuse(ranks: Any) -> Any:
+        raise DataError("not my turn")
+
+    load_small(corpus)
+    pretrain(make_config(corpus, steps=1))
+    for name in ("finetune.wait_turn", "distill.wait_turn"):
+        monkeypatch.setattr(f"primechat.stages.{name}", refuse)
+    for name in ("finetune.cache_dialogues", "distill.cache_text"):
+        monkeypatch.setattr(f"primechat.stages.{name}", lambda *_: pytest.fail("out of turn"))
+    small: Any = dict(batch_tokens=128, steps=1, runtime=FIXED)
+    with pytest.raises(DataError, match="not my turn"):
+        finetune(FinetuneConfig(tag="d3", dialogues=dialogues, **small))
+    with pytest.raises(DataError, match="not my turn"):
+        distill(DistillConfig(teacher="base/d3", corpus=corpus, **small))
 
 
 def test_question_longer_than_a_conversation_may_be(corpus: str, tmp_path: Path) -> None:

@@ -32,10 +32,11 @@ from primechat.records import NoteEvent, OnEvent, TrainResult
 from primechat.stages.finetune import make_job
 from primechat.stages.job import Batches, Job
 from primechat.stages.pretrain import CHAT_PROMPTS, TEXT_PROMPTS, cache_text, open_cache, pack_rows
-from primechat.stages.run import TrainingRun, write_continuation
+from primechat.stages.run import TrainingRun, pick_device, write_continuation
 from primechat.text.corpora import corpus_identity
 from primechat.text.tokenizer import Tokenizer
 from primechat.train.loop import SumLoss
+from primechat.train.parallel import join_ranks, wait_turn
 from primechat.train.teacher import DistillLoss, Mix, TeacherCache, make_projector, mark_own
 from primechat.train.tune import list_devices
 
@@ -120,9 +121,10 @@ def make_text_job(
     config: DistillConfig, shape: GPTConfig, tokenizer: Tokenizer, on_event: OnEvent | None
 ) -> Job:
     """Return a job on plain text."""
-    train, val = (
-        cache_text(config.corpus, split, tokenizer, config.n_shards, on_event) for split in ("train", "val")
-    )
+    with wait_turn(join_ranks(pick_device(config.runtime.device))):
+        train, val = (
+            cache_text(config.corpus, s, tokenizer, config.n_shards, on_event) for s in ("train", "val")
+        )
     T = shape.sequence_len
     check_rows(config.batch_tokens, T, "")
     return Job(

@@ -22,7 +22,7 @@ from primechat.model.checkpoint import Loaded, load_checkpoint
 from primechat.records import NoteEvent, OnEvent, TrainResult
 from primechat.stages.job import Windows
 from primechat.stages.pretrain import cache_text, open_cache, pack_rows
-from primechat.stages.run import SAMPLE_TOKENS, Job, TrainingRun
+from primechat.stages.run import SAMPLE_TOKENS, Job, TrainingRun, pick_device
 from primechat.text.batches import PackedBatches, PaddedBatches, TokenCache, build_cache
 from primechat.text.corpora import is_local
 from primechat.text.dialogues import (
@@ -33,6 +33,7 @@ from primechat.text.dialogues import (
     stream_dialogues,
 )
 from primechat.text.tokenizer import Tokenizer
+from primechat.train.parallel import join_ranks, wait_turn
 
 PROMPTS = ("Hi! How was your day?", "Do you like music?")
 MAX_TOKENS = 2048  # of one conversation
@@ -61,7 +62,8 @@ def make_job(
     """Return what training on conversations, from a checkpoint, brings to the common loop."""
     T = loaded.config.sequence_len
     check_rows(config.batch_tokens, T, "the base model's ")
-    train, val = (cache_dialogues(config, split, tokenizer, on_event) for split in ("train", "val"))
+    with wait_turn(join_ranks(pick_device(config.runtime.device))):
+        train, val = (cache_dialogues(config, split, tokenizer, on_event) for split in ("train", "val"))
     if config.learn == "all":
         train, val = replace(train, mask=None), replace(val, mask=None)
     kind = PaddedBatches if config.layout == "padded" else PackedBatches
