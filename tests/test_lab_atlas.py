@@ -100,8 +100,7 @@ def test_lab_in_a_browser(
     near = truth.atlas.near("input", "PCA", 2, 0, truth.atlas.labels.index(name))
     labels = truth.atlas.labels
     assert read_lists(view) == ([labels[i] for i in near.true], [labels[i] for i in near.drawn])
-    both = len(set(near.true) & set(near.drawn))
-    expect(view.locator(".pc-atlas-both")).to_contain_text(f"{both} of 10 agree ({10 * both} %")
+    expect(view.locator(".pc-atlas-both")).to_have_text("How many agree stands here after your guess.")
 
     # find another by its name, and go on from it to its nearest neighbour
     view.get_by_label("Find a token").fill("you")
@@ -137,6 +136,9 @@ def test_lab_in_a_browser(
     guess.get_by_label("My guess").fill("3")
     guess.get_by_role("button", name="Show the answer").click()
     expect(view.locator(".pc-atlas-note")).to_contain_text(f"{kept:.1f} are neighbours here", timeout=60_000)
+    expect(view.locator(".pc-atlas-both")).to_contain_text(re.compile(r"^\d+ of 10 agree"))
+    both = len(set.intersection(*map(set, read_lists(view))))
+    expect(view.locator(".pc-atlas-both")).to_contain_text(f"{both} of 10 agree ({10 * both} %")
     view.get_by_label("Show", exact=True).select_option("output")
     shown = 100 * truth.atlas.show("output", "PCA", 3).shown[0]
     expect(view.locator(".pc-atlas-note")).to_contain_text(f"shows {shown:.1f} %", timeout=60_000)

@@ -334,7 +334,8 @@ function render(context) {
         type: "button", class: "pc-atlas-near", dataset: { shared: String(shared) }, title: shared ? "In both lists" : "In this list only", onclick: () => pick(j),
       }, h("span", { class: "pc-mono", text: name(j) }), ...(value === undefined ? [] : [h("span", { class: "pc-value", text: number(value, 2) })]));
       parts.push(
-        h("p", { class: "pc-atlas-both" }, h("b", { text: `${both} of ${total} agree` }), h("span", { class: "pc-muted", text: ` (${number((100 * both) / total)} %; by chance ${number(100 * state.near.chance, state.near.chance < 0.002 ? 3 : 1)} %)` })),
+        guessed ? h("p", { class: "pc-atlas-both" }, h("b", { text: `${both} of ${total} agree` }), h("span", { class: "pc-muted", text: ` (${number((100 * both) / total)} %; by chance ${number(100 * state.near.chance, state.near.chance < 0.002 ? 3 : 1)} %)` }))
+          : h("p", { class: "pc-atlas-both pc-muted", text: "How many agree stands here after your guess." }),
         h("div", { class: "pc-atlas-lists" },
           h("div", { class: "pc-atlas-true" }, h("div", { class: "pc-label", text: "truly nearest (cosine)" }), ...state.near.true.map((j, n) => row(j, drawn.has(j), state.near.cosines[n]))),
           h("div", { class: "pc-atlas-drawn" }, h("div", { class: "pc-label", text: "nearest on the picture" }), ...state.near.drawn.map((j) => row(j, real.has(j))))));
@@ -468,7 +469,7 @@ function render(context) {
   root.scatter = scatter; // for tests that measure
   state.picked = -1;
   read();
-  whenGuessed(model.get("gate"), () => { if (!guessed) { guessed = true; say(); } }, later);
+  whenGuessed(model.get("gate"), () => { if (!guessed) { guessed = true; say(); showCard(); } }, later);
   showCard();
   state.chosen = new Set(model.get("chosen"));
   rank();
