@@ -178,6 +178,21 @@ def test_teacher_on_disk(tmp_path: Path) -> None:
     assert len(torn.places) == 2 and torn.find(IDS) is None and torn.find(IDS[:2]) is not None
 
 
+def test_two_runs_share_what_the_teacher_said(tmp_path: Path) -> None:
+    """Ranks, or runs side by side, write into one file: each row stays with its own tokens."""
+    caches = [TeacherCache(tmp_path, 2, 3) for _ in range(2)]
+    rows = torch.arange(12).view(4, 3)
+    tokens = rows[..., None] * 10 + torch.arange(2)
+    for i in range(4):
+        part = slice(i, i + 1)
+        caches[i % 2].add(rows[part], tokens[part], -tokens[part].float())
+    for cache in (*caches, TeacherCache(tmp_path, 2, 3)):
+        cache.add(rows, tokens, -tokens.float())
+        found = cache.find(rows)
+        assert found is not None and torch.equal(found[0], tokens) and torch.equal(found[1], -tokens.float())
+    assert (tmp_path / "rows.bin").stat().st_size == 4 * 16
+
+
 def test_retention_of_a_teacher_is_whole() -> None:
     teacher, other = make_model(SHAPE, 2), make_model(SHAPE, 9)
     lengths = np.array([0] * 9 + [2] * 291)

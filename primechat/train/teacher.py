@@ -8,7 +8,10 @@ Reference: Hinton et al. 2015; Sanh et al. 2019 (the term on hidden states); Aga
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,16 +51,9 @@ class TeacherCache:
     def __init__(self, folder: Path, k: int, sequence_len: int) -> None:
         self.k, self.sequence_len = k, sequence_len
         folder.mkdir(parents=True, exist_ok=True)
-        self.paths = folder / "ids.bin", folder / "logprobs.bin", folder / "rows.bin"
-        names = self.paths[2].read_bytes() if self.paths[2].exists() else b""
-        size = sequence_len * k
-        whole = min([len(names) // 16, *(p.stat().st_size // (size * n) if p.exists() else 0
-                                         for p, n in zip(self.paths[:2], (4, 2), strict=True))])  # fmt: skip
-        self.places = {names[i * 16 : i * 16 + 16]: i for i in range(whole)}  # a torn last row is not used
-        for path, width in zip(self.paths, (size * 4, size * 2, 16), strict=True):
-            with path.open("ab") as file:
-                file.truncate(whole * width)
-        self.hits = self.misses = 0
+        self.paths = folder / "rows.bin", folder / "ids.bin", folder / "logprobs.bin"
+        self.places, self.rows, self.hits, self.misses = dict[bytes, int](), 0, 0, 0
+        self.add((), (), ())
 
     def find(self, ids: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return token ids (B, T, k) and their log-probabilities, or None where a row is new."""
@@ -66,24 +62,34 @@ class TeacherCache:
             return None
         places = np.array([self.places[name] for name in names])
         self.hits += len(places)
-        shape = (len(self.places), self.sequence_len, self.k)
-        tokens = np.memmap(self.paths[0], np.uint32, "r", shape=shape)[places]
-        logs = np.memmap(self.paths[1], np.float16, "r", shape=shape)[places]
+        shape = (self.rows, self.sequence_len, self.k)
+        tokens = np.memmap(self.paths[1], np.uint32, "r", shape=shape)[places]
+        logs = np.memmap(self.paths[2], np.float16, "r", shape=shape)[places]
         found = torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(logs.astype(np.float32))
         return found[0].to(ids.device), found[1].to(ids.device)
 
-    def add(self, ids: Tensor, tokens: Tensor, logs: Tensor) -> None:
-        """Note rows (B, T) with what the teacher says of them (B, T, k)."""
-        for row, t, p in zip(ids, tokens, logs, strict=True):
-            name = self.name(row)
-            if name in self.places:
-                continue
-            self.misses += 1
-            parts = t.cpu().numpy().astype(np.uint32), p.float().cpu().numpy().astype(np.float16)
-            for path, data in zip(self.paths, (*(x.tobytes() for x in parts), name), strict=True):
-                with path.open("ab") as file:
-                    file.write(data)
-            self.places[name] = len(self.places)
+    def add(self, ids: Iterable[Tensor], tokens: Iterable[Tensor], logs: Iterable[Tensor]) -> None:
+        """Note rows (B, T) with what the teacher says of them (B, T, k).
+
+        Before that, the rows that other runs and ranks wrote are read, and a torn last row is cut off.
+        """
+        widths = 16, self.sequence_len * self.k * 4, self.sequence_len * self.k * 2
+        with ExitStack() as stack:  # the first file is closed last: its lock outlives all writing
+            files = [stack.enter_context(path.open("a+b")) for path in self.paths]
+            with suppress(OSError):  # some network disks have no locks
+                fcntl.flock(files[0], fcntl.LOCK_EX)
+            whole = min(file.seek(0, 2) // width for file, width in zip(files, widths, strict=True))
+            for file, width in zip(files, widths, strict=True):
+                file.truncate(whole * width)
+            files[0].seek(self.rows * 16)
+            self.places |= {files[0].read(16): i for i in range(self.rows, whole)}
+            self.rows = whole
+            for row, t, p in zip(ids, tokens, logs, strict=True):
+                if (name := self.name(row)) not in self.places:
+                    parts = t.cpu().numpy().astype(np.uint32), p.float().cpu().numpy().astype(np.float16)
+                    for file, data in zip(files, (name, *(x.tobytes() for x in parts)), strict=True):
+                        file.write(data)
+                    self.places[name], self.rows, self.misses = self.rows, self.rows + 1, self.misses + 1
 
     def name(self, row: Tensor) -> bytes:
         """Return what a row of ids is known by."""
