@@ -30,7 +30,7 @@ from primechat.errors import CheckpointError, ConfigError
 from primechat.metrics.retention import judge_writing, measure_retention, name_kind, write_texts
 from primechat.model.gpt import GPT
 from primechat.model.losses import bucket_top, diverge
-from primechat.stages.distill import OwnBatches, distill
+from primechat.stages.distill import OwnBatches, distill, open_teacher_cache
 from primechat.stages.pretrain import pretrain
 from primechat.stages.tokenizer import train_tokenizer
 from primechat.train.teacher import DistillLoss, Mix, TeacherCache, make_projector, mark_own
@@ -176,6 +176,16 @@ def test_teacher_on_disk(tmp_path: Path) -> None:
         file.truncate(20 * 8 * 2 * 2 + 5)  # a write that was cut off
     torn = TeacherCache(tmp_path / "8", 8, 20)
     assert len(torn.places) == 2 and torn.find(IDS) is None and torn.find(IDS[:2]) is not None
+
+
+def test_a_teacher_is_known_by_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tag that was trained anew, and a model with an adapter, are other teachers than before."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    config = DistillConfig(top_k=4)
+    asked = [(1, "base/d4@9"), (2, "base/d4@9"), (1, "lora:a*0.5+base/d4@9"), (1, "base/d4@9")]
+    caches = [open_teacher_cache(config, make_model(SHAPE, seed), name, 20) for seed, name in asked]
+    places = [cache.paths[0].parent for cache in caches if cache]
+    assert len(set(places)) == 3 and places[0] == places[3]
 
 
 def test_two_runs_share_what_the_teacher_said(tmp_path: Path) -> None:

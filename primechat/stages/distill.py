@@ -88,7 +88,7 @@ def distill(
     }  # fmt: skip
     job = DistillJob(
         **kept, teacher=teacher, mix=mix, seed=config.seed, made=made,
-        cache=open_teacher_cache(config, meta, shape.sequence_len),
+        cache=open_teacher_cache(config, teacher, meta["identifier"], shape.sequence_len),
     )  # fmt: skip
     return TrainingRun(config, job, on_event, stop).work()
 
@@ -138,14 +138,18 @@ def make_text_job(
     )  # fmt: skip
 
 
-def open_teacher_cache(config: DistillConfig, meta: dict[str, Any], sequence_len: int) -> TeacherCache | None:
-    """Return the file of the teacher's likeliest tokens; None where none is asked for."""
+def open_teacher_cache(config: DistillConfig, teacher: GPT, name: str, T: int) -> TeacherCache | None:
+    """Return the file of the teacher's likeliest tokens; None where none is asked for.
+
+    It is known by the weights, as a tag may be trained anew, and by the name, which has an adapter's dial.
+    """
     if not config.top_k:
         return None
-    key = f"{meta['path']}@{meta['step']} {config.top_k} {config.temperature} {sequence_len}"
-    key += " masked" * (config.layout == "masked")
-    name = hashlib.sha256(key.encode()).hexdigest()[:24]
-    return TeacherCache(store.base_dir() / "teacher_cache" / name, config.top_k, sequence_len)
+    key = f"{name} {config.top_k} {config.temperature} {T} {config.layout == 'masked'}"
+    sha = hashlib.sha256(key.encode())
+    for tensor in teacher.state_dict().values():
+        sha.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return TeacherCache(store.base_dir() / "teacher_cache" / sha.hexdigest()[:24], config.top_k, T)
 
 
 @dataclass(frozen=True, kw_only=True)
