@@ -2,8 +2,10 @@
 
 import gc
 import json
+import os
 import random
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ def make_cache(lengths: list[int], *, masked: bool = False) -> TokenCache:
     """Documents whose tokens all differ, so that each place of the stream can be told."""
     offsets = np.cumsum([0, *lengths])
     ids = np.arange(offsets[-1], dtype=np.uint32)
-    return TokenCache(ids, offsets, (ids % 3 > 0).astype(np.uint8) if masked else None, 0, 999)
+    return TokenCache(ids, offsets, (ids % 3 > 0).astype(np.uint8) if masked else None, 999)
 
 
 def read_ranks(
@@ -169,7 +171,7 @@ def test_cache_of_texts(tmp_path: Path) -> None:
     assert [cache.ids[a:b].tolist() for a, b in zip(cache.offsets, cache.offsets[1:], strict=False)] == [
         [256, *text.encode()] for text in texts
     ]
-    assert (cache.tokens, cache.documents, cache.text_bytes, cache.bos_id) == (14, 4, 10, 256)
+    assert (cache.tokens, cache.documents, cache.bos_id) == (14, 4, 256)
     assert cache.ids.dtype == np.uint16 and cache.mask is None
 
     def untouched() -> Any:
@@ -177,7 +179,7 @@ def test_cache_of_texts(tmp_path: Path) -> None:
         yield ""
 
     again = build_cache(untouched(), BYTES, tmp_path, "key")
-    assert again.ids.tolist() == cache.ids.tolist() and again.text_bytes == 10
+    assert again.ids.tolist() == cache.ids.tolist()
     assert len(list(tmp_path.iterdir())) == 1
     assert build_cache(["other"], BYTES, tmp_path, "key 2").tokens == 6
     other = Tokenizer(
@@ -190,7 +192,7 @@ def test_cache_of_conversations(tmp_path: Path) -> None:
     talk = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo!"}]}
     cache = build_cache([BYTES.render_conversation(talk)] * 2, BYTES, tmp_path, "key")
     assert cache.mask is not None and cache.mask.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1] * 2
-    assert (cache.documents, cache.text_bytes) == (2, 10)
+    assert cache.documents == 2
     _, targets = next(PackedBatches(cache, sequence_len=10, rows=1))
     assert targets.tolist() == [[-1] * 5 + [*b"yo!", BYTES.special("<|assistant_end|>")] + [-1]]
 
@@ -221,6 +223,16 @@ def test_short_ids_are_noticed(tmp_path: Path) -> None:
     (folder,) = tmp_path.iterdir()
     (folder / "ids.bin").write_bytes((folder / "ids.bin").read_bytes()[:-2])
     assert build_cache(["abc"], BYTES, tmp_path, "key").ids.tolist() == [256, *b"abc"]
+
+
+def test_what_a_kill_left_goes(tmp_path: Path) -> None:
+    """A build that was killed left its folder; one that may still be at work is left alone."""
+    for name, days in ((".building-old", 3), (".building-new", 0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ids.bin").write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - days * 86_400,) * 2)
+    build_cache(["abc"], BYTES, tmp_path, "key")
+    assert [path.name for path in tmp_path.glob(".building-*")] == [".building-new"]
 
 
 def test_failed_build_leaves_nothing(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
@@ -40,7 +41,6 @@ class TokenCache:
     ids: np.ndarray  # (N,) uint16 or uint32, each document led by <|bos|>
     offsets: np.ndarray  # (documents + 1,) int64, where each document begins in ids
     mask: np.ndarray | None  # (N,) uint8: 0 where a token is not learned from
-    text_bytes: int
     bos_id: int
 
     @property
@@ -79,6 +79,9 @@ def build_cache(
     if cache:
         return cache
     Path(folder).mkdir(parents=True, exist_ok=True)
+    for torn in Path(folder).glob(".building-*"):  # left by a kill, and as large as a cache
+        if torn.stat().st_mtime < time.time() - 2 * 86_400:
+            shutil.rmtree(torn, ignore_errors=True)
     building = Path(tempfile.mkdtemp(dir=folder, prefix=".building-"))
     try:
         if on_event:
@@ -109,18 +112,15 @@ def write_cache(
     """Tokenise documents into the files of a cache, a chunk of them in memory at a time."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     lengths: list[int] = []
-    text_bytes, masked, bos = 0, False, tokenizer.bos_id
-    byte_lengths = tokenizer.byte_lengths()
+    masked, bos = False, tokenizer.bos_id
     with (folder / "ids.bin").open("wb") as ids_file, (folder / "mask.bin").open("wb") as mask_file:
         while chunk := list(islice(documents, CHUNK_DOCUMENTS)):
             if isinstance(chunk[0], str):
                 encoded = [[bos, *ids] for ids in tokenizer.encode_batch(chunk)]
-                text_bytes += sum(len(text.encode("utf-8", "replace")) for text in chunk)
             else:
                 encoded, masked = [ids for ids, _ in chunk], True
                 mask_file.write(np.concatenate([np.asarray(mask, np.uint8) for _, mask in chunk]).tobytes())
             flat = np.fromiter((i for ids in encoded for i in ids), dtype, sum(map(len, encoded)))
-            text_bytes += int(byte_lengths[flat].sum()) if masked else 0
             ids_file.write(flat.tobytes())
             lengths.extend(map(len, encoded))
             if on_event:
@@ -130,7 +130,7 @@ def write_cache(
     np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
     meta |= {
         "schema": SCHEMA, "tokenizer": tokenizer.identity, "dtype": dtype.str, "masked": masked,
-        "bos_id": bos, "tokens": sum(lengths), "documents": len(lengths), "text_bytes": text_bytes,
+        "bos_id": bos, "tokens": sum(lengths), "documents": len(lengths),
     }  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
@@ -145,7 +145,7 @@ def open_cache(folder: Path, identity: str) -> TokenCache | None:
         whole = len(ids) == meta["tokens"] == offsets[-1] and len(offsets) == meta["documents"] + 1
         if meta["identity"] != identity or not whole or (mask is not None and len(mask) != len(ids)):
             return None
-        return TokenCache(ids, offsets, mask, meta["text_bytes"], meta["bos_id"])
+        return TokenCache(ids, offsets, mask, meta["bos_id"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
