@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from primechat.views.theme import SERIES, push_apart, style_figure
 
 
-def wait_for(figure: go.FigureWidget) -> go.FigureWidget:
+def wait_for(figure: go.Figure) -> go.Figure:
     """Say in a figure what it waits for, where nothing is drawn: true before a run and during one."""
     if not any(trace.x is not None and len(trace.x) for trace in figure.data):
         figure.update_xaxes(visible=False)
@@ -26,9 +26,7 @@ def wait_for(figure: go.FigureWidget) -> go.FigureWidget:
     return figure
 
 
-def draw_tradeoff(
-    rows: Sequence[Mapping[str, Any]], gain: str, loss: str, *, title: str = ""
-) -> go.FigureWidget:
+def draw_tradeoff(rows: Sequence[Mapping[str, Any]], gain: str, loss: str, *, title: str = "") -> go.Figure:
     """Draw what runs gained against what they lost, a dot a run and its name beside the mean.
 
     Args:
@@ -36,7 +34,7 @@ def draw_tradeoff(
         gain: key of the gain, to the right; also the axis's title.
         loss: key of the loss, downwards is better; also the axis's title.
     """
-    figure = go.FigureWidget()
+    figure = go.Figure()
     for i, name in enumerate(dict.fromkeys(str(row["name"]) for row in rows)):
         mine = [row for row in rows if row["name"] == name]
         x, y = [float(row[gain]) for row in mine], [float(row[loss]) for row in mine]
@@ -61,9 +59,9 @@ def draw_lines(
     title: str = "",
     faint: Sequence[str] = (),
     **layout: Any,
-) -> go.FigureWidget:
+) -> go.Figure:
     """Draw curves, named at their ends: points (x, y) or (x, y, low, high) by name; `faint` ones dotted."""
-    figure = go.FigureWidget()
+    figure = go.Figure()
     ends = {name: points[-1][1] for name, points in series.items() if points}
     heights = [value for points in series.values() for p in points for value in p[1:]] or [0.0]
     apart = push_apart(list(ends.values()), 0.08 * (max(heights) - min(heights)))
