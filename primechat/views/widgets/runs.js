@@ -279,7 +279,8 @@ function drawSettings({ model, root, listen, later }) {
       soon();
     });
     const fault = h("div", { class: "pc-fault", role: "alert", hidden: true });
-    const node = h("div", { class: "pc-setting" }, h("label", null, h("span", { class: "pc-named" }, h("span", { text: spec.title }), h("span", { class: "pc-mono pc-muted", text: spec.simple ? spec.name : spec.name.split(".").at(-1) })), input), h("div", null, h("div", { class: "pc-muted" }, ...phrase(spec.help)), fault));
+    const long = spec.form === "text" && input.value.length > 36;
+    const node = h("div", { class: long ? "pc-setting pc-wide" : "pc-setting" }, h("label", null, h("span", { class: "pc-named" }, h("span", { text: spec.title }), h("span", { class: "pc-mono pc-muted", text: spec.simple ? spec.name : spec.name.split(".").at(-1) })), input), h("div", null, h("div", { class: "pc-muted" }, ...phrase(spec.help)), fault));
     rows.set(spec.name, { node, input, fault, put });
     return node;
   };
