@@ -340,6 +340,8 @@ def test_stage_refuses_and_goes_on(corpus: str, tmp_path: Path) -> None:
         distill(replace(config, tag="x", n_layer=2))
     with pytest.raises(ConfigError, match="top_k=4 must be 0"):
         DistillConfig(top_k=4, on_policy=0.5)
+    with pytest.raises(ConfigError, match="top_k=301 must be at most 300"):
+        distill(replace(config, tag="x", top_k=301))
     train_tokenizer(TokenizerConfig(tag="other", corpus=corpus, vocab_size=299))
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"text": f"zebra quilt {i} vex"}) + "\n" for i in range(40)))

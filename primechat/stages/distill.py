@@ -109,10 +109,8 @@ def choose_student(
     given = (config.n_layer, config.n_embd, config.n_head)
     if any(given):
         if not all(given):
-            raise ConfigError(
-                f"n_layer={given[0]}, n_embd={given[1]}, n_head={given[2]} must be given together; "
-                "or choose a size."
-            )
+            names = "n_layer={}, n_embd={}, n_head={}".format(*given)
+            raise ConfigError(f"{names} must be given together; or choose a size.")
         return set_shape(teacher, *given), None
     return shrink_model(teacher, config.size), None
 
@@ -145,6 +143,8 @@ def open_teacher_cache(config: DistillConfig, teacher: GPT, name: str, T: int) -
     """
     if not config.top_k:
         return None
+    if config.top_k > teacher.vocab_size:
+        raise ConfigError(f"top_k={config.top_k} must be at most {teacher.vocab_size}, all tokens; try 32.")
     key = f"{name} {config.top_k} {config.temperature} {T} {config.layout == 'masked'}"
     sha = hashlib.sha256(key.encode())
     for tensor in teacher.state_dict().values():
