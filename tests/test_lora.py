@@ -324,6 +324,30 @@ def test_a_kill_at_the_last_step(base: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert result.step == 4 and all(torch.equal(newest[key], opened[key]) for key in opened)
 
 
+def test_harm_to_a_run(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that has changed on the disk is passed over, as in every stage; a full disk is named."""
+    look = LookConfig(eval_tokens=256, save_every=2, eval_every=4, snapshots=False, sample_every=-1)
+    config = LoRAConfig(
+        tag="hurt", base="sft/d3", dialogues=base, rank=2, batch_tokens=128, steps=4, runtime=FIXED, look=look
+    )
+    folder = store.base_dir() / train_lora(config).path
+    path = folder / "model_000004.pt"
+    sound, file = path.read_bytes(), bytearray(path.read_bytes())
+    file[len(file) // 2] ^= 255
+    path.write_bytes(file)
+    said: list[str] = []
+    train_lora(replace(config, resume=True), on_event=lambda e: said.append(getattr(e, "text", "")))
+    assert any("Skipped step 4" in text for text in said) and "Going on from step 2 of 4." in said
+    assert path.read_bytes() == sound
+    monkeypatch.setattr("primechat.model.checkpoint.write_part", refuse_to_write)
+    with pytest.raises(CheckpointError, match="could not be written to .*No space"):
+        train_lora(replace(config, tag="full"))
+
+
+def refuse_to_write(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def test_stage_refuses(base: str) -> None:
     with pytest.raises(CheckpointError, match="the adapters are: none"):
         store.open_model("lora:none")

@@ -14,9 +14,11 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,14 +55,9 @@ class Loaded:
 
 
 def save_checkpoint(
-    folder: Path | str,
-    step: int,
-    *,
-    model_state: Mapping[str, Tensor],
-    config: GPTConfig,
-    optim_state: dict[str, Any] | None,
-    meta: Mapping[str, Any],
-) -> None:
+    folder: Path | str, step: int, *, model_state: Mapping[str, Tensor], config: GPTConfig,
+    optim_state: dict[str, Any] | None, meta: Mapping[str, Any],
+) -> None:  # fmt: skip
     """Commit one step; the caller holds the folder's `RunLock`.
 
     Args:
@@ -78,9 +75,16 @@ def save_checkpoint(
     parts: dict[str, Any] = {f"model_{step:06d}.pt": state}
     if optim_state is not None:
         parts[f"optim_{step:06d}_rank0.pt"] = optim_state
-    try:
+    with tell_refusal(folder, step):
         whole = {"step": step, "val_bpb": None, **meta, **encode_model(config)} | {"step": step}
         commit_step(folder, step, parts, whole)
+
+
+@contextmanager
+def tell_refusal(folder: Path, step: int) -> Iterator[None]:
+    """Say in a sentence that the disk refuses a step."""
+    try:
+        yield
     except (OSError, RuntimeError) as e:
         reason = getattr(e, "strerror", None) or str(e).split("\n")[0]
         raise CheckpointError(
@@ -256,13 +260,9 @@ def read_meta(folder: Path | str, step: int) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    folder: Path | str,
-    step: int | None = None,
-    *,
-    want_optim: bool = False,
-    verify: bool | None = None,
-    dtype: str = "",
-) -> Loaded:
+    folder: Path | str, step: int | None = None, *, want_optim: bool = False, verify: bool | None = None,
+    dtype: str = "", read: Callable[[Path, int, bool, bool | None, str], Loaded] | None = None,
+) -> Loaded:  # fmt: skip
     """Read one step, ours or nanochat's; what is not cast stays, on the CPU, mapped from the file.
 
     Args:
@@ -271,23 +271,21 @@ def load_checkpoint(
         want_optim: read the optimizer's state too, to resume.
         verify: compare hashes; None does so when resuming, for files below 1 GB.
         dtype: float32 or bfloat16 to cast the model's tensors to; empty leaves them as they are.
+        read: reads one step; None is `read_step`.
 
     Raises:
         CheckpointError: no step, or the step asked for, can be read.
     """
-    folder = Path(folder)
+    folder, read = Path(folder), read or read_step
     if step is not None:
-        return read_step(folder, step, want_optim, verify, dtype)
+        return read(folder, step, want_optim, verify, dtype)
     skipped: list[str] = []
     for number in reversed(list_numbers(folder)):
         try:
-            loaded = read_step(folder, number, want_optim, verify, dtype)
+            return replace(read(folder, number, want_optim, verify, dtype), skipped=skipped)
         except CheckpointError as e:
             skipped.append(f"step {number}: {e}")
-            continue
-        for reason in skipped:
-            logger.warning("skipped %s", reason)
-        return replace(loaded, skipped=skipped)
+            logger.warning("skipped %s", skipped[-1])
     if skipped:
         raise CheckpointError(f"No step of {folder} can be used: {skipped[0]}")
     raise CheckpointError(f"{folder} holds no checkpoint; train one, or see `primechat models`.")
@@ -300,11 +298,8 @@ def read_step(folder: Path, step: int, want_optim: bool, verify: bool | None, dt
         near = f"there are {there[0]} to {there[-1]} ({len(there)})" if there else "there are none"
         raise CheckpointError(f"{folder} has no step {step}, {near}; name one of those.")
     meta = read_meta(folder, step)
-    for name, entry in meta["files"].items() if meta.get("writer") == WRITER else ():
-        if verify or (verify is None and want_optim and entry["bytes"] < HASH_LIMIT):
-            if hash_file(folder / name) != entry.get("sha256"):
-                rule = "has changed since it was written (its SHA-256)"
-                raise CheckpointError(f"{folder / name} {rule}; use another step.")
+    if verify or (verify is None and want_optim):
+        check_hashes(folder, meta, HASH_LIMIT if verify is None else math.inf)
     path = folder / f"model_{step:06d}.pt"
     specs = inspect_model(path)
     try:
@@ -314,6 +309,14 @@ def read_step(folder: Path, step: int, want_optim: bool, verify: bool | None, dt
     state = load_model(path, specs, dtype)
     optim_state = read_optim(folder, step, meta) if want_optim else None
     return Loaded(step=step, config=config, model_state=state, meta=meta, optim_state=optim_state)
+
+
+def check_hashes(folder: Path, meta: dict[str, Any], limit: float = HASH_LIMIT) -> None:
+    """Refuse a step of ours of which a file, smaller than a limit, is not as it was written."""
+    for name, entry in meta["files"].items() if meta.get("writer") == WRITER else ():
+        if entry["bytes"] < limit and hash_file(folder / name) != entry.get("sha256"):
+            rule = "has changed since it was written (its SHA-256)"
+            raise CheckpointError(f"{folder / name} {rule}; use another step.")
 
 
 def read_optim(folder: Path, step: int, meta: dict[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import torch
 from primechat import store
 from primechat.config import LoRAConfig
 from primechat.errors import CheckpointError, ConfigError
-from primechat.model import lora
-from primechat.model.checkpoint import Loaded, commit_step, find_steps, load_checkpoint, read_meta, read_optim
+from primechat.model import checkpoint, lora
+from primechat.model.checkpoint import Loaded, load_checkpoint, read_meta
 from primechat.model.gpt import GPT
 from primechat.model.weights import load_tensors
 from primechat.records import OnEvent, TrainResult
@@ -87,13 +87,17 @@ class LoraJob(Job):
                 tensor.copy_(loaded.model_state[key])
 
     def load_step(self, folder: Path) -> Loaded:
-        """Return the newest step of an adapter's run."""
-        step = find_steps(folder)[-1]
+        """Return the newest sound step of an adapter's run."""
+        return load_checkpoint(folder, want_optim=True, read=self.read_step)
+
+    def read_step(self, folder: Path, step: int, *_: object) -> Loaded:
+        """Read one step or say what is wrong with it."""
         meta = read_meta(folder, step)
+        checkpoint.check_hashes(folder, meta)
         state = load_tensors(folder / f"model_{step:06d}.pt")
         if not isinstance(state, dict) or "lora" not in meta:
             raise CheckpointError(f"{folder} holds no adapter's run; choose another tag.")
-        optim_state = read_optim(folder, step, meta)
+        optim_state = checkpoint.read_optim(folder, step, meta)
         return Loaded(step=step, config=self.model, model_state=state, meta=meta, optim_state=optim_state)
 
     def save_step(
@@ -101,9 +105,9 @@ class LoraJob(Job):
     ) -> None:
         """Write PEFT's files, then commit the adapter and its optimizer: a step that counts has both."""
         state = lora.read_state(model, self.tag)
-        names = f"model_{step:06d}.pt", f"optim_{step:06d}_rank0.pt"
-        whole = {**meta, "step": step, "lora": {"base": self.base, "rank": self.spec.rank}}
-        whole["lora"]["n_params"] = sum(tensor.numel() for tensor in state.values())
+        parts = {f"model_{step:06d}.pt": state, f"optim_{step:06d}_rank0.pt": optim_state}
+        facts = {"base": self.base, "rank": self.spec.rank, "n_params": self.count_params(model)}
         identity = self.tokenizer.identity
-        lora.save_adapter(model, self.tag, self.spec, folder, self.base, tokenizer_identity=identity)
-        commit_step(folder, step, dict(zip(names, (state, optim_state), strict=True)), whole)
+        with checkpoint.tell_refusal(folder, step):
+            lora.save_adapter(model, self.tag, self.spec, folder, self.base, tokenizer_identity=identity)
+            checkpoint.commit_step(folder, step, parts, {**meta, "step": step, "lora": facts})
