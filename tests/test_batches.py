@@ -225,6 +225,16 @@ def test_short_ids_are_noticed(tmp_path: Path) -> None:
     assert build_cache(["abc"], BYTES, tmp_path, "key").ids.tolist() == [256, *b"abc"]
 
 
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", refuse)
+    with pytest.raises(DataError, match="cannot be written .No space left on device.; free some space"):
+        build_cache(["abc"], BYTES, tmp_path, "key")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_kill_left_goes(tmp_path: Path) -> None:
     """A build that was killed left its folder; one that may still be at work is left alone."""
     for name, days in ((".building-old", 3), (".building-new", 0)):

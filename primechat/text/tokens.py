@@ -71,7 +71,7 @@ def build_cache(
         on_event: Hears of progress, in documents.
 
     Raises:
-        DataError: There are no documents.
+        DataError: There are no documents, or the disk refuses.
     """
     identity = hashlib.sha256(json.dumps([SCHEMA, key, tokenizer.identity]).encode()).hexdigest()
     target = Path(folder) / identity[:24]
@@ -95,6 +95,9 @@ def build_cache(
         except OSError:  # another process was faster
             if not open_cache(target, identity):
                 raise
+    except OSError as error:  # of writing: who reads texts has errors of his own
+        reason = f"the tokens cannot be written ({error.strerror})"
+        raise DataError(f"{folder}: {reason}; free some space, or set NANOCHAT_BASE_DIR elsewhere.") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
     cache = open_cache(target, identity)
