@@ -352,8 +352,10 @@ def test_question_longer_than_a_conversation_may_be(corpus: str, tmp_path: Path)
     caches = [cache_dialogues(config, split, tokenizer) for split in ("train", "val")]
     assert [cache.documents for cache in caches] == [39, 1]
     path.write_text("\n".join(map(json.dumps, [*talk[:30], long])))
-    with pytest.raises(DataError, match="first 2048 tokens of no conversation in val reach an answer"):
+    with pytest.raises(DataError, match="leaves nothing in val: .* or none answers within 2048 tokens"):
         cache_dialogues(config, "val", tokenizer)
+    with pytest.raises(DataError, match="leaves nothing in train: a weight takes no conversation"):
+        cache_dialogues(replace(config, dialogues=f"{path}*0.01"), "train", tokenizer)
 
 
 def test_speedrun_and_report(

@@ -136,8 +136,8 @@ def cache_dialogues(
                 found = True
                 yield ids, mask
         if not found:
-            said = f"the first {MAX_TOKENS} tokens of no conversation in {split} reach an answer"
-            raise DataError(f"dialogues={config.dialogues!r}: {said}; shorten the questions, or add others.")
+            why = f"a weight takes no conversation, or none answers within {MAX_TOKENS} tokens"
+            raise DataError(f"dialogues={config.dialogues!r} leaves nothing in {split}: {why}; add others.")
 
     key = f"chat-{split}-{identify_mixture(config.dialogues, split, options)}"
     return build_cache(render(), tokenizer, store.base_dir() / "token_cache", key)
