@@ -336,6 +336,8 @@ def test_stage_refuses_and_goes_on(corpus: str, tmp_path: Path) -> None:
     distill(config)
     more = distill(replace(config, tag="more", base="base/sized"))
     assert more.step == 2
+    control = distill(replace(config, tag="control", alpha=1.0))  # which leaves out hidden states too
+    assert distill(replace(config, tag="still", alpha=1.0, hidden=0.5)).val_bpb == control.val_bpb
     with pytest.raises(ConfigError, match="must be given together"):
         distill(replace(config, tag="x", n_layer=2))
     with pytest.raises(ConfigError, match="top_k=4 must be 0"):

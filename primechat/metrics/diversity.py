@@ -117,7 +117,10 @@ def measure_bleu(texts: Sequence[Tokens], max_n: int = 4) -> np.ndarray:
 
 
 def measure_selfbleu(texts: Sequence[Tokens], max_n: int = 4) -> float:
-    """Return self-BLEU, the mean BLEU of each text against all the others: 1 where all are the same.
+    """Return self-BLEU, the mean BLEU of each text against all the others.
+
+    It is 1 where all are the same, if they have max_n words or more: an order that a text is too short for
+    counts as one without a match.
 
     Source: Zhu et al. 2018, Texygen, section 3.
     """

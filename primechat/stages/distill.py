@@ -70,7 +70,7 @@ def distill(
     )
     mix = Mix(
         alpha=config.alpha, temperature=config.temperature, kind=config.loss, beta=config.beta,
-        hidden=config.hidden, top_k=config.top_k,
+        hidden=config.hidden if config.alpha < 1 else 0.0, top_k=config.top_k,
     )  # fmt: skip
     if not config.dialogues or config.learn == "all":
         plain = replace(plain, family="base")
@@ -165,7 +165,7 @@ class DistillJob(Job):
     def prepare(self, model: GPT) -> None:
         """Put a projector beside the student where hidden states are compared."""
         self.made["student"] = model
-        if self.mix.hidden and self.mix.alpha < 1:
+        if self.mix.hidden:
             width = self.teacher.config.n_embd
             model.add_module("projector", make_projector(self.model.n_embd, width, self.seed))
 
