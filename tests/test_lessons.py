@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 
 import pytest
@@ -31,3 +32,27 @@ def test_check_knows_right_from_wrong(exercise: Exercise) -> None:
         with pytest.raises(Broken) as refused:
             exercise.check(attempt)
         assert refused.value.rule == rule and len(str(refused.value)) > 10, str(refused.value)
+
+
+@pytest.mark.parametrize("stub", [lambda x: ..., lambda x: None, None, ...])
+def test_stub_is_no_attempt(stub: object) -> None:
+    assert is_stub(stub)
+
+
+def test_function_that_returns_a_number_is_an_attempt() -> None:
+    def always_one(step: int, steps: int) -> float:
+        return 1.0
+
+    assert not is_stub(always_one) and not is_stub(lambda step, steps: 0)
+
+
+@pytest.mark.parametrize(
+    ("lab", "index", "attempt"),
+    [
+        ("start_here", 1, lambda nats, n_bytes: nats * 1.4427 / n_bytes),  # as the card's own sentence says
+        ("pretraining", 0, lambda nats, n_bytes: nats / 0.693 / n_bytes),  # as its hint says
+        ("autochat_entropy", 0, lambda p: -sum(x * math.log(x + 1e-8) for x in p)),
+    ],
+)
+def test_check_accepts_what_is_right_but_for_rounding(lab: str, index: int, attempt: object) -> None:
+    FOUND[lab][index].check(attempt)

@@ -24,7 +24,7 @@ def check_entropy(entropy: Callable[[Sequence[float]], float]) -> None:
     except (ValueError, ZeroDivisionError) as error:
         require(False, "What has no chance counts nothing", f"entropy([1, 0]) raised {error!r}.")
     require(not math.isnan(sure), "What has no chance counts nothing", "entropy([1, 0]) is not a number.")
-    require(abs(sure) < 1e-9, "A sure choice has none", f"entropy([1, 0]) returned {sure}.")
+    require(abs(sure) < 1e-6, "A sure choice has none", f"entropy([1, 0]) returned {sure}.")
     even = entropy([0.25] * 4)
     require(even > 0, "Entropy is never negative", f"entropy of four equal chances returned {even}.")
     said = f"entropy of four equal chances returned {even:.4f}, ln 4 is {math.log(4):.4f}."
@@ -55,6 +55,9 @@ def check_repeated(rep: Callable[[Sequence[Any], int], float]) -> None:
     apart = rep(list("abcab"), 2)
     said = f"rep of a b c a b, n = 2, returned {apart:.3f}: 4 pairs, 3 different, so 1/4."
     require(abs(apart - 1 / 4) < 1e-9, "Repeats need not be side by side", said)
+    three = rep(list("abcabc"), 3)
+    said = f"rep of a b c a b c, n = 3, returned {three:.3f}: its pieces are abc, bca, cab, abc, so 1/4."
+    require(abs(three - 1 / 4) < 1e-9, "A piece has n tokens", said)
 
 
 def see_roles(texts: Sequence[str], me: int) -> list[dict[str, str]]:
@@ -83,6 +86,9 @@ def check_roles(see: Callable[[Sequence[str], int], list[dict[str, str]]]) -> No
     require(
         [m["content"] for m in first] == texts[1:], "No turn is lost or changed", f"speaker 0 sees {first}."
     )
+    roles = [m["role"] for m in first]
+    said = f"speaker 0 sees the roles {roles}."
+    require(roles == ["user", "assistant", "user"], "My own turns are the assistant's", said)
 
 
 def _adjacent(tokens: Sequence[Any], n: int) -> float:
@@ -127,6 +133,7 @@ EXERCISES = (
                 "A short text repeats nothing",
             ),
             (lambda t, n: 1 - len(set(t)) / len(t) if len(t) > n else 0, "The last n-gram counts"),
+            (lambda t, n: share_repeated(t, 2), "A piece has n tokens"),
         ),
         praise="Three of these, for n = 2, 3 and 4, make the measure called diversity.",
     ),  # fmt: skip
@@ -153,6 +160,10 @@ EXERCISES = (
                 "A conversation begins with the user",
             ),
             (lambda texts, me: see_roles(texts[-2:], me), "My own turns are the assistant's"),
+            (
+                lambda texts, me: [m | {"role": m["role"] if me else "user"} for m in see_roles(texts, me)],
+                "My own turns are the assistant's",
+            ),
         ),
         praise="This swap is all that self-talk needs: one model, two points of view.",
     ),  # fmt: skip

@@ -69,10 +69,16 @@ def keep_greeting(talk: Talk) -> Talk:
     return [talk[0], *order_talk(talk)] if talk[0][0] == "assistant" else order_talk(talk)
 
 
+def join_first(talk: Talk) -> Talk:
+    """A mistake: what stood beside a blank turn is not joined."""
+    found = order_talk([(role, text if text.strip() else "(blank)") for role, text in talk])
+    return [turn for turn in found if turn[1] != "(blank)"]
+
+
 def check_order(attempt: Any) -> None:
     """Refuse a talk that a model cannot learn to answer from."""
-    talk = [("assistant", "Welcome"), ("user", "Hi"), ("user", "there"), ("assistant", "  "),
-            ("assistant", "Hello"), ("user", "Bye")]  # fmt: skip
+    talk = [("assistant", "Welcome"), ("user", "Hi"), ("assistant", "  "), ("user", "there"),
+            ("assistant", "Hello"), ("assistant", "you"), ("user", "Bye")]  # fmt: skip
     got = [tuple(turn) for turn in attempt(list(talk))]
     require(bool(got) and got[0][0] == "user", "The user begins", f"the first turn was {got[:1]}")
     require(got[-1][0] == "assistant", "An answer ends it", f"the last turn was {got[-1]}")
@@ -82,7 +88,8 @@ def check_order(attempt: Any) -> None:
     )  # fmt: skip
     require(all(a[0] != b[0] for a, b in zip(got, got[1:], strict=False)), "They take turns", f"got {got}")
     words = " ".join(text for _, text in got).split()
-    require(words == ["Hi", "there", "Hello"], "No word is lost", f"the words left were {words}")
+    require(words == ["Hi", "there", "Hello", "you"], "No word is lost", f"the words left were {words}")
+    require(got[0][1] == "Hi\nthere", "A line break joins", f"the user's two turns became {got[0][1]!r}")
 
 
 EXERCISES = (
@@ -115,6 +122,11 @@ EXERCISES = (
             (keep_blanks, "No blank turns"),
             (lambda talk: order_talk([*talk, ("assistant", "x")])[:-1] + talk[-1:], "An answer ends it"),
             (keep_greeting, "The user begins"),
+            (join_first, "They take turns"),
+            (
+                lambda talk: [(role, " ".join(text.split())) for role, text in order_talk(talk)],
+                "A line break joins",
+            ),
         ),
         praise="The stages clean every set by these rules, and count what they changed.",
     ),

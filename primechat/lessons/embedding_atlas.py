@@ -153,8 +153,8 @@ def place_least(tables: list[np.ndarray]) -> list[np.ndarray]:
 EXERCISES = (
     Exercise(
         title="Find the neighbours",
-        task="Write `nearest(table, row, k)`: the **k rows** of `table` that point most nearly the same "
-        "way as row `row`, the nearest first, without `row` itself.\n\n"
+        task="Write `nearest(table, row, k)`: the numbers of the **k rows** of `table` that point most "
+        "nearly the same way as row `row`, the nearest first, without `row` itself.\n\n"
         "The **cosine** of two vectors is their product divided by both lengths: 1 where they point the "
         "same way, 0 where they are at right angles.",
         check=check_nearest,
