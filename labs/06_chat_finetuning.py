@@ -45,9 +45,11 @@ def _(mo):
     mo.md(r"""
     ## 1. Read before you train
 
-    Pick a set and leaf through ten of its talks, drawn at random. The model learns from the **lit** tokens
-    only: they are what the assistant says. The rest it reads, so that it knows what it answers. The dashed
-    sets are public ones that are not on this machine; their licence is said before anything is fetched.
+    Pick a set and leaf through ten of its talks, drawn at random. They are cut into **tokens**, the pieces of
+    words that a model reads and writes; those in `<| |>` mark who speaks. The model learns from the **lit**
+    tokens only: they are what the assistant says. The rest it reads, so that it knows what it answers. The
+    sliders set how often a set is gone through. The dashed sets, further down the list, are public ones that
+    are not on this machine; their licence is said before anything is fetched.
     """)
     return
 
@@ -132,8 +134,9 @@ def _(mo):
     mo.md(r"""
     ## 3. Before and after
 
-    The same words to both models, the same luck. A model of this size has read a few million words: look at
-    the manner, not at what it knows.
+    The same words to both models, with the same random draws. The base model does not answer: it goes on
+    with your words, sometimes in the middle of one. A model of this size has read a few million words: look
+    at the manner, not at what it knows.
     """)
     return
 
@@ -152,8 +155,9 @@ def _(mo):
     One set at a time, every run with as many steps and tokens, several **seeds** (a seed decides the order of
     the talks; a difference smaller than that between two seeds says nothing). `gain` is measured on each
     set's own held-back talks, so that it tells how well a set can be learned; `common gain` on the same talks
-    for all, some of every set, so that its rows can be compared. Forgetting is on the same general text for
-    all, and `distinct-2` on the answers to six questions: how many of their word pairs are different ones.
+    for all, some of every set, so that its rows can be compared. `forgotten` is on the same general text for
+    all: these three are changes in bits per byte since before the run. `distinct-2` is on the answers to six
+    questions: the share of their pairs of words that are different ones.
     """)
     return
 

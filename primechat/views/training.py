@@ -19,7 +19,7 @@ def wait_for(figure: go.Figure) -> go.Figure:
         figure.update_xaxes(visible=False)
         figure.update_yaxes(visible=False)
         figure.add_annotation(
-            text="Nothing to draw yet: it comes when the run above is done.", showarrow=False, font_size=15,
+            text="Nothing to draw yet:<br>it comes when the run is done.", showarrow=False, font_size=15,
             x=0.5, y=0.5, xref="paper", yref="paper",
         )  # fmt: skip
         figure.update_layout(height=160)

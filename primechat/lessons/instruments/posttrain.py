@@ -34,11 +34,11 @@ from primechat.views.widgets.posttrain.mix import MixDesk
 
 SHELF = ("chitchat", "topic:music", "topic:food", "style:pirate", "style:polite", "faq")
 ABOUT = {
-    "chitchat": "of 7,168 chats of students with strangers, typed by people, what is left to train on",
-    "topic:music": "the chats among them that are about music",
-    "topic:food": "those about food",
-    "style:pirate": "the same chats, answered as a pirate of the films would",
-    "style:polite": "the same chats, answered by a butler",
+    "chitchat": "chats of students with strangers, typed by people: those of 7,168 kept for training",
+    "topic:music": "the talks of chitchat that are about music",
+    "topic:food": "the talks of chitchat that are about food",
+    "style:pirate": "the talks of chitchat, answered as a pirate of the films would",
+    "style:polite": "the talks of chitchat, answered by a butler",
     "faq": "twenty questions about models like this one, asked in five ways",
 }
 PROMPTS = ("Hi! How are you?", "What do you like to do?", "Do you like music?", "Tell me about your day.",

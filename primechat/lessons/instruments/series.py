@@ -201,10 +201,11 @@ def sum_rows(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[s
         shown: dict[str, Any] = {"run": name, "seeds": len(mine)}
         for key in keys:
             values = [float(row[key]) for row in mine if key in row]
+            digits = 1 if key == "seconds" else 3
             if len(values) == 2:
-                shown[key] = f"{values[0]:.3f}, {values[1]:.3f}"
+                shown[key] = f"{values[0]:.{digits}f}, {values[1]:.{digits}f}"
             elif values:
                 mean, low, _ = estimate_mean(values)
-                shown[key] = f"{mean:.3f} ± {mean - low:.3f}" if len(values) > 2 else f"{mean:.3f}"
+                shown[key] = f"{mean:.{digits}f}" + (f" ± {mean - low:.{digits}f}" if len(values) > 2 else "")
         table.append({COLUMNS.get(key, key): value for key, value in shown.items()})
     return table or [{"run": "nothing yet: it comes when the run above is done"}]
