@@ -287,6 +287,9 @@ def test_form_is_the_config() -> None:
         for word in field["choices"]:
             assert "values" in student.answer_change({**student.values, field["name"]: word})
     assert "size='tiny'" in student.answer_change({**student.values, "size": "tiny"})["fault"]
+    for typed in ("0,5", "1,50", "0,500"):  # half, to a reader who writes commas: never five
+        for name in ("temperature", "steps"):
+            assert "write one" in student.answer_change({**student.values, name: typed})["fault"]
 
 
 def test_every_config_is_a_form_and_a_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,10 +149,11 @@ def read_value(name: str, value: Any, kind: Any) -> Any:
     if kind is str:
         return text
     try:
-        return kind(text.replace(",", "").replace("_", ""))
+        # 1,000 as this page writes it; a comma elsewhere is none of ours: 0,5 would become 5
+        return kind(text.replace(",", "") if re.fullmatch(r"[1-9]\d{0,2}(,\d{3})+", text) else text)
     except ValueError:
-        what = "a whole number" if kind is int else "a number"
-        raise ConfigError(f"{name}={text!r} must be {what}; write one.") from None
+        what, one = ("a whole number", "20") if kind is int else ("a number", "0.5")
+        raise ConfigError(f"{name}={text!r} must be {what}; write one, such as {one}.") from None
 
 
 def write_command(config: Any) -> str:
