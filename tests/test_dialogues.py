@@ -319,6 +319,24 @@ def test_licence_before_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert order == ["told", "asked", f"{repo}:data/train-1.parquet:5", f"{repo}:data/train-2.parquet:6"]
 
 
+def test_files_of_another_form(tmp_path: Path) -> None:
+    """What was copied by hand may be anything."""
+    persona, daily, magpie = (tmp_path / "dialogues" / name for name in ("persona", "dailydialog", "magpie"))
+    for folder in (persona, daily, magpie):
+        folder.mkdir(parents=True)
+    head = b"user 1 personas,user 2 personas,Best Generated Conversation\na,b,"
+    for content in (b"\xff\n", b'"User 1: ' + b"a" * 200_000 + b'"\n'):
+        (persona / "a_train.csv").write_bytes(head + content)
+        with pytest.raises(DataError, match="persona has a file of another form"):
+            take("persona", "train", make_options(tmp_path))
+    with zipfile.ZipFile(daily / "data.zip", "w") as file:
+        file.writestr("dialogues.json", '[{"turns": 3}]')
+    pq.write_table(pa.table({"messages": ["no list"]}), magpie / "train-1.parquet")
+    for name in ("dailydialog", "magpie"):
+        with pytest.raises(DataError, match=f"{name} has a file of another form"):
+            take(name, "train", make_options(tmp_path))
+
+
 def test_a_fetch_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of a set's files is not the set: what a kill left out is fetched by the next run."""
     asked: list[list[str]] = []

@@ -10,6 +10,7 @@ Reference: Bloom 1970; `text.sources.hubsets` for the sets, `text.sources.recipe
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import math
@@ -251,7 +252,11 @@ def open_set(name: str, split: str, options: DialogueOptions, counts: Counter[st
         for turns in split_last(load_chitchat(), split):
             yield Raw([("assistant" if who else "user", text) for who, text in turns], split)
     elif name in SETS:
-        yield from SETS[name].read(set_folder(name, options), counts)
+        try:
+            yield from SETS[name].read(set_folder(name, options), counts)
+        except (ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
+            reason = f"{set_folder(name, options)} has a file of another form ({error!r:.80})"
+            raise DataError(f"{reason}; remove the folder, and the set is fetched again.") from None
     elif is_file(name):
         path = Path(name)
         last = count_rows(path)
@@ -270,10 +275,8 @@ def is_file(name: str) -> bool:
         return True
     if name in SETS or name == "chitchat" or name.startswith(("topic:", "style:", "faq")):
         return False
-    raise DataError(
-        f"dialogues={name!r} must be chitchat, {', '.join(SETS)}, a recipe (topic:, style:, faq) or the path "
-        "of a .jsonl file; correct it."
-    )
+    rest = "a recipe (topic:, style:, faq) or the path of a .jsonl file"
+    raise DataError(f"dialogues={name!r} must be chitchat, {', '.join(SETS)}, {rest}; correct it.")
 
 
 def count_rows(path: Path) -> int:
@@ -292,9 +295,8 @@ def read_row(path: Path, number: int, row: Any) -> list[tuple[str, Any]]:
     """Return the turns of one line of a .jsonl file: `{"messages": [...]}` or the bare list."""
     messages = row.get("messages", row.get("conversation")) if isinstance(row, dict) else row
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise DataError(
-            f"{path} line {number} must be a list of messages, or an object with one in `messages`; mend it."
-        )
+        rule = "must be a list of messages, or an object with one in `messages`"
+        raise DataError(f"{path} line {number} {rule}; mend it.")
     return [(str(m.get("role")), m.get("content")) for m in messages]
 
 

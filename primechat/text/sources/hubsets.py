@@ -113,10 +113,8 @@ def read_table(folder: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any
                 either = columns[0].split("|")
                 first = next((name for name in either if name in there), None)
                 if first is None:
-                    raise DataError(
-                        f"{path} has no column {' or '.join(either)} (it has "
-                        f"{', '.join(sorted(there)[:8])}); fetch it again."
-                    )
+                    has, wanted = ", ".join(sorted(there)[:8]), " or ".join(either)
+                    raise DataError(f"{path} has no column {wanted} (it has {has}); fetch it again.")
                 names = [first, *(name for name in columns[1:] if name in there)]
                 for batch in file.iter_batches(batch_size=512, columns=names):
                     for row in batch.to_pylist():
@@ -141,7 +139,6 @@ def find_named(folder: Path, suffix: str) -> list[Path]:
 def pick_column(path: Path, row: dict[str, Any], name: str) -> str:
     """Return a cell of a CSV row by its column's name."""
     if name not in row:
-        raise DataError(
-            f"{path} has no column {name!r} (it has {', '.join(map(str, row))[:80]}); replace it."
-        )
+        has = ", ".join(map(str, row))[:80]
+        raise DataError(f"{path} has no column {name!r} (it has {has}); replace it.")
     return str(row[name] or "")
