@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,28 @@ def test_tune_freezes() -> None:
     kept = RuntimeConfig(device="cpu", dtype="bfloat16", threads=1, micro_batch_rows=2, compile="off")
     tuning = tune_runtime(model, lambda: Optimizer(model, OptimConfig(), 32), ids, targets, kept, Ranks())
     assert tuning.runtime == kept and any("Chosen: cpu, bfloat16, 1 thread" in note for note in tuning.notes)
+
+
+def test_micro_batch_larger_than_a_step() -> None:
+    """As where many GPUs have few rows each: a step, and what compiling brings, are judged by these."""
+    model = make_model()
+    ids, targets = make_batches()[0]
+    spent = {"eager": 0.02, "compiled": 0.01}
+
+    def make(_: Any, runtime: RuntimeConfig) -> Any:
+        def loss(x: torch.Tensor, y: torch.Tensor) -> Any:
+            time.sleep(spent["compiled" if runtime.compile == "on" else "eager"])
+            return sum(p.sum() for p in model.parameters() if p.requires_grad) * 0.0
+
+        return loss
+
+    class Slow:
+        def step(self, ratio: float, momentum: float) -> None:
+            time.sleep(0.05)
+
+    many = RuntimeConfig(device="cpu", dtype="float32", threads=1, micro_batch_rows=256, compile="on")
+    tuning = tune_runtime(model, Slow, ids, targets, many, Ranks(), make=make)  # type: ignore[arg-type]
+    assert 0.05 < tuning.step_s < 1 and 0.5 < tuning.learned["gain_float32"] < 8
 
 
 def test_compile_choice() -> None:

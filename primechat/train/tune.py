@@ -257,7 +257,7 @@ def tune_runtime(
     settle_model(model, best)
     loss = make(model, replace(runtime, compile="off"))
     x, y = (t[: best.rows].to(best.device) for t in (ids, targets))
-    micro_s, optim_s = best.rows * ids.size(1) / best.tokens_per_s, 0.0
+    micro_s, optim_s = x.numel() / best.tokens_per_s, 0.0
     if ranks.world_size == 1:
         optimizer = make_optimizer()
 
@@ -266,7 +266,7 @@ def tune_runtime(
             optimizer.step(1.0, 0.9)
 
         optim_s = max(0.0, time_call(move, best.device) - micro_s)
-    step_s = n_rows / best.rows * micro_s + optim_s
+    step_s = n_rows / len(x) * micro_s + optim_s  # of a step with fewer rows than a micro-batch all are there
     turn_on, why = decide_compile(runtime.compile, best, step_s, seconds, steps, {**guess, **(known or {})})
     chosen = replace(
         runtime, device=best.device, dtype=best.dtype, threads=best.threads, micro_batch_rows=best.rows,
@@ -281,7 +281,7 @@ def tune_runtime(
             compile_s = time_call(lambda: run_micro(model, loss, x, y), best.device, repeats=0)
             fast_s = time_call(lambda: run_micro(model, loss, x, y), best.device)
             why += f"; compiled in {compile_s:.0f} s, {micro_s / fast_s:.2f} times as fast"
-            slow_s, step_s = step_s, n_rows / best.rows * fast_s + optim_s
+            slow_s, step_s = step_s, n_rows / len(x) * fast_s + optim_s
             learned = {"compile_s": compile_s, f"gain_{best.dtype}": slow_s / step_s}
         except Exception as error:  # any failure of the compiler leaves the eager program, which works
             chosen = replace(chosen, compile="off")
