@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -427,3 +428,15 @@ def test_log_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path.write_text('{"schema": 2, "kind": "step"}\n')
     with pytest.raises(CheckpointError, match="newer primechat"):
         read_metrics(path)
+
+
+def test_a_full_disk_does_not_keep_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", refuse)
+        with pytest.raises(CheckpointError, match="No space left on device; free some space"):
+            RunLock(tmp_path).__enter__()
+    with RunLock(tmp_path):  # once there is space again, this very process may go on
+        pass

@@ -218,13 +218,6 @@ def classic_switches() -> dict[str, Any]:
 def modern_switches() -> dict[str, Any]:
     """Return the switches that make a config `modern`; shapes and windows are free."""
     return dict(
-        value_embeddings=True,
-        residual_scalars=True,
-        smear=True,
-        backout=True,
-        qk_gain=1.2,
-        rope_base=100_000.0,
-        rope_dtype="compute",
-        logit_softcap=15.0,
-        vocab_multiple=64,
-    )
+        value_embeddings=True, residual_scalars=True, smear=True, backout=True, qk_gain=1.2,
+        rope_base=100_000.0, rope_dtype="compute", logit_softcap=15.0, vocab_multiple=64,
+    )  # fmt: skip

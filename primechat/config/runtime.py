@@ -100,8 +100,7 @@ class OptimConfig:
         if self.warmup_ratio + self.warmdown_ratio > 1:
             raise ConfigError(
                 f"optim.warmup_ratio={self.warmup_ratio} and warmdown_ratio={self.warmdown_ratio} must sum "
-                "to at most 1; "
-                "lower one of them."
+                "to at most 1; lower one of them."
             )
 
 

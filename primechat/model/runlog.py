@@ -60,8 +60,12 @@ class RunLock:
             raise CheckpointError(self.describe_owner())
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        except OSError as e:  # a full disk; open, it would hold the lock as long as this process lives
+            os.close(descriptor)
+            raise CheckpointError(f"{self.path}: {e.strerror}; free some space and try again.") from None
         self.descriptor = descriptor
         return self
 
