@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import time
 from collections import Counter
 
 import numpy as np
@@ -163,6 +164,25 @@ def test_drift_and_information_by_hand() -> None:
         [0, 1, 2, 1 - math.sqrt(0.5)]
     )
     assert d.measure_information([-1.0, -2.0], [-3.0, -2.5]) == pytest.approx((2 + 0.5) / 2)
+
+
+def test_mtld_of_a_long_text() -> None:
+    """As the definition's plain loop has it, factors long and short, in time that grows with the text."""
+    words = [i * i % 97 if i % 1000 > 700 else i % 1300 for i in range(9000)]
+
+    def count(tokens: list[int]) -> float:
+        factors, types, n = 0.0, set[int](), 0
+        for token in tokens:
+            types, n = types | {token}, n + 1
+            if len(types) / n < 0.72:
+                factors, types, n = factors + 1, set(), 0
+        return factors + ((1 - len(types) / n) / (1 - 0.72) if n else 0)
+
+    wanted = [len(words) / count(order) for order in (words, words[::-1])]
+    assert d.measure_mtld(words) == pytest.approx(sum(wanted) / 2)
+    begun = time.perf_counter()
+    d.measure_mtld([i * i % 97 for i in range(200_000)])
+    assert time.perf_counter() - begun < 15  # 100 s where each factor read on to the end
 
 
 def test_intervals_and_kappa_by_hand() -> None:

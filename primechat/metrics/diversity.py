@@ -103,12 +103,10 @@ def measure_bleu(texts: Sequence[Tokens], max_n: int = 4) -> np.ndarray:
         second = first + 1
         has_second = (second < len(gram)) & (gram[np.minimum(second, len(gram) - 1)] == gram[first])
         runner_up = np.where(has_second, counts[np.minimum(second, len(gram) - 1)], 0)
-        best = counts[first]
-        others = np.where(np.arange(len(gram)) == first[gram], runner_up[gram], best[gram])
+        others = np.where(np.arange(len(gram)) == first[gram], runner_up[gram], counts[first][gram])
         matched = np.bincount(text, np.minimum(counts, others), n_texts)
-        total = np.maximum(lengths - n + 1, 1)
         dead |= (matched == 0) & (n == 1)
-        logs += np.log(np.where(matched > 0, matched, BLEU_FLOOR) / total) / max_n
+        logs += np.log(np.where(matched > 0, matched, BLEU_FLOOR) / np.maximum(lengths - n + 1, 1)) / max_n
     gaps = np.abs(lengths[:, None] - lengths) + np.where(lengths < lengths[:, None], 0, 1e-9)
     np.fill_diagonal(gaps, np.inf)  # of two equally near the shorter counts
     nearest = lengths[gaps.argmin(axis=1)]
@@ -168,14 +166,17 @@ def count_factors(codes: np.ndarray) -> float:
     order = np.argsort(codes, kind="stable")
     same = codes[order][1:] == codes[order][:-1]
     before[order[1:][same]] = order[:-1][same]
-    factors, start = 0.0, 0
+    factors, start, size = 0.0, 0, 256
     while start < len(codes):
-        types = np.cumsum(before[start:] < start)
-        ratio = types / np.arange(1, len(types) + 1)
+        new = before[start : start + size] < start
+        ratio = np.cumsum(new) / np.arange(1, len(new) + 1)
         low = np.flatnonzero(ratio < MTLD_BELOW)
-        if not low.size:
+        if low.size:
+            factors, start, size = factors + 1, start + int(low[0]) + 1, 256
+        elif start + size >= len(codes):
             return factors + float(1 - ratio[-1]) / (1 - MTLD_BELOW)
-        factors, start = factors + 1, start + int(low[0]) + 1
+        else:
+            size *= 2  # most factors are short: reading to the end for each would take the square of the time
     return factors
 
 
