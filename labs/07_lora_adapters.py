@@ -10,9 +10,10 @@ def _(mo):
     # How small a change turns my model into a pirate?
 
     Training moves every number of a model. **LoRA** leaves them all where they are and hangs two thin
-    matrices beside each big one; only these learn. The result is a small file, an **adapter**, that can be
-    taken off again, mixed with others, or turned up and down like a volume. In the editor, the cells whose
-    code you see are the whole program: `primechat export 07` turns them into a script for rented GPUs.
+    matrices (tables of numbers) beside each big one; only these learn. The result is a small file, an
+    **adapter**, that can be taken off again, mixed with others, or turned up and down like a volume. In the
+    editor, the cells whose code you see are the whole program: `primechat export 07` turns them into a
+    script for rented GPUs.
     """)
     return
 
@@ -99,7 +100,7 @@ def _(form, posttrain, run, show):
 @app.cell(hide_code=True)
 def _(form, posttrain, predict):
     predict(
-        "How many of the model's numbers does this adapter have, in percent?",
+        "How large is this adapter, in percent of the model's own numbers?",
         (0.0, 100.0),
         posttrain.measure_share(form.config),
         why="The big matrices stay as they are; of each one only rank × (inputs + outputs) numbers are new.",
@@ -116,7 +117,7 @@ def _(draw_lines, posttrain, run, show):
             posttrain.list_curves(run.result),
             "step",
             "bits per byte (lower is better)",
-            title="The pirate's talk gets easier; what happens to plain text?",
+            title="What it gains, and what it forgets",
         )
     )
     return
@@ -128,7 +129,8 @@ def _(mo):
     ## 2. How much rank does it need?
 
     Adapters of several ranks and **full fine-tuning** (every number moves), each with the same steps, tokens
-    and seeds. `gain` is on the pirate's held-back talks, `forgotten` on plain text, both in bits per byte. A
+    and seeds. `gain` is on the pirate's held-back talks, `forgotten` on plain text, both in **bits
+    per byte** (how surprised the model is by new text). A
     few steps show little: with 60 steps of each, three seeds, rank 8 had 94 % of the gain of full fine-tuning
     and had forgotten 46 % as much (labs/experiments.md); does yours?
     """)
@@ -180,8 +182,9 @@ def _(mo):
     ## 3. Is the change really of low rank?
 
     Any matrix is a sum of simple ones, each with a weight, its **singular value**. An adapter of rank 8 has
-    eight of them and no more. If full fine-tuning had needed only a few, its curve would fall as steeply;
-    the dotted one is a random change of the same size.
+    eight of them and no more. The matrix in the picture, `c_fc`, is in the model's first layer, where it
+    works on each token alone. If full fine-tuning had needed only a few, its curve would fall as steeply; the
+    dotted one is a random change of the same size.
     """)
     return
 
@@ -193,7 +196,7 @@ def _(draw_lines, plan, posttrain, series, show):
             posttrain.find_spectra(series.result, plan.config.model),
             "which singular value, the largest first",
             "its size",
-            title="What was added to one matrix (c_fc, the first of the MLP, in the first layer)",
+            title="What was added to one matrix",
             faint=("random, same size",),
         )
     )

@@ -333,12 +333,11 @@ def walk_adapters(parent: Path) -> Iterator[ModelEntry]:
         with suppress(CheckpointError):
             facts = read_json(folder / "adapter_config.json")
         if is_tag(folder.name) and facts:
-            size = measure_file(path)
             yield ModelEntry(
                 identifier=f"lora:{folder.name}+{facts.get('base_model_name_or_path') or 'sft'}",
                 family="lora", tag=folder.name, steps=tuple(find_steps(folder)) or (0,), snapshots=(),
-                n_bytes=size, architecture=f"rank {facts.get('r')}", n_params=size // 4, val_bpb=None,
-                tokenizer_identity=None, path=str(folder),
+                n_bytes=measure_file(path), architecture=f"rank {facts.get('r')}",
+                n_params=count_params(folder), val_bpb=None, tokenizer_identity=None, path=str(folder),
             )  # fmt: skip
 
 
@@ -386,13 +385,13 @@ def walk_foreign() -> Iterator[ModelEntry]:
 
 
 def read_design(folder: Path, step: int) -> tuple[GPTConfig | None, dict[str, Any]]:
-    """Return the config and metadata of a step without its weights; None where it cannot be read."""
-    try:
+    """Return the config and metadata of a step without its weights; None for what is no readable model."""
+    meta: dict[str, Any] = {}
+    with suppress(CheckpointError):
         meta = read_meta(folder, step)
         specs = inspect_model(folder / f"model_{step:06d}.pt")
         return detect_era({key: spec.shape for key, spec in specs.items()}, meta), meta
-    except CheckpointError:
-        return None, {}
+    return None, meta
 
 
 def load_run(path: str | Path) -> TrainResult:
@@ -421,18 +420,19 @@ def load_run(path: str | Path) -> TrainResult:
     tokens, train_s = int(sum(take_number(e, "tokens") for e in trained)), sum(seconds)
     end: dict[str, Any] = done[-1] if done else {"stopped": True}
     family = next((family for family, name in FAMILIES.items() if name == run.parent.name), "run")
+    adapter = next((entry for entry in walk_adapters(run.parent) if entry.path == str(run)), None)
     place = "shipped/" if run.is_relative_to(SHIPPED.resolve()) else ""
     return TrainResult(
-        identifier=f"{place}{family}/{run.name}",
+        identifier=adapter.identifier if adapter else f"{place}{family}/{run.name}",
         path=str(run.relative_to(root)) if run.is_relative_to(root) else str(run),
         step=steps[-1] if steps else int(take_number((trained or [{}])[-1], "step")),
         stopped=bool(end.get("stopped")),
         val_bpb=take_number((losses or [meta])[-1], "val_bpb", math.nan),
-        n_params=config.n_params if config else 0,
+        n_params=config.n_params if config else adapter.n_params if adapter else 0,
         tokens=tokens,
         tokens_per_s=tokens / train_s if train_s else 0.0,
         train_s=train_s,
-        total_s=take_number(end, "elapsed_s", train_s),
+        total_s=take_number(meta, "spent_s", take_number(end, "elapsed_s", train_s)),
         events=tuple(events),
     )
 

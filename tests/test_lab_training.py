@@ -51,7 +51,7 @@ def test_curves_of_a_resumed_run_are_one() -> None:
     assert [(name, points[-1]) for name, points in view["gauges"]] == [
         ("learning rate, share of its peak", [10, 0.75]),
         ("length of the gradient", [10, 2.0]),
-        ("length of the step that was taken", [10, 0.5]),
+        ("how far the matrices moved", [10, 0.5]),
     ]
     assert view["left_s"] == pytest.approx(3.0)
     log.add(replace(tell_bits(9, 1.0), retention=0.5))  # a student's mixed loss is no curve beside new text's

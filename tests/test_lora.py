@@ -270,6 +270,9 @@ def test_stage_and_identifiers(base: str) -> None:
     )  # fmt: skip
     result = train_lora(config)
     assert result.identifier == "lora:loud+sft/d3@3" and result.path == "lora_checkpoints/loud"
+    again = store.load_run(result.path)  # a lab that is opened again shows the same, and its dial opens it
+    assert (again.identifier, again.n_params) == (result.identifier, result.n_params)
+    assert result.train_s < again.total_s <= result.total_s
     losses = [e for e in result.events if e["kind"] == "loss"]
     assert losses[-1]["val_bpb"] < losses[0]["val_bpb"] and losses[-1]["general_bpb"] > 0
     folder = store.base_dir() / result.path

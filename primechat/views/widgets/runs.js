@@ -91,7 +91,7 @@ function gauges() {
         shape("path", { d: points.map((point, i) => `${i ? "L" : "M"}${spot(point)}`).join(""), "vector-effect": "non-scaling-stroke" })));
   };
   return Object.assign(node, { put: (list) => {
-    const shown = (list ?? []).filter(([, points]) => points.length > 1);
+    const shown = (list ?? []).filter(([, points]) => points.length > 1 && points.some(([, value]) => value));
     node.hidden = !shown.length;
     node.replaceChildren(...shown.map(one));
   } });

@@ -31,7 +31,7 @@ from primechat.views.widgets.kit import Widget
 MAX_POINTS, MAX_NOTES, MAX_SAMPLES = 240, 40, 40
 GAUGES = {  # of a step: what the small curves are called
     "lr_ratio": "learning rate, share of its peak", "grad_norm": "length of the gradient",
-    "update_norm": "length of the step that was taken",
+    "update_norm": "how far the matrices moved",
 }  # fmt: skip
 MIXED = "what it is taught by: mixed loss, nats"
 
