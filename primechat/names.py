@@ -11,7 +11,7 @@ Reference: primechat.store, which says where each of them lies.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from primechat.config.stages import check_tag
 from primechat.errors import ConfigError
@@ -77,3 +77,16 @@ def parse_identifier(text: str) -> ModelName:
         family=match[2], tag=match[3] or "", step=step, snapshot=bool(match[4]), shipped=bool(match[1]),
         adapters=tuple((a[1], float(a[2] or 1)) for a in adapters if a),
     )  # fmt: skip
+
+
+def parse_plain(text: str) -> ModelName:
+    """Take apart the identifier of a model whose own weights are wanted.
+
+    Raises:
+        ConfigError: it has none of the forms that exist, or adapters, which would be left out.
+    """
+    name = parse_identifier(text)
+    if name.adapters:
+        own = replace(name, adapters=())
+        raise ConfigError(f"model={text[:80]!r} must be a model without adapters here; try {own}.")
+    return name

@@ -25,6 +25,7 @@ from primechat.infer import admission
 from primechat.infer.admission import KNOWN_TEXT, describe_memory, find_memory, read_text
 from primechat.infer.engine import Engine
 from primechat.model.era import SHAPE_KEYS, list_shapes
+from primechat.model.lora import LoraSpec, attach, list_targets, save_adapter
 from primechat.records import NoteEvent
 from primechat.stages.pretrain import pretrain
 from primechat.stages.tokenizer import train_tokenizer
@@ -154,6 +155,20 @@ def test_broken(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "broken: " in capsys.readouterr().out
     assert main(["check", "base/d21"]) == 2 and "the tags of base are" in capsys.readouterr().err
     assert main(["check", "d20"]) == 2
+
+
+def test_an_adapter_is_checked_too(own: Path) -> None:
+    result = check_model("lora:none+base/mine")
+    assert result.verdict == "broken" and "lora_checkpoints/none is missing" in result.reasons[0]
+    spec, folder = LoraSpec(rank=2, targets=("c_fc",)), own / "lora_checkpoints" / "loud"
+    model, tokenizer, _ = store.open_model("base/mine")
+    attach(model, "loud", spec)
+    for linear in list_targets(model, ("c_fc",)).values():
+        linear.adapter.b["loud"].normal_(std=20.0)
+    save_adapter(model, "loud", spec, folder, tokenizer_identity=tokenizer.identity)
+    plain, loud = check_model("base/mine"), check_model("lora:loud+base/mine")
+    assert plain.verdict == "ok" and plain.bpb is not None and loud.bpb is not None
+    assert loud.bpb > 1.5 * plain.bpb and loud.verdict == "suspicious", "measured with the adapter on"
 
 
 def test_newer_step_is_damaged(own: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from primechat import store
 from primechat.config import (
+    DistillConfig,
     EvaluateConfig,
     FinetuneConfig,
     GPTConfig,
@@ -24,10 +25,12 @@ from primechat.config import (
     RuntimeConfig,
     TokenizerConfig,
 )
+from primechat.desk.convert import export_model
 from primechat.errors import CheckpointError, ConfigError
 from primechat.model import lora
 from primechat.model.gpt import GPT
 from primechat.model.lora import LoraSpec
+from primechat.stages.distill import distill
 from primechat.stages.evaluate import evaluate
 from primechat.stages.finetune import finetune
 from primechat.stages.lora import train_lora
@@ -360,6 +363,16 @@ def test_stage_refuses(base: str) -> None:
     for wrong, said in ((dict(rank=0), "rank=0"), (dict(learn="all"), "learn='all'")):
         with pytest.raises(ConfigError, match=said):
             train_lora(LoRAConfig(base="sft/d3", dialogues=base, runtime=FIXED, **wrong))
+    # what trains from weights on disk, or renames them, would leave the adapter out without a word
+    named, loud = "lora:a+sft/d3", "without adapters here; try sft/d3"
+    for run in (
+        lambda: train_lora(LoRAConfig(base=named, dialogues=base)),
+        lambda: finetune(FinetuneConfig(base=named, dialogues=base)),
+        lambda: distill(DistillConfig(teacher="sft/d3", base=named, dialogues=base, runtime=FIXED)),
+        lambda: export_model(named, f"{base}.out"),
+    ):
+        with pytest.raises(ConfigError, match=loud):
+            run()
     with pytest.raises(ConfigError, match="no dot"):
         LoRAConfig(tag="a.b")
     with pytest.raises(ConfigError, match="dropout"):

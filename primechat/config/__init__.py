@@ -16,20 +16,7 @@ from primechat.config.stages import (
 from primechat.config.talk import AutochatConfig
 
 __all__ = [
-    "DistillConfig",
-    "AutochatConfig",
-    "EvaluateConfig",
-    "FinetuneConfig",
-    "GPTConfig",
-    "LoRAConfig",
-    "LookConfig",
-    "OptimConfig",
-    "PretrainConfig",
-    "QuickstartConfig",
-    "RuntimeConfig",
-    "SpeedrunConfig",
-    "TokenizerConfig",
-    "decode_config",
-    "encode_config",
-    "find_difference",
-]
+    "DistillConfig", "AutochatConfig", "EvaluateConfig", "FinetuneConfig", "GPTConfig", "LoRAConfig",
+    "LookConfig", "OptimConfig", "PretrainConfig", "QuickstartConfig", "RuntimeConfig", "SpeedrunConfig",
+    "TokenizerConfig", "decode_config", "encode_config", "find_difference",
+]  # fmt: skip

@@ -24,6 +24,7 @@ from primechat.infer.admission import GOOD_SHARE, describe_memory, find_memory, 
 from primechat.infer.engine import Engine, Options
 from primechat.model.checkpoint import Loaded, load_checkpoint
 from primechat.model.gpt import GPT
+from primechat.model.lora import open_adapter
 from primechat.records import NoteEvent, OnEvent, count_noun
 
 ERAS = dict(classic="nanochat of October 2025", modern="nanochat of 2026", custom="switches of neither era")
@@ -80,12 +81,8 @@ class CheckConfig:
 def run_check(config: CheckConfig) -> int:
     """Check a model and print the report; return 0 where it is ok, 1 elsewhere."""
 
-    result = check_model(
-        config.model,
-        tokenizer=config.tokenizer or None,
-        device=config.device,
-        on_event=ProgressView(sys.stderr),
-    )
+    view, tokenizer = ProgressView(sys.stderr), config.tokenizer or None
+    result = check_model(config.model, tokenizer=tokenizer, device=config.device, on_event=view)
     print(result)
     return int(result.verdict != "ok")
 
@@ -115,8 +112,7 @@ def check_model(
         found = store.find_tokenizer(folder, tokenizer)
         store.check_pair(loaded.config, loaded.meta, found, str(full))
     except PrimechatError as error:
-        reason, _, advice = str(error).rstrip(".").rpartition("; ")
-        return replace(result, reasons=(reason,) if reason else (), advice=advice)
+        return blame(result, error)
     loaded.model_state.clear()  # and with it the pages of the file that were read
     n_params, free = loaded.config.n_params, find_memory(device)[0]
     dtype = "float32" if 4 * n_params <= free else "bfloat16"
@@ -126,6 +122,11 @@ def check_model(
     fresh = read_text(draw_fresh(loaded.config), found).bpb
     state = load_checkpoint(folder, loaded.step, dtype=dtype).model_state
     model = GPT.from_state(loaded.config, state, device=device, dtype=getattr(torch, dtype))
+    try:
+        for adapter, dial in name.adapters:
+            open_adapter(model, adapter, store.run_dir("lora", adapter), found.identity, dial)
+    except PrimechatError as error:
+        return blame(result, error)
     reading, order = read_text(model, found), list(range(found.vocab_size))
     random.Random(0).shuffle(order)
     shuffled = read_text(model, found, order=order).bpb
@@ -134,6 +135,12 @@ def check_model(
         sample=write_sample(Engine(model, found), name.family in ("sft", "rl")),
     )  # fmt: skip
     return judge_result(result, loaded)
+
+
+def blame(result: CheckResult, error: PrimechatError) -> CheckResult:
+    """Return a broken model's result with what an error tells."""
+    reason, _, advice = str(error).rstrip(".").rpartition("; ")
+    return replace(result, reasons=(reason,) if reason else (), advice=advice)
 
 
 def judge_result(result: CheckResult, loaded: Loaded) -> CheckResult:

@@ -30,7 +30,7 @@ from primechat.model.foreign import list_characters
 from primechat.model.gpt import EPS
 from primechat.model.runlog import RunLock
 from primechat.model.weights import read_json
-from primechat.names import FOREIGN, IDENTIFIER
+from primechat.names import FOREIGN, IDENTIFIER, parse_plain
 from primechat.text.tokenizer import Tokenizer
 
 NAMES = (  # of tensors: here and in transformers
@@ -89,7 +89,7 @@ def export_model(identifier: str, folder: str) -> Path:
     out = Path(folder).expanduser()
     if out.exists():
         raise ConfigError(f"{out} exists, and nothing is overwritten; name a new folder.")
-    run, place = store.locate_model(store.parse_identifier(identifier))
+    run, place = store.locate_model(parse_plain(identifier))
     loaded, tokenizer = load_checkpoint(run, place.step), store.find_tokenizer(run)
     store.check_pair(loaded.config, loaded.meta, tokenizer, identifier)
     own, named = asdict(loaded.config), {"identifier": identifier, "n_params": loaded.config.n_params}

@@ -158,14 +158,11 @@ class BarView(ProgressView):
 
         self.console = Console(file=stream, highlight=False)
         self.bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            TextColumn("{task.description}"), BarColumn(bar_width=None),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            console=self.console,
-            expand=True,
-            refresh_per_second=4,
-        )
+            console=self.console, expand=True, refresh_per_second=4,
+        )  # fmt: skip
         self.bar_of: dict[str, Any] = {}
         self.insets: set[str] = set()  # phases that interrupt a training
 

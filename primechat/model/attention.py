@@ -297,13 +297,9 @@ class KVCache:
             mask = (distance >= 0) if left is None else (distance >= 0) & (distance <= left)
             mask = mask[:, None]
         out = F.scaled_dot_product_attention(
-            q.transpose(1, 2).to(keys.dtype),
-            keys[:, :, lo:hi],
-            values[:, :, lo:hi],
-            attn_mask=mask,
-            scale=scale,
-            enable_gqa=q.size(2) != k.size(2),
-        )
+            q.transpose(1, 2).to(keys.dtype), keys[:, :, lo:hi], values[:, :, lo:hi], attn_mask=mask,
+            scale=scale, enable_gqa=q.size(2) != k.size(2),
+        )  # fmt: skip
         return out.transpose(1, 2).to(q.dtype)
 
 

@@ -28,6 +28,7 @@ from primechat.metrics.retention import judge_writing, measure_retention, write_
 from primechat.model.checkpoint import Loaded, load_checkpoint, save_checkpoint
 from primechat.model.era import list_shapes
 from primechat.model.gpt import GPT
+from primechat.names import parse_plain
 from primechat.records import NoteEvent, OnEvent, TrainResult
 from primechat.stages.finetune import make_job
 from primechat.stages.job import Batches, Job
@@ -102,7 +103,7 @@ def choose_student(
         CheckpointError: that checkpoint has another tokenizer than the teacher.
     """
     if config.base:
-        folder, name = store.locate_model(store.parse_identifier(config.base))
+        folder, name = store.locate_model(parse_plain(config.base))
         loaded = load_checkpoint(folder, name.step)
         store.check_pair(loaded.config, loaded.meta, tokenizer, config.base)
         return loaded.config, loaded

@@ -19,6 +19,7 @@ from primechat.config.stages import check_rows
 from primechat.errors import DataError, PrimechatError
 from primechat.infer.engine import Engine
 from primechat.model.checkpoint import Loaded, load_checkpoint
+from primechat.names import parse_plain
 from primechat.records import NoteEvent, OnEvent, TrainResult
 from primechat.stages.job import Windows
 from primechat.stages.pretrain import cache_text, open_cache, pack_rows
@@ -50,7 +51,7 @@ def finetune(
         PrimechatError: text, tokenizer or checkpoints cannot be used.
     """
     base = config.base or f"base/{config.tag}"
-    folder, name = store.locate_model(store.parse_identifier(base))
+    folder, name = store.locate_model(parse_plain(base))
     tokenizer, loaded = store.load_tokenizer(base), load_checkpoint(folder, name.step)
     job = make_job(config, loaded, tokenizer, f"{base}@{loaded.step}", on_event)
     return TrainingRun(config, job, on_event, stop).work()

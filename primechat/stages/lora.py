@@ -21,6 +21,7 @@ from primechat.model import checkpoint, lora
 from primechat.model.checkpoint import Loaded, load_checkpoint, read_meta
 from primechat.model.gpt import GPT
 from primechat.model.weights import load_tensors
+from primechat.names import parse_plain
 from primechat.records import OnEvent, TrainResult
 from primechat.stages.finetune import make_job
 from primechat.stages.job import Job
@@ -40,7 +41,7 @@ def train_lora(
         raise ConfigError(f"learn={config.learn!r} must be assistant for an adapter; leave it out.")
     if not config.rank:
         raise ConfigError("rank=0 has nothing to train; try 8.")
-    folder, name = store.locate_model(store.parse_identifier(config.base))
+    folder, name = store.locate_model(parse_plain(config.base))
     loaded, tokenizer = load_checkpoint(folder, name.step), store.load_tokenizer(config.base)
     base = str(store.pin_step(name, loaded.step))
     plain = make_job(config, loaded, tokenizer, base, on_event)
