@@ -423,7 +423,7 @@ def list_files(repo: str) -> dict[str, int]:
 
 def identify_mixture(mixture: str, split: str, options: DialogueOptions) -> str:
     """Return a hex SHA-256 that changes when the conversations of a mixture may: names, options, files."""
-    facts: list[Any] = [3, split, options.language, options.personas, options.mirrored]
+    facts: list[Any] = [4, split, options.language, options.personas, options.mirrored]
     for part in parse_mixture(mixture):
         files = [chitchat_path()]
         path = Path(os.path.expanduser(part.name.removeprefix("faq:")))
