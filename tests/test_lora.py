@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from primechat import store
@@ -205,7 +206,7 @@ def test_peft_reads_ours_and_we_read_peft(tmp_path: Path, rslora: bool) -> None:
         assert torch.allclose(theirs.get_delta_weight("default"), change, atol=1e-6)
 
 
-def test_bad_files(tmp_path: Path) -> None:
+def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, spec = make_model(), LoraSpec(rank=2)
     with pytest.raises(CheckpointError, match="holds no adapter_config.json"):
         lora.load_adapter(model, "a", tmp_path)
@@ -217,14 +218,25 @@ def test_bad_files(tmp_path: Path) -> None:
     changes: list[tuple[dict[str, Any], str]] = [
         ({"peft_type": "IA3"}, "only LORA"), ({"use_dora": True}, "use_dora=T"), ({"bias": "all"}, "bias="),
         ({"r": 3}, "rank 3 need"), ({"r": "x"}, "write numbers"), ({"rank_pattern": {"c_q": 4}}, "several"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"lora_dropout": [1]}, "write numbers"),
+        ({"lora_dropout": "a"}, "write numbers"), ({"lora_alpha": 10**400}, "write numbers"),
     ]  # fmt: skip
     for change, said in changes:
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(CheckpointError, match=said):
             lora.load_adapter(model, "a", tmp_path)
         assert lora.list_adapters(model) == {}
-    path.write_text(json.dumps(good))
+    with monkeypatch.context() as patch:  # a rank that the file's matrices do not have takes no memory
+        patch.setattr(lora, "attach", None)
+        path.write_text(json.dumps({**good, "r": 65_536}))
+        with pytest.raises(CheckpointError, match="rank 65536 need"):
+            lora.load_adapter(model, "a", tmp_path)
+        path.write_text(json.dumps(good))
+        matrices = (tmp_path / "adapter_model.safetensors").read_bytes()
+        (tmp_path / "adapter_model.safetensors").write_bytes(save({}))
+        with pytest.raises(CheckpointError, match="adapts 'nothing'"):
+            lora.load_adapter(model, "a", tmp_path)
+        (tmp_path / "adapter_model.safetensors").write_bytes(matrices)
     other = GPT.from_state(
         replace(SHAPE, n_layer=2),
         {k: v.detach() for k, v in GPT(replace(SHAPE, n_layer=2)).state_dict().items()},

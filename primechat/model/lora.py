@@ -295,25 +295,27 @@ def put_state(model: GPT, name: str, spec: LoraSpec, state: Mapping[str, Tensor]
     """
     paths = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in state}
     maps, remedy = list_targets(model), name_remedy(name, where.parent)
-    strange = sorted(paths - set(maps))
+    strange = sorted(paths - set(maps)) or ([] if paths else ["nothing"])
     if strange:
         raise CheckpointError(
             f"{where} adapts {strange[0]!r}, which this model has not or does not adapt; {remedy}."
         )
-    attach(model, name, spec)
-    for path in set(maps) - paths:  # a file may adapt fewer maps than its targets match
-        drop_adapter(maps[path], name)
-    wanted = read_state(model, name)
-    for key in sorted({*wanted, *state}):
-        there = tuple(state[key].shape) if key in state else None
-        needed = tuple(wanted[key].shape) if key in wanted else None
+    wanted: dict[str, tuple[int, int]] = {}
+    for path in paths & set(list_targets(model, spec.targets)):
+        wanted[f"{PREFIX}{path}.lora_A.weight"] = (spec.rank, maps[path].in_features)
+        wanted[f"{PREFIX}{path}.lora_B.weight"] = (maps[path].out_features, spec.rank)
+    for key in sorted({*wanted, *state}):  # before it takes memory: a rank is easily claimed
+        there, needed = tuple(state[key].shape) if key in state else None, wanted.get(key)
         if there != needed:
-            detach(model, name)
             raise CheckpointError(
                 f"{where} has {key} of shape {there}, this model and rank {spec.rank} need {needed}; "
                 f"{remedy}."
             )
-        wanted[key].copy_(state[key])
+    attach(model, name, spec)
+    for path in set(maps) - paths:  # a file may adapt fewer maps than its targets match
+        drop_adapter(maps[path], name)
+    for key, matrix in read_state(model, name).items():
+        matrix.copy_(state[key])
 
 
 def read_spec(path: Path) -> LoraSpec:
@@ -328,16 +330,19 @@ def read_spec(path: Path) -> LoraSpec:
             raise CheckpointError(
                 f"{path} sets {key}={data[key]!r:.60}, which is not done here; train without it."
             )
-    rank, alpha = data.get("r"), data.get("lora_alpha")
-    if not isinstance(rank, int) or not 0 < rank <= 65_536 or not isinstance(alpha, (int, float)):
-        raise CheckpointError(f"{path} has r={rank!r:.20} and lora_alpha={alpha!r:.20}; write numbers.")
+    alpha: Any = data.get("lora_alpha")
+    rank, dropout = data.get("r"), data.get("lora_dropout") or 0
+    sound = all(isinstance(n, (int, float)) and abs(n) <= 1e6 for n in (alpha, dropout))
+    if not isinstance(rank, int) or not 0 < rank <= 65_536 or not sound:
+        said = f"r={rank!r:.20}, lora_alpha={alpha!r:.20} and lora_dropout={dropout!r:.20}"
+        raise CheckpointError(f"{path} has {said}; write numbers.")
     if data.get("rank_pattern"):
         raise CheckpointError(f"{path} has several ranks (rank_pattern), one is read; train with one.")
     named = data.get("target_modules")
     targets = tuple(t for t in TARGETS if isinstance(named, list) and matches(t, named)) or TARGETS
     return LoraSpec(
         rank=rank, alpha=float(alpha), rslora=bool(data.get("use_rslora")),
-        dropout=float(data.get("lora_dropout") or 0), targets=targets,
+        dropout=float(dropout), targets=targets,
     )  # fmt: skip
 
 
