@@ -71,12 +71,11 @@ def _(mo):
 
 @app.cell(hide_code=True)
 def _(predict, scope, survey):
-    _answer, _said = survey.find_favourite(scope.scene)
     predict(
         "All heads and all tokens of the text together: what does a token read most?",
         survey.PLACES,
-        _answer,
-        why=f"Measured on the text above: {_said}. "
+        lambda: survey.find_favourite(scope.scene),
+        why="Measured on the text above: {}. "
         "Many heads that have nothing to look for rest on the first token.",
     )
     return
@@ -106,12 +105,11 @@ def _(mo):
 
 @app.cell(hide_code=True)
 def _(predict, scope, survey):
-    _effect, _said = survey.find_worst(scope.scene)
     predict(
         "One single head goes off, the one the model needs most here. How many nats does the loss grow?",
         survey.EFFECTS,
-        _effect,
-        why=f"{_said} What a head shows when you look is not yet what it is worth.",
+        lambda: survey.find_worst(scope.scene),
+        why="{} What a head shows when you look is not yet what it is worth.",
     )
     return
 
@@ -141,12 +139,11 @@ def _(mo):
 
 @app.cell(hide_code=True)
 def _(predict, scope, survey):
-    _stage, _said, _names = survey.find_settling(scope.scene)
     predict(
         "After which stage is the first guess already the final one, for at least half of the tokens?",
-        _names,
-        _stage,
-        why=_said,
+        survey.STAGES,
+        lambda: survey.find_settling(scope.scene),
+        why="Agreement with the final first guess: {}.",
     )
     return
 

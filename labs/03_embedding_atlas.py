@@ -70,7 +70,7 @@ def _(explorer, predict):
     predict(
         kept,
         (0, 10),
-        round(explorer.kept, 1),
+        lambda: round(explorer.kept, 1),
         within=0.5,
         unit="of 10",
         why="That is the mean over tokens, of the map below. What looks close is seldom close; what is close "
@@ -243,9 +243,8 @@ def _(mo):
 
 @app.cell(hide_code=True)
 def _(TRENDS, explorer, predict):
-    _trend, _said = explorer.find_trend("input")
     longer = "Whose rows are longer in the table of input embeddings?"
-    predict(longer, TRENDS, _trend, why=_said)
+    predict(longer, TRENDS, lambda: explorer.find_trend("input"), why="{}")
     return (longer,)
 
 

@@ -102,7 +102,7 @@ def _(form, posttrain, predict):
     predict(
         "How large is this adapter, in percent of the model's own numbers?",
         (0.0, 100.0),
-        posttrain.measure_share(form.config),
+        lambda: posttrain.measure_share(form.config),
         why="The big matrices stay as they are; of each one only rank × (inputs + outputs) numbers are new.",
         within=2.0,
         unit="%",

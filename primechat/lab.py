@@ -97,7 +97,8 @@ def predict(
     Args:
         options: what can be answered, or two numbers: the ends of a scale.
         answer: the right option, or the number; measure it, so that it is true of the learner's model. A
-            function is called when the answer is to be shown.
+            function is called when the answer is to be shown, for example on what the reader has chosen
+            by then; it can return, after the answer, what stands in the braces of `why`.
         why: what is read after the reveal.
         within: how far from the number a guess may be; 0 is a twentieth of the scale.
     """

@@ -19,6 +19,7 @@ from primechat.lessons.instruments.microscope import Microscope, Trial, patch_pr
 from primechat.lessons.instruments.scene import Scene, pool_weights, save_copying
 from primechat.metrics.circuits import list_parts
 from primechat.model.gpt import GPT
+from primechat.views.widgets.controls import Prediction
 
 
 class Picker(HasTraits):
@@ -261,5 +262,9 @@ def test_survey_is_measured(scope: Microscope) -> None:
     assert f"itself {own:.0%}" in said
     effect, said = survey.find_worst(scope.scene)
     assert effect in survey.EFFECTS and "nats" in said
-    stage, said, names = survey.find_settling(scope.scene)
-    assert stage in names and len(names) == 4
+    stage, said = survey.find_settling(scope.scene)
+    assert stage in survey.STAGES and said.count("%") == 4
+    guess = Prediction("?", survey.PLACES, lambda: survey.find_favourite(scope.scene), why="Measured: {}.")
+    scope.prompt.text = "I like the dog. The dog likes me."  # what the answer is about, once it is asked for
+    answer, said = survey.find_favourite(scope.scene)
+    assert guess.answer_settle() == {"answer": answer, "why": f"Measured: {said}."}

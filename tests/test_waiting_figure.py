@@ -41,7 +41,7 @@ def test_answers_are_measured_when_asked_for() -> None:
     asked: list[int] = []
     guess = Prediction("How many?", ("one", "two"), lambda: asked.append(1) or "two")
     assert not asked and guess.answer is None
-    assert guess.answer_settle() == {"answer": "two"} and guess.answer == "two"
+    assert guess.answer_settle() == {"answer": "two", "why": ""} and guess.answer == "two"
     with pytest.raises(ValueError, match="answer='three' must be one of"):
         Prediction("How many?", ("one", "two"), lambda: "three").answer_settle()
 

@@ -11,6 +11,12 @@ from primechat.lessons.instruments.scene import Scene
 from primechat.metrics.circuits import scan_ablations
 
 PLACES = ["itself", "the token before it", "the very first token", "something in between"]
+STAGES = [
+    "the embedding alone",
+    "a layer of the first half",
+    "a later one, before the last",
+    "the last layer",
+]
 EFFECTS = ["less than 0.05", "0.05 to 0.3", "0.3 to 1", "more than 1"]
 
 
@@ -45,13 +51,14 @@ def find_worst(scene: Scene) -> tuple[str, str]:
     )
 
 
-def find_settling(scene: Scene) -> tuple[str, str, list[str]]:
-    """Return the first stage whose first guess is the whole model's own for at least half of the tokens, the
-    share at each stage in words, and the stages to choose from.
+def find_settling(scene: Scene) -> tuple[str, str]:
+    """Return in which of STAGES the first guess is first the whole model's own for at least half of the
+    tokens, and the share at each stage in words.
     """
     lens = scene.lens
     same = (lens.ids[:, :, 0] == lens.ids[-1, :, 0]).mean(axis=1)[:-1]
     names = ["the embedding alone", *(f"layer {i}" for i in range(scene.body.n_layer))]
-    stage = int(np.argmax(same >= 0.5)) if (same >= 0.5).any() else len(same) - 1
+    stage, n_layer = int(np.argmax(same >= 0.5)) if (same >= 0.5).any() else len(same) - 1, len(names) - 1
     said = ", ".join(f"{name} {share:.0%}" for name, share in zip(names, same, strict=True))
-    return names[stage], f"Agreement with the final first guess: {said}.", names
+    place = 3 if stage == n_layer else 0 if stage == 0 else 1 if 2 * stage <= n_layer else 2
+    return STAGES[place], said

@@ -64,7 +64,11 @@ function drawPrediction({ model, root, listen, later }) {
     if (model.get("answer") === null) {
       reveal.disabled = true;
       result.replaceChildren(h("p", { class: "pc-muted", text: "Being measured …" }));
-      try { model.set("answer", (await ask("settle", {}, 300000)).answer); } catch (error) { refresh(); result.append(h("p", { class: "pc-error", text: error.message })); return; }
+      try {
+        const { answer, why } = await ask("settle", {}, 300000);
+        model.set("answer", answer);
+        model.set("why", why);
+      } catch (error) { refresh(); result.append(h("p", { class: "pc-error", text: error.message })); return; }
     }
     commit(model, { revealed: true });
     refresh();

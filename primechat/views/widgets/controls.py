@@ -64,7 +64,8 @@ class Notice(Widget):
 
 class Prediction(Widget):
     """A question whose answer is shown only after a guess; the page keeps the score over a whole lab. The
-    answer can be a function, called when it is to be shown.
+    answer can be a function, called when it is to be shown; what it returns beside the answer, how that was
+    measured, takes the place of the braces in `why`.
     """
 
     kind = traitlets.Unicode("prediction").tag(sync=True)
@@ -97,10 +98,13 @@ class Prediction(Widget):
     def answer_settle(self) -> dict[str, Any]:
         """Find the answer, where it is not known yet."""
         found = self.find()
+        if isinstance(found, tuple):
+            found, said = found
+            self.why = self.why.replace("{}", said)
         if self.options and str(found) not in self.options:
             raise ValueError(f"answer={found!r} must be one of the options {self.options}; correct it.")
         self.answer = str(found) if self.options else float(found)
-        return {"answer": self.answer}
+        return {"answer": self.answer, "why": self.why}
 
 
 class ExerciseCard(Widget):
