@@ -202,6 +202,21 @@ def test_dry_run(hub: Hub, base_dir: Path, capsys: pytest.CaptureFixture[str]) -
     assert "MB free" in out and "checked" not in out
 
 
+def test_dry_run_of_shards(
+    base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(desk, "shard_paths", None)  # what fetches
+    monkeypatch.setattr(desk, "probe_sizes", lambda repo, names: dict.fromkeys(names, 100_000_000))
+    assert cli.main(["download", "--shards", "fineweb-edu:2", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all(line.startswith("    100.000 MB  base_data") for line in lines)
+    assert "shard_00001.parquet" in lines[1] and lines[1].endswith(": fetch") and not base_dir.exists()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert cli.main(["download", "--shards", "fineweb-edu:2", "--dry-run"]) == 2
+    assert "cannot be looked at (HF_HUB_OFFLINE is set)" in capsys.readouterr().err
+
+
 def test_space_of_a_folder_that_is_to_come(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     assert 0.5 < download.measure_space(tmp_path / "a" / "b") / free < 2 and not (tmp_path / "a").exists()

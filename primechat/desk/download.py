@@ -14,10 +14,19 @@ from typing import Literal
 from tyro.conf import UseAppendAction
 
 from primechat.desk.progress import open_view
-from primechat.errors import ConfigError, PrimechatError
-from primechat.model.download import TOKENIZER_FILES, Parcel, is_safe, measure_space, plan_download, run_plan
+from primechat.errors import ConfigError, HubError, PrimechatError
+from primechat.hub import ask_hub, explain
+from primechat.model.download import (
+    ASK_S,
+    TOKENIZER_FILES,
+    Parcel,
+    is_safe,
+    measure_space,
+    plan_download,
+    run_plan,
+)
 from primechat.store import FAMILIES, base_dir, run_dir
-from primechat.text.shards import HUB_CORPORA, shard_paths
+from primechat.text.shards import HUB_CORPORA, list_shards, probe_sizes, shard_paths
 
 DEFAULT = "diego-d20-base"
 TOKENIZER_REPO = "karpathy/nanochat-d32"
@@ -91,7 +100,7 @@ def run_download(config: DownloadConfig) -> int:
 
     logging.set_verbosity_error()  # its warnings would cut through the bars; its errors are told here
     if config.shards:
-        return fetch_shards(config.shards)
+        return fetch_shards(config.shards, config.dry_run)
     parcels, token, base = list(build_parcels(config)), config.token or None, base_dir()
     if not parcels:
         raise ConfigError("Nothing is left to download; drop a --skip flag or name a --bundle or an --extra.")
@@ -126,17 +135,30 @@ def show_check(identifier: str) -> int:
     return int(result.verdict == "broken")
 
 
-def fetch_shards(wanted: str) -> int:
-    """Fetch the first shards of a corpus, and the one that is validation.
+def fetch_shards(wanted: str, dry_run: bool) -> int:
+    """Fetch the first shards of a corpus, and the one that is validation; or only show their sizes.
 
     Raises:
         ConfigError: it is not like fineweb-edu:8.
+        HubError: the Hub cannot be asked.
     """
     corpus, _, count = wanted.partition(":")
     if corpus not in HUB_CORPORA or not count.isdecimal():
         raise ConfigError(
             f"--shards {wanted} must be one of {', '.join(HUB_CORPORA)} and a number; try fineweb-edu:8."
         )
+    repo, subfolder, _ = HUB_CORPORA[corpus]
+    names = [*list_shards(corpus, "train", int(count)), *list_shards(corpus, "val", 1)]
+    try:
+        sizes = ask_hub(lambda: probe_sizes(repo, names), ASK_S) if dry_run else {}
+    except Exception as error:
+        reason, remedy = explain(error)
+        raise HubError(f"{repo} cannot be looked at ({reason}); {remedy}.") from None
+    for name, size in sizes.items():
+        here = (base_dir() / subfolder / name).is_file()
+        print(f"{size / 1e6:11,.3f} MB  {subfolder}/{name}  from {repo}: {'is here' if here else 'fetch'}")
+    if dry_run:
+        return 0
     with open_view() as view:
         for split in ("train", "val"):
             paths = shard_paths(corpus, split, int(count), view, base_dir=base_dir())
