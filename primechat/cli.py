@@ -181,7 +181,9 @@ def take_option(argv: list[str], name: str) -> str | None:
         i = argv.index(word)
         value = word[len(name) + 1 :] if "=" in word else "".join(argv[i + 1 : i + 2])
         if not value or value.startswith("--"):
-            raise ConfigError(f"{name} stands alone, a value must follow it; {SHORTCUTS[name]}")
+            raise ConfigError(
+                f"{name} stands alone, a value must follow it; {SHORTCUTS.get(name, 'try -o FOLDER.')}"
+            )
         del argv[i : i + (1 if "=" in word else 2)]
     return value
 

@@ -390,6 +390,26 @@ def test_export_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads((tmp_path / "d32" / "config.json").read_text())["model"]["n_layer"] == 32
 
 
+def test_export_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is no place is told in a sentence; what the shell would run or stumble over is quoted."""
+    (tmp_path / "file").touch()
+    assert cli.main(["export", "05", "-o"]) == 2
+    assert "-o stands alone, a value must follow it; try -o FOLDER." in capsys.readouterr().err
+    assert cli.main(["export", "05", "-o", str(tmp_path / "file" / "x")]) == 2
+    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+    assert cli.main(["plan", "--gpus", "00xH100"]) == 2 and "try 8xH200" in capsys.readouterr().err
+    text, folder = f'{tmp_path}/a "b" $(touch {tmp_path}/run).jsonl', tmp_path / "d2"
+    run = replace(full_config(2), corpus=text)
+    export_lab(find_lab("05"), run, make_plan(run, find_machine("4090")), folder, base_dir=tmp_path)
+    assert "--max_dollars 1 " in (folder / "README.md").read_text(), "0 is no limit"
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s" "$5"')
+    (tmp_path / "python").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    said = subprocess.run(["bash", folder / "launch.sh", "data"], capture_output=True, text=True, env=env)
+    assert (said.returncode, said.stderr) == (0, "") and said.stdout.rpartition(":")[0] == text
+    assert not (tmp_path / "run").exists()
+
+
 def test_pull(
     base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -265,11 +265,15 @@ def export_lab(
     }  # fmt: skip
     if not force:
         check_folder(folder, files)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    (folder / "launch.sh").chmod(0o755)
-    copy_library(folder / "src")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        (folder / "launch.sh").chmod(0o755)
+        copy_library(folder / "src")
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror or str(error)[:200]})"
+        raise ConfigError(f"output={str(folder)!r} {reason}; choose another output.") from None
     return [folder / name for name in files]
 
 
@@ -335,9 +339,9 @@ def fill_in(lab: Path, config: Any, plan: Plan, home: Path) -> dict[str, str]:
         "@GPUS@": plan.machine.name, "@RANKS@": str(1 if talks else plan.machine.n_gpus),
         "@FAMILY@": FOLDERS[family], "@TAG@": config.tag, "@LAB@": lab.name,
         "@JOB@": job, "@NAME@": job.lower().replace("_", "-").replace(".", "-"),
-        "@LIMIT@": f"{plan.dollars * (1.25 if first else 0.25):.0f}",
+        "@LIMIT@": f"{max(1.0, plan.dollars * (1.25 if first else 0.25)):.0f}",  # 0 would be no limit
         "@PRICE@": f"{plan.machine.dollars_per_hour:.2f}",
-        "@CORPUS@": str(getattr(config, "corpus", "fineweb-edu")),
+        "@CORPUS@": shlex.quote(str(getattr(config, "corpus", "fineweb-edu"))),
         "@SHARDS@": str(min(8, getattr(config, "n_shards", 8))),
         "@ACCELERATOR@": f"{accelerator}:{plan.machine.n_gpus}",
         "@DISK@": str(max(80, int(plan.disk_bytes / 1e9 * 1.2) + 10)),

@@ -64,7 +64,7 @@ def find_machine(name: str, base_dir: Path | None = None) -> Machine:
     if name == "here":
         return read_bench(base_dir)
     match = re.fullmatch(r"(?:(\d{1,3})x)?(\w+)", name)
-    if not match or match[2].upper() not in GPUS or match[1] == "0":
+    if not match or match[2].upper() not in GPUS or int(match[1] or 1) == 0:
         raise ConfigError(f"gpus={name!r} must be a count and one of {', '.join(GPUS)}, or here; try 8xH200.")
     count, kind = int(match[1] or 1), match[2].upper()
     memory, peak, mfu, source, price = GPUS[kind]

@@ -60,7 +60,7 @@ esac
 """
 # verbs of the launcher: of a pretraining run, and of a stage that goes on from a model
 PREFLIGHT = 'python -m primechat.cli preflight --gpus "${GPUS:-@GPUS@}" --config "$config" "$@"'
-DATA = 'python -m primechat.cli download --shards "@CORPUS@:@SHARDS@"'
+DATA = "python -m primechat.cli download --shards @CORPUS@:@SHARDS@"
 TRY = """\
 python -m torch.distributed.run "${place[@]}" --nproc_per_node="${RANKS:-@RANKS@}" \\
         run.py --config "$config" --tag "preflight-$$" --steps 4 \\
