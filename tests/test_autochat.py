@@ -175,7 +175,8 @@ def test_command_line_and_refusals(base: Path, tmp_path: Path, capsys: pytest.Ca
     words += ["--openings", str(openings), "--runtime.device", "cpu"]
     assert main(words) == 0 and "2 conversations of 2 turns" in capsys.readouterr().out
     assert [turns[0].text for turns in read_talks("autochat/cli")] == ["Ahoy!", "Who goes there?"]
-    for wrong in ({"turns": 1}, {"human_share": 1.0}, {"temperature": -1}, {"personas": ("a",)}):
+    alone = {"n_talks": 1, "generations": 1}  # nothing would be held out
+    for wrong in ({"turns": 1}, {"human_share": 1.0}, {"temperature": -1}, {"personas": ("a",)}, alone):
         with pytest.raises(ConfigError):
             build(**wrong)
     (tmp_path / "empty.txt").write_text("\n")
