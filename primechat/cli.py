@@ -200,14 +200,9 @@ def parse_flags(verb: str, cls: type[Config], argv: list[str], default: Config, 
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
-                cls,
-                args=argv,
-                default=default,
-                prog=f"primechat {verb}",
-                description=f"{inspect.getdoc(cls) or ''}{notes}",
-                use_underscores=True,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
+                cls, args=argv, default=default, prog=f"primechat {verb}", use_underscores=True,
+                description=f"{inspect.getdoc(cls) or ''}{notes}", config=(tyro.conf.FlagCreatePairsOff,),
+            )  # fmt: skip
     except SystemExit as stop:
         cause: BaseException | None = stop
         while cause and not isinstance(cause, PrimechatError):

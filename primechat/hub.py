@@ -229,6 +229,7 @@ def explain(error: Exception) -> tuple[str, str]:
 # ---- whole models in the cache that every program of Hugging Face shares
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]  # all that is fetched of a model
+FAULTS = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)  # of a damaged file
 MAX_HEADER = 100_000_000  # bytes of a safetensors header, the format's own limit
 GGUF_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a value, by its type
 NEEDLESS = ["*/*", "consolidated*", "adapter_*"]  # weights once more, in other layouts
@@ -283,7 +284,7 @@ def read_sampling(name: str, folder: Path) -> tuple[dict[str, float], str]:
     Of `generation_config.json` only what sampling needs, and only numbers within bounds.
     """
     found = dict[str, float]()
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(*FAULTS):
         said = json.loads((folder / "generation_config.json").read_bytes())
         for key, (low, high, whole) in SAMPLING.items() if said.get("do_sample", True) else ():
             with suppress(ConfigError):
@@ -298,7 +299,7 @@ def count_params(folder: Path) -> int:
     """Return the number of parameters in a folder's safetensors files; a damaged one counts for nothing."""
     total = 0
     for path in folder.glob("*.safetensors"):
-        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError), path.open("rb") as file:
+        with suppress(*FAULTS), path.open("rb") as file:
             head = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER)))
             total += sum(math.prod(spec["shape"]) for name, spec in head.items() if name != "__metadata__")
     return total
@@ -358,7 +359,8 @@ def list_cached() -> Iterator[tuple[str, Path]]:
             commit = (place / "refs" / "main").read_text(encoding="ascii").strip()
             folder = place / "snapshots" / commit
             kind = str(json.loads((folder / "config.json").read_bytes())["architectures"][0])
-        except (OSError, ValueError, LookupError, TypeError):
+        except FAULTS:
             continue  # no model of transformers, or a damaged one
-        if any(folder.glob("*.safetensors")) and re.search("CausalLM$|LMHeadModel$", kind):
+        files = list(folder.glob("*.safetensors"))  # links, whose files may have been cleared away
+        if files and all(map(Path.is_file, files)) and re.search("CausalLM$|LMHeadModel$", kind):
             yield place.name.removeprefix("models--").replace("--", "/", 1), folder

@@ -17,11 +17,9 @@ from primechat.config.stages import check_tag
 from primechat.errors import ConfigError
 
 FAMILIES = {
-    "base": "base_checkpoints",
-    "mid": "mid_checkpoints",
-    "sft": "chatsft_checkpoints",
+    "base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints",
     "rl": "chatrl_checkpoints",
-}
+}  # fmt: skip
 FORMS = "base/d4, base/d4@600, base/d4@snap:64, sft, shipped/sft, hf:smollm2, lora:pirate, lora:pirate+sft/d4"
 ADAPTER = re.compile(r"lora:([A-Za-z0-9][A-Za-z0-9_-]{0,99})(?:\*(\d{1,3}(?:\.\d+)?))?")
 FOLDERS = {**FAMILIES, "lora": "lora_checkpoints"}

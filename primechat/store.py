@@ -82,21 +82,22 @@ def list_tags(root: Path, family: str) -> list[Path]:
     """Return the run folders of a family that hold a usable checkpoint or snapshot, by name."""
     parent = root / FAMILIES[family]
     folders = sorted(parent.iterdir()) if parent.is_dir() else []
-    return [f for f in folders if f.is_dir() and is_tag(f.name) and (find_steps(f) or list_snapshots(f))]
+    return [f for f in folders if is_run(f) and (find_steps(f) or list_snapshots(f))]
 
 
 def explain_tags(root: Path, family: str) -> list[str]:
     """Return what is wrong with the run folders of a family that hold steps, but no complete one."""
     parent = root / FAMILIES[family]
-    folders = [f for f in sorted(parent.iterdir()) if is_tag(f.name)] if parent.is_dir() else []
+    folders = [f for f in sorted(parent.iterdir()) if is_run(f)] if parent.is_dir() else []
     return [fault for f in folders if not find_steps(f) for _, fault in explain_steps(f)[-1:]]
 
 
-def is_tag(name: str) -> bool:
-    """Tell whether a folder's name can be a tag."""
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder's name can be a tag, and this user may look into it."""
     try:
-        check_tag(name)
-    except ConfigError:
+        check_tag(folder.name)
+        next(folder.iterdir(), None)
+    except (ConfigError, OSError):
         return False
     return True
 
@@ -332,7 +333,7 @@ def walk_adapters(parent: Path) -> Iterator[ModelEntry]:
         folder, facts = path.parent, dict[str, Any]()
         with suppress(CheckpointError):
             facts = read_json(folder / "adapter_config.json")
-        if is_tag(folder.name) and facts:
+        if is_run(folder) and facts:
             yield ModelEntry(
                 identifier=f"lora:{folder.name}+{facts.get('base_model_name_or_path') or 'sft'}",
                 family="lora", tag=folder.name, steps=tuple(find_steps(folder)) or (0,), snapshots=(),
@@ -356,14 +357,14 @@ def walk_models(root: Path, shipped: bool) -> Iterator[ModelEntry]:
                 name = replace(name, step=snapshots[-1], snapshot=True)
             step = (steps or snapshots)[-1]
             config, meta = read_design(where, step)
-            bpb, identity = meta.get("val_bpb"), meta.get("tokenizer_identity")
+            bpb, identity = take_number(meta, "val_bpb", math.nan), meta.get("tokenizer_identity")
             yield ModelEntry(
                 identifier=str(name), family=family, tag=folder.name, path=str(folder), shipped=shipped,
                 steps=tuple(steps), snapshots=tuple(snapshots),
                 n_bytes=sum(max(0, measure_file(path)) for path in folder.rglob("*.pt")),
                 architecture=config.architecture if config else "unreadable",
                 n_params=config.n_params if config else 0,
-                val_bpb=float(bpb) if isinstance(bpb, (int, float)) else None,
+                val_bpb=None if math.isnan(bpb) else bpb,
                 tokenizer_identity=identity if isinstance(identity, str) else None,
             )  # fmt: skip
 
@@ -379,7 +380,7 @@ def walk_foreign() -> Iterator[ModelEntry]:
         count = count_gguf(packed) if packed and tag == "smollm2" else count_params(folder)
         yield ModelEntry(
             identifier=f"hf:{tag}", family="hf", tag=tag, path=str(folder), steps=(), snapshots=(),
-            n_bytes=sum(path.stat().st_size for path in folder.glob(f"*.{kind}")), architecture="foreign",
+            n_bytes=sum(measure_file(path) for path in folder.glob(f"*.{kind}")), architecture="foreign",
             n_params=count, val_bpb=None, tokenizer_identity=None,
         )  # fmt: skip
 
@@ -429,15 +430,13 @@ def load_run(path: str | Path) -> TrainResult:
         stopped=bool(end.get("stopped")),
         val_bpb=take_number((losses or [meta])[-1], "val_bpb", math.nan),
         n_params=config.n_params if config else adapter.n_params if adapter else 0,
-        tokens=tokens,
-        tokens_per_s=tokens / train_s if train_s else 0.0,
-        train_s=train_s,
+        tokens=tokens, tokens_per_s=tokens / train_s if train_s else 0.0, train_s=train_s,
         total_s=take_number(meta, "spent_s", take_number(end, "elapsed_s", train_s)),
         events=tuple(events),
-    )
+    )  # fmt: skip
 
 
 def take_number(event: dict[str, Any], key: str, otherwise: float = 0.0) -> float:
-    """Return a field of an event or of metadata, if it is a number."""
+    """Return a field of an event or of metadata, if it is a finite number."""
     value = event.get(key)
-    return float(value) if isinstance(value, (int, float)) else otherwise
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else otherwise

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from primechat import store
+from primechat import cli, store
 from primechat.config import GPTConfig
 from primechat.errors import CheckpointError, ConfigError, DataError
+from primechat.hub import count_params, list_cached
 from primechat.model.checkpoint import save_checkpoint, save_snapshot
 from primechat.model.era import list_shapes
 from primechat.model.runlog import MetricsLog
@@ -323,12 +324,63 @@ def test_a_damaged_adapter_hides_no_model(base_dir: Path) -> None:
         assert [entry.identifier for entry in store.list_models()] == ["base/d1"]
 
 
+def test_strange_files_hide_no_model(
+    base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Damaged or foreign data, and a folder of another user, neither end the list nor the default model."""
+    make_run(base_dir, "base_checkpoints/d1", val_bpb=10**400)
+    closed = make_run(base_dir, "base_checkpoints/d2")
+    adapter = store.run_dir("lora", "odd")
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    (adapter / "adapter_config.json").write_text('{"r": "\\u001b[2J", "base_model_name_or_path": "[/x]"}')
+    usual = Path.iterdir
+
+    def look(path: Path) -> Any:
+        if path == closed:
+            raise PermissionError(13, "Permission denied")
+        return usual(path)
+
+    monkeypatch.setattr(Path, "iterdir", look)
+    assert [(e.identifier, e.val_bpb) for e in store.list_models()] == [
+        ("base/d1", None),
+        ("lora:odd+[/x]", None),
+    ]
+    assert cli.main(["models"]) == 0
+    said = capsys.readouterr().out
+    assert "lora:odd+[/x]" in said and "\x1b" not in said
+    assert store.locate_model(store.parse_identifier("base"))[1].tag == "d1"
+    with pytest.raises(CheckpointError, match="d2 cannot be read .Permission denied.; correct its rights"):
+        store.open_model("base/d2")
+
+    place = tmp_path / "hub" / "models--owner--name"
+    folder = place / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("abc")
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (folder / "model.safetensors").symlink_to(place / "blobs" / "gone")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert list(list_cached()) == []
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(b"\xff" * 8 + b"[" * 100_000)
+    assert list(list_cached()) == [("owner/name", folder)] and count_params(folder) == 0
+    (folder / "config.json").write_text("[" * 100_000)
+    assert list(list_cached()) == []
+
+
 def test_listing_leaves_torch_out() -> None:
     code = "import sys, primechat as p; print(len(p.list_models())); assert 'torch' not in sys.modules"
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(NANOCHAT / "head")}
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0 and int(done.stdout) >= 2, done.stderr
+
+
+def test_numbers_that_are_none(base_dir: Path) -> None:
+    run = make_run(base_dir, "base_checkpoints/d1", (2,))
+    (run / "metrics.jsonl").write_text('{"kind": "step", "step": NaN, "tokens": NaN, "tokens_per_s": 1}\n')
+    assert store.load_run("base/d1").tokens == 0
 
 
 def test_load_run(base_dir: Path, tmp_path: Path) -> None:

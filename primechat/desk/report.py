@@ -36,13 +36,9 @@ CURVES = (  # file, title, what is drawn: event, field, label
     ("norms", "Norms", (("step", "grad_norm"), ("step", "update_norm"))),
 )
 LABELS = {
-    "grad_norm": "gradient",
-    "update_norm": "update",
-    "val_bpb": "validation",
-    "general_bpb": "text it knew",
-    "distinct_2": "different ones",
-    "repetition": "said before",
-}
+    "grad_norm": "gradient", "update_norm": "update", "val_bpb": "validation",
+    "general_bpb": "text it knew", "distinct_2": "different ones", "repetition": "said before",
+}  # fmt: skip
 STYLE = """
 body { font: 16px/1.55 %s; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.5rem;
        color: var(--ink); background: var(--bg) }

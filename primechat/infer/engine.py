@@ -269,14 +269,11 @@ class Engine:
             seen = torch.zeros(self.model.vocab_size, dtype=torch.bool, device=self.model.device)
             seen[[token for token in set(prompt) if token not in stop_ids]] = True
         return Row(
-            prompt=prompt,
-            limit=min(settings.max_new_tokens, room),
+            prompt=prompt, limit=min(settings.max_new_tokens, room),
             limit_reason="length" if settings.max_new_tokens <= room else "context",
-            draws=draw_floats(settings.seed, index),
-            stop_ids=frozenset(stop_ids),
+            draws=draw_floats(settings.seed, index), stop_ids=frozenset(stop_ids), seen=seen,
             tool=ToolCall(self.tokenizer, self._tool_ids) if self._tool_ids else None,
-            seen=seen,
-        )
+        )  # fmt: skip
 
     def _write(
         self, rows: list[Row], settings: Settings, n_alternatives: int | None = None

@@ -194,7 +194,11 @@ def is_ours(path: Path) -> bool:
 def list_files(folder: Path) -> list[tuple[Path, str, int]]:
     """Return path, kind (model, meta, optim) and step of each checkpoint file, temporary ones included."""
     found = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    try:
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    except OSError as e:
+        raise CheckpointError(f"{folder} cannot be read ({e.strerror}); correct its rights.") from None
+    for path in paths:
         match = FILE_NAME.fullmatch(path.name)
         if match and match[2] == f"{int(match[2]):06d}":
             found.append((path, match[1], int(match[2])))
