@@ -14,7 +14,8 @@ def _(mo):
     emoji may be a dozen. What the model can count, spell and afford begins here.
 
     Type into the box. Every colour is one token. Point at one, or move the caret into it, and its text, its
-    id and its bytes light up together.
+    id and its bytes light up together. A dot stands for the space before a word, ↵ for the end of a line.
+    The **context** is how many tokens a model can read at once.
     """)
     return
 
@@ -58,8 +59,8 @@ def _(mo):
     ## 1. Why these pieces?
 
     The tokenizer knows an ordered list of **merges**: pairs of pieces that become one. The place of a merge
-    in the list is its **rank**. To cut a word, it starts from the bytes and makes, again and again, the
-    known merge of the lowest rank. Guess first.
+    in the list is its **rank**; 0 to 255 are the bytes, so the first merge has rank 256. To cut a word, it
+    starts from the bytes and makes, again and again, the known merge of the lowest rank. Guess first.
     """)
     return
 
@@ -165,8 +166,8 @@ def _(mo):
     mo.md(r"""
     ## 5. What is in a vocabulary?
 
-    Search all tokens. A space at the start of a token is shown as a dot. Some tokens are in the list but
-    stand nowhere in the training text; a model that meets one of them knows nothing about it.
+    Search all tokens; the first 256 are the bytes, in `< >` those that are no character. Some tokens are in
+    the list but stand nowhere in the training text; a model that meets one of them knows nothing about it.
     """)
     return
 
