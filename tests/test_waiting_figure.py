@@ -9,10 +9,11 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 from browser import SMALL_LABS, run_all_cells
+from playwright.sync_api import Browser, expect
 
 from primechat.desk.labs import pages
 from primechat.desk.labs.runner import show
-from primechat.views.widgets.controls import Prediction
+from primechat.views.widgets.controls import Live, Prediction
 from primechat.views.widgets.figure import WaitingFigure
 
 LAB = SMALL_LABS / "waiting.py"
@@ -81,3 +82,32 @@ def test_figures_wait_in_a_page_too(tmp_path: Path, lab_page: Callable[..., Any]
     found = lab_page(f"file://{page}", offline=True)
     guess_and_look(found.page)
     found.check()
+
+
+TWO_VIEWS = """async (script) => {
+  const url = URL.createObjectURL(new Blob([script], { type: "text/javascript" }));
+  const { default: widget } = await import(url);
+  const controls = [{ name: "text", form: "text", start: "x", label: "Text" }], heard = [];
+  const state = { kind: "live", seen: true, values: { text: "x" }, output: { "#": 0, parts: [] }, controls };
+  const model = {
+    get: (name) => state[name], set: (name, value) => { state[name] = value; }, off: () => {},
+    on: (name, work) => { if (name === "change:output") heard.push(work); },
+    save_changes: () => setTimeout(() => {
+      state.output = { "#": state.values["#"], parts: [{ kind: "text", text: `said ${state.values.text}` }] };
+      heard.forEach((work) => work());
+    }, 20),
+  };
+  for (const el of document.querySelectorAll("div")) widget.render({ model, el });
+}"""
+
+
+@pytest.mark.slow
+def test_live_answers_a_second_view(browser: Browser) -> None:
+    """JupyterLab can show an output twice; what one view has asked leaves the other its voice."""
+    page = browser.new_page()
+    page.set_content("<body><div></div><div></div></body>")
+    page.evaluate(TWO_VIEWS, Live._esm)
+    for i, text in enumerate(("one", "two", "three")):
+        page.locator("textarea").nth(i % 2).fill(text)
+        expect(page.get_by_text(f"said {text}")).to_have_count(2, timeout=5000)
+    page.close()

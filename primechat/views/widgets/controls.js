@@ -166,6 +166,7 @@ function drawLive({ model, root, listen, later }) {
     return h("label", { class: "pc-wide" }, h("span", { class: "pc-label", text: label }), box);
   });
   const refresh = () => {
+    sent = Math.max(sent, model.get("output")["#"] ?? 0); // another view, or this page before it was reloaded, asked
     delete output.dataset.busy;
     output.replaceChildren(...(model.get("output").parts ?? []).map(drawPart));
     if (waiting) send();
