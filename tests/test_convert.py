@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -227,6 +229,18 @@ def test_refusals(
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(28, os.strerror(28))
 
+    usual, limit = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))  # of the weights only the first bytes fit
+    try:
+        with pytest.raises(
+            CheckpointError, match="out cannot be written .Error while serializing.*too large"
+        ):
+            export_model("base/d2", str(tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, usual)
+    assert set(tmp_path.iterdir()) == files, "nothing is left of it"
+
     with monkeypatch.context() as patch:
         patch.setattr("primechat.desk.convert.save_file", refuse)
         with pytest.raises(CheckpointError, match="cannot be written .No space left"):
@@ -242,6 +256,11 @@ def test_refusals(
         ({"attention_bias": True}, "attention_bias=True"),
         ({"num_hidden_layers": 3, "primechat": None}, "has other tensors than its config.json says"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn'"),
+        ({"intermediate_size": None}, "config.json is damaged"),
+        ({"rope_parameters": [1]}, "config.json is damaged"),
+        ({"rope_parameters": {"rope_theta": None}, "primechat": None}, "config.json is damaged"),
+        ({"final_logit_softcapping": "x", "primechat": None}, "config.json is damaged"),
+        ({"num_hidden_layers": 10**12, "primechat": None}, "n_layer=1000000000000, which must be"),
     ):
         (folder / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(CheckpointError, match=match):

@@ -25,7 +25,7 @@ from primechat.config.model import classic_switches
 from primechat.errors import CheckpointError, ConfigError, DataError
 from primechat.hub import fetch_model
 from primechat.model.checkpoint import find_steps, load_checkpoint, save_checkpoint
-from primechat.model.era import list_shapes
+from primechat.model.era import list_shapes, read_shape
 from primechat.model.foreign import list_characters
 from primechat.model.gpt import EPS
 from primechat.model.runlog import RunLock
@@ -119,8 +119,9 @@ def export_model(identifier: str, folder: str) -> Path:
             rights = (building / "config.json").stat().st_mode  # safetensors gives them to the owner alone
             (building / "model.safetensors").chmod(rights)
             os.rename(building, out)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written ({error.strerror}); choose another place.") from None
+    except (OSError, SafetensorError) as error:  # the weights' writer tells of a full disk in its own way
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{out} cannot be written ({reason}); choose another place.") from None
     return out
 
 
@@ -186,7 +187,12 @@ def import_model(source: str, out: str) -> Path:
     """
     folder = fetch_model(source[3:]) if FOREIGN.fullmatch(source) else Path(source).expanduser()
     data, state = read_json(folder / "config.json"), dict[str, Any]()
-    config, tokenizer = read_network(data, folder), read_tokenizer(folder / "tokenizer.json")
+    try:
+        config = read_network(data, folder)
+        read_shape({"model_config": asdict(config)})
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} is damaged ({error}); fetch it again.") from None
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
     for path in sorted(folder.glob("*.safetensors")):
         try:
             state |= {rename_tensor(key, back=True): tensor for key, tensor in load_file(path).items()}
