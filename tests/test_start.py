@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, expect
 from test_runner import wait_until
 
 import primechat.desk.download as desk_download
@@ -19,6 +20,7 @@ from primechat.hub import HubFile
 from primechat.lessons.instruments import firststeps
 from primechat.model.download import Plan
 from primechat.records import PhaseEvent, ProgressEvent
+from primechat.views.widgets.start import CheckCard
 
 
 def test_machine_card_tells_what_is_here(base_dir: Path) -> None:
@@ -34,6 +36,8 @@ def test_machine_card_tells_what_is_here(base_dir: Path) -> None:
 def test_check_card_compares_with_readers_that_know_nothing(base_dir: Path) -> None:
     card = firststeps.open_check()
     assert card.models[0] == "shipped/sft"
+    known, card.models = card.models, []
+    assert card.answer_find() == {} and card.models == known
     card.answer_check("shipped/sft")
     wait_until(lambda: card.state == "done")
     report = card.report
@@ -105,6 +109,34 @@ def test_download_tells_why_it_cannot(base_dir: Path, monkeypatch: pytest.Monkey
     card.answer_act("plan", "d32")
     wait_until(lambda: card.state == "failed")
     assert "cannot be reached" in card.message
+
+
+TWO_CARDS = """async (script) => {
+  const url = URL.createObjectURL(new Blob([script], { type: "text/javascript" }));
+  const { default: widget } = await import(url);
+  const show = (state) => {
+    const heard = {};
+    const model = {
+      get: (name) => state[name], off: () => {}, on: (name, work) => (heard[name] ??= []).push(work),
+      put: (name, value) => { state[name] = value; heard[`change:${name}`].forEach((work) => work()); },
+      send: ({ ask, id }) => { if (ask === "find") model.put("models", ["shipped/sft", "base/new"]); },
+    };
+    widget.render({ model, el: document.body.appendChild(document.createElement("div")) });
+    return model;
+  };
+  show({ kind: "check", models: ["shipped/sft"], state: "ready", report: {}, message: "" });
+  const card = show({ kind: "download", bundles: [], state: "loading", plan: {}, progress: {}, message: "" });
+  card.put("state", "done");
+}"""
+
+
+@pytest.mark.slow
+def test_what_was_brought_in_can_be_checked(browser: Browser) -> None:
+    page = browser.new_page()
+    page.evaluate(TWO_CARDS, CheckCard._esm)
+    expect(page.locator(".pc-check option")).to_have_text(["shipped/sft", "base/new"])
+    assert page.locator(".pc-check select").input_value() == "shipped/sft", "the choice stays"
+    page.close()
 
 
 @pytest.mark.slow

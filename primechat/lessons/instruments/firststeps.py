@@ -41,12 +41,9 @@ def find_facts() -> dict[str, Any]:
     base = store.base_dir()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     missing = [f"`{name}` ({use})" for name, use in EXTRAS.items() if not find_spec(name)]
+    under = f"Python {platform.python_version()}, torch {find_version('torch')}"
     rows = [
-        (
-            "primechat",
-            primechat.__version__,
-            f"Python {platform.python_version()}, torch {find_version('torch')}",
-        ),
+        ("primechat", primechat.__version__, under),
         ("computes on", *name_device()),
         ("memory", f"{memory:,.0f} GB", f"{os.cpu_count()} cores"),
         ("free disk", f"{measure_space(base) / 1e9:,.0f} GB", ""),
@@ -77,9 +74,14 @@ def name_device() -> tuple[str, str]:
 
 def open_check() -> CheckCard:
     """Return the card that checks a model on this machine."""
+    return CheckCard(find_checkable, begin_check)
+
+
+def find_checkable() -> list[str]:
+    """Return the models that the card can check, the one that greets the learner first."""
     entries = [entry for entry in store.list_models() if entry.family in store.FAMILIES]
     entries.sort(key=lambda entry: not (entry.shipped and entry.family == "sft"))
-    return CheckCard([entry.identifier for entry in entries], begin_check)
+    return [entry.identifier for entry in entries]
 
 
 def begin_check(card: CheckCard, identifier: str) -> None:

@@ -21,8 +21,15 @@ function drawMachine({ model, root, listen, later }) {
       h("div", { class: "pc-muted" }, "Your own stand in ", h("code", { class: "pc-mono", text: model.get("place") })));
   };
   listen(["rows", "models"], refresh);
+  whenBrought(() => again.click(), later);
   refresh();
   root.append(h("div", { class: "pc-card pc-two" }, h("div", { class: "pc-stack pc-close" }, h("p", { class: "pc-title", text: "This machine" }), left), right));
+}
+
+/** Do something when a download of this page has brought a model. */
+function whenBrought(work, later) {
+  window.addEventListener("primechat-models", work);
+  later(() => window.removeEventListener("primechat-models", work));
 }
 
 const VERDICTS = { ok: "Sound", suspicious: "Look closer", broken: "Broken" };
@@ -55,6 +62,8 @@ function drawCheck({ model, root, listen, later }) {
     body.append(more("Its card", facts(report.rows.map(([name, text]) => [name, text, ""]))));
   };
   listen(["state", "report", "message"], refresh);
+  listen("models", () => { chosen ||= model.get("models")[0] ?? ""; pick.fill(model.get("models"), chosen); refresh(); });
+  whenBrought(() => ask("find").catch(() => {}), later);
   root.append(h("div", { class: "pc-card pc-stack" }, h("div", { class: "pc-row" }, pick, go), said, body));
   refresh();
 }
@@ -92,6 +101,7 @@ function drawDownload({ model, root, listen, later }) {
     line.textContent = state === "asking" ? "Asking the Hub; nothing is moved." : state === "loading" && progress.total ? `${megabytes(progress.done)} of ${megabytes(progress.total)}${progress.left_s ? `, about ${number(progress.left_s)} s left` : ""}` : "";
   };
   listen(["state", "message", "plan", "progress"], refresh);
+  listen("state", () => { if (model.get("state") === "done") window.dispatchEvent(new Event("primechat-models")); });
   root.append(h("div", { class: "pc-card pc-stack" }, h("div", { class: "pc-options", role: "radiogroup", "aria-label": "Model to bring in" }, ...choices), buttons, bar, said, table));
   refresh();
 }

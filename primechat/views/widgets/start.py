@@ -41,7 +41,7 @@ class CheckCard(Widget):
     """Whether a model is whole and has its own tokenizer.
 
     `report` has verdict, sentence, rows of (name, text), bars of (name, bits per byte, is it the model) and a
-    sample; `state` is ready, running, done or failed.
+    sample; `state` is ready, running, done or failed. `find` returns the models, also those that came since.
     """
 
     kind = traitlets.Unicode("check").tag(sync=True)
@@ -50,9 +50,14 @@ class CheckCard(Widget):
     message = traitlets.Unicode("").tag(sync=True)
     report: Any = traitlets.Dict().tag(sync=True)
 
-    def __init__(self, models: list[str], check: Callable[[CheckCard, str], None]) -> None:
-        self.check = check
-        super().__init__(models=models)
+    def __init__(self, find: Callable[[], list[str]], check: Callable[[CheckCard, str], None]) -> None:
+        self.find, self.check = find, check
+        super().__init__(models=find())
+
+    def answer_find(self) -> dict[str, Any]:
+        """Look again."""
+        self.models = self.find()
+        return {}
 
     def answer_check(self, identifier: str) -> dict[str, Any]:
         """Begin a check, unless one is under way."""
