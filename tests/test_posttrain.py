@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from primechat import store
-from primechat.config import GPTConfig, LookConfig, RuntimeConfig
+from primechat.config import GPTConfig, LookConfig, PretrainConfig, RuntimeConfig
 from primechat.errors import ConfigError
-from primechat.lessons.instruments import posttrain, series
+from primechat.lessons.instruments import posttrain, pretraining, series
 from primechat.records import Event
 from primechat.views.training import draw_lines, draw_tradeoff
 
@@ -146,3 +146,22 @@ def test_nothing_has_run_yet() -> None:
         "when the run above is done"
         in posttrain.open_breakdown(None, "shipped/base").output["parts"][0]["text"]
     )
+
+
+def test_an_ablation_runs_anew_with_other_settings(base_dir: Path) -> None:
+    """A bench that has run is remembered; with more steps it is another one, and not refused for good."""
+    model = GPTConfig.modern(1, vocab_size=512, sequence_len=32, head_dim=32)
+    look = LookConfig(eval_tokens=64, last_eval_tokens=64, sample_every=-1)
+    base = PretrainConfig(model=model, batch_tokens=64, look=look, runtime=FIXED)
+    plan = pretraining.AblationConfig(base=base, switches="smear", steps=2)
+    heard: list[Event] = []
+    first = pretraining.ablate(plan, on_event=heard.append)
+    n_heard = len(heard)
+    assert {name: len(values) for name, values in first.bpb.items()} == {
+        "everything on": 2,
+        "without smear": 2,
+    }
+    assert pretraining.ablate(plan, on_event=heard.append) == first
+    assert {event.kind for event in heard[n_heard:]} == {"note"}, "nothing is trained twice"
+    longer = pretraining.ablate(replace(plan, steps=3))
+    assert not longer.stopped and longer.bpb != first.bpb

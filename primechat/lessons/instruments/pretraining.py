@@ -132,7 +132,10 @@ class AblationResult:
 def ablate(
     config: AblationConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> AblationResult:
-    """Train the model with every trick, and without each, over several seeds; finished runs are kept."""
+    """Train the model with every trick, and without each, over several seeds; what has run with the same
+    settings is kept, and other settings make other runs.
+    """
+    from primechat.lessons.instruments.series import run_once
     from primechat.stages.pretrain import pretrain
 
     stop = stop or threading.Event()
@@ -145,11 +148,10 @@ def ablate(
             one = replace(
                 config.base, tag=tag, seed=seed, steps=config.steps, seconds=0.0,
                 model=replace(config.base.model, **change), look=replace(config.base.look, snapshots=False),
-                resume=(store.run_dir("base", tag) / "config.json").exists(),
             )  # fmt: skip
             if on_event:
                 on_event(NoteEvent(text=f"{name}, seed {seed}"))
-            run = pretrain(one, on_event=on_event, stop=stop)
+            run = run_once(pretrain, one, "base", on_event, stop)
             if run.stopped:
                 return AblationResult(identifier=config.tag, bpb=found, stopped=True)
             found.setdefault(name, []).append(run.val_bpb)
