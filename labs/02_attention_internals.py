@@ -15,7 +15,8 @@ def _(mo):
     that a text passes one after the other; a layer is also called a **block**.
 
     Here you watch the heads of a real model at work on your own text, switch some off, and see what the
-    model can no longer do. Every number on this page comes from the model's own forward pass.
+    model can no longer do. Every number on this page comes from the model's own **forward
+    pass**, one run of the text through all its layers.
     """)
     return
 
@@ -76,7 +77,7 @@ def _(predict, scope, survey):
         survey.PLACES,
         lambda: survey.find_favourite(scope.scene),
         why="Measured on the text above: {}. "
-        "Many heads that have nothing to look for rest on the first token.",
+        "In larger models many heads that have nothing to look for rest on the first token; do some here?",
     )
     return
 
@@ -132,7 +133,8 @@ def _(mo):
     ## 3. Lens
 
     What a token carries from layer to layer is one list of numbers, the **stream**; each layer adds to it.
-    The lens reads the stream after every layer as if the model ended there.
+    The lens reads the stream after every layer as if the model ended there. The whole model may still differ
+    from its last layer: the shipped one ends by taking off a part of what the stream held halfway.
     """)
     return
 

@@ -10,9 +10,9 @@ def _(mo):
     # Do related words sit together, and when does the map lie?
 
     A language model cuts text into **tokens**, short pieces of text, often a word or a part of one. It
-    cannot compute with letters, so it keeps a row of numbers for each token: its **embedding**. Training
-    moves these rows until they are of use, and tokens that are used alike end up near each other. Nobody
-    tells the model which words are related; it has only read text.
+    cannot compute with letters, so it keeps a row of numbers for each token: its **embedding**, also called
+    its **vector**. Training moves these rows until they are of use, and tokens that are used alike end up
+    near each other. Nobody tells the model which words are related; it has only read text.
 
     A row is a point in a space of some hundred directions, and a screen has two. Every map of such a space
     leaves something out. Here you look at the points of a real model, and you measure what the map hides.

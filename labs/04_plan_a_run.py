@@ -48,8 +48,9 @@ def _(budget, predict):
         "The d20 costs about $85 on 8 H200. What does the d32 cost, as a multiple of that?",
         ["1.6 times", "3.4 times", "12 times", "100 times"],
         "12 times",
-        why=f"It is {_times:.1f} times: 3.3 times the parameters, each of which needs its 20 tokens, so 3.3 "
-        "times the tokens too; the work is their product.",
+        why=f"It is {_times:.1f} times: 3.35 times the parameters, each of which needs its 20 tokens, so "
+        "3.35 times the tokens too. The work is their product, 11.2, and a little more: the table in which "
+        "tokens are looked up costs no sums, and it is a smaller share of the large model.",
     )
     return
 
@@ -105,7 +106,8 @@ def _(mo):
     **optimizer** (how it moved lately; 8 GPUs share that). **Activations** are what every block keeps of
     the text until the gradients have been computed; they grow with the rows that are read at a time. The
     slider counts powers of two. Recomputing keeps only each block's input, and computes the inside again:
-    memory for time. Here the model has 32 blocks and the GPU 80 GB: there it becomes tight.
+    memory for time. **Logits** are the scores of all tokens that could come next. Here the model has 32
+    blocks and the GPU 80 GB: there it becomes tight.
     """)
     return
 
