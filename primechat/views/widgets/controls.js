@@ -132,7 +132,7 @@ function drawExercise({ model, root, listen }) {
 }
 
 function drawPart(part) {
-  if (part.kind === "image") return h("img", { class: "pc-image", src: `data:image/png;base64,${part.data}`, alt: "" });
+  if (part.kind === "image") return h("div", { class: "pc-scroll", tabindex: 0 }, h("img", { class: "pc-image", src: `data:image/png;base64,${part.data}`, alt: "" }));
   if (part.kind === "figures") return h("div", { class: "pc-stats" }, ...part.items.map(([name, value]) => h("div", { class: "pc-stat" }, h("span", { text: value }), h("span", { text: name }))));
   if (part.kind === "error") return h("div", { class: "pc-error", text: part.text });
   if (part.kind !== "table") return h("div", { class: "pc-output", text: part.text });
