@@ -141,6 +141,18 @@ def test_what_was_never_answered_can_be_loaded_again() -> None:
     assert Page().do("load", text=saved["text"].replace("\n", "\r\n"))["talks"] == ["a b c"]
 
 
+def test_a_message_that_could_not_be_answered_does_not_stay_in_the_way() -> None:
+    """Where it is too long, "shorten it" says the page: the next one stands in its place, not behind it."""
+    page = Page()
+    page.say("Hi")
+    page.session.opener = lambda name: MODELS["missing"]
+    assert page.say("Too long")["state"] == "failed"
+    page.session.opener = open_echo
+    assert page.say("Shorter")["state"] == "done"
+    saved = json.loads(page.do("save")["text"])["messages"]
+    assert [m["content"] for m in saved if m["role"] == "user"] == ["Hi", "Shorter"]
+
+
 def test_a_page_that_is_gone_ends_its_reply() -> None:
     page = Page()
     page.listens = False

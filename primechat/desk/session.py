@@ -100,7 +100,9 @@ class ChatSession:
         if not text.strip():
             raise ConfigError("The message is empty; write something.")
         last = [self.talk.root, *self.talk.walk()][-1]
-        if last.role == "user":  # its reply failed: the new text takes its place
+        asked = last.parent or last
+        last = asked if all(x.state == "failed" and not x.content for x in asked.children) else last
+        if last.role == "user":  # no reply came, as it may be too long: the new text takes its place
             last = last.parent or self.talk.root
         self._ask(self._add(last, "user", text))
 
