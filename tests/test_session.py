@@ -149,8 +149,10 @@ def test_a_message_that_could_not_be_answered_does_not_stay_in_the_way() -> None
     assert page.say("Too long")["state"] == "failed"
     page.session.opener = open_echo
     assert page.say("Shorter")["state"] == "done"
-    saved = json.loads(page.do("save")["text"])["messages"]
-    assert [m["content"] for m in saved if m["role"] == "user"] == ["Hi", "Shorter"]
+    asked = [node for node in page.session.talk.walk() if node.role == "user"]
+    assert [node.text for node in asked] == ["Hi", "Shorter"] and len(
+        page.nodes[asked[1].id]["siblings"]
+    ) == 2
 
 
 def test_a_page_that_is_gone_ends_its_reply() -> None:
