@@ -163,7 +163,8 @@ def _(mo):
 
     Each part below opens with a click. The **time machine** has snapshots, copies of a small model kept while
     it trained: pull the slider from noise to words. A **logit** is the score of a token before scores become
-    probabilities.
+    probabilities; a **softcap** bends large ones down, so that none runs away. Each head makes of each token
+    a **query**, what it looks for, and a **key**, what it offers: where the two fit, it reads.
     """)
     return
 

@@ -13,7 +13,7 @@ function s(tag, props, text) {
 /** Strips: a dot for each head of the model above, of the control below. */
 function showScores({ model, el }) {
   const { root, listen, end } = frame({ model, el }, "scores");
-  const strips = h("div", { class: "pc-stack" }), say = h("p", { class: "pc-muted pc-tight", "aria-live": "polite", text: "Point at a dot for its name; click it to enlarge that head at the top." });
+  const strips = h("div", { class: "pc-stack" }), say = h("p", { class: "pc-muted pc-tight", "aria-live": "polite", text: "A number such as 2.3 is layer 2, head 3. Point at a dot for its name; click it to enlarge that head at the top." });
   card({ model, root }, "More: what every head is like, beside random numbers",
     strips, say);
   const W = 640, H = 74, L = 118, R = 24;
