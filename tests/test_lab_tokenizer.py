@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -189,6 +190,24 @@ def test_a_keystroke_settles(in_run: LabPage) -> None:
     )
     assert seen > 50, "the middle of a long text has chips when it is scrolled into sight"
     lab.check()
+
+
+def test_no_half_of_an_emoji_is_sent(in_run: LabPage) -> None:
+    """One emoji in the place of another shares half of its UTF-16; half of one is what no JSON can hold."""
+    tokenizer = Tokenizers().tokenizer
+    type_text(in_run, "one 😀 two")
+    fill = """(area, units) => {
+      area.value = String.fromCharCode(...units);
+      area.dispatchEvent(new Event("input", { bubbles: true }));
+    }"""
+    for typed, read in (("one 😁 two", "one 😁 two"), ("half \ud83d one", "half \ufffd one")):
+        units = list(memoryview(typed.encode("utf-16-le", "surrogatepass")).cast("H"))
+        in_run.page.locator(".pc-area").evaluate(fill, units)
+
+        wanted = tokenizer.encode(read)
+        shown = partial(lambda ids: [i for _, card in read_cards(in_run) for i in card] == ids, wanted)
+        wait_until(in_run, shown, f"the tokens of {read!r} did not come")
+    in_run.check()
 
 
 def test_first_paint(serve: Any, lab_page: Any) -> None:

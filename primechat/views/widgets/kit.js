@@ -97,9 +97,17 @@ export function whenGuessed(question, work, later) {
   look();
 }
 
+/** The same with half an emoji replaced, alone or in what is nested: JSON can hold none, so no host would pass it on. */
+export function whole(value) {
+  if (typeof value === "string") return value.replace(/\p{Surrogate}/gu, "\ufffd");
+  if (Array.isArray(value)) return value.map(whole);
+  if (value === null || value === undefined || Object.getPrototypeOf(value) !== Object.prototype) return value;
+  return Object.fromEntries(Object.entries(value).map(([key, part]) => [key, whole(part)]));
+}
+
 /** Set traits and send them; what has not changed is not sent. */
 export function commit(model, values) {
-  for (const [name, value] of Object.entries(values)) model.set(name, value);
+  for (const [name, value] of Object.entries(values)) model.set(name, whole(value));
   model.save_changes();
 }
 
@@ -119,7 +127,7 @@ export function asking(model, later) {
       if (message.error) reject(new Error(message.error));
       else resolve(message);
     });
-    model.send({ ask: name, given, id });
+    model.send({ ask: name, given: whole(given), id });
   });
 }
 

@@ -4,12 +4,14 @@ import { countCharacters, encodeText, findBorders, ground, groupTokens, hex, rea
 const DRAWN = 3000; // units of text around the visible part that are drawn as chips; a shorter text is drawn whole
 const MAX_SHOWN = 3, MAX_TEXT = 200000, MAX_CARD_CHARS = 28, MAX_CARD_BYTES = 16;
 
-/** The one run in which two texts differ: {at, cut, put}. */
+/** The one run in which two texts differ, with no emoji cut in half: {at, cut, put}. */
 function findEdit(old, now) {
   const most = Math.min(old.length, now.length);
   let at = 0, tail = 0;
   while (at < most && old.charCodeAt(at) === now.charCodeAt(at)) at++;
   while (tail < most - at && old.charCodeAt(old.length - 1 - tail) === now.charCodeAt(now.length - 1 - tail)) tail++;
+  if (/[\ud800-\udbff]/.test(old.charAt(at - 1))) at--;
+  if (tail && /[\udc00-\udfff]/.test(old.charAt(old.length - tail))) tail--;
   return { at, cut: old.length - at - tail, put: now.slice(at, now.length - tail) };
 }
 
