@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,3 +167,25 @@ def test_an_ablation_runs_anew_with_other_settings(base_dir: Path) -> None:
     assert {event.kind for event in heard[n_heard:]} == {"note"}, "nothing is trained twice"
     longer = pretraining.ablate(replace(plan, steps=3))
     assert not longer.stopped and longer.bpb != first.bpb
+
+
+def test_the_dial_holds_one_model_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Opened:
+        """Stands in for a model, which weak references can watch."""
+
+    seen: list[weakref.ref[Opened]] = []
+
+    def open_model(identifier: str) -> tuple[Any, Any, Any]:
+        model = Opened()
+        seen.append(weakref.ref(model))
+        return model, None, {}
+
+    monkeypatch.setattr(store, "open_model", open_model)
+    monkeypatch.setattr("primechat.infer.engine.Engine", lambda model, tokenizer: None)
+    monkeypatch.setattr("primechat.model.lora.turn_dial", lambda *_: None)
+    monkeypatch.setattr(posttrain, "answer", lambda engine, prompt: prompt)
+    desk = posttrain.open_dial(["lora:a+sft/d20", "lora:b+sft/d20", "lora:c+sft/d20"], "sft/d20")
+    for name in ("a", "a", "b", "c"):
+        assert desk.answer_write("Hi", 1.0, name) == {"text": "Hi"}
+    gc.collect()
+    assert [one() is not None for one in seen] == [False, False, True]

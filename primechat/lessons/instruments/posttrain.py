@@ -155,6 +155,7 @@ def open_dial(rows: Sequence[str], base: str, prompt: str = "Hi! What did you do
         from primechat.model.lora import turn_dial
 
         if adapter not in opened:
+            opened.clear()  # each holds a whole model of its own
             opened[adapter] = store.open_model(f"lora:{adapter}+{base}")[:2]
         model, tokenizer = opened[adapter]
         turn_dial(model, adapter, dial)
