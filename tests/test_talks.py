@@ -21,6 +21,7 @@ from primechat.metrics.diversity import measure_kappa
 from primechat.metrics.loops import MEASURES, find_loop, measure_turns, read_talk
 from primechat.records import Turn
 from primechat.views import talk
+from primechat.views.widgets.controls import Live
 
 ROOT = Path(__file__).resolve().parents[1]
 plotly = pytest.importorskip("plotly", reason="needs the extra labs")
@@ -218,3 +219,15 @@ def test_strips_on_a_page(shared: Callable[..., str], lab_page: Callable[..., An
     page.get_by_role("tab", name="other").click()
     assert page.locator(".pc-strips-cell").count() == 2
     found.check()
+
+
+def test_a_folder_that_is_typed_is_not_written_letter_by_letter() -> None:
+    study, written = object.__new__(talks.Study), list[str]()
+    study.export = lambda folder: written.append(str(folder)) or [Path(folder)]  # type: ignore
+    form = Live(study.save, folder="runs/talks", write=False)
+    for i, folder in enumerate(("runs/talks", "runs", "runs/a", "runs/ab")):
+        form.values = {"folder": folder, "write": True, "#": i}
+    assert written == ["runs/talks"] and "set it again" in str(form.output)
+    for i, write in enumerate((False, True)):
+        form.values = {"folder": "runs/ab", "write": write, "#": 10 + i}
+    assert written == ["runs/talks", "runs/ab"]

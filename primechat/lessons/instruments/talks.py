@@ -79,6 +79,8 @@ class Study:
         )  # fmt: skip
         self.sure = read_talks(run_many(self.plan("sure", temperature=0.0)).path)  # the first to be seen
 
+    ticked = False  # the box of `save`, when it was last looked at
+
     @cached_property
     def talks(self) -> Talks:
         """What the model says by chance, from the same first turns."""
@@ -194,9 +196,14 @@ class Study:
         return {**{name: one[0] for name, one in found.items()}, **beside}
 
     def save(self, folder: str, write: bool) -> str:
-        """Write the files of `export` where that is asked for; say what was written."""
+        """Write the files of `export` once the box is ticked, not at each letter of another folder that is
+        typed while it is; say what was written.
+        """
+        fresh, self.ticked = write and not self.ticked, write
         if not write or not folder.strip():
             return "Nothing is written yet."
+        if not fresh:
+            return "Take the tick away and set it again to write into this folder."
         return "Written: " + ", ".join(str(file) for file in self.export(Path(folder.strip()).expanduser()))
 
     def export(self, folder: str | Path) -> list[Path]:
