@@ -210,6 +210,35 @@ def test_no_half_of_an_emoji_is_sent(in_run: LabPage) -> None:
     in_run.check()
 
 
+def test_borders_of_long_words(browser: Any) -> None:
+    """Cut in slices, as a word of many thousand letters must be, or whole: the same characters."""
+    source = (ROOT / "primechat/views/widgets/tokens/chips.js").read_text().replace("export ", "")
+    page = browser.new_page()
+    try:
+        wrong, long = page.evaluate(
+            f"""() => {{ {source}
+              const parts = ["a", "é", "e\\u0301", "👩‍👩‍👧", "🇩🇪", "🇫🇷", "中", "क्षि",
+                "\\u200d", "👍🏽", "한", "ᄒ", "ᅡ", "ᆫ"];
+              let seed = 1, wrong = 0;
+              const draw = (n) => (seed = (seed * 48271) % 2147483647) % n;
+              for (let round = 0; round < 60; round++) {{
+                let text = "";
+                while (text.length < 2000) text += parts[draw(parts.length)];
+                const found = findBorders(text);
+                const whole = new Uint8Array(text.length + 1).fill(1);
+                for (const {{ index: at, segment }} of segmenter.segment(text))
+                  whole.fill(0, at + 1, at + segment.length);
+                wrong += found.some((border, i) => border !== whole[i]);
+              }}
+              const count = (part) => countCharacters(findBorders(part.repeat(20000)));
+              return [wrong, ["aGVsbG8", "我有一只小狗"].map(count)];
+            }}"""
+        )
+    finally:
+        page.close()
+    assert wrong == 0 and long == [140_000, 120_000]
+
+
 def test_first_paint(serve: Any, lab_page: Any) -> None:
     url = serve("app", LAB).url
     times = []

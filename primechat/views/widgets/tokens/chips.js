@@ -1,6 +1,7 @@
 // Where the tokens of a text stand: borders between characters as people see them, chips, colours, marks.
 
 export const TINTS = 5;
+const SLICE = 512;
 const segmenter = new Intl.Segmenter("en", { granularity: "grapheme" });
 const knownWords = new Map();
 const utf8 = new TextEncoder();
@@ -8,12 +9,18 @@ const utf8 = new TextEncoder();
 /** 1 where a character as people see it begins, for each UTF-16 offset of the text. */
 export function findBorders(text) {
   const borders = new Uint8Array(text.length + 1).fill(1);
-  for (const { 0: word, index } of text.matchAll(/\S*[^\x00-\x7f\s]\S*/g)) {
+  for (const { 0: word, index } of text.matchAll(/\S+/g)) {
+    if (!/[^\x00-\x7f]/.test(word)) continue; // in the pattern itself, a long word would take the square of its length
     let inner = knownWords.get(word);
     if (!inner) {
       inner = [];
-      for (const part of segmenter.segment(word)) {
-        for (let i = 1; i < part.segment.length; i++) inner.push(part.index + i);
+      for (let at = 0, next; at < word.length; at = next) { // in slices: of a long text, as Chinese is, the segmenter takes the square too
+        const slice = word.slice(at, at + SLICE).replace(/[\ud800-\udbff]$/, ""); // no half of a pair at its end
+        next = at + (slice.length || 1);
+        for (const { index: from, segment } of segmenter.segment(slice)) {
+          if (from && at + from + segment.length === next && next < word.length) next = at + from; // it may go on: first of the next slice
+          else for (let i = 1; i < segment.length; i++) inner.push(at + from + i);
+        }
       }
       if (knownWords.size > 20000) knownWords.clear();
       knownWords.set(word, inner);
