@@ -20,7 +20,7 @@ from primechat import store
 from primechat.cli import main
 from primechat.config import GPTConfig, LookConfig, PretrainConfig, RuntimeConfig, TokenizerConfig
 from primechat.desk.check import check_model
-from primechat.errors import CheckpointError
+from primechat.errors import CheckpointError, ConfigError
 from primechat.infer import admission
 from primechat.infer.admission import KNOWN_TEXT, describe_memory, find_memory, read_text
 from primechat.infer.engine import Engine
@@ -246,6 +246,11 @@ def test_two_tokenizers_side_by_side(own: Path) -> None:
 
 
 def test_memory_is_told_before_loading(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in ("cuda", "mps:0", "abacus"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        with pytest.raises(ConfigError, match=f"device='{device}' is not on this machine; try cpu"):
+            store.open_model("shipped/base", device=device)
     free, total = find_memory()
     assert 0 < free <= total
     events: list[object] = []

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from primechat.errors import CheckpointError
+from primechat.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from primechat.model.gpt import GPT
@@ -88,10 +88,9 @@ def warn_unrecorded(name: str, folder: Path, model: GPT, tokenizer: Tokenizer) -
         return
     _warned.add(key)
     found = read_text(model, tokenizer, limit=QUICK_TOKENS)
+    verdict = f"noise needs {found.noise_bpb:.2f}: it is untrained or this is not its tokenizer;"
     if found.is_good:
         verdict = "they go together; if its replies are gibberish,"
-    else:
-        verdict = f"noise needs {found.noise_bpb:.2f}: it is untrained or this is not its tokenizer;"
     logger.warning(
         "%s does not record its tokenizer; with this one plain English takes %.2f bits per byte, %s "
         "give its own by --tokenizer PATH.", name, found.bpb, verdict,
@@ -99,7 +98,14 @@ def warn_unrecorded(name: str, folder: Path, model: GPT, tokenizer: Tokenizer) -
 
 
 def find_memory(device: str = "cpu") -> tuple[int, int]:
-    """Return the free and the whole memory of a device in bytes; where free is unknown, the whole twice."""
+    """Return the free and the whole memory of a device in bytes; where free is unknown, the whole twice.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    kinds = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not kinds.get(device.partition(":")[0]):
+        raise ConfigError(f"device={device!r} is not on this machine; try cpu.")
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -120,10 +126,8 @@ def describe_memory(name: str, n_bytes: int, device: str = "cpu") -> str:
     free, total = find_memory(device)
     needs = f"{name} needs {format_bytes(n_bytes)} of memory for its weights"
     if n_bytes > total:
-        raise CheckpointError(
-            f"{needs}, {device} has {format_bytes(total)} in all; take a smaller model or, in Python, "
-            "dtype='bfloat16'."
-        )
+        remedy = "take a smaller model or, in Python, dtype='bfloat16'"
+        raise CheckpointError(f"{needs}, {device} has {format_bytes(total)} in all; {remedy}.")
     there = f"{format_bytes(free)} are free" if free < total else f"there are {format_bytes(total)} in all"
     return f"{needs}, {there}{': it will be slow, close other programs.' if n_bytes > free else '.'}"
 
