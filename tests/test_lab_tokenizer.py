@@ -29,6 +29,8 @@ def type_text(lab: LabPage, text: str) -> None:
     area = lab.page.locator(".pc-area")
     area.fill(text)
     wait_settled(lab)
+    if text:
+        lab.page.wait_for_selector(".pc-token")  # the cards may come a frame after the chips
 
 
 def wait_settled(lab: LabPage) -> None:
@@ -79,7 +81,8 @@ def test_type_point_and_compare(in_run: LabPage) -> None:
     text = "Hello there, naïve 🧑🏽‍🚀!"
     type_text(lab, text)
     ids = tokenizer.encode(text)
-    assert [i for _, card in read_cards(lab) for i in card] == ids
+    shown = lambda: [i for _, card in read_cards(lab) for i in card] == ids  # noqa: E731
+    wait_until(lab, shown, "the cards did not follow the text")
     assert "".join(card for card, _ in read_cards(lab)) == text.replace(" ", "·")
     assert read_figure(lab, "tokens") == f"{len(ids)}"
     assert read_figure(lab, "characters") == "21" and read_figure(lab, "bytes") == f"{len(text.encode())}"
