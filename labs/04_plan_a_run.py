@@ -25,8 +25,18 @@ def _():
     from primechat.lessons.plan_a_run import EXERCISES
 
     return (
-        EXERCISES, Live, budget, exercise, forecasts, in_notebook, mo, predict, settings, show, stage,
-    )  # fmt: skip
+        EXERCISES,
+        Live,
+        budget,
+        exercise,
+        forecasts,
+        in_notebook,
+        mo,
+        predict,
+        settings,
+        show,
+        stage,
+    )
 
 
 @app.cell(hide_code=True)
@@ -180,7 +190,9 @@ def _(mo):
 @app.cell(hide_code=True)
 def _(forecasts, in_notebook, settings):
     series = (
-        settings(forecasts.SmallRunsConfig(), ("depths", "tokens", "held_out"), title="The small runs")
+        settings(
+            forecasts.SmallRunsConfig(), ("depths", "tokens", "held_out"), title="The small runs"
+        )
         if in_notebook()
         else None
     )
@@ -190,14 +202,20 @@ def _(forecasts, in_notebook, settings):
 
 @app.cell(hide_code=True)
 def _(forecasts, series, stage):
-    runs = stage(forecasts.train_small, series.config, title="Train them") if series is not None else None
+    runs = (
+        stage(forecasts.train_small, series.config, title="Train them")
+        if series is not None
+        else None
+    )
     runs
     return (runs,)
 
 
 @app.cell(hide_code=True)
 def _(Live, forecasts, runs, show):
-    show(Live(lambda: forecasts.show_forecast(runs.result, runs.state))) if runs is not None else None
+    show(
+        Live(lambda: forecasts.show_forecast(runs.result, runs.state))
+    ) if runs is not None else None
     return
 
 

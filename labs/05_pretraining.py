@@ -152,7 +152,9 @@ def _(mo):
 @app.cell(hide_code=True)
 def _(bench, in_notebook, settings, start):
     tricks = (
-        settings(bench.AblationConfig(base=start), ("switches", "seeds", "steps")) if in_notebook() else None
+        settings(bench.AblationConfig(base=start), ("switches", "seeds", "steps"))
+        if in_notebook()
+        else None
     )
     tricks
     return (tricks,)
@@ -167,7 +169,9 @@ def _(bench, stage, tricks):
 
 @app.cell(hide_code=True)
 def _(Live, bench, show, trial):
-    show(Live(lambda: bench.judge_ablation(trial.result, trial.state))) if trial is not None else None
+    show(
+        Live(lambda: bench.judge_ablation(trial.result, trial.state))
+    ) if trial is not None else None
     return
 
 

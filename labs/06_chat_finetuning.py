@@ -28,7 +28,17 @@ def _():
     from primechat.lessons.instruments import posttrain
     from primechat.views.training import draw_lines, draw_tradeoff
 
-    return EXERCISES, draw_lines, draw_tradeoff, exercise, load_tokenizer, mo, posttrain, predict, show
+    return (
+        EXERCISES,
+        draw_lines,
+        draw_tradeoff,
+        exercise,
+        load_tokenizer,
+        mo,
+        posttrain,
+        predict,
+        show,
+    )
 
 
 @app.cell
@@ -178,7 +188,11 @@ def _(plan, posttrain, stage):
 
 @app.cell(hide_code=True)
 def _(posttrain, series, show):
-    show(posttrain.open_table(series.result, ("gain", "common gain", "forgotten", "distinct-2", "seconds")))
+    show(
+        posttrain.open_table(
+            series.result, ("gain", "common gain", "forgotten", "distinct-2", "seconds")
+        )
+    )
     return
 
 

@@ -158,7 +158,9 @@ def _(plan, posttrain, stage):
 @app.cell(hide_code=True)
 def _(posttrain, series, show):
     show(
-        posttrain.open_table(series.result, ("gain", "forgotten", "seconds", "optimizer MB"), diversity=False)
+        posttrain.open_table(
+            series.result, ("gain", "forgotten", "seconds", "optimizer MB"), diversity=False
+        )
     )
     return
 

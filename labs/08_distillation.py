@@ -96,7 +96,9 @@ def _(DistillConfig, LookConfig, RuntimeConfig, settings):
         runtime=RuntimeConfig(compile="off"),
         look=LookConfig(eval_tokens=8192, last_eval_tokens=8192, snapshots=False),
     )
-    form = settings(start, ("tag", "size", "steps", "alpha", "temperature", "loss"), title="Student")
+    form = settings(
+        start, ("tag", "size", "steps", "alpha", "temperature", "loss"), title="Student"
+    )
     form
     return (form,)
 
@@ -178,7 +180,9 @@ def _(mo):
 @app.cell(hide_code=True)
 def _(posttrain, settings):
     plan = settings(
-        posttrain.SeriesConfig(names="eighth taught, eighth alone, half taught, half alone", seeds=3),
+        posttrain.SeriesConfig(
+            names="eighth taught, eighth alone, half taught, half alone", seeds=3
+        ),
         ("names", "seeds", "steps"),
         title="What to compare",
     )

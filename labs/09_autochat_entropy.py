@@ -26,7 +26,16 @@ def _():
     import marimo as mo
 
     from primechat.desk.chat import choose_talker
-    from primechat.lab import Live, announce, borrow_model, exercise, in_notebook, pick_model, predict, show
+    from primechat.lab import (
+        Live,
+        announce,
+        borrow_model,
+        exercise,
+        in_notebook,
+        pick_model,
+        predict,
+        show,
+    )
     from primechat.lessons.autochat_entropy import EXERCISES
     from primechat.lessons.instruments import talks
     from primechat.views import talk
@@ -119,7 +128,9 @@ def _(mo):
 
 @app.cell(hide_code=True)
 def _(predict, study):
-    rounds = "At temperature 0.8, from the same first turns: do fewer conversations go round, or more?"
+    rounds = (
+        "At temperature 0.8, from the same first turns: do fewer conversations go round, or more?"
+    )
     predict(
         rounds,
         ("Fewer", "As many", "More"),
@@ -200,7 +211,9 @@ def _(AutochatConfig, picker, settings):
         top_k=50,
         resume=True,
     )
-    form = settings(start, ("n_talks", "turns", "temperature", "repetition_penalty"), title="How much talk")
+    form = settings(
+        start, ("n_talks", "turns", "temperature", "repetition_penalty"), title="How much talk"
+    )
     form
     return (form,)
 
@@ -233,7 +246,10 @@ def _(predict, study):
 
 @app.cell(hide_code=True)
 def _(many, show, study, talk, trend):
-    show(lambda: talk.draw_bands(study.trace("entropy", many.result), "Entropy, nats a token"), after=trend)
+    show(
+        lambda: talk.draw_bands(study.trace("entropy", many.result), "Entropy, nats a token"),
+        after=trend,
+    )
     return
 
 
@@ -313,7 +329,11 @@ def _(mo):
 @app.cell(hide_code=True)
 def _(in_notebook, stage, study, talks):
     variants = (
-        stage(talks.run_variants, study.plan("ab", n_talks=8), title="Six settings, eight conversations each")
+        stage(
+            talks.run_variants,
+            study.plan("ab", n_talks=8),
+            title="Six settings, eight conversations each",
+        )
         if in_notebook()
         else None
     )
@@ -351,7 +371,11 @@ def _(mo):
 @app.cell(hide_code=True)
 def _(in_notebook, stage, study, talks):
     models = (
-        stage(talks.run_models, study.plan("models", n_talks=8), title="Each chat model, eight conversations")
+        stage(
+            talks.run_models,
+            study.plan("models", n_talks=8),
+            title="Each chat model, eight conversations",
+        )
         if in_notebook()
         else None
     )
@@ -384,7 +408,8 @@ def _(mo):
 @app.cell(hide_code=True)
 def _(predict, talks):
     variety = (
-        "The model reads only its own talk for three generations. What becomes of the variety of its words?"
+        "The model reads only its own talk for three generations. "
+        "What becomes of the variety of its words?"
     )
     _answer, _said = talks.tell_change(talks.read_recorded(), "only its own talk", "distinct-2")
     predict(
@@ -482,7 +507,9 @@ def _(mo):
 
 @app.cell(hide_code=True)
 def _(Live, show, study):
-    show(Live(study.save, folder="runs/talks", write=False, labels={"write": "Write the files now"}))
+    show(
+        Live(study.save, folder="runs/talks", write=False, labels={"write": "Write the files now"})
+    )
     return
 
 

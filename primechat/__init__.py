@@ -57,11 +57,35 @@ _OFFERS = {  # room: its public names
 _ROOMS = {name: room for room, names in _OFFERS.items() for name in names.split()}
 
 __all__ = [
-    "DistillConfig", "AutochatConfig", "EvaluateConfig", "Engine", "FinetuneConfig", "GPT", "GPTConfig",
-    "LoRAConfig", "PretrainConfig", "QuickstartConfig", "SpeedrunConfig", "Tokenizer", "TokenizerConfig",
-    "autochat", "capture", "distill", "evaluate", "finetune", "list_models", "load_model", "load_run",
-    "load_tokenizer", "open_model", "pretrain", "quickstart", "speedrun", "train_lora", "train_tokenizer",
-]  # fmt: skip
+    "DistillConfig",
+    "AutochatConfig",
+    "EvaluateConfig",
+    "Engine",
+    "FinetuneConfig",
+    "GPT",
+    "GPTConfig",
+    "LoRAConfig",
+    "PretrainConfig",
+    "QuickstartConfig",
+    "SpeedrunConfig",
+    "Tokenizer",
+    "TokenizerConfig",
+    "autochat",
+    "capture",
+    "distill",
+    "evaluate",
+    "finetune",
+    "list_models",
+    "load_model",
+    "load_run",
+    "load_tokenizer",
+    "open_model",
+    "pretrain",
+    "quickstart",
+    "speedrun",
+    "train_lora",
+    "train_tokenizer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,16 +19,30 @@ from primechat.pickles import PickleReader
 MAX_PICKLE_BYTES = 4 * 2**20  # a 256-layer model takes 0.5 MB
 MAX_DIRECTORY_BYTES = 4 * 2**20
 ITEM_BYTES = {
-    "DoubleStorage": 8, "LongStorage": 8, "FloatStorage": 4, "IntStorage": 4, "HalfStorage": 2,
-    "BFloat16Storage": 2, "ShortStorage": 2, "ByteStorage": 1, "CharStorage": 1, "BoolStorage": 1,
-}  # fmt: skip
+    "DoubleStorage": 8,
+    "LongStorage": 8,
+    "FloatStorage": 4,
+    "IntStorage": 4,
+    "HalfStorage": 2,
+    "BFloat16Storage": 2,
+    "ShortStorage": 2,
+    "ByteStorage": 1,
+    "CharStorage": 1,
+    "BoolStorage": 1,
+}
 FLOATS = {"FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16"}
 ORDERED_DICT, REBUILD = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
 NAMES = {ORDERED_DICT, REBUILD, *(f"torch {kind}" for kind in ITEM_BYTES)}
 DAMAGE = (  # what zipfile stumbles over
-    zipfile.BadZipFile, struct.error, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError,
+    zipfile.BadZipFile,
+    struct.error,
+    ValueError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    RuntimeError,
     EOFError,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -84,10 +98,17 @@ class TensorReader(PickleReader):
         """Return the storage that a persistent id names, if the archive holds exactly its bytes."""
         word, name, key, _, n_items = claim
         kind = name.text.removeprefix("torch ") if isinstance(name, Name) else ""
-        if word != "storage" or kind not in ITEM_BYTES or type(key) is not str or type(n_items) is not int:
+        if (
+            word != "storage"
+            or kind not in ITEM_BYTES
+            or type(key) is not str
+            or type(n_items) is not int
+        ):
             raise ValueError("a storage is described wrongly")
         if self.sizes[key] != n_items * ITEM_BYTES[kind]:
-            raise ValueError(f"a storage claims {n_items:,} numbers, it has {self.sizes[key]:,} bytes")
+            raise ValueError(
+                f"a storage claims {n_items:,} numbers, it has {self.sizes[key]:,} bytes"
+            )
         return Storage(kind, key, n_items)
 
     def call(self, function: Any, args: Any) -> Any:
@@ -97,7 +118,15 @@ class TensorReader(PickleReader):
         if function != Name(REBUILD):
             raise ValueError("it calls something that rebuilds no tensor")
         match args:
-            case (Storage() as storage, int() as start, tuple() as shape, tuple() as stride, _, _, *_):
+            case (
+                Storage() as storage,
+                int() as start,
+                tuple() as shape,
+                tuple() as stride,
+                _,
+                _,
+                *_,
+            ):
                 pass
             case _:
                 raise ValueError("a tensor is described wrongly")
@@ -105,11 +134,15 @@ class TensorReader(PickleReader):
             raise ValueError("a tensor has a size or stride that is no whole number")
         n_items = math.prod(shape)
         if start + n_items > storage.n_items:
-            raise ValueError(f"a tensor of shape {shape} looks into {storage.n_items:,} stored numbers")
+            raise ValueError(
+                f"a tensor of shape {shape} looks into {storage.n_items:,} stored numbers"
+            )
         expected = 1
         for length, step in zip(reversed(shape), reversed(stride), strict=True):
             if n_items > 0 and length > 1 and step != expected:
-                raise ValueError(f"the numbers of a tensor of shape {shape} do not lie in a row: {stride}")
+                raise ValueError(
+                    f"the numbers of a tensor of shape {shape} do not lie in a row: {stride}"
+                )
             expected *= length
         return TensorSpec(storage, start, shape)
 
@@ -158,11 +191,18 @@ def read_directory(path: Path) -> tuple[bytes, dict[str, int]]:
             names = [entry.filename for entry in entries]
             if len(set(names)) != len(names):
                 raise ValueError("two entries share a name")
-            if any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries):
+            if any(
+                e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size
+                for e in entries
+            ):
                 raise ValueError("an entry is compressed, torch stores them plainly")
             if sum(e.file_size for e in entries) > size:
                 raise ValueError("its entries claim more bytes than the file has")
-            pickles = [e for e in entries if e.filename.count("/") == 1 and e.filename.endswith("/data.pkl")]
+            pickles = [
+                e
+                for e in entries
+                if e.filename.count("/") == 1 and e.filename.endswith("/data.pkl")
+            ]
             if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
                 raise ValueError("it must hold one data.pkl of at most 4 MB")
             stem = pickles[0].filename[: -len("data.pkl")]
@@ -172,7 +212,11 @@ def read_directory(path: Path) -> tuple[bytes, dict[str, int]]:
             if order is not None and (order.file_size > 8 or archive.read(order) != b"little"):
                 raise ValueError("its numbers are not little-endian")
             prefix = stem + "data/"
-            sizes = {e.filename[len(prefix) :]: e.file_size for e in entries if e.filename.startswith(prefix)}
+            sizes = {
+                e.filename[len(prefix) :]: e.file_size
+                for e in entries
+                if e.filename.startswith(prefix)
+            }
             return archive.read(pickles[0]), sizes
 
 

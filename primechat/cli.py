@@ -33,29 +33,61 @@ from primechat.errors import ConfigError, PrimechatError
 
 CLOUD = "pods.verbs"  # each of its verbs parses its flags itself
 STAGES = {  # verb: (public name of the stage, of its config, its sentence)
-    "train-tokenizer": ("train_tokenizer", "TokenizerConfig", "learn which pieces of words become tokens"),
+    "train-tokenizer": (
+        "train_tokenizer",
+        "TokenizerConfig",
+        "learn which pieces of words become tokens",
+    ),
     "pretrain": ("pretrain", "PretrainConfig", "train a base model to go on with any text"),
     "finetune": ("finetune", "FinetuneConfig", "teach a base model to answer"),
     "lora": ("train_lora", "LoRAConfig", "teach a model a manner or topic by an adapter"),
     "distill": ("distill", "DistillConfig", "teach a small model what a large one knows"),
-    "evaluate": ("evaluate", "EvaluateConfig", "measure a model in bits per byte on text it has not seen"),
-    "autochat": ("autochat", "AutochatConfig", "let models talk to each other, every token measured"),
-    "speedrun": ("speedrun", "SpeedrunConfig", "a full run on GPUs: tokenizer, base, chat, evaluation"),
+    "evaluate": (
+        "evaluate",
+        "EvaluateConfig",
+        "measure a model in bits per byte on text it has not seen",
+    ),
+    "autochat": (
+        "autochat",
+        "AutochatConfig",
+        "let models talk to each other, every token measured",
+    ),
+    "speedrun": (
+        "speedrun",
+        "SpeedrunConfig",
+        "a full run on GPUs: tokenizer, base, chat, evaluation",
+    ),
     "quickstart": ("quickstart", "QuickstartConfig", "tokenizer, base and chat model in minutes"),
 }
 DESK = {  # verb: (module of the desk, whose `run_VERB` it is, its config, its sentence)
-    "lab": ("labs.twins", "LabConfig", "open the labs: notebooks to learn by, in JupyterLab or marimo"),
+    "lab": (
+        "labs.twins",
+        "LabConfig",
+        "open the labs: notebooks to learn by, in JupyterLab or marimo",
+    ),
     "chat": ("chat", "ChatConfig", "talk to a model in the terminal"),
     "download": ("download", "DownloadConfig", "bring models from the Hugging Face Hub"),
-    "convert": ("convert", "ConvertConfig", "turn a classic model into a Hugging Face folder, or back"),
+    "convert": (
+        "convert",
+        "ConvertConfig",
+        "turn a classic model into a Hugging Face folder, or back",
+    ),
     "check": ("check", "CheckConfig", "tell what a model is and whether it is sound"),
     "models": ("models", "ModelsFlags", "list the models that are on this machine"),
     "plan": (CLOUD, "", "tell what a run needs: memory, disk, hours, dollars"),
     "export": (CLOUD, "", "write a lab as a folder that runs on rented GPUs"),
     "preflight": (CLOUD, "", "test a rented machine in a minute, before money is spent"),
     "pull": (CLOUD, "", "bring a run home from a rented machine"),
-    "report": ("report", "ReportFlags", "write a run's curves and samples as one page and pictures"),
-    "bench": ("bench", "BenchConfig", "measure how fast this machine trains, generates and tokenizes"),
+    "report": (
+        "report",
+        "ReportFlags",
+        "write a run's curves and samples as one page and pictures",
+    ),
+    "bench": (
+        "bench",
+        "BenchConfig",
+        "measure how fast this machine trains, generates and tokenizes",
+    ),
 }
 FEW_STEPS = 40  # of a quickstart: fewer leave a model that has not found words yet
 SHORTCUTS = {
@@ -107,7 +139,9 @@ def explain_end(error: Exception) -> int:
     if not is_echo(error) and claim_report():
         traceback.print_exception(error)
         print(
-            f"{who} failed, so all ranks end; resume from the last checkpoint.", file=sys.stderr, flush=True
+            f"{who} failed, so all ranks end; resume from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
         )
     return leave_at_once(1)
 
@@ -151,7 +185,9 @@ def run_verb(argv: list[str]) -> int:
         return int(getattr(module, f"run_{verb}")(parse_flags(verb, cls, argv, start)))
     else:
         near = difflib.get_close_matches(verb, [*STAGES, *DESK], 1)
-        remedy = f"did you mean `primechat {near[0]}`?" if near else "`primechat --help` lists them."
+        remedy = (
+            f"did you mean `primechat {near[0]}`?" if near else "`primechat --help` lists them."
+        )
         raise ConfigError(f"{verb!r} must be one of primechat's verbs; {remedy}")
     return 0
 
@@ -188,21 +224,30 @@ def take_option(argv: list[str], name: str) -> str | None:
     return value
 
 
-def parse_flags(verb: str, cls: type[Config], argv: list[str], default: Config, notes: str = "") -> Config:
+def parse_flags(
+    verb: str, cls: type[Config], argv: list[str], default: Config, notes: str = ""
+) -> Config:
     """Turn flags into a config by tyro; a config's own refusal is raised as it is, without tyro's frame."""
     import tyro
 
     places = [name for name in ("runtime", "pretrain") if hasattr(default, name)]
     place = {"runtime": "runtime.", "pretrain": "pretrain.runtime."}[places[0]] if places else ""
     short = re.compile("--(max|dollars)[-_](hours|dollars|per[-_]hour)(?=$|=)")
-    argv = [short.sub(lambda found: f"--{place}{found[0][2:].replace('-', '_')}", word) for word in argv]
+    argv = [
+        short.sub(lambda found: f"--{place}{found[0][2:].replace('-', '_')}", word) for word in argv
+    ]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
-                cls, args=argv, default=default, prog=f"primechat {verb}", use_underscores=True,
-                description=f"{inspect.getdoc(cls) or ''}{notes}", config=(tyro.conf.FlagCreatePairsOff,),
-            )  # fmt: skip
+                cls,
+                args=argv,
+                default=default,
+                prog=f"primechat {verb}",
+                use_underscores=True,
+                description=f"{inspect.getdoc(cls) or ''}{notes}",
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
     except SystemExit as stop:
         cause: BaseException | None = stop
         while cause and not isinstance(cause, PrimechatError):
@@ -226,7 +271,9 @@ def build_default(verb: str, cls: Any, argv: list[str], device: str | None) -> A
         if depth is not None or arch:
             config = shape_model(config, depth, arch)
     if device and hasattr(config, "runtime"):
-        config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, device=device))
+        config = dataclasses.replace(
+            config, runtime=dataclasses.replace(config.runtime, device=device)
+        )
     return config
 
 
@@ -253,7 +300,9 @@ def take_shape(argv: list[str]) -> tuple[int | None, str | None]:
     """Take --depth and --arch out of the words; None where they are absent."""
     depth, arch = take_option(argv, "--depth"), take_option(argv, "--arch")
     if depth is not None and not depth.isdecimal():
-        raise ConfigError(f"--depth {depth} must be a whole number from 1 to 256; try 4, or try 20 on GPUs.")
+        raise ConfigError(
+            f"--depth {depth} must be a whole number from 1 to 256; try 4, or try 20 on GPUs."
+        )
     if arch not in (None, "classic", "modern"):
         raise ConfigError(f"--arch {arch} must be classic or modern; try modern.")
     return None if depth is None else int(depth), arch
@@ -270,7 +319,9 @@ def shape_model(config: Any, depth: int | None, arch: str | None) -> Any:
         shape = GPTConfig.classic(blocks, **keep)
     else:
         shape = GPTConfig.modern(blocks, **keep, head_dim=model.head_dim)
-    return dataclasses.replace(config, model=shape, tag=config.tag if depth is None else f"d{blocks}")
+    return dataclasses.replace(
+        config, model=shape, tag=config.tag if depth is None else f"d{blocks}"
+    )
 
 
 def run_stage(verb: str, argv: list[str], device: str | None) -> int:
@@ -324,7 +375,9 @@ def stop_on_signal() -> Iterator[threading.Event]:
         if os.environ.get("RANK", "0") != "0":
             return
         os.write(
-            2, show_cursor + b"\nStopping: this step is finished and saved; Ctrl-C again quits at once.\n"
+            2,
+            show_cursor
+            + b"\nStopping: this step is finished and saved; Ctrl-C again quits at once.\n",
         )
 
     before = [signal.signal(kind, ask_stop) for kind in kinds]
@@ -354,7 +407,9 @@ def describe_result(result: object) -> str:
         return f"Tokenizer: {size}, {result.elapsed_s:.1f} s; in {result.path}"
     if isinstance(result, records.EvaluateResult):
         scored = f"{result.scored_tokens:,} tokens, {result.scored_bytes:,} bytes, windows of {result.window}"
-        measured = f"{result.identifier} on {result.corpus}: {result.bpb:.4f} bits per byte ({scored})"
+        measured = (
+            f"{result.identifier} on {result.corpus}: {result.bpb:.4f} bits per byte ({scored})"
+        )
         return "\n".join([measured, *(describe_overlap(result.overlap) if result.overlap else ())])
     if isinstance(result, records.TrainResult):
         quality = f"{result.n_params:,} parameters, {result.val_bpb:.4f} bits per byte"
@@ -367,7 +422,11 @@ def describe_result(result: object) -> str:
     if isinstance(result, records.SpeedrunResult):
         parts = (result.base, result.chat, result.evaluation)
         return "\n".join(describe_result(part) for part in parts if part is not None)
-    return "\n".join(describe_quickstart(result)) if isinstance(result, records.QuickstartResult) else ""
+    return (
+        "\n".join(describe_quickstart(result))
+        if isinstance(result, records.QuickstartResult)
+        else ""
+    )
 
 
 def describe_overlap(overlap: records.OverlapResult) -> Iterator[str]:

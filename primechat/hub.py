@@ -34,11 +34,21 @@ PROBE_WAITS_S = (0.3, 0.9)
 RETRY_WAITS_S = (1.0, 3.0)
 TOKEN = "run `hf auth login`, or give a token that may read it by --token or HF_TOKEN"
 AGAIN = "run the same command again, finished files are kept"
-REFUSALS: tuple[tuple[str | int, str, str], ...] = (  # an error's class or status: what it means, what to do
-    ("GatedRepoError", "its owner grants access on request", f"accept the terms on its page, then {TOKEN}"),
+REFUSALS: tuple[
+    tuple[str | int, str, str], ...
+] = (  # an error's class or status: what it means, what to do
+    (
+        "GatedRepoError",
+        "its owner grants access on request",
+        f"accept the terms on its page, then {TOKEN}",
+    ),
     ("RevisionNotFoundError", "it has no such revision", "correct --revision or leave it out"),
     ("RemoteEntryNotFoundError", "it has no such file", "correct the file's name"),
-    ("RepositoryNotFoundError", "no such repository, or a private one", f"correct its name, or {TOKEN}"),
+    (
+        "RepositoryNotFoundError",
+        "no such repository, or a private one",
+        f"correct its name, or {TOKEN}",
+    ),
     ("HFValidationError", "no name of a repository", "write it as owner/name"),
     (401, "it wants a token that the Hub knows", TOKEN),
     (403, "access is not granted", TOKEN),
@@ -123,7 +133,12 @@ def ask_hub(call: Callable[[], T], seconds: float | None = None) -> T:
 
 
 def fetch_files(
-    files: Sequence[HubFile], staging: Path, on_event: OnEvent, *, token: str | None = None, at_once: int = 4
+    files: Sequence[HubFile],
+    staging: Path,
+    on_event: OnEvent,
+    *,
+    token: str | None = None,
+    at_once: int = 4,
 ) -> None:
     """Download files, begun in their order; this thread tells of the progress.
 
@@ -146,7 +161,9 @@ def fetch_files(
             done, jobs = wait(jobs, timeout=0.2, return_when=FIRST_EXCEPTION)
             for job in done:
                 job.result()
-            on_event(ProgressEvent(done=min(sum(traffic.received.values()), total) if jobs else total))
+            on_event(
+                ProgressEvent(done=min(sum(traffic.received.values()), total) if jobs else total)
+            )
     except BaseException:
         traffic.stop.set()
         with suppress(ImportError):  # xet downloads outside Python
@@ -165,10 +182,16 @@ def fetch_file(file: HubFile, staging: Path, traffic: Traffic, token: str | None
     for pause in (*RETRY_WAITS_S, None):
         try:
             path = hf_hub_download(
-                file.repo, file.name, repo_type=file.repo_type, revision=file.revision, token=token,
-                local_dir=staging / file.repo.replace("/", "--"), endpoint=os.environ.get("HF_ENDPOINT"),
-                etag_timeout=5, tqdm_class=traffic.make_bar(file.path),
-            )  # fmt: skip
+                file.repo,
+                file.name,
+                repo_type=file.repo_type,
+                revision=file.revision,
+                token=token,
+                local_dir=staging / file.repo.replace("/", "--"),
+                endpoint=os.environ.get("HF_ENDPOINT"),
+                etag_timeout=5,
+                tqdm_class=traffic.make_bar(file.path),
+            )
             return move_whole(Path(path), file)
         except Exception as caught:
             error = find_cause(caught)
@@ -191,7 +214,9 @@ def move_whole(path: Path, file: HubFile) -> None:
     there = path.stat().st_size
     if there != file.size or (file.sha256 and hash_file(path) != file.sha256):
         path.unlink()
-        raise OSError(f"{there:,} bytes arrived that are not the {file.size:,} that the Hub announced")
+        raise OSError(
+            f"{there:,} bytes arrived that are not the {file.size:,} that the Hub announced"
+        )
     with path.open("rb") as f:
         os.fsync(f.fileno())
     file.path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,10 +253,35 @@ def explain(error: Exception) -> tuple[str, str]:
 
 # ---- whole models in the cache that every program of Hugging Face shares
 
-MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]  # all that is fetched of a model
-FAULTS = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)  # of a damaged file
+MODEL_FILES = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+]  # all that is fetched of a model
+FAULTS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)  # of a damaged file
 MAX_HEADER = 100_000_000  # bytes of a safetensors header, the format's own limit
-GGUF_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a value, by its type
+GGUF_BYTES = {
+    0: 1,
+    1: 1,
+    2: 2,
+    3: 2,
+    4: 4,
+    5: 4,
+    6: 4,
+    7: 1,
+    10: 8,
+    11: 8,
+    12: 8,
+}  # of a value, by its type
 NEEDLESS = ["*/*", "consolidated*", "adapter_*"]  # weights once more, in other layouts
 
 
@@ -248,10 +298,16 @@ def fetch_model(name: str, tell: Callable[[str], None] = lambda text: None) -> P
     from huggingface_hub.constants import HF_HUB_CACHE
 
     repo, _, revision = name.partition("@")
-    kind: dict[str, Any] = {"allow_patterns": MODEL_FILES, "ignore_patterns": NEEDLESS, "etag_timeout": 5}
+    kind: dict[str, Any] = {
+        "allow_patterns": MODEL_FILES,
+        "ignore_patterns": NEEDLESS,
+        "etag_timeout": 5,
+    }
     kind["endpoint"] = os.environ.get("HF_ENDPOINT")
     kind["revision"], missing = revision or None, 0
-    with suppress(Exception):  # what keeps it from the Hub is told below, unless the cache has the model
+    with suppress(
+        Exception
+    ):  # what keeps it from the Hub is told below, unless the cache has the model
         plan = snapshot_download(repo, dry_run=True, **kind)
         missing = sum(file.file_size or 0 for file in plan if file.will_download)
     if missing:
@@ -260,7 +316,9 @@ def fetch_model(name: str, tell: Callable[[str], None] = lambda text: None) -> P
         if missing > free:
             room = f"{place} has room for {free / 1e6:,.0f} MB"
             raise DataError(f"{needs}, {room}; free some, or set HF_HOME to a larger disk.")
-        tell(f"{needs} from the Hub into Hugging Face's cache, which has {free / 1e6:,.0f} MB free.")
+        tell(
+            f"{needs} from the Hub into Hugging Face's cache, which has {free / 1e6:,.0f} MB free."
+        )
     try:
         folder = Path(snapshot_download(repo, **kind))
     except Exception as error:  # the Hub's, the network's or the disk's
@@ -275,7 +333,9 @@ def fetch_model(name: str, tell: Callable[[str], None] = lambda text: None) -> P
 # The sampling that the makers show on a model's card alone, by name. Checked: under "How to use" the cards of
 # SmolLM2-135M-Instruct and -1.7B-Instruct call `generate(..., temperature=0.2, top_p=0.9)`, and the 135M's
 # generation_config.json names no sampling; the 360M is taken to be like them.
-CARDS = {"smollm2|.+/smollm2-.+-instruct": ({"temperature": 0.2, "top_p": 0.9}, "its card's example")}
+CARDS = {
+    "smollm2|.+/smollm2-.+-instruct": ({"temperature": 0.2, "top_p": 0.9}, "its card's example")
+}
 
 
 def read_sampling(name: str, folder: Path) -> tuple[dict[str, float], str]:
@@ -292,7 +352,10 @@ def read_sampling(name: str, folder: Path) -> tuple[dict[str, float], str]:
                 found[key] = said[key]
     if found:
         return found, "its generation_config.json"
-    return next((CARDS[rule] for rule in CARDS if re.fullmatch(rule, name.partition("@")[0], re.I)), ({}, ""))
+    return next(
+        (CARDS[rule] for rule in CARDS if re.fullmatch(rule, name.partition("@")[0], re.I)),
+        ({}, ""),
+    )
 
 
 def count_params(folder: Path) -> int:
@@ -301,7 +364,9 @@ def count_params(folder: Path) -> int:
     for path in folder.glob("*.safetensors"):
         with suppress(*FAULTS), path.open("rb") as file:
             head = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER)))
-            total += sum(math.prod(spec["shape"]) for name, spec in head.items() if name != "__metadata__")
+            total += sum(
+                math.prod(spec["shape"]) for name, spec in head.items() if name != "__metadata__"
+            )
     return total
 
 

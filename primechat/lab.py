@@ -26,19 +26,38 @@ from primechat.lessons import Broken, Exercise, is_stub
 from primechat.records import count_noun
 from primechat.store import ModelEntry
 from primechat.views.widgets.controls import ExerciseCard, Live, ModelPicker, Notice, Prediction
-from primechat.views.widgets.runs import RunLog, StageControl, Summary, build_event, describe_figures
+from primechat.views.widgets.runs import (
+    RunLog,
+    StageControl,
+    Summary,
+    build_event,
+    describe_figures,
+)
 
 if TYPE_CHECKING:
     from primechat.model.gpt import GPT
     from primechat.text.tokenizer import Tokenizer
 
 __all__ = [
-    "Live", "announce", "borrow_model", "exercise", "in_marimo", "in_notebook", "offer_model", "pick_model",
-    "predict", "settings", "show", "stage", "summary",
-]  # fmt: skip
+    "Live",
+    "announce",
+    "borrow_model",
+    "exercise",
+    "in_marimo",
+    "in_notebook",
+    "offer_model",
+    "pick_model",
+    "predict",
+    "settings",
+    "show",
+    "stage",
+    "summary",
+]
 
 CACHE_BYTES = 2**31  # of weights that stay in memory between cells
-SMALL_BYTES = 2**28  # of weights up to which one thread is as fast as several, and does not burn their time
+SMALL_BYTES = (
+    2**28
+)  # of weights up to which one thread is as fast as several, and does not burn their time
 
 
 OPENING = "The controls appear in a few seconds: the model is being opened."
@@ -68,7 +87,9 @@ def pick_model(families: Sequence[str] = (), *, label: str = "Model", first: str
     `families` are those to offer, for example ("sft", "rl") for models that chat, empty is all; `first` is
     the identifier to begin with, empty the default model.
     """
-    return show(ModelPicker(partial(find_models, families), first or str(store.choose_model()), label))
+    return show(
+        ModelPicker(partial(find_models, families), first or str(store.choose_model()), label)
+    )
 
 
 def find_models(families: Sequence[str] = ()) -> list[dict[str, str]]:
@@ -85,12 +106,24 @@ def describe_entry(entry: ModelEntry) -> str:
         parts.append(f"{count_noun(max(steps), 'step')} of training")
     if entry.val_bpb is not None:
         parts.append(f"{entry.val_bpb:.2f} bits per byte")
-    origin = "ships with primechat" if entry.shipped else "another project's" if entry.family == "hf" else ""
+    origin = (
+        "ships with primechat"
+        if entry.shipped
+        else "another project's"
+        if entry.family == "hf"
+        else ""
+    )
     return " · ".join([*parts, *([origin] if origin else [])])
 
 
 def predict(
-    question: str, options: Sequence[Any], answer: Any, *, why: str = "", within: float = 0.0, unit: str = ""
+    question: str,
+    options: Sequence[Any],
+    answer: Any,
+    *,
+    why: str = "",
+    within: float = 0.0,
+    unit: str = "",
 ) -> Any:
     """Return a question to answer before the lab does; the page keeps the score.
 
@@ -107,7 +140,9 @@ def predict(
 
 def exercise(task: Exercise, attempt: Any = None) -> Any:
     """Check an attempt (None, `...` or a stub is none); return a card that names the first rule it breaks."""
-    card = ExerciseCard(title=task.title, task=task.task, hint=task.hint, solution=task.solution_text)
+    card = ExerciseCard(
+        title=task.title, task=task.task, hint=task.hint, solution=task.solution_text
+    )
     if is_stub(attempt) and (runner.in_app() or runner.still):
         number = Path(sys._getframe(1).f_globals.get("__file__") or "NN").name[:2]
         card.message = f"To try it, open the lab for editing: `primechat lab {number} --edit`"
@@ -135,8 +170,15 @@ def borrow_model(identifier: str = "") -> tuple[GPT, Tokenizer, dict[str, Any]]:
     if name.family != "hf":
         folder, name = store.locate_model(name)
         step = max(store.find_steps(folder), default=None) if name.step is None else name.step
-        made = [store.run_dir("lora", tag) / "adapter_model.safetensors" for tag, _ in name.adapters]
-        key = (folder, step, name.adapters, *(path.stat().st_mtime_ns for path in made if path.exists()))
+        made = [
+            store.run_dir("lora", tag) / "adapter_model.safetensors" for tag, _ in name.adapters
+        ]
+        key = (
+            folder,
+            step,
+            name.adapters,
+            *(path.stat().st_mtime_ns for path in made if path.exists()),
+        )
     with _lock:
         if key not in _models:
             _models[key] = store.open_model(str(name))
@@ -162,7 +204,9 @@ def choose_threads(opened: tuple[Any, Any, dict[str, Any]]) -> None:
 
 def measure_model(opened: tuple[Any, Any, dict[str, Any]]) -> int:
     """Return the bytes of a model's parameters; another project's has them in `network`."""
-    return sum(x.numel() * x.element_size() for x in getattr(opened[0], "network", opened[0]).parameters())
+    return sum(
+        x.numel() * x.element_size() for x in getattr(opened[0], "network", opened[0]).parameters()
+    )
 
 
 def stage(function: Callable[..., Any], config: Any, *, title: str = "") -> Any:
@@ -187,7 +231,9 @@ def summary(result: Any, *, title: str = "", notes: Sequence[str] = ()) -> Any:
     """
     state, result = getattr(result, "state", ""), getattr(result, "result", result)
     if result is None:
-        waiting = "Nothing has run yet: press Start above" + ("." if in_marimo() else ", then run this cell.")
+        waiting = "Nothing has run yet: press Start above" + (
+            "." if in_marimo() else ", then run this cell."
+        )
         if state in ("running", "stopping"):
             again = "" if in_marimo() else " Run this cell again then."
             waiting = f"The run is under way above. What came of it will stand here once it is done.{again}"
@@ -196,10 +242,14 @@ def summary(result: Any, *, title: str = "", notes: Sequence[str] = ()) -> Any:
     for event in record.pop("events", None) or ():
         log.add(build_event(event))
     view = {**log.describe(), "figures": describe_figures(record)}
-    return show(Summary(title=title or record.get("identifier", "Result"), view=view, notes=list(notes)))
+    return show(
+        Summary(title=title or record.get("identifier", "Result"), view=view, notes=list(notes))
+    )
 
 
-def settings(config: Any, simple: Sequence[str] = ("tag", "steps", "seconds"), *, title: str = "") -> Any:
+def settings(
+    config: Any, simple: Sequence[str] = ("tag", "steps", "seconds"), *, title: str = ""
+) -> Any:
     """Return a form that starts from a config; `.config` is the config in force. In a script the command line
     overrides it: --steps 20. `simple` are the fields to show at once, parts with dots ("runtime.device"); the
     others are behind "more".

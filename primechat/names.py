@@ -17,14 +17,18 @@ from primechat.config.stages import check_tag
 from primechat.errors import ConfigError
 
 FAMILIES = {
-    "base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints",
+    "base": "base_checkpoints",
+    "mid": "mid_checkpoints",
+    "sft": "chatsft_checkpoints",
     "rl": "chatrl_checkpoints",
-}  # fmt: skip
+}
 FORMS = "base/d4, base/d4@600, base/d4@snap:64, sft, shipped/sft, hf:smollm2, lora:pirate, lora:pirate+sft/d4"
 ADAPTER = re.compile(r"lora:([A-Za-z0-9][A-Za-z0-9_-]{0,99})(?:\*(\d{1,3}(?:\.\d+)?))?")
 FOLDERS = {**FAMILIES, "lora": "lora_checkpoints"}
 IDENTIFIER = re.compile(r"(shipped/)?(base|mid|sft|rl)(?:/([^/@]+)(?:@(snap:)?(\d{1,9}))?)?")
-FOREIGN = re.compile(r"hf:(smollm2|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[A-Za-z0-9][\w.-]*)?)", re.ASCII)
+FOREIGN = re.compile(
+    r"hf:(smollm2|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[A-Za-z0-9][\w.-]*)?)", re.ASCII
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,9 @@ class ModelName:
             return f"hf:{self.tag}"
         at = "" if self.step is None else f"@snap:{self.step}" if self.snapshot else f"@{self.step}"
         name = f"{self.family}/{self.tag}{at}" if self.tag else self.family
-        beside = "".join(f"lora:{a}{'' if dial == 1 else f'*{dial:g}'}+" for a, dial in self.adapters)
+        beside = "".join(
+            f"lora:{a}{'' if dial == 1 else f'*{dial:g}'}+" for a, dial in self.adapters
+        )
         return f"{beside}shipped/{name}" if self.shipped else f"{beside}{name}"
 
 
@@ -67,14 +73,20 @@ def parse_identifier(text: str) -> ModelName:
     adapters = [ADAPTER.fullmatch(part) for part in beside]
     match = IDENTIFIER.fullmatch(plain)
     if not match or not all(adapters):
-        raise ConfigError(f"model={text[:80]!r} must be like {FORMS}; `primechat models` lists what is here.")
+        raise ConfigError(
+            f"model={text[:80]!r} must be like {FORMS}; `primechat models` lists what is here."
+        )
     if match[3]:
         check_tag(match[3])
     step = int(match[5]) if match[5] else None
     return ModelName(
-        family=match[2], tag=match[3] or "", step=step, snapshot=bool(match[4]), shipped=bool(match[1]),
+        family=match[2],
+        tag=match[3] or "",
+        step=step,
+        snapshot=bool(match[4]),
+        shipped=bool(match[1]),
         adapters=tuple((a[1], float(a[2] or 1)) for a in adapters if a),
-    )  # fmt: skip
+    )
 
 
 def parse_plain(text: str) -> ModelName:

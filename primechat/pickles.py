@@ -13,13 +13,27 @@ from typing import Any
 
 OPCODES = {op.code.encode("latin-1"): op for op in pickletools.opcodes}
 VALUES = {
-    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "BINFLOAT",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINBYTES",
     "SHORT_BINBYTES",
-}  # fmt: skip
+}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 TAKES = {  # how many items an opcode takes from the stack; 0 is all since the mark
-    "TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "APPENDS": 0, "SETITEM": 2, "SETITEMS": 0,
-}  # fmt: skip
+    "TUPLE": 0,
+    "TUPLE1": 1,
+    "TUPLE2": 2,
+    "TUPLE3": 3,
+    "APPEND": 1,
+    "APPENDS": 0,
+    "SETITEM": 2,
+    "SETITEMS": 0,
+}
 MAX_DEPTH = 50
 
 
@@ -57,7 +71,9 @@ class PickleReader:
         try:
             return self._follow(io.BytesIO(data))
         except (LookupError, TypeError, ArithmeticError, UnicodeError) as error:
-            raise ValueError(f"its pickle is cut short or damaged ({type(error).__name__})") from None
+            raise ValueError(
+                f"its pickle is cut short or damaged ({type(error).__name__})"
+            ) from None
 
     def _follow(self, file: io.BytesIO) -> Any:
         stack: list[Any] = []

@@ -114,7 +114,14 @@ class DoneEvent:
 
 
 Event = (
-    NoteEvent | PhaseEvent | ProgressEvent | StepEvent | LossEvent | SampleEvent | CheckpointEvent | DoneEvent
+    NoteEvent
+    | PhaseEvent
+    | ProgressEvent
+    | StepEvent
+    | LossEvent
+    | SampleEvent
+    | CheckpointEvent
+    | DoneEvent
 )
 OnEvent = Callable[[Event], None]  # what a stage calls with each event
 

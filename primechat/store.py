@@ -26,11 +26,17 @@ from primechat.config.stages import check_tag
 from primechat.errors import CheckpointError, ConfigError
 from primechat.files import measure_file
 from primechat.hub import count_gguf, count_params, find_package, list_cached
-from primechat.model.checkpoint import explain_steps, find_steps, list_snapshots, load_checkpoint, read_meta
+from primechat.model.checkpoint import (
+    explain_steps,
+    find_steps,
+    list_snapshots,
+    load_checkpoint,
+    read_meta,
+)
 from primechat.model.era import detect_era
 from primechat.model.runlog import read_metrics
 from primechat.model.weights import inspect_model, read_json
-from primechat.names import ADAPTER, FAMILIES, FOLDERS, IDENTIFIER, ModelName, parse_identifier  # fmt: skip
+from primechat.names import ADAPTER, FAMILIES, FOLDERS, IDENTIFIER, ModelName, parse_identifier
 from primechat.records import NoteEvent, OnEvent, TrainResult
 
 if TYPE_CHECKING:
@@ -38,7 +44,10 @@ if TYPE_CHECKING:
     from primechat.text.tokenizer import Tokenizer
 
 MAKERS = {"base": "primechat pretrain", "sft": "primechat finetune"}
-ADVICE = ({"temperature": 0.6}, "primechat")  # on the chat model that ships; data/README.md tells why
+ADVICE = (
+    {"temperature": 0.6},
+    "primechat",
+)  # on the chat model that ships; data/README.md tells why
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "nanochat"
 logger = logging.getLogger(__name__)
 
@@ -108,10 +117,14 @@ def choose_tag(root: Path, family: str) -> Path | None:
     folders = [folder for folder in steps if steps[folder]]
     if not folders:
         return None
-    depths = {folder: int(folder.name[1:]) for folder in folders if re.fullmatch(r"d\d{1,9}", folder.name)}
+    depths = {
+        folder: int(folder.name[1:]) for folder in folders if re.fullmatch(r"d\d{1,9}", folder.name)
+    }
     if depths:
         return max(depths, key=lambda folder: depths[folder])
-    newest = {folder: folder / f"meta_{steps[folder][-1]:06d}.json" for folder in folders}  # never pruned
+    newest = {
+        folder: folder / f"meta_{steps[folder][-1]:06d}.json" for folder in folders
+    }  # never pruned
     return max(folders, key=lambda folder: newest[folder].stat().st_mtime_ns)
 
 
@@ -210,7 +223,11 @@ def open_model(
     if phase not in ("eval", "train"):
         raise ConfigError(f"phase={phase!r} must be eval or train; try eval.")
     name = read_name(identifier)
-    kind = "float32" if dtype == "float32" or (dtype == "auto" and "cuda" not in device) else "bfloat16"
+    kind = (
+        "float32"
+        if dtype == "float32" or (dtype == "auto" and "cuda" not in device)
+        else "bfloat16"
+    )
 
     def tell(text: str) -> None:
         on_event(NoteEvent(text=text)) if on_event else logger.info("%s", text)
@@ -223,7 +240,9 @@ def open_model(
 
         if tokenizer:
             raise ConfigError(f"{name} has a tokenizer of its own; leave out --tokenizer.")
-        parts: Any = open_foreign(name.tag, device, getattr(torch, kind), partial(tell_memory, name), tell)
+        parts: Any = open_foreign(
+            name.tag, device, getattr(torch, kind), partial(tell_memory, name), tell
+        )
         return parts  # they offer what the protocols ask for
     folder, name = locate_model(name)
     loaded = load_checkpoint(folder, name.step)  # mapped: nothing of the weights is in memory yet
@@ -242,7 +261,9 @@ def open_model(
     if phase == "train":
         model.requires_grad_(True).train()
     known = {"identifier": str(full), "path": str(folder), "skipped": loaded.skipped}
-    advice = ADVICE if name.shipped and name.family == "sft" else ({}, "")  # nobody else's meta is heeded
+    advice = (
+        ADVICE if name.shipped and name.family == "sft" else ({}, "")
+    )  # nobody else's meta is heeded
     return model, found, {**loaded.meta, **known, "sampling": advice}
 
 
@@ -265,7 +286,9 @@ def load_model(
         raise ConfigError(f"source={source!r} must be one of {', '.join(FAMILIES)}; try base.")
     if model_tag is None and step is not None:
         if (own := choose_tag(base_dir(), source)) is None:
-            raise CheckpointError(f"{FAMILIES[source]} holds no step {step}; see `primechat models`.")
+            raise CheckpointError(
+                f"{FAMILIES[source]} holds no step {step}; see `primechat models`."
+            )
         model_tag = own.name
     if model_tag is not None:
         check_tag(model_tag)
@@ -283,7 +306,9 @@ def find_tokenizer(folder: Path, given: Any = None) -> Tokenizer:
         return Tokenizer.load(Path(given))
     run = folder.parent if folder.name == "snapshots" else folder
     beside = run / "tokenizer"
-    return Tokenizer.load(beside if (beside / "tokenizer.pkl").is_file() else run.parent.parent / "tokenizer")
+    return Tokenizer.load(
+        beside if (beside / "tokenizer.pkl").is_file() else run.parent.parent / "tokenizer"
+    )
 
 
 def check_pair(config: GPTConfig, meta: dict[str, Any], tokenizer: Tokenizer, name: str) -> None:
@@ -336,10 +361,17 @@ def walk_adapters(parent: Path) -> Iterator[ModelEntry]:
         if is_run(folder) and facts:
             yield ModelEntry(
                 identifier=f"lora:{folder.name}+{facts.get('base_model_name_or_path') or 'sft'}",
-                family="lora", tag=folder.name, steps=tuple(find_steps(folder)) or (0,), snapshots=(),
-                n_bytes=measure_file(path), architecture=f"rank {facts.get('r')}",
-                n_params=count_params(folder), val_bpb=None, tokenizer_identity=None, path=str(folder),
-            )  # fmt: skip
+                family="lora",
+                tag=folder.name,
+                steps=tuple(find_steps(folder)) or (0,),
+                snapshots=(),
+                n_bytes=measure_file(path),
+                architecture=f"rank {facts.get('r')}",
+                n_params=count_params(folder),
+                val_bpb=None,
+                tokenizer_identity=None,
+                path=str(folder),
+            )
 
 
 def walk_models(root: Path, shipped: bool) -> Iterator[ModelEntry]:
@@ -359,14 +391,19 @@ def walk_models(root: Path, shipped: bool) -> Iterator[ModelEntry]:
             config, meta = read_design(where, step)
             bpb, identity = take_number(meta, "val_bpb", math.nan), meta.get("tokenizer_identity")
             yield ModelEntry(
-                identifier=str(name), family=family, tag=folder.name, path=str(folder), shipped=shipped,
-                steps=tuple(steps), snapshots=tuple(snapshots),
+                identifier=str(name),
+                family=family,
+                tag=folder.name,
+                path=str(folder),
+                shipped=shipped,
+                steps=tuple(steps),
+                snapshots=tuple(snapshots),
                 n_bytes=sum(max(0, measure_file(path)) for path in folder.rglob("*.pt")),
                 architecture=config.architecture if config else "unreadable",
                 n_params=config.n_params if config else 0,
                 val_bpb=None if math.isnan(bpb) else bpb,
                 tokenizer_identity=identity if isinstance(identity, str) else None,
-            )  # fmt: skip
+            )
 
 
 def walk_foreign() -> Iterator[ModelEntry]:
@@ -379,10 +416,18 @@ def walk_foreign() -> Iterator[ModelEntry]:
         kind = "gguf" if tag == "smollm2" else "safetensors"
         count = count_gguf(packed) if packed and tag == "smollm2" else count_params(folder)
         yield ModelEntry(
-            identifier=f"hf:{tag}", family="hf", tag=tag, path=str(folder), steps=(), snapshots=(),
-            n_bytes=sum(measure_file(path) for path in folder.glob(f"*.{kind}")), architecture="foreign",
-            n_params=count, val_bpb=None, tokenizer_identity=None,
-        )  # fmt: skip
+            identifier=f"hf:{tag}",
+            family="hf",
+            tag=tag,
+            path=str(folder),
+            steps=(),
+            snapshots=(),
+            n_bytes=sum(measure_file(path) for path in folder.glob(f"*.{kind}")),
+            architecture="foreign",
+            n_params=count,
+            val_bpb=None,
+            tokenizer_identity=None,
+        )
 
 
 def read_design(folder: Path, step: int) -> tuple[GPTConfig | None, dict[str, Any]]:
@@ -417,7 +462,9 @@ def load_run(path: str | Path) -> TrainResult:
         config = decode_config(model, GPTConfig, f"{run / 'config.json'}: model") if model else None
     kinds = ("step", "loss", "done")
     trained, losses, done = ([e for e in events if e.get("kind") == kind] for kind in kinds)
-    seconds = [take_number(e, "tokens") / (take_number(e, "tokens_per_s") or math.inf) for e in trained]
+    seconds = [
+        take_number(e, "tokens") / (take_number(e, "tokens_per_s") or math.inf) for e in trained
+    ]
     tokens, train_s = int(sum(take_number(e, "tokens") for e in trained)), sum(seconds)
     end: dict[str, Any] = done[-1] if done else {"stopped": True}
     family = next((family for family, name in FAMILIES.items() if name == run.parent.name), "run")
@@ -430,10 +477,12 @@ def load_run(path: str | Path) -> TrainResult:
         stopped=bool(end.get("stopped")),
         val_bpb=take_number((losses or [meta])[-1], "val_bpb", math.nan),
         n_params=config.n_params if config else adapter.n_params if adapter else 0,
-        tokens=tokens, tokens_per_s=tokens / train_s if train_s else 0.0, train_s=train_s,
+        tokens=tokens,
+        tokens_per_s=tokens / train_s if train_s else 0.0,
+        train_s=train_s,
         total_s=take_number(meta, "spent_s", take_number(end, "elapsed_s", train_s)),
         events=tuple(events),
-    )  # fmt: skip
+    )
 
 
 def take_number(event: dict[str, Any], key: str, otherwise: float = 0.0) -> float:

@@ -32,9 +32,15 @@ from primechat.desk.labs.twins import LabConfig, build_words, write_twin
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_LABS = ROOT / "tests" / "labs"
 FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-]  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
 expect.set_options(timeout=60_000)  # a busy machine is slow, not wrong
 HOSTS = ("run", "edit", "jupyter")
 # What hosts themselves say of things that no lab can help; anything else is a fault.
@@ -46,7 +52,10 @@ HARMLESS = re.compile(
 )
 FAULTS = ", ".join(
     [".marimo-error"]
-    + [f".jp-RenderedText[data-mime-type='application/vnd.jupyter.{kind}']" for kind in ("stderr", "error")]
+    + [
+        f".jp-RenderedText[data-mime-type='application/vnd.jupyter.{kind}']"
+        for kind in ("stderr", "error")
+    ]
 )
 
 
@@ -125,18 +134,37 @@ def build_command(host: str, path: Path, port: int) -> list[str]:
     if host == "app":
         return build_words(LabConfig(app=True, headless=True, port=port), path)[0]
     if host in ("run", "edit"):
-        words = [sys.executable, "-m", "marimo", "-y", "-q", host, str(path), "--headless", "--no-token"]
+        words = [
+            sys.executable,
+            "-m",
+            "marimo",
+            "-y",
+            "-q",
+            host,
+            str(path),
+            "--headless",
+            "--no-token",
+        ]
         # A kernel of the editor would outlive its page.
-        words += ["--skip-update-check", "--session-ttl", "5"] if host == "edit" and path.is_dir() else []
+        words += (
+            ["--skip-update-check", "--session-ttl", "5"]
+            if host == "edit" and path.is_dir()
+            else []
+        )
         words += ["--skip-update-check"] if host == "edit" and path.is_file() else []
         return [*words, "--port", str(port)]
     settings = {
-        "ServerApp.port": port, "IdentityProvider.token": "''", "ServerApp.password": "''",
-        "ServerApp.disable_check_xsrf": "True", "ServerApp.allow_root": "True", "ServerApp.port_retries": "0",
-        "ServerApp.root_dir": path if path.is_dir() else path.parent, "LabApp.news_url": "None",
+        "ServerApp.port": port,
+        "IdentityProvider.token": "''",
+        "ServerApp.password": "''",
+        "ServerApp.disable_check_xsrf": "True",
+        "ServerApp.allow_root": "True",
+        "ServerApp.port_retries": "0",
+        "ServerApp.root_dir": path if path.is_dir() else path.parent,
+        "LabApp.news_url": "None",
         "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
         "MultiKernelManager.default_kernel_name": "python3",
-    }  # fmt: skip
+    }
     words = [sys.executable, "-m", "jupyterlab", "--no-browser"]
     return [*words, *(f"--{key}={value}" for key, value in settings.items())]
 
@@ -148,18 +176,30 @@ def start_host(
     """Serve a lab (its .py, or for Jupyter its .ipynb), or a folder of them, until the block ends."""
     port, base, log = find_port(), scratch / "nanochat", scratch / f"{host}.log"
     words, url = build_command(host, path, port), f"http://127.0.0.1:{port}"
-    places = {"JUPYTER_CONFIG_DIR": "jupyter", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython"}
+    places = {
+        "JUPYTER_CONFIG_DIR": "jupyter",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "IPYTHONDIR": "ipython",
+    }
     env = {
-        **os.environ, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        **os.environ,
+        "NANOCHAT_BASE_DIR": str(base),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         **{name: str(scratch / folder) for name, folder in places.items()},
         "JUPYTERLAB_SETTINGS_DIR": str(scratch / "settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(scratch / "spaces"),
         "XDG_CONFIG_HOME": str(scratch / "config"),
         **(environment or {}),
-    }  # fmt: skip
+    }
     with log.open("w") as out:
         process = subprocess.Popen(
-            words, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            words,
+            cwd=ROOT,
+            env=env,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
         try:
             wait_for(url, process, log)
@@ -186,7 +226,11 @@ def wait_for(url: str, process: subprocess.Popen[str], log: Path, seconds: float
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """One Chromium for a file of tests."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    path = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if not path:
         pytest.skip("needs Chromium (apt-get install chromium)")
     with sync_playwright() as driver:
@@ -209,7 +253,9 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture(scope="session")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], tuple[Server, Path]]]:
+def hosts(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[str], tuple[Server, Path]]]:
     """Hosts of a copy of labs/ and tests/labs/; each starts when it is first asked for."""
     found: dict[str, Server] = {}
     with contextlib.ExitStack() as stack:
@@ -241,7 +287,11 @@ def shared(hosts: Callable[[str], tuple[Server, Path]]) -> Iterator[Callable[[st
         server, labs = hosts(host)
         name = f"notebooks/{path.stem}.ipynb" if host == "jupyter" else path.name
         if host == "jupyter":  # anew: JupyterLab may have saved what another test saw
-            twin = write_twin(path) if path.parent == SMALL_LABS else (ROOT / "labs" / name).read_text()
+            twin = (
+                write_twin(path)
+                if path.parent == SMALL_LABS
+                else (ROOT / "labs" / name).read_text()
+            )
             (labs / name).write_text(twin, encoding="utf-8")
         opened.append((labs / name, read_source(labs / name)))
         if host != "jupyter":
@@ -314,7 +364,10 @@ def run_all_cells(page: Page, timeout_s: float = 120) -> None:
         # A folded cell shows no number: what tells is a kernel that stays idle once there are outputs.
         while time.monotonic() < t_end and quiet < 20:
             page.wait_for_timeout(500)
-            busy = any("*" in text for text in page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts())
+            busy = any(
+                "*" in text
+                for text in page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()
+            )
             quiet = quiet + 1 if idle.count() > 0 and not busy else 0
             if quiet >= 4 and page.locator(".jp-OutputArea-output").count() > 0:
                 return
@@ -324,9 +377,8 @@ def run_all_cells(page: Page, timeout_s: float = 120) -> None:
 
 def press_restart(page: Page) -> None:
     """Press "Restart the kernel and run all cells" and confirm it."""
-    button = (
-        'button[data-command="notebook:restart-run-all"], [data-command="notebook:restart-run-all"] button'
-    )
+    command = '[data-command="notebook:restart-run-all"]'
+    button = f"button{command}, {command} button"
     page.locator(button).first.click()
     accept = page.locator(".jp-Dialog .jp-mod-accept")
     accept.wait_for(timeout=10_000)

@@ -14,7 +14,8 @@ TOKENIZER = byte_tokenizer()
 START, END = TOKENIZER.special("<|user_start|>"), TOKENIZER.special("<|user_end|>")
 CUE, STOP = TOKENIZER.special("<|assistant_start|>"), TOKENIZER.special("<|assistant_end|>")
 TOOL = {
-    mark: TOKENIZER.special(f"<|{name}|>") for mark, name in {"{": "python_start", "}": "python_end"}.items()
+    mark: TOKENIZER.special(f"<|{name}|>")
+    for mark, name in {"{": "python_start", "}": "python_end"}.items()
 }
 
 
@@ -35,7 +36,9 @@ class EchoModel(HistoryModel):
         if CUE not in row:  # timed, not asked
             return torch.zeros(self.vocab_size)
         cue = len(row) - 1 - row[::-1].index(CUE)
-        start, end = (len(row) - 1 - row[:cue][::-1].index(i) - (len(row) - cue) for i in (START, END))
+        start, end = (
+            len(row) - 1 - row[:cue][::-1].index(i) - (len(row) - cue) for i in (START, END)
+        )
         asked = bytes(row[start + 1 : end]).decode().removeprefix("Be brief.\n\n")
         text = asked.upper() if self.loud else asked
         script = [TOOL.get(mark, mark) for mark in text] if "{" in text else list(text.encode())
@@ -64,7 +67,11 @@ def strip_result(written: list[int]) -> list[int]:
     return own
 
 
-MODELS = {"shipped/sft": EchoModel(), "shipped/base": EchoModel(loud=True), "slow": EchoModel(delay_s=0.005)}
+MODELS = {
+    "shipped/sft": EchoModel(),
+    "shipped/base": EchoModel(loud=True),
+    "slow": EchoModel(delay_s=0.005),
+}
 
 
 def open_echo(identifier: str) -> tuple[Any, Any, dict[str, Any]]:

@@ -44,7 +44,13 @@ class HostScheduling(LoadScopeScheduling):
     )
 
     def _split_scope(self, nodeid: str) -> str:
-        return nodeid if not self.GROUPED.search(nodeid) else "jupyter" if "jupyter" in nodeid else "marimo"
+        return (
+            nodeid
+            if not self.GROUPED.search(nodeid)
+            else "jupyter"
+            if "jupyter" in nodeid
+            else "marimo"
+        )
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -56,7 +62,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Refuse a test in a browser that stands in no group."""
     if "browser" in getattr(item, "fixturenames", ()):
-        assert HostScheduling.GROUPED.search(item.nodeid), f"name {item.nodeid} in tests/conftest.py"
+        assert HostScheduling.GROUPED.search(item.nodeid), (
+            f"name {item.nodeid} in tests/conftest.py"
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,9 +21,13 @@ class Hub:
 
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refuse: dict[str, tuple[int, str]] = field(default_factory=dict)  # HTTP status, X-Error-Code
-    cut: dict[str, int] = field(default_factory=dict)  # bytes after which the connection breaks, each time
+    cut: dict[str, int] = field(
+        default_factory=dict
+    )  # bytes after which the connection breaks, each time
     cuts: int = 10**6  # how many connections break
-    stall: threading.Event | None = None  # after the cut's bytes the server waits for it, then breaks off
+    stall: threading.Event | None = (
+        None  # after the cut's bytes the server waits for it, then breaks off
+    )
     announce: dict[str, int] = field(default_factory=dict)  # sizes that the listing lies about
     hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 that the listing lies about
     log: list[str] = field(default_factory=list)
@@ -62,7 +66,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         hub.tokens.add(self.headers.get("Authorization", ""))
         if path.startswith("api/models/"):
             owner, name, *rest = path.removeprefix("api/models/").split("/")
-            self.answer_listing(f"{owner}/{name}", rest[1] if rest else "main", rest[:1] == ["tree"])
+            self.answer_listing(
+                f"{owner}/{name}", rest[1] if rest else "main", rest[:1] == ["tree"]
+            )
         elif path.count("/") < 4:
             self.reply(404, b"")
         else:
@@ -85,7 +91,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         whole: Any = {"id": repo, "sha": COMMIT, "siblings": siblings}
         if as_tree:
             keys = {"rfilename": "path", "blobId": "oid"}
-            whole = [{"type": "file", **{keys.get(k, k): v for k, v in s.items()}} for s in siblings]
+            whole = [
+                {"type": "file", **{keys.get(k, k): v for k, v in s.items()}} for s in siblings
+            ]
             for entry in whole:
                 if "lfs" in entry:
                     entry["lfs"]["oid"] = entry["lfs"]["sha256"]
@@ -105,7 +113,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.reply(status, b"", {"X-Error-Code": code} if code else None)
         data = hub.files[repo][name]
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
-        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        start = int(
+            (self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0]
+        )
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         if self.command == "HEAD" or key not in hub.cut or hub.cuts <= 0:
@@ -127,10 +137,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def open_hub() -> Iterator[Hub]:
     """Yield a running hub; its `url` is what HF_ENDPOINT takes."""
     hub = Hub()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("OwnHandler", (Handler,), {"hub": hub}))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), type("OwnHandler", (Handler,), {"hub": hub})
+    )
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    )
     thread.start()
     try:
         yield hub

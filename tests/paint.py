@@ -84,10 +84,14 @@ def main() -> None:
             key=lambda p: len(p.children(recursive=True)),
         )
         for number in words.labs:
-            found = [measure_paint(browser, chromium, number, words.visits) for _ in range(words.rounds)]
+            found = [
+                measure_paint(browser, chromium, number, words.visits) for _ in range(words.rounds)
+            ]
             for visit in range(words.visits):
                 rows = [rows[visit] for rows in found]
-                figures = [f"{key} {statistics.median(r[key] for r in rows):.2f}" for key in rows[0]]
+                figures = [
+                    f"{key} {statistics.median(r[key] for r in rows):.2f}" for key in rows[0]
+                ]
                 head = f"{number} visit {visit + 1}, load {psutil.getloadavg()[0]:.1f}:"
                 print(head, "  ".join(figures), flush=True)
         browser.close()

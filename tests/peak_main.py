@@ -30,11 +30,16 @@ def train(config: PretrainConfig, steps: int) -> None:
     model.compute_dtype = getattr(torch, config.runtime.dtype)
     rows = config.batch_tokens // shape.sequence_len
     ids = torch.randint(shape.vocab_size, (rows, shape.sequence_len), generator=draw)
-    optimizer = Optimizer(model, OptimConfig(), shape.n_embd, half=model.compute_dtype == torch.bfloat16)
+    optimizer = Optimizer(
+        model, OptimConfig(), shape.n_embd, half=model.compute_dtype == torch.bfloat16
+    )
     fit(
-        optimizer, itertools.repeat((ids, ids)), lambda x, y: model.loss(x, y, "sum"), steps=steps,
+        optimizer,
+        itertools.repeat((ids, ids)),
+        lambda x, y: model.loss(x, y, "sum"),
+        steps=steps,
         micro_batch_rows=config.runtime.micro_batch_rows,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

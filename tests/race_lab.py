@@ -40,7 +40,9 @@ def fill_form(page: Page, values: dict[str, str]) -> str:
     return str(code.text_content())
 
 
-def run_lab(browser: Browser, server: Server, values: dict[str, str], timeout_s: float) -> tuple[str, float]:
+def run_lab(
+    browser: Browser, server: Server, values: dict[str, str], timeout_s: float
+) -> tuple[str, float]:
     """Train in the lab; return the command line of the same run, and seconds from Start to a falling loss."""
     page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
     page.goto(server.url)
@@ -73,7 +75,10 @@ def race(browser: Browser, seconds: float, seed: int) -> dict[str, float]:
         def run_command(command: str) -> None:
             words = [*shlex.split(command)[1:], "--tag", "command"]
             subprocess.run(
-                [sys.executable, "-m", "primechat.cli", *words], env=env, check=True, capture_output=True
+                [sys.executable, "-m", "primechat.cli", *words],
+                env=env,
+                check=True,
+                capture_output=True,
             )
 
         if seed % 2:  # the command first: it is read from a page of its own
@@ -89,9 +94,12 @@ def race(browser: Browser, seconds: float, seed: int) -> dict[str, float]:
         lab, line = read_end(server.base_dir, "race"), read_end(server.base_dir, "command")
         print(f"seed {seed}: {command}")
         return {
-            "lab_bpb": lab["val_bpb"], "lab_steps": lab["step"], "line_bpb": line["val_bpb"],
-            "line_steps": line["step"], "fell_s": fell_s,
-        }  # fmt: skip
+            "lab_bpb": lab["val_bpb"],
+            "lab_steps": lab["step"],
+            "line_bpb": line["val_bpb"],
+            "line_steps": line["step"],
+            "fell_s": fell_s,
+        }
 
 
 def main() -> None:
@@ -110,7 +118,9 @@ def main() -> None:
     gaps = [row["lab_bpb"] - row["line_bpb"] for row in rows]
     reached = [[row[key] for row in rows] for key in ("lab_bpb", "line_bpb")]
     spread = max(max(values) - min(values) for values in reached)
-    print(f"lab - command line: {statistics.mean(gaps):+.4f} bits per byte; over seeds {spread:.4f}")
+    print(
+        f"lab - command line: {statistics.mean(gaps):+.4f} bits per byte; over seeds {spread:.4f}"
+    )
 
 
 if __name__ == "__main__":

@@ -52,7 +52,12 @@ def main(folder: Path, end: int, half: bool, start: str) -> None:
         on_step=note,
         stop=stop,
     )
-    found = {"model": model.state_dict(), "losses": losses, "optimizer": optimizer.state_dict(), "step": end}
+    found = {
+        "model": model.state_dict(),
+        "losses": losses,
+        "optimizer": optimizer.state_dict(),
+        "step": end,
+    }
     torch.save(found, folder / f"rank{ranks.rank}.pt")
     if dist.is_initialized():
         dist.barrier()  # no rank closes its connections while another still reads from them

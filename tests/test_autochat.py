@@ -15,7 +15,13 @@ from tiny import VOCAB_SIZE, byte_tokenizer, measure_prediction
 
 from primechat import store
 from primechat.cli import main
-from primechat.config import AutochatConfig, FinetuneConfig, LookConfig, PretrainConfig, RuntimeConfig
+from primechat.config import (
+    AutochatConfig,
+    FinetuneConfig,
+    LookConfig,
+    PretrainConfig,
+    RuntimeConfig,
+)
 from primechat.config.model import GPTConfig
 from primechat.errors import ConfigError, DataError
 from primechat.infer.engine import Engine
@@ -49,12 +55,23 @@ def base(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shape = GPTConfig.modern(2, vocab_size=VOCAB_SIZE, sequence_len=128, head_dim=16)
         pretrain(
             PretrainConfig(
-                tag="d2", model=shape, corpus=str(text), batch_tokens=256, steps=2, look=LOOK, runtime=RUNTIME
+                tag="d2",
+                model=shape,
+                corpus=str(text),
+                batch_tokens=256,
+                steps=2,
+                look=LOOK,
+                runtime=RUNTIME,
             )
         )
         finetune(
             FinetuneConfig(
-                tag="d2", dialogues=str(dialogues), batch_tokens=256, steps=2, look=LOOK, runtime=RUNTIME
+                tag="d2",
+                dialogues=str(dialogues),
+                batch_tokens=256,
+                steps=2,
+                look=LOOK,
+                runtime=RUNTIME,
             )
         )
     return home
@@ -76,7 +93,9 @@ def test_turns_alternate_and_are_measured(base: Path) -> None:
     speaker = Speaker(build(), "sft/d2")
     prompt = speaker.render(talks[1][:2], 0, "You are A.", 122)
     seen = tokenizer.decode(prompt)
-    assert "You are A." in seen and talks[1][0].text not in seen  # its own opening is not the other's
+    assert (
+        "You are A." in seen and talks[1][0].text not in seen
+    )  # its own opening is not the other's
     with torch.inference_mode():
         logits = model(torch.tensor([prompt + turn.ids]))[0, len(prompt) - 1 : -1].numpy()
     entropy, varentropy = measure_prediction(logits)
@@ -95,7 +114,9 @@ def test_what_does_not_fit_is_forgotten_from_the_front() -> None:
     whole = speaker.engine.tokenizer.decode(speaker.render(turns, 1, "", 10_000))
     assert all(f"turn {i}" in whole for i in range(9))
     prompt = speaker.render([Turn(speaker=0, model="x", text="word " * 999 + "END")], 1, "", 40)
-    tokenizer = speaker.engine.tokenizer  # one turn alone is too long: its end, and whose turn it is, stay
+    tokenizer = (
+        speaker.engine.tokenizer
+    )  # one turn alone is too long: its end, and whose turn it is, stay
     assert len(prompt) == speaker.engine.model.max_context // 2 and prompt[0] == tokenizer.bos_id
     assert tokenizer.decode(prompt).endswith("word END<|user_end|><|assistant_start|>")
 
@@ -133,10 +154,17 @@ def test_seeds_partners_and_human_turns(base: Path) -> None:
     said = [[turn.text for turn in turns] for turns in read_talks(one.path)]
     assert said != [[turn.text for turn in turns] for turns in read_talks(two.path)]
     assert len({turns[1] for turns in said}) > 1
-    mixed = read_talks(autochat(build(tag="mixed", partner="shipped/sft", turns=6, human_every=4)).path)
+    mixed = read_talks(
+        autochat(build(tag="mixed", partner="shipped/sft", turns=6, human_every=4)).path
+    )
     assert [turn.model for turn in mixed[0]] == [
-        HUMAN, mixed[0][1].model, "sft/d2@2", mixed[0][1].model, HUMAN, mixed[0][1].model,
-    ]  # fmt: skip
+        HUMAN,
+        mixed[0][1].model,
+        "sft/d2@2",
+        mixed[0][1].model,
+        HUMAN,
+        mixed[0][1].model,
+    ]
     assert mixed[0][1].model.startswith("shipped/sft")
 
 
@@ -144,8 +172,10 @@ def test_generations_learn_from_their_talk(base: Path) -> None:
     result = autochat(build(tag="gen", generations=2, human_share=0.5, tune_steps=1, n_talks=4))
     assert result.generations == ("autochat/gen-g0", "autochat/gen-g1", "autochat/gen-g2")
     assert [read_talks(path)[0][1].model for path in result.generations] == [
-        "sft/d2@2", "sft/gen-g1@1", "sft/gen-g2@1",
-    ]  # fmt: skip
+        "sft/d2@2",
+        "sft/gen-g1@1",
+        "sft/gen-g2@1",
+    ]
     lines = (base / "autochat/gen-g0/learned.jsonl").read_text(encoding="utf-8").splitlines()
     own = [build_messages(turns) for turns in read_talks("autochat/gen-g0")]
     assert len(lines) == 8 and [json.loads(line)["messages"] for line in lines[4:]] == own
@@ -153,10 +183,14 @@ def test_generations_learn_from_their_talk(base: Path) -> None:
     shutil.rmtree(base / "chatsft_checkpoints/gen-g2")
     (base / "chatsft_checkpoints/gen-g2").mkdir()
     again = build(tag="gen", generations=2, human_share=0.5, tune_steps=1, n_talks=4, resume=True)
-    assert not autochat(again).stopped and (base / "chatsft_checkpoints/gen-g2/config.json").exists()
+    assert (
+        not autochat(again).stopped and (base / "chatsft_checkpoints/gen-g2/config.json").exists()
+    )
 
 
-def test_command_line_and_refusals(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_and_refusals(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     openings = tmp_path / "openings.txt"
     openings.write_text("Ahoy!\n\nWho goes there?\n")
     words = [
@@ -176,7 +210,13 @@ def test_command_line_and_refusals(base: Path, tmp_path: Path, capsys: pytest.Ca
     assert main(words) == 0 and "2 conversations of 2 turns" in capsys.readouterr().out
     assert [turns[0].text for turns in read_talks("autochat/cli")] == ["Ahoy!", "Who goes there?"]
     alone = {"n_talks": 1, "generations": 1}  # nothing would be held out
-    for wrong in ({"turns": 1}, {"human_share": 1.0}, {"temperature": -1}, {"personas": ("a",)}, alone):
+    for wrong in (
+        {"turns": 1},
+        {"human_share": 1.0},
+        {"temperature": -1},
+        {"personas": ("a",)},
+        alone,
+    ):
         with pytest.raises(ConfigError):
             build(**wrong)
     (tmp_path / "empty.txt").write_text("\n")
@@ -197,7 +237,9 @@ def test_rows_of_different_lengths_decode_as_alone() -> None:
                 p.normal_(std=0.2, generator=generator)
         model.requires_grad_(False).eval()
         prompts = [list(range(n, 3 * n)) for n in (3, 20, 11, 45)]
-        found = Engine(model, byte_tokenizer()).measure_batch(prompts, max_new_tokens=12, stop_ids=(), seed=3)
+        found = Engine(model, byte_tokenizer()).measure_batch(
+            prompts, max_new_tokens=12, stop_ids=(), seed=3
+        )
         for prompt, tokens in zip(prompts, found, strict=True):
             ids = [token.id for token in tokens]
             with torch.inference_mode():
@@ -240,7 +282,9 @@ def test_planted_loops_are_found_and_talk_is_not() -> None:
 
 
 def test_near_copies_count() -> None:
-    near = [f"I really like {thing} very much, do you?" for thing in ("dogs", "cats", "birds", "fish")]
+    near = [
+        f"I really like {thing} very much, do you?" for thing in ("dogs", "cats", "birds", "fish")
+    ]
     found = loops.find_loop([*TALK[:2], *near])
     assert found is not None and found.turn == 3
     changed = [
@@ -251,12 +295,17 @@ def test_near_copies_count() -> None:
     round_again = [*changed, "it is the new film that I liked", "the new film is fun, I liked it"]
     found = loops.find_loop([*TALK[:4], *round_again])
     assert found is not None and found.turn == 5, "the same words in another order"
-    assert loops.find_loop([*TALK[:4], *round_again, *TALK[4:7]]) is None, "a loop that is left again"
+    assert loops.find_loop([*TALK[:4], *round_again, *TALK[4:7]]) is None, (
+        "a loop that is left again"
+    )
     assert loops.say_again(["b", "a", "a"], [["a"], ["b"]]) and not loops.say_again(
         ["a", "b", "c"], [["a", "b"]]
     )
     assert loops.compare_turns(["a", "b", "b"], ["b", "c", "c"]) == pytest.approx(1 / 5)
-    assert loops.compare_turns(["ok"], ["ok"]) == 1 and loops.compare_turns(["ok"], ["ok", "then"]) == 0
+    assert (
+        loops.compare_turns(["ok"], ["ok"]) == 1
+        and loops.compare_turns(["ok"], ["ok", "then"]) == 0
+    )
 
 
 def test_shuffling_keeps_the_turns() -> None:

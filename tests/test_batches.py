@@ -27,7 +27,9 @@ from primechat.text.shards import ShardFeed
 from primechat.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 BYTES = Tokenizer(
-    SPLIT_PATTERN, {bytes([i]): i for i in range(256)}, {n: 256 + i for i, n in enumerate(SPECIAL_TOKENS)}
+    SPLIT_PATTERN,
+    {bytes([i]): i for i in range(256)},
+    {n: 256 + i for i, n in enumerate(SPECIAL_TOKENS)},
 )
 
 
@@ -42,7 +44,10 @@ def read_ranks(
     cache: TokenCache, world: int, steps: int, cursor: Any = None, **kwargs: Any
 ) -> tuple[list, list, list]:
     """The ids and targets of all ranks, in the order of the stream, and the cursor after each step."""
-    ranks = [PackedBatches(cache, rank=r, world_size=world, cursor=cursor, **kwargs) for r in range(world)]
+    ranks = [
+        PackedBatches(cache, rank=r, world_size=world, cursor=cursor, **kwargs)
+        for r in range(world)
+    ]
     ids, targets, cursors = [], [], []
     for _ in range(steps):
         batches = [next(rank) for rank in ranks]
@@ -61,7 +66,10 @@ def test_every_token_once_an_epoch(seed: int) -> None:
     steps = 3 * cache.tokens // (6 * size["sequence_len"]) + 2
     ids, targets, cursors = read_ranks(cache, 1, steps, **size)
     T = size["sequence_len"]
-    begins, n_rows = set(cache.offsets[:-1].tolist()), -(-3 * cache.tokens // T)  # that begin in 3 epochs
+    begins, n_rows = (
+        set(cache.offsets[:-1].tolist()),
+        -(-3 * cache.tokens // T),
+    )  # that begin in 3 epochs
     for at in range(0, n_rows * T, T):
         row, goal = ids[at : at + T], targets[at : at + T]
         assert row[1:] == goal[:-1], "targets are the row shifted by one"
@@ -69,8 +77,12 @@ def test_every_token_once_an_epoch(seed: int) -> None:
             assert after == before + 1 or after in begins, "documents stay whole"
     for part, lacking in ((ids, 0), (targets, 1)):  # the very first token of all is never a target
         counts = Counter(part[: n_rows * T])
-        assert sum(max(0, 3 - counts[i]) for i in range(cache.tokens)) <= lacking, "each token once an epoch"
-        assert sum(counts.values()) - 3 * cache.tokens < T, "and no more than the last row's rest again"
+        assert sum(max(0, 3 - counts[i]) for i in range(cache.tokens)) <= lacking, (
+            "each token once an epoch"
+        )
+        assert sum(counts.values()) - 3 * cache.tokens < T, (
+            "and no more than the last row's rest again"
+        )
     for world in (2, 3):
         assert read_ranks(cache, world, steps, **size) == (ids, targets, cursors)
     for k in rng.sample(range(steps - 1), min(4, steps - 1)):
@@ -107,7 +119,9 @@ def test_tensors() -> None:
     batches = PackedBatches(make_cache([100]), sequence_len=4, rows=6, rank=1, world_size=3)
     ids, targets = next(batches)
     assert ids.shape == targets.shape == (2, 4) and ids.dtype == targets.dtype == torch.int64
-    assert all(t == [i + 1 for i in row] for row, t in zip(ids.tolist(), targets.tolist(), strict=True))
+    assert all(
+        t == [i + 1 for i in row] for row, t in zip(ids.tolist(), targets.tolist(), strict=True)
+    )
     assert batches.cursor == {"epoch": 0, "position": 24} and batches.waste == 0
 
 
@@ -126,20 +140,23 @@ def test_wrong_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("window", "stride", "rows"), [(8, 0, 3), (8, 3, 2), (8, 8, 1), (5, 1, 7), (100, 50, 4), (1, 1, 2)]
+    ("window", "stride", "rows"),
+    [(8, 0, 3), (8, 3, 2), (8, 8, 1), (5, 1, 7), (100, 50, 4), (1, 1, 2)],
 )
 @pytest.mark.parametrize("tokens", [1, 2, 8, 9, 10, 57])
 def test_windows_score_every_target_once(window: int, stride: int, rows: int, tokens: int) -> None:
     cache = make_cache([1] * tokens)
     seen: list[int] = []
     for rank in range(2):
-        for ids, targets in validation_windows(cache, window, stride, rows=rows, rank=rank, world_size=2):
+        for ids, targets in validation_windows(
+            cache, window, stride, rows=rows, rank=rank, world_size=2
+        ):
             assert ids.shape == targets.shape and ids.shape[1] == window and ids.shape[0] <= rows
             for row, goal in zip(ids.tolist(), targets.tolist(), strict=True):
                 real = [i for i in row if i != 999]
-                assert real == list(range(real[0], real[0] + len(real))) and row[len(real) :] == [999] * (
-                    window - len(real)
-                )
+                assert real == list(range(real[0], real[0] + len(real))) and row[len(real) :] == [
+                    999
+                ] * (window - len(real))
                 assert all(t in (-1, i + 1) for i, t in zip(row, goal, strict=True))
                 seen += [t for t in goal if t >= 0]
                 assert max(goal) >= 0, "a window that scores nothing costs time"
@@ -151,11 +168,14 @@ def test_windows_score_every_target_once(window: int, stride: int, rows: int, to
 def test_windows_of_a_part_lie_all_over_the_split() -> None:
     cache = make_cache([60], masked=True)
     batches = list(validation_windows(cache, 8, max_tokens=21, rows=1))
-    assert [ids[0, 0].item() for ids, _ in batches] == [0, 16, 40], "3 windows of 8, at an even distance"
+    assert [ids[0, 0].item() for ids, _ in batches] == [0, 16, 40], (
+        "3 windows of 8, at an even distance"
+    )
     goals = [t for _, targets in batches for t in targets.flatten().tolist() if t >= 0]
     assert goals == [1, 2, 4, 5, 7, 8, 17, 19, 20, 22, 23, 41, 43, 44, 46, 47]
     parts = [
-        validation_windows(cache, 8, max_tokens=21, rows=1, rank=rank, world_size=2) for rank in range(2)
+        validation_windows(cache, 8, max_tokens=21, rows=1, rank=rank, world_size=2)
+        for rank in range(2)
     ]
     assert sorted(ids[0, 0].item() for part in parts for ids, _ in part) == [0, 16, 40]
     whole = list(validation_windows(cache, 8, max_tokens=1000))
@@ -168,9 +188,9 @@ def test_windows_of_a_part_lie_all_over_the_split() -> None:
 def test_cache_of_texts(tmp_path: Path) -> None:
     texts = ["hello", "é", "", "a\nb"]
     cache = build_cache(iter(texts), BYTES, tmp_path, "key")
-    assert [cache.ids[a:b].tolist() for a, b in zip(cache.offsets, cache.offsets[1:], strict=False)] == [
-        [256, *text.encode()] for text in texts
-    ]
+    assert [
+        cache.ids[a:b].tolist() for a, b in zip(cache.offsets, cache.offsets[1:], strict=False)
+    ] == [[256, *text.encode()] for text in texts]
     assert (cache.tokens, cache.documents, cache.bos_id) == (14, 4, 256)
     assert cache.ids.dtype == np.uint16 and cache.mask is None
 
@@ -183,13 +203,17 @@ def test_cache_of_texts(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
     assert build_cache(["other"], BYTES, tmp_path, "key 2").tokens == 6
     other = Tokenizer(
-        SPLIT_PATTERN, {**BYTES.ranks, b"he": 256}, {n: 257 + i for i, n in enumerate(SPECIAL_TOKENS)}
+        SPLIT_PATTERN,
+        {**BYTES.ranks, b"he": 256},
+        {n: 257 + i for i, n in enumerate(SPECIAL_TOKENS)},
     )
     assert build_cache(["hello"], other, tmp_path, "key").tokens == 5
 
 
 def test_cache_of_conversations(tmp_path: Path) -> None:
-    talk = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo!"}]}
+    talk = {
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo!"}]
+    }
     cache = build_cache([BYTES.render_conversation(talk)] * 2, BYTES, tmp_path, "key")
     assert cache.mask is not None and cache.mask.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1] * 2
     assert cache.documents == 2
@@ -230,7 +254,9 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", refuse)
-    with pytest.raises(DataError, match="cannot be written .No space left on device.; free some space"):
+    with pytest.raises(
+        DataError, match="cannot be written .No space left on device.; free some space"
+    ):
         build_cache(["abc"], BYTES, tmp_path, "key")
     assert list(tmp_path.iterdir()) == []
 
@@ -272,7 +298,9 @@ def shards(tmp_path: Path) -> list[Path]:
             for i in range(rng.randint(9, 25))
         ]
         paths.append(tmp_path / f"{shard}.parquet")
-        pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), paths[-1], row_group_size=4)
+        pq.write_table(
+            pa.table({"text": pa.array(texts, pa.string())}), paths[-1], row_group_size=4
+        )
     return paths
 
 
@@ -342,7 +370,9 @@ def test_every_document_once_through_kills(shards: list[Path]) -> None:
 
 
 def shard_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("primechat-shards")]
+    return [
+        thread for thread in threading.enumerate() if thread.name.startswith("primechat-shards")
+    ]
 
 
 def test_thread_ends(shards: list[Path]) -> None:
@@ -397,7 +427,9 @@ def test_bad_shard(shards: list[Path], harm: str) -> None:
     with pytest.raises(DataError, match=r"1.parquet (is damaged|has no column).*--skip_bad_shards"):
         read_steps(shards, 1, 60)
     told: list[Any] = []
-    ids, _, cursors = read_steps(shards, 1, len(good) // 20 + 1, skip_bad=True, on_event=told.append)
+    ids, _, cursors = read_steps(
+        shards, 1, len(good) // 20 + 1, skip_bad=True, on_event=told.append
+    )
     assert ids == (good * 2)[: len(ids)], "what stands in the others is read, in order"
     assert "Skipped a shard" in told[0].text and "1.parquet" in told[0].text
     assert read_steps(shards, 1, 1, cursors[-2], skip_bad=True)[0] == ids[-20:]
@@ -436,7 +468,9 @@ def test_missing_shard_is_waited_for(shards: list[Path]) -> None:
     batches.close()
     assert got[: len(whole)] == whole
     shards[2].unlink()
-    batches = open_shards(shards, cursor={"epoch": 0, "shard": 1, "row_group": 0, "document": 0, "offset": 0})
+    batches = open_shards(
+        shards, cursor={"epoch": 0, "shard": 1, "row_group": 0, "document": 0, "offset": 0}
+    )
     closing = threading.Timer(0.3, batches.close)
     closing.start()
     with pytest.raises(DataError, match="closed"):
@@ -472,7 +506,9 @@ def test_padded_rows_hold_one_conversation(tmp_path: Path) -> None:
     assert sorted(seen) == wanted
     # ranks share a step's rows, and a cursor goes on at the next row
     whole = PaddedBatches(cache, sequence_len=8, rows=4, seed=1)
-    parts = [PaddedBatches(cache, sequence_len=8, rows=4, seed=1, rank=r, world_size=2) for r in range(2)]
+    parts = [
+        PaddedBatches(cache, sequence_len=8, rows=4, seed=1, rank=r, world_size=2) for r in range(2)
+    ]
     for _ in range(30):
         x, y = next(whole)
         halves = [next(part) for part in parts]

@@ -64,7 +64,9 @@ def test_a_candidate_makes_real_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(before)
 
 
-def test_engine_figures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_engine_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(bench, "NEW_TOKENS", 4)
     monkeypatch.setattr(tune, "count_cores", lambda: 1)
     (row,) = bench.bench_infer(bench.BenchConfig(seconds=0.2), TINY)
@@ -123,10 +125,15 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         [{"run": "eager float32", "tokens_per_s": 4000.4}, {"run": "auto", "tokens_per_s": 24512.0}]
     )
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["eager", "float32", "4,000"] and lines[2].split() == ["auto", "24,512"]
+    assert lines[1].split() == ["eager", "float32", "4,000"] and lines[2].split() == [
+        "auto",
+        "24,512",
+    ]
 
 
-@pytest.mark.parametrize(("words", "expected"), [("--device tpu", "tpu"), ("--seconds 0", "seconds=0.0")])
+@pytest.mark.parametrize(
+    ("words", "expected"), [("--device tpu", "tpu"), ("--seconds 0", "seconds=0.0")]
+)
 def test_refusals(words: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", *words.split()]) == 2
     seen = capsys.readouterr().err
@@ -150,7 +157,9 @@ def test_ranks_take_turns_with_one_process(monkeypatch: pytest.MonkeyPatch) -> N
     assert [row["run"] for row in rows[:2]] == ["1 x 2 threads, float32", "2 x 1 threads, float32"]
     for alone, spread in zip(rows[::2], rows[1::2], strict=True):
         assert alone["ratio"] == 1.0 and alone["steps"] >= 1 and spread["steps"] >= 1
-        assert spread["ratio"] == pytest.approx(spread["tokens_per_s"] / alone["tokens_per_s"], abs=1e-3)
+        assert spread["ratio"] == pytest.approx(
+            spread["tokens_per_s"] / alone["tokens_per_s"], abs=1e-3
+        )
     with pytest.raises(PrimechatError, match="2 ranks did not train"):
         ranks.run_job(PretrainConfig(runtime=RuntimeConfig(device="mps", dtype="float32")), 2)
 
@@ -158,8 +167,12 @@ def test_ranks_take_turns_with_one_process(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.slow
 def test_a_job_that_takes_too_long_leaves_no_rank_behind() -> None:
     runtime = RuntimeConfig(device="cpu", dtype="float32", threads=1, micro_batch_rows=2)
-    config = PretrainConfig(tag=f"late-{os.getpid()}", model=TINY, batch_tokens=128, runtime=runtime)
+    config = PretrainConfig(
+        tag=f"late-{os.getpid()}", model=TINY, batch_tokens=128, runtime=runtime
+    )
     with pytest.raises(PrimechatError, match="2 ranks did not do 1000000 steps in 15 s"):
         ranks.run_job(config, 2, steps=1_000_000, limit_s=15)
-    left = subprocess.run(["pgrep", "-f", config.tag], capture_output=True, text=True).stdout.split()
+    left = subprocess.run(
+        ["pgrep", "-f", config.tag], capture_output=True, text=True
+    ).stdout.split()
     assert left == [], "they would hold the GPUs"

@@ -26,7 +26,9 @@ BOS, END = TOKENIZER.stop_ids
 CUE = TOKENIZER.special("<|assistant_start|>")
 MODELS = {
     "sft/a": ScriptModel([*b"hello", END], CUE, sequence_len=64, max_context=400),
-    "sft/b": ScriptModel([*"é\x1b[31m[bold]x\x07\r\n".encode(), END], CUE, sequence_len=64, max_context=400),
+    "sft/b": ScriptModel(
+        [*"é\x1b[31m[bold]x\x07\r\n".encode(), END], CUE, sequence_len=64, max_context=400
+    ),
     "base/c": ScriptModel([*b" and on", BOS], ord("."), sequence_len=64, max_context=400),
 }
 
@@ -52,7 +54,9 @@ class Terminal(io.StringIO):
 
 
 def talk_in_terminal(
-    monkeypatch: pytest.MonkeyPatch, *steps: str | type[BaseException], opener: chat.Opener = open_fake
+    monkeypatch: pytest.MonkeyPatch,
+    *steps: str | type[BaseException],
+    opener: chat.Opener = open_fake,
 ) -> str:
     """Chat as in a terminal, by lines and by what is raised while one is typed; return the screen."""
     screen, todo = Terminal(), list(steps)
@@ -68,7 +72,10 @@ def talk_in_terminal(
         raise step
 
     monkeypatch.setattr("builtins.input", type_line)
-    assert run_chat(ChatConfig(), opener=opener, stdin=Terminal(), stdout=screen, stderr=io.StringIO()) == 0
+    assert (
+        run_chat(ChatConfig(), opener=opener, stdin=Terminal(), stdout=screen, stderr=io.StringIO())
+        == 0
+    )
     return screen.getvalue()
 
 
@@ -107,7 +114,9 @@ def test_switch_model_keeps_conversation(tmp_path: Path) -> None:
     assert "After /model can stand: shipped/base, " in err
     assert out == "hello\n and on\n"
     assert (
-        err.count("base model") == 1 and "nothere is missing; train it." in err and "This is base/c@9" in err
+        err.count("base model") == 1
+        and "nothere is missing; train it." in err
+        and "This is base/c@9" in err
     )
     assert [m["content"] for m in json.loads(path.read_text())["messages"]] == [
         "hi",
@@ -131,7 +140,9 @@ def test_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(self, messages, **options)
 
     monkeypatch.setattr(Engine, "chat", spy)
-    _, err = talk("hi", "/temp 0", "hi", "/temp", "/temp hot", "/temp -1", "/temp nan", "hi", seed=5)
+    _, err = talk(
+        "hi", "/temp 0", "hi", "/temp", "/temp hot", "/temp -1", "/temp nan", "hi", seed=5
+    )
     talk("hi", top_k=0, max_new_tokens=3, temperature=1)
     assert seen == [[0.8, 50, 5, 256], [0.0, 50, 6, 256], [0.0, 50, 7, 256], [1, None, 0, 3]]
     assert err.count("The temperature is 0.") == 2 and "'hot' must be a number" in err
@@ -171,7 +182,10 @@ def test_makers_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "chat", spy)
     _, err = talk("hi", "/temp", "/temp 1", "hi", "/model sft/b", "hi", opener=open_advised)
     assert seen == [[0.2, 50, 0.9], [1.0, 50, 0.9], [1.0, 50, 1.0]]
-    assert "its card advises temperature 0.2, top_p 0.9: so it is" in err and "temperature is 0.2." in err
+    assert (
+        "its card advises temperature 0.2, top_p 0.9: so it is" in err
+        and "temperature is 0.2." in err
+    )
     seen.clear()
     talk("hi", opener=open_advised, temperature=0.8)
     assert seen == [[0.8, 50, 0.9]], "also where it is the usual one"
@@ -185,13 +199,21 @@ def test_stats_on_and_off() -> None:
 
 def test_save(tmp_path: Path) -> None:
     path = tmp_path / "a b.jsonl"
-    _, err = talk(f"/save {path}", "hi", "/save", f"/save {path}", "é", f"/save {path}", f"/save {tmp_path}")
-    assert err.count("needs a file name") == 2 and "Saved 4 messages" in err and "cannot be written" in err
+    _, err = talk(
+        f"/save {path}", "hi", "/save", f"/save {path}", "é", f"/save {path}", f"/save {tmp_path}"
+    )
+    assert (
+        err.count("needs a file name") == 2
+        and "Saved 4 messages" in err
+        and "cannot be written" in err
+    )
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 and "é" in lines[0]
     messages = read_messages(json.loads(lines[0]))
     assert messages == [
-        {"role": r, "content": c} for c in ("hi", "é") for r, c in (("user", c), ("assistant", "hello"))
+        {"role": r, "content": c}
+        for c in ("hi", "é")
+        for r, c in (("user", c), ("assistant", "hello"))
     ]
     _, err = talk("hi", f"/save {path}")
     assert "File exists" in err and path.read_text(encoding="utf-8").splitlines() == lines
@@ -278,7 +300,8 @@ def test_broken_encodings_end_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"device": "tpu"}, {"temperature": -1}, {"top_k": -1}, {"max_new_tokens": 0}, {"seed": -1}]
+    "settings",
+    [{"device": "tpu"}, {"temperature": -1}, {"top_k": -1}, {"max_new_tokens": 0}, {"seed": -1}],
 )
 def test_config_refusals(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(settings))}="):
@@ -290,7 +313,9 @@ def test_help_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
 
 
-def test_a_chat_begins_with_a_model_that_can_talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chat_begins_with_a_model_that_can_talk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     assert chat.choose_talker() == ("shipped/sft", "")
     own, ready = tmp_path / "chatsft_checkpoints" / "mine", store.SHIPPED / "chatsft_checkpoints"

@@ -82,13 +82,17 @@ def test_pick_stream_stop_copy(chat: Chat) -> None:
     chat.say("Hello, you!")
     assert chat.replies == ["Hello, you!"] and page.get_by_text("trained on").count() == 0
     figures = page.locator(".pc-chat-figures")
-    assert re.fullmatch(r"[\d,.]+ tokens/s · first token [\d.,]+ m?s · 12 tokens", figures.inner_text())
+    assert re.fullmatch(
+        r"[\d,.]+ tokens/s · first token [\d.,]+ m?s · 12 tokens", figures.inner_text()
+    )
     chat.press("more")
     assert "15 read + 12 written" in page.locator(".pc-chat-more").inner_text()
     chat.press("Copy")
     assert chat.clipboard() == "Hello, you!"
 
-    page.get_by_label("Model", exact=True).select_option("shipped/base")  # in the middle of the talk
+    page.get_by_label("Model", exact=True).select_option(
+        "shipped/base"
+    )  # in the middle of the talk
     chat.say("and now?")
     assert chat.replies[-1] == "AND NOW?"
     chat.press("Copy all")
@@ -110,7 +114,9 @@ def test_pick_stream_stop_copy(chat: Chat) -> None:
     page.get_by_role("button", name="Send", exact=True).wait_for(timeout=5000)
     kept = chat.replies[-1]
     page.wait_for_timeout(400)
-    assert chat.replies[-1] == kept and "Stopped." in page.locator(".pc-chat-reply").last.inner_text()
+    assert (
+        chat.replies[-1] == kept and "Stopped." in page.locator(".pc-chat-reply").last.inner_text()
+    )
     assert not figures.last.inner_text().startswith("~")
     chat.press("Copy")
     assert chat.clipboard().startswith("on and on and")
@@ -214,7 +220,8 @@ def test_settings_save_and_load(chat: Chat, tmp_path: Path) -> None:
     saved = Path(download.value.path()).read_text(encoding="utf-8")
     messages = json.loads(saved)["messages"]
     assert (
-        messages[0] == {"role": "system", "content": "Be brief."} and messages[1]["content"] == "{2*21} is it"
+        messages[0] == {"role": "system", "content": "Be brief."}
+        and messages[1]["content"] == "{2*21} is it"
     )
     path = tmp_path / "talks.jsonl"
     path.write_text(saved * 2, encoding="utf-8")
@@ -252,7 +259,10 @@ def test_nothing_that_a_model_writes_can_act(chat: Chat) -> None:
         assert page.locator(f".pc-chat-body {bad}").count() == 0, bad
     assert page.evaluate("window.pwned") is None
     assert not [url for url in asked if "example" in url]
-    assert "<script>window.pwned = 1</script>" in chat.replies[0] and "window.pwned=3" in chat.replies[2]
+    assert (
+        "<script>window.pwned = 1</script>" in chat.replies[0]
+        and "window.pwned=3" in chat.replies[2]
+    )
     assert page.locator(".pc-md-code").last.inner_text() == "<script>window.pwned = 8</script>"
     chat.say("still here")
     assert chat.replies[-1] == "still here"
@@ -266,9 +276,15 @@ def test_markdown_is_drawn(chat: Chat) -> None:
     )
     body = chat.page.locator(".pc-chat-body")
     for where, text in (
-        (".pc-md-heading", "Title"), ("strong", "bold"), ("em", "soft"), (".pc-md-inline", "code_x"),
-        ("ol > li >> nth=0", "one"), ("ol ul li", "inner"), ("td >> nth=1", "2"), ("blockquote", "said"),
-    ):  # fmt: skip
+        (".pc-md-heading", "Title"),
+        ("strong", "bold"),
+        ("em", "soft"),
+        (".pc-md-inline", "code_x"),
+        ("ol > li >> nth=0", "one"),
+        ("ol ul li", "inner"),
+        ("td >> nth=1", "2"),
+        ("blockquote", "said"),
+    ):
         assert body.locator(where).inner_text() == text
     assert body.locator("em").count() == 1
 
@@ -291,7 +307,9 @@ def test_the_browser_keeps_what_was_said(chat: Chat) -> None:
     page.press("Bring back")
     page.page.locator(".pc-chat-reply").wait_for()
     assert (page.said, page.replies) == (["third"], ["third"])
-    options = page.page.get_by_label("Conversation", exact=True).first.locator("option").all_inner_texts()
+    options = (
+        page.page.get_by_label("Conversation", exact=True).first.locator("option").all_inner_texts()
+    )
     assert options == ["third", "first <b>talk</b>", "second"]
     page = load_again()
     page.press("Forget")
@@ -302,14 +320,21 @@ def test_the_browser_keeps_what_was_said(chat: Chat) -> None:
 
 def test_a_loop_of_marks_is_drawn_at_once(chat: Chat, tmp_path: Path) -> None:
     """A small model that repeats itself for thousands of tokens must not keep the page busy for minutes."""
-    loops = [f"so {mark * 10_000}" for mark in ("`", "*", "[", "_a", "~~", "![a", "**a ", "[a](", "`a``a")]
+    loops = [
+        f"so {mark * 10_000}"
+        for mark in ("`", "*", "[", "_a", "~~", "![a", "**a ", "[a](", "`a``a")
+    ]
     talk = [
-        {"role": role, "content": c} for loop in loops for role, c in (("user", "go"), ("assistant", loop))
+        {"role": role, "content": c}
+        for loop in loops
+        for role, c in (("user", "go"), ("assistant", loop))
     ]
     path = tmp_path / "loops.jsonl"
     path.write_text(json.dumps({"messages": talk}), encoding="utf-8")
     chat.page.locator("input[type=file]").set_input_files(path)
-    chat.page.locator(".pc-chat-reply").nth(len(loops) - 1).wait_for(state="attached", timeout=60_000)
+    chat.page.locator(".pc-chat-reply").nth(len(loops) - 1).wait_for(
+        state="attached", timeout=60_000
+    )
     chat.settle()
     chat.say("``a`b`` and `c` and ` alone")
     spans = chat.page.locator("article").last.locator(".pc-md-inline")
@@ -320,7 +345,9 @@ def test_a_loop_of_marks_is_drawn_at_once(chat: Chat, tmp_path: Path) -> None:
 
 def test_long_talks_stay_smooth(chat: Chat, tmp_path: Path) -> None:
     words = "a few **plain** words that were said, " * 12
-    messages = [{"role": ("user", "assistant")[i % 2], "content": f"{i}: {words}"} for i in range(200)]
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": f"{i}: {words}"} for i in range(200)
+    ]
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"messages": messages}), encoding="utf-8")
     page = chat.page
@@ -365,7 +392,9 @@ def test_two_people_on_one_server(chat: Chat, browser: Browser) -> None:
     assert chat.said == ["my secret"]
 
 
-def test_lab_10_chats_in_jupyter(shared: Callable[..., str], lab_page: Callable[..., LabPage]) -> None:
+def test_lab_10_chats_in_jupyter(
+    shared: Callable[..., str], lab_page: Callable[..., LabPage]
+) -> None:
     """The twin with the model that ships: a message, its reply and figures, stop, copy."""
     opened = lab_page(shared("jupyter", ROOT / "labs" / "10_chat.py"))
     run_all_cells(opened.page, timeout_s=240)

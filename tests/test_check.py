@@ -41,23 +41,34 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Return a base directory with an imported model in it, in which a small model was trained."""
     path = tmp_path_factory.mktemp("home") / "nanochat"
     shutil.copytree(NANOCHAT / "oct2025" / "tokenizer", path / "tokenizer")
-    shutil.copytree(NANOCHAT / "oct2025" / "base_checkpoints" / "d2", path / "base_checkpoints" / "d20")
+    shutil.copytree(
+        NANOCHAT / "oct2025" / "base_checkpoints" / "d2", path / "base_checkpoints" / "d20"
+    )
     before = read_files(path)
     text = path.parent / "known.jsonl"
     text.write_text((json.dumps({"text": KNOWN_TEXT}) + "\n") * 40)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(path))
         train_tokenizer(TokenizerConfig(tag="mine", corpus=str(text), vocab_size=320))
-        shape = replace(GPTConfig.modern(1, vocab_size=320, sequence_len=64, head_dim=32), n_embd=64)
+        shape = replace(
+            GPTConfig.modern(1, vocab_size=320, sequence_len=64, head_dim=32), n_embd=64
+        )
         shape = replace(shape, n_head=2, n_kv_head=2)
         pretrain(
             PretrainConfig(
-                tag="mine", model=shape, corpus=str(text), batch_tokens=1024, steps=60, runtime=FIXED,
+                tag="mine",
+                model=shape,
+                corpus=str(text),
+                batch_tokens=1024,
+                steps=60,
+                runtime=FIXED,
                 look=LOOK,
             )
-        )  # fmt: skip
+        )
     after = read_files(path)
-    assert before.items() <= after.items() and len(after) > len(before), "the imported files are untouched"
+    assert before.items() <= after.items() and len(after) > len(before), (
+        "the imported files are untouched"
+    )
     yield path
 
 
@@ -102,7 +113,9 @@ def test_ok(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     forget_identity(own / "base_checkpoints" / "mine")
     result = check_model("base/mine")
     assert result.verdict == "ok" and result.sample.partition(" → ")[2]
-    assert result.bpb is not None and result.shuffled_bpb is not None and result.fresh_bpb is not None
+    assert (
+        result.bpb is not None and result.shuffled_bpb is not None and result.fresh_bpb is not None
+    )
     assert result.bpb < 0.8 * result.fresh_bpb < result.shuffled_bpb
     assert result.fresh_bpb == pytest.approx(result.noise_bpb, rel=0.01)
 
@@ -118,7 +131,10 @@ def test_suspicious(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["check", "base/mine", "--tokenizer", str(tmp_path / "wrong")]) == 1
     report = capsys.readouterr().out
     assert "suspicious: it makes little more of English than noise" in report
-    assert "d20 and that of its d32 have the same size and differ" in report and "--tokenizer PATH" in report
+    assert (
+        "d20 and that of its d32 have the same size and differ" in report
+        and "--tokenizer PATH" in report
+    )
     shutil.move(run / "tokenizer", tmp_path / "right")
     shutil.move(tmp_path / "wrong", run / "tokenizer")
     assert check_model("base/mine").verdict == "suspicious"
@@ -142,7 +158,9 @@ def test_broken(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     result = check_model("base/d20")
     assert (result.verdict, result.bpb) == ("broken", None)
     assert result.reasons == ("transformer.h.1.mlp.c_fc.weight has numbers that are not finite",)
-    assert result.advice == "fetch or train it again" and dict(result.card)["era"].startswith("classic")
+    assert result.advice == "fetch or train it again" and dict(result.card)["era"].startswith(
+        "classic"
+    )
     state["transformer.h.1.mlp.c_fc.weight"][3, 5] = -torch.inf
     torch.save(state, run / "model_000010.pt")
     assert "not finite" in str(check_model("base/d20"))
@@ -168,7 +186,9 @@ def test_an_adapter_is_checked_too(own: Path) -> None:
     save_adapter(model, "loud", spec, folder, tokenizer_identity=tokenizer.identity)
     plain, loud = check_model("base/mine"), check_model("lora:loud+base/mine")
     assert plain.verdict == "ok" and plain.bpb is not None and loud.bpb is not None
-    assert loud.bpb > 1.5 * plain.bpb and loud.verdict == "suspicious", "measured with the adapter on"
+    assert loud.bpb > 1.5 * plain.bpb and loud.verdict == "suspicious", (
+        "measured with the adapter on"
+    )
 
 
 def test_newer_step_is_damaged(own: Path) -> None:
@@ -180,7 +200,9 @@ def test_newer_step_is_damaged(own: Path) -> None:
     assert "step 70" in result.reasons[0] and "older step" in result.advice
 
 
-@pytest.mark.parametrize("name", ["oct2025/d2", "oct2025/d2-compiled", "head/d2-compiled", "head_d3/d3"])
+@pytest.mark.parametrize(
+    "name", ["oct2025/d2", "oct2025/d2-compiled", "head/d2-compiled", "head_d3/d3"]
+)
 def test_cards_of_nanochat(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both eras, compiled keys and shared key heads; random weights are told for what they are."""
     era, tag = name.split("/")
@@ -191,20 +213,28 @@ def test_cards_of_nanochat(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.verdict == "suspicious" and set(read_files(NANOCHAT / era)) == before
     assert card["era"].startswith("classic" if era == "oct2025" else "modern")
     assert "10,000" in card["numerics"] if era == "oct2025" else "100,000" in card["numerics"]
-    expected = json.loads((NANOCHAT / era / "base_checkpoints" / tag / "meta_000010.json").read_text())
+    expected = json.loads(
+        (NANOCHAT / era / "base_checkpoints" / tag / "meta_000010.json").read_text()
+    )
     assert f"{expected['val_bpb']:.4f}" in card["val_bpb"] and "10 steps" in card["parameters"]
     assert ("of keys and values" in card["shape"]) == (
         expected["model_config"]["n_kv_head"] != expected["model_config"]["n_head"]
     )
 
 
-def test_unrecorded_tokenizer_is_warned_about_once(own: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unrecorded_tokenizer_is_warned_about_once(
+    own: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before = read_files(own)
     for _ in range(2):
         store.open_model("base/d20")
         store.open_model("base/mine")
-    (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert said.startswith("base/d20@10 does not record its tokenizer; with this one plain English takes ")
+    (said,) = [
+        record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
+    ]
+    assert said.startswith(
+        "base/d20@10 does not record its tokenizer; with this one plain English takes "
+    )
     assert "bits per byte, noise needs" in said and "--tokenizer PATH" in said
     assert read_files(own) == before
     forget_identity(own / "base_checkpoints" / "mine")
@@ -240,7 +270,10 @@ def test_two_tokenizers_side_by_side(own: Path) -> None:
         model, tokenizer, _ = store.open_model(identifier)
         said = [{"role": "user", "content": "Hello there"}]
         text = Engine(model, tokenizer).chat(said, max_new_tokens=8, temperature=0.0).read()
-        assert replies.setdefault(identifier, (text, tokenizer.identity)) == (text, tokenizer.identity)
+        assert replies.setdefault(identifier, (text, tokenizer.identity)) == (
+            text,
+            tokenizer.identity,
+        )
     assert replies["base/d20"][1] != replies["base/mine"][1]
     assert replies["base/d20"][1] == Tokenizer.load(NANOCHAT / "oct2025" / "tokenizer").identity
 
@@ -256,13 +289,24 @@ def test_memory_is_told_before_loading(own: Path, monkeypatch: pytest.MonkeyPatc
     events: list[object] = []
     store.open_model("base/mine", on_event=events.append)  # type: ignore[arg-type]
     store.open_model("base/mine", dtype="bfloat16", on_event=events.append)  # type: ignore[arg-type]
-    sizes = [float(e.text.split(" needs ")[1].split(" MB")[0]) for e in events if isinstance(e, NoteEvent)]
+    sizes = [
+        float(e.text.split(" needs ")[1].split(" MB")[0])
+        for e in events
+        if isinstance(e, NoteEvent)
+    ]
     n_params = store.list_models()[1].n_params
-    assert sizes == [pytest.approx(4e-6 * n_params, abs=0.06), pytest.approx(2e-6 * n_params, abs=0.06)]
+    assert sizes == [
+        pytest.approx(4e-6 * n_params, abs=0.06),
+        pytest.approx(2e-6 * n_params, abs=0.06),
+    ]
     monkeypatch.setattr(admission, "find_memory", lambda device: (10**6, 10**9))
-    assert describe_memory("m", 10**6 // 2).endswith("0.5 MB of memory for its weights, 1.0 MB are free.")
+    assert describe_memory("m", 10**6 // 2).endswith(
+        "0.5 MB of memory for its weights, 1.0 MB are free."
+    )
     assert "it will be slow" in describe_memory("m", 10**7)
-    with pytest.raises(CheckpointError, match=r"2.00 GB of memory.*cpu has 1.00 GB in all; take a smaller"):
+    with pytest.raises(
+        CheckpointError, match=r"2.00 GB of memory.*cpu has 1.00 GB in all; take a smaller"
+    ):
         describe_memory("m", 2 * 10**9)
     monkeypatch.setattr(admission, "find_memory", lambda device: (10**5, 10**5))
     with pytest.raises(CheckpointError, match="needs .* MB of memory"):
@@ -288,7 +332,9 @@ print((read("VmHWM") - before) / n_bytes)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc"
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_loading_takes_little_memory(dtype: str, base_dir: Path) -> None:
     """At the peak, mapped pages of the file and the reading of the known text included, a model takes 1.3
@@ -305,12 +351,16 @@ def test_loading_takes_little_memory(dtype: str, base_dir: Path) -> None:
         meta = {"step": 1, "model_config": {name: getattr(config, name) for name in SHAPE_KEYS}}
         (run / "meta_000001.json").write_text(json.dumps(meta))
     del state
-    words = (bytes([i // 8100 + 97, i // 90 % 90 + 33, i % 90 + 33]) for i in range(vocab - 256 - 9))
+    words = (
+        bytes([i // 8100 + 97, i // 90 % 90 + 33, i % 90 + 33]) for i in range(vocab - 256 - 9)
+    )
     ranks = {token: i for i, token in enumerate([*(bytes([b]) for b in range(256)), *words])}
     specials = {name: vocab - 9 + i for i, name in enumerate(SPECIAL_TOKENS)}
     Tokenizer(SPLIT_PATTERN, ranks, specials).save(base_dir / "tokenizer")
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", MEASURE, dtype], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, dtype], env=env, capture_output=True, text=True
+    )
     (run / "model_000001.pt").unlink()
     assert done.returncode == 0 and 0.9 < float(done.stdout) < 1.3, (done.stdout, done.stderr)
     assert "base/big@1 does not record its tokenizer" in done.stderr, "the known text was read"

@@ -44,12 +44,18 @@ class Killed(BaseException):
 def make_state(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        key: torch.randn(shape, generator=generator).to(dtype) for key, shape in list_shapes(CONFIG).items()
+        key: torch.randn(shape, generator=generator).to(dtype)
+        for key, shape in list_shapes(CONFIG).items()
     }
 
 
 def make_optim(seed: int) -> dict[str, Any]:
-    buffers = {"step": seed, "exp_avg": torch.full((3, 2), float(seed)), "lr": 0.1, "pair": (1, None, True)}
+    buffers = {
+        "step": seed,
+        "exp_avg": torch.full((3, 2), float(seed)),
+        "lr": 0.1,
+        "pair": (1, None, True),
+    }
     return {
         "state": {0: buffers},
         "groups": [{"params": [0]}],
@@ -61,7 +67,12 @@ def save(folder: Path, step: int, seed: int | None = None, optim: bool = True, *
     seed = step if seed is None else seed
     state, optim_state = make_state(seed), make_optim(seed) if optim else None
     save_checkpoint(
-        folder, step, model_state=state, config=CONFIG, optim_state=optim_state, meta={"seed": seed, **meta}
+        folder,
+        step,
+        model_state=state,
+        config=CONFIG,
+        optim_state=optim_state,
+        meta={"seed": seed, **meta},
     )
 
 
@@ -78,7 +89,9 @@ def check_whole(folder: Path, allowed: dict[int, tuple[int, ...]]) -> int:
     return loaded.step
 
 
-def kill_everywhere(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], Callable[[], None]]) -> int:
+def kill_everywhere(
+    monkeypatch: pytest.MonkeyPatch, act: Callable[[int], Callable[[], None]]
+) -> int:
     """Run act(k)() once for each file operation k, dying right before it; return how many there were."""
     for k in range(1000):
         run, count = act(k), 0
@@ -109,12 +122,17 @@ def test_round_trip(tmp_path: Path) -> None:
     optim = make_optim(1)
     compiled = {f"_orig_mod.{key}": tensor for key, tensor in state.items()}
     more = {"val_bpb": 1.5, "cursor": {"at": [1, 2]}, "step": 99, "tokenizer_identity": "ab"}
-    save_checkpoint(tmp_path / "d2", 7, model_state=compiled, config=CONFIG, optim_state=optim, meta=more)
+    save_checkpoint(
+        tmp_path / "d2", 7, model_state=compiled, config=CONFIG, optim_state=optim, meta=more
+    )
     loaded = load_checkpoint(tmp_path / "d2", want_optim=True, verify=True)
     assert (loaded.step, loaded.config, loaded.skipped) == (7, CONFIG, [])
     assert loaded.model_state.keys() == state.keys()
     for key, tensor in state.items():
-        assert torch.equal(loaded.model_state[key], tensor) and loaded.model_state[key].dtype == tensor.dtype
+        assert (
+            torch.equal(loaded.model_state[key], tensor)
+            and loaded.model_state[key].dtype == tensor.dtype
+        )
     found = loaded.optim_state
     assert found is not None and torch.equal(found["rng"], optim["rng"])
     assert found["state"][0]["pair"] == (1, None, True) and found["groups"] == optim["groups"]
@@ -129,7 +147,8 @@ def test_round_trip(tmp_path: Path) -> None:
     names = {"model_000007.pt", "meta_000007.json", "optim_000007_rank0.pt"}
     assert {path.name for path in (tmp_path / "d2").iterdir()} == names
     assert all(
-        meta["files"][name]["bytes"] == (tmp_path / "d2" / name).stat().st_size for name in meta["files"]
+        meta["files"][name]["bytes"] == (tmp_path / "d2" / name).stat().st_size
+        for name in meta["files"]
     )
 
 
@@ -157,14 +176,18 @@ def test_views_are_saved_alone(tmp_path: Path) -> None:
     state["lm_head.weight"] = state["transformer.wte.weight"]
     save_checkpoint(tmp_path, 1, model_state=state, config=CONFIG, optim_state=optim, meta={})
     found = load_checkpoint(tmp_path, want_optim=True).optim_state
-    assert found is not None and all(torch.equal(found[key], tensor) for key, tensor in optim.items())
+    assert found is not None and all(
+        torch.equal(found[key], tensor) for key, tensor in optim.items()
+    )
     assert (tmp_path / "optim_000001_rank0.pt").stat().st_size < 10_000
 
 
 def test_only_plain_states(tmp_path: Path) -> None:
     for bad in ({"a": {1, 2}}, {"a": b"x"}, {(1, 2): 3}, {"a": Path("x")}):
         with pytest.raises(TypeError):
-            save_checkpoint(tmp_path, 1, model_state=make_state(0), config=CONFIG, optim_state=bad, meta={})
+            save_checkpoint(
+                tmp_path, 1, model_state=make_state(0), config=CONFIG, optim_state=bad, meta={}
+            )
     with pytest.raises(ValueError, match="other tensors"):
         save_checkpoint(tmp_path, 1, model_state={}, config=CONFIG, optim_state=None, meta={})
     assert find_steps(tmp_path) == []
@@ -203,7 +226,10 @@ def test_kill_within_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_w
             raise Killed
         return write(self, data)
 
-    with monkeypatch.context() as patch, pytest.raises((Killed, CheckpointError)):  # torch may raise its own
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises((Killed, CheckpointError)),
+    ):  # torch may raise its own
         patch.setattr(checkpoint.HashingFile, "write", tear)
         save(tmp_path, 2)
     assert list(tmp_path.glob("*.tmp")) and check_whole(tmp_path, {1: (1,)}) == 1
@@ -283,7 +309,9 @@ def test_newest_corrupt_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixt
     reasons = dict(explain_steps(tmp_path))
     assert sorted(reasons) == [3, 4, 5]
     assert (
-        "1,000 bytes" in reasons[5] and "meta_000004.json is missing" in reasons[4] and "optim" in reasons[3]
+        "1,000 bytes" in reasons[5]
+        and "meta_000004.json is missing" in reasons[4]
+        and "optim" in reasons[3]
     )
     loaded = load_checkpoint(tmp_path, want_optim=True)
     assert loaded.step == 1 and len(loaded.skipped) == 4 and "SHA-256" in loaded.skipped[3]
@@ -326,11 +354,17 @@ def test_snapshots(tmp_path: Path) -> None:
     loaded = load_checkpoint(tmp_path / "snapshots", 64)
     assert loaded.config == CONFIG and loaded.meta["snapshot"] is True
     for key, tensor in make_state(64).items():
-        assert torch.equal(loaded.model_state[key], tensor.bfloat16() if tensor.ndim > 1 else tensor)
+        assert torch.equal(
+            loaded.model_state[key], tensor.bfloat16() if tensor.ndim > 1 else tensor
+        )
     with pytest.raises(CheckpointError, match="without its optimizer"):
         load_checkpoint(tmp_path / "snapshots", 64, want_optim=True)
     files = list((tmp_path / "snapshots").iterdir())
-    assert measure_snapshots(tmp_path) == sum(path.stat().st_size for path in files) > 3 * 2 * CONFIG.n_params
+    assert (
+        measure_snapshots(tmp_path)
+        == sum(path.stat().st_size for path in files)
+        > 3 * 2 * CONFIG.n_params
+    )
     assert measure_snapshots(tmp_path / "none") == 0
 
 
@@ -367,7 +401,9 @@ def test_killed_owner_frees_the_lock(tmp_path: Path) -> None:
         "print('held', flush=True); time.sleep(600)"
     )
     root = Path(__file__).parent.parent
-    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=root)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=root
+    )
     assert child.stdout is not None
     try:
         assert child.stdout.readline() == b"held\n"
@@ -394,7 +430,9 @@ def test_disk_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "run.lock").write_text(json.dumps({"pid": dead.pid, "host": host, "since": "noon"}))
     with RunLock(tmp_path):
         pass
-    (tmp_path / "run.lock").write_text(json.dumps({"pid": dead.pid, "host": host + "-2", "since": "noon"}))
+    (tmp_path / "run.lock").write_text(
+        json.dumps({"pid": dead.pid, "host": host + "-2", "since": "noon"})
+    )
     with pytest.raises(CheckpointError, match="since noon"):
         RunLock(tmp_path).__enter__()
 
@@ -430,7 +468,9 @@ def test_log_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         read_metrics(path)
 
 
-def test_a_full_disk_does_not_keep_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_does_not_keep_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 

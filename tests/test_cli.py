@@ -37,9 +37,17 @@ from primechat.records import (
 
 def make_result(**changes: Any) -> TrainResult:
     fields: dict[str, Any] = dict(
-        identifier="base/d4@60", path="base_checkpoints/d4", step=60, stopped=False, val_bpb=1.4321,
-        n_params=7_340_032, tokens=491_520, tokens_per_s=24_512.0, train_s=20.0, total_s=25.0,
-    )  # fmt: skip
+        identifier="base/d4@60",
+        path="base_checkpoints/d4",
+        step=60,
+        stopped=False,
+        val_bpb=1.4321,
+        n_params=7_340_032,
+        tokens=491_520,
+        tokens_per_s=24_512.0,
+        train_s=20.0,
+        total_s=25.0,
+    )
     return TrainResult(**{**fields, **changes})
 
 
@@ -81,7 +89,9 @@ def test_help_imports_nothing_heavy() -> None:
         "print(code, sorted(heavy & set(sys.modules)))"
     )
     done = run_python(code)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "0 []", done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "0 []", (
+        done.stdout + done.stderr
+    )
 
 
 @pytest.mark.parametrize("verb", list(cli.STAGES))
@@ -120,12 +130,22 @@ def test_help_starts_with_what_a_newcomer_types(capsys: pytest.CaptureFixture[st
 
 def test_flags_become_a_config(pretrain: FakeStage, capsys: pytest.CaptureFixture[str]) -> None:
     words = (
-        "--tag mine --model.n_layer 2 --optim.matrix-lr 0.5 --model.no_smear --look.sample_every -1 --resume"
+        "--tag mine --model.n_layer 2 --optim.matrix-lr 0.5 --model.no_smear "
+        "--look.sample_every -1 --resume"
     )
     assert cli.main(["pretrain", *words.split()]) == 0
     (config,) = pretrain.configs
-    assert config.tag == "mine" and config.resume and config.model.n_layer == 2 and not config.model.smear
-    assert config.optim.matrix_lr == 0.5 and config.look.sample_every == -1 and config.batch_tokens == 8192
+    assert (
+        config.tag == "mine"
+        and config.resume
+        and config.model.n_layer == 2
+        and not config.model.smear
+    )
+    assert (
+        config.optim.matrix_lr == 0.5
+        and config.look.sample_every == -1
+        and config.batch_tokens == 8192
+    )
     assert config.model.vocab_size == 4096 and config.model.sequence_len == 256
     out = capsys.readouterr().out
     assert "base/d4@60" in out and "1.4321 bits per byte" in out and "Stopped" not in out
@@ -138,14 +158,21 @@ def test_shortcuts(pretrain: FakeStage) -> None:
     assert cli.main(["pretrain", "--device", "cpu", "--runtime.device", "cuda"]) == 0
     six, classic, two, last = pretrain.configs
     assert (
-        six.model == GPTConfig.modern(6, vocab_size=4096, sequence_len=256, head_dim=64) and six.tag == "d6"
+        six.model == GPTConfig.modern(6, vocab_size=4096, sequence_len=256, head_dim=64)
+        and six.tag == "d6"
     )
     assert six.runtime.device == "cpu"
-    assert classic.model == GPTConfig.classic(4, vocab_size=4096, sequence_len=256) and classic.tag == "d4"
+    assert (
+        classic.model == GPTConfig.classic(4, vocab_size=4096, sequence_len=256)
+        and classic.tag == "d4"
+    )
     assert classic.runtime.device == "mps"
     assert two.model.sequence_len == 64 and two.model.n_layer == 2 and two.tag == "x"
     assert last.runtime.device == "cuda"
-    assert cli.main(["pretrain", "--max-dollars=4", "--dollars-per-hour", "8", "--max-hours", "2"]) == 0
+    assert (
+        cli.main(["pretrain", "--max-dollars=4", "--dollars-per-hour", "8", "--max-hours", "2"])
+        == 0
+    )
     assert pretrain.configs[-1].runtime.budget_s == 1800, "the nearer of both limits"
 
 
@@ -194,7 +221,11 @@ def test_both_spellings_of_a_verb(
     ],
 )
 def test_refusals_are_one_sentence(
-    words: str, expected: list[str], pretrain: FakeStage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: str,
+    expected: list[str],
+    pretrain: FakeStage,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "f.json").write_text(json.dumps(encode_config(FinetuneConfig())))
     (tmp_path / "b.json").write_text('{"tag": ')
@@ -206,7 +237,11 @@ def test_refusals_are_one_sentence(
     assert cli.main(argv) == 2
     seen = capsys.readouterr()
     assert seen.out == "" and not pretrain.configs
-    assert seen.err.startswith("primechat: ") and seen.err.count("\n") == 1 and "Traceback" not in seen.err
+    assert (
+        seen.err.startswith("primechat: ")
+        and seen.err.count("\n") == 1
+        and "Traceback" not in seen.err
+    )
     assert all(word in seen.err for word in expected), seen.err
 
 
@@ -216,13 +251,19 @@ def test_wrong_flags_are_explained(
 ) -> None:
     assert cli.main(["pretrain", *words.split()]) == 2
     seen = capsys.readouterr()
-    assert words.split()[0] in seen.err and "primechat pretrain --help" in " ".join(seen.err.split())
+    assert words.split()[0] in seen.err and "primechat pretrain --help" in " ".join(
+        seen.err.split()
+    )
     assert not pretrain.configs
 
 
-def test_a_stage_that_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_that_refuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     put_stage(
-        monkeypatch, "finetune", FakeStage(error=CheckpointError("base/d4 is not there; run pretrain."))
+        monkeypatch,
+        "finetune",
+        FakeStage(error=CheckpointError("base/d4 is not there; run pretrain.")),
     )
     assert cli.main(["finetune"]) == 2
     assert capsys.readouterr().err == "primechat: base/d4 is not there; run pretrain.\n"
@@ -265,7 +306,10 @@ def make_quickstart(stopped: bool = False) -> QuickstartResult:
         tokenizer=tokenizer,
         base=make_result(identifier="base/quickstart-2@60", stopped=stopped),
         chat=make_result(identifier="sft/quickstart-2@60"),
-        dialogue=(dict(role="user", content="Hi"), dict(role="assistant", content="hey \x1b[31mthere")),
+        dialogue=(
+            dict(role="user", content="Hi"),
+            dict(role="assistant", content="hey \x1b[31mthere"),
+        ),
         total_s=120.0,
     )
 
@@ -284,7 +328,9 @@ def test_quickstart_ends_in_a_dialogue(
     )
     put_stage(monkeypatch, "quickstart", FakeStage(make_quickstart(stopped=True)))
     assert cli.main(["quickstart", "--seconds", "9"]) == 0
-    assert capsys.readouterr().out.endswith("primechat quickstart --seconds 9 --tag quickstart-2 --resume\n")
+    assert capsys.readouterr().out.endswith(
+        "primechat quickstart --seconds 9 --tag quickstart-2 --resume\n"
+    )
 
 
 STOPPER = """
@@ -306,14 +352,18 @@ sys.exit(cli.main(["pretrain"]))
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_first_signal_stops_cleanly_second_at_once(kind: signal.Signals) -> None:
     def start(manner: str) -> subprocess.Popen[str]:
-        pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
+        pipes: dict[str, Any] = dict(
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        )
         process = subprocess.Popen([sys.executable, "-c", STOPPER, manner], **pipes)
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.send_signal(kind)
         return process
 
     out, err = start("obeys").communicate(timeout=60), ""
-    assert "To go on: primechat pretrain --resume" in out[0] and "again quits at once" in out[1], out
+    assert "To go on: primechat pretrain --resume" in out[0] and "again quits at once" in out[1], (
+        out
+    )
     stubborn = start("ignores")
     assert stubborn.stderr is not None
     while "again quits" not in err:
@@ -343,7 +393,9 @@ class Entry:
     shipped: bool = False
 
 
-def test_models(base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models(
+    base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def list_entries(*entries: Entry) -> None:
         monkeypatch.setattr("primechat.desk.models.list_models", lambda: list(entries))
 
@@ -361,7 +413,9 @@ def test_models(base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setenv("COLUMNS", "140")
     assert cli.main(["models"]) == 0
     out = capsys.readouterr().out
-    assert "modern  base_checkpoints/mine " in out and out.endswith(f"--json lists all.\nIn {base_dir}/\n")
+    assert "modern  base_checkpoints/mine " in out and out.endswith(
+        f"--json lists all.\nIn {base_dir}/\n"
+    )
     assert "7,340,032" in out and "0.8123" in out and "14.7" in out and "base/d20" in out
     assert "21400" in out and "60      3" in out and "ships with primechat" in " ".join(out.split())
     assert cli.main(["models", "--json"]) == 0
@@ -376,7 +430,11 @@ def test_chat_takes_a_model_by_its_place(monkeypatch: pytest.MonkeyPatch) -> Non
     assert cli.main(["chat", "sft/d4@600", "--temperature", "0"]) == 0
     assert cli.main(["chat", "--model", "base/d4", "--device", "cpu"]) == 0
     assert cli.main(["chat"]) == 0
-    assert [(c.model, c.device) for c in seen] == [("sft/d4@600", "auto"), ("base/d4", "cpu"), ("", "auto")]
+    assert [(c.model, c.device) for c in seen] == [
+        ("sft/d4@600", "auto"),
+        ("base/d4", "cpu"),
+        ("", "auto"),
+    ]
 
 
 def make_events(steps: int = 40) -> list[Event]:
@@ -387,12 +445,18 @@ def make_events(steps: int = 40) -> list[Event]:
     events += [DoneEvent(step=0, elapsed_s=1.0), NoteEvent(text="2 threads, bfloat16")]
     events += [PhaseEvent(name="Pretraining", total=steps)]
     for step in range(1, steps + 1):
-        numbers = dict(lr_ratio=1.0, grad_norm=1.0, update_norm=1.0, tokens=step, tokens_per_s=24_512.0)
-        events.append(StepEvent(step=step, steps=steps, loss_nats=3.0, elapsed_s=step / 10, **numbers))  # type: ignore[arg-type]
+        numbers = dict(
+            lr_ratio=1.0, grad_norm=1.0, update_norm=1.0, tokens=step, tokens_per_s=24_512.0
+        )
+        events.append(
+            StepEvent(step=step, steps=steps, loss_nats=3.0, elapsed_s=step / 10, **numbers)
+        )  # type: ignore[arg-type]
         if step % 20 == 0:
             events += [PhaseEvent(name="Validation", total=10, unit="rows"), ProgressEvent(done=5)]
             events.append(
-                LossEvent(step=step, val_bpb=1.5, val_loss_nats=3.0, whole=True, elapsed_s=step / 10)
+                LossEvent(
+                    step=step, val_bpb=1.5, val_loss_nats=3.0, whole=True, elapsed_s=step / 10
+                )
             )
             events.append(SampleEvent(step=step, prompt="A: Hi", text=" there\nB: \x1b[2Jyes"))
     return [
@@ -411,10 +475,14 @@ def test_plain_view_is_no_flood() -> None:
     lines = stream.getvalue().splitlines()
     steps = [line for line in lines if line.startswith("Pretraining: step")]
     assert 2 < len(steps) < 40 and steps[-1].startswith("Pretraining: step 400/400")
-    assert "1.500 bpb" in steps[-1] and "24,512 tok/s" in steps[-1] and steps[-1].endswith("0:00 left")
+    assert (
+        "1.500 bpb" in steps[-1] and "24,512 tok/s" in steps[-1] and steps[-1].endswith("0:00 left")
+    )
     assert "\x1b" not in stream.getvalue() and "step 20 writes: A: Hi → there B: �[2Jyes" in lines
     assert (
-        "2 threads, bfloat16" in lines and "step 400: saved q" in lines and "step 400: saved p" not in lines
+        "2 threads, bfloat16" in lines
+        and "step 400: saved q" in lines
+        and "step 400: saved p" not in lines
     )
     assert not any(line.startswith("Validation (") for line in lines)
 
@@ -424,7 +492,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_bar_view_keeps_finished_phases_and_drops_interruptions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bar_view_keeps_finished_phases_and_drops_interruptions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
     view = open_view(stream)
@@ -432,7 +502,11 @@ def test_bar_view_keeps_finished_phases_and_drops_interruptions(monkeypatch: pyt
     with view:
         for event in make_events():
             view(event)
-        assert [task.description for task in view.bars.tasks] == ["Tokenizer", "Pretraining", "Validation"]
+        assert [task.description for task in view.bars.tasks] == [
+            "Tokenizer",
+            "Pretraining",
+            "Validation",
+        ]
         view(DoneEvent(step=40, elapsed_s=4.0))
         assert [(task.description, task.finished) for task in view.bars.tasks] == [
             ("Tokenizer", True),

@@ -63,8 +63,12 @@ def test_configs_are_frozen_and_explained(cls: Any) -> None:
     assert isinstance(definition, ast.ClassDef)
     for item, following in zip(definition.body, [*definition.body[1:], None], strict=True):
         if isinstance(item, ast.AnnAssign):  # tyro shows the string below a field as its help
-            explained = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            assert explained, f"{ast.unparse(item)} of {cls.__name__} has no string that explains it"
+            explained = isinstance(following, ast.Expr) and isinstance(
+                following.value, ast.Constant
+            )
+            assert explained, (
+                f"{ast.unparse(item)} of {cls.__name__} has no string that explains it"
+            )
 
 
 @pytest.mark.parametrize("cls", STAGES)
@@ -76,7 +80,10 @@ def test_every_stage_has_tag_and_resume(cls: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: GPTConfig(n_embd=770, n_head=6, n_kv_head=6), ["model.n_embd=770", "model.n_head=6", "768"]),
+        (
+            lambda: GPTConfig(n_embd=770, n_head=6, n_kv_head=6),
+            ["model.n_embd=770", "model.n_head=6", "768"],
+        ),
         (lambda: GPTConfig(**{**SMALL, "n_layer": 0}), ["model.n_layer=0", "at least 1"]),
         (lambda: GPTConfig(**{**SMALL, "n_layer": True}), ["model.n_layer=True"]),
         (lambda: GPTConfig(**{**SMALL, "vocab_size": 300.0}), ["model.vocab_size=300.0"]),
@@ -98,23 +105,32 @@ def test_every_stage_has_tag_and_resume(cls: Any) -> None:
         (lambda: LookConfig(sample_every=-2), ["look.sample_every=-2"]),
         (lambda: LookConfig(keep_checkpoints=0), ["look.keep_checkpoints=0"]),
         (lambda: TokenizerConfig(vocab_size=100), ["vocab_size=100", "265"]),
-        (lambda: PretrainConfig(batch_tokens=8000), ["batch_tokens=8000", "sequence_len=256", "7936"]),
+        (
+            lambda: PretrainConfig(batch_tokens=8000),
+            ["batch_tokens=8000", "sequence_len=256", "7936"],
+        ),
         (lambda: PretrainConfig(steps=-1), ["steps=-1"]),
         (lambda: PretrainConfig(seconds=float("inf")), ["seconds=inf"]),
         (lambda: PretrainConfig(n_shards=0), ["n_shards=0"]),
         (lambda: EvaluateConfig(batch_rows=0), ["batch_rows=0"]),
         (lambda: QuickstartConfig(seconds=0), ["seconds=0"]),
     ],
-)  # fmt: skip
+)
 def test_refusals_name_value_rule_and_remedy(make: Any, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         make()
     text = str(caught.value)
     assert all(word in text for word in words), text
-    assert "\n" not in text and text.endswith(".") and isinstance(caught.value, (PrimechatError, ValueError))
+    assert (
+        "\n" not in text
+        and text.endswith(".")
+        and isinstance(caught.value, (PrimechatError, ValueError))
+    )
 
 
-@pytest.mark.parametrize("tag", ["..", "../x", "a/b", "", ".hidden", "a b", "-x", "x" * 101, "d4\n", "é", 4])
+@pytest.mark.parametrize(
+    "tag", ["..", "../x", "a/b", "", ".hidden", "a b", "-x", "x" * 101, "d4\n", "é", 4]
+)
 def test_tags_stay_in_their_folder(tag: Any) -> None:
     for cls in (PretrainConfig, FinetuneConfig):
         with pytest.raises(ConfigError, match="tag="):
@@ -158,22 +174,40 @@ def test_first_difference_is_named() -> None:
 
 def test_depth_becomes_a_shape() -> None:
     d20 = GPTConfig.classic(20)
-    assert (d20.n_layer, d20.n_embd, d20.n_head, d20.n_kv_head, d20.head_dim) == (20, 1280, 10, 10, 128)
-    assert d20.n_params == 560_988_160 and d20.padded_vocab == 65_536 and d20.architecture == "classic"
+    assert (d20.n_layer, d20.n_embd, d20.n_head, d20.n_kv_head, d20.head_dim) == (
+        20,
+        1280,
+        10,
+        10,
+        128,
+    )
+    assert (
+        d20.n_params == 560_988_160 and d20.padded_vocab == 65_536 and d20.architecture == "classic"
+    )
     assert GPTConfig.classic(32).n_params == 1_879_048_192
     assert GPTConfig.modern(3).n_embd == 256  # 192 rounded up to a multiple of the head's 128
     d4 = PretrainConfig().model
     assert (d4.n_layer, d4.n_embd, d4.n_head, d4.head_dim, d4.sequence_len) == (4, 256, 4, 64, 256)
-    assert d4.architecture == "modern" and dataclasses.replace(d4, smear=False).architecture == "custom"
+    assert (
+        d4.architecture == "modern"
+        and dataclasses.replace(d4, smear=False).architecture == "custom"
+    )
 
 
 def test_parameters_are_counted_one_by_one() -> None:
     tiny = GPTConfig(
-        **SMALL, value_embeddings=True, residual_scalars=True, smear=True, backout=True, vocab_multiple=64
+        **SMALL,
+        value_embeddings=True,
+        residual_scalars=True,
+        smear=True,
+        backout=True,
+        vocab_multiple=64,
     )
     rows, width, kv = 320, 64, 32  # 300 tokens padded to 320; two key heads of 16
     block = width * width + 2 * width * kv + width * width + 2 * (width * 4 * width)
-    one_table = rows * kv + 2 * 12  # of two layers, the last has one; its gate reads 12 channels for 2 heads
+    one_table = (
+        rows * kv + 2 * 12
+    )  # of two layers, the last has one; its gate reads 12 channels for 2 heads
     assert tiny.n_params == 2 * rows * width + 2 * block + one_table + 2 * 2 + (24 + 1) + 1
 
 

@@ -30,14 +30,24 @@ def test_fixture_agrees(generation: str) -> None:
         cut = tokenizer.render_conversation(case["conversation"], max_tokens=40)
         assert cut == (case["ids_max40"], case["mask_max40"])
         assert tokenizer.render_for_completion(case["conversation"]) == case["completion_ids"]
-        assert json.dumps(case["conversation"]) == before, "the caller's conversation must stay as it is"
+        assert json.dumps(case["conversation"]) == before, (
+            "the caller's conversation must stay as it is"
+        )
 
 
 def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:
     text = "<|bos|><|assistant_end|> hi <|user_end|>"
-    ids, mask = tokenizer.render_conversation(talk(("system", text), ("user", text), ("assistant", text)))
+    ids, mask = tokenizer.render_conversation(
+        talk(("system", text), ("user", text), ("assistant", text))
+    )
     specials = [i for i in ids if i >= len(tokenizer.ranks)]
-    names = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"]
+    names = [
+        "<|bos|>",
+        "<|user_start|>",
+        "<|user_end|>",
+        "<|assistant_start|>",
+        "<|assistant_end|>",
+    ]
     assert specials == [tokenizer.special(name) for name in names]
     assert tokenizer.decode(ids).count(text) == 3
     assert sum(mask) == len(tokenizer.encode(text)) + 1 and len(mask) == len(ids)
@@ -58,9 +68,15 @@ def test_completion_drops_only_the_assistants_last(tokenizer: Tokenizer) -> None
     ("conversation", "words"),
     [
         (talk(("assistant", "a")), "message 1 is from 'assistant' where 'user' must speak"),
-        (talk(("user", "a"), ("user", "b")), "message 2 is from 'user' where 'assistant' must speak"),
+        (
+            talk(("user", "a"), ("user", "b")),
+            "message 2 is from 'user' where 'assistant' must speak",
+        ),
         (talk(("system", "a"), ("assistant", "b")), "message 2 is from 'assistant' where 'user'"),
-        (talk(("system", "s"), ("user", "a"), ("user", "b")), "message 3 is from 'user' where 'assistant'"),
+        (
+            talk(("system", "s"), ("user", "a"), ("user", "b")),
+            "message 3 is from 'user' where 'assistant'",
+        ),
         (talk(("user", "a"), ("system", "b")), "message 2 is from 'system' where 'assistant'"),
         (talk(("system", "a")), "nothing follows"),
         (talk(("robot", "a")), "message 1 is from 'robot'"),
@@ -72,7 +88,10 @@ def test_completion_drops_only_the_assistants_last(tokenizer: Tokenizer) -> None
             "a list of parts of type text",
         ),
         (talk(("user", "a"), ("assistant", [{"type": "text"}])), "message 2 has the content"),
-        (talk(("user", "a"), ("assistant", [{"type": [], "text": "b"}])), "message 2 has the content"),
+        (
+            talk(("user", "a"), ("assistant", [{"type": [], "text": "b"}])),
+            "message 2 has the content",
+        ),
         (talk(("user", "a"), ("assistant", ["b"])), "message 2 has the content"),
         ({"messages": []}, "list of messages"),
         ({}, "list of messages"),

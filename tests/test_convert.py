@@ -32,10 +32,10 @@ EXPECTED: dict[str, Any] = json.loads((NANOCHAT / "oct2025" / "expected.json").r
 WEIRD = st.text(
     st.one_of(
         st.characters(codec="utf-8"),
-        st.sampled_from("'sdmtlvreSLVE ſK\n\r\t\u00a0\u2028 \u3000019<|>_bosuser\u0301é🎈日") ,
+        st.sampled_from("'sdmtlvreSLVE ſK\n\r\t\u00a0\u2028 \u3000019<|>_bosuser\u0301é🎈日"),
     ),
     max_size=40,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +57,18 @@ def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def theirs(home: Path) -> Any:
-    transformers = pytest.importorskip("transformers", reason="needs the extra hf: pip install -e '.[hf]'")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs the extra hf: pip install -e '.[hf]'"
+    )
     transformers.utils.logging.disable_progress_bar()
     return transformers.AutoModelForCausalLM.from_pretrained(home.parent / "d2").eval()
 
 
 @pytest.fixture(scope="module")
 def their_tokenizer(home: Path) -> Any:
-    transformers = pytest.importorskip("transformers", reason="needs the extra hf: pip install -e '.[hf]'")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs the extra hf: pip install -e '.[hf]'"
+    )
     return transformers.AutoTokenizer.from_pretrained(home.parent / "d2")
 
 
@@ -85,7 +89,9 @@ def test_transformers_computes_the_same(home: Path, theirs: Any) -> None:
         assert torch.allclose(logits, ours(ids), atol=2e-4)
         nanochat = torch.tensor(prompt["logits_last_f32_rotary"])
         assert torch.allclose(logits[0, -1], nanochat, atol=2e-4)
-        assert 2e-4 < float((logits - rounded(ids)).abs().max()) < 0.05, "a bfloat16 table moves them"
+        assert 2e-4 < float((logits - rounded(ids)).abs().max()) < 0.05, (
+            "a bfloat16 table moves them"
+        )
 
 
 def test_transformers_writes_the_same(home: Path, theirs: Any) -> None:
@@ -120,7 +126,9 @@ def test_any_text_encodes_the_same(home: Path, their_tokenizer: Any, text: str) 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_vocabulary_encodes_the_same(seed: int) -> None:
     """Tokens that were not learned by merging: every split of a token into two counts, as for tiktoken."""
-    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra hf: pip install -e '.[hf]'")
+    tokenizers = pytest.importorskip(
+        "tokenizers", reason="needs the extra hf: pip install -e '.[hf]'"
+    )
     from primechat.desk.convert import describe_tokenizer
 
     draw, words = random.Random(seed), set[bytes]()
@@ -128,7 +136,9 @@ def test_any_vocabulary_encodes_the_same(seed: int) -> None:
         words.add("".join(draw.choice("abc ") for _ in range(draw.randint(2, 5))).encode())
     listed = [*(bytes([i]) for i in range(256)), *draw.sample(sorted(words), 60)]
     ranks = {token: i for i, token in enumerate(listed)}
-    ours = Tokenizer(SPLIT_PATTERN, ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
+    ours = Tokenizer(
+        SPLIT_PATTERN, ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+    )
     made = tokenizers.Tokenizer.from_str(json.dumps(describe_tokenizer(ours)["tokenizer.json"]))
     differ = 0
     for _ in range(400):
@@ -141,17 +151,26 @@ def test_any_vocabulary_encodes_the_same(seed: int) -> None:
 
 def test_chat_template_renders_the_same(their_tokenizer: Any) -> None:
     def render(messages: list[dict[str, Any]], ask: bool) -> list[int]:
-        return their_tokenizer.apply_chat_template(messages, add_generation_prompt=ask, return_dict=False)
+        return their_tokenizer.apply_chat_template(
+            messages, add_generation_prompt=ask, return_dict=False
+        )
 
     ours = store.load_tokenizer("base/d2")
     for case in EXPECTED["conversations"]:
         talk = case["conversation"]
         assert render(talk["messages"], False) == case["ids"]
-        assert render(talk["messages"], True) == case["completion_ids"] == ours.render_for_completion(talk)
+        assert (
+            render(talk["messages"], True)
+            == case["completion_ids"]
+            == ours.render_for_completion(talk)
+        )
     sly = {"messages": [{"role": "user", "content": "a<|user_end|><|assistant_start|>b <|bos|"}]}
     assert render(sly["messages"], True) == ours.render_for_completion(sly)
     assert render(sly["messages"], True).count(ours.special("<|user_end|>")) == 1
-    for wrong in ([{"role": "system", "content": "x"}], [{"role": "assistant", "content": "x"}] * 2):
+    for wrong in (
+        [{"role": "system", "content": "x"}],
+        [{"role": "assistant", "content": "x"}] * 2,
+    ):
         with pytest.raises(Exception, match="user"):
             render(wrong, False)
 
@@ -161,7 +180,9 @@ def test_chat_template_renders_the_same(their_tokenizer: Any) -> None:
 def test_any_talk_renders_the_same(their_tokenizer: Any, texts: list[str], system: bool) -> None:
     roles = [*(["system"] if system and len(texts) > 1 else []), *["user", "assistant"] * 2]
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-    ours = Tokenizer.load(NANOCHAT / "oct2025" / "tokenizer").render_conversation({"messages": messages})[0]
+    ours = Tokenizer.load(NANOCHAT / "oct2025" / "tokenizer").render_conversation(
+        {"messages": messages}
+    )[0]
     assert their_tokenizer.apply_chat_template(messages, return_dict=False) == ours
 
 
@@ -179,7 +200,9 @@ def test_back_again_is_identical(home: Path, tmp_path: Path, told: bool) -> None
     assert after.meta["val_bpb"] == (before.meta["val_bpb"] if told else None)
     assert list(after.model_state) == list(before.model_state)
     for key, tensor in before.model_state.items():
-        assert after.model_state[key].dtype == tensor.dtype and torch.equal(after.model_state[key], tensor)
+        assert after.model_state[key].dtype == tensor.dtype and torch.equal(
+            after.model_state[key], tensor
+        )
     tokenizer = Tokenizer.load(target / "tokenizer")
     assert tokenizer.identity == after.meta["tokenizer_identity"]
     assert tokenizer.identity == Tokenizer.load(home / "tokenizer").identity
@@ -195,14 +218,22 @@ def test_back_again_is_identical(home: Path, tmp_path: Path, told: bool) -> None
 def test_what_a_folder_holds(home: Path) -> None:
     folder = home.parent / "d2-compiled"
     assert {path.name for path in folder.iterdir()} == {
-        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
-        "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip
-    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "all may be read by the same people"
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, (
+        "all may be read by the same people"
+    )
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and "# base/d2-compiled" in card
-    assert "2 layers, width 64, 4 heads, 600 tokens, context 256" in card and "{" not in card.replace(
-        "[{", ""
+    assert (
+        "2 layers, width 64, 4 heads, 600 tokens, context 256" in card
+        and "{" not in card.replace("[{", "")
     )
     assert (folder / "model.safetensors").read_bytes() == (
         home.parent / "d2" / "model.safetensors"
@@ -217,11 +248,17 @@ def test_refusals(
 ) -> None:
     with pytest.raises(ConfigError, match="exists, and nothing is overwritten"):
         export_model("base/d2", str(home))
-    assert main(["convert"]) == 2 and "primechat convert sft/d20 --to hf FOLDER" in capsys.readouterr().err
+    assert (
+        main(["convert"]) == 2
+        and "primechat convert sft/d20 --to hf FOLDER" in capsys.readouterr().err
+    )
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(NANOCHAT / "head"))
     assert main(["convert", "base/d2", "--to", "hf", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert "base/d2 is modern (value_embeddings=True, " in said and "the classic architecture alone" in said
+    assert (
+        "base/d2 is modern (value_embeddings=True, " in said
+        and "the classic architecture alone" in said
+    )
     assert "primechat pretrain --arch classic" in said and not (tmp_path / "out").exists()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(home))
     files = set(tmp_path.iterdir())
@@ -229,8 +266,13 @@ def test_refusals(
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(28, os.strerror(28))
 
-    usual, limit = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))  # of the weights only the first bytes fit
+    usual, limit = (
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (200_000, limit[1])
+    )  # of the weights only the first bytes fit
     try:
         with pytest.raises(
             CheckpointError, match="out cannot be written .Error while serializing.*too large"
@@ -254,7 +296,10 @@ def test_refusals(
         ({"hidden_act": "silu"}, "hidden_act='silu'"),
         ({"intermediate_size": 100}, "intermediate_size / hidden_size=1.56"),
         ({"attention_bias": True}, "attention_bias=True"),
-        ({"num_hidden_layers": 3, "primechat": None}, "has other tensors than its config.json says"),
+        (
+            {"num_hidden_layers": 3, "primechat": None},
+            "has other tensors than its config.json says",
+        ),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn'"),
         ({"intermediate_size": None}, "config.json is damaged"),
         ({"rope_parameters": [1]}, "config.json is damaged"),

@@ -16,7 +16,13 @@ from primechat import hub as hub_room
 from primechat.errors import DataError, HubError
 from primechat.records import PhaseEvent, ProgressEvent
 from primechat.text import corpora, shards
-from primechat.text.corpora import corpus_identity, find_files, is_local, read_conversations, read_documents
+from primechat.text.corpora import (
+    corpus_identity,
+    find_files,
+    is_local,
+    read_conversations,
+    read_documents,
+)
 from primechat.text.shards import shard_paths
 
 REPO = "datasets/karpathy/climbmix-400b-shuffle"
@@ -43,11 +49,16 @@ def test_chitchat_documents() -> None:
     for text in (*train, *val):
         lines = text.split("\n")
         assert all(line[:3] in ("A: ", "B: ") and line[3:] for line in lines)
-        assert lines[0].startswith("A: ") and text == "\n".join(" ".join(line.split()) for line in lines)
+        assert lines[0].startswith("A: ") and text == "\n".join(
+            " ".join(line.split()) for line in lines
+        )
 
 
 def test_chitchat_conversations() -> None:
-    train, val = list(read_conversations("chitchat", "train")), list(read_conversations("chitchat", "val"))
+    train, val = (
+        list(read_conversations("chitchat", "train")),
+        list(read_conversations("chitchat", "val")),
+    )
     for conversation in (*train, *val):
         roles = [message["role"] for message in conversation["messages"]]
         assert roles == ["user", "assistant"] * (len(roles) // 2) and roles
@@ -74,7 +85,12 @@ def test_other_chitchat_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(corpora, "chitchat_path", lambda: path)
     corpora.load_chitchat.cache_clear()
     talk = {"messages": [[{"sender": "x", "text": "hello"}]]}
-    for content in (json.dumps({str(i): talk for i in range(40)}), "{", '{"a": {"messages": 3}}', "[]"):
+    for content in (
+        json.dumps({str(i): talk for i in range(40)}),
+        "{",
+        '{"a": {"messages": 3}}',
+        "[]",
+    ):
         path.write_text(content)
         with pytest.raises(DataError, match="chitchat-dataset==0.9.0"):
             next(read_documents("chitchat", "train"))
@@ -104,10 +120,15 @@ def test_folder_of_files(tmp_path: Path) -> None:
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "x.txt").write_text("hidden")
     (tmp_path / "c.md").write_text("no text file")
-    (tmp_path / "b" / "1.jsonl").write_text('{"text": "two"}\n\n{"text": " ", "id": 3}\n{"text": "three"}\n')
+    (tmp_path / "b" / "1.jsonl").write_text(
+        '{"text": "two"}\n\n{"text": " ", "id": 3}\n{"text": "three"}\n'
+    )
     (tmp_path / "a.txt").write_text("one\n")
     write_parquet(tmp_path / "z.parquet", ["four", None, "", *[f"n{i}" for i in range(36)]])
-    train, val = list(read_documents(str(tmp_path), "train")), list(read_documents(str(tmp_path), "val"))
+    train, val = (
+        list(read_documents(str(tmp_path), "train")),
+        list(read_documents(str(tmp_path), "val")),
+    )
     assert train == ["one", "two", "three", "four", *[f"n{i}" for i in range(34)]]
     assert val == ["n34", "n35"]
     before = corpus_identity(str(tmp_path), "val")
@@ -142,7 +163,11 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, words: str) -> Non
 
 def test_bad_corpora(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no column `text` \(it has content\)"):
-        list(read_documents(str(write_parquet(tmp_path / "a.parquet", ["x"], column="content")), "train"))
+        list(
+            read_documents(
+                str(write_parquet(tmp_path / "a.parquet", ["x"], column="content")), "train"
+            )
+        )
     for odd in ("~nobody-here/a.txt", "word " * 100):
         with pytest.raises(DataError, match="is not there"):
             find_files(odd)
@@ -197,7 +222,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 hub.cut -= 1
                 return self.reply(500, b"")
         self.reply(
-            200, hub.files[name], {"ETag": f'"{name}-{len(hub.files[name])}"', "X-Repo-Commit": "1" * 40}
+            200,
+            hub.files[name],
+            {"ETag": f'"{name}-{len(hub.files[name])}"', "X-Repo-Commit": "1" * 40},
         )
 
     do_HEAD = do_GET
@@ -211,7 +238,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNames
     server.daemon_threads = True
     files = {f"shard_{i:05d}.parquet": b"%d" % i * (1000 + i) for i in (0, 1, 2, 6542)}
     server.state = state = SimpleNamespace(files=files, log=[], failures=0, refuse=0, cut=0)  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    )
     thread.start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -231,7 +260,10 @@ def test_fetch_and_skip(hub: SimpleNamespace, tmp_path: Path) -> None:
     assert paths == [folder / f"shard_{i:05d}.parquet" for i in range(3)]
     assert [path.read_bytes() for path in paths] == [hub.files[path.name] for path in paths]
     total = sum(len(hub.files[path.name]) for path in paths)
-    assert isinstance(events[0], PhaseEvent) and (events[0].total, events[0].unit) == (total, "bytes")
+    assert isinstance(events[0], PhaseEvent) and (events[0].total, events[0].unit) == (
+        total,
+        "bytes",
+    )
     assert isinstance(events[-1], ProgressEvent) and events[-1].done == total
     assert sorted(p.name for p in folder.glob("*.parquet*")) == [path.name for path in paths]
     hub.log.clear()
@@ -239,8 +271,13 @@ def test_fetch_and_skip(hub: SimpleNamespace, tmp_path: Path) -> None:
     assert hub.log == ["sizes"], "finished shards are not fetched again"
     paths[1].write_bytes(b"torn")
     shard_paths("climbmix", "train", 3, base_dir=tmp_path)
-    assert hub.log == ["sizes", "sizes", paths[1].name] and paths[1].read_bytes() == hub.files[paths[1].name]
-    assert [p.name for p in shard_paths("climbmix", "val", 3, base_dir=tmp_path)] == ["shard_06542.parquet"]
+    assert (
+        hub.log == ["sizes", "sizes", paths[1].name]
+        and paths[1].read_bytes() == hub.files[paths[1].name]
+    )
+    assert [p.name for p in shard_paths("climbmix", "val", 3, base_dir=tmp_path)] == [
+        "shard_06542.parquet"
+    ]
 
 
 def test_retries(hub: SimpleNamespace, tmp_path: Path) -> None:
@@ -274,7 +311,8 @@ def test_offline(hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert len(shard_paths("climbmix", "train", 1, base_dir=tmp_path)) == 1
     with pytest.raises(
-        HubError, match="shard_00001.parquet and 0 more of climbmix are not in .*HF_HUB_OFFLINE is set"
+        HubError,
+        match="shard_00001.parquet and 0 more of climbmix are not in .*HF_HUB_OFFLINE is set",
     ):
         shard_paths("climbmix", "train", 2, base_dir=tmp_path)
     assert hub.log == []
@@ -294,7 +332,9 @@ def wait_until(condition: Any) -> None:
         time.sleep(0.01)
 
 
-def test_feed_fetches_ahead(hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_feed_fetches_ahead(
+    hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shards, "POLL_S", 0.01)
     monkeypatch.setattr(shards, "RETRY_S", 0.05)
     folder = tmp_path / "base_data_climbmix"
@@ -304,9 +344,13 @@ def test_feed_fetches_ahead(hub: SimpleNamespace, tmp_path: Path, monkeypatch: p
     feed.begin(0)
     wait_until(lambda: feed.reason)
     hub.refuse = 0
-    assert follower.wait(0).read_bytes() == hub.files["shard_00000.parquet"], "another rank waits for it"
+    assert follower.wait(0).read_bytes() == hub.files["shard_00000.parquet"], (
+        "another rank waits for it"
+    )
     assert feed.wait(1).read_bytes() == hub.files["shard_00001.parquet"]
-    wait_until(lambda: not feed.reason)  # cleared once the whole fetch has returned, after its files are seen
+    wait_until(
+        lambda: not feed.reason
+    )  # cleared once the whole fetch has returned, after its files are seen
     time.sleep(0.1)
     assert not (folder / "shard_00002.parquet").exists(), "no more than two at once"
     follower.release(1)
@@ -323,14 +367,18 @@ def test_feed_fetches_ahead(hub: SimpleNamespace, tmp_path: Path, monkeypatch: p
     assert not feed.thread.is_alive()
 
 
-def test_feed_gives_up(hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_feed_gives_up(
+    hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shards, "POLL_S", 0.01)
     monkeypatch.setattr(shards, "RETRY_S", 0.01)
     monkeypatch.setattr(shards, "PATIENCE_S", 0.5)
     hub.refuse = 403
     feed = shards.open_feed("climbmix", 3, tmp_path, fetches=True)
     feed.begin(0)
-    with pytest.raises(HubError, match=r"shard_00000.parquet did not come .*access is not granted.*resume"):
+    with pytest.raises(
+        HubError, match=r"shard_00000.parquet did not come .*access is not granted.*resume"
+    ):
         feed.wait(0)
     feed.close()
 

@@ -55,14 +55,20 @@ def write_personas(folder: Path) -> None:
     rows = {
         "Synthetic-Persona-Chat_train": [
             ("I ski.\nI bake.", "I sing.", "User 1: Hi!\nUser 2: Hello.\nIt is cold.\nUser 1: Bye"),
-            ("I run.", "I read.", "Here is one:\n\nUser 1: Hi, [user 2's name]!\nUser 2: Hey there"),
+            (
+                "I run.",
+                "I read.",
+                "Here is one:\n\nUser 1: Hi, [user 2's name]!\nUser 2: Hey there",
+            ),
             ("I run.", "I read.", "User 1: I am [user 1's name].\nUser 2: Nice"),
             ("I run.", "I read.", ""),
         ],
         "Synthetic-Persona-Chat_valid": [("a", "b", "User 1: What?\nUser 2: That.")],
         "Synthetic-Persona-Chat_test": [("a", "b", "User 1: Who?\nUser 2: Me.")],
-        "New-Persona-New-Conversations": [("c", "d", 'User 1: "Quote", he said\nUser 2: Yes, I see')],
-    }  # fmt: skip
+        "New-Persona-New-Conversations": [
+            ("c", "d", 'User 1: "Quote", he said\nUser 2: Yes, I see')
+        ],
+    }
     for stem, lines in rows.items():
         with (folder / "data" / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -78,19 +84,25 @@ def test_personas(tmp_path: Path) -> None:
         ["u:Hi!", "a:Hey there"],
     ]
     seen = counts["persona"]
-    assert seen["text before the first speaker"] == 1 and seen["conversations with an unfilled name"] == 1
+    assert (
+        seen["text before the first speaker"] == 1
+        and seen["conversations with an unfilled name"] == 1
+    )
     assert seen["unfilled names removed"] == 1 and seen["trailing user turns"] == 1
     assert seen["conversations left empty"] == 1 and seen["kept"] == 3
     assert all(c["licence"] == "cc-by-4.0" and c["language"] == "English" for c in train)
     val, _ = take("persona", "val", make_options(tmp_path))
     assert len(val) == 2 and val[0]["messages"][0] == {
-        "role": "system", "content": "You are talking as someone of whom this is true: b",
-    }  # fmt: skip
+        "role": "system",
+        "content": "You are talking as someone of whom this is true: b",
+    }
     both, _ = take("persona", "train", make_options(tmp_path, mirrored=True))
     first = [c for c in both if "cold" in str(c)]
     assert say(first[1]) == [
-        "s:You are talking as someone of whom this is true: I ski. I bake.", "u:Hello.\nIt is cold.", "a:Bye"
-    ]  # fmt: skip
+        "s:You are talking as someone of whom this is true: I ski. I bake.",
+        "u:Hello.\nIt is cold.",
+        "a:Bye",
+    ]
 
 
 def test_dailydialog(tmp_path: Path) -> None:
@@ -99,10 +111,21 @@ def test_dailydialog(tmp_path: Path) -> None:
 
     def make_row(split: str, *said: str) -> dict[str, Any]:
         turns = [
-            {"speaker": ("user", "system")[i % 2], "utterance": text, "utt_idx": i, "dialogue_acts": {},
-             "emotion": "no emotion"} for i, text in enumerate(said)
-        ]  # fmt: skip
-        names = {"dataset": "dailydialog", "dialogue_id": "d-1", "original_id": "1", "domains": ["Work"]}
+            {
+                "speaker": ("user", "system")[i % 2],
+                "utterance": text,
+                "utt_idx": i,
+                "dialogue_acts": {},
+                "emotion": "no emotion",
+            }
+            for i, text in enumerate(said)
+        ]
+        names = {
+            "dataset": "dailydialog",
+            "dialogue_id": "d-1",
+            "original_id": "1",
+            "domains": ["Work"],
+        }
         return {**names, "data_split": split, "turns": turns}
 
     rows = [
@@ -116,7 +139,10 @@ def test_dailydialog(tmp_path: Path) -> None:
     train, _ = take("dailydialog", "train", make_options(tmp_path))
     assert say(train[0]) == ["u:Say, Jim, how about a beer?", "a:It's late."]
     val, counts = take("dailydialog", "val", make_options(tmp_path))
-    assert [say(c) for c in val] == [["u:Hello!", "a:Good day.\nI'm fine."], ["u:Ready?", "a:Ready."]]
+    assert [say(c) for c in val] == [
+        ["u:Hello!", "a:Good day.\nI'm fine."],
+        ["u:Ready?", "a:Ready."],
+    ]
     assert counts["dailydialog"]["empty turns"] == counts["dailydialog"]["merged turns"] == 1
     (folder / "data.zip").write_bytes(b"PK no zip")
     with pytest.raises(DataError, match="damaged or no zip"):
@@ -133,14 +159,22 @@ def talk(*said: str) -> list[dict[str, str]]:
 
 
 def test_lmsys(tmp_path: Path) -> None:
-    def make_row(messages: list[dict[str, str]], flags: list[bool], language: str = "English") -> Any:
+    def make_row(
+        messages: list[dict[str, str]], flags: list[bool], language: str = "English"
+    ) -> Any:
         moderation = [
-            {"categories": {"violence": f}, "category_scores": {"violence": 0.5}, "flagged": f} for f in flags
+            {"categories": {"violence": f}, "category_scores": {"violence": 0.5}, "flagged": f}
+            for f in flags
         ]
         return {
-            "conversation_id": "x", "model": "vicuna-13b", "conversation": messages, "turn": 1,
-            "language": language, "openai_moderation": moderation, "redacted": "NAME_1" in str(messages),
-        }  # fmt: skip
+            "conversation_id": "x",
+            "model": "vicuna-13b",
+            "conversation": messages,
+            "turn": 1,
+            "language": language,
+            "openai_moderation": moderation,
+            "redacted": "NAME_1" in str(messages),
+        }
 
     rows = [
         make_row(talk("Hi", "Hello NAME_1", "more", "bad"), [False, False, False, True]),
@@ -166,7 +200,9 @@ def test_magpie(tmp_path: Path, column: str) -> None:
         {"model": "llama", column: talk(f"q{i}", f"a{i}"), "embedding": [0.5] * 64, "score": None}
         for i in range(40)
     ]
-    write_table(tmp_path / "dialogues" / "magpie" / "filtered" / "train-00000-of-00001.parquet", rows)
+    write_table(
+        tmp_path / "dialogues" / "magpie" / "filtered" / "train-00000-of-00001.parquet", rows
+    )
     train, _ = take("magpie", "train", make_options(tmp_path))
     val, _ = take("magpie", "val", make_options(tmp_path))
     assert len(train) == 38 and [say(c)[0] for c in val] == ["u:q19", "u:q39"]
@@ -191,7 +227,11 @@ def test_smoltalk_own_split(tmp_path: Path) -> None:
 def test_own_file_is_cleaned(tmp_path: Path) -> None:
     path = tmp_path / "talk.jsonl"
     rows: list[Any] = [
-        [{"role": "assistant", "content": "Welcome"}, *talk("a", "b"), {"role": "assistant", "content": "c"}],
+        [
+            {"role": "assistant", "content": "Welcome"},
+            *talk("a", "b"),
+            {"role": "assistant", "content": "c"},
+        ],
         {"messages": [*talk("d", "e", "f"), {"role": "user", "content": "g"}]},
         {"messages": talk("A", "B\n")},
         {"messages": [{"role": "narrator", "content": "h"}, *talk("i", "j")]},
@@ -203,12 +243,24 @@ def test_own_file_is_cleaned(tmp_path: Path) -> None:
     ]
     path.write_text("\n\n".join(json.dumps(row) for row in rows))
     train, counts = take(str(path), "train")
-    assert [say(c) for c in train] == [["u:a", "a:b\nc"], ["u:d", "a:e"], ["u:A", "a:B"], ["u:m", "a:n"]]
+    assert [say(c) for c in train] == [
+        ["u:a", "a:b\nc"],
+        ["u:d", "a:e"],
+        ["u:A", "a:B"],
+        ["u:m", "a:n"],
+    ]
     assert counts[str(path)] == {
-        "leading assistant turns": 1, "merged turns": 2, "trailing user turns": 1, "empty turns": 2,
-        "conversations with an unknown role": 1, "conversations left empty": 1, "duplicates": 1,
-        "other languages": 1, "kept": 4, "kept messages": 8,
-    }  # fmt: skip
+        "leading assistant turns": 1,
+        "merged turns": 2,
+        "trailing user turns": 1,
+        "empty turns": 2,
+        "conversations with an unknown role": 1,
+        "conversations left empty": 1,
+        "duplicates": 1,
+        "other languages": 1,
+        "kept": 4,
+        "kept messages": 8,
+    }
     assert [say(c) for c in take(str(path), "val")[0]] == [["u:last", "a:one"]]
     path.write_text('{"messages": "x"}\n[]\n')
     with pytest.raises(DataError, match="line 1 must be a list of messages"):
@@ -223,8 +275,11 @@ def test_own_file_is_cleaned(tmp_path: Path) -> None:
 def test_tool_parts_stay(tmp_path: Path) -> None:
     path = tmp_path / "tool.jsonl"
     parts = [{"type": "text", "text": "so"}, {"type": "python", "text": "1+1"}]
-    row = [{"role": "user", "content": "sum?"}, {"role": "assistant", "content": parts},
-           {"role": "assistant", "content": "two"}]  # fmt: skip
+    row = [
+        {"role": "user", "content": "sum?"},
+        {"role": "assistant", "content": parts},
+        {"role": "assistant", "content": "two"},
+    ]
     path.write_text("\n".join([json.dumps(row)] * 3))
     found, _ = take(str(path), "train")
     assert found[0]["messages"][1]["content"] == [*parts, {"type": "text", "text": "two"}]
@@ -254,7 +309,10 @@ def test_mixture_weights(tmp_path: Path) -> None:
     again, _ = take(f"{a}*2.5@40, {b}*0.25", "train")
     assert again == found
     val, _ = take(f"{a}*2.5@40, {b}*0.25", "val")
-    assert Counter(c["source"] for c in val) == {str(a): 2, str(b): 5}  # caps shrink with it, weights do not
+    assert Counter(c["source"] for c in val) == {
+        str(a): 2,
+        str(b): 5,
+    }  # caps shrink with it, weights do not
     # what one set has brought, the next does not bring again
     b.write_text(a.read_text())
     found, counts = take(f"{a},{b}", "train")
@@ -262,7 +320,9 @@ def test_mixture_weights(tmp_path: Path) -> None:
     assert counts[str(a)]["duplicates"] + counts[str(b)]["duplicates"] == 100
 
 
-@pytest.mark.parametrize("text", ["", " , ", "chitchat*0", "chitchat@0", "chitchat, chitchat*2", "a*1000"])
+@pytest.mark.parametrize(
+    "text", ["", " , ", "chitchat*0", "chitchat@0", "chitchat, chitchat*2", "a*1000"]
+)
 def test_bad_mixtures(text: str) -> None:
     with pytest.raises(ConfigError, match="dialogues"):
         parse_mixture(text)
@@ -272,7 +332,9 @@ def test_recipes_hold_out(tmp_path: Path) -> None:
     sizes = {}
     for name in list_recipes():
         train, val = take(f"{name}@200", "train")[0], take(f"{name}@200", "val")[0]
-        assert len(train) > 10 * len(val) > 0 and not {str(c) for c in train} & {str(c) for c in val}
+        assert len(train) > 10 * len(val) > 0 and not {str(c) for c in train} & {
+            str(c) for c in val
+        }
         sizes[name] = len(train)
     assert sizes["faq"] < sizes["topic:music"] == 200
     pirates, _ = take("style:pirate@50", "train")
@@ -284,7 +346,12 @@ def test_recipes_hold_out(tmp_path: Path) -> None:
     path.write_text("nothing here")
     with pytest.raises(DataError, match="question|answer"):
         take(f"faq:{path}", "train")
-    for odd in ("~nobody-here/a.jsonl", f"{'zz ' * 100}.jsonl", "faq:~nobody-here/a", "topic:" + "zz " * 100):
+    for odd in (
+        "~nobody-here/a.jsonl",
+        f"{'zz ' * 100}.jsonl",
+        "faq:~nobody-here/a",
+        "topic:" + "zz " * 100,
+    ):
         identify_mixture(f"faq,{odd}", "train", DialogueOptions())
         with pytest.raises(DataError, match="must be chitchat|cannot be read|is left in train"):
             take(odd, "train")
@@ -297,7 +364,9 @@ def test_licence_before_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     said: list[Event] = []
     for name in SETS:
         with pytest.raises(HubError, match="copy it to"):
-            take_events = stream_dialogues(name, "train", make_options(tmp_path), on_event=said.append)
+            take_events = stream_dialogues(
+                name, "train", make_options(tmp_path), on_event=said.append
+            )
             next(take_events)
     texts = [event.text for event in said]  # type: ignore[union-attr]
     assert len(texts) == len(SETS) and "not for commercial use" in texts[1] and "gated" in texts[2]
@@ -306,7 +375,12 @@ def test_licence_before_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def list_files(repo: str) -> dict[str, int]:
         order.append("asked")
-        return {"data/train-1.parquet": 5, "data/train-2.parquet": 6, "data/train-3.parquet": 7, "README": 1}
+        return {
+            "data/train-1.parquet": 5,
+            "data/train-2.parquet": 6,
+            "data/train-3.parquet": 7,
+            "README": 1,
+        }
 
     def fetch_files(files: Any, staging: Path, on_event: Any) -> None:
         order.extend(f"{f.repo}:{f.name}:{f.size}" for f in files)
@@ -316,12 +390,19 @@ def test_licence_before_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(dialogues, "fetch_files", fetch_files)
     dialogues.prepare_set("lmsys", make_options(tmp_path), lambda event: order.append("told"))
     repo = "lmsys/lmsys-chat-1m"
-    assert order == ["told", "asked", f"{repo}:data/train-1.parquet:5", f"{repo}:data/train-2.parquet:6"]
+    assert order == [
+        "told",
+        "asked",
+        f"{repo}:data/train-1.parquet:5",
+        f"{repo}:data/train-2.parquet:6",
+    ]
 
 
 def test_files_of_another_form(tmp_path: Path) -> None:
     """What was copied by hand may be anything."""
-    persona, daily, magpie = (tmp_path / "dialogues" / name for name in ("persona", "dailydialog", "magpie"))
+    persona, daily, magpie = (
+        tmp_path / "dialogues" / name for name in ("persona", "dailydialog", "magpie")
+    )
     for folder in (persona, daily, magpie):
         folder.mkdir(parents=True)
     head = b"user 1 personas,user 2 personas,Best Generated Conversation\na,b,"
@@ -350,7 +431,9 @@ def test_a_fetch_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
                 raise KeyboardInterrupt
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(dialogues, "list_files", lambda repo: {f"data/train-{i}.parquet": 5 for i in (1, 2)})
+    monkeypatch.setattr(
+        dialogues, "list_files", lambda repo: {f"data/train-{i}.parquet": 5 for i in (1, 2)}
+    )
     monkeypatch.setattr(dialogues, "fetch_files", fetch_files)
     with pytest.raises(KeyboardInterrupt):
         dialogues.prepare_set("lmsys", make_options(tmp_path))
@@ -383,15 +466,20 @@ def test_long_stream_takes_no_memory(tmp_path: Path) -> None:
     """The second half of a long mixture takes no more memory than the first."""
     folder = tmp_path / "dialogues" / "smol-smoltalk" / "data"
     rows = [
-        {"messages": talk(f"question {i} " * 8, f"answer {i} " * 12), "source": "s"} for i in range(15_000)
+        {"messages": talk(f"question {i} " * 8, f"answer {i} " * 12), "source": "s"}
+        for i in range(15_000)
     ]
     write_table(folder / "train-0.parquet", rows)
     path = tmp_path / "own.jsonl"
-    path.write_text("\n".join(json.dumps(talk(f"ask {i} " * 8, f"say {i} " * 12)) for i in range(15_000)))
+    path.write_text(
+        "\n".join(json.dumps(talk(f"ask {i} " * 8, f"say {i} " * 12)) for i in range(15_000))
+    )
     del rows
     tracemalloc.start()
     peaks = []
-    for i, _ in enumerate(stream_dialogues(f"smol-smoltalk, {path}", "train", make_options(tmp_path)), 1):
+    for i, _ in enumerate(
+        stream_dialogues(f"smol-smoltalk, {path}", "train", make_options(tmp_path)), 1
+    ):
         if i == 4_000:
             tracemalloc.reset_peak()
         if i in (14_000, 28_000):

@@ -36,7 +36,10 @@ from primechat.stages.tokenizer import train_tokenizer
 from primechat.train.teacher import DistillLoss, Mix, TeacherCache, make_projector, mark_own
 
 SHAPE = replace(
-    GPTConfig.modern(3, vocab_size=300, sequence_len=32, head_dim=16), n_embd=32, n_head=2, n_kv_head=2
+    GPTConfig.modern(3, vocab_size=300, sequence_len=32, head_dim=16),
+    n_embd=32,
+    n_head=2,
+    n_kv_head=2,
 )
 SMALL = replace(SHAPE, n_layer=1, n_embd=24, n_head=1, n_kv_head=1)
 
@@ -72,9 +75,15 @@ def test_divergences_are_their_formulas() -> None:
     by_hand = 0.3 * (p * (log_p - m.log())).sum(-1) + 0.7 * (q * (log_q - m.log())).sum(-1)
     assert torch.allclose(diverge(log_q, log_p, "jsd", 0.3), by_hand, atol=1e-7)
     half = diverge(log_q, log_p, "jsd", 0.5)
-    assert torch.allclose(half, diverge(log_p, log_q, "jsd", 0.5), atol=1e-7) and (half < math.log(2)).all()
+    assert (
+        torch.allclose(half, diverge(log_p, log_q, "jsd", 0.5), atol=1e-7)
+        and (half < math.log(2)).all()
+    )
     for kind in ("forward", "reverse", "jsd"):
-        assert diverge(log_p, log_p, kind).abs().max() < 1e-7 and (diverge(log_q, log_p, kind) > 0).all()
+        assert (
+            diverge(log_p, log_p, kind).abs().max() < 1e-7
+            and (diverge(log_q, log_p, kind) > 0).all()
+        )
 
 
 def test_tail_bucket_is_a_distribution() -> None:
@@ -99,7 +108,9 @@ def test_loss_is_the_formula(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     z, t = student(IDS).double(), teacher(IDS).double()
     keep = TARGETS >= 0
     ce = F.cross_entropy(z[keep], TARGETS[keep], reduction="sum")
-    far = diverge(torch.log_softmax(z[keep] / 2.5, -1), torch.log_softmax(t[keep] / 2.5, -1), kind, 0.4).sum()
+    far = diverge(
+        torch.log_softmax(z[keep] / 2.5, -1), torch.log_softmax(t[keep] / 2.5, -1), kind, 0.4
+    ).sum()
     plain = 0.3 * ce + 0.7 * 2.5**2 * far
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
     plain.backward()
@@ -134,7 +145,9 @@ def test_control_is_plain_training() -> None:
     assert loss.item() == pytest.approx(student.loss(IDS, TARGETS, "sum").item(), rel=1e-5)
     same = make_model(SHAPE, 2)
     copy = make_model(SHAPE, 2, train=True)
-    assert DistillLoss(copy, same, Mix(alpha=0.0))(IDS, TARGETS).item() == pytest.approx(0, abs=1e-3)
+    assert DistillLoss(copy, same, Mix(alpha=0.0))(IDS, TARGETS).item() == pytest.approx(
+        0, abs=1e-3
+    )
 
 
 def test_own_words_learn_from_the_teacher_alone() -> None:
@@ -168,7 +181,11 @@ def test_teacher_on_disk(tmp_path: Path) -> None:
         mix = Mix(top_k=k)
         cache = TeacherCache(tmp_path / str(k), k, 20)
         first = DistillLoss(student, teacher, mix, cache)(IDS, TARGETS)
-        assert first.item() == pytest.approx(whole.item(), rel=rel) and cache.misses == 3 and not cache.hits
+        assert (
+            first.item() == pytest.approx(whole.item(), rel=rel)
+            and cache.misses == 3
+            and not cache.hits
+        )
         again = TeacherCache(tmp_path / str(k), k, 20)
         second = DistillLoss(student, None, mix, again)(IDS[[2, 0, 1]], TARGETS[[2, 0, 1]])  # type: ignore[arg-type]
         assert second.item() == pytest.approx(first.item(), rel=1e-3) and again.hits == 3
@@ -199,7 +216,11 @@ def test_two_runs_share_what_the_teacher_said(tmp_path: Path) -> None:
     for cache in (*caches, TeacherCache(tmp_path, 2, 3)):
         cache.add(rows, tokens, -tokens.float())
         found = cache.find(rows)
-        assert found is not None and torch.equal(found[0], tokens) and torch.equal(found[1], -tokens.float())
+        assert (
+            found is not None
+            and torch.equal(found[0], tokens)
+            and torch.equal(found[1], -tokens.float())
+        )
     assert (tmp_path / "rows.bin").stat().st_size == 4 * 16
 
 
@@ -208,7 +229,11 @@ def test_retention_of_a_teacher_is_whole() -> None:
     lengths = np.array([0] * 9 + [2] * 291)
     windows = [(IDS, TARGETS)]
     own = measure_retention(teacher, teacher, windows, lengths)
-    assert own.total.retention == 1 and own.total.agreement == 1 and own.total.kl_nats == pytest.approx(0)
+    assert (
+        own.total.retention == 1
+        and own.total.agreement == 1
+        and own.total.kl_nats == pytest.approx(0)
+    )
     found = measure_retention(other, teacher, windows, lengths, name_kind=lambda i: "ab"[i % 2])
     keep = (TARGETS >= 9).flatten()
     nats = F.cross_entropy(other(IDS).flatten(0, 1)[keep], TARGETS.flatten()[keep])
@@ -227,18 +252,28 @@ def test_retention_where_nothing_is_scored() -> None:
     model = make_model(SHAPE, 2)
     windows = [(torch.zeros(2, 8, dtype=torch.int64), torch.full((2, 8), -1))]
     found = measure_retention(model, model, windows, np.ones(300), name_kind=str)
-    assert found.total.tokens == 0 and math.isnan(found.total.agreement) and not found.groups["frequency"]
+    assert (
+        found.total.tokens == 0
+        and math.isnan(found.total.agreement)
+        and not found.groups["frequency"]
+    )
 
 
 def test_writing_is_judged() -> None:
-    found = judge_writing(["a b a b", "a b c"])  # pairs ab ba ab, ab bc: 3 of 5 differ; 1 of 3, 0 of 2 again
+    found = judge_writing(
+        ["a b a b", "a b c"]
+    )  # pairs ab ba ab, ab bc: 3 of 5 differ; 1 of 3, 0 of 2 again
     assert found == {"distinct_2": pytest.approx(0.6), "repetition": pytest.approx(1 / 6)}
     tokenizer = byte_tokenizer()
     model = make_model(replace(SMALL, vocab_size=VOCAB_SIZE), 1)
     ids = torch.tensor([list(range(97, 113)), list(range(65, 81))])
     assert write_texts(None, tokenizer, [(ids, ids)]) == ["efghijklmnop", "EFGHIJKLMNOP"]
     said = write_texts(model, tokenizer, [(ids, ids)])
-    assert said == write_texts(model, tokenizer, [(ids, ids)]) and len(said) == 2 and said[0] != said[1]
+    assert (
+        said == write_texts(model, tokenizer, [(ids, ids)])
+        and len(said) == 2
+        and said[0] != said[1]
+    )
     other = torch.cat([ids[:, :4], ids[:, 4:].flip(1)], 1)  # what follows the beginning is not read
     assert write_texts(model, tokenizer, [(other, other)]) == said
 
@@ -275,7 +310,10 @@ def test_rows_of_ones_own() -> None:
         if i not in mine:
             assert torch.equal(ids[i], torch.arange(48).view(4, 12)[i])
             continue
-        assert torch.equal(ids[i, :3], torch.arange(48).view(4, 12)[i, :3]) and (targets[i, :2] == -1).all()
+        assert (
+            torch.equal(ids[i, :3], torch.arange(48).view(4, 12)[i, :3])
+            and (targets[i, :2] == -1).all()
+        )
         assert torch.equal(targets[i, 2:-1] - VOCAB_SIZE, ids[i, 3:])
     again = next(OwnBatches(Inner(), model, tokenizer, 0.5, seed=1))
     assert torch.equal(again[0], ids)
@@ -283,7 +321,9 @@ def test_rows_of_ones_own() -> None:
 
 # The stage
 
-WORDS = "the cat sat on a mat and ate my hat while you ran to see what we did with all that jam".split()
+WORDS = (
+    "the cat sat on a mat and ate my hat while you ran to see what we did with all that jam".split()
+)
 FIXED = RuntimeConfig(device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=2)
 LOOK = LookConfig(eval_every=4, save_every=4, eval_tokens=256, snapshots=False, sample_every=-1)
 
@@ -295,7 +335,9 @@ def corpus(tmp_path: Path) -> str:
     lines = [" ".join(rng.choice(WORDS, size=60)) for _ in range(80)]
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     train_tokenizer(TokenizerConfig(tag="d3", corpus=str(path), vocab_size=300))
-    kind: Any = dict(model=SHAPE, corpus=str(path), batch_tokens=128, steps=12, runtime=FIXED, look=LOOK)
+    kind: Any = dict(
+        model=SHAPE, corpus=str(path), batch_tokens=128, steps=12, runtime=FIXED, look=LOOK
+    )
     pretrain(PretrainConfig(tag="d3", **kind))
     return str(path)
 
@@ -305,17 +347,30 @@ def read_weights(identifier: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"hidden": 0.5}, {"top_k": 16}, {"on_policy": 0.5}, {"alpha": 1.0, "loss": "jsd"}]
+    "change",
+    [{}, {"hidden": 0.5}, {"top_k": 16}, {"on_policy": 0.5}, {"alpha": 1.0, "loss": "jsd"}],
 )
 def test_stage_resumes_to_the_bit(corpus: str, change: dict[str, Any]) -> None:
     config = DistillConfig(
-        tag="small", teacher="base/d3", corpus=corpus, n_layer=1, n_embd=24, n_head=1, batch_tokens=128,
-        steps=8, runtime=FIXED, look=LOOK, **change,
-    )  # fmt: skip
+        tag="small",
+        teacher="base/d3",
+        corpus=corpus,
+        n_layer=1,
+        n_embd=24,
+        n_head=1,
+        batch_tokens=128,
+        steps=8,
+        runtime=FIXED,
+        look=LOOK,
+        **change,
+    )
     result = distill(config)
     assert result.identifier == "base/small" and result.n_params == SMALL.n_params
     losses = [e for e in result.events if e["kind"] == "loss"]
-    assert losses[-1]["val_bpb"] < losses[0]["val_bpb"] and losses[-1]["retention"] > losses[0]["retention"]
+    assert (
+        losses[-1]["val_bpb"] < losses[0]["val_bpb"]
+        and losses[-1]["retention"] > losses[0]["retention"]
+    )
     assert 0 <= losses[-1]["agreement"] <= 1 and losses[-1]["kl_nats"] < losses[0]["kl_nats"]
     assert all(0 < e["distinct_2"] <= 1 and 0 <= e["repetition"] < 1 for e in losses)
     whole = read_weights("base/small@8")
@@ -330,13 +385,21 @@ def test_stage_resumes_to_the_bit(corpus: str, change: dict[str, Any]) -> None:
 
 def test_stage_refuses_and_goes_on(corpus: str, tmp_path: Path) -> None:
     config = DistillConfig(
-        tag="sized", teacher="base/d3", corpus=corpus, size="half", batch_tokens=128, steps=2, runtime=FIXED,
+        tag="sized",
+        teacher="base/d3",
+        corpus=corpus,
+        size="half",
+        batch_tokens=128,
+        steps=2,
+        runtime=FIXED,
         look=LOOK,
-    )  # fmt: skip
+    )
     distill(config)
     more = distill(replace(config, tag="more", base="base/sized"))
     assert more.step == 2
-    control = distill(replace(config, tag="control", alpha=1.0))  # which leaves out hidden states too
+    control = distill(
+        replace(config, tag="control", alpha=1.0)
+    )  # which leaves out hidden states too
     assert distill(replace(config, tag="still", alpha=1.0, hidden=0.5)).val_bpb == control.val_bpb
     with pytest.raises(ConfigError, match="must be given together"):
         distill(replace(config, tag="x", n_layer=2))
@@ -346,12 +409,20 @@ def test_stage_refuses_and_goes_on(corpus: str, tmp_path: Path) -> None:
         distill(replace(config, tag="x", top_k=301))
     train_tokenizer(TokenizerConfig(tag="other", corpus=corpus, vocab_size=299))
     other = tmp_path / "other.jsonl"
-    other.write_text("".join(json.dumps({"text": f"zebra quilt {i} vex"}) + "\n" for i in range(40)))
+    other.write_text(
+        "".join(json.dumps({"text": f"zebra quilt {i} vex"}) + "\n" for i in range(40))
+    )
     train_tokenizer(TokenizerConfig(tag="alien", corpus=str(other), vocab_size=290))
     shape = replace(SMALL, vocab_size=290)
     pretrain(
         PretrainConfig(
-            tag="alien", model=shape, corpus=str(other), batch_tokens=128, steps=1, runtime=FIXED, look=LOOK
+            tag="alien",
+            model=shape,
+            corpus=str(other),
+            batch_tokens=128,
+            steps=1,
+            runtime=FIXED,
+            look=LOOK,
         )
     )
     with pytest.raises(CheckpointError, match="tokenizer"):
@@ -365,9 +436,15 @@ def test_stage_on_conversations(corpus: str, tmp_path: Path) -> None:
     rows = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in said]
     path.write_text("\n".join(map(json.dumps, rows)))
     config = DistillConfig(
-        tag="talker", teacher="base/d3", dialogues=str(path), size="eighth", batch_tokens=128, steps=3,
-        runtime=FIXED, look=LOOK,
-    )  # fmt: skip
+        tag="talker",
+        teacher="base/d3",
+        dialogues=str(path),
+        size="eighth",
+        batch_tokens=128,
+        steps=3,
+        runtime=FIXED,
+        look=LOOK,
+    )
     assert distill(config).identifier == "sft/talker"
     run_report(ReportFlags(model="sft/talker", output=str(tmp_path / "page")))
     assert {"kept.png", "writing.png"} <= {path.name for path in (tmp_path / "page").iterdir()}

@@ -55,7 +55,9 @@ def loop_bleu(texts: list[list[str]], i: int, max_n: int) -> float:
     """BLEU as the paper words it, with dictionaries."""
     own, others, total = texts[i], texts[:i] + texts[i + 1 :], 0.0
     for n in range(1, max_n + 1):
-        grams = [Counter(tuple(t[k : k + n]) for k in range(len(t) - n + 1)) for t in [own, *others]]
+        grams = [
+            Counter(tuple(t[k : k + n]) for k in range(len(t) - n + 1)) for t in [own, *others]
+        ]
         matched = sum(min(c, max(o[g] for o in grams[1:])) for g, c in grams[0].items())
         if n == 1 and not matched:
             return 0.0
@@ -72,9 +74,13 @@ def test_counts_equal_plain_loops(texts: list[list[str]]) -> None:
     for n in (1, 2, 3):
         grams = Counter(tuple(t[k : k + n]) for t in texts for k in range(len(t) - n + 1))
         assert sorted(d.count_grams(texts, n)) == sorted(grams.values())
-        spread = {g: sum(g in zip(*(t[k:] for k in range(n)), strict=False) for t in texts) for g in grams}
+        spread = {
+            g: sum(g in zip(*(t[k:] for k in range(n)), strict=False) for t in texts) for g in grams
+        }
         sums = [sum(spread[tuple(t[k : k + n])] - 1 for k in range(len(t) - n + 1)) for t in texts]
-        assert d.measure_selfrepetition(texts, n) == pytest.approx(np.mean([math.log(1 + s) for s in sums]))
+        assert d.measure_selfrepetition(texts, n) == pytest.approx(
+            np.mean([math.log(1 + s) for s in sums])
+        )
     assert d.count_vectors(texts).sum() == sum(map(len, texts))
 
 
@@ -97,7 +103,9 @@ def test_mtld_by_hand() -> None:
     assert d.measure_mtld(list("abca")) == pytest.approx(4 / (0.25 / 0.28))
     # exactly 0.72 does not close: 18 types in 25
     tokens = [str(i) for i in range(18)] + ["0"] * 7
-    assert d.count_factors(np.array([int(t) for t in tokens])) == pytest.approx(1.0)  # partial 0.28 / 0.28
+    assert d.count_factors(np.array([int(t) for t in tokens])) == pytest.approx(
+        1.0
+    )  # partial 0.28 / 0.28
     assert math.isnan(d.measure_mtld(list("abc")))
 
 
@@ -191,9 +199,18 @@ def test_intervals_and_kappa_by_hand() -> None:
     assert d.bootstrap_mean([2, 2, 2]) == (2, 2, 2)
     assert d.bootstrap_mean([1, 5, 9]) == d.bootstrap_mean([1, 5, 9])
     mean, low, high = d.estimate_mean([1, 2, 3])  # s = 1, t = 4.303 with two degrees of freedom
-    assert mean == 2 and high - 2 == pytest.approx(4.303 / 3**0.5) and 2 - low == pytest.approx(high - 2)
+    assert (
+        mean == 2
+        and high - 2 == pytest.approx(4.303 / 3**0.5)
+        and 2 - low == pytest.approx(high - 2)
+    )
     assert d.estimate_mean([7.0])[0] == 7 and math.isnan(d.estimate_mean([7.0])[1])
-    for n, t in ((10, 2.262), (11, 2.228), (21, 2.086), (61, 2.0)):  # textbook quantiles, n - 1 degrees
+    for n, t in (
+        (10, 2.262),
+        (11, 2.228),
+        (21, 2.086),
+        (61, 2.0),
+    ):  # textbook quantiles, n - 1 degrees
         values = [0.0] * (n - 1) + [1.0]
         s = (1 / n) ** 0.5  # of one in n
         assert d.estimate_mean(values)[2] - 1 / n == pytest.approx(t * s / n**0.5, rel=5e-4)
@@ -213,9 +230,12 @@ def test_groups_differ_from_their_controls() -> None:
     found, looped = d.measure_texts(varied), d.measure_texts(loops)
     assert set(found) == set(d.MEASURES)
     assert (
-        looped["compression"] > 5 * found["compression"] and looped["diversity"] < 0.05 < found["diversity"]
+        looped["compression"] > 5 * found["compression"]
+        and looped["diversity"] < 0.05 < found["diversity"]
     )
     assert (
-        looped["self-BLEU"] > 0.99 and looped["Vendi"] == pytest.approx(1) and looped["MTLD"] < found["MTLD"]
+        looped["self-BLEU"] > 0.99
+        and looped["Vendi"] == pytest.approx(1)
+        and looped["MTLD"] < found["MTLD"]
     )
     assert math.isnan(d.measure_texts(["one text"])["self-BLEU"])

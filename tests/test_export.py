@@ -43,12 +43,15 @@ HEAD = "import marimo\n\napp = marimo.App()\n\n\n"
 
 def write_lab(folder: Path, *cells: str) -> Path:
     path = folder / "05_small.py"
-    path.write_text(HEAD + "\n\n\n".join(cells) + '\n\n\nif __name__ == "__main__":\n    app.run()\n')
+    path.write_text(
+        HEAD + "\n\n\n".join(cells) + '\n\n\nif __name__ == "__main__":\n    app.run()\n'
+    )
     return path
 
 
 PROSE = (
-    '@app.cell(hide_code=True)\ndef _(mo):\n    mo.md(r"""\n    # Why?\n\n    Because.\n    """)\n    return'
+    "@app.cell(hide_code=True)\ndef _(mo):\n"
+    '    mo.md(r"""\n    # Why?\n\n    Because.\n    """)\n    return'
 )
 HIDDEN = "@app.cell(hide_code=True)\ndef _():\n    import marimo as mo\n    return (mo,)"
 PROGRAM = (
@@ -56,7 +59,7 @@ PROGRAM = (
     "    return math, settings, show",
     "@app.cell\ndef _(math, show):\n    # a comment\n    x = [\n        math.pi,\n    ]\n"
     "    show(x)\n    x\n    return (x,)",
-)  # fmt: skip
+)
 
 
 def test_cells_and_script(tmp_path: Path) -> None:
@@ -68,10 +71,13 @@ def test_cells_and_script(tmp_path: Path) -> None:
     assert "from primechat.desk.pods.script import settings\n" in script and "show" not in script
     assert script.rstrip().endswith("x = [\n    math.pi,\n]")
     given = (
-        "@app.cell\ndef _(hidden):\n    z = dict(\n        a=1,\n        b=hidden.text,\n    )\n    return"
+        "@app.cell\ndef _(hidden):\n    z = dict(\n        a=1,\n        b=hidden.text,\n    )\n"
+        "    return"
     )
     task = "@app.cell\ndef _(exercise):\n    def f(x): ...\n\n    exercise(f)\n    return"
-    assert "z = dict(\n    a=1,\n)" in write_script(write_lab(tmp_path, given, task))  # a widget gives b
+    assert "z = dict(\n    a=1,\n)" in write_script(
+        write_lab(tmp_path, given, task)
+    )  # a widget gives b
     compile(script, "run.py", "exec")
 
 
@@ -95,7 +101,9 @@ def test_script_refuses(tmp_path: Path) -> None:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "d20"
     config = full_config(20)
-    export_lab(find_lab("05"), config, make_plan(config, find_machine("8xH200")), folder, base_dir=folder)
+    export_lab(
+        find_lab("05"), config, make_plan(config, find_machine("8xH200")), folder, base_dir=folder
+    )
     assert not list(folder.rglob("__pycache__"))  # runs of it leave some
     return folder
 
@@ -111,35 +119,59 @@ def test_folder(exported: Path) -> None:
         "tmux -L primechat attach",
     ):
         assert words in read_me, words
-    (budget,) = re.findall("bash launch.sh start --max_dollars .* --dollars_per_hour [0-9.]+", read_me)
-    assert budget in (ROOT / "README.md").read_text(), "the one README of the d20 says what the other says"
+    (budget,) = re.findall(
+        "bash launch.sh start --max_dollars .* --dollars_per_hour [0-9.]+", read_me
+    )
+    assert budget in (ROOT / "README.md").read_text(), (
+        "the one README of the d20 says what the other says"
+    )
     assert "--arch modern" in read_me and "whose cost has been measured" in read_me
     assert "primechat pull root@POD:base/d20" in read_me and "@" not in read_me.replace("root@", "")
     assert '--nproc_per_node="${RANKS:-8}"' in launch and os.access(exported / "launch.sh", os.X_OK)
     assert subprocess.run(["bash", "-n", exported / "launch.sh"]).returncode == 0
     source, copied = ROOT / "primechat", exported / "src" / "primechat"
-    assert (copied / "train" / "loop.py").read_bytes() == (source / "train" / "loop.py").read_bytes()
+    assert (copied / "train" / "loop.py").read_bytes() == (
+        source / "train" / "loop.py"
+    ).read_bytes()
 
 
 def test_sky_task(exported: Path) -> None:
     """The keys and values that SkyPilot 0.14's schema has for a RunPod task."""
     task = yaml.safe_load((exported / "sky.yaml").read_text())
-    assert set(task) <= {"name", "resources", "workdir", "envs", "secrets", "setup", "run", "num_nodes"}
+    assert set(task) <= {
+        "name",
+        "resources",
+        "workdir",
+        "envs",
+        "secrets",
+        "setup",
+        "run",
+        "num_nodes",
+    }
     found = task["resources"]
     assert set(found) <= {"infra", "accelerators", "image_id", "disk_size"}
     assert (found["infra"], found["accelerators"]) == ("runpod", "H200-SXM:8")
     assert found["image_id"] == f"docker:{IMAGE}"
-    assert "autostop" not in found, "RunPod only deletes: nothing may take the machine down with the model"
+    assert "autostop" not in found, (
+        "RunPod only deletes: nothing may take the machine down with the model"
+    )
     assert "costs\n$28.72 an hour until `sky down`" in (exported / "README.md").read_text()
     assert found["disk_size"] >= 80 and task["secrets"] == {"HF_TOKEN": None}
-    assert "launch.sh preflight && bash launch.sh run" in task["run"] and task["name"] == "primechat-d20"
+    assert (
+        "launch.sh preflight && bash launch.sh run" in task["run"]
+        and task["name"] == "primechat-d20"
+    )
 
 
 def run_script(folder: Path, base: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "run.py", *words], cwd=folder, capture_output=True, text=True, timeout=300,
+        [sys.executable, "run.py", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": str(folder / "src")},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.slow
@@ -149,7 +181,9 @@ def test_script_is_the_library_call(exported: Path, tmp_path: Path, base_dir: Pa
     primechat.pretrain(config)
     asked = run_script(exported, tmp_path, "--help")
     assert (
-        asked.returncode == 0 and "--model.n_layer" in asked.stdout and "--tokens_per_param" in asked.stdout
+        asked.returncode == 0
+        and "--model.n_layer" in asked.stdout
+        and "--tokens_per_param" in asked.stdout
     )
     file = tmp_path / "same.json"
     file.write_text(json.dumps(encode_config(config)))
@@ -157,9 +191,12 @@ def test_script_is_the_library_call(exported: Path, tmp_path: Path, base_dir: Pa
     assert done.returncode == 0, done.stderr
     lab = subprocess.run(
         [sys.executable, "labs/05_pretraining.py", "--config", str(file)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "lab"), "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert lab.returncode == 0, lab.stderr
     losses = [
         [
@@ -171,11 +208,18 @@ def test_script_is_the_library_call(exported: Path, tmp_path: Path, base_dir: Pa
     ]
     assert losses[0] == losses[1] == losses[2] and len(losses[0]) == 20
     wrong = run_script(exported, tmp_path, "--batch_tokens", "7")
-    assert wrong.returncode == 2 and "batch_tokens=7" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert (
+        wrong.returncode == 2
+        and "batch_tokens=7" in wrong.stderr
+        and "Traceback" not in wrong.stderr
+    )
 
 
-STAGES = {"06": (primechat.finetune, "sft"), "07": (primechat.train_lora, "lora"),
-          "08": (primechat.distill, "base")}  # fmt: skip
+STAGES = {
+    "06": (primechat.finetune, "sft"),
+    "07": (primechat.train_lora, "lora"),
+    "08": (primechat.distill, "base"),
+}
 
 
 @pytest.mark.parametrize("number", STAGES)
@@ -196,7 +240,12 @@ def test_stages_of_other_labs(
     assert subprocess.run(["bash", "-n", folder / "launch.sh"]).returncode == 0
     script = (folder / "run.py").read_text()
     code = "\n".join(line for line in script.splitlines() if not line.startswith("#"))
-    assert "= settings(" in code and "= stage(" in code and "exercise" not in code and "shelf" not in code
+    assert (
+        "= settings(" in code
+        and "= stage(" in code
+        and "exercise" not in code
+        and "shelf" not in code
+    )
     task = yaml.safe_load((folder / "sky.yaml").read_text())
     place = f"{FAMILIES[source.partition('/')[0]]}/d20"
     assert task["file_mounts"] == {f"{POD_BASE}/{place}": f"{base_dir.resolve()}/{place}"}
@@ -218,7 +267,9 @@ def test_stage_script_runs(number: str, tmp_path: Path, base_dir: Path) -> None:
     primechat.pretrain(replace(shrink_config(full_config(2)), tag="small", steps=2))
     lab, folder = find_lab(number), tmp_path / "out"
     config = full_stage(lab, full_config(2))
-    export_lab(lab, config, make_plan(full_config(2), find_machine("8xH200")), folder, base_dir=folder)
+    export_lab(
+        lab, config, make_plan(full_config(2), find_machine("8xH200")), folder, base_dir=folder
+    )
     tiny = replace(shrink_config(config), steps=4)
     (tmp_path / "tiny.json").write_text(json.dumps(encode_config(tiny)))
     done = run_script(folder, base_dir, "--config", str(tmp_path / "tiny.json"), "--tag", "script")
@@ -241,7 +292,11 @@ def test_stage_rehearsal(number: str, tmp_path: Path) -> None:
     lab = find_lab(number)
     config = full_stage(lab, full_config(20))
     export_lab(
-        lab, config, make_plan(full_config(20), find_machine("8xH200")), tmp_path / "out", base_dir=tmp_path
+        lab,
+        config,
+        make_plan(full_config(20), find_machine("8xH200")),
+        tmp_path / "out",
+        base_dir=tmp_path,
     )
     said: list[str] = []
     assert rehearse(tmp_path / "out", say=said.append, kind=type(config)) == 0, said
@@ -256,11 +311,16 @@ def test_talk_study(tmp_path: Path, base_dir: Path) -> None:
     assert config.model == "sft/d20" and config.generations == 3 and config.resume
     read_me, launch = (folder / "README.md").read_text(), (folder / "launch.sh").read_text()
     assert "`sft/d20`" in read_me and not re.search("@[A-Z]+@", launch + read_me)
-    assert "pull root@POD:sft/d20-g3" in read_me and "pull root@primechat-d20-autochat:sft/d20-g1" in read_me
+    assert (
+        "pull root@POD:sft/d20-g3" in read_me
+        and "pull root@primechat-d20-autochat:sft/d20-g1" in read_me
+    )
     assert 'nproc_per_node="${RANKS:-1}"' in launch, "one process talks"
     asked = run_script(folder, base_dir, "--help")
     assert asked.returncode == 0 and "--repetition_penalty" in asked.stdout, asked.stderr
-    shutil.copytree(store.SHIPPED / "chatsft_checkpoints" / "d4", base_dir / "chatsft_checkpoints" / "d4")
+    shutil.copytree(
+        store.SHIPPED / "chatsft_checkpoints" / "d4", base_dir / "chatsft_checkpoints" / "d4"
+    )
     words = ["--model", "sft/d4", "--n_talks", "2", "--turns", "3", "--max_new_tokens", "4"]
     done = run_script(folder, base_dir, *words, "--generations", "0", "--tag", "script")
     assert done.returncode == 0, done.stderr
@@ -273,7 +333,11 @@ def test_talk_rehearsal(tmp_path: Path) -> None:
     lab = find_lab("09")
     config = full_stage(lab, full_config(20))
     export_lab(
-        lab, config, make_plan(full_config(20), find_machine("8xH200")), tmp_path / "out", base_dir=tmp_path
+        lab,
+        config,
+        make_plan(full_config(20), find_machine("8xH200")),
+        tmp_path / "out",
+        base_dir=tmp_path,
     )
     said: list[str] = []
     assert rehearse(tmp_path / "out", say=said.append, kind=type(config)) == 0, said
@@ -313,9 +377,12 @@ def test_ctrl_c_saves_and_flags_stay_whole(exported: Path, tmp_path: Path) -> No
         (tmp_path / name).chmod(0o755)
     shutil.copy(exported / "launch.sh", tmp_path)
     run = subprocess.Popen(
-        ["bash", "launch.sh", "start", "--tag", "a b;c"], cwd=tmp_path, stdout=subprocess.DEVNULL,
-        start_new_session=True, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
-    )  # fmt: skip
+        ["bash", "launch.sh", "start", "--tag", "a b;c"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
     log, saved = tmp_path / "run.log", tmp_path / "saved"
     while not (log.is_file() and "running" in log.read_text()):
         assert run.poll() is None, "it ended before it ran"
@@ -342,9 +409,12 @@ def test_going_on_is_of_the_tag(exported: Path, tmp_path: Path, words: str, resu
     (tmp_path / "python").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     said = subprocess.run(
-        ["bash", exported / "launch.sh", "run", *words.split()], capture_output=True, text=True, check=True,
+        ["bash", exported / "launch.sh", "run", *words.split()],
+        capture_output=True,
+        text=True,
+        check=True,
         env={**os.environ, "PATH": path, "NANOCHAT_BASE_DIR": str(tmp_path)},
-    )  # fmt: skip
+    )
     assert ("--resume" in said.stdout) == resumes and said.stdout.strip().endswith(words)
 
 
@@ -405,19 +475,26 @@ def test_export_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s" "$5"')
     (tmp_path / "python").chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    said = subprocess.run(["bash", folder / "launch.sh", "data"], capture_output=True, text=True, env=env)
+    said = subprocess.run(
+        ["bash", folder / "launch.sh", "data"], capture_output=True, text=True, env=env
+    )
     assert (said.returncode, said.stderr) == (0, "") and said.stdout.rpartition(":")[0] == text
     assert not (tmp_path / "run").exists()
 
 
 def test_pull(
-    base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    base_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     command, target = plan_pull(PullFlags(source="root@1.2.3.4:base/d20", port=22001))
     assert target == base_dir / "base_checkpoints" / "d20" and "--exclude=optim_*" in command
     assert command[-2] == "root@1.2.3.4:/workspace/cache/nanochat/base_checkpoints/d20/"
     assert command[command.index("-e") + 1] == "ssh -p 22001"
-    command, target = plan_pull(PullFlags(source="me@pod:/data/x/chatsft_checkpoints/mine/", optim=True))
+    command, target = plan_pull(
+        PullFlags(source="me@pod:/data/x/chatsft_checkpoints/mine/", optim=True)
+    )
     assert target == store.run_dir("sft", "mine") and "--exclude=optim_*" not in command
     command, target = plan_pull(PullFlags(source="root@pod:lora/pirate"))
     assert target == store.run_dir("lora", "pirate") and command[command.index("-e") + 1] == "ssh"
@@ -447,7 +524,9 @@ def test_pull(
 
 
 @pytest.mark.slow
-def test_preflight_on_cpu(base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preflight_on_cpu(
+    base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(encode_config(shrink_config(full_config(2)))))
     code = cli.main(["preflight", "--config", str(file), "--cpu_ranks", "2", "--disk_gb", "100"])

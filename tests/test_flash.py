@@ -44,7 +44,9 @@ def flash_attn_func(
     seen = torch.ones_like(behind, dtype=torch.bool)
     seen &= (behind <= left) if left >= 0 else seen
     seen &= (-behind <= right) if right >= 0 else seen
-    scores = torch.einsum("bqkgd,bskd->bkgqs", q.float().unflatten(2, (-1, groups)), k.float()) * scale
+    scores = (
+        torch.einsum("bqkgd,bskd->bkgqs", q.float().unflatten(2, (-1, groups)), k.float()) * scale
+    )
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     return torch.einsum("bkgqs,bskd->bqkgd", weights, v.float()).flatten(2, 3).to(q.dtype)
 
@@ -52,14 +54,18 @@ def flash_attn_func(
 @pytest.fixture
 def flash3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     calls.clear()
-    monkeypatch.setattr(attention, "load_flash3", lambda: SimpleNamespace(flash_attn_func=flash_attn_func))
+    monkeypatch.setattr(
+        attention, "load_flash3", lambda: SimpleNamespace(flash_attn_func=flash_attn_func)
+    )
     monkeypatch.setattr(attention, "flash3_runs", lambda device, dtype: dtype == torch.bfloat16)
     yield
 
 
 @pytest.mark.parametrize("left", [None, 1, 7, 16, 31, 99])
 @pytest.mark.parametrize("kv", [4, 2, 1])
-def test_same_as_sdpa(flash3: None, monkeypatch: pytest.MonkeyPatch, left: int | None, kv: int) -> None:
+def test_same_as_sdpa(
+    flash3: None, monkeypatch: pytest.MonkeyPatch, left: int | None, kv: int
+) -> None:
     draw = torch.Generator().manual_seed(0)
     q = torch.randn(2, 32, 4, 16, generator=draw).bfloat16()
     k, v = (torch.randn(2, 32, kv, 16, generator=draw).bfloat16() for _ in range(2))
@@ -70,7 +76,9 @@ def test_same_as_sdpa(flash3: None, monkeypatch: pytest.MonkeyPatch, left: int |
     torch.testing.assert_close(fast.float(), plain.float(), rtol=0.02, atol=0.02)
     shifted = attend(q, k, v, (left or 0) + 1, 0.3)
     if left in (1, 7):
-        assert float((fast.float() - shifted.float()).abs().max()) > 0.05, "one token more of window shows"
+        assert float((fast.float() - shifted.float()).abs().max()) > 0.05, (
+            "one token more of window shows"
+        )
 
 
 def test_a_model_trains_through_it(flash3: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +129,9 @@ def test_how_it_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe_attention("cuda", torch.float32) == "torch's own"
     load_flash3.cache_clear()
     assert load_flash3() is None
-    assert "did not load (OSError: no such file on the Hub)" in describe_attention("cuda", torch.bfloat16)
+    assert "did not load (OSError: no such file on the Hub)" in describe_attention(
+        "cuda", torch.bfloat16
+    )
     flash3_problem.clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     load_flash3.cache_clear()

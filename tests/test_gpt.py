@@ -41,7 +41,10 @@ def open_fixture(era: str, tag: str, table: str) -> tuple[GPT, dict[str, Any]]:
 def make_gpt(**changes: Any) -> GPT:
     """A tiny modern model whose every part matters: no weight is zero."""
     base = replace(
-        GPTConfig.modern(3, vocab_size=97, sequence_len=48, head_dim=16), n_embd=64, n_head=4, n_kv_head=2
+        GPTConfig.modern(3, vocab_size=97, sequence_len=48, head_dim=16),
+        n_embd=64,
+        n_head=4,
+        n_kv_head=2,
     )
     model = GPT(replace(base, **changes))
     generator = torch.Generator().manual_seed(1)
@@ -80,7 +83,9 @@ def test_bpb_fixture(era: str, table: str) -> None:
     for skip, name in ((0, "bpb"), (10, "bpb_first10targets_masked")):
         targets = ids[:, 1:].clone()
         targets[:, :skip] = -1
-        bits = measure_bits(lambda x, y: model.loss(x, y, "none"), [(ids[:, :-1], targets)], lengths)
+        bits = measure_bits(
+            lambda x, y: model.loss(x, y, "none"), [(ids[:, :-1], targets)], lengths
+        )
         assert bits.bpb == pytest.approx(bpb[f"{name}_{table}_rotary"], rel=1e-4)
     assert float(model.loss(ids[:, :-1], ids[:, 1:])) == pytest.approx(
         bpb[f"mean_loss_nats_{table}_rotary"], rel=1e-4
@@ -132,7 +137,8 @@ def test_cache_ragged() -> None:
     assert picked.lengths == [44, 9, 44]
     kept = joined.select([0, 1, 2]).keep([2, 1])
     assert torch.equal(
-        model.advance(extra[[2, 1], 3:], kept), model.advance(extra[[2, 1], 3:], joined.select([2, 1]))
+        model.advance(extra[[2, 1], 3:], kept),
+        model.advance(extra[[2, 1], 3:], joined.select([2, 1])),
     )
 
 
@@ -196,10 +202,15 @@ def test_loss_formula(cap: float) -> None:
     h, w = torch.randn(3, 700, 32, generator=generator), torch.randn(4160, 32, generator=generator)
     y = torch.randint(-1, 4096, (3, 700), generator=generator)
     y[0, :50] = -1
-    hs, ws = ([t.clone().requires_grad_() for _ in range(2)] + [t.double().requires_grad_()] for t in (h, w))
+    hs, ws = (
+        [t.clone().requires_grad_() for _ in range(2)] + [t.double().requires_grad_()]
+        for t in (h, w)
+    )
     z = hs[2] @ ws[2][:4096].T
     z = cap * torch.tanh(z / cap) if cap else z
-    plain = torch.nn.functional.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none")
+    plain = torch.nn.functional.cross_entropy(
+        z.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none"
+    )
     plain.sum().div(7).backward()
     total = sum_cross_entropy(hs[0], ws[0], y, cap, 4096)
     (total / 7).backward()
@@ -220,8 +231,12 @@ def test_loss_reductions() -> None:
     y[0, :9] = -1
     each = model.loss(x, y, "none")
     assert each.shape == y.shape and (each[0, :9] == 0).all()
-    assert float(model.loss(x, y, "sum").detach()) == pytest.approx(float(each.detach().sum()), rel=1e-5)
-    assert float(model.loss(x, y).detach()) == pytest.approx(float(each.detach().sum()) / 55, rel=1e-5)
+    assert float(model.loss(x, y, "sum").detach()) == pytest.approx(
+        float(each.detach().sum()), rel=1e-5
+    )
+    assert float(model.loss(x, y).detach()) == pytest.approx(
+        float(each.detach().sum()) / 55, rel=1e-5
+    )
     padded = torch.log_softmax(model(x), -1).gather(-1, y.clamp(min=0)[..., None])[..., 0].detach()
     assert (each.detach() + padded)[y >= 0].abs().max() < 1e-4
 
@@ -321,7 +336,9 @@ def test_segments_kept_apart(kind: str, train: bool) -> None:
     """
     model = make_gpt(sequence_len=300, window_pattern="SL")
     if kind == "classic":
-        model = GPT(replace(GPTConfig.classic(2, vocab_size=97, sequence_len=300), n_embd=64, n_head=4))
+        model = GPT(
+            replace(GPTConfig.classic(2, vocab_size=97, sequence_len=300), n_embd=64, n_head=4)
+        )
         model.init_weights(torch.Generator().manual_seed(0))
         with torch.no_grad():
             for p in model.parameters():
@@ -350,7 +367,9 @@ def test_segments_gradients() -> None:
         model = make_gpt(sequence_len=300, window_pattern="SL")
         for row in rows:
             ids, targets = lay_rows(*row)
-            targets = targets.masked_fill(targets == 0, -1)  # the next one's beginning is nobody's word
+            targets = targets.masked_fill(
+                targets == 0, -1
+            )  # the next one's beginning is nobody's word
             model.loss(ids, targets, "sum", 0).backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(found[0]) == len(found[1])

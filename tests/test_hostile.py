@@ -48,21 +48,30 @@ def harmful_pickles() -> dict[str, bytes]:
     system, evaluate = Runs(os.system, f"touch {CANARY}"), Runs(eval, touch)
     nested = Runs(dict, [("a", Runs(list, (Runs(exec, touch),)))])
     values = {
-        "system": system, "eval": evaluate, "nested": nested, "in a dict": {"transformer.wte.weight": system},
-        "as a key": {evaluate: 1}, "in OrderedDict": OrderedDict([("lm_head.weight", nested)]),
-        "bytearray": Runs(bytearray, 10**12), "tensor": Runs(torch.FloatTensor, 10**12),
+        "system": system,
+        "eval": evaluate,
+        "nested": nested,
+        "in a dict": {"transformer.wte.weight": system},
+        "as a key": {evaluate: 1},
+        "in OrderedDict": OrderedDict([("lm_head.weight", nested)]),
+        "bytearray": Runs(bytearray, 10**12),
+        "tensor": Runs(torch.FloatTensor, 10**12),
         "getattr": Runs(getattr, dict, "fromkeys"),
-    }  # fmt: skip
+    }
     made = {name: pickle.dumps(value, protocol=2) for name, value in values.items()}
     made["persistent id"] = b"\x80\x02cposix\nsystem\nX\x05\x00\x00\x00touchQ."
     made["second global"] = (
         b"\x80\x02ccollections\nOrderedDict\n)R0cposix\nsystem\nX\x05\x00\x00\x00touch\x85R."
     )
-    made["tiktoken, then os"] = pickle.dumps(values["system"])[:-1] + b"0ctiktoken.core\nEncoding\n)\x81}b."
+    made["tiktoken, then os"] = (
+        pickle.dumps(values["system"])[:-1] + b"0ctiktoken.core\nEncoding\n)\x81}b."
+    )
     made["inst"] = b"(S'touch " + CANARY.encode() + b"'\niposix\nsystem\n."
     made["obj"] = b"(cposix\nsystem\nS'touch " + CANARY.encode() + b"'\no."
     made["extension"] = b"\x80\x02\x82\x01."
-    made["hash"] = b"\x80\x02})" + 60 * b"q\x00h\x00\x86" + b"K\x01s."  # as a key, ((..)) takes 2 ** 60 steps
+    made["hash"] = (
+        b"\x80\x02})" + 60 * b"q\x00h\x00\x86" + b"K\x01s."
+    )  # as a key, ((..)) takes 2 ** 60 steps
     made["far memo"] = b"\x80\x02}r\xff\xff\xff\xff."
     made["long claim"] = b"\x80\x02X\xff\xff\xff\x7fabc."
     made["no stop"] = b"\x80\x02}"
@@ -72,7 +81,9 @@ def harmful_pickles() -> dict[str, bytes]:
     return made
 
 
-def write_pt(path: Path, pickled: bytes, storages: dict[str, bytes] | None = None, method: int = 0) -> None:
+def write_pt(
+    path: Path, pickled: bytes, storages: dict[str, bytes] | None = None, method: int = 0
+) -> None:
     """Write an archive as torch does, around any pickle."""
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("archive/data.pkl", pickled)
@@ -82,7 +93,9 @@ def write_pt(path: Path, pickled: bytes, storages: dict[str, bytes] | None = Non
         archive.writestr("archive/version", "3\n")
 
 
-def tensor_pickle(shape: tuple[int, ...], stride: tuple[int, ...], start: int = 0, claim: int = 16) -> bytes:
+def tensor_pickle(
+    shape: tuple[int, ...], stride: tuple[int, ...], start: int = 0, claim: int = 16
+) -> bytes:
     """Return the pickle of {"a": tensor, "b": tensor} over storage 0, as torch.save would write it."""
 
     class Storage:
@@ -90,7 +103,11 @@ def tensor_pickle(shape: tuple[int, ...], stride: tuple[int, ...], start: int = 
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, value: Any) -> Any:
-            return ("storage", torch.FloatStorage, "0", "cpu", claim) if isinstance(value, Storage) else None
+            return (
+                ("storage", torch.FloatStorage, "0", "cpu", claim)
+                if isinstance(value, Storage)
+                else None
+            )
 
     rebuild = torch._utils._rebuild_tensor_v2
     tensor = Runs(rebuild, Storage(), start, shape, stride, False, OrderedDict())
@@ -151,20 +168,27 @@ def refuse_run(folder: Path, monkeypatch: pytest.MonkeyPatch, match: str | None 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", seen)
         for call in (
-            lambda: store.open_model("base/d1@1"), lambda: store.open_model("base/d1"),
+            lambda: store.open_model("base/d1@1"),
+            lambda: store.open_model("base/d1"),
             lambda: store.load_model("base"),
-            lambda: load_checkpoint(folder, 1), lambda: load_checkpoint(folder), lambda: store.open_model(""),
-        ):  # fmt: skip
+            lambda: load_checkpoint(folder, 1),
+            lambda: load_checkpoint(folder),
+            lambda: store.open_model(""),
+        ):
             refuse(call, match)
         assert all(entry.architecture == "unreadable" for entry in store.list_models())
         explain_steps(folder)
 
 
 @pytest.mark.parametrize("name", harmful_pickles())
-def test_harmful_pickles(name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_harmful_pickles(
+    name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = harmful_pickles()[name]
     spoil(run, "model_000001.pt", lambda path: write_pt(path, data))
-    refuse_run(run, monkeypatch, {"system": "asks for 'posix.system'", "names": "asks for"}.get(name))
+    refuse_run(
+        run, monkeypatch, {"system": "asks for 'posix.system'", "names": "asks for"}.get(name)
+    )
     raw = spoil(run, "model_000001.pt", lambda path: path.write_bytes(data))
     refuse_run(run, monkeypatch)
     refuse(lambda: load_tensors(raw))
@@ -231,11 +255,19 @@ def test_shared_storages(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_run(run, monkeypatch, "share stored numbers")
 
 
-@pytest.mark.parametrize("change", [
-    {"vocab_size": 10**12}, {"n_layer": 10**9}, {"n_embd": 2**50}, {"sequence_len": 2**60}, {"n_layer": 256},
-    {"vocab_size": 2**20}, {"n_embd": 65_536, "n_head": 512, "n_kv_head": 512}, {"sequence_len": 2**20,
-    "n_head": 1, "n_embd": 4096},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab_size": 10**12},
+        {"n_layer": 10**9},
+        {"n_embd": 2**50},
+        {"sequence_len": 2**60},
+        {"n_layer": 256},
+        {"vocab_size": 2**20},
+        {"n_embd": 65_536, "n_head": 512, "n_kv_head": 512},
+        {"sequence_len": 2**20, "n_head": 1, "n_embd": 4096},
+    ],
+)
 def test_absurd_sizes(change: dict[str, int], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = run / "meta_000001.json"
     meta = read_json(path)
@@ -249,19 +281,33 @@ def test_absurd_sizes(change: dict[str, int], run: Path, monkeypatch: pytest.Mon
         refuse_run(run, monkeypatch)
 
 
-@pytest.mark.parametrize("text", [
-    b"", b"not json", b"[1, 2]", b"null", b"3", b'"text"', b"{", b"\xff\xfe\x00", b"[" * 200_000,
-    b'{"a":' * 200_000,
-    b'{"model_config": ' + b"9" * 100_000 + b"}", b"{}", b'{"model_config": "d20"}',
-    b'{"writer": "primechat", "schema": 1}',
-    b'{"writer": "primechat", "schema": 99}', b'{"writer": "primechat", "schema": 1, "step": 1, '
-    b'"files": [1]}',
-    b'{"writer": "primechat", "schema": 1, "step": 1, "files": {"model_000001.pt": 3}}',
-    b'{"writer": "primechat", "schema": 1, "step": 1, "files": {"model_000001.pt": {"bytes": 1e999}}}',
-    b'{"writer": "primechat", "schema": 1, "step": 1, "files": {"model_000001.pt": {}, '
-    b'"../../x": {"bytes": 1}}}',
-    b'{"model_config": {"n_layer": "\\u001b[2J"}}', b'{"model_config": {"vocab_size": NaN}}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"not json",
+        b"[1, 2]",
+        b"null",
+        b"3",
+        b'"text"',
+        b"{",
+        b"\xff\xfe\x00",
+        b"[" * 200_000,
+        b'{"a":' * 200_000,
+        b'{"model_config": ' + b"9" * 100_000 + b"}",
+        b"{}",
+        b'{"model_config": "d20"}',
+        b'{"writer": "primechat", "schema": 1}',
+        b'{"writer": "primechat", "schema": 99}',
+        b'{"writer": "primechat", "schema": 1, "step": 1, "files": [1]}',
+        b'{"writer": "primechat", "schema": 1, "step": 1, "files": {"model_000001.pt": 3}}',
+        b'{"writer": "primechat", "schema": 1, "step": 1, "files": {"model_000001.pt": {"bytes": 1e999}}}',
+        b'{"writer": "primechat", "schema": 1, "step": 1, "files": {"model_000001.pt": {}, '
+        b'"../../x": {"bytes": 1}}}',
+        b'{"model_config": {"n_layer": "\\u001b[2J"}}',
+        b'{"model_config": {"vocab_size": NaN}}',
+    ],
+)
 def test_meta_that_is_none(text: bytes, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run / "meta_000001.json").write_bytes(text)
     refuse_run(run, monkeypatch)
@@ -278,7 +324,9 @@ def make_bomb(path: Path) -> None:
 
 
 def make_data_bomb(path: Path) -> None:
-    write_pt(path, tensor_pickle((2**22,), (1,), claim=2**22), {"0": bytes(2**24)}, zipfile.ZIP_DEFLATED)
+    write_pt(
+        path, tensor_pickle((2**22,), (1,), claim=2**22), {"0": bytes(2**24)}, zipfile.ZIP_DEFLATED
+    )
 
 
 def make_twins(path: Path) -> None:
@@ -317,7 +365,8 @@ def make_big_endian(path: Path) -> None:
 
 def make_integers(path: Path) -> None:
     torch.save(
-        {key: torch.zeros(shape, dtype=torch.int32) for key, shape in list_shapes(CONFIG).items()}, path
+        {key: torch.zeros(shape, dtype=torch.int32) for key, shape in list_shapes(CONFIG).items()},
+        path,
     )
 
 
@@ -347,7 +396,10 @@ OTHER_KINDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "list": (lambda path: torch.save([torch.zeros(3)], path), "no dictionary"),
     "tensor": (lambda path: torch.save(torch.zeros(3), path), "no dictionary"),
     "nothing": (lambda path: torch.save({}, path), "no dictionary"),
-    "number as name": (lambda path: torch.save({1: torch.zeros(3)}, path), "no floating-point tensor"),
+    "number as name": (
+        lambda path: torch.save({1: torch.zeros(3)}, path),
+        "no floating-point tensor",
+    ),
     "long pickle": (lambda path: write_pt(path, b"\x80\x02" + b"N" * 2**23 + b"."), "at most 4 MB"),
 }
 
@@ -385,7 +437,12 @@ def test_truncated_at_any_place(run: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (run / "model_000001.pt").write_bytes(whole[:place])
         refuse(lambda: load_checkpoint(run, 1), "bytes, its meta says")
         refuse(lambda: inspect_archive(run / "model_000001.pt"), "no sound weight file")
-    spoil(run, "model_000001.pt", lambda path: path.write_bytes(whole[: len(whole) // 2]), foreign=True)
+    spoil(
+        run,
+        "model_000001.pt",
+        lambda path: path.write_bytes(whole[: len(whole) // 2]),
+        foreign=True,
+    )
     refuse_run(run, monkeypatch, "no sound weight file")
 
 
@@ -411,7 +468,21 @@ def pickle_of_state() -> bytes:
 
 @pytest.mark.parametrize(
     "tag",
-    ["../x", "..", ".", "/etc", "a/b", "d1/../d1", "", ".hidden", "d1\n", "d1\x00", "~", "a" * 101, "d1@1"],
+    [
+        "../x",
+        "..",
+        ".",
+        "/etc",
+        "a/b",
+        "d1/../d1",
+        "",
+        ".hidden",
+        "d1\n",
+        "d1\x00",
+        "~",
+        "a" * 101,
+        "d1@1",
+    ],
 )
 def test_tags_stay_in_the_root(tag: str, run: Path, base_dir: Path) -> None:
     outside = base_dir / "x"

@@ -24,17 +24,45 @@ ROOT = Path(__file__).resolve().parent.parent
 HOUSE = ROOT / "primechat"
 
 FLOOR_OF = {
-    "errors": 0, "config": 0, "records": 0, "protocols": 0, "files": 0, "pickles": 0, "archives": 0, "hub": 0,
+    "errors": 0,
+    "config": 0,
+    "records": 0,
+    "protocols": 0,
+    "files": 0,
+    "pickles": 0,
+    "archives": 0,
+    "hub": 0,
     "names": 0,
-    "text": 1, "model": 1, "views": 1,
-    "train": 2, "infer": 2, "store": 3, "metrics": 4, "stages": 5, "cloud": 5,
-    "__main__": 6, "cli": 6, "lab": 6, "desk": 6, "lessons": 6,
-}  # fmt: skip
+    "text": 1,
+    "model": 1,
+    "views": 1,
+    "train": 2,
+    "infer": 2,
+    "store": 3,
+    "metrics": 4,
+    "stages": 5,
+    "cloud": 5,
+    "__main__": 6,
+    "cli": 6,
+    "lab": 6,
+    "desk": 6,
+    "lessons": 6,
+}
 FREE_FLOORS = (0, 6)  # on the ground and on the roof, rooms of one floor may meet
 TORCHLESS = (
-    "errors", "config", "records", "protocols", "files", "pickles", "archives", "hub", "names", "cloud",
-    "views", "cli",
-)  # fmt: skip
+    "errors",
+    "config",
+    "records",
+    "protocols",
+    "files",
+    "pickles",
+    "archives",
+    "hub",
+    "names",
+    "cloud",
+    "views",
+    "cli",
+)
 TOP_LEVEL = {
     "labs",
     "primechat",
@@ -45,22 +73,60 @@ TOP_LEVEL = {
     "README.md",
     "LICENSE",
 }
-MAX_LINES, MAX_MODULES, MAX_WORDS, MAX_DOC_LINES = 450, 10, 3, 12
-CODE_BUDGET, SHOW_BUDGET = 13_500, 5_100  # outside and inside views/ and lessons/
+MAX_DOC_LINES = 12
+MAX_FUNCTION_LINES = 60
+# Python's tokens without comments, docstrings and line ends: layout never pays. What was reached plus 3 %;
+# whoever needs more raises it knowingly.
+TOKEN_BUDGET = 205_000
+# Longer than a function should be; each is to be split, and none may grow or join them.
+TOO_LONG = {
+    "cloud.export.fill_in": 77,
+    "cloud.forecast.forecast_bpb": 82,
+    "desk.convert.export_model": 62,
+    "desk.convert.describe_tokenizer": 66,
+    "stages.distill.distill": 61,
+    "stages.pretrain.pretrain": 66,
+    "stages.quickstart.quickstart": 63,
+    "stages.run.train": 96,
+    "store.open_model": 77,
+    "train.loop.fit": 94,
+    "train.tune.tune_runtime": 147,
+}
 VAGUE = {"utils", "util", "helpers", "helper", "misc", "common", "manager"}
 WRONG_NAMES = {
-    "n_ctx": "sequence_len", "block_size": "sequence_len", "max_seq_len": "sequence_len",
-    "seq_len": "sequence_len", "context_length": "sequence_len", "max_sequence_length": "sequence_len",
-    "d_model": "n_embd", "n_embed": "n_embd",
-    "hidden_size": "n_embd", "embed_dim": "n_embd", "n_layers": "n_layer", "num_layers": "n_layer",
-    "n_heads": "n_head", "num_heads": "n_head", "n_kv_heads": "n_kv_head", "num_kv_heads": "n_kv_head",
-    "n_vocab": "vocab_size", "t0": "t_start", "start_time": "t_start",
-}  # fmt: skip
+    "n_ctx": "sequence_len",
+    "block_size": "sequence_len",
+    "max_seq_len": "sequence_len",
+    "seq_len": "sequence_len",
+    "context_length": "sequence_len",
+    "max_sequence_length": "sequence_len",
+    "d_model": "n_embd",
+    "n_embed": "n_embd",
+    "hidden_size": "n_embd",
+    "embed_dim": "n_embd",
+    "n_layers": "n_layer",
+    "num_layers": "n_layer",
+    "n_heads": "n_head",
+    "num_heads": "n_head",
+    "n_kv_heads": "n_kv_head",
+    "num_kv_heads": "n_kv_head",
+    "n_vocab": "vocab_size",
+    "t0": "t_start",
+    "start_time": "t_start",
+}
 # Spelled in pieces, so that this file passes its own test.
 LEAKS = [
-    "/" + "work/", "/" + "farm/", "/" + "root/", "/" + "home/", "/" + "Users/", "/" + "tmp/dev",
-    ".." + "/shared", "issues" + " show", "index" + "-url", "registry" + "=",
-]  # fmt: skip
+    "/" + "work/",
+    "/" + "farm/",
+    "/" + "root/",
+    "/" + "home/",
+    "/" + "Users/",
+    "/" + "tmp/dev",
+    ".." + "/shared",
+    "issues" + " show",
+    "index" + "-url",
+    "registry" + "=",
+]
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -85,7 +151,11 @@ class Module:
     def definitions(self) -> list[tuple[Definition, ast.AST]]:
         """Functions and classes with what they stand in."""
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-        pairs = ((child, parent) for parent in ast.walk(self.tree) for child in ast.iter_child_nodes(parent))
+        pairs = (
+            (child, parent)
+            for parent in ast.walk(self.tree)
+            for child in ast.iter_child_nodes(parent)
+        )
         return [(child, parent) for child, parent in pairs if isinstance(child, kinds)]
 
     @cached_property
@@ -108,7 +178,9 @@ class Module:
                 start = package[: len(package) - node.level + 1] if node.level else []
                 base = ".".join([*start, *([node.module] if node.module else [])])
                 found.extend((f"{base}.{alias.name}", node.lineno, when) for alias in node.names)
-            elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            elif (
+                isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)
+            ):
                 if ast.unparse(node.func).endswith(("import_module", "__import__")):
                     found.append((str(node.args[0].value), node.lineno, when))
             elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
@@ -130,9 +202,8 @@ def read_house() -> list[Module]:
     return modules
 
 
-def count_code(text: str) -> int:
-    """Count lines that are neither blank nor comment nor docstring (nor a string below a field)."""
-    lines: set[int] = set()
+def count_tokens(text: str) -> int:
+    """Count tokens that are neither comment nor docstring (nor a string below a field) nor line end."""
     skip = (
         tokenize.COMMENT,
         tokenize.NL,
@@ -141,17 +212,13 @@ def count_code(text: str) -> int:
         tokenize.DEDENT,
         tokenize.ENDMARKER,
     )
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in skip:
-            lines.update(range(token.start[0], token.end[0] + 1))
+    explained: set[tuple[int, int]] = set()
     for node in ast.walk(ast.parse(text)):
-        if (
-            isinstance(node, ast.Expr)
-            and isinstance(node.value, ast.Constant)
-            and isinstance(node.value.value, str)
-        ):
-            lines.difference_update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    return len(lines)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            if isinstance(node.value.value, str):
+                explained.add((node.lineno, node.col_offset))
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return sum(token.type not in skip and token.start not in explained for token in tokens)
 
 
 # ---- the rules: each takes a module and yields its breaches
@@ -196,13 +263,18 @@ def check_torch(module: Module) -> Iterator[str]:
 
 
 def check_length(module: Module) -> Iterator[str]:
-    n_lines = len(module.text.splitlines())
-    if n_lines > MAX_LINES:
-        yield f"{n_lines} lines; at most {MAX_LINES}"
+    """A function fits on a screen."""
+    for node, _ in module.definitions:
+        if isinstance(node, ast.ClassDef):
+            continue
+        n_lines = (node.end_lineno or node.lineno) - node.lineno + 1
+        most = TOO_LONG.get(f"{module.name}.{node.name}", MAX_FUNCTION_LINES)
+        if n_lines > most:
+            yield f"line {node.lineno}: {node.name} has {n_lines} lines; at most {most}"
 
 
 def check_names(module: Module) -> Iterator[str]:
-    """Functions are verbs of at most three words; nothing is vague; dimensions have one name each."""
+    """Nothing is vague; dimensions have one name each."""
     for part in module.name.split("."):
         if VAGUE & set(part.split("_")):
             yield f"module name {part!r} says nothing"
@@ -210,8 +282,6 @@ def check_names(module: Module) -> Iterator[str]:
         words = [word for word in node.name.strip("_").split("_") if word]
         if isinstance(node, ast.ClassDef):
             words = re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", node.name)
-        elif len(words) > MAX_WORDS and not node.name.startswith("__"):
-            yield f"line {node.lineno}: {node.name} has more than {MAX_WORDS} words"
         if VAGUE & {word.lower() for word in words}:
             yield f"line {node.lineno}: {node.name} says nothing"
     for node in ast.walk(module.tree):
@@ -249,7 +319,12 @@ def check_annotations(module: Module) -> Iterator[str]:
         ):
             continue
         spec = node.args
-        args = [*spec.posonlyargs, *spec.args, *spec.kwonlyargs, *filter(None, (spec.vararg, spec.kwarg))]
+        args = [
+            *spec.posonlyargs,
+            *spec.args,
+            *spec.kwonlyargs,
+            *filter(None, (spec.vararg, spec.kwarg)),
+        ]
         static = any(ast.unparse(mark) == "staticmethod" for mark in node.decorator_list)
         if isinstance(parent, ast.ClassDef) and not static:
             args = args[1:]
@@ -266,13 +341,27 @@ def check_conduct(module: Module) -> Iterator[str]:
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
-        if called in ("torch.manual_seed", "torch.cuda.manual_seed", "random.seed", "np.random.seed"):
+        if called in (
+            "torch.manual_seed",
+            "torch.cuda.manual_seed",
+            "random.seed",
+            "np.random.seed",
+        ):
             yield f"line {node.lineno}: {called} moves a global seed; make a Generator"
-        if called in ("eval", "exec", "pickle.load", "pickle.loads", "pickle.Unpickler", "quit", "exit"):
+        if called in (
+            "eval",
+            "exec",
+            "pickle.load",
+            "pickle.loads",
+            "pickle.Unpickler",
+            "quit",
+            "exit",
+        ):
             yield f"line {node.lineno}: {called}"
         if called == "torch.load":
             safe = any(
-                word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in node.keywords
+                word.arg == "weights_only" and ast.unparse(word.value) == "True"
+                for word in node.keywords
             )
             if not safe:
                 yield f"line {node.lineno}: torch.load without weights_only=True"
@@ -290,13 +379,21 @@ def check_doors(module: Module) -> Iterator[str]:
         for node in module.tree.body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
                 names = set(ast.literal_eval(node.value))
-                yield from (f"{name} is a lazy name and a sub-module" for name in sorted(names & beside))
+                yield from (
+                    f"{name} is a lazy name and a sub-module" for name in sorted(names & beside)
+                )
 
 
 RULES: list[Callable[[Module], Iterator[str]]] = [
-    check_floors, check_torch, check_length, check_names, check_docstrings, check_annotations, check_conduct,
+    check_floors,
+    check_torch,
+    check_length,
+    check_names,
+    check_docstrings,
+    check_annotations,
+    check_conduct,
     check_doors,
-]  # fmt: skip
+]
 
 DOC = '"""A module."""\n'
 BAD: list[tuple[Callable[[Module], Iterator[str]], Module]] = [
@@ -308,7 +405,10 @@ BAD: list[tuple[Callable[[Module], Iterator[str]], Module]] = [
     (check_floors, Module("infer.x", "import primechat")),
     (check_floors, Module("infer.x", "from ..train import loop")),
     (check_floors, Module("infer", "from ..train import loop", is_package=True)),
-    (check_floors, Module("infer.x", "import importlib\nimportlib.import_module('primechat.train.loop')")),
+    (
+        check_floors,
+        Module("infer.x", "import importlib\nimportlib.import_module('primechat.train.loop')"),
+    ),
     (check_floors, Module("store", "from primechat.metrics.bits import measure_bpb")),
     (check_floors, Module("metrics.x", "from primechat.stages import pretrain")),
     (check_floors, Module("cloud.x", "from primechat.stages import pretrain")),
@@ -324,10 +424,8 @@ BAD: list[tuple[Callable[[Module], Iterator[str]], Module]] = [
     (check_torch, Module("config.x", "import torch.nn")),
     (check_torch, Module("cloud.x", "import torch")),
     (check_torch, Module("records", "import torch")),
-    (check_length, Module("text.x", "x = 1\n" * 451)),
+    (check_length, Module("text.x", "def f():\n" + "    x = 1\n" * 60)),
     (check_names, Module("text.utils", "")),
-    (check_names, Module("text.x", "def read_all_the_files(): ...")),
-    (check_names, Module("text.x", "class A:\n    def _read_all_the_files(self): ...")),
     (check_names, Module("text.x", "class TokenManager: ...")),
     (check_names, Module("text.x", "def io_helpers(): ...")),
     (check_names, Module("model.x", "block_size = 1")),
@@ -415,30 +513,35 @@ def test_good_code_passes() -> None:
 
 
 def test_code_is_counted_as_said() -> None:
-    assert (
-        count_code(GOOD) == 18 and count_code('"""Doc\n\nmore"""\n\n# no\nx = """a\nb"""\n"""of x"""\n') == 2
-    )
+    assert count_tokens('"""Doc\n\nmore"""\n\n# no\nx = """a\nb"""\n"""of x"""\n') == 3
+    assert count_tokens("f(\n    1,\n)\n") == count_tokens("f(1,)") == 5
 
 
-def test_rooms_and_budget() -> None:
+def test_the_library_does_not_grow_unnoticed() -> None:
     modules = read_house()
-    sizes = {"show": 0, "code": 0}
-    rooms: dict[str, int] = {}
-    for module in modules:
-        sizes["show" if module.room in ("views", "lessons") else "code"] += count_code(module.text)
-        if not module.is_package and "." in module.name and module.room != "lessons":
-            folder = module.name.rpartition(".")[0]
-            rooms[folder] = rooms.get(folder, 0) + 1
-    assert sizes["code"] <= CODE_BUDGET and sizes["show"] <= SHOW_BUDGET, sizes
-    assert not {room: count for room, count in rooms.items() if count > MAX_MODULES}
+    n_tokens = sum(count_tokens(module.text) for module in modules)
+    assert n_tokens <= TOKEN_BUDGET, n_tokens
     packages = {module.name for module in modules if module.is_package}
-    assert all(module.name.rpartition(".")[0] in packages for module in modules), "a folder without __init__"
+    assert all(module.name.rpartition(".")[0] in packages for module in modules), "no __init__"
+
+
+def test_nothing_is_kept_from_the_formatter() -> None:
+    kept = [
+        path.name for path in HOUSE.rglob("*.py") if "# fmt:" in path.read_text(encoding="utf-8")
+    ]
+    assert not kept
 
 
 def test_nothing_else_at_the_top() -> None:
     found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
     extra = {name for name in found - TOP_LEVEL if not name.endswith(".egg-info")}
-    assert not extra and found >= {"primechat", "tests", "pyproject.toml", "README.md", "LICENSE"}, extra
+    assert not extra and found >= {
+        "primechat",
+        "tests",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    }, extra
 
 
 def list_texts() -> Iterator[tuple[Path, str]]:
@@ -465,14 +568,18 @@ def test_no_file_names_a_machine() -> None:
     texts = dict(list_texts())
     assert HOUSE / "cli.py" in texts and ROOT / "README.md" in texts and Path(__file__) in texts
     found = {
-        str(path.relative_to(ROOT)): find_leaks(text) for path, text in texts.items() if find_leaks(text)
+        str(path.relative_to(ROOT)): find_leaks(text)
+        for path, text in texts.items()
+        if find_leaks(text)
     }
     assert not found
 
 
 def test_front_door_opens_every_room() -> None:
     assert len(set(primechat.__all__)) == len(primechat.__all__)
-    assert set(primechat.__all__) == set(primechat._ROOMS) and set(dir(primechat)) > set(primechat.__all__)
+    assert set(primechat.__all__) == set(primechat._ROOMS) and set(dir(primechat)) > set(
+        primechat.__all__
+    )
     for name in primechat.__all__:
         found = getattr(primechat, name)
         assert getattr(found, "__name__", name) == name
@@ -481,7 +588,9 @@ def test_front_door_opens_every_room() -> None:
 
 
 def test_light_rooms_load_without_torch() -> None:
-    light = [m.name for m in read_house() if m.room in (*TORCHLESS, "text") and m.name != "text.batches"]
+    light = [
+        m.name for m in read_house() if m.room in (*TORCHLESS, "text") and m.name != "text.batches"
+    ]
     imports = "; ".join(f"import primechat.{name}" for name in light if name)
     code = f"import sys, primechat; {imports}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

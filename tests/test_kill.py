@@ -52,13 +52,22 @@ def start(path: Path) -> subprocess.Popen[bytes]:
 
 def write_config(path: Path, tag: str, corpus: Path) -> Path:
     shape = replace(
-        GPTConfig.modern(3, vocab_size=280, sequence_len=16, head_dim=8), n_embd=32, n_head=2, n_kv_head=2
+        GPTConfig.modern(3, vocab_size=280, sequence_len=16, head_dim=8),
+        n_embd=32,
+        n_head=2,
+        n_kv_head=2,
     )
     config = PretrainConfig(
-        tag=tag, model=shape, corpus=str(corpus), batch_tokens=64, steps=STEPS,
+        tag=tag,
+        model=shape,
+        corpus=str(corpus),
+        batch_tokens=64,
+        steps=STEPS,
         look=LookConfig(save_every=1, eval_every=50, eval_tokens=64, last_eval_tokens=64),
-        runtime=RuntimeConfig(device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=2),
-    )  # fmt: skip
+        runtime=RuntimeConfig(
+            device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=2
+        ),
+    )
     path.write_text(json.dumps(encode_config(config)))
     return path
 
@@ -74,7 +83,10 @@ def test_kill_resume(tmp_path: Path) -> None:
     corpus.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     train_tokenizer(TokenizerConfig(corpus=str(corpus), vocab_size=280))
     assert start(write_config(tmp_path / "whole.json", "whole", corpus)).wait(timeout=300) == 0
-    path, folder = write_config(tmp_path / "broken.json", "broken", corpus), store.run_dir("base", "broken")
+    path, folder = (
+        write_config(tmp_path / "broken.json", "broken", corpus),
+        store.run_dir("base", "broken"),
+    )
     log, resumed_at = folder / "metrics.jsonl", []
     for _ in range(int(os.environ.get("PRIMECHAT_KILLS", "10"))):
         size = log.stat().st_size if log.exists() else 0
@@ -99,7 +111,8 @@ def test_kill_resume(tmp_path: Path) -> None:
     assert len(set(resumed_at)) > 2, "the kills must fall at different steps"
     assert start(path).wait(timeout=300) == 0
     a, b = (
-        load_checkpoint(store.run_dir("base", tag), STEPS, want_optim=True) for tag in ("whole", "broken")
+        load_checkpoint(store.run_dir("base", tag), STEPS, want_optim=True)
+        for tag in ("whole", "broken")
     )
     for name, tensor in a.model_state.items():
         assert torch.equal(tensor, b.model_state[name]), name

@@ -38,12 +38,15 @@ def test_show_is_plain_outside_marimo() -> None:
 
 def test_picker_offers_what_is_here(base_dir: Path) -> None:
     every = lab.pick_model()
-    assert [model["identifier"] for model in every.models] == [e.identifier for e in store.list_models()]
+    assert [model["identifier"] for model in every.models] == [
+        e.identifier for e in store.list_models()
+    ]
     assert every.identifier == "shipped/sft" and "million parameters" in every.models[0]["about"]
     chat = lab.pick_model(("sft", "rl"))
     assert chat.models and all("sft" in model["identifier"] for model in chat.models)
     assert (
-        lab.pick_model(("mid",)).identifier == "" and lab.pick_model(("base",)).identifier == "shipped/base"
+        lab.pick_model(("mid",)).identifier == ""
+        and lab.pick_model(("base",)).identifier == "shipped/base"
     )
     chat.models = []
     assert chat.answer_find() == {} and chat.models
@@ -73,7 +76,9 @@ def test_an_adapter_that_was_trained_on_is_opened_anew(base_dir: Path) -> None:
     assert lab.borrow_model(name)[0] is first
     save(0.02)
     second = lab.borrow_model(name)[0]
-    assert second is not first and lora.read_state(second, "mine").popitem()[1].max() == pytest.approx(0.02)
+    assert second is not first and lora.read_state(second, "mine").popitem()[
+        1
+    ].max() == pytest.approx(0.02)
 
 
 def test_a_lazy_function_waits_to_be_seen() -> None:
@@ -106,7 +111,9 @@ def test_small_models_are_computed_alone(base_dir: Path, monkeypatch: pytest.Mon
         torch.set_num_threads(2)
         lab.borrow_model("shipped/base")
         assert torch.get_num_threads() == 1
-        assert all(pool["num_threads"] == 1 for pool in threadpool_info() if pool["user_api"] == "blas")
+        assert all(
+            pool["num_threads"] == 1 for pool in threadpool_info() if pool["user_api"] == "blas"
+        )
     finally:
         torch.set_num_threads(before)
 
@@ -152,7 +159,9 @@ def test_live_answers_each_change() -> None:
             raise ValueError("type something")
         return [text.upper() if loud else text[:k], {"length": len(text), "mode": mode}]
 
-    live = Live(play, text="hello", k=(1, 9, 3), loud=False, mode=["a", "b"], labels={"k": "letters"})
+    live = Live(
+        play, text="hello", k=(1, 9, 3), loud=False, mode=["a", "b"], labels={"k": "letters"}
+    )
     assert [c["form"] for c in live.controls] == ["text", "slider", "toggle", "select"]
     assert live.controls[1]["label"] == "Letters" and live.controls[1]["step"] == 1
     assert live.output["parts"][0] == {"kind": "text", "text": "hel"}
@@ -183,7 +192,16 @@ def test_results_become_parts() -> None:
 
 def test_a_model_without_steps_is_described() -> None:
     foreign = store.ModelEntry(
-        identifier="hf:x", family="hf", tag="x", steps=(), snapshots=(), n_bytes=1, architecture="Llama",
-        n_params=0, val_bpb=None, tokenizer_identity=None, path="x",
-    )  # fmt: skip
+        identifier="hf:x",
+        family="hf",
+        tag="x",
+        steps=(),
+        snapshots=(),
+        n_bytes=1,
+        architecture="Llama",
+        n_params=0,
+        val_bpb=None,
+        tokenizer_identity=None,
+        path="x",
+    )
     assert lab.describe_entry(foreign) == "another project's"

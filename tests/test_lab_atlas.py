@@ -48,7 +48,9 @@ def save_run(base_dir: Path, truth: Any) -> None:
         weight = state["transformer.wte.weight"]
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
         state["transformer.wte.weight"] = share * weight + (1 - share) * noise * weight.std()
-        save_snapshot(run, step, state, truth.model.config, {"tokenizer_identity": truth.tokenizer.identity})
+        save_snapshot(
+            run, step, state, truth.model.config, {"tokenizer_identity": truth.tokenizer.identity}
+        )
 
 
 def find_atlas(page: Page, n: int) -> Locator:
@@ -100,7 +102,9 @@ def test_lab_in_a_browser(
     near = truth.atlas.near("input", "PCA", 2, 0, truth.atlas.labels.index(name))
     labels = truth.atlas.labels
     assert read_lists(view) == ([labels[i] for i in near.true], [labels[i] for i in near.drawn])
-    expect(view.locator(".pc-atlas-both")).to_have_text("How many agree stands here after your guess.")
+    expect(view.locator(".pc-atlas-both")).to_have_text(
+        "How many agree stands here after your guess."
+    )
 
     # find another by its name, and go on from it to its nearest neighbour
     view.get_by_label("Find a token").fill("you")
@@ -117,7 +121,9 @@ def test_lab_in_a_browser(
     n = lasso(page, view, 40)
     assert 0 < n < len(labels)
     assert view.locator(".pc-atlas-rows tbody tr").count() == min(n, 100)
-    expect(page.get_by_text(re.compile(rf"^{n:,} rows, \d+ columns$"))).to_be_visible(timeout=60_000)
+    expect(page.get_by_text(re.compile(rf"^{n:,} rows, \d+ columns$"))).to_be_visible(
+        timeout=60_000
+    )
     view.get_by_role("button", name="Let go").click()
 
     # colour, keys, three axes, another table
@@ -131,11 +137,15 @@ def test_lab_in_a_browser(
     assert scatter.evaluate(f"e => ({SCATTER})(e).where(40)") != before
     view.get_by_role("tab", name="3-D").click()
     kept = 10 * truth.atlas.show("input", "PCA", 3).kept[0]
-    expect(view.locator(".pc-atlas-note")).to_contain_text("stands here after your guess", timeout=60_000)
+    expect(view.locator(".pc-atlas-note")).to_contain_text(
+        "stands here after your guess", timeout=60_000
+    )
     guess = page.locator(".pc-prediction", has_text="ten true neighbours")
     guess.get_by_label("My guess").fill("3")
     guess.get_by_role("button", name="Show the answer").click()
-    expect(view.locator(".pc-atlas-note")).to_contain_text(f"{kept:.1f} are neighbours here", timeout=60_000)
+    expect(view.locator(".pc-atlas-note")).to_contain_text(
+        f"{kept:.1f} are neighbours here", timeout=60_000
+    )
     expect(view.locator(".pc-atlas-both")).to_contain_text(re.compile(r"^\d+ of 10 agree"))
     both = len(set.intersection(*map(set, read_lists(view))))
     expect(view.locator(".pc-atlas-both")).to_contain_text(f"{both} of 10 agree ({10 * both} %")
@@ -163,13 +173,17 @@ def test_lab_in_a_browser(
     text.get_by_label("Text", exact=True).fill("The bank of the river. The bank has my money.")
     last = truth.atlas.labels[truth.tokenizer.encode(" money")[0]]
     text.get_by_label("Find a token").fill(last)
-    expect(text.locator(".pc-atlas-find")).to_contain_text(re.compile("[1-9] found"), timeout=60_000)
+    expect(text.locator(".pc-atlas-find")).to_contain_text(
+        re.compile("[1-9] found"), timeout=60_000
+    )
     text.get_by_label("Text", exact=True).fill("Hm")
     expect(text.locator(".pc-error")).to_contain_text("write more", timeout=60_000)
     found.check()
 
 
-def test_umap_goes_on_in_the_background(shared: Callable[..., str], lab_page: Callable[..., LabPage]) -> None:
+def test_umap_goes_on_in_the_background(
+    shared: Callable[..., str], lab_page: Callable[..., LabPage]
+) -> None:
     found = lab_page(shared("run", LAB))
     page, view = found.page, find_atlas(found.page, 0)
     view.get_by_role("tab", name="UMAP").click()
@@ -180,7 +194,9 @@ def test_umap_goes_on_in_the_background(shared: Callable[..., str], lab_page: Ca
     expect(view.locator(".pc-atlas-note")).to_contain_text("it was stopped", timeout=60_000)
     expect(view.get_by_role("tab", name="PCA")).to_have_attribute("aria-selected", "true")
     view.get_by_role("tab", name="UMAP").click()
-    expect(view.get_by_role("tab", name="UMAP")).to_have_attribute("aria-selected", "true", timeout=240_000)
+    expect(view.get_by_role("tab", name="UMAP")).to_have_attribute(
+        "aria-selected", "true", timeout=240_000
+    )
     expect(view.locator(".pc-atlas-note")).to_contain_text("UMAP keeps neighbours together")
     found.check()
 
@@ -207,7 +223,9 @@ def test_twin_is_coloured_and_alive_in_jupyter(
 
 
 @pytest.mark.parametrize("painter", ["WebGL", "canvas"])
-def test_many_points(painter: str, shared: Callable[..., str], lab_page: Callable[..., LabPage]) -> None:
+def test_many_points(
+    painter: str, shared: Callable[..., str], lab_page: Callable[..., LabPage]
+) -> None:
     found = lab_page("about:blank")
     if painter == "canvas":
         found.page.add_init_script(NO_WEBGL)

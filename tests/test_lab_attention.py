@@ -49,7 +49,10 @@ def check_heads(page: Page, truth: Any) -> None:
     said = heads.locator(".pc-say").inner_text()
     if row.max() > 0.06:
         first = re.search(r"\(([\d.]+) %\)", said)
-        assert first and float(first[1]) == pytest.approx(100 * float(row.max()), abs=0.6), (said, row.max())
+        assert first and float(first[1]) == pytest.approx(100 * float(row.max()), abs=0.6), (
+            said,
+            row.max(),
+        )
     heads.locator(".pc-thumb").nth(1 * truth.model.config.n_head + 2).focus()
     page.keyboard.press("ArrowRight")
     expect(heads.locator("h4").nth(1)).to_have_text("Layer 1, head 3")
@@ -58,8 +61,9 @@ def check_heads(page: Page, truth: Any) -> None:
     heads.locator("input[type=checkbox]").check()
     page.wait_for_function(
         "([node, old]) => [...node.querySelectorAll('canvas')].map((c) => c.toDataURL()).join() !== old",
-        arg=[heads.element_handle(), trained], timeout=60_000,
-    )  # fmt: skip
+        arg=[heads.element_handle(), trained],
+        timeout=60_000,
+    )
     heads.locator("input[type=checkbox]").uncheck()
 
 
@@ -73,7 +77,9 @@ def check_switches(page: Page, truth: Any) -> None:
     parts = ["layer.3.mlp", "layer.0.head.1"]
     for part in parts:
         board.locator(f'.pc-switch[data-part="{part}"]').click()
-        expect(board.locator(f'.pc-switch[data-part="{part}"]')).to_have_attribute("aria-checked", "false")
+        expect(board.locator(f'.pc-switch[data-part="{part}"]')).to_have_attribute(
+            "aria-checked", "false"
+        )
     cut = capture(truth.model, truth.ids, ablate=parts).losses.mean()
     expect(stats.nth(1)).to_have_text(f"{cut:.2f}", timeout=60_000)
     assert board.locator(".pc-share-value").all_inner_texts() != before
@@ -97,7 +103,9 @@ def check_lens(page: Page, truth: Any) -> None:
     rows = lens.locator("tbody tr")
     expect(rows).to_have_count(truth.model.config.n_layer + 3, timeout=60_000)
     shown = rows.nth(truth.model.config.n_layer + 1).locator("td").all_inner_texts()
-    want = [truth.tokenizer.token_bytes(int(i)).decode("utf-8", "replace") for i in logits.argmax(-1)]
+    want = [
+        truth.tokenizer.token_bytes(int(i)).decode("utf-8", "replace") for i in logits.argmax(-1)
+    ]
     plain = [text.replace("·", " ").replace("⏎", "").strip() for text in shown]
     assert plain == [text.strip() for text in want]
     lens.locator('td[data-r="1"][data-t="2"]').hover()
@@ -115,7 +123,8 @@ def check_more(page: Page, truth: Any) -> None:
         expect(view.locator(drawn).first).to_be_visible(timeout=60_000)
     shares = find(page, "shares")
     shown = [
-        float(text.replace("−", "-")) for text in shares.locator(".pc-parts .pc-value").all_inner_texts()
+        float(text.replace("−", "-"))
+        for text in shares.locator(".pc-parts .pc-value").all_inner_texts()
     ]
     total = re.search(r"Together ([+−][\d.]+)", shares.locator(".pc-say").inner_text())
     assert total and sum(shown) == pytest.approx(
@@ -133,8 +142,9 @@ def check_more(page: Page, truth: Any) -> None:
         page.keyboard.press("Home")
         page.wait_for_function(
             "([node, old]) => [...node.querySelectorAll('.pc-rung')].map((r) => r.innerText).join() !== old",
-            arg=[times.element_handle(), ",".join(first)], timeout=60_000,
-        )  # fmt: skip
+            arg=[times.element_handle(), ",".join(first)],
+            timeout=60_000,
+        )
 
 
 def check_typing(page: Page, truth: Any) -> None:
@@ -144,12 +154,16 @@ def check_typing(page: Page, truth: Any) -> None:
     ids = [truth.tokenizer.bos_id, *truth.tokenizer.encode("one two one two one")]
     expect(page.locator(".pc-heads .pc-token")).to_have_count(len(ids), timeout=60_000)
     loss = capture(truth.model, ids).losses.mean()
-    expect(find(page, "switches").locator(".pc-stat dd").first).to_have_text(f"{loss:.2f}", timeout=60_000)
+    expect(find(page, "switches").locator(".pc-stat dd").first).to_have_text(
+        f"{loss:.2f}", timeout=60_000
+    )
     expect(find(page, "lens").locator("thead th")).to_have_count(len(ids) + 1, timeout=60_000)
     find(page, "models").locator("select").select_option("shipped/sft")
     other = capture(lab.borrow_model("shipped/sft")[0], ids).losses.mean()
     assert f"{other:.2f}" != f"{loss:.2f}"
-    expect(find(page, "switches").locator(".pc-stat dd").first).to_have_text(f"{other:.2f}", timeout=60_000)
+    expect(find(page, "switches").locator(".pc-stat dd").first).to_have_text(
+        f"{other:.2f}", timeout=60_000
+    )
     find(page, "prompt").locator("textarea").fill("")
     expect(page.get_by_text("Type at least two tokens.")).to_be_visible(timeout=60_000)
 

@@ -36,7 +36,9 @@ def type_text(lab: LabPage, text: str) -> None:
 def wait_settled(lab: LabPage) -> None:
     root, area = lab.page.locator(".pc-playground"), lab.page.locator(".pc-area")
     for _ in range(2400):  # a minute: a busy machine is slow, not wrong
-        if root.get_attribute("data-shown") == str(len(area.input_value().encode("utf-16-le")) // 2):
+        if root.get_attribute("data-shown") == str(
+            len(area.input_value().encode("utf-16-le")) // 2
+        ):
             return
         lab.page.wait_for_timeout(25)
     raise AssertionError("the chips did not follow the text")
@@ -85,7 +87,10 @@ def test_type_point_and_compare(in_run: LabPage) -> None:
     wait_until(lab, shown, "the cards did not follow the text")
     assert "".join(card for card, _ in read_cards(lab)) == text.replace(" ", "·")
     assert read_figure(lab, "tokens") == f"{len(ids)}"
-    assert read_figure(lab, "characters") == "21" and read_figure(lab, "bytes") == f"{len(text.encode())}"
+    assert (
+        read_figure(lab, "characters") == "21"
+        and read_figure(lab, "bytes") == f"{len(text.encode())}"
+    )
     assert read_figure(lab, "share") == f"{100 * len(ids) / 256:.{int(len(ids) < 25.6)}f} %"
     page.get_by_label("Dollars for a million tokens").fill("100")
     assert read_figure(lab, "cost") == f"$ {len(ids) * 1e-4:.{6 if len(ids) < 100 else 2}f}"
@@ -117,7 +122,9 @@ def test_type_point_and_compare(in_run: LabPage) -> None:
     page.mouse.move(chip["x"] + 2, chip["y"] + 8)
     page.wait_for_timeout(200)
     first = tokenizer.encode(text)[0]
-    assert f"id {first}" in page.locator(".pc-playground .pc-detail").inner_text().replace("\n", " ")
+    assert f"id {first}" in page.locator(".pc-playground .pc-detail").inner_text().replace(
+        "\n", " "
+    )
     assert page.locator(".pc-token.pc-lit .pc-card-id").inner_text() == str(first)
 
     # All ids go to the clipboard, as a list.
@@ -142,7 +149,10 @@ def test_type_point_and_compare(in_run: LabPage) -> None:
         assert f"{len(theirs.encode(text))} tokens" in page.locator(".pc-other").inner_text()
         mine = set(cut_at(tokenizer, text))
         differ = mine ^ set(cut_at(theirs, text))
-        assert f"{len(differ)} borders stand in some of them only" in page.locator(".pc-others").inner_text()
+        assert (
+            f"{len(differ)} borders stand in some of them only"
+            in page.locator(".pc-others").inner_text()
+        )
         assert page.locator(".pc-editor:not(.pc-reading) .pc-chip.pc-differs").count() > 0
     lab.check()
 
@@ -175,7 +185,10 @@ def test_a_keystroke_settles(in_run: LabPage) -> None:
             times.append(float(root.get_attribute("data-settled-ms") or "nan"))
             assert int(root.get_attribute("data-received") or 99) <= 12, "only what changed is sent"
         medians[size] = statistics.median(times)
-        assert page.locator(".pc-token").count() < 400 and page.locator(".pc-sheet .pc-chip").count() < 2_500
+        assert (
+            page.locator(".pc-token").count() < 400
+            and page.locator(".pc-sheet .pc-chip").count() < 2_500
+        )
     assert medians[2_000] < SETTLE_MS * measure_load(), (medians, measure_load())
     assert medians[20_000] < 2 * SETTLE_MS * measure_load(), (medians, measure_load())
     # Typing without a pause loses nothing, and the ids at the end are those of the whole text.
@@ -208,7 +221,9 @@ def test_no_half_of_an_emoji_is_sent(in_run: LabPage) -> None:
         in_run.page.locator(".pc-area").evaluate(fill, units)
 
         wanted = tokenizer.encode(read)
-        shown = partial(lambda ids: [i for _, card in read_cards(in_run) for i in card] == ids, wanted)
+        shown = partial(
+            lambda ids: [i for _, card in read_cards(in_run) for i in card] == ids, wanted
+        )
         wait_until(in_run, shown, f"the tokens of {read!r} did not come")
     in_run.check()
 
@@ -263,15 +278,20 @@ def test_play_train_chat_and_search(in_run: LabPage) -> None:
     replay.get_by_label("Text whose merges are played").fill("unbelievably good 🧑🏽‍🚀")
     words = "unbelievably good 🧑🏽‍🚀"
     ids = kit.tokenizer.encode(words)
-    wait_until(lab, lambda: replay.get_attribute("data-parts") == str(len(words.encode())), "no new replay")
+    wait_until(
+        lab, lambda: replay.get_attribute("data-parts") == str(len(words.encode())), "no new replay"
+    )
     slider = replay.locator('input[type="range"]')
     slider.focus()
     page.keyboard.press("ArrowRight")
     assert replay.get_attribute("data-step") == "1"
-    assert replay.locator(".pc-first[data-rank]").count() >= 1, "the next pair flashes with its rank"
+    assert replay.locator(".pc-first[data-rank]").count() >= 1, (
+        "the next pair flashes with its rank"
+    )
     page.keyboard.press("End")
     assert (
-        replay.get_attribute("data-parts") == str(len(ids)) and replay.get_attribute("data-equal") == "true"
+        replay.get_attribute("data-parts") == str(len(ids))
+        and replay.get_attribute("data-equal") == "true"
     )
     assert "The same as encode()" in replay.locator(".pc-said").inner_text()
 
@@ -293,10 +313,14 @@ def test_play_train_chat_and_search(in_run: LabPage) -> None:
     assert "the same merges in the same order" in trainer.locator(".pc-note").inner_text()
     trainer.get_by_label("Learn from").select_option("")
     trainer.get_by_role("button", name="Learn").click()
-    wait_until(lab, lambda: trainer.locator(".pc-error").is_visible(), "an empty text is not refused")
+    wait_until(
+        lab, lambda: trainer.locator(".pc-error").is_visible(), "an empty text is not refused"
+    )
     trainer.get_by_label("Your own text").fill("she sells sea shells by the sea shore, " * 20)
     trainer.get_by_role("button", name="Learn").click()
-    wait_until(lab, lambda: trainer.get_attribute("data-full") == "true", "my own text is not learned from")
+    wait_until(
+        lab, lambda: trainer.get_attribute("data-full") == "true", "my own text is not learned from"
+    )
     assert not trainer.locator(".pc-error").is_visible()
     assert (
         "·sea" in trainer.locator(".pc-latest").inner_text()
@@ -304,7 +328,9 @@ def test_play_train_chat_and_search(in_run: LabPage) -> None:
     ), "so short a text runs out of pairs"
     page.locator(".pc-playground select").first.select_option("mine")
     mine = page.locator(".pc-playground")
-    wait_until(lab, lambda: mine.get_attribute("data-keys") == "mine", "my own tokenizer does not cut")
+    wait_until(
+        lab, lambda: mine.get_attribute("data-keys") == "mine", "my own tokenizer does not cut"
+    )
     assert "my own" in page.locator(".pc-playground select").first.inner_text()
 
     fertility = page.locator(".pc-fertility")
@@ -325,12 +351,18 @@ def test_play_train_chat_and_search(in_run: LabPage) -> None:
     before = chat.get_attribute("data-learned")
     box = chat.get_by_label("Assistant says").last
     box.fill("There are three of them, I believe.")
-    wait_until(lab, lambda: chat.get_attribute("data-learned") != before, "the loss mask did not follow")
+    wait_until(
+        lab, lambda: chat.get_attribute("data-learned") != before, "the loss mask did not follow"
+    )
     chat.get_by_role("button", name="Add a user message").click()
     bits = chat.locator(".pc-bit")
-    wait_until(lab, lambda: bits.last.inner_text() == "<|user_end|>", "the new message is not rendered")
+    wait_until(
+        lab, lambda: bits.last.inner_text() == "<|user_end|>", "the new message is not rendered"
+    )
     texts = bits.all_inner_texts()
-    assert texts[0] == "<|bos|>" and texts.count("<|user_start|>") == 2 and texts[-1] == "<|user_end|>"
+    assert (
+        texts[0] == "<|bos|>" and texts.count("<|user_start|>") == 2 and texts[-1] == "<|user_end|>"
+    )
     assert chat.locator(".pc-bit.pc-learned", has_text="<|assistant_end|>").count() == 1
 
     browser_ = page.locator(".pc-vocabulary")
@@ -338,13 +370,17 @@ def test_play_train_chat_and_search(in_run: LabPage) -> None:
     ranks = kit.tokenizer.ranks
     total = sum("ing" in token.decode("utf-8", "replace").lower() for token in ranks)
     wait_until(
-        lab, lambda: browser_.get_attribute("data-total") == str(total), f"not {total} tokens with ing"
+        lab,
+        lambda: browser_.get_attribute("data-total") == str(total),
+        f"not {total} tokens with ing",
     )
     browser_.get_by_label("Search").fill("")
     browser_.get_by_role("button", name="Find tokens that training never saw").click()
     page.wait_for_selector(".pc-vocabulary .pc-note:not([hidden])", timeout=120_000)
     read = browser_.get_attribute
-    wait_until(lab, lambda: read("data-never") == read("data-total") != "0", "the unseen are not listed")
+    wait_until(
+        lab, lambda: read("data-never") == read("data-total") != "0", "the unseen are not listed"
+    )
     assert browser_.locator(".pc-never").count() > 10
     lab.check()
 
@@ -356,7 +392,9 @@ def test_zoomed_and_narrow(in_run: LabPage) -> None:
         page.evaluate("(zoom) => { document.body.style.zoom = zoom; }", zoom)
         page.wait_for_timeout(500)
         for name in ("playground", "replay", "trainer", "fertility", "chatformat", "vocabulary"):
-            wide = page.locator(f".pc-{name}").evaluate("(node) => node.scrollWidth - node.clientWidth")
+            wide = page.locator(f".pc-{name}").evaluate(
+                "(node) => node.scrollWidth - node.clientWidth"
+            )
             assert wide <= 2, (name, width, zoom)
     in_run.check()
 
@@ -365,7 +403,9 @@ def test_opens_in_the_editor(shared: Any, lab_page: Any) -> None:
     lab = lab_page(shared("edit", LAB))
     lab.page.wait_for_selector(READY, timeout=90_000)
     type_text(lab, "strawberry")
-    assert [i for _, card in read_cards(lab) for i in card] == Tokenizers().tokenizer.encode("strawberry")
+    assert [i for _, card in read_cards(lab) for i in card] == Tokenizers().tokenizer.encode(
+        "strawberry"
+    )
     lab.page.wait_for_timeout(1500)
     lab.check()
 
@@ -376,9 +416,17 @@ def test_opens_in_jupyter(shared: Any, lab_page: Any) -> None:
     lab.page.locator(".pc-playground").scroll_into_view_if_needed()
     lab.page.wait_for_selector(READY, timeout=60_000)
     type_text(lab, "strawberry")
-    assert [i for _, card in read_cards(lab) for i in card] == Tokenizers().tokenizer.encode("strawberry")
+    assert [i for _, card in read_cards(lab) for i in card] == Tokenizers().tokenizer.encode(
+        "strawberry"
+    )
     lab.page.locator(".pc-area").focus()
-    for key in ("End", "x", "a", "d", "Backspace"):  # letters that JupyterLab would take for commands
+    for key in (
+        "End",
+        "x",
+        "a",
+        "d",
+        "Backspace",
+    ):  # letters that JupyterLab would take for commands
         lab.page.keyboard.press(key)
     wait_settled(lab)
     assert lab.page.locator(".pc-area").input_value() == "strawberryxa"

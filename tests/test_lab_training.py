@@ -24,9 +24,16 @@ TINY = {"seconds": "0", "model.n_layer": "1", "batch_tokens": "512"}
 
 def tell_step(step: int, loss: float = 5.0) -> StepEvent:
     return StepEvent(
-        step=step, steps=40, loss_nats=loss, lr_ratio=1 - step / 40, grad_norm=2.0, update_norm=0.5,
-        tokens=64, tokens_per_s=640.0, elapsed_s=step / 10,
-    )  # fmt: skip
+        step=step,
+        steps=40,
+        loss_nats=loss,
+        lr_ratio=1 - step / 40,
+        grad_norm=2.0,
+        update_norm=0.5,
+        tokens=64,
+        tokens_per_s=640.0,
+        elapsed_s=step / 10,
+    )
 
 
 def tell_bits(step: int, bpb: float) -> LossEvent:
@@ -54,14 +61,18 @@ def test_curves_of_a_resumed_run_are_one() -> None:
         ("how far the matrices moved", [10, 0.5]),
     ]
     assert view["left_s"] == pytest.approx(3.0)
-    log.add(replace(tell_bits(9, 1.0), retention=0.5))  # a student's mixed loss is no curve beside new text's
+    log.add(
+        replace(tell_bits(9, 1.0), retention=0.5)
+    )  # a student's mixed loss is no curve beside new text's
     taught = log.describe()
     assert (
         taught["train"] == []
         and "mixed loss" in taught["gauges"][0][0]
         and taught["gauges"][0][1] == view["train"]
     )
-    assert "mixed loss" in str(taught["figures"]) and "loss, nats per token" not in str(taught["figures"])
+    assert "mixed loss" in str(taught["figures"]) and "loss, nats per token" not in str(
+        taught["figures"]
+    )
     log.add(PhaseEvent(name="training sft/a", total=40, unit="steps"))
     assert log.describe()["train"] == [] and log.describe()["val"] == []
 
@@ -74,17 +85,25 @@ def test_the_first_sample_stays_to_be_compared() -> None:
     steps = [step for step, prompt, _ in log.samples if prompt == "A"]
     assert steps[0] == 0 and steps[-1] == 99 and steps == sorted(steps)
     assert len(log.samples) <= MAX_SAMPLES + 1
-    assert {(step, prompt) for step, prompt, _ in log.samples} == {(s, p) for s in steps for p in "AB"}
+    assert {(step, prompt) for step, prompt, _ in log.samples} == {
+        (s, p) for s in steps for p in "AB"
+    }
     log.add(SampleEvent(step=99, prompt="A", text="told again"))
-    assert [text for step, prompt, text in log.samples if (step, prompt) == (99, "A")] == ["told again"]
+    assert [text for step, prompt, text in log.samples if (step, prompt) == (99, "A")] == [
+        "told again"
+    ]
 
 
 def read_loss(stage: Any) -> float:
-    return float(stage.locator(".pc-stat", has_text="loss, nats").locator("span").first.inner_text())
+    return float(
+        stage.locator(".pc-stat", has_text="loss, nats").locator("span").first.inner_text()
+    )
 
 
 def count_steps(stage: Any) -> int:
-    return int(stage.locator(".pc-stat", has_text="steps").locator("span").first.inner_text().split()[0])
+    return int(
+        stage.locator(".pc-stat", has_text="steps").locator("span").first.inner_text().split()[0]
+    )
 
 
 @pytest.mark.slow
@@ -123,7 +142,9 @@ def test_start_stop_go_on(serve: Callable[..., Any], lab_page: Callable[..., Any
     stage.get_by_role("button", name="Stop and save").click()
     stage.locator(".pc-badge", has_text="Stopped").wait_for(timeout=60_000)
     after = [event for event in read_metrics(log) if event["kind"] == "step"]
-    assert after[:at] == before and [event["step"] for event in after] == list(range(1, len(after) + 1))
+    assert after[:at] == before and [event["step"] for event in after] == list(
+        range(1, len(after) + 1)
+    )
     found.check()
 
 
@@ -135,19 +156,28 @@ def test_scripts_of_other_tools_run(tool: str, tmp_path: Path) -> None:
     words = {
         "marimo": ["marimo", "-y", "-q", "export", "script", str(LAB), "-o", str(script)],
         "nbconvert": [
-            "nbconvert", "--to", "script", "--output-dir", str(tmp_path), "--output", "lab05",
+            "nbconvert",
+            "--to",
+            "script",
+            "--output-dir",
+            str(tmp_path),
+            "--output",
+            "lab05",
             str(LAB.parent / "notebooks" / "05_pretraining.ipynb"),
         ],
-    }[tool]  # fmt: skip
+    }[tool]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "NANOCHAT_BASE_DIR": str(tmp_path / "base")}
     env["JUPYTER_CONFIG_DIR"] = env["IPYTHONDIR"] = str(tmp_path / "jupyter")
     made = subprocess.run([sys.executable, "-m", *words], env=env, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     flags = ["--steps", "2", "--seconds", "0", "--tag", "two", "--model.n_layer", "1"]
     run = subprocess.run(
-        [sys.executable, str(script), *flags, "--batch_tokens", "512"], env=env, cwd=tmp_path,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, str(script), *flags, "--batch_tokens", "512"],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     log = read_metrics(tmp_path / "base" / "base_checkpoints" / "two" / "metrics.jsonl")
     assert [event["step"] for event in log if event["kind"] == "step"] == [1, 2]

@@ -69,7 +69,9 @@ def test_map_over_the_shipped_snapshots(shared: Shared, lab_page: LabOpener) -> 
         point = truth.labels.index(film.locator(".pc-atlas-name").inner_text())
         near = truth.near("input", "PCA", 2, frame, point)
         lists.append([truth.labels[i] for i in near.true])
-        expect(film.locator(".pc-atlas-true .pc-atlas-near .pc-mono")).to_have_text(lists[-1], timeout=60_000)
+        expect(film.locator(".pc-atlas-true .pc-atlas-near .pc-mono")).to_have_text(
+            lists[-1], timeout=60_000
+        )
     assert lists[0] != lists[1]
     found.check()
 
@@ -96,7 +98,9 @@ def check_alive(page: Page, number: str) -> None:
         expect(page.locator(".pc-check")).to_contain_text(re.compile(r"\d\.\d\d"), timeout=120_000)
     elif number == "01":
         page.locator(".pc-area").fill("blueberry")
-        expect(page.locator('.pc-playground [data-name="characters"]')).to_have_text("9", timeout=60_000)
+        expect(page.locator('.pc-playground [data-name="characters"]')).to_have_text(
+            "9", timeout=60_000
+        )
     elif number == "02":
         page.locator(".pc-prompt textarea").fill("red blue red blue")
         expect(page.locator(".pc-heads .pc-token")).to_have_count(
@@ -111,7 +115,9 @@ def check_alive(page: Page, number: str) -> None:
 
 
 # each lab once, in a host that keeps its kernel (edit, jupyter) or makes a new one (run)
-@pytest.mark.parametrize("number, host", [("00", "run"), ("01", "edit"), ("02", "jupyter"), ("03", "run")])
+@pytest.mark.parametrize(
+    "number, host", [("00", "run"), ("01", "edit"), ("02", "jupyter"), ("03", "run")]
+)
 def test_closed_in_mid_work_and_opened_again(
     number: str, host: str, serve: Serve, shared: Shared, lab_page: LabOpener
 ) -> None:

@@ -16,7 +16,14 @@ from browser import HOSTS, end_group, find_port, run_all_cells, wait_for
 
 from primechat import cli
 from primechat.desk.labs import twins
-from primechat.desk.labs.twins import LabConfig, build_words, find_lab, list_labs, read_title, write_twin
+from primechat.desk.labs.twins import (
+    LabConfig,
+    build_words,
+    find_lab,
+    list_labs,
+    read_title,
+    write_twin,
+)
 from primechat.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +38,9 @@ def environment(base_dir: Path) -> dict[str, str]:
 def test_labs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert LABS and cli.main(["lab", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(LABS) and all(line.endswith("?") for line in lines), "each title is a question"
+    assert len(lines) == len(LABS) and all(line.endswith("?") for line in lines), (
+        "each title is a question"
+    )
     assert all(read_title(path) in path.read_text(encoding="utf-8") for path in LABS)
     assert (
         find_lab("1")
@@ -53,12 +62,23 @@ def test_answers_wait_for_their_guess() -> None:
         calls = [node for node in nodes if isinstance(node, ast.Call)]
         guesses = [call for call in calls if ast.unparse(call.func) == "predict"]
         asked = {ast.unparse(call.args[0]) for call in guesses}
-        if any(ast.unparse(call.func) == "offer_model" for call in calls):  # it can be another one by then
+        if any(
+            ast.unparse(call.func) == "offer_model" for call in calls
+        ):  # it can be another one by then
             assert all(isinstance(call.args[2], ast.Lambda) for call in guesses), path.stem
-        gates = [ast.unparse(word.value) for call in calls for word in call.keywords if word.arg == "after"]
+        gates = [
+            ast.unparse(word.value)
+            for call in calls
+            for word in call.keywords
+            if word.arg == "after"
+        ]
         assert set(gates) <= asked, f"{path.stem}: a gate that no guess opens"
         waiting[path.stem[:2]] = len(gates)
-    assert waiting["01"] == 1 and waiting["03"] == 3 and min(waiting[n] for n in ("04", "06", "08")) == 1
+    assert (
+        waiting["01"] == 1
+        and waiting["03"] == 3
+        and min(waiting[n] for n in ("04", "06", "08")) == 1
+    )
 
 
 def test_commands_that_open_a_lab() -> None:
@@ -108,9 +128,13 @@ def test_lab_keeps_the_rules(path: Path) -> None:
             assert (node.end_lineno or 0) - node.lineno < 15, (
                 f"{node.name}: code of this length is the library's"
             )
-    guard = 'if __name__ == "__main__":\n    app.run()\n'  # what tests/test_pages.py runs of each lab
+    guard = (
+        'if __name__ == "__main__":\n    app.run()\n'  # what tests/test_pages.py runs of each lab
+    )
     assert text.endswith(f"\n\n\n{guard}"), "it runs as a script"
-    assert "mo.ui." not in text and "mo.hstack" not in text and "# /// script" not in text, "blank in Jupyter"
+    assert "mo.ui." not in text and "mo.hstack" not in text and "# /// script" not in text, (
+        "blank in Jupyter"
+    )
 
 
 def test_marimo_finds_nothing() -> None:
@@ -136,7 +160,9 @@ def test_twin_is_current(path: Path, tmp_path: Path) -> None:
 
 
 def test_no_twin_without_a_lab() -> None:
-    assert {path.stem for path in (ROOT / "labs" / "notebooks").glob("[!.]*")} == {path.stem for path in LABS}
+    assert {path.stem for path in (ROOT / "labs" / "notebooks").glob("[!.]*")} == {
+        path.stem for path in LABS
+    }
 
 
 LITTLE = """
@@ -184,14 +210,18 @@ def test_sync_writes_checks_and_removes(
     assert title["cell_type"] == "markdown" and "".join(title["source"]).startswith(
         "# Is it one?\n\n*In JupyterLab: press ⏩"
     )
-    assert "".join(last["source"]) == "1 + 1" and last["metadata"] == {"jupyter": {"source_hidden": True}}
+    assert "".join(last["source"]) == "1 + 1" and last["metadata"] == {
+        "jupyter": {"source_hidden": True}
+    }
     code = "".join(first["source"])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and sys.executable in done.stdout
     broken = code.replace("import primechat\n", "import primechat_that_is_not_here\n")
     done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, cwd=ROOT)
     assert (
-        done.returncode == 1 and "pip install -e '.[labs]'" in done.stderr and sys.executable in done.stderr
+        done.returncode == 1
+        and "pip install -e '.[labs]'" in done.stderr
+        and sys.executable in done.stderr
     )
     assert str(tmp_path) not in twin.read_text() and sys.prefix not in twin.read_text()
     (tmp_path / "labs" / "00_one.py").write_text("x = (")
@@ -202,14 +232,24 @@ def test_sync_writes_checks_and_removes(
 # These open in tests of their own, which check the same and more: test_lab_tokenizer, test_lab_attention,
 # test_lab_atlas, test_lab_training, test_start, test_chatpage.
 ELSEWHERE = {
-    "00": ("run",), "01": HOSTS, "02": HOSTS, "03": ("run", "jupyter"), "05": ("run",), "10": ("jupyter",),
-}  # fmt: skip
+    "00": ("run",),
+    "01": HOSTS,
+    "02": HOSTS,
+    "03": ("run", "jupyter"),
+    "05": ("run",),
+    "10": ("jupyter",),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "host"),
-    [(path, host) for host in HOSTS for path in LABS if host not in ELSEWHERE.get(path.stem[:2], ())],
+    [
+        (path, host)
+        for host in HOSTS
+        for path in LABS
+        if host not in ELSEWHERE.get(path.stem[:2], ())
+    ],
     ids=lambda value: value if isinstance(value, str) else value.stem,
 )
 def test_lab_opens_without_errors(
@@ -220,7 +260,9 @@ def test_lab_opens_without_errors(
     if host == "jupyter":
         run_all_cells(found.page, timeout_s=240)
     expected = max(1, path.read_text(encoding="utf-8").count("\n    show("))
-    found.page.locator(".pc:not(.pc-notice)").nth(expected - 1).wait_for(state="attached", timeout=180_000)
+    found.page.locator(".pc:not(.pc-notice)").nth(expected - 1).wait_for(
+        state="attached", timeout=180_000
+    )
     found.page.wait_for_timeout(1500)
     found.check()
 
@@ -230,14 +272,22 @@ def test_command_opens_a_lab_in_jupyter(tmp_path: Path, lab_page: Callable[..., 
     """JupyterLab comes up at the lab's twin, with marimo's extension out of its sandbox."""
     port, log = find_port(), tmp_path / "log"
     words = [sys.executable, "-m", "primechat.cli", "lab", "01", "--headless", "--port", str(port)]
-    folders = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython"}
+    folders = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "IPYTHONDIR": "ipython",
+    }
     places = {name: str(tmp_path / folder) for name, folder in folders.items()}
     extra = {"JUPYTER_TOKEN": "abc", "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "spaces")}
     with log.open("w") as out:
         process = subprocess.Popen(
-            words, env={**environment(tmp_path / "base"), **places, **extra}, stdout=out,
-            stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        )  # fmt: skip
+            words,
+            env={**environment(tmp_path / "base"), **places, **extra},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
         try:
             wait_for(f"http://127.0.0.1:{port}/api?token=abc", process, log)
             found = lab_page(f"http://127.0.0.1:{port}/?token=abc")

@@ -15,7 +15,9 @@ FOUND = {
     name: getattr(importlib.import_module(f"primechat.lessons.{name}"), "EXERCISES", ())
     for _, name, _ in pkgutil.iter_modules(lessons.__path__)
 }
-EXERCISES = [pytest.param(one, id=f"{name}-{one.title}") for name, found in FOUND.items() for one in found]
+EXERCISES = [
+    pytest.param(one, id=f"{name}-{one.title}") for name, found in FOUND.items() for one in found
+]
 
 
 def test_titles_are_told_apart() -> None:
@@ -25,7 +27,12 @@ def test_titles_are_told_apart() -> None:
 
 @pytest.mark.parametrize("exercise", EXERCISES)
 def test_check_knows_right_from_wrong(exercise: Exercise) -> None:
-    assert not is_stub(exercise.solution) and exercise.hint and exercise.task and exercise.solution_text
+    assert (
+        not is_stub(exercise.solution)
+        and exercise.hint
+        and exercise.task
+        and exercise.solution_text
+    )
     exercise.check(exercise.solution)
     assert len(exercise.mistakes) >= 3 and len({rule for _, rule in exercise.mistakes}) >= 2
     for attempt, rule in exercise.mistakes:
@@ -49,10 +56,16 @@ def test_function_that_returns_a_number_is_an_attempt() -> None:
 @pytest.mark.parametrize(
     ("lab", "index", "attempt"),
     [
-        ("start_here", 1, lambda nats, n_bytes: nats * 1.4427 / n_bytes),  # as the card's own sentence says
+        (
+            "start_here",
+            1,
+            lambda nats, n_bytes: nats * 1.4427 / n_bytes,
+        ),  # as the card's own sentence says
         ("pretraining", 0, lambda nats, n_bytes: nats / 0.693 / n_bytes),  # as its hint says
         ("autochat_entropy", 0, lambda p: -sum(x * math.log(x + 1e-8) for x in p)),
     ],
 )
-def test_check_accepts_what_is_right_but_for_rounding(lab: str, index: int, attempt: object) -> None:
+def test_check_accepts_what_is_right_but_for_rounding(
+    lab: str, index: int, attempt: object
+) -> None:
     FOUND[lab][index].check(attempt)

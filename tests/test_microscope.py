@@ -31,7 +31,9 @@ class Picker(HasTraits):
 def make_model(seed: int = 1, **changes: Any) -> GPT:
     shape = dict(vocab_size=VOCAB_SIZE, sequence_len=48, head_dim=8) | changes
     model = GPT(GPTConfig.modern(1, **shape))
-    config = GPTConfig(**{**vars(model.config), "n_layer": 3, "n_embd": 32, "n_head": 4, "n_kv_head": 4})
+    config = GPTConfig(
+        **{**vars(model.config), "n_layer": 3, "n_embd": 32, "n_head": 4, "n_kv_head": 4}
+    )
     model, generator = GPT(config), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, p in model.named_parameters():
@@ -57,7 +59,9 @@ def scope(monkeypatch: pytest.MonkeyPatch) -> Microscope:
 
 def test_look_shows_the_weights(scope: Microscope) -> None:
     view = scope.look()
-    seen = capture(scope.model, scope.scene.ids, points=["layer.*.attn.weights"]).stack("attn.weights")
+    seen = capture(scope.model, scope.scene.ids, points=["layer.*.attn.weights"]).stack(
+        "attn.weights"
+    )
     n = len(scope.scene.ids)
     assert view.tokens == ["<|bos|>", *"ab abc ab"] and view.at == n - 1
     thumbs = np.frombuffer(view.thumbs, np.uint8).reshape(3, 4, n, n)
@@ -78,7 +82,9 @@ def test_long_texts_are_read_in_slices(scope: Microscope, monkeypatch: pytest.Mo
     assert [start for start, _ in again.walk_weights()] == [0, 1, 2]
     assert np.array_equal(again.overview[0], whole)
     assert np.array_equal(again.overview[1].entropy, scores.entropy)
-    assert np.array_equal(again.read_head(0, 1), scope.scene.read_head(0, 1)), "a layer no longer held"
+    assert np.array_equal(again.read_head(0, 1), scope.scene.read_head(0, 1)), (
+        "a layer no longer held"
+    )
     weights = np.zeros((1, 70, 70))
     weights[0, 69, 3] = 0.7
     small = pool_weights(weights)
@@ -88,7 +94,9 @@ def test_long_texts_are_read_in_slices(scope: Microscope, monkeypatch: pytest.Mo
 def test_switches_show_what_is_lost(scope: Microscope) -> None:
     view = scope.ablate()
     assert view.data["loss"] == view.data["base"] and not any(view.data["deltas"])
-    assert all(row["value"] == row["before"] for row in view.data["guesses"]), "nothing off, nothing moved"
+    assert all(row["value"] == row["before"] for row in view.data["guesses"]), (
+        "nothing off, nothing moved"
+    )
     view.off = ["layer.1.head.2", "layer.0.mlp"]
     cut = capture(scope.model, scope.scene.ids, points=["logits"], ablate=view.off)
     assert view.data["loss"] == pytest.approx(float(cut.losses.mean()))
@@ -170,8 +178,14 @@ def test_lens_and_shares(scope: Microscope) -> None:
     lens, shares = scope.lens(), scope.shares()
     logits = capture(scope.model, scope.scene.ids, points=["logits"])["logits"]
     spell = [scope.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in range(VOCAB_SIZE)]
-    assert [cell["top"][0][0] for cell in lens.data["cells"][-1]] == [spell[i] for i in logits.argmax(-1)]
-    assert lens.data["stages"] == ["embedding", *(f"after layer {i}" for i in range(3)), "whole model"]
+    assert [cell["top"][0][0] for cell in lens.data["cells"][-1]] == [
+        spell[i] for i in logits.argmax(-1)
+    ]
+    assert lens.data["stages"] == [
+        "embedding",
+        *(f"after layer {i}" for i in range(3)),
+        "whole model",
+    ]
     shares.opened = True
     assert sum(shares.data["values"]) == pytest.approx(shares.data["logit"], abs=1e-4)
     assert shares.data["capped"] == pytest.approx(float(logits[-1, shares.token]), abs=1e-3)
@@ -180,7 +194,9 @@ def test_lens_and_shares(scope: Microscope) -> None:
     assert shares.data["label"] == other["label"]
     assert shares.data["capped"] == pytest.approx(float(logits[-1, other["id"]]), abs=1e-3)
     lens.control = True
-    assert [cell["top"][0] for cell in lens.data["cells"][-1]] != [spell[i] for i in logits.argmax(-1)]
+    assert [cell["top"][0] for cell in lens.data["cells"][-1]] != [
+        spell[i] for i in logits.argmax(-1)
+    ]
 
 
 def test_neurons_add_up(scope: Microscope) -> None:
@@ -189,7 +205,9 @@ def test_neurons_add_up(scope: Microscope) -> None:
     scope.look().head = [1, 3]
     view.key = 4
     q, k, product = (np.array(view.data["bands"][i]["values"]) for i in (1, 3, 4))
-    assert np.allclose(q * k, product) and view.data["product"] == pytest.approx(product.sum(), abs=1e-4)
+    assert np.allclose(q * k, product) and view.data["product"] == pytest.approx(
+        product.sum(), abs=1e-4
+    )
     scores = []
     for key in range(len(scope.scene.ids)):
         view.key = key
@@ -243,7 +261,9 @@ def test_time_machine(scope: Microscope, monkeypatch: pytest.MonkeyPatch) -> Non
     view.moment = 0
     now = (view.data["lens"], view.data["guesses"], view.thumbs, view.data["loss"])
     assert all(a != b for a, b in zip(now, last, strict=True)), "attention, lens and guesses move"
-    assert view.data["loss"] == pytest.approx(float(capture(make_model(3), scope.scene.ids).losses.mean()))
+    assert view.data["loss"] == pytest.approx(
+        float(capture(make_model(3), scope.scene.ids).losses.mean())
+    )
     view.moment = 2
     assert opened == ["base/one@snap:9", "base/one@snap:3"], "each is opened once"
     view.at = 2
@@ -251,7 +271,9 @@ def test_time_machine(scope: Microscope, monkeypatch: pytest.MonkeyPatch) -> Non
     view.at = 5
     assert view.data["lens"] != lens
     scope.picker.identifier = "base/two"
-    assert view.steps == [1, 8] and opened[-1] == "shipped/base/lapse@snap:8", "else the one that ships"
+    assert view.steps == [1, 8] and opened[-1] == "shipped/base/lapse@snap:8", (
+        "else the one that ships"
+    )
 
 
 def test_survey_is_measured(scope: Microscope) -> None:
@@ -264,7 +286,11 @@ def test_survey_is_measured(scope: Microscope) -> None:
     assert effect in survey.EFFECTS and "nats" in said
     stage, said = survey.find_settling(scope.scene)
     assert stage in survey.STAGES and said.count("%") == 4
-    guess = Prediction("?", survey.PLACES, lambda: survey.find_favourite(scope.scene), why="Measured: {}.")
-    scope.prompt.text = "I like the dog. The dog likes me."  # what the answer is about, once it is asked for
+    guess = Prediction(
+        "?", survey.PLACES, lambda: survey.find_favourite(scope.scene), why="Measured: {}."
+    )
+    scope.prompt.text = (
+        "I like the dog. The dog likes me."  # what the answer is about, once it is asked for
+    )
     answer, said = survey.find_favourite(scope.scene)
     assert guess.answer_settle() == {"answer": answer, "why": f"Measured: {said}."}

@@ -93,10 +93,15 @@ def little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_page_holds_the_whole_lab(little: Path, tmp_path: Path, lab_page: Callable[..., Any]) -> None:
+def test_page_holds_the_whole_lab(
+    little: Path, tmp_path: Path, lab_page: Callable[..., Any]
+) -> None:
     out = tmp_path / "out"
     assert cli.main(["lab", "render", str(out)]) == 0
-    assert not runner.still and {path.name for path in out.iterdir()} == {"index.html", "07_little.html"}
+    assert not runner.still and {path.name for path in out.iterdir()} == {
+        "index.html",
+        "07_little.html",
+    }
     text = (out / "07_little.html").read_text(encoding="utf-8")
     assert text.count("</script>") == text.count("<script") == 3 + text.count("Plotly.newPlot("), (
         "one plotly, data, code"
@@ -130,7 +135,9 @@ def test_chosen_labs_alone_without_private_models(
     assert {path.name for path in out.iterdir()} == {"index.html", "08_other.html"}
     text = (out / "08_other.html").read_text(encoding="utf-8")
     assert str(tmp_path / "mine") not in text and "07_little.html" not in text
-    assert "~/.cache/nanochat printed" in text, "the folder that stands in for it is not told either"
+    assert "~/.cache/nanochat printed" in text, (
+        "the folder that stands in for it is not told either"
+    )
     assert os.environ["NANOCHAT_BASE_DIR"] == str(tmp_path / "mine")
     assert cli.main(["lab", "render", str(out), "08", "--own"]) == 0
     assert str(tmp_path / "mine") in (out / "08_other.html").read_text(encoding="utf-8")
@@ -142,8 +149,12 @@ def test_chosen_labs_alone_without_private_models(
     assert cli.main(["lab", "render", str(out), "33"]) == 2
 
 
-def test_fault_of_one_lab_is_told(little: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (little / "08_broken.py").write_text(LAB.replace('print("printed', 'raise OSError("no ink")  # ("'))
+def test_fault_of_one_lab_is_told(
+    little: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (little / "08_broken.py").write_text(
+        LAB.replace('print("printed', 'raise OSError("no ink")  # ("')
+    )
     assert cli.main(["lab", "render", str(tmp_path / "out")]) == 1
     said = capsys.readouterr()
     assert "08_broken.py: OSError: no ink" in said.err and "07_little.html" in said.out
@@ -156,14 +167,17 @@ def test_a_page_opens_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     before = threading.active_count()
     view = open_chat("shipped/sft")
     assert threading.active_count() == before and view.first["chosen"] == ["shipped/sft"]
-    assert lab.exercise(EXERCISES[0]).message.startswith("To try it, open the lab"), "it cannot be run here"
+    assert lab.exercise(EXERCISES[0]).message.startswith("To try it, open the lab"), (
+        "it cannot be run here"
+    )
 
 
 def test_bytes_and_numbers_travel() -> None:
     import numpy as np
 
     assert (
-        pages.encode_bytes(memoryview(b"ab")) == {"base64": "YWI="} and pages.encode_bytes(np.float32(1)) == 1
+        pages.encode_bytes(memoryview(b"ab")) == {"base64": "YWI="}
+        and pages.encode_bytes(np.float32(1)) == 1
     )
     with pytest.raises(TypeError, match="set cannot stand"):
         pages.encode_bytes({1})

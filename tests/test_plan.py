@@ -40,12 +40,18 @@ def test_known_runs() -> None:
     assert sum(d20.params.values()) == 560_988_160 and d20.flops_per_token == 3_491_758_080
     assert (d20.steps, d20.tokens) == (21_400, 11_219_763_200)
     assert d20.total_flops == pytest.approx(3.918e19, rel=1e-3)
-    assert d20.train_s / 3600 == pytest.approx(2.96, abs=0.01) and d20.dollars == pytest.approx(85, abs=0.5)
+    assert d20.train_s / 3600 == pytest.approx(2.96, abs=0.01) and d20.dollars == pytest.approx(
+        85, abs=0.5
+    )
     assert (d20.micro_batch_rows, d20.accumulate, d20.shards) == (32, 1, 216) and d20.fits
     d32 = make_plan(full_config(32), find_machine("8xH200"))
-    assert sum(d32.params.values()) == 1_879_048_192 and d32.tokens == pytest.approx(37.6e9, rel=1e-3)
+    assert sum(d32.params.values()) == 1_879_048_192 and d32.tokens == pytest.approx(
+        37.6e9, rel=1e-3
+    )
     assert d32.total_flops == pytest.approx(4.54e20, rel=1e-3) and d32.shards == 722
-    assert d32.train_s / 3600 == pytest.approx(34, abs=0.5) and d32.dollars == pytest.approx(980, abs=10)
+    assert d32.train_s / 3600 == pytest.approx(34, abs=0.5) and d32.dollars == pytest.approx(
+        980, abs=10
+    )
     assert d32.disk["shards of text"] == pytest.approx(72e9, rel=0.01) and not d32.fits
 
 
@@ -61,9 +67,16 @@ def test_eviction_fits_the_pod() -> None:
 
 SHAPES = [
     *(GPTConfig.classic(depth, vocab_size=512, sequence_len=64) for depth in (1, 2, 3, 7, 20)),
-    *(GPTConfig.modern(depth, vocab_size=777, sequence_len=64, head_dim=64) for depth in (1, 2, 5, 12)),
+    *(
+        GPTConfig.modern(depth, vocab_size=777, sequence_len=64, head_dim=64)
+        for depth in (1, 2, 5, 12)
+    ),
     replace(GPTConfig.modern(4, vocab_size=300, sequence_len=64, head_dim=64), n_kv_head=2),
-    replace(GPTConfig.modern(4, vocab_size=300, sequence_len=64, head_dim=64), smear=False, backout=False),
+    replace(
+        GPTConfig.modern(4, vocab_size=300, sequence_len=64, head_dim=64),
+        smear=False,
+        backout=False,
+    ),
     replace(GPTConfig.classic(4, vocab_size=300, sequence_len=64), value_embeddings=True),
 ]
 
@@ -73,12 +86,17 @@ def test_counts_are_the_built_models(shape: GPTConfig) -> None:
     with torch.device("meta"):
         model = GPT(shape)
     kinds = {
-        "token embedding": "transformer.wte", "value embeddings": "value_embeds", "output head": "lm_head",
-        "attention": ".attn.", "mlp": ".mlp.",
-    }  # fmt: skip
+        "token embedding": "transformer.wte",
+        "value embeddings": "value_embeds",
+        "output head": "lm_head",
+        "attention": ".attn.",
+        "mlp": ".mlp.",
+    }
     built = dict.fromkeys([*kinds, "scalars and gates"], 0)
     for name, p in model.named_parameters():
-        built[next((kind for kind, part in kinds.items() if part in name), "scalars and gates")] += p.numel()
+        built[
+            next((kind for kind, part in kinds.items() if part in name), "scalars and gates")
+        ] += p.numel()
     assert count_params(shape) == built
     assert shape.n_params == sum(built.values())
 
@@ -87,7 +105,9 @@ def test_windows_cost_less() -> None:
     long = GPTConfig.modern(12)
     assert count_flops(long) < count_flops(replace(long, window_pattern=""))
     # every look at 2,048 tokens, of 12 layers nine at a quarter
-    assert count_flops(replace(long, window_pattern="")) - count_flops(long) == 12 * 768 * 9 * (2048 - 512)
+    assert count_flops(replace(long, window_pattern="")) - count_flops(long) == 12 * 768 * 9 * (
+        2048 - 512
+    )
 
 
 def test_rows_and_memory() -> None:
@@ -112,7 +132,9 @@ MEASURED = [  # shape, rows of a step, of a micro-batch, dtype
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-@pytest.mark.parametrize(("shape", "rows", "micro", "dtype"), MEASURED, ids=["classic", "modern", "half"])
+@pytest.mark.parametrize(
+    ("shape", "rows", "micro", "dtype"), MEASURED, ids=["classic", "modern", "half"]
+)
 def test_memory(shape: GPTConfig, rows: int, micro: int, dtype: str) -> None:
     def build(model: GPTConfig, rows: int, micro: int) -> PretrainConfig:
         runtime = RuntimeConfig(device="cpu", dtype=dtype, micro_batch_rows=micro)
@@ -121,13 +143,22 @@ def test_memory(shape: GPTConfig, rows: int, micro: int, dtype: str) -> None:
     config = build(shape, rows, micro)
     tiny = build(GPTConfig.modern(1, vocab_size=300, sequence_len=32, head_dim=64), 2, 1)
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("peak_main.py")),
-         *(json.dumps(encode_config(c)) for c in (config, tiny))],
-        capture_output=True, text=True, timeout=300,
+        [
+            sys.executable,
+            str(Path(__file__).with_name("peak_main.py")),
+            *(json.dumps(encode_config(c)) for c in (config, tiny)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
         # Each tensor of its own, so that no gaps between them are measured; and nothing of what oneDNN keeps
         # of each shape, on processors with units for bfloat16 another 45 MB.
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1"},
-    )  # fmt: skip
+        env={
+            **os.environ,
+            "MALLOC_MMAP_THRESHOLD_": "1000000",
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1",
+        },
+    )
     assert done.returncode == 0, done.stderr
     predicted = sum(estimate_memory(config, micro, device="cpu", dtype=dtype).values())
     assert predicted == pytest.approx(float(done.stdout), rel=0.15)
@@ -196,12 +227,13 @@ def test_forecast_refuses() -> None:
     target = (5_200_000, 8_000_000)
     rising = [replace(run, bpb=1 + run.n_params / 1e6 + run.tokens / 1e6) for run in runs]
     for bad, goal, words in (
-        (runs[:4], target, "too few"), (runs, (5_200_000, 10**9), "more than 30 times"),
+        (runs[:4], target, "too few"),
+        (runs, (5_200_000, 10**9), "more than 30 times"),
         ([replace(run, bpb=float("nan")) for run in runs], target, "no positive numbers"),
         (rising, target, "does not fall"),
         ([replace(run, n_params=400_000) for run in runs], target, "nearly equal sizes"),
         ([replace(run, tokens=400_000) for run in runs], target, "nearly equal numbers of tokens"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ConfigError, match=words):
             forecast_bpb(bad, [goal])
 
@@ -226,9 +258,17 @@ def test_recorded_runs() -> None:
 
 def test_small_runs(base_dir: Path) -> None:
     """Small runs and the one held out, stopped and gone on with; a picture of both."""
-    config = forecasts.SmallRunsConfig(depths="2, 1", tokens="20000,10000", held_out=3, eval_tokens=512)
+    config = forecasts.SmallRunsConfig(
+        depths="2, 1", tokens="20000,10000", held_out=3, eval_tokens=512
+    )
     plans = config.plan_runs()
-    assert [(plan.model.n_layer, plan.steps) for plan in plans] == [(1, 5), (1, 10), (2, 5), (2, 10), (3, 10)]
+    assert [(plan.model.n_layer, plan.steps) for plan in plans] == [
+        (1, 5),
+        (1, 10),
+        (2, 5),
+        (2, 10),
+        (3, 10),
+    ]
     stop = threading.Event()
 
     def hear(event: Event) -> None:
@@ -240,7 +280,9 @@ def test_small_runs(base_dir: Path) -> None:
     assert "let the series end" in forecasts.show_forecast(first)[0]
     assert "press Start" in forecasts.show_forecast(None)[0]
     whole = forecasts.train_small(replace(config, resume=True))
-    assert not whole.stopped and len(whole.runs) == 4 and whole.held_out[0][0] == "3 blocks, held out"
+    assert (
+        not whole.stopped and len(whole.runs) == 4 and whole.held_out[0][0] == "3 blocks, held out"
+    )
     assert whole.held_out[0][1].tokens == 10 * 2048
     with pytest.raises(ConfigError, match="depths='x' must be whole numbers"):
         forecasts.SmallRunsConfig(depths="1, x")

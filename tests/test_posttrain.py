@@ -31,7 +31,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lit_tokens_are_the_assistants() -> None:
     _, tokenizer, _ = posttrain.borrow_model("shipped/base")
     talk = {
-        "messages": [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine!"}]
+        "messages": [
+            {"role": "user", "content": "How are you?"},
+            {"role": "assistant", "content": "Fine!"},
+        ]
     }
     ids, mask = tokenizer.render_conversation(talk)
     parts = posttrain.light_tokens(ids, mask, tokenizer)
@@ -57,21 +60,29 @@ def test_shelf(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_series_of_adapters_is_remembered() -> None:
-    plan = posttrain.SeriesConfig(model="shipped/sft", names="2, full", seeds=1, steps=2, batch_tokens=1024)
+    plan = posttrain.SeriesConfig(
+        model="shipped/sft", names="2, full", seeds=1, steps=2, batch_tokens=1024
+    )
     heard: list[Event] = []
     rows = posttrain.compare_ranks(plan, on_event=heard.append)
-    assert [row["name"] for row in rows] == ["2", "full"] and rows[0]["parameters"] < rows[1]["parameters"]
+    assert [row["name"] for row in rows] == ["2", "full"] and rows[0]["parameters"] < rows[1][
+        "parameters"
+    ]
     assert all(row["gain"] != 0 and "forgotten" in row for row in rows)
     assert rows[0]["optimizer MB"] < 0.2 * rows[1]["optimizer MB"]
     n_steps = sum(event.kind == "step" for event in heard)
     heard.clear()
     assert posttrain.compare_ranks(plan, on_event=heard.append) == rows
     assert n_steps == 4 and not any(event.kind == "step" for event in heard)
-    table = series.sum_rows([rows[0], {**rows[0], "seed": 1, "gain": rows[0]["gain"] + 0.2}], ("gain",))
+    table = series.sum_rows(
+        [rows[0], {**rows[0], "seed": 1, "gain": rows[0]["gain"] + 0.2}], ("gain",)
+    )
     first = rows[0]["gain"]
     assert table == [{"run": "2", "seeds": 2, "gain": f"{first:.3f}, {first + 0.2:.3f}"}]
     three = [{**rows[0], "gain": first + 0.1 * i} for i in range(3)]
-    assert series.sum_rows(three, ("gain",))[0]["gain"] == f"{first + 0.1:.3f} ± 0.248"  # 4.303 x 0.1 / 3^0.5
+    assert (
+        series.sum_rows(three, ("gain",))[0]["gain"] == f"{first + 0.1:.3f} ± 0.248"
+    )  # 4.303 x 0.1 / 3^0.5
     spectra = posttrain.find_spectra(rows, "shipped/sft")
     assert len(spectra["adapter"]) == 2 and len(spectra["full fine-tuning"]) > 32
     axes = posttrain.name_axes(rows)
@@ -81,16 +92,24 @@ def test_series_of_adapters_is_remembered() -> None:
     plain = posttrain.write_reply("shipped/sft", "Hello")
     name = dial.adapters[0]
     assert dial.answer_write("Hello", 0.0, name)["text"] == plain  # exactly the base
-    assert dial.answer_write("Hello", 9.0, name)["text"] == dial.answer_write("Hello", 2.0, name)["text"]
+    assert (
+        dial.answer_write("Hello", 9.0, name)["text"]
+        == dial.answer_write("Hello", 2.0, name)["text"]
+    )
 
 
 @pytest.mark.slow
 def test_sets_have_common_ground() -> None:
     plan = posttrain.SeriesConfig(names="faq, topic:food", seeds=1, steps=2, batch_tokens=1024)
     rows = posttrain.compare_sets(plan)
-    before, after = (series.score_together(name, plan) for name in ("shipped/base", rows[0]["identifier"]))
+    before, after = (
+        series.score_together(name, plan) for name in ("shipped/base", rows[0]["identifier"])
+    )
     assert rows[0]["common gain"] == pytest.approx(before - after) and before - after > 0
-    assert rows[0]["common gain"] != rows[0]["gain"] and rows[1]["common gain"] != rows[0]["common gain"]
+    assert (
+        rows[0]["common gain"] != rows[0]["gain"]
+        and rows[1]["common gain"] != rows[0]["common gain"]
+    )
     assert list(posttrain.name_axes(rows)[0])[1] == "gain on the common talks, bits per byte"
 
 
@@ -101,19 +120,25 @@ def test_students(tmp_path: Path) -> None:
     assert rows[0]["retention"] > 0 and 0 <= rows[0]["agreement"] <= 1
     result: Any = store.load_run(store.run_dir("base", rows[0]["identifier"].partition("/")[2]))
     assert [name for name, points in posttrain.list_retention(result).items() if points] == [
-        "retention", "agreement",
-    ]  # fmt: skip
+        "retention",
+        "agreement",
+    ]
     assert list(posttrain.list_by_size(rows)) == ["taught"]
     three = [{**rows[0], "retention": 0.5 + 0.1 * i} for i in range(3)]
     ((_, mean, low, high),) = posttrain.list_by_size(three)["taught"]
-    assert mean == pytest.approx(0.6) and high - mean == mean - low == pytest.approx(0.2484, abs=1e-3)
+    assert mean == pytest.approx(0.6) and high - mean == mean - low == pytest.approx(
+        0.2484, abs=1e-3
+    )
     drawn = draw_lines(posttrain.list_by_size(three), "size", "retention").data[0]
     assert drawn.error_y.array[0] == pytest.approx(high - mean)
     more = posttrain.add_teacher(rows, "shipped/base")
     assert [row["name"] for row in more[1:]] == ["the teacher", "the text itself"]
     assert all(0 < row["distinct-2"] <= 1 and 0 <= row["repetition"] < 1 for row in more)
-    said = {key: text for row in posttrain.open_table(more, ("distinct-2",), diversity=False).output["parts"]
-            for key, text in [(r[0], r[-1]) for r in row["rows"]]}  # fmt: skip
+    said = {
+        key: text
+        for row in posttrain.open_table(more, ("distinct-2",), diversity=False).output["parts"]
+        for key, text in [(r[0], r[-1]) for r in row["rows"]]
+    }
     assert said["the teacher"] == f"{more[1]['distinct-2']:.3f}"
     heat = posttrain.open_heat(rows[0]["identifier"], "shipped/base").answer_measure("Hello")
     assert heat["tokens"] and all(t["kl"] >= 0 for t in heat["tokens"])
@@ -132,7 +157,10 @@ def test_what_is_compared_can_be_written() -> None:
     for wrong in (dict(names=" , "), dict(seeds=0), dict(steps=0)):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             posttrain.SeriesConfig(**wrong)  # type: ignore[arg-type]
-    for function, names in ((posttrain.compare_ranks, "0"), (posttrain.compare_sizes, "eighth, taught")):
+    for function, names in (
+        (posttrain.compare_ranks, "0"),
+        (posttrain.compare_sizes, "eighth, taught"),
+    ):
         with pytest.raises(ConfigError, match="correct it"):
             function(posttrain.SeriesConfig(names=names))
 
@@ -141,9 +169,15 @@ def test_nothing_has_run_yet() -> None:
     figure = draw_lines(posttrain.list_curves(None), "step", "bits per byte")
     assert "Nothing to draw yet" in figure.layout.annotations[-1].text
     assert "Nothing to draw yet" in draw_tradeoff([], "a", "b").layout.annotations[-1].text
-    assert posttrain.open_table(None, ("gain",)).output["parts"][0]["rows"][0][0].startswith("nothing yet")
+    assert (
+        posttrain.open_table(None, ("gain",))
+        .output["parts"][0]["rows"][0][0]
+        .startswith("nothing yet")
+    )
     assert posttrain.find_spectra(None, "shipped/sft") == {} and posttrain.list_by_size(None) == {}
-    assert "No student yet" in str(posttrain.open_heat(posttrain.pick_student(None), "shipped/base").output)
+    assert "No student yet" in str(
+        posttrain.open_heat(posttrain.pick_student(None), "shipped/base").output
+    )
     assert (
         "when the run above is done"
         in posttrain.open_breakdown(None, "shipped/base").output["parts"][0]["text"]

@@ -36,7 +36,10 @@ from primechat.model.lora import LoraSpec, attach
 
 FIXTURES = Path(__file__).parent / "fixtures" / "nanochat"
 MODERN = replace(
-    GPTConfig.modern(3, vocab_size=97, sequence_len=48, head_dim=16), n_embd=64, n_head=4, n_kv_head=2
+    GPTConfig.modern(3, vocab_size=97, sequence_len=48, head_dim=16),
+    n_embd=64,
+    n_head=4,
+    n_kv_head=2,
 )
 CONFIGS = {
     "classic": replace(GPTConfig.classic(2, vocab_size=97, sequence_len=48), n_head=4, n_kv_head=4),
@@ -68,9 +71,13 @@ def test_reading_changes_nothing(name: str) -> None:
     assert np.array_equal(seen["logits"], want) and np.array_equal(seen.last, want[-1])
     assert np.array_equal(seen["final"], hidden)
     assert np.allclose(seen.losses, losses, atol=1e-5)
-    assert list(seen.points) == list_points(dissect(model)), "each point is passed, in the order listed"
+    assert list(seen.points) == list_points(dissect(model)), (
+        "each point is passed, in the order listed"
+    )
     nothing = capture(model, IDS, points=["logits"], ablate=(), patch=Patch(source=seen, points=()))
-    same = capture(model, IDS, points=["logits"], patch=Patch(source=seen, points=("layer.0.resid",)))
+    same = capture(
+        model, IDS, points=["logits"], patch=Patch(source=seen, points=("layer.0.resid",))
+    )
     assert np.array_equal(nothing["logits"], want) and np.array_equal(same["logits"], want)
 
 
@@ -97,8 +104,14 @@ def test_shapes_and_weights(name: str) -> None:
     ids = IDS * 4
     seen = capture(model, ids, points=["layer.*", "embed"])
     for i in range(c.n_layer):
-        q, k, v, w, heads = (seen[f"layer.{i}.attn.{p}"] for p in ("q", "k", "v", "weights", "heads"))
-        assert q.shape == (T, c.n_head, c.head_dim) and k.shape == v.shape == (T, c.n_kv_head, c.head_dim)
+        q, k, v, w, heads = (
+            seen[f"layer.{i}.attn.{p}"] for p in ("q", "k", "v", "weights", "heads")
+        )
+        assert q.shape == (T, c.n_head, c.head_dim) and k.shape == v.shape == (
+            T,
+            c.n_kv_head,
+            c.head_dim,
+        )
         assert w.shape == (c.n_head, T, T) and np.allclose(w.sum(-1), 1, atol=1e-5)
         assert not np.triu(w, 1).any() and (w >= 0).all()
         left = c.window(i)
@@ -156,7 +169,9 @@ def test_attribution_sums_to_the_logit(name: str) -> None:
         other = attribute(model, seen, at, token, against=3)
         want -= float(head[3] @ seen["final"][at].astype(np.float64))
         assert other.values.sum() == pytest.approx(want, abs=1e-4)
-        assert sum(abs(v) > 1e-3 for v in parts.values) > len(parts.values) / 2, "no part is idle here"
+        assert sum(abs(v) > 1e-3 for v in parts.values) > len(parts.values) / 2, (
+            "no part is idle here"
+        )
     cap = model.config.logit_softcap
     raw = attribute(model, seen, -1, token).values.sum()
     assert seen.last[token] == pytest.approx(cap * math.tanh(raw / cap) if cap else raw, abs=1e-3)
@@ -168,7 +183,9 @@ def test_attribution_of_a_part_is_its_effect() -> None:
     seen = capture(model, IDS, points=[*READABLE, "layer.2.mlp.out"])
     value = dict(zip(*(lambda a: (a.parts, a.values))(attribute(model, seen, -1, 7)), strict=True))
     pull = dissect(model).readout(torch.from_numpy(seen["last"][-1]), [7]).numpy()[0]
-    assert value["layer.2.mlp"] == pytest.approx(float(seen["layer.2.mlp.out"][-1] @ pull), abs=1e-5)
+    assert value["layer.2.mlp"] == pytest.approx(
+        float(seen["layer.2.mlp.out"][-1] @ pull), abs=1e-5
+    )
 
 
 def test_adapters_are_seen() -> None:
@@ -204,12 +221,19 @@ def test_patch_carries_a_state() -> None:
     model = make_model("modern")
     other = [*IDS[:5], (IDS[5] + 1) % 97, *IDS[6:]]
     clean = capture(model, IDS, points=["*"])
-    full = capture(model, other, points=["logits"], patch=Patch(source=clean, points=("layer.2.resid",)))
-    assert not np.array_equal(full["logits"], clean["logits"]), "the middle and the embedding still differ"
+    full = capture(
+        model, other, points=["logits"], patch=Patch(source=clean, points=("layer.2.resid",))
+    )
+    assert not np.array_equal(full["logits"], clean["logits"]), (
+        "the middle and the embedding still differ"
+    )
     stream = capture(model, other, points=["logits"], patch=Patch(source=clean, points=("last",)))
     assert np.array_equal(stream["logits"], clean["logits"])
     one = capture(
-        model, other, points=["layer.*.resid"], patch=Patch(source=clean, points=("layer.0.head.1",), at=(9,))
+        model,
+        other,
+        points=["layer.*.resid"],
+        patch=Patch(source=clean, points=("layer.0.head.1",), at=(9,)),
     )
     plain = capture(model, other, points=["layer.*.resid"])
     moved = np.abs(one["layer.0.resid"] - plain["layer.0.resid"]).max(-1)
@@ -232,8 +256,12 @@ def test_patch_grid() -> None:
         for t in (3, 7, 11):
             last = capture(model, other, patch=Patch(source=seen, points=(point,), at=(t,))).last
             assert grid[r, t] == pytest.approx(float(last[5] - last[9]), abs=1e-4)
-    assert grid[0, 3] == pytest.approx(top, abs=1e-4), "the one token that differs, carried at the start"
-    assert grid[2, 11] == pytest.approx(top, abs=1e-4) and grid[0, 0] == pytest.approx(bottom, abs=1e-4)
+    assert grid[0, 3] == pytest.approx(top, abs=1e-4), (
+        "the one token that differs, carried at the start"
+    )
+    assert grid[2, 11] == pytest.approx(top, abs=1e-4) and grid[0, 0] == pytest.approx(
+        bottom, abs=1e-4
+    )
     with pytest.raises(ConfigError, match="must be equal; reword one"):
         patch_grid(model, clean, other[:-1], 5, 9)
 

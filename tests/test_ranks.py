@@ -32,15 +32,31 @@ def make_config(tag: str, steps: int = 30, **changes: Any) -> PretrainConfig:
     return replace(config, look=replace(config.look, save_every=5), **changes)
 
 
-def launch(tmp_path: Path, config: PretrainConfig, ranks: int, *words: str) -> subprocess.Popen[str]:
+def launch(
+    tmp_path: Path, config: PretrainConfig, ranks: int, *words: str
+) -> subprocess.Popen[str]:
     file = tmp_path / f"{config.tag}.json"
     file.write_text(json.dumps(encode_config(config)))
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-         "-m", "primechat.cli", "pretrain", "--config", str(file), *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            "-m",
+            "primechat.cli",
+            "pretrain",
+            "--config",
+            str(file),
+            *words,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
 
 
 def read_losses(tag: str) -> list[float]:
@@ -52,12 +68,21 @@ def test_budget_stops(base_dir: Path) -> None:
     """A run that has spent its money saves, stops, says so; a higher budget lets it go on."""
     told: list[Any] = []
     runtime = RuntimeConfig(
-        device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=4, max_dollars=0.001,
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        compile="off",
+        micro_batch_rows=4,
+        max_dollars=0.001,
         dollars_per_hour=3600.0,
-    )  # fmt: skip
+    )
     config = make_config("poor", runtime=runtime)
     run = pretrain(config, on_event=told.append)
-    assert run.stopped and 0 < run.step < 30 and find_steps(store.run_dir("base", "poor"))[-1] == run.step
+    assert (
+        run.stopped
+        and 0 < run.step < 30
+        and find_steps(store.run_dir("base", "poor"))[-1] == run.step
+    )
     assert any(isinstance(e, NoteEvent) and "The budget is spent" in e.text for e in told)
     again = pretrain(replace(config, resume=True))
     assert again.step == run.step + 1 and again.stopped, "what was spent before counts"
@@ -83,7 +108,9 @@ def test_two_ranks_write_one_run(base_dir: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, err
     np.testing.assert_allclose(read_losses("both"), read_losses("alone"), rtol=0, atol=1e-5)
     assert out.count("bits per byte,") == 1 and out.count("Going on from step") == 1, "one log"
-    whole, parts = (load_checkpoint(store.run_dir("base", t), 30, want_optim=True) for t in ("alone", "both"))
+    whole, parts = (
+        load_checkpoint(store.run_dir("base", t), 30, want_optim=True) for t in ("alone", "both")
+    )
     assert [m.shape for m in whole.optim_state["optimizer"]["momenta"]] == [
         m.shape for m in parts.optim_state["optimizer"]["momenta"]
     ]
@@ -95,7 +122,9 @@ def test_killed_rank_ends_the_job(base_dir: Path, tmp_path: Path) -> None:
     folder, limit = store.run_dir("base", "broken"), time.monotonic() + 120
     while not find_steps(folder) and time.monotonic() < limit:
         time.sleep(0.05)
-    ranks = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    ranks = subprocess.run(
+        ["pgrep", "-P", str(job.pid)], capture_output=True, text=True
+    ).stdout.split()
     assert len(ranks) == 2
     t_start = time.monotonic()
     os.kill(int(ranks[1]), signal.SIGKILL)
@@ -128,7 +157,19 @@ def test_machines_share_a_disk(base_dir: Path, tmp_path: Path) -> None:
         f"sys.exit(main(['pretrain', '--config', {str(file)!r}, *(['--resume'] if here else [])]))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode != 0 and done.stderr.count("a disk that all of them share") == 1, done.stderr
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(script),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode != 0 and done.stderr.count("a disk that all of them share") == 1, (
+        done.stderr
+    )

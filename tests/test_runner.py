@@ -20,7 +20,13 @@ import primechat as pc
 from primechat import cli, lab
 from primechat.config import DistillConfig, PretrainConfig
 from primechat.desk.labs import runner as desk_runner
-from primechat.desk.labs.forms import build_config, build_form, list_fields, renew_config, write_command
+from primechat.desk.labs.forms import (
+    build_config,
+    build_form,
+    list_fields,
+    renew_config,
+    write_command,
+)
 from primechat.desk.labs.runner import Runner, find_free
 from primechat.errors import ConfigError
 from primechat.records import (
@@ -33,28 +39,46 @@ from primechat.records import (
     SampleEvent,
     StepEvent,
     TrainResult,
-)  # fmt: skip
+)
 from primechat.views.widgets.runs import RunLog, StageControl, thin_points
 
 
 def make_step(step: int, steps: int = 100) -> StepEvent:
     return StepEvent(
-        step=step, steps=steps, loss_nats=8 - step / 50, lr_ratio=1.0, grad_norm=1.0, update_norm=1.0,
-        tokens=512, tokens_per_s=5000.0, elapsed_s=step / 10,
-    )  # fmt: skip
+        step=step,
+        steps=steps,
+        loss_nats=8 - step / 50,
+        lr_ratio=1.0,
+        grad_norm=1.0,
+        update_norm=1.0,
+        tokens=512,
+        tokens_per_s=5000.0,
+        elapsed_s=step / 10,
+    )
 
 
 def make_result(stopped: bool = False, events: tuple[dict[str, Any], ...] = ()) -> TrainResult:
     return TrainResult(
-        identifier="base/d2", path="base_checkpoints/d2", step=3, stopped=stopped, val_bpb=1.5, n_params=1000,
-        tokens=1536, tokens_per_s=100.0, train_s=15.4, total_s=20.0, events=events,
-    )  # fmt: skip
+        identifier="base/d2",
+        path="base_checkpoints/d2",
+        step=3,
+        stopped=stopped,
+        val_bpb=1.5,
+        n_params=1000,
+        tokens=1536,
+        tokens_per_s=100.0,
+        train_s=15.4,
+        total_s=20.0,
+        events=events,
+    )
 
 
 def train_slowly(config: PretrainConfig, *, on_event: Any, stop: threading.Event) -> TrainResult:
     """A stage that goes on until it is stopped."""
     if config.tag == "taken" and not config.resume:
-        raise ConfigError("tag='taken' has a base model; resume it (--resume) or choose another tag.")
+        raise ConfigError(
+            "tag='taken' has a base model; resume it (--resume) or choose another tag."
+        )
     on_event(PhaseEvent(name="training base/d2", total=100, unit="steps"))
     for step in range(1, 101):
         on_event(make_step(step))
@@ -80,7 +104,11 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 def test_start_stop_and_go_on() -> None:
     runner, control = start_runner(train_slowly, PretrainConfig(tag="d2"))
-    assert control.state == "ready" and control.actions == [["start", "Start"]] and control.result is None
+    assert (
+        control.state == "ready"
+        and control.actions == [["start", "Start"]]
+        and control.result is None
+    )
     control.answer_act("start")
     control.answer_act("start")  # pressed twice: one run
     wait_until(lambda: len(control.view.get("train", [])) > 3)
@@ -112,7 +140,9 @@ def test_failure_is_told_and_resume_offered() -> None:
     runner, control = start_runner(break_down, PretrainConfig())
     runner.act("start")
     wait_until(lambda: control.state == "failed")
-    assert control.message == "RuntimeError: out of ink" and control.actions == [["again", "Run again"]]
+    assert control.message == "RuntimeError: out of ink" and control.actions == [
+        ["again", "Run again"]
+    ]
 
 
 def test_run_of_an_earlier_day_is_taken_up(base_dir: Path) -> None:
@@ -131,11 +161,16 @@ def test_run_of_an_earlier_day_is_taken_up(base_dir: Path) -> None:
 
     runner, control = start_runner(go_on, PretrainConfig(tag="lab05"))
     assert (control.state, control.message) == ("stopped", "base/lab05 is here already.")
-    assert [word for word, _ in control.actions] == ["resume", "afresh"] and control.result.step == 2
+    assert [word for word, _ in control.actions] == [
+        "resume",
+        "afresh",
+    ] and control.result.step == 2
     assert len(control.view["train"]) == 2
     runner.act("resume")
     wait_until(lambda: control.state == "done")
-    assert asked[0].resume and [x for x, _ in control.view["train"]] == [1, 2, 3], "the curve goes on"
+    assert asked[0].resume and [x for x, _ in control.view["train"]] == [1, 2, 3], (
+        "the curve goes on"
+    )
     assert start_runner(go_on, PretrainConfig(tag="other"))[1].state == "ready"
 
 
@@ -190,7 +225,9 @@ def test_press_takes_the_newest_settings(monkeypatch: pytest.MonkeyPatch) -> Non
     first.answer_act("start")
     wait_until(lambda: len(seen) == 1)
     assert seen[0].steps == 130 and seen[0] is form.config
-    assert renew_config(PretrainConfig(steps=100)) == PretrainConfig(steps=100), "equal, but of no form"
+    assert renew_config(PretrainConfig(steps=100)) == PretrainConfig(steps=100), (
+        "equal, but of no form"
+    )
     first.answer_act("stop")
     wait_until(lambda: first.state == "stopped")
     # In marimo the cell is about to run again with those settings: its old control is over, the run is not.
@@ -238,7 +275,9 @@ def test_events_become_one_state() -> None:
     log.add(SampleEvent(step=50, prompt="A:", text="hi"))
     log.add(make_step(51))
     view = log.describe()
-    log.add(PhaseEvent(name="last check", total=2048, unit="tokens"))  # before the last step: an interruption
+    log.add(
+        PhaseEvent(name="last check", total=2048, unit="tokens")
+    )  # before the last step: an interruption
     assert abs(log.describe()["left_s"] - 4.9) < 1e-6
     log.add(PhaseEvent(name="training", total=100, unit="steps"))
     log.add(make_step(60, steps=120))  # the first tenth of a timed run settles its steps
@@ -253,7 +292,9 @@ def test_events_become_one_state() -> None:
     ] > 0
     assert view["phase"] == "training" and view["done"] == 51 and abs(view["left_s"] - 4.9) < 1e-6
     assert (
-        view["val"] == [[50, 7.1, 1.6]] and view["samples"] == [[50, "A:", "hi"]] and len(view["train"]) == 51
+        view["val"] == [[50, 7.1, 1.6]]
+        and view["samples"] == [[50, "A:", "hi"]]
+        and len(view["train"]) == 51
     )
     assert view["figures"][:2] == [["51 of 100", "steps"], ["1.600", "bits per byte on new text"]]
     log.add(PhaseEvent(name="training sft", total=10, unit="steps"))
@@ -267,23 +308,32 @@ def test_form_is_the_config() -> None:
     form = build_form(config, ("steps", "model.n_layer"), "")
     names = [field["name"] for field in form.fields]
     assert names[:2] == ["steps", "model.n_layer"] and form.fields[0]["help"]
-    assert form.fields[1]["title"] == "Number of blocks" and form.fields[1]["help"] == ""  # said once
+    assert (
+        form.fields[1]["title"] == "Number of blocks" and form.fields[1]["help"] == ""
+    )  # said once
     assert {f["name"]: f["form"] for f in form.fields}["runtime.device"] == "choice"
     draft = {**form.values, "steps": "1,200", "optim.matrix_lr": "0.03", "look.snapshots": False}
     answer = form.answer_change(draft)
     assert answer["values"]["steps"] == 1200 and form.config.optim.matrix_lr == 0.03
-    assert answer["command"] == "primechat pretrain --steps 1200 --optim.matrix_lr 0.03 --look.no_snapshots"
+    assert (
+        answer["command"]
+        == "primechat pretrain --steps 1200 --optim.matrix_lr 0.03 --look.no_snapshots"
+    )
     for change, name, word in (
-        ({"batch_tokens": "500"}, "batch_tokens", "try 512"), ({"steps": "many"}, "steps", "whole number"),
-        ({"runtime.threads": "-1"}, "runtime.threads", "at least 0"), ({"tag": "a/b"}, "tag", "plain name"),
+        ({"batch_tokens": "500"}, "batch_tokens", "try 512"),
+        ({"steps": "many"}, "steps", "whole number"),
+        ({"runtime.threads": "-1"}, "runtime.threads", "at least 0"),
+        ({"tag": "a/b"}, "tag", "plain name"),
         ({"model.n_embd": "77"}, "model.n_embd", "divisible"),
-    ):  # fmt: skip
+    ):
         answer = form.answer_change({**draft, **change})
         assert answer["field"] == name and word in answer["fault"] and form.config.steps == 1200
     assert build_config(config, {}) == config
     student = build_form(DistillConfig(), ("size",), "")
     assert student.fields[0]["form"] == "choice" and "quarter" in student.fields[0]["choices"]
-    for field in (f for f in student.fields if f["form"] == "choice"):  # what is offered is what is taken
+    for field in (
+        f for f in student.fields if f["form"] == "choice"
+    ):  # what is offered is what is taken
         for word in field["choices"]:
             assert "values" in student.answer_change({**student.values, field["name"]: word})
     assert "size='tiny'" in student.answer_change({**student.values, "size": "tiny"})["fault"]
@@ -299,7 +349,9 @@ def test_every_config_is_a_form_and_a_command(monkeypatch: pytest.MonkeyPatch) -
         cls, ran = getattr(pc, config_name), []
         monkeypatch.setitem(vars(pc), stage_name, lambda config, ran=ran, **_: ran.append(config))
         usual = dict((name, value) for name, value, _, _ in list_fields(cls()))
-        numbers = [name for name in usual if name in ("seed", "max_chars", "stride", "look.eval_every")]
+        numbers = [
+            name for name in usual if name in ("seed", "max_chars", "stride", "look.eval_every")
+        ]
         draft = {**usual, **{name: "7" for name in numbers}, "resume": True, "tag": "my-tag"}
         form = build_form(cls(), (), "")
         assert "fault" not in form.answer_change(draft) and form.config != cls()
@@ -337,7 +389,9 @@ def test_script_runs_in_line_with_its_command_line(tmp_path: Path) -> None:
     path.write_text(textwrap.dedent(SCRIPT))
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, path, *words], capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            [sys.executable, path, *words], capture_output=True, text=True, timeout=120
+        )
 
     assert run().stdout.split() == ["5", "done", "Summary"]
     assert run("--steps", "9").stdout.split()[0] == "9"

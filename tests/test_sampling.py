@@ -90,12 +90,16 @@ def test_nucleus_equals_plain_sort(monkeypatch: pytest.MonkeyPatch) -> None:
         for row, n in enumerate(counts.tolist()):
             assert ids[row, :n].tolist() == ordered.indices[row, :n].tolist()
             assert float(total[row]) == float(cdf[row, n - 1])
-            assert float(total[row]) == pytest.approx(float(ordered.values[row, :n].sum()), abs=1e-6)
+            assert float(total[row]) == pytest.approx(
+                float(ordered.values[row, :n].sum()), abs=1e-6
+            )
 
 
 def test_order_of_cuts() -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    assert set(draw(logits, 300, top_k=2, top_p=0.5).flatten().tolist()) == {0}  # 0.4 / 0.7 reaches 0.5
+    assert set(draw(logits, 300, top_k=2, top_p=0.5).flatten().tolist()) == {
+        0
+    }  # 0.4 / 0.7 reaches 0.5
     assert set(draw(logits, 300, top_p=0.5).flatten().tolist()) == {0, 1}
     assert set(draw(logits, 300, temperature=0.5, top_p=0.5).flatten().tolist()) == {
         0
@@ -106,18 +110,27 @@ def test_order_of_cuts() -> None:
 def test_ends_of_the_range(u: float) -> None:
     for size in (3, 4096, 65_536):
         logits = torch.full((1, size), -math.inf)
-        logits[0, 1 : size - 1] = torch.randn(size - 2, generator=torch.Generator().manual_seed(size))
+        logits[0, 1 : size - 1] = torch.randn(
+            size - 2, generator=torch.Generator().manual_seed(size)
+        )
         token = int(sample_logits(logits, [iter([u])]))
         assert math.isfinite(float(logits[0, token])), "a token of mass 0 was drawn"
 
 
 def test_rows_are_their_own() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(3))
-    for options in ({}, {"top_k": 10}, {"top_p": 0.8}, {"top_k": 10, "top_p": 0.8, "temperature": 0.7}):
+    for options in (
+        {},
+        {"top_k": 10},
+        {"top_p": 0.8},
+        {"top_k": 10, "top_p": 0.8, "temperature": 0.7},
+    ):
         together, alone = ([draw_floats(i) for i in range(3)] for _ in range(2))
         for _ in range(30):
             rows = sample_logits(logits, together, **options).tolist()
-            assert rows == [int(sample_logits(logits[i : i + 1], [alone[i]], **options)) for i in range(3)]
+            assert rows == [
+                int(sample_logits(logits[i : i + 1], [alone[i]], **options)) for i in range(3)
+            ]
 
 
 def test_uniform_numbers_are_the_generators() -> None:
@@ -163,7 +176,9 @@ def test_measures_equal_formulas() -> None:
         order = logits[i].sort(descending=True).indices.tolist()
         assert token.rank == order.index(int(ids[i]))
         assert [a for a, _ in token.alternatives] == order[:4]
-        assert [b for _, b in token.alternatives] == pytest.approx(logp[i, order[:4]].tolist(), abs=1e-5)
+        assert [b for _, b in token.alternatives] == pytest.approx(
+            logp[i, order[:4]].tolist(), abs=1e-5
+        )
     assert measure_logits(logits, ids)[0].alternatives == ()
     assert len(measure_logits(logits, ids, 99)[0].alternatives) == 40
 
@@ -176,7 +191,9 @@ def test_measures_of_known_distributions() -> None:
         0,
     )
     sure = measure_logits(torch.tensor([[-math.inf, 0.0, -math.inf]]), torch.tensor([1]), 1)[0]
-    assert (sure.logprob, sure.entropy, sure.varentropy) == (0, 0, 0) and sure.alternatives == ((1, 0.0),)
+    assert (sure.logprob, sure.entropy, sure.varentropy) == (0, 0, 0) and sure.alternatives == (
+        (1, 0.0),
+    )
 
 
 @pytest.mark.parametrize(

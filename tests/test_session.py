@@ -85,7 +85,9 @@ def test_replies_come_as_they_are_written() -> None:
     page.say("streamed, bit by bit, and not all at once at the end")
     streams = [m for m in page.told if m["kind"] == "tokens" and m["id"] == page.path[-1]]
     assert len(streams) >= 3 and not streams[0]["stats"]["final"]
-    assert all(a["at"] + len(a["tokens"]) == b["at"] for a, b in zip(streams, streams[1:], strict=False))
+    assert all(
+        a["at"] + len(a["tokens"]) == b["at"] for a, b in zip(streams, streams[1:], strict=False)
+    )
 
 
 def test_stop_is_heard_within_a_token() -> None:
@@ -176,7 +178,11 @@ def test_edit_regenerate_branch_choose() -> None:
     assert [read(n) for n in shown["nodes"]] == ["one", "one", "two", "two"]  # nothing was lost
     page.do("regenerate", id=answer)
     page.wait()
-    assert len(page.last["siblings"]) == 2 and read(page.last) == "one" and page.last["stats"]["seed"] == 1
+    assert (
+        len(page.last["siblings"]) == 2
+        and read(page.last) == "one"
+        and page.last["stats"]["seed"] == 1
+    )
     found = page.do("alternatives", id=answer, index=1)
     assert found["rows"][0]["text"] == "n" and found["taken"] == ord("n") and found["rank"] == 0
     assert found["rows"][1]["text"] == "x" and 0 < found["rows"][1]["p"] < found["rows"][0]["p"]
@@ -214,8 +220,17 @@ def test_tools_are_shown_and_saved(tmp_path: Path) -> None:
     page = Page(system="Be brief.")
     reply = page.say("{1+2}!")
     assert [(t[0], t[1]) for t in reply["tokens"]] == [
-        ("[", 3), ("1", 1), ("+", 1), ("2", 1), ("]", 3), (" = [", 3), ("3", 2), ("]", 3), ("!", 0), ("", 3),
-    ]  # fmt: skip
+        ("[", 3),
+        ("1", 1),
+        ("+", 1),
+        ("2", 1),
+        ("]", 3),
+        (" = [", 3),
+        ("3", 2),
+        ("]", 3),
+        ("!", 0),
+        ("", 3),
+    ]
     page.do("new")
     page.say("second")
     saved = page.do("save")
@@ -223,7 +238,10 @@ def test_tools_are_shown_and_saved(tmp_path: Path) -> None:
     path.write_text(saved["text"], encoding="utf-8")
     both = (stream_dialogues(str(path), split) for split in ("train", "val"))  # what finetune reads
     loaded = [conversation for part in both for conversation in part]
-    assert len(loaded) == 2 and loaded[0]["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert len(loaded) == 2 and loaded[0]["messages"][0] == {
+        "role": "system",
+        "content": "Be brief.",
+    }
     assert [part["type"] for part in loaded[0]["messages"][2]["content"]] == [
         "python",
         "python_output",
@@ -295,7 +313,11 @@ def test_makers_advice_is_followed_until_the_reader_chooses() -> None:
 
     def open_advised(name: str) -> Any:
         model, tokenizer, meta = open_echo("shipped/sft")
-        return model, tokenizer, {**meta, "sampling": (advice, "its card")} if name == "advised" else meta
+        return (
+            model,
+            tokenizer,
+            {**meta, "sampling": (advice, "its card")} if name == "advised" else meta,
+        )
 
     page.session.opener = open_advised
     page.do("models", chosen=["advised", "slow"])
@@ -325,7 +347,9 @@ def test_a_question_does_not_wait_for_every_model() -> None:
         assert go.wait(20)
         return open_echo(name)
 
-    session = ChatSession(lambda _: True, open_slowly, list, "shipped/sft", ChatSettings(temperature=0.0))
+    session = ChatSession(
+        lambda _: True, open_slowly, list, "shipped/sft", ChatSettings(temperature=0.0)
+    )
     session.talk.chosen = ["shipped/sft", "shipped/base"]
     session.act("ready", {})
     assert begun.wait(20)

@@ -30,7 +30,9 @@ TOLERANCE = 2e-3  # bits per byte: another CPU rounds otherwise
 
 def read_card(name: str) -> float:
     """Return the bits per byte that the card's table gives a model."""
-    row = re.search(rf"^\| `{re.escape(name)}` \|.*?\| ([0-9.]+) \|", CARD.read_text(encoding="utf-8"), re.M)
+    row = re.search(
+        rf"^\| `{re.escape(name)}` \|.*?\| ([0-9.]+) \|", CARD.read_text(encoding="utf-8"), re.M
+    )
     assert row, f"the card has no row for {name}"
     return float(row[1])
 
@@ -48,7 +50,10 @@ def test_small_and_listed() -> None:
 
 def test_what_stands_in_where_nothing_is_trained() -> None:
     model, tokenizer, meta = pc.open_model()
-    assert meta["identifier"] == "shipped/sft" and tokenizer.vocab_size == model.config.vocab_size == 2048
+    assert (
+        meta["identifier"] == "shipped/sft"
+        and tokenizer.vocab_size == model.config.vocab_size == 2048
+    )
     reply = pc.Engine(model, tokenizer).chat(
         [{"role": "user", "content": "Hi! How are you?"}], max_new_tokens=40, temperature=0.0
     )
@@ -58,10 +63,14 @@ def test_what_stands_in_where_nothing_is_trained() -> None:
 def test_metadata_names_no_machine() -> None:
     for path in DATA.rglob("meta_*.json"):
         meta = json.loads(path.read_text(encoding="utf-8"))
-        paths = [v for v in meta["user_config"].values() if isinstance(v, str) and v.startswith("/")]
+        paths = [
+            v for v in meta["user_config"].values() if isinstance(v, str) and v.startswith("/")
+        ]
         assert not paths, path
         if meta["user_config"]["class"] == "PretrainConfig":
-            assert isinstance(decode_config(meta["user_config"], PretrainConfig, str(path)), PretrainConfig)
+            assert isinstance(
+                decode_config(meta["user_config"], PretrainConfig, str(path)), PretrainConfig
+            )
 
 
 @pytest.mark.slow
@@ -69,7 +78,9 @@ def test_metadata_names_no_machine() -> None:
 def test_bits_per_byte_are_those_of_the_card(name: str) -> None:
     runtime = RuntimeConfig(device="cpu", dtype="float32", threads=1)
     result = pc.evaluate(EvaluateConfig(model=name, runtime=runtime))
-    assert result.scored_bytes == 699_021 and result.bpb == pytest.approx(read_card(name), abs=TOLERANCE)
+    assert result.scored_bytes == 699_021 and result.bpb == pytest.approx(
+        read_card(name), abs=TOLERANCE
+    )
 
 
 def test_shipped_tokenizer_is_what_training_gives(base_dir: Path) -> None:

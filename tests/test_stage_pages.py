@@ -42,9 +42,12 @@ def test_press_while_cells_run_again_is_kept(
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_state_is_true_after_the_tab_was_closed(
-    host: str, tmp_path: Path, serve: Callable[..., Any], shared: Callable[..., str],
+    host: str,
+    tmp_path: Path,
+    serve: Callable[..., Any],
+    shared: Callable[..., str],
     lab_page: Callable[..., Any],
-) -> None:  # fmt: skip
+) -> None:
     path = SMALL_LABS / "stage.py"
     if host == "edit":  # the shared editor's kernels end with their page
         (tmp_path / "pyproject.toml").write_text("[tool.marimo.runtime]\nauto_instantiate = true\n")
@@ -63,7 +66,9 @@ def test_state_is_true_after_the_tab_was_closed(
     page.locator(".pc-fault", has_text="seed=-3").wait_for(state="hidden")
     steps = page.locator(".pc-setting", has_text="steps").locator("input").first
     steps.fill("600")
-    page.get_by_role("button", name="Start", exact=True).click()  # before Python has heard of the steps
+    page.get_by_role(
+        "button", name="Start", exact=True
+    ).click()  # before Python has heard of the steps
     page.locator(".pc-stage .pc-stat", has_text="of 600").wait_for(timeout=90_000)
     if host == "jupyter":
         page.keyboard.press("Control+s")

@@ -43,10 +43,15 @@ from primechat.stages.run import COMPILE_FILE, recall_compiling, remember_compil
 from primechat.stages.tokenizer import train_tokenizer
 from primechat.text.tokenizer import Tokenizer
 
-WORDS = "the cat sat on a mat and ate my hat while you ran to see what we did with all that jam".split()
+WORDS = (
+    "the cat sat on a mat and ate my hat while you ran to see what we did with all that jam".split()
+)
 FIXED = RuntimeConfig(device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=2)
 SHAPE = replace(
-    GPTConfig.modern(3, vocab_size=300, sequence_len=32, head_dim=16), n_embd=32, n_head=2, n_kv_head=2
+    GPTConfig.modern(3, vocab_size=300, sequence_len=32, head_dim=16),
+    n_embd=32,
+    n_head=2,
+    n_kv_head=2,
 )
 
 
@@ -113,7 +118,9 @@ def test_a_shard_to_train_on_is_taken_whole(corpus: str, monkeypatch: pytest.Mon
     folder, tokenizer = store.base_dir() / "base_data", load_small(corpus)
     folder.mkdir()
     for name in ("shard_00000", "shard_00001", "shard_01822"):
-        pq.write_table(pa.table({"text": [f"the cat sat {i}" for i in range(9)]}), folder / f"{name}.parquet")
+        pq.write_table(
+            pa.table({"text": [f"the cat sat {i}" for i in range(9)]}), folder / f"{name}.parquet"
+        )
     caches = [cache_text("fineweb-edu", split, tokenizer, 2, None) for split in ("train", "val")]
     assert [cache.documents for cache in caches] == [18, 5]
 
@@ -122,7 +129,9 @@ def test_pretrain_run(corpus: str) -> None:
     """A run leaves its settings, its history, its checkpoints, its snapshots and its tokenizer."""
     made = train_tokenizer(TokenizerConfig(tag="d3", corpus=corpus, vocab_size=300))
     assert (
-        made.vocab_size == 300 and made.bytes_per_token > 2 and made.path == "base_checkpoints/d3/tokenizer"
+        made.vocab_size == 300
+        and made.bytes_per_token > 2
+        and made.path == "base_checkpoints/d3/tokenizer"
     )
     events: list[Event] = []
     result = pretrain(make_config(corpus), on_event=events.append)
@@ -167,7 +176,9 @@ def test_resume_exact(corpus: str) -> None:
     for step, resume in ((3, False), (9, True)):
         stop = threading.Event()
         broken = pretrain(
-            make_config(corpus, tag="broken", resume=resume), on_event=stop_at(step, stop, []), stop=stop
+            make_config(corpus, tag="broken", resume=resume),
+            on_event=stop_at(step, stop, []),
+            stop=stop,
         )
         assert broken.stopped and broken.step == step
     broken = pretrain(make_config(corpus, tag="broken", resume=True, steps=0))
@@ -180,7 +191,9 @@ def test_resume_exact(corpus: str) -> None:
     assert one is not None and two is not None
     for p, q in zip(one["optimizer"]["momenta"], two["optimizer"]["momenta"], strict=True):
         assert torch.equal(p, q)
-    assert [e["step"] for e in read_metrics(b / "metrics.jsonl") if e["kind"] == "step"] == list(range(1, 13))
+    assert [e["step"] for e in read_metrics(b / "metrics.jsonl") if e["kind"] == "step"] == list(
+        range(1, 13)
+    )
 
 
 def test_resume_refusals(corpus: str) -> None:
@@ -208,7 +221,10 @@ def test_resume_refusals(corpus: str) -> None:
 
 def test_run_locked(corpus: str) -> None:
     train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
-    with RunLock(store.run_dir("base", "d3")), pytest.raises(Exception, match="is being written by"):
+    with (
+        RunLock(store.run_dir("base", "d3")),
+        pytest.raises(Exception, match="is being written by"),
+    ):
         pretrain(make_config(corpus))
 
 
@@ -228,11 +244,14 @@ def test_seconds_fill(corpus: str) -> None:
     stop = threading.Event()
     pretrain(
         make_config(corpus, steps=0, seconds=30.0, runtime=RuntimeConfig(device="cpu")),
-        on_event=stop_at(2, stop, []), stop=stop,
-    )  # fmt: skip
+        on_event=stop_at(2, stop, []),
+        stop=stop,
+    )
     frozen = json.loads((store.run_dir("base", "d3") / "config.json").read_text())
     assert frozen["steps"] > 10 and frozen["seconds"] == 30.0
-    assert frozen["runtime"]["dtype"] in ("float32", "bfloat16") and frozen["runtime"]["threads"] >= 1
+    assert (
+        frozen["runtime"]["dtype"] in ("float32", "bfloat16") and frozen["runtime"]["threads"] >= 1
+    )
 
 
 @pytest.mark.parametrize("guess_s", [1e-6, 1.0])
@@ -252,7 +271,9 @@ def test_the_first_tenth_settles_the_steps(
             told.append(event.steps)
 
     look = LookConfig(eval_tokens=256)
-    config = make_config(corpus, steps=0, seconds=1.0, runtime=replace(FIXED, micro_batch_rows=4), look=look)
+    config = make_config(
+        corpus, steps=0, seconds=1.0, runtime=replace(FIXED, micro_batch_rows=4), look=look
+    )
     result = pretrain(config, on_event=hear)
     first = max(1, int(1 / guess_s))
     assert told[-1] == result.step and result.step != first and not result.stopped
@@ -275,14 +296,18 @@ def test_what_compiling_brought_is_remembered(base_dir: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what torch deprecates
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # torch's compiler uses what torch deprecates
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_run_follows_the_eager_one(corpus: str) -> None:
     train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
     eager, notes = make_config(corpus, tag="eager", steps=6), []
     pretrain(eager)
     compiled = replace(eager, tag="compiled", runtime=replace(FIXED, compile="on"))
-    result = pretrain(compiled, on_event=lambda e: notes.append(e.text) if e.kind == "note" else None)
+    result = pretrain(
+        compiled, on_event=lambda e: notes.append(e.text) if e.kind == "note" else None
+    )
     assert any("Compilation on: as you asked; compiled in" in note for note in notes), notes
     assert set(recall_compiling()) == {"compile_s", "gain_float32"}
     losses = read_losses(store.base_dir() / result.path)
@@ -308,7 +333,9 @@ def test_finetune_run(corpus: str, dialogues: str) -> None:
     )
     assert not torch.equal(tuned.model_state["lm_head.weight"], base.model_state["lm_head.weight"])
     model, tokenizer, meta = store.open_model("sft/d3")
-    assert meta["identifier"] == "sft/d3@8" and tokenizer.identity == base.meta["tokenizer_identity"]
+    assert (
+        meta["identifier"] == "sft/d3@8" and tokenizer.identity == base.meta["tokenizer_identity"]
+    )
     assert finetune(replace(config, resume=True)).step == 8
     with pytest.raises(ConfigError, match="batch_tokens=100 must be a multiple"):
         finetune(replace(config, tag="other", base="base/d3", batch_tokens=100))
@@ -320,7 +347,9 @@ def load_small(corpus: str) -> Tokenizer:
     )
 
 
-def test_one_rank_prepares_the_text(corpus: str, dialogues: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_rank_prepares_the_text(
+    corpus: str, dialogues: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Conversations, and a student's text, wait for the machine's first rank, which fetches and cuts them."""
 
     def refuse(ranks: Any) -> Any:
@@ -346,13 +375,18 @@ def test_question_longer_than_a_conversation_may_be(corpus: str, tmp_path: Path)
         [{"role": "user", "content": f"cat {i}"}, {"role": "assistant", "content": "a mat"}]
         for i in range(40)
     ]
-    path, long = tmp_path / "long.jsonl", [{**talk[0][0], "content": "the cat sat on " * 3000}, talk[0][1]]
+    path, long = (
+        tmp_path / "long.jsonl",
+        [{**talk[0][0], "content": "the cat sat on " * 3000}, talk[0][1]],
+    )
     path.write_text("\n".join(map(json.dumps, [*talk[:39], long, *talk[39:]])))
     config = FinetuneConfig(dialogues=str(path))
     caches = [cache_dialogues(config, split, tokenizer) for split in ("train", "val")]
     assert [cache.documents for cache in caches] == [39, 1]
     path.write_text("\n".join(map(json.dumps, [*talk[:30], long])))
-    with pytest.raises(DataError, match="leaves nothing in val: .* or none answers within 2048 tokens"):
+    with pytest.raises(
+        DataError, match="leaves nothing in val: .* or none answers within 2048 tokens"
+    ):
         cache_dialogues(config, "val", tokenizer)
     with pytest.raises(DataError, match="leaves nothing in train: a weight takes no conversation"):
         cache_dialogues(replace(config, dialogues=f"{path}*0.01"), "train", tokenizer)
@@ -372,7 +406,12 @@ def test_speedrun_and_report(
             stop.set()
 
     first = speedrun(config, on_event=hear, stop=stop)
-    assert first.base.step == 12 and first.chat is not None and first.chat.stopped and first.chat.step == 3
+    assert (
+        first.base.step == 12
+        and first.chat is not None
+        and first.chat.stopped
+        and first.chat.step == 3
+    )
     again = speedrun(replace(config, resume=True))
     assert again.chat is not None and again.chat.step == 8 and again.base.step == 12
     assert again.evaluation is not None and again.evaluation.identifier == "base/d3"
@@ -392,17 +431,28 @@ def test_finetune_mixture(corpus: str, dialogues: str) -> None:
     train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
     pretrain(make_config(corpus, steps=4))
     config = FinetuneConfig(
-        tag="mix", base="base/d3", dialogues=f"faq*0.5, {dialogues}@30", batch_tokens=128, steps=3,
-        runtime=FIXED, layout="padded",
-    )  # fmt: skip
+        tag="mix",
+        base="base/d3",
+        dialogues=f"faq*0.5, {dialogues}@30",
+        batch_tokens=128,
+        steps=3,
+        runtime=FIXED,
+        layout="padded",
+    )
     result = finetune(config)
     losses = [e for e in result.events if e["kind"] == "loss"]
     before = evaluate(EvaluateConfig(model="base/d3", corpus=corpus))
     assert all(e["general_bpb"] > 0 for e in losses) and losses[0]["step"] == 0
     assert losses[-1]["general_bpb"] != losses[0]["general_bpb"]
     whole = evaluate(EvaluateConfig(model="sft/mix", corpus=corpus, contamination=dialogues))
-    assert losses[-1]["general_bpb"] == pytest.approx(whole.bpb, rel=1e-4) and whole.bpb != before.bpb
-    assert whole.overlap is not None and whole.overlap.contaminated == 0 and whole.overlap.documents == 6
+    assert (
+        losses[-1]["general_bpb"] == pytest.approx(whole.bpb, rel=1e-4) and whole.bpb != before.bpb
+    )
+    assert (
+        whole.overlap is not None
+        and whole.overlap.contaminated == 0
+        and whole.overlap.documents == 6
+    )
     mid = finetune(replace(config, learn="all", layout="packed", general="none"))
     assert mid.identifier == "mid/mix" and mid.events[0]["general_bpb"] is None
     assert store.open_model("mid/mix")[2]["step"] == 3
@@ -422,14 +472,20 @@ def test_quickstart_small(base_dir: Path) -> None:
     out too.
     """
     result = quickstart(
-        QuickstartConfig(seconds=2.0, depth=1, vocab_size=512, runtime=replace(FIXED, micro_batch_rows=4))
+        QuickstartConfig(
+            seconds=2.0, depth=1, vocab_size=512, runtime=replace(FIXED, micro_batch_rows=4)
+        )
     )
     assert [m["role"] for m in result.dialogue] == ["user", "assistant"] * 3
-    assert result.base.identifier == "base/quickstart" and result.chat.identifier == "sft/quickstart"
+    assert (
+        result.base.identifier == "base/quickstart" and result.chat.identifier == "sft/quickstart"
+    )
     assert result.base.val_bpb < 3.5
     metrics = read_metrics(base_dir / result.base.path / "metrics.jsonl")
     assert metrics[-1]["kind"] == "done" and not metrics[-1]["stopped"]
     again = quickstart(
-        QuickstartConfig(seconds=1.0, depth=1, vocab_size=512, runtime=replace(FIXED, micro_batch_rows=4))
+        QuickstartConfig(
+            seconds=1.0, depth=1, vocab_size=512, runtime=replace(FIXED, micro_batch_rows=4)
+        )
     )
     assert again.base.identifier == "base/quickstart-2"

@@ -26,8 +26,17 @@ from primechat.views.widgets.start import CheckCard
 def test_machine_card_tells_what_is_here(base_dir: Path) -> None:
     card = firststeps.open_machine()
     names = [row[0] for row in card.rows]
-    assert names == ["primechat", "computes on", "memory", "free disk", "notebooks", "not installed"]
-    assert [model["identifier"] for model in card.models] == [e.identifier for e in store.list_models()]
+    assert names == [
+        "primechat",
+        "computes on",
+        "memory",
+        "free disk",
+        "notebooks",
+        "not installed",
+    ]
+    assert [model["identifier"] for model in card.models] == [
+        e.identifier for e in store.list_models()
+    ]
     card.models = []
     assert card.answer_find() == {} and card.models and card.place == str(base_dir)
     assert firststeps.find_version("no-such-package") == "(missing)"
@@ -66,7 +75,9 @@ def make_plan(base: Path) -> Plan:
     return Plan(fetch=(file,), whole=(), kept=(), torn=(), n_bytes=file.size)
 
 
-def test_download_asks_first_then_fetches_or_stops(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_asks_first_then_fetches_or_stops(
+    base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go = threading.Event()
     monkeypatch.setattr(desk_download, "build_parcels", lambda config: [config])
     monkeypatch.setattr(model_download, "plan_download", lambda parcels, **_: make_plan(base_dir))
@@ -84,7 +95,10 @@ def test_download_asks_first_then_fetches_or_stops(base_dir: Path, monkeypatch: 
     assert {b["name"] for b in card.bundles} == set(desk_download.BUNDLES)
     card.answer_act("plan", "d32")
     wait_until(lambda: card.state == "planned")
-    assert card.plan["files"] == [["x/model_1.pt", 10_000_000, ""]] and card.plan["total"] == 10_000_000
+    assert (
+        card.plan["files"] == [["x/model_1.pt", 10_000_000, ""]]
+        and card.plan["total"] == 10_000_000
+    )
     assert not base_dir.exists(), "asking moves nothing"
     card.answer_act("fetch", "d32")
     wait_until(lambda: bool(card.progress))

@@ -36,19 +36,28 @@ def nothing_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def make_tokenizer(pattern: str = SPLIT_PATTERN, extra: int = 0) -> Tokenizer:
     """Return a byte tokenizer with `extra` merges."""
     ranks = {bytes([i]): i for i in range(256)} | {b"a" * (i + 2): 256 + i for i in range(extra)}
-    return Tokenizer(pattern, ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
+    return Tokenizer(
+        pattern, ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+    )
 
 
 def make_state(seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {key: torch.randn(shape, generator=generator) for key, shape in list_shapes(CONFIG).items()}
+    return {
+        key: torch.randn(shape, generator=generator) for key, shape in list_shapes(CONFIG).items()
+    }
 
 
 def make_run(root: Path, run: str, steps: tuple[int, ...] = (1,), **meta: Any) -> Path:
     """Write checkpoints of a tiny model; the weights of step n have seed n."""
     for step in steps:
         save_checkpoint(
-            root / run, step, model_state=make_state(step), config=CONFIG, optim_state=None, meta=meta
+            root / run,
+            step,
+            model_state=make_state(step),
+            config=CONFIG,
+            optim_state=None,
+            meta=meta,
         )
     return root / run
 
@@ -121,7 +130,9 @@ def test_opens_nanochat(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not any(p.requires_grad for p in model.parameters()) and not model.training
         kind, error = ("bf16", 1e-3) if name == "oct2025" else ("f32", 1e-4)
         logits = model(torch.tensor([expected["ids"]]))[0, -1]
-        assert torch.allclose(logits, torch.tensor(expected[f"logits_last_{kind}_rotary"]), atol=error)
+        assert torch.allclose(
+            logits, torch.tensor(expected[f"logits_last_{kind}_rotary"]), atol=error
+        )
     assert store.load_tokenizer("base").identity == store.load_tokenizer().identity
 
 
@@ -145,10 +156,14 @@ def test_default_tag_and_step(base_dir: Path, caplog: pytest.LogCaptureFixture) 
     assert store.open_model("")[2]["identifier"] == "sft/beta@8", "the chat model is the default"
     (newest / "meta_000008.json").unlink()
     caplog.clear()
-    assert store.open_model("sft")[2]["identifier"] == "sft/alpha@7", "an incomplete run is no model"
+    assert store.open_model("sft")[2]["identifier"] == "sft/alpha@7", (
+        "an incomplete run is no model"
+    )
     assert "beta/meta_000008.json is missing" in caplog.text
     (base_dir / "chatsft_checkpoints/alpha/model_000007.pt").unlink()
-    with pytest.raises(CheckpointError, match="No sft model can be used: .*meta_000008.json is missing"):
+    with pytest.raises(
+        CheckpointError, match="No sft model can be used: .*meta_000008.json is missing"
+    ):
         store.open_model("sft")
     make_run(base_dir, "base_checkpoints/d10", (4,))
     os.truncate(base_dir / "base_checkpoints/d10/model_000004.pt", 99)
@@ -176,9 +191,15 @@ def test_dtype_and_phase(base_dir: Path) -> None:
     make_run(base_dir, "base_checkpoints/d1")
     model = store.load_model("base", phase="train")[0]
     assert model.training and all(p.requires_grad for p in model.parameters())
-    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in make_state(1).items())
-    assert {p.dtype for p in store.load_model("base", dtype="bfloat16")[0].parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in store.load_model("base", dtype="auto")[0].parameters()} == {torch.float32}
+    assert all(
+        torch.equal(model.state_dict()[key], tensor) for key, tensor in make_state(1).items()
+    )
+    assert {p.dtype for p in store.load_model("base", dtype="bfloat16")[0].parameters()} == {
+        torch.bfloat16
+    }
+    assert {p.dtype for p in store.load_model("base", dtype="auto")[0].parameters()} == {
+        torch.float32
+    }
     with torch.no_grad():
         model.lm_head.weight.zero_()  # a mapped weight is the reader's own copy
     assert store.load_model("base")[0].lm_head.weight.abs().sum() > 0
@@ -218,7 +239,9 @@ def test_tokenizer_rules(base_dir: Path, tmp_path: Path) -> None:
         store.open_model("base", tokenizer=other)
     make_run(base_dir, "sft_none")
     make_run(base_dir, "chatsft_checkpoints/d1")
-    assert store.open_model("sft")[1].identity == other.identity, "one that records no tokenizer is loaded"
+    assert store.open_model("sft")[1].identity == other.identity, (
+        "one that records no tokenizer is loaded"
+    )
     (base_dir / "tokenizer" / "tokenizer.pkl").unlink()
     with pytest.raises(DataError, match="tokenizer.pkl is missing"):
         store.open_model("sft")
@@ -231,21 +254,31 @@ def test_shipped_stands_in(base_dir: Path, nothing_shipped: Path) -> None:
     make_tokenizer().save(nothing_shipped / "tokenizer")
     for family in ("base", "chatsft"):
         make_run(nothing_shipped, f"{family}_checkpoints/small")
-    for text, identifier in (("", "shipped/sft"), ("base", "shipped/base"), ("shipped/sft", "shipped/sft")):
+    for text, identifier in (
+        ("", "shipped/sft"),
+        ("base", "shipped/base"),
+        ("shipped/sft", "shipped/sft"),
+    ):
         model, _, meta = store.open_model(text)
         assert meta["identifier"] == identifier and str(nothing_shipped) in meta["path"]
     assert store.load_model("sft")[2]["identifier"] == "shipped/sft"
     assert store.load_tokenizer().vocab_size == 265
-    for call in (lambda: store.load_model("sft", step=1), lambda: store.load_model("sft", model_tag="small")):
+    for call in (
+        lambda: store.load_model("sft", step=1),
+        lambda: store.load_model("sft", model_tag="small"),
+    ):
         with pytest.raises(CheckpointError):
             call()
     entries = store.list_models()
     assert [(e.identifier, e.shipped, e.steps) for e in entries] == [
-        ("shipped/base", True, (1,)), ("shipped/sft", True, (1,)),
-    ]  # fmt: skip
+        ("shipped/base", True, (1,)),
+        ("shipped/sft", True, (1,)),
+    ]
     assert store.open_model("shipped/sft")[2]["sampling"] == store.ADVICE
     make_tokenizer().save(base_dir / "tokenizer")
-    make_run(base_dir, "base_checkpoints/d1", sampling=[{"rm": 1}, "a file that somebody gave away"])
+    make_run(
+        base_dir, "base_checkpoints/d1", sampling=[{"rm": 1}, "a file that somebody gave away"]
+    )
     own = store.open_model("")[2]
     assert own["identifier"] == "base/d1@1", "one's own comes before what ships"
     assert own["sampling"] == ({}, "")
@@ -272,7 +305,9 @@ def test_each_shipped_tag_has_a_name(base_dir: Path, nothing_shipped: Path) -> N
         model, _, meta = store.open_model(entry.identifier)
         path = Path(entry.path) / ("snapshots" if entry.tag == "timelapse" else "")
         assert Path(meta["path"]) == path and meta["step"] == max(entry.steps or entry.snapshots)
-        weights = make_state(meta["step"])["lm_head.weight"].to(torch.bfloat16 if not entry.steps else None)
+        weights = make_state(meta["step"])["lm_head.weight"].to(
+            torch.bfloat16 if not entry.steps else None
+        )
         assert torch.equal(model.lm_head.weight, weights.float())
         again = store.open_model(meta["identifier"])[2]
         assert again["identifier"] == meta["identifier"] and again["path"] == meta["path"]
@@ -281,7 +316,10 @@ def test_each_shipped_tag_has_a_name(base_dir: Path, nothing_shipped: Path) -> N
     assert store.load_run("shipped/base/d9").identifier == "shipped/base/d9"
     make_run(base_dir, "base_checkpoints/d9", (7,))
     make_tokenizer().save(base_dir / "tokenizer")
-    assert store.open_model("base/d9")[2]["step"] == 7 and store.open_model("shipped/base/d9")[2]["step"] == 1
+    assert (
+        store.open_model("base/d9")[2]["step"] == 7
+        and store.open_model("shipped/base/d9")[2]["step"] == 1
+    )
     for name, match in (
         ("shipped/base/d4", "tags of shipped/base are: d10, d9, timelapse, zebra"),
         ("shipped/base/timelapse@snap:5", "no step 5, there are 0 to 64"),
@@ -304,12 +342,18 @@ def test_list_models(base_dir: Path) -> None:
     (base_dir / "base_checkpoints" / "file").touch()
     first, only, last = store.list_models()
     assert first == store.ModelEntry(
-        identifier="base/d1", family="base", tag="d1", steps=(1, 5), snapshots=(2,), architecture="modern",
+        identifier="base/d1",
+        family="base",
+        tag="d1",
+        steps=(1, 5),
+        snapshots=(2,),
+        architecture="modern",
         val_bpb=1.25,
-        n_bytes=sum(p.stat().st_size for p in run.rglob("*.pt")), n_params=CONFIG.n_params,
+        n_bytes=sum(p.stat().st_size for p in run.rglob("*.pt")),
+        n_params=CONFIG.n_params,
         tokenizer_identity="cafe",
         path=str(run),
-    )  # fmt: skip
+    )
     assert (only.identifier, only.steps) == ("base/only@snap:3", ())
     assert (last.identifier, last.architecture) == ("rl/d7", "unreadable")
 
@@ -325,7 +369,10 @@ def test_a_damaged_adapter_hides_no_model(base_dir: Path) -> None:
 
 
 def test_strange_files_hide_no_model(
-    base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    base_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Damaged or foreign data, and a folder of another user, neither end the list nor the default model."""
     make_run(base_dir, "base_checkpoints/d1", val_bpb=10**400)
@@ -333,7 +380,9 @@ def test_strange_files_hide_no_model(
     adapter = store.run_dir("lora", "odd")
     adapter.mkdir(parents=True)
     (adapter / "adapter_model.safetensors").write_bytes(b"")
-    (adapter / "adapter_config.json").write_text('{"r": "\\u001b[2J", "base_model_name_or_path": "[/x]"}')
+    (adapter / "adapter_config.json").write_text(
+        '{"r": "\\u001b[2J", "base_model_name_or_path": "[/x]"}'
+    )
     usual = Path.iterdir
 
     def look(path: Path) -> Any:
@@ -350,7 +399,9 @@ def test_strange_files_hide_no_model(
     said = capsys.readouterr().out
     assert "lora:odd+[/x]" in said and "\x1b" not in said
     assert store.locate_model(store.parse_identifier("base"))[1].tag == "d1"
-    with pytest.raises(CheckpointError, match="d2 cannot be read .Permission denied.; correct its rights"):
+    with pytest.raises(
+        CheckpointError, match="d2 cannot be read .Permission denied.; correct its rights"
+    ):
         store.open_model("base/d2")
 
     place = tmp_path / "hub" / "models--owner--name"
@@ -370,16 +421,22 @@ def test_strange_files_hide_no_model(
 
 
 def test_listing_leaves_torch_out() -> None:
-    code = "import sys, primechat as p; print(len(p.list_models())); assert 'torch' not in sys.modules"
+    code = (
+        "import sys, primechat as p; print(len(p.list_models())); assert 'torch' not in sys.modules"
+    )
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(NANOCHAT / "head")}
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True
+    )
     assert done.returncode == 0 and int(done.stdout) >= 2, done.stderr
 
 
 def test_numbers_that_are_none(base_dir: Path) -> None:
     run = make_run(base_dir, "base_checkpoints/d1", (2,))
-    (run / "metrics.jsonl").write_text('{"kind": "step", "step": NaN, "tokens": NaN, "tokens_per_s": 1}\n')
+    (run / "metrics.jsonl").write_text(
+        '{"kind": "step", "step": NaN, "tokens": NaN, "tokens_per_s": 1}\n'
+    )
     assert store.load_run("base/d1").tokens == 0
 
 
@@ -387,14 +444,26 @@ def test_load_run(base_dir: Path, tmp_path: Path) -> None:
     run = make_run(base_dir, "base_checkpoints/d1", (2,), val_bpb=2.5)
     result = store.load_run("base/d1")
     assert (result.identifier, result.path, result.step) == ("base/d1", "base_checkpoints/d1", 2)
-    assert (result.val_bpb, result.n_params, result.stopped, result.tokens) == (2.5, CONFIG.n_params, True, 0)
+    assert (result.val_bpb, result.n_params, result.stopped, result.tokens) == (
+        2.5,
+        CONFIG.n_params,
+        True,
+        0,
+    )
     log = MetricsLog(run)
     for step in (1, 2):
-        log.append({"kind": "step", "step": step, "tokens": 100, "tokens_per_s": 50.0, "elapsed_s": 2.0})
+        log.append(
+            {"kind": "step", "step": step, "tokens": 100, "tokens_per_s": 50.0, "elapsed_s": 2.0}
+        )
     log.append({"kind": "loss", "step": 2, "val_bpb": 1.5})
     log.append({"kind": "done", "step": 2, "elapsed_s": 9.0, "stopped": False})
     result = store.load_run(run)
-    assert (result.tokens, result.train_s, result.tokens_per_s, result.total_s) == (200, 4.0, 50.0, 9.0)
+    assert (result.tokens, result.train_s, result.tokens_per_s, result.total_s) == (
+        200,
+        4.0,
+        50.0,
+        9.0,
+    )
     assert (result.val_bpb, result.stopped, len(result.events)) == (1.5, False, 4)
     away = tmp_path / "from-the-cloud"
     away.mkdir()
@@ -408,7 +477,9 @@ def test_load_run(base_dir: Path, tmp_path: Path) -> None:
     (away / "metrics.jsonl").write_text('{"kind": "step", "step": 3, "tokens": "many"}\n')
     assert math.isnan(store.load_run(away).val_bpb)
     (away / "metrics.jsonl").write_text('{"kind": "step", "step": 3, "tokens": 5}\n')
-    assert (store.load_run(away).tokens, store.load_run(away).train_s) == (5, 0.0), "no speed, no time"
+    assert (store.load_run(away).tokens, store.load_run(away).train_s) == (5, 0.0), (
+        "no speed, no time"
+    )
     with pytest.raises(CheckpointError, match="neither checkpoint nor metrics"):
         store.load_run(tmp_path)
     with pytest.raises(CheckpointError, match="neither checkpoint nor metrics"):

@@ -31,19 +31,30 @@ plotly = pytest.importorskip("plotly", reason="needs the extra labs")
 def study(tmp_path_factory: pytest.TempPathFactory) -> talks.Study:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("base")))
-        return talks.Study(SimpleNamespace(identifier="shipped/sft"), borrow_model, n_talks=3, turns=10)
+        return talks.Study(
+            SimpleNamespace(identifier="shipped/sft"), borrow_model, n_talks=3, turns=10
+        )
 
 
 def test_turns_are_measured_by_hand() -> None:
     turns = [
         Turn(speaker=0, model="human", text="I like red cats."),
-        Turn(speaker=1, model="x", text="I like red dogs!", ids=[1, 2], entropy=[1, 3], logprob=[-1, -2]),
+        Turn(
+            speaker=1,
+            model="x",
+            text="I like red dogs!",
+            ids=[1, 2],
+            entropy=[1, 3],
+            logprob=[-1, -2],
+        ),
         Turn(speaker=0, model="x", text="I like red cats."),
         Turn(speaker=1, model="x", text=""),
     ]
     found = measure_turns(turns)
     assert set(found) == set(MEASURES)
-    assert found["entropy"][1] == 2 and found["surprise"][1] == 1.5 and np.isnan(found["entropy"][2])
+    assert (
+        found["entropy"][1] == 2 and found["surprise"][1] == 1.5 and np.isnan(found["entropy"][2])
+    )
     # i-like-red was said, like-red-dogs and red-dogs-! were not
     assert found["said before"][1] == pytest.approx(1 / 3) and found["said before"][2] == 1
     assert found["new words"][1] == pytest.approx(2 / 5) and found["new words"][2] == 0
@@ -65,7 +76,9 @@ def test_reading_measures_what_the_engine_would() -> None:
     ids = tokenizer.encode("Fine.")
     with torch.inference_mode():
         logp = model(torch.tensor([[*prompt, *ids]]))[0, len(prompt) - 1 : -1].log_softmax(-1)
-    assert turns[2].logprob == pytest.approx([float(logp[i, t]) for i, t in enumerate(ids)], abs=1e-4)
+    assert turns[2].logprob == pytest.approx(
+        [float(logp[i, t]) for i, t in enumerate(ids)], abs=1e-4
+    )
     assert not turns[0].ids and turns[1].ids == tokenizer.encode(texts[1])
     long = read_talk(model, tokenizer, ["word " * 300, "more " * 400, "end"])  # beyond the context
     assert len(long[1].ids) < model.sequence_len and long[2].entropy
@@ -89,18 +102,24 @@ def test_a_study_has_its_controls(study: talks.Study) -> None:
     )
     turn = widget.groups[0]["talks"][0]["turns"][1]
     assert turn["who"].startswith("shipped/sft") and len(turn["values"]) == len(MEASURES)
-    assert "".join(token[0] for token in turn["tokens"]) == turn["text"] or "\ufffd" in str(turn["tokens"])
+    assert "".join(token[0] for token in turn["tokens"]) == turn["text"] or "\ufffd" in str(
+        turn["tokens"]
+    )
     word, said = study.tell_trend()
     assert word in ("It rises", "It stays", "It falls") and said.count("nats") == 1
     spread = study.compare_groups()
     assert spread["planted loop"]["self-BLEU"][0] > spread["people"]["self-BLEU"][2]
-    assert all(low <= mean <= high for group in spread.values() for mean, low, high in group.values())
+    assert all(
+        low <= mean <= high for group in spread.values() for mean, low, high in group.values()
+    )
 
 
 def test_pictures_show_what_they_are_given(study: talks.Study) -> None:
     bands = talk.draw_bands(study.trace("entropy"), "Entropy")
     assert {note.text for note in bands.layout.annotations} == {*talks.ABOUT} - {"planted loop"}
-    expected = np.nanmean([measure_turns(one)["entropy"][1:] for one in study.groups["people"]], axis=0)
+    expected = np.nanmean(
+        [measure_turns(one)["entropy"][1:] for one in study.groups["people"]], axis=0
+    )
     assert next(line for line in bands.data if line.name == "people").y == pytest.approx(expected)
     repeats = study.trace_repeats()
     assert talk.draw_repeats(repeats, "x").data[0].y == pytest.approx(repeats["this model"])
@@ -126,7 +145,8 @@ def test_detector_agrees_with_labels_as_published() -> None:
     verdicts = [int(find_loop(row["turns"]) is not None) for row in rows]
     assert verdicts == [row["detector"] for row in rows], "the detector has changed: label anew"
     yes = {
-        name: sum(x) for name, x in zip("ab", zip(*(row["labels"] for row in rows), strict=True), strict=True)
+        name: sum(x)
+        for name, x in zip("ab", zip(*(row["labels"] for row in rows), strict=True), strict=True)
     }
     kappas, shares = talks.judge_detector(200)
     lines = (ROOT / "labs" / "experiments.md").read_text(encoding="utf-8").splitlines()
@@ -136,19 +156,26 @@ def test_detector_agrees_with_labels_as_published() -> None:
         assert low <= mean <= high and f"{name} {mean:.2f}" in told, (name, mean)
     assert f"{yes['a']} and {yes['b']}" in told and f"{sum(verdicts)} by the detector" in told
     unseen = [row for row in rows if row["number"] % 2 == 0]  # the rule was chosen by the others
-    expected = measure_kappa([row["detector"] for row in unseen], [row["labels"][0] for row in unseen])
+    expected = measure_kappa(
+        [row["detector"] for row in unseen], [row["labels"][0] for row in unseen]
+    )
     assert kappas["unseen half, first labeller"]["Cohen's kappa"][0] == pytest.approx(expected)
     both = list(zip(*(row["labels"] for row in rows), strict=True))
     p = sum(x == y for x, y in zip(*both, strict=True)) / 100  # Cohen's formula by hand
     chance = (yes["a"] * yes["b"] + (100 - yes["a"]) * (100 - yes["b"])) / 10_000
-    assert kappas["the two labellers"]["Cohen's kappa"][0] == pytest.approx((p - chance) / (1 - chance))
+    assert kappas["the two labellers"]["Cohen's kappa"][0] == pytest.approx(
+        (p - chance) / (1 - chance)
+    )
     assert shares["people (13)"]["the detector"][0] == 0 and len(shares) == 7
 
 
 def test_collapse_is_as_published() -> None:
     found = talks.read_recorded()
     told = (ROOT / "labs" / "experiments.md").read_text(encoding="utf-8")
-    for name, said in (("only its own talk", "alone"), ("half of it people's", "half of it people's")):
+    for name, said in (
+        ("only its own talk", "alone"),
+        ("half of it people's", "half of it people's"),
+    ):
         word, figures = talks.tell_change(found, name, "distinct-2")
         first, low, high = found[name][0]["distinct-2"]
         last = found[name][-1]["distinct-2"]
@@ -161,7 +188,10 @@ def test_a_figures_numbers_are_all_that_is_sent() -> None:
     shown = runner.show(talk.draw_repeats({"this model": [0.1, 0.2]}, "x"))
     assert shown.figure == {}, "and not before it is wanted"
     shown.answer_settle()
-    assert shown.figure["data"][0]["y"] == [0.1, 0.2] and len(json.dumps(shown.get_state("figure"))) < 50_000
+    assert (
+        shown.figure["data"][0]["y"] == [0.1, 0.2]
+        and len(json.dumps(shown.get_state("figure"))) < 50_000
+    )
     widget = plotly.graph_objects.FigureWidget()
     assert runner.show(widget) is widget, "what changes later stays plotly's own"
 
@@ -199,17 +229,22 @@ def test_strips_on_a_page(shared: Callable[..., str], lab_page: Callable[..., An
     found = lab_page(shared("run", ROOT / "tests" / "labs" / "strips.py"))
     page = found.page
     page.get_by_text("guess above first").wait_for(timeout=60_000)
-    assert not page.locator(".pc-strips-cell").first.is_visible(), "the answer is not beside the guess"
+    assert not page.locator(".pc-strips-cell").first.is_visible(), (
+        "the answer is not beside the guess"
+    )
     page.get_by_text("right", exact=True).click()
     assert not page.locator(".pc-strips-cell").first.is_visible(), "nor before it is asked for"
     page.get_by_role("button", name="Show the answer").click()
     page.locator(".pc-strips-cell").first.wait_for(timeout=60_000)
     assert page.get_by_text("guess above first").is_hidden()
     assert page.locator(".pc-strips-cell").count() == 6
-    assert "1 of 1 conversations goes round to its end; this one does from turn 1 on" in page.inner_text(
-        ".pc-strips"
+    assert (
+        "1 of 1 conversations goes round to its end; this one does from turn 1 on"
+        in page.inner_text(".pc-strips")
     )
-    assert page.locator("[data-chosen=true][data-t='1']").count() == 2, "it opens where the loop begins"
+    assert page.locator("[data-chosen=true][data-t='1']").count() == 2, (
+        "it opens where the loop begins"
+    )
     page.locator(".pc-strips-cell[data-t='2'][data-r='0']").click()
     assert "<b>third</b>" in page.locator(".pc-strips-text").inner_text()
     assert page.locator(".pc-strips-text b").count() == 0

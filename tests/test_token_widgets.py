@@ -95,8 +95,15 @@ def test_only_what_changed_is_sent(opened: Opened) -> None:
     page = Page(widget.start)
     assert len(page.panes["own"][0]) > 2_000
     for i, char in enumerate("quite new words."):
-        assert page.take(widget.answer_edit(page.revision, at=4000 + i, cut=0, put=char, shown=["own"])) <= 12
-    assert page.panes["own"][0] == opened.get("own").encode(text[:4000] + "quite new words." + text[4000:])
+        assert (
+            page.take(
+                widget.answer_edit(page.revision, at=4000 + i, cut=0, put=char, shown=["own"])
+            )
+            <= 12
+        )
+    assert page.panes["own"][0] == opened.get("own").encode(
+        text[:4000] + "quite new words." + text[4000:]
+    )
 
 
 def test_another_view_makes_an_edit_stale(opened: Opened) -> None:
@@ -128,7 +135,9 @@ def test_a_slow_tokenizer_is_pending(own: Tokenizer) -> None:
     widget = Playground(opened, "abc", ["own"])
     fast, slow = widget.answer_open("abc", ["own", "slow"], wait_s=0.05)["panes"]
     assert fast["ids"] and slow["pending"] and slow["fault"].startswith("Opening slow.")
-    edited = widget.answer_edit(widget._revision, at=3, cut=0, put="d", shown=["own", "slow"])["panes"]
+    edited = widget.answer_edit(widget._revision, at=3, cut=0, put="d", shown=["own", "slow"])[
+        "panes"
+    ]
     assert edited[1]["pending"], "typing goes on meanwhile"
     gate.set()
     opened.get("slow")
@@ -151,11 +160,15 @@ def test_a_tokenizer_that_rewrites_is_refused(own: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "change"),
     [
-        ([], [1, 2], (0, 0)), ([1, 2], [], (0, 2)), ([1, 2, 3], [1, 9, 3], (1, 1)),
+        ([], [1, 2], (0, 0)),
+        ([1, 2], [], (0, 2)),
+        ([1, 2, 3], [1, 9, 3], (1, 1)),
         ([1, 2, 3], [1, 2, 3], (3, 0)),
-        ([1, 1], [1, 1, 1], (2, 0)), ([1, 1, 1], [1], (1, 2)), ([1, 2], [2], (0, 1)),
+        ([1, 1], [1, 1, 1], (2, 0)),
+        ([1, 1, 1], [1], (1, 2)),
+        ([1, 2], [2], (0, 1)),
     ],
-)  # fmt: skip
+)
 def test_change_is_the_middle(old: list[int], new: list[int], change: tuple[int, int]) -> None:
     assert find_change(np.array(old, np.int32), np.array(new, np.int32)) == change
 
@@ -173,12 +186,18 @@ def test_replay_ends_where_encode_does(own: Tokenizer) -> None:
 def test_trainer_learns_what_rustbpe_learns() -> None:
     kit = Tokenizers()
     trainer = TokenizerTrainer(
-        [("1", "a thousand characters")], begin_learning, tokenizers.cut_now, kit.adopt, preview="The dog.",
+        [("1", "a thousand characters")],
+        begin_learning,
+        tokenizers.cut_now,
+        kit.adopt,
+        preview="The dog.",
         special_count=len(SPECIAL_TOKENS),
-    )  # fmt: skip
+    )
     state = trainer.answer_state()
     assert (
-        state["vocab_size"] == 265 and state["n_bytes"] == state["n_tokens"] == 1000 and not state["counts"]
+        state["vocab_size"] == 265
+        and state["n_bytes"] == state["n_tokens"] == 1000
+        and not state["counts"]
     )
     assert len(state["preview"]) == len("The dog.")
     one = trainer.answer_advance(1, 300)
@@ -187,11 +206,15 @@ def test_trainer_learns_what_rustbpe_learns() -> None:
         state = trainer.answer_advance(10, 300)
     assert state["vocab_size"] == 300 and "the same merges in the same order (35)" in state["said"]
     assert kit.opened.get("mine") == Tokenizer.train(trainer.learner.texts, 300)
-    assert state["n_tokens"] == sum(map(len, map(kit.opened.get("mine").encode, trainer.learner.texts)))
+    assert state["n_tokens"] == sum(
+        map(len, map(kit.opened.get("mine").encode, trainer.learner.texts))
+    )
     state = trainer.answer_begin("", "aab aab", 4096)
     while not trainer.done:
         state = trainer.answer_advance(50, state["goal"])
-    assert state["goal"] == state["vocab_size"] < 275, "a text that has no pairs left ends the training"
+    assert state["goal"] == state["vocab_size"] < 275, (
+        "a text that has no pairs left ends the training"
+    )
     with pytest.raises(ValueError, match="Your text is empty"):
         trainer.answer_begin("", " \n", 512)
 
@@ -215,7 +238,9 @@ def test_chat_is_drawn_as_rendered() -> None:
     drawn = widget.start
     assert drawn["ids"] == ids and drawn["mask"] == mask and drawn["cut"] == 0
     assert [bytes(piece) for piece in drawn["pieces"]] == [tokenizer.token_bytes(i) for i in ids]
-    assert {ids[i] for i, bit in enumerate(drawn["special"]) if bit} <= set(tokenizer.specials.values())
+    assert {ids[i] for i, bit in enumerate(drawn["special"]) if bit} <= set(
+        tokenizer.specials.values()
+    )
     assert widget.answer_draw(widget.key, tokenizers.DIALOGUE, 10)["cut"] == len(ids) - 10
     with pytest.raises(Exception, match="must speak"):
         widget.answer_draw(widget.key, [{"role": "assistant", "content": "x"}], 10)
@@ -256,7 +281,10 @@ def test_passages_are_parallel() -> None:
     found = passages.list_passages()
     assert found[0][0] == "English" and len({name for name, _, _ in found}) == len(found) >= 16
     shuffled = dict((name, text) for name, _, text in found)["English, letters shuffled"]
-    assert sorted(shuffled) == sorted(passages.ENGLISH.lower()) and shuffled != passages.ENGLISH.lower()
+    assert (
+        sorted(shuffled) == sorted(passages.ENGLISH.lower())
+        and shuffled != passages.ENGLISH.lower()
+    )
     assert [c.isalpha() for c in shuffled] == [c.isalpha() for c in passages.ENGLISH]
 
 
@@ -273,5 +301,7 @@ def test_lab_needs_no_torch() -> None:
 def test_widgets_say_their_state_in_traits() -> None:
     for widget in (Tokenizers().playground("ab"), Tokenizers().replay("ab")):
         assert (
-            isinstance(widget, traitlets.HasTraits) and widget.text == "ab" and widget.start["text"] == "ab"
+            isinstance(widget, traitlets.HasTraits)
+            and widget.text == "ab"
+            and widget.start["text"] == "ab"
         )

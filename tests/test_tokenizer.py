@@ -54,7 +54,10 @@ def test_fixture_agrees(generation: str) -> None:
     assert tokenizer.vocab_size == expected["vocab_size"]
     assert tokenizer.specials == expected["special_tokens"]
     assert tokenizer.bos_id == expected["bos"]
-    assert tokenizer.stop_ids == (tokenizer.special("<|bos|>"), tokenizer.special("<|assistant_end|>"))
+    assert tokenizer.stop_ids == (
+        tokenizer.special("<|bos|>"),
+        tokenizer.special("<|assistant_end|>"),
+    )
     assert [tokenizer.encode(case["text"]) for case in expected["encode"]] == [
         c["ids"] for c in expected["encode"]
     ]
@@ -119,7 +122,9 @@ def test_training_is_deterministic(small: Tokenizer) -> None:
 
 
 def test_too_little_text() -> None:
-    with pytest.raises(DataError, match=r"vocab_size=5000 needs more text.*set vocab_size to 26\d or less"):
+    with pytest.raises(
+        DataError, match=r"vocab_size=5000 needs more text.*set vocab_size to 26\d or less"
+    ):
         Tokenizer.train(["aaaa"], 5000)
     with pytest.raises(DataError, match="vocab_size=264 must be at least 265"):
         Tokenizer.train(["a"], 264)
@@ -129,7 +134,9 @@ def test_half_a_character_in_a_corpus(tmp_path: Path, monkeypatch: pytest.Monkey
     """JSON may hold lone surrogates, which are no UTF-8: the tokens a byte are measured all the same."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     path = tmp_path / "half.jsonl"
-    path.write_text("\n".join(json.dumps({"text": f"{text} \ud83d {i}"}) for i in range(30) for text in TEXT))
+    path.write_text(
+        "\n".join(json.dumps({"text": f"{text} \ud83d {i}"}) for i in range(30) for text in TEXT)
+    )
     made = train_tokenizer(TokenizerConfig(tag="half", corpus=str(path), vocab_size=290))
     assert 1 < made.bytes_per_token < 10
 
@@ -139,7 +146,10 @@ def test_identity_covers_everything(small: Tokenizer) -> None:
     last, before = list(ranks)[-1], list(ranks)[-2]
     swapped = {**ranks, last: ranks[before], before: ranks[last]}
     renamed = {name.replace("bos", "b0s"): i for name, i in small.specials.items()}
-    others = [Tokenizer("\\s|.", ranks, small.specials), Tokenizer(small.pattern, swapped, small.specials)]
+    others = [
+        Tokenizer("\\s|.", ranks, small.specials),
+        Tokenizer(small.pattern, swapped, small.specials),
+    ]
     others += [Tokenizer(small.pattern, ranks, renamed)]
     assert len({t.identity for t in [small, *others]}) == 4
     shuffled = dict(sorted(ranks.items()))
@@ -165,7 +175,10 @@ def test_note_must_name_the_pickle(small: Tokenizer, tmp_path: Path) -> None:
     small.save(tmp_path)
     note = tmp_path / "primechat_tokenizer.json"
     content = json.loads(note.read_text())
-    assert content["pkl_sha256"] == hashlib.sha256((tmp_path / "tokenizer.pkl").read_bytes()).hexdigest()
+    assert (
+        content["pkl_sha256"]
+        == hashlib.sha256((tmp_path / "tokenizer.pkl").read_bytes()).hexdigest()
+    )
     note.write_text(
         json.dumps({**content, "pkl_sha256": "0" * 64, "identity": "wrong", "provenance": {"a": 1}})
     )
@@ -234,7 +247,12 @@ class Evaluate(Touch):
 def encode_state(**changes: object) -> bytes:
     """A pickle of an Encoding whose state is what we like."""
     ranks = {bytes([i]): i for i in range(256)}
-    state = {"name": "rustbpe", "pat_str": ".", "mergeable_ranks": ranks, "special_tokens": {"<|bos|>": 256}}
+    state = {
+        "name": "rustbpe",
+        "pat_str": ".",
+        "mergeable_ranks": ranks,
+        "special_tokens": {"<|bos|>": 256},
+    }
     shell = tiktoken.Encoding("shell", pat_str=".", mergeable_ranks=ranks, special_tokens={})
     shell.__class__ = type(
         "Encoding", (tiktoken.Encoding,), {"__getstate__": lambda self: {**state, **changes}}
@@ -250,7 +268,12 @@ def encode_state(**changes: object) -> bytes:
 def hostile_files(trap: Path) -> dict[str, bytes]:
     good = encode_state()
     ranks = {bytes([i]): i for i in range(256)}
-    reduce_ = b"\x80\x04" + b"\x8c\x02os\x8c\x06system\x93\x8c\x0btouch " + str(trap).encode()[:5] + b"\x85R."
+    reduce_ = (
+        b"\x80\x04"
+        + b"\x8c\x02os\x8c\x06system\x93\x8c\x0btouch "
+        + str(trap).encode()[:5]
+        + b"\x85R."
+    )
     return {
         "reduce": pickle.dumps(Touch(trap)),
         "eval": pickle.dumps(Evaluate(trap)),
@@ -263,7 +286,9 @@ def hostile_files(trap: Path) -> dict[str, bytes]:
         "protocol 2": pickle.dumps(Touch(trap), protocol=2),
         "raw system": reduce_,
         "second global": good[:-2] + b"\x8c\x02os\x8c\x06system\x93b.",
-        "same global twice": good.replace(b"\x8c\x07rustbpe", b"\x8c\x0dtiktoken.core\x8c\x08Encoding\x93"),
+        "same global twice": good.replace(
+            b"\x8c\x07rustbpe", b"\x8c\x0dtiktoken.core\x8c\x08Encoding\x93"
+        ),
         "other global": good.replace(b"Encoding", b"encoding", 1),
         "other module": good.replace(b"tiktoken.core", b"tiktoken.care", 1),
         "inst": b"\x80\x04(ios\nsystem\n.",
@@ -312,14 +337,18 @@ def hostile_files(trap: Path) -> dict[str, bytes]:
 def test_hostile_pickles(tmp_path: Path) -> None:
     trap, path = tmp_path / "trap", tmp_path / "tokenizer.pkl"
     path.write_bytes(encode_state())
-    assert Tokenizer.load(tmp_path).vocab_size == 257, "the maker of hostile files must also make a good one"
+    assert Tokenizer.load(tmp_path).vocab_size == 257, (
+        "the maker of hostile files must also make a good one"
+    )
     files = hostile_files(trap)
     words = {
         "same global twice": "a second global",
         "dicts": "more than 3 containers",
         "marks": "nested too deeply",
     }
-    with pytest.raises(FileExistsError):  # the traps are live: freely unpickled, they make the folder
+    with pytest.raises(
+        FileExistsError
+    ):  # the traps are live: freely unpickled, they make the folder
         for name in ("reduce", "eval"):
             pickle.loads(files[name])
     trap.rmdir()
@@ -375,7 +404,13 @@ def test_hostile_lengths(small: Tokenizer, tmp_path: Path) -> None:
         torch.save(tensor, path)
         with pytest.raises(DataError, match="is no table of byte lengths"):
             Tokenizer.load(tmp_path).byte_lengths()
-    for data in (b"", b"x", good[:-30], good[: len(good) // 2], good.replace(b"IntStorage", b"PntStorage")):
+    for data in (
+        b"",
+        b"x",
+        good[:-30],
+        good[: len(good) // 2],
+        good.replace(b"IntStorage", b"PntStorage"),
+    ):
         path.write_bytes(data)
         with pytest.raises(DataError):
             Tokenizer.load(tmp_path).byte_lengths()
@@ -384,7 +419,9 @@ def test_hostile_lengths(small: Tokenizer, tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path).byte_lengths().tolist() == small.byte_lengths().tolist()
 
 
-def test_save_leaves_no_part(small: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_leaves_no_part(
+    small: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise OSError("disk full")
 

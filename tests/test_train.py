@@ -28,7 +28,10 @@ from primechat.train.tune import Candidate, decide_compile, list_devices, tune_r
 
 # three layers: with fewer, backout changes nothing and its gradient is a rounding error
 SHAPE = replace(
-    GPTConfig.modern(3, vocab_size=70, sequence_len=16, head_dim=16), n_embd=32, n_head=2, n_kv_head=2
+    GPTConfig.modern(3, vocab_size=70, sequence_len=16, head_dim=16),
+    n_embd=32,
+    n_head=2,
+    n_kv_head=2,
 )
 
 
@@ -60,9 +63,13 @@ def train(steps: int, micro: int, optim: OptimConfig | None = None) -> tuple[GPT
     model, events = make_model(), []
     optimizer = Optimizer(model, optim or OptimConfig(), 32)
     fit(
-        optimizer, make_batches(), lambda x, y: model.loss(x, y, "sum"), steps=steps, micro_batch_rows=micro,
+        optimizer,
+        make_batches(),
+        lambda x, y: model.loss(x, y, "sum"),
+        steps=steps,
+        micro_batch_rows=micro,
         on_step=events.append,
-    )  # fmt: skip
+    )
     return model, events
 
 
@@ -228,11 +235,21 @@ def test_tune_freezes() -> None:
         seconds=5,
     )
     runtime = tuning.runtime
-    assert runtime.device == "cpu" and runtime.dtype in ("float32", "bfloat16") and runtime.compile == "off"
+    assert (
+        runtime.device == "cpu"
+        and runtime.dtype in ("float32", "bfloat16")
+        and runtime.compile == "off"
+    )
     assert runtime.threads >= 1 and runtime.micro_batch_rows in (1, 2, 4) and tuning.step_s > 0
-    kept = RuntimeConfig(device="cpu", dtype="bfloat16", threads=1, micro_batch_rows=2, compile="off")
-    tuning = tune_runtime(model, lambda: Optimizer(model, OptimConfig(), 32), ids, targets, kept, Ranks())
-    assert tuning.runtime == kept and any("Chosen: cpu, bfloat16, 1 thread" in note for note in tuning.notes)
+    kept = RuntimeConfig(
+        device="cpu", dtype="bfloat16", threads=1, micro_batch_rows=2, compile="off"
+    )
+    tuning = tune_runtime(
+        model, lambda: Optimizer(model, OptimConfig(), 32), ids, targets, kept, Ranks()
+    )
+    assert tuning.runtime == kept and any(
+        "Chosen: cpu, bfloat16, 1 thread" in note for note in tuning.notes
+    )
 
 
 def test_micro_batch_larger_than_a_step() -> None:
@@ -252,7 +269,9 @@ def test_micro_batch_larger_than_a_step() -> None:
         def step(self, ratio: float, momentum: float) -> None:
             time.sleep(0.05)
 
-    many = RuntimeConfig(device="cpu", dtype="float32", threads=1, micro_batch_rows=256, compile="on")
+    many = RuntimeConfig(
+        device="cpu", dtype="float32", threads=1, micro_batch_rows=256, compile="on"
+    )
     tuning = tune_runtime(model, Slow, ids, targets, many, Ranks(), make=make)  # type: ignore[arg-type]
     assert 0.05 < tuning.step_s < 1 and 0.5 < tuning.learned["gain_float32"] < 8
 
@@ -291,12 +310,15 @@ def run_ranks(
         subprocess.Popen(
             [sys.executable, str(script), *words],
             env={
-                **os.environ, **place, "RANK": str(r), "LOCAL_RANK": str(r),
+                **os.environ,
+                **place,
+                "RANK": str(r),
+                "LOCAL_RANK": str(r),
                 "PYTHONPATH": os.pathsep.join([str(script.parent), str(script.parent.parent)]),
             },
         )
         for r in range(world)
-    ]  # fmt: skip
+    ]
     assert [p.wait(timeout=240) for p in ranks] == [0] * world
     return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(world)]
 
@@ -319,12 +341,16 @@ def test_ranks_learn_as_one(
     assert losses[-1] < 0.8 * losses[0]
     np.testing.assert_allclose(ranks[0]["losses"], losses, rtol=0, atol=1e-5)
     for name, p in weights.items():
-        assert all(torch.equal(rank["model"][name], ranks[0]["model"][name]) for rank in ranks), name
+        assert all(torch.equal(rank["model"][name], ranks[0]["model"][name]) for rank in ranks), (
+            name
+        )
         assert_same_move(ranks[0]["model"][name], p, fresh[name])
 
 
 @pytest.mark.slow
-def test_state_fits_any_ranks(tmp_path: Path, alone: tuple[dict[str, torch.Tensor], list[float]]) -> None:
+def test_state_fits_any_ranks(
+    tmp_path: Path, alone: tuple[dict[str, torch.Tensor], list[float]]
+) -> None:
     """Two ranks save, three with uneven shares of the rows go on, then one."""
     place = ""
     for world, first, end in ((2, 0, 20), (3, 20, 35), (1, 35, 50)):
@@ -335,8 +361,12 @@ def test_state_fits_any_ranks(tmp_path: Path, alone: tuple[dict[str, torch.Tenso
 
 
 def test_echoes_of_another_rank() -> None:
-    assert is_echo(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"))
-    assert not is_echo(RuntimeError("expected a tensor")) and not is_echo(ValueError("closed by peer"))
+    assert is_echo(
+        RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
+    )
+    assert not is_echo(RuntimeError("expected a tensor")) and not is_echo(
+        ValueError("closed by peer")
+    )
 
 
 @pytest.mark.parametrize("half", [True, False])
@@ -351,10 +381,18 @@ def test_search_is_short(monkeypatch: pytest.MonkeyPatch, half: bool) -> None:
     model = make_model()
     ids, targets = make_batches()[0]
     tuning = tune_runtime(
-        model, lambda: Optimizer(model, OptimConfig(), 32), ids, targets, RuntimeConfig(device="cpu"),
-        Ranks(), seconds=30, on_phase=lambda name, seconds: said.append((name, seconds)),
-    )  # fmt: skip
-    assert tuning.runtime.threads == 1 and any("4 threads were not tried" in note for note in tuning.notes)
+        model,
+        lambda: Optimizer(model, OptimConfig(), 32),
+        ids,
+        targets,
+        RuntimeConfig(device="cpu"),
+        Ranks(),
+        seconds=30,
+        on_phase=lambda name, seconds: said.append((name, seconds)),
+    )
+    assert tuning.runtime.threads == 1 and any(
+        "4 threads were not tried" in note for note in tuning.notes
+    )
     tried = {note.split(",")[0] for note in tuning.notes if note.endswith("tokens/s")}
     assert tried == ({"cpu float32", "cpu bfloat16"} if half else {"cpu float32"})
     assert any("bfloat16 was not tried" in note for note in tuning.notes) != half
@@ -385,7 +423,9 @@ def test_adam_is_that_of_torch() -> None:
     table = torch.randn(7, 3, generator=draw)
     mine, theirs = torch.nn.Parameter(table.clone()), torch.nn.Parameter(table.clone())
     ours = Adam([([mine], 0.1)])
-    other = torch.optim.AdamW([theirs], lr=0.1, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+    other = torch.optim.AdamW(
+        [theirs], lr=0.1, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True
+    )
     for ratio in (1.0, 0.7, 0.1):
         mine.grad = torch.randn(7, 3, generator=draw)
         theirs.grad = mine.grad.clone()

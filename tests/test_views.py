@@ -36,8 +36,12 @@ def test_text_is_readable(colours: dict[str, str]) -> None:
 
 def test_plots_read_on_both_grounds() -> None:
     for colour in (theme.INK, *theme.SERIES):
-        assert min(contrast(colour, theme.LIGHT["bg"]), contrast(colour, theme.DARK["bg"])) >= 2.9, colour
-    figure = theme.style_figure(go.Figure(go.Scatter(y=[1, 2])), height=200, yaxis_title="bits per byte")
+        assert (
+            min(contrast(colour, theme.LIGHT["bg"]), contrast(colour, theme.DARK["bg"])) >= 2.9
+        ), colour
+    figure = theme.style_figure(
+        go.Figure(go.Scatter(y=[1, 2])), height=200, yaxis_title="bits per byte"
+    )
     assert figure.layout.height == 200 and figure.layout.yaxis.title.text == "bits per byte"
     assert figure.layout.font.color == theme.INK
     import matplotlib.pyplot as plt
@@ -55,7 +59,11 @@ def test_scripts_are_joined() -> None:
     own = 'import { frame, h } from "./kit.js";\nexport default { render: (c) => frame(c, "x").end };\n'
     joined = kit.join_scripts(own)
     assert "import" not in re.sub(r"//.*|/\*.*?\*/", "", joined, flags=re.S).split()
-    assert joined.count("export ") == 1 and "export default" in joined and "\nfunction frame(" in joined
+    assert (
+        joined.count("export ") == 1
+        and "export default" in joined
+        and "\nfunction frame(" in joined
+    )
 
 
 def test_scripts_share_files_once(tmp_path: Path) -> None:
@@ -119,10 +127,14 @@ def test_scripts_are_safe_and_alone() -> None:
             r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text
         ), path
         assert not re.search(r"https?://(?!www\.w3\.org)", text), path
-        shared = any(f'/{path.name}"' in other.read_text(encoding="utf-8") for other in WIDGETS.rglob("*.js"))
+        shared = any(
+            f'/{path.name}"' in other.read_text(encoding="utf-8") for other in WIDGETS.rglob("*.js")
+        )
         assert path.with_suffix(".py").is_file() or shared, f"{path.name} is nobody's"
     for path in sorted(WIDGETS.rglob("*.css")):
-        assert not re.search(r"https?://|@import|#[0-9a-fA-F]{3,8}\b", path.read_text(encoding="utf-8")), path
+        assert not re.search(
+            r"https?://|@import|#[0-9a-fA-F]{3,8}\b", path.read_text(encoding="utf-8")
+        ), path
 
 
 def test_widget_can_be_made() -> None:
@@ -132,5 +144,6 @@ def test_widget_can_be_made() -> None:
     one, two = HeadView(at=3), HeadView()
     assert one.at == 3 and two.at == 0 and "function paintHeat(" in one._esm
     assert all(
-        look in one._css for look in ("--pc-accent", ".pc .pc-button", ".pc .pc-token", ".pc .pc-thumb")
+        look in one._css
+        for look in ("--pc-accent", ".pc .pc-button", ".pc .pc-token", ".pc .pc-thumb")
     )

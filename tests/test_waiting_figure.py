@@ -27,7 +27,12 @@ def test_what_waits_is_made_once_and_late() -> None:
         return go.Figure(go.Bar(y=[1.5, 2.5]))
 
     widget = show(draw, after="Which?")
-    assert isinstance(widget, WaitingFigure) and widget.gate == "Which?" and not made and not widget.figure
+    assert (
+        isinstance(widget, WaitingFigure)
+        and widget.gate == "Which?"
+        and not made
+        and not widget.figure
+    )
     assert widget.answer_settle()["figure"]["data"][0]["type"] == "bar"
     widget.answer_settle()
     assert made == [1]

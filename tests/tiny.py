@@ -37,13 +37,17 @@ class HistoryCache:
 
     def join(self, others: Sequence[HistoryCache]) -> HistoryCache:
         caches = [self, *others]
-        return HistoryCache([list(row) for c in caches for row in c.rows], max(c.capacity for c in caches))
+        return HistoryCache(
+            [list(row) for c in caches for row in c.rows], max(c.capacity for c in caches)
+        )
 
 
 class HistoryModel:
     """A model whose logits depend on every token of the history; `calls` notes the shape of each pass."""
 
-    def __init__(self, vocab_size: int = VOCAB_SIZE, sequence_len: int = 16, max_context: int = 160) -> None:
+    def __init__(
+        self, vocab_size: int = VOCAB_SIZE, sequence_len: int = 16, max_context: int = 160
+    ) -> None:
         self.vocab_size, self.sequence_len, self.max_context = vocab_size, sequence_len, max_context
         self.device = torch.device("cpu")
         self.calls: list[tuple[int, int]] = []

@@ -36,7 +36,12 @@ from primechat.names import FOLDERS, parse_identifier
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT_NAMES = {"settings", "stage", "summary"}  # what desk/pods/script.py offers of a lab's tools
-STAGE_OF = {"06": FinetuneConfig, "07": LoRAConfig, "08": DistillConfig, "09": AutochatConfig}  # 05 pretrains
+STAGE_OF = {
+    "06": FinetuneConfig,
+    "07": LoRAConfig,
+    "08": DistillConfig,
+    "09": AutochatConfig,
+}  # 05 pretrains
 COPIED = "copied.sha256"  # beside a copied library, of it as it was copied
 TOP_FILES = ("pyproject.toml", "README.md", "LICENSE")
 
@@ -91,10 +96,18 @@ def is_folded(mark: ast.expr) -> bool:
 
 def read_prose(body: list[ast.stmt]) -> str | None:
     """Return the Markdown of a cell that is nothing but `mo.md("...")`, else None."""
-    if len(body) != 1 or not isinstance(body[0], ast.Expr) or not isinstance(body[0].value, ast.Call):
+    if (
+        len(body) != 1
+        or not isinstance(body[0], ast.Expr)
+        or not isinstance(body[0].value, ast.Call)
+    ):
         return None
     call = body[0].value
-    if ast.unparse(call.func) != "mo.md" or not call.args or not isinstance(call.args[0], ast.Constant):
+    if (
+        ast.unparse(call.func) != "mo.md"
+        or not call.args
+        or not isinstance(call.args[0], ast.Constant)
+    ):
         return None
     return textwrap.dedent(str(call.args[0].value)).strip()
 
@@ -147,7 +160,9 @@ def write_script(lab: Path, origin: str = "") -> str:
         elif cell.kind == "program" and cell.text:
             tree, program = ast.parse(cell.text), True
             names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-            made = {node.id for node in names if not isinstance(node.ctx, ast.Load)} | set(list_bound(tree))
+            made = {node.id for node in names if not isinstance(node.ctx, ast.Load)} | set(
+                list_bound(tree)
+            )
             text, tree = drop_keywords(cell.text, tree, known | made)
             missing = sorted(list_loaded(tree) - known - made)
             if missing:
@@ -158,7 +173,9 @@ def write_script(lab: Path, origin: str = "") -> str:
             known |= made
             parts.append(text)
     if not program:
-        raise ConfigError(f"{lab.name} has no cell whose code is shown, so nothing to export; try 05.")
+        raise ConfigError(
+            f"{lab.name} has no cell whose code is shown, so nothing to export; try 05."
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -169,7 +186,9 @@ def drop_keywords(text: str, tree: ast.Module, known: set[str]) -> tuple[str, as
         for word in call.keywords:
             alone = lines[word.lineno - 1].strip().startswith(f"{word.arg}=")
             if alone and list_loaded(word.value) - known:
-                lines[word.lineno - 1 : word.end_lineno] = [""] * (word.end_lineno - word.lineno + 1)  # type: ignore[operator]
+                lines[word.lineno - 1 : word.end_lineno] = [""] * (
+                    word.end_lineno - word.lineno + 1
+                )  # type: ignore[operator]
     text = "\n".join(line for line in lines if line)
     return text, ast.parse(text)
 
@@ -226,7 +245,9 @@ def name_source(config: Any) -> str:
 def describe_stage(config: Any) -> str:
     """Return in one line what a stage does."""
     if isinstance(config, AutochatConfig):
-        learned = f", and learns from itself {config.generations} times" if config.generations else ""
+        learned = (
+            f", and learns from itself {config.generations} times" if config.generations else ""
+        )
         return f"AutochatConfig: {config.n_talks} conversations of {config.turns} turns{learned}"
     length = f"{config.steps:,} steps" if config.steps else "one pass"
     text = config.dialogues or getattr(config, "corpus", "")
@@ -260,9 +281,12 @@ def export_lab(
     settings = json.dumps(encode_config(config), indent=2) + "\n"
     words = fill_in(lab, config, plan, base_dir.expanduser().resolve())
     files = {
-        "run.py": script, "config.json": settings, "launch.sh": fill_words(templates.LAUNCH, words),
-        "sky.yaml": fill_words(templates.SKY, words), "README.md": fill_words(templates.READ_ME, words),
-    }  # fmt: skip
+        "run.py": script,
+        "config.json": settings,
+        "launch.sh": fill_words(templates.LAUNCH, words),
+        "sky.yaml": fill_words(templates.SKY, words),
+        "README.md": fill_words(templates.READ_ME, words),
+    }
     if not force:
         check_folder(folder, files)
     try:
@@ -287,7 +311,11 @@ def check_folder(folder: Path, files: dict[str, str]) -> None:
     what = f"{', '.join(changed)} with changes, yours or another version's" if changed else ""
     if "config.json" in changed:
         what = "an export of other settings"
-    elif "config.json" not in there and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif (
+        "config.json" not in there
+        and folder.exists()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
         what = "something else than an export"
     if what:
         raise ConfigError(
@@ -302,29 +330,47 @@ def fill_in(lab: Path, config: Any, plan: Plan, home: Path) -> dict[str, str]:
     recipe = first and config == full_config(config.model.n_layer, config.model.architecture)
     cost = f"{format_hours(plan.train_s)} and ${plan.dollars:,.0f}"
     words = {
-        "@PLAN@": "\n".join(f"    {line}".rstrip() for line in describe_plan(plan)) if first else STAGE_PLAN,
-        "@RECIPE@": templates.RECIPE if recipe else "", "@BRING@": "" if first else templates.BRING,
-        "@PREFLIGHT@": templates.PREFLIGHT if first else templates.TRY_TALK if talks else templates.TRY,
-        "@DATA@": DATA if hasattr(config, "corpus") else 'echo "The run fetches its dialogues itself."',
-        "@COST@": cost if first else f"less than the {cost} of its model's pretraining; preflight tells",
-    }  # fmt: skip
+        "@PLAN@": "\n".join(f"    {line}".rstrip() for line in describe_plan(plan))
+        if first
+        else STAGE_PLAN,
+        "@RECIPE@": templates.RECIPE if recipe else "",
+        "@BRING@": "" if first else templates.BRING,
+        "@PREFLIGHT@": templates.PREFLIGHT
+        if first
+        else templates.TRY_TALK
+        if talks
+        else templates.TRY,
+        "@DATA@": DATA
+        if hasattr(config, "corpus")
+        else 'echo "The run fetches its dialogues itself."',
+        "@COST@": cost
+        if first
+        else f"less than the {cost} of its model's pretraining; preflight tells",
+    }
     if first:
         arch, model = config.model.architecture, config.model
         words |= {
-            "@ARCH@": arch, "@OTHER@": "classic" if arch == "modern" else "modern",
-            "@DEPTH@": str(model.n_layer), "@VOCAB@": f"{model.vocab_size:,}",
-            "@ROWS@": f"{model.sequence_len:,}", "@MOUNTS@": "",
-        }  # fmt: skip
+            "@ARCH@": arch,
+            "@OTHER@": "classic" if arch == "modern" else "modern",
+            "@DEPTH@": str(model.n_layer),
+            "@VOCAB@": f"{model.vocab_size:,}",
+            "@ROWS@": f"{model.sequence_len:,}",
+            "@MOUNTS@": "",
+        }
     else:
         source = parse_identifier(name_source(config))
         place = f"{FOLDERS.get(source.family, source.family)}/{source.tag}"
         alone = not (home / place / "tokenizer").is_dir() and (home / "tokenizer").is_dir()
-        mounts = [f"  {POD_BASE}/{name}: {json.dumps(str(home / name))}\n"
-                  for name in (place, *(["tokenizer"] if alone else []))]  # fmt: skip
+        mounts = [
+            f"  {POD_BASE}/{name}: {json.dumps(str(home / name))}\n"
+            for name in (place, *(["tokenizer"] if alone else []))
+        ]
         words |= {
-            "@CONFIG@": describe_stage(config), "@MODELS@": str(source), "@FOLDER@": place,
+            "@CONFIG@": describe_stage(config),
+            "@MODELS@": str(source),
+            "@FOLDER@": place,
             "@MOUNTS@": "file_mounts:\n" + "".join(mounts),
-        }  # fmt: skip
+        }
     kind = plan.machine.name.partition("x")[2]
     accelerator = {"H200": "H200-SXM", "H100": "H100-SXM", "4090": "RTX4090"}[kind]
     job = name_job(config)
@@ -334,25 +380,35 @@ def fill_in(lab: Path, config: Any, plan: Plan, home: Path) -> dict[str, str]:
         made = [f"{POD_BASE}/autochat", *learned]
     pulls = "\n".join(f"primechat pull root@POD:{one}" for one in made)
     return {
-        **words, "@PULL@": pulls, "@PULL_SKY@": pulls.replace("@POD", "@primechat-@NAME@"),
-        "@HOME@": shlex.quote(str(home)), "@BASE@": POD_BASE, "@IMAGE@": IMAGE,
-        "@GPUS@": plan.machine.name, "@RANKS@": str(1 if talks else plan.machine.n_gpus),
-        "@FAMILY@": FOLDERS[family], "@TAG@": config.tag, "@LAB@": lab.name,
-        "@JOB@": job, "@NAME@": job.lower().replace("_", "-").replace(".", "-"),
+        **words,
+        "@PULL@": pulls,
+        "@PULL_SKY@": pulls.replace("@POD", "@primechat-@NAME@"),
+        "@HOME@": shlex.quote(str(home)),
+        "@BASE@": POD_BASE,
+        "@IMAGE@": IMAGE,
+        "@GPUS@": plan.machine.name,
+        "@RANKS@": str(1 if talks else plan.machine.n_gpus),
+        "@FAMILY@": FOLDERS[family],
+        "@TAG@": config.tag,
+        "@LAB@": lab.name,
+        "@JOB@": job,
+        "@NAME@": job.lower().replace("_", "-").replace(".", "-"),
         "@LIMIT@": f"{max(1.0, plan.dollars * (1.25 if first else 0.25)):.0f}",  # 0 would be no limit
         "@PRICE@": f"{plan.machine.dollars_per_hour:.2f}",
         "@CORPUS@": shlex.quote(str(getattr(config, "corpus", "fineweb-edu"))),
         "@SHARDS@": str(min(8, getattr(config, "n_shards", 8))),
         "@ACCELERATOR@": f"{accelerator}:{plan.machine.n_gpus}",
         "@DISK@": str(max(80, int(plan.disk_bytes / 1e9 * 1.2) + 10)),
-    }  # fmt: skip
+    }
 
 
 def copy_library(target: Path) -> None:
     """Copy the library as it is, so that the run is of this very code."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(
-        ROOT / "primechat", target / "primechat", ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
+        ROOT / "primechat",
+        target / "primechat",
+        ignore=shutil.ignore_patterns("__pycache__", "*.pyc"),
     )
     for name in TOP_FILES:
         shutil.copy(ROOT / name, target / name)
@@ -371,20 +427,36 @@ def shrink_config(config: Any) -> Any:
     """Return a rehearsal: the same switches, 20 steps of a tiny model on a CPU; a stage takes base/small."""
     changes: dict[str, Any] = dict(dialogues="faq", base="base/small", general="none")
     if isinstance(config, PretrainConfig):
-        tiny: Any = dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=64, vocab_size=400, sequence_len=64)
+        tiny: Any = dict(
+            n_layer=2, n_head=2, n_kv_head=2, n_embd=64, vocab_size=400, sequence_len=64
+        )
         changes = dict(model=replace(config.model, **tiny), corpus="chitchat", tokenizer="")
     elif isinstance(config, AutochatConfig):
-        runtime = RuntimeConfig(device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=4)
-        changes = dict(model="base/small", n_talks=4, turns=4, max_new_tokens=8, generations=1, tune_steps=20)
+        runtime = RuntimeConfig(
+            device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=4
+        )
+        changes = dict(
+            model="base/small", n_talks=4, turns=4, max_new_tokens=8, generations=1, tune_steps=20
+        )
         return replace(config, **changes, tag="rehearsal", runtime=runtime)
     elif isinstance(config, DistillConfig):
         changes = dict(teacher="base/small", size="half", corpus="chitchat", n_shards=1)
     return replace(
-        config, **changes, tag="rehearsal", batch_tokens=16 * 64, steps=20, seconds=0.0,
-        look=LookConfig(eval_every=10, eval_tokens=1024, last_eval_tokens=4096, save_every=10,
-                        snapshots=False),
+        config,
+        **changes,
+        tag="rehearsal",
+        batch_tokens=16 * 64,
+        steps=20,
+        seconds=0.0,
+        look=LookConfig(
+            eval_every=10, eval_tokens=1024, last_eval_tokens=4096, save_every=10, snapshots=False
+        ),
         runtime=RuntimeConfig(
-            device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=4,
+            device="cpu",
+            dtype="float32",
+            threads=1,
+            compile="off",
+            micro_batch_rows=4,
             checkpoint_blocks=config.runtime.checkpoint_blocks,
         ),
-    )  # fmt: skip
+    )

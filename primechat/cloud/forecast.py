@@ -19,7 +19,10 @@ MIN_RUNS = 5
 FAR = 30.0  # times the largest run's size or text: beyond it a fit of small runs says nothing
 NOISE = 0.005  # relative spread of bpb over seeds, of runs of this size
 DRAWS = 4000
-FLOORS, POWERS = 60, np.linspace(0.06, 1.0, 28)  # shares of the least bpb that E may be; values of a and b
+FLOORS, POWERS = (
+    60,
+    np.linspace(0.06, 1.0, 28),
+)  # shares of the least bpb that E may be; values of a and b
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,11 @@ class Forecast:
 
 
 def forecast_bpb(
-    runs: Sequence[SmallRun], targets: Sequence[tuple[int, int]], *, noise: float = NOISE, seed: int = 0
+    runs: Sequence[SmallRun],
+    targets: Sequence[tuple[int, int]],
+    *,
+    noise: float = NOISE,
+    seed: int = 0,
 ) -> list[Forecast]:
     """Predict what runs of other sizes and lengths reach.
 
@@ -54,7 +61,9 @@ def forecast_bpb(
     Raises:
         ConfigError: too few or equal runs, no numbers, or a target is too far away.
     """
-    table = np.array([(run.n_params, run.tokens, run.bpb) for run in runs], dtype=float).reshape(-1, 3)
+    table = np.array([(run.n_params, run.tokens, run.bpb) for run in runs], dtype=float).reshape(
+        -1, 3
+    )
     n, d, bpb = table.T
     if len(table) < MIN_RUNS or not np.isfinite(table).all() or table.min() <= 0:
         raise ConfigError(
@@ -62,7 +71,9 @@ def forecast_bpb(
         )
     for name, values, i in (("sizes", n, 0), ("numbers of tokens", d, 1)):
         if values.max() < 1.5 * values.min():
-            raise ConfigError(f"The runs are of nearly equal {name}, a forecast needs two; add another.")
+            raise ConfigError(
+                f"The runs are of nearly equal {name}, a forecast needs two; add another."
+            )
         far = max(target[i] for target in targets)
         if far > FAR * values.max():
             raise ConfigError(
@@ -74,21 +85,35 @@ def forecast_bpb(
     u, v = (n / mid_n) ** -POWERS[:, None], (d / mid_d) ** -POWERS[:, None]  # (powers, runs)
     w, y = (noise * bpb) ** -2, bpb - floors[:, None]  # (runs,), (floors, runs)
     # least squares for A and B at every point of the grid: axes are E, a, b
-    uu, vv, uv = ((w * u**2).sum(1)[None, :, None], (w * v**2).sum(1)[None, None, :], ((w * u) @ v.T)[None])
-    uy, vy, yy = ((w * y) @ u.T)[:, :, None], ((w * y) @ v.T)[:, None, :], (w * y**2).sum(1)[:, None, None]
+    uu, vv, uv = (
+        (w * u**2).sum(1)[None, :, None],
+        (w * v**2).sum(1)[None, None, :],
+        ((w * u) @ v.T)[None],
+    )
+    uy, vy, yy = (
+        ((w * y) @ u.T)[:, :, None],
+        ((w * y) @ v.T)[:, None, :],
+        (w * y**2).sum(1)[:, None, None],
+    )
     det = uu * vv - uv**2
     A, B = (vv * uy - uv * vy) / det, (uu * vy - uv * uy) / det
     misfit = np.maximum(yy - A * uy - B * vy, 0)
     misfit = np.where((A > 0) & (B > 0), misfit, np.inf)  # neither size nor text may hurt
     best, flat = misfit.min(), (w * (bpb - np.average(bpb, weights=w)) ** 2).sum()
     if not best < 0.5 * flat:  # it explains no more than a level line does
-        raise ConfigError("bpb does not fall with size and text in these runs; train each of them longer.")
-    wide = max(1.0, float(best) / max(1, len(table) - 4))  # more scatter than seeds explain widens all
+        raise ConfigError(
+            "bpb does not fall with size and text in these runs; train each of them longer."
+        )
+    wide = max(
+        1.0, float(best) / max(1, len(table) - 4)
+    )  # more scatter than seeds explain widens all
     weight = np.exp(-0.5 * (misfit - best) / wide)
     chance = np.random.default_rng(seed)
     pick = chance.choice(weight.size, DRAWS, p=weight.ravel() / weight.sum())
     at_e, at_a, at_b = np.unravel_index(pick, weight.shape)
-    uu, uv, det, A, B = (np.broadcast_to(part, weight.shape).ravel()[pick] for part in (uu, uv, det, A, B))
+    uu, uv, det, A, B = (
+        np.broadcast_to(part, weight.shape).ravel()[pick] for part in (uu, uv, det, A, B)
+    )
     # A and B themselves, drawn with their errors; those of one draw lean against each other
     z = chance.standard_normal((2, DRAWS)) * wide**0.5
     drawn_b = B + z[0] * np.sqrt(uu / det)

@@ -19,7 +19,9 @@ from primechat.errors import ConfigError
 from primechat.records import count_noun
 from primechat.text.shards import HUB_CORPORA
 
-CHARS_A_TOKEN = 4.8  # of nanochat's tokenizer of 65,536 tokens on FineWeb-Edu; smaller vocabularies have less
+CHARS_A_TOKEN = (
+    4.8  # of nanochat's tokenizer of 65,536 tokens on FineWeb-Edu; smaller vocabularies have less
+)
 SHARD_CHARS, SHARD_BYTES = 250e6, 100e6
 POD_DISK_BYTES = 80e9
 USABLE = 0.92  # of a GPU's memory: the rest goes to CUDA itself and to gaps between tensors
@@ -65,13 +67,20 @@ def find_machine(name: str, base_dir: Path | None = None) -> Machine:
         return read_bench(base_dir)
     match = re.fullmatch(r"(?:(\d{1,3})x)?(\w+)", name)
     if not match or match[2].upper() not in GPUS or int(match[1] or 1) == 0:
-        raise ConfigError(f"gpus={name!r} must be a count and one of {', '.join(GPUS)}, or here; try 8xH200.")
+        raise ConfigError(
+            f"gpus={name!r} must be a count and one of {', '.join(GPUS)}, or here; try 8xH200."
+        )
     count, kind = int(match[1] or 1), match[2].upper()
     memory, peak, mfu, source, price = GPUS[kind]
     return Machine(
-        name=f"{count}x{kind}", n_gpus=count, memory_bytes=memory, peak_flops=peak, mfu=mfu,
-        mfu_source=source, dollars_per_hour=round(count * price, 2),
-    )  # fmt: skip
+        name=f"{count}x{kind}",
+        n_gpus=count,
+        memory_bytes=memory,
+        peak_flops=peak,
+        mfu=mfu,
+        mfu_source=source,
+        dollars_per_hour=round(count * price, 2),
+    )
 
 
 def read_bench(base_dir: Path | None) -> Machine:
@@ -83,9 +92,15 @@ def read_bench(base_dir: Path | None) -> Machine:
     except (OSError, ValueError, LookupError, TypeError):
         raise ConfigError(f"gpus='here' needs {path}; run `primechat bench train` once.") from None
     return Machine(
-        name="here", n_gpus=1, memory_bytes=memory, peak_flops=speed, mfu=1.0, device="cpu",
-        mfu_source="as `primechat bench train` measured it", dollars_per_hour=0.0,
-    )  # fmt: skip
+        name="here",
+        n_gpus=1,
+        memory_bytes=memory,
+        peak_flops=speed,
+        mfu=1.0,
+        device="cpu",
+        mfu_source="as `primechat bench train` measured it",
+        dollars_per_hour=0.0,
+    )
 
 
 def count_params(model: GPTConfig) -> dict[str, int]:
@@ -99,7 +114,8 @@ def count_params(model: GPTConfig) -> dict[str, int]:
     counts = {
         "token embedding": rows * width,
         "value embeddings": n_tables * rows * kv,
-        "attention": model.n_layer * (2 * width * width + 2 * width * kv) + n_tables * 12 * model.n_kv_head,
+        "attention": model.n_layer * (2 * width * width + 2 * width * kv)
+        + n_tables * 12 * model.n_kv_head,
         "mlp": model.n_layer * 8 * width * width,
         "output head": rows * width,
     }
@@ -117,7 +133,9 @@ def count_flops(model: GPTConfig) -> int:
     """
     counts = count_params(model)
     matrices = sum(counts.values()) - counts["token embedding"] - counts["value embeddings"]
-    seen = sum(min(model.window(i) or model.sequence_len, model.sequence_len) for i in range(model.n_layer))
+    seen = sum(
+        min(model.window(i) or model.sequence_len, model.sequence_len) for i in range(model.n_layer)
+    )
     return 6 * matrices + 12 * model.n_embd * seen
 
 
@@ -140,7 +158,12 @@ def count_shards(config: PretrainConfig, tokens: float | None = None) -> int:
 
 
 def estimate_memory(
-    config: PretrainConfig, rows: int, *, n_gpus: int = 1, device: str = "cuda", dtype: str = "bfloat16"
+    config: PretrainConfig,
+    rows: int,
+    *,
+    n_gpus: int = 1,
+    device: str = "cuda",
+    dtype: str = "bfloat16",
 ) -> dict[str, float]:
     """Return the bytes of one GPU's memory at the peak of a step, by kind, where it reads `rows` of
     sequence_len tokens at a time and `n_gpus` ranks share the optimizer's states.
@@ -176,11 +199,15 @@ def estimate_memory(
         "activations": float(activations),
         "logits and update": 3.0 * LOGITS_BYTES[device] + table + backward,
     }
-    if n_gpus == 1 and rows * T >= config.batch_tokens:  # one pass: gradients grow as activations go
+    if (
+        n_gpus == 1 and rows * T >= config.batch_tokens
+    ):  # one pass: gradients grow as activations go
         parts["activations"] = max(0.0, parts["activations"] - parts["gradients"])
     # or the optimizer's step is the peak
     update = largest * (4 if n_gpus == 1 else 4 + n_gpus)
-    parts["logits and update"] += max(0.0, update - parts["activations"] - parts["logits and update"])
+    parts["logits and update"] += max(
+        0.0, update - parts["activations"] - parts["logits and update"]
+    )
     return parts
 
 
@@ -268,7 +295,9 @@ class Plan:
         return self.micro_batch_rows > 0 and self.disk_bytes <= self.disk_limit_bytes
 
 
-def make_plan(config: PretrainConfig, machine: Machine, *, disk_limit_bytes: float = POD_DISK_BYTES) -> Plan:
+def make_plan(
+    config: PretrainConfig, machine: Machine, *, disk_limit_bytes: float = POD_DISK_BYTES
+) -> Plan:
     """Work out what a run needs on a machine.
 
     Raises:
@@ -286,20 +315,33 @@ def make_plan(config: PretrainConfig, machine: Machine, *, disk_limit_bytes: flo
     train_s = tokens * flops / machine.flops_per_s
     share = -(-rows_all // machine.n_gpus)
     return Plan(
-        config=config, machine=machine, params=count_params(config.model), flops_per_token=flops,
-        tokens=tokens, steps=steps, total_flops=float(tokens) * flops, shards=count_shards(config, tokens),
+        config=config,
+        machine=machine,
+        params=count_params(config.model),
+        flops_per_token=flops,
+        tokens=tokens,
+        steps=steps,
+        total_flops=float(tokens) * flops,
+        shards=count_shards(config, tokens),
         memory=estimate_memory(config, max(1, rows), n_gpus=machine.n_gpus, device=machine.device),
-        micro_batch_rows=rows, accumulate=-(-share // max(1, rows)), disk=estimate_disk(config),
-        disk_limit_bytes=disk_limit_bytes, train_s=train_s,
+        micro_batch_rows=rows,
+        accumulate=-(-share // max(1, rows)),
+        disk=estimate_disk(config),
+        disk_limit_bytes=disk_limit_bytes,
+        train_s=train_s,
         dollars=train_s / 3600 * machine.dollars_per_hour,
-    )  # fmt: skip
+    )
 
 
 def full_config(depth: int, arch: str = "classic", corpus: str = "fineweb-edu") -> PretrainConfig:
     """Return the full run of a depth: nanochat's speedrun recipe, with as many shards as it reads."""
     shape = GPTConfig.classic if arch == "classic" else GPTConfig.modern
     look = LookConfig(
-        eval_every=250, eval_tokens=2_097_152, sample_every=1000, save_every=1000, snapshot_budget_mb=16_000
+        eval_every=250,
+        eval_tokens=2_097_152,
+        sample_every=1000,
+        save_every=1000,
+        snapshot_budget_mb=16_000,
     )
     config = PretrainConfig(
         tag=f"d{depth}", model=shape(depth), corpus=corpus, batch_tokens=524_288, look=look
@@ -342,7 +384,9 @@ def describe_plan(plan: Plan) -> Iterator[str]:
         yield "  MFU is the share of the FLOPs a second on the GPU's data sheet that a real run reaches"
 
 
-def list_parts(title: str, parts: dict[str, float] | dict[str, int], unit: float, name: str) -> Iterator[str]:
+def list_parts(
+    title: str, parts: dict[str, float] | dict[str, int], unit: float, name: str
+) -> Iterator[str]:
     """Yield a heading and one line a part."""
     yield title
     yield from (f"  {value / unit:10,.2f} {name}  {kind}" for kind, value in parts.items() if value)

@@ -16,7 +16,20 @@ from primechat.config.stages import (
 from primechat.config.talk import AutochatConfig
 
 __all__ = [
-    "DistillConfig", "AutochatConfig", "EvaluateConfig", "FinetuneConfig", "GPTConfig", "LoRAConfig",
-    "LookConfig", "OptimConfig", "PretrainConfig", "QuickstartConfig", "RuntimeConfig", "SpeedrunConfig",
-    "TokenizerConfig", "decode_config", "encode_config", "find_difference",
-]  # fmt: skip
+    "DistillConfig",
+    "AutochatConfig",
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "GPTConfig",
+    "LoRAConfig",
+    "LookConfig",
+    "OptimConfig",
+    "PretrainConfig",
+    "QuickstartConfig",
+    "RuntimeConfig",
+    "SpeedrunConfig",
+    "TokenizerConfig",
+    "decode_config",
+    "encode_config",
+    "find_difference",
+]

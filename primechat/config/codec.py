@@ -74,7 +74,9 @@ def decode_value(value: Any, kind: Any, where: str) -> Any:
     return value
 
 
-def find_difference(old: Any, new: Any, ignore: tuple[str, ...] = (), prefix: str = "") -> str | None:
+def find_difference(
+    old: Any, new: Any, ignore: tuple[str, ...] = (), prefix: str = ""
+) -> str | None:
     """Name the first field in which two configs of one class differ, as `field: old != new`, or None."""
     for item in dataclasses.fields(old):
         name, a, b = prefix + item.name, getattr(old, item.name), getattr(new, item.name)

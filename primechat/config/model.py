@@ -84,8 +84,12 @@ class GPTConfig:
                 f"model.window_pattern={self.window_pattern!r} must be made of S and L; try 'SSSL', or '' "
                 "for none."
             )
-        if not 0 <= self.logit_softcap <= 70:  # the loss sums exp(cap) over the vocabulary in float32
-            raise ConfigError(f"model.logit_softcap={self.logit_softcap} must be 0 (off) to 70; try 15.")
+        if (
+            not 0 <= self.logit_softcap <= 70
+        ):  # the loss sums exp(cap) over the vocabulary in float32
+            raise ConfigError(
+                f"model.logit_softcap={self.logit_softcap} must be 0 (off) to 70; try 15."
+            )
 
     @property
     def head_dim(self) -> int:
@@ -145,11 +149,15 @@ class GPTConfig:
         return total + 2 * self.n_layer * self.residual_scalars + 25 * self.smear + self.backout
 
     @classmethod
-    def classic(cls, depth: int, *, vocab_size: int = 65_536, sequence_len: int = 2048) -> GPTConfig:
+    def classic(
+        cls, depth: int, *, vocab_size: int = 65_536, sequence_len: int = 2048
+    ) -> GPTConfig:
         """Return the 2025 model of a depth: width 64 * depth, heads of 128 or of the next width that fits."""
         check_depth(depth)
         n_head = next(
-            n for n in range(-(-depth // 2), depth + 1) if 64 * depth % n == 0 and 64 * depth // n % 2 == 0
+            n
+            for n in range(-(-depth // 2), depth + 1)
+            if 64 * depth % n == 0 and 64 * depth // n % 2 == 0
         )
         plain = cls(vocab_size=vocab_size, sequence_len=sequence_len)
         return set_shape(plain, depth, 64 * depth, n_head)
@@ -199,8 +207,12 @@ def shrink_model(teacher: GPTConfig, size: str) -> GPTConfig:
         off = abs(math.log(config.n_params / wanted))
         return 4 * off + abs(math.log(config.n_embd / config.n_layer / slim))
 
-    head_dim = next(d for d in (128, 64, 32, 16, teacher.head_dim) if teacher.n_embd >= 8 * d or d <= 16)
-    widths = [w for w in range(head_dim, teacher.n_embd + 1, head_dim) if w >= 24]  # what a smear reads
+    head_dim = next(
+        d for d in (128, 64, 32, 16, teacher.head_dim) if teacher.n_embd >= 8 * d or d <= 16
+    )
+    widths = [
+        w for w in range(head_dim, teacher.n_embd + 1, head_dim) if w >= 24
+    ]  # what a smear reads
     shapes = [(n, w, w // head_dim) for n in range(1, teacher.n_layer + 1) for w in widths]
     return min((set_shape(teacher, *shape) for shape in shapes), key=miss)
 
@@ -218,6 +230,13 @@ def classic_switches() -> dict[str, Any]:
 def modern_switches() -> dict[str, Any]:
     """Return the switches that make a config `modern`; shapes and windows are free."""
     return dict(
-        value_embeddings=True, residual_scalars=True, smear=True, backout=True, qk_gain=1.2,
-        rope_base=100_000.0, rope_dtype="compute", logit_softcap=15.0, vocab_multiple=64,
-    )  # fmt: skip
+        value_embeddings=True,
+        residual_scalars=True,
+        smear=True,
+        backout=True,
+        qk_gain=1.2,
+        rope_base=100_000.0,
+        rope_dtype="compute",
+        logit_softcap=15.0,
+        vocab_multiple=64,
+    )

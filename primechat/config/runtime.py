@@ -91,9 +91,14 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "added_lr", "weight_decay",
+            "matrix_lr",
+            "embedding_lr",
+            "unembedding_lr",
+            "scalar_lr",
+            "added_lr",
+            "weight_decay",
             "grad_clip",
-        ):  # fmt: skip
+        ):
             check_number(f"optim.{name}", getattr(self, name), low=0)
         for name in ("momentum", "warmup_ratio", "warmdown_ratio", "final_lr_ratio"):
             check_number(f"optim.{name}", getattr(self, name), low=0, high=1)
@@ -129,20 +134,31 @@ class LookConfig:
 
     def __post_init__(self) -> None:
         for name, low in (
-            ("eval_every", 0), ("eval_tokens", 0), ("last_eval_tokens", 0), ("sample_every", -1),
-            ("save_every", 0), ("keep_checkpoints", 1), ("snapshot_budget_mb", 0),
-        ):  # fmt: skip
+            ("eval_every", 0),
+            ("eval_tokens", 0),
+            ("last_eval_tokens", 0),
+            ("sample_every", -1),
+            ("save_every", 0),
+            ("keep_checkpoints", 1),
+            ("snapshot_budget_mb", 0),
+        ):
             check_number(f"look.{name}", getattr(self, name), low=low, whole=True)
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Refuse a word that is none of the allowed ones."""
     if value not in allowed:
-        raise ConfigError(f"{name}={value!r} must be one of {', '.join(allowed)}; try {allowed[0]}.")
+        raise ConfigError(
+            f"{name}={value!r} must be one of {', '.join(allowed)}; try {allowed[0]}."
+        )
 
 
 SAMPLING = {"temperature": (0, 100, False), "top_p": (1e-6, 1, False), "top_k": (0, None, True)}
-SAMPLING["repetition_penalty"] = (1, 10, False)  # how a token is drawn: least, most, whether it is whole
+SAMPLING["repetition_penalty"] = (
+    1,
+    10,
+    False,
+)  # how a token is drawn: least, most, whether it is whole
 
 
 def check_drawing(config: Any, most_tokens: float | None = None) -> None:
@@ -161,4 +177,6 @@ def check_number(
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not number or not low <= value <= top:  # type: ignore[operator]
         bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise ConfigError(f"{name}={value!r} must be {kind} {bounds}; try {min(max(low, 1), top):g}.")
+        raise ConfigError(
+            f"{name}={value!r} must be {kind} {bounds}; try {min(max(low, 1), top):g}."
+        )

@@ -9,7 +9,13 @@ import re
 from dataclasses import dataclass, field
 
 from primechat.config.model import STUDENT_SIZES, GPTConfig
-from primechat.config.runtime import LookConfig, OptimConfig, RuntimeConfig, check_choice, check_number
+from primechat.config.runtime import (
+    LookConfig,
+    OptimConfig,
+    RuntimeConfig,
+    check_choice,
+    check_number,
+)
 from primechat.errors import ConfigError
 
 LAYOUTS = ("packed", "masked", "padded")  # how conversations share rows
@@ -88,7 +94,9 @@ class PretrainConfig:
         check_number("n_shards", self.n_shards, low=1, whole=True)
         check_number("keep_shards", self.keep_shards, low=0, whole=True)
         if self.keep_shards == 1:
-            raise ConfigError("keep_shards=1 leaves no room for the next shard; try 8, or 0 for all.")
+            raise ConfigError(
+                "keep_shards=1 leaves no room for the next shard; try 8, or 0 for all."
+            )
         check_number("tokens_per_param", self.tokens_per_param, low=0)
 
 
@@ -180,7 +188,9 @@ class LoRAConfig(FinetuneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if "." in self.tag:
-            raise ConfigError(f"tag={self.tag!r} must have no dot, as it names an adapter; try pirate.")
+            raise ConfigError(
+                f"tag={self.tag!r} must have no dot, as it names an adapter; try pirate."
+            )
         check_number("rank", self.rank, low=0, high=65_536, whole=True)
         check_number("alpha", self.alpha, low=0)
         check_number("dropout", self.dropout, low=0, high=0.95)
@@ -236,9 +246,12 @@ class DistillConfig(FinetuneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, low, high in (
-            ("alpha", 0, 1), ("temperature", 0.1, 100), ("beta", 0.001, 0.999), ("hidden", 0, 1000),
+            ("alpha", 0, 1),
+            ("temperature", 0.1, 100),
+            ("beta", 0.001, 0.999),
+            ("hidden", 0, 1000),
             ("on_policy", 0, 1),
-        ):  # fmt: skip
+        ):
             check_number(name, getattr(self, name), low=low, high=high)
         for name in ("n_layer", "n_embd", "n_head", "top_k"):
             check_number(name, getattr(self, name), low=0, whole=True)
@@ -338,7 +351,9 @@ def check_tag(tag: object, *, empty: bool = False) -> None:
     if not isinstance(tag, str) or not (
         re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", tag) or (empty and tag == "")
     ):
-        raise ConfigError(f"tag={tag!r} must be a plain name of letters, digits, '.', '_' and '-'; try d4.")
+        raise ConfigError(
+            f"tag={tag!r} must be a plain name of letters, digits, '.', '_' and '-'; try d4."
+        )
 
 
 def check_training(config: PretrainConfig | FinetuneConfig, row_tokens: int) -> None:

@@ -67,6 +67,10 @@ class AutochatConfig:
             check_number(name, getattr(self, name), low=0, whole=True)
         check_number("human_share", self.human_share, low=0, high=0.95)
         if self.generations and self.n_talks < 2:  # one to learn from, one held out
-            raise ConfigError("n_talks=1 must be 2 or more where generations learn from them; try 32.")
+            raise ConfigError(
+                "n_talks=1 must be 2 or more where generations learn from them; try 32."
+            )
         if len(self.personas) != 2:
-            raise ConfigError(f"personas={self.personas!r} must be two texts; give an empty one for none.")
+            raise ConfigError(
+                f"personas={self.personas!r} must be two texts; give an empty one for none."
+            )

@@ -58,9 +58,11 @@ class BenchConfig:
 def run_bench(config: BenchConfig) -> int:
     """Measure and print; return the exit code."""
     benches: dict[str, Callable[[BenchConfig], list[dict[str, Any]]]] = {
-        "train": bench_train, "infer": bench_infer, "tokenizer": bench_tokenizer,
+        "train": bench_train,
+        "infer": bench_infer,
+        "tokenizer": bench_tokenizer,
         "ranks": lambda config: bench_ranks(config.seconds),
-    }  # fmt: skip
+    }
     rows = benches[config.what](config)
     machine = describe_machine()
     if config.what == "train":
@@ -98,7 +100,11 @@ def describe_machine() -> dict[str, str]:
     if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
         units += " AMX"
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    found = {"torch": torch.__version__, "python": platform.python_version(), "cores": str(count_cores())}
+    found = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cores": str(count_cores()),
+    }
     return {**found, "processor": f"{platform.machine()} {units}", **gpu}
 
 
@@ -111,7 +117,9 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         words = zip(line, widths, rows[0].values(), strict=True)
-        print("  ".join(w.ljust(n) if isinstance(kind, str) else w.rjust(n) for w, n, kind in words))
+        print(
+            "  ".join(w.ljust(n) if isinstance(kind, str) else w.rjust(n) for w, n, kind in words)
+        )
 
 
 def format_figure(value: object) -> str:
@@ -184,12 +192,19 @@ def bench_train(config: BenchConfig, shape: GPTConfig | None = None) -> list[dic
     rows = []
     for runner in runners:
         speed, chosen = statistics.median(runner.speeds), runner.runtime
-        rows.append({
-            "run": runner.name, "tokens_per_s": round(speed, 1), "best": round(max(runner.speeds), 1),
-            "ratio": round(speed / eager, 3), "steps": len(runner.speeds),
-            "compile_s": round(runner.compile_s, 1), "device": chosen.device, "threads": chosen.threads,
-            "micro_rows": chosen.micro_batch_rows,
-        })  # fmt: skip
+        rows.append(
+            {
+                "run": runner.name,
+                "tokens_per_s": round(speed, 1),
+                "best": round(max(runner.speeds), 1),
+                "ratio": round(speed / eager, 3),
+                "steps": len(runner.speeds),
+                "compile_s": round(runner.compile_s, 1),
+                "device": chosen.device,
+                "threads": chosen.threads,
+                "micro_rows": chosen.micro_batch_rows,
+            }
+        )
     return rows
 
 
@@ -210,9 +225,13 @@ def prepare_runner(shape: GPTConfig, runtime: RuntimeConfig) -> Runner:
     model = GPT(shape)
 
     def make_optimizer() -> Optimizer:
-        return Optimizer(model, OptimConfig(), shape.n_embd, half=model.compute_dtype == torch.bfloat16)
+        return Optimizer(
+            model, OptimConfig(), shape.n_embd, half=model.compute_dtype == torch.bfloat16
+        )
 
-    tuning = tune_runtime(model, make_optimizer, ids, targets, runtime, Ranks(), seconds=TUNE_SECONDS)
+    tuning = tune_runtime(
+        model, make_optimizer, ids, targets, runtime, Ranks(), seconds=TUNE_SECONDS
+    )
     chosen = tuning.runtime
     model.to("cpu").init_weights(torch.Generator().manual_seed(0))
     model.to(chosen.device)
@@ -222,9 +241,14 @@ def prepare_runner(shape: GPTConfig, runtime: RuntimeConfig) -> Runner:
         torch.set_num_threads(chosen.threads)
         speeds: list[float] = []
         fit(
-            optimizer, itertools.repeat((ids, targets)), tuning.loss, steps=TURN_STEPS, device=chosen.device,
-            micro_batch_rows=chosen.micro_batch_rows, on_step=lambda event: speeds.append(event.tokens_per_s),
-        )  # fmt: skip
+            optimizer,
+            itertools.repeat((ids, targets)),
+            tuning.loss,
+            steps=TURN_STEPS,
+            device=chosen.device,
+            micro_batch_rows=chosen.micro_batch_rows,
+            on_step=lambda event: speeds.append(event.tokens_per_s),
+        )
         return speeds
 
     name = f"{'compiled' if chosen.compile == 'on' else 'eager'} {chosen.dtype}"
@@ -241,10 +265,14 @@ def bench_infer(config: BenchConfig, shape: GPTConfig | None = None) -> list[dic
     engine, name = open_engine(config, shape or PretrainConfig().model)
     before, rows = torch.get_num_threads(), []
     try:
-        for threads in sorted({1, count_cores()} if engine.model.device.type == "cpu" else {before}):
+        for threads in sorted(
+            {1, count_cores()} if engine.model.device.type == "cpu" else {before}
+        ):
             torch.set_num_threads(threads)
             say(f"measuring {name} with {threads} thread(s)")
-            rows.append({"model": name, "threads": threads, **measure_engine(engine, config.seconds)})
+            rows.append(
+                {"model": name, "threads": threads, **measure_engine(engine, config.seconds)}
+            )
     finally:
         torch.set_num_threads(before)
     return sorted(rows, key=lambda row: -float(row["decode_tok_s"]))
@@ -268,7 +296,9 @@ def open_engine(config: BenchConfig, shape: GPTConfig) -> tuple[Engine, str]:
     model.init_weights(torch.Generator().manual_seed(0))
     specials = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
     bytewise = Tokenizer(SPLIT_PATTERN, {bytes([i]): i for i in range(256)}, specials)
-    drawn = GPT.from_state(shape, dict(model.state_dict()), device=device)  # as a model from disk is opened
+    drawn = GPT.from_state(
+        shape, dict(model.state_dict()), device=device
+    )  # as a model from disk is opened
     return Engine(drawn, bytewise), f"random depth {shape.n_layer}"
 
 
@@ -278,12 +308,19 @@ def measure_engine(engine: Engine, seconds: float) -> dict[str, float]:
     def write(n_prompt: int, n_new: int, batch: int = 1) -> Callable[[], object]:
         prompt = [(7 * i) % 251 for i in range(n_prompt)]
         return lambda: engine.generate_batch(
-            [prompt], num_samples=batch, max_new_tokens=n_new, temperature=1.0, top_k=50, stop_ids=()
+            [prompt],
+            num_samples=batch,
+            max_new_tokens=n_new,
+            temperature=1.0,
+            top_k=50,
+            stop_ids=(),
         )
 
     def time_tokens() -> float:
         """Return the seconds of NEW_TOKENS tokens after the first."""
-        tokens = engine.generate([1] * PROMPT_TOKENS, max_new_tokens=1 + NEW_TOKENS, top_k=50, stop_ids=())
+        tokens = engine.generate(
+            [1] * PROMPT_TOKENS, max_new_tokens=1 + NEW_TOKENS, top_k=50, stop_ids=()
+        )
         next(tokens)
         t_start = time.perf_counter()
         for _ in tokens:
@@ -316,11 +353,15 @@ def bench_tokenizer(
     n_bytes = sum(len(text.encode()) for text in texts)
     say(f"training on {n_bytes / 1e6:.1f} MB")
     trained: list[Tokenizer] = []
-    train_s = repeat_call(lambda: trained.append(Tokenizer.train(texts, vocab_size)), config.seconds)
+    train_s = repeat_call(
+        lambda: trained.append(Tokenizer.train(texts, vocab_size)), config.seconds
+    )
     rows = []
     for threads in sorted({1, os.cpu_count() or 1}):
         say(f"encoding with {threads} thread(s)")
         encode = partial(trained[-1].encode_batch, texts, threads=threads)
-        rows.append({"threads": threads, "encode_mb_s": n_bytes / 1e6 / repeat_call(encode, config.seconds)})
+        rows.append(
+            {"threads": threads, "encode_mb_s": n_bytes / 1e6 / repeat_call(encode, config.seconds)}
+        )
     shared = {"vocab_size": trained[-1].vocab_size, "text_mb": n_bytes / 1e6, "train_s": train_s}
     return [{**shared, **row} for row in rows]

@@ -70,7 +70,9 @@ class ChatConfig:
     def settings(self) -> ChatSettings:
         """The same as a chat page has them."""
         given: Any = {name: x for name in SAMPLING if (x := getattr(self, name)) is not None}
-        return ChatSettings(**given, max_new_tokens=self.max_new_tokens, seed=self.seed, chosen=tuple(given))
+        return ChatSettings(
+            **given, max_new_tokens=self.max_new_tokens, seed=self.seed, chosen=tuple(given)
+        )
 
 
 def run_chat(
@@ -88,7 +90,11 @@ def run_chat(
         PrimechatError: the first model cannot be opened.
     """
     talk = ChatTalk(
-        config, opener or build_opener(config), stdin or sys.stdin, stdout or sys.stdout, stderr or sys.stderr
+        config,
+        opener or build_opener(config),
+        stdin or sys.stdin,
+        stdout or sys.stdout,
+        stderr or sys.stderr,
     )
     with talk.catch_interrupts():
         model, why = (config.model, "") if config.model or opener else choose_talker()
@@ -115,7 +121,10 @@ def choose_talker() -> tuple[str, str]:
         return str(name), ""
     folder, full = store.locate_model(name)
     if name.family == "base":
-        return shipped, f"{shipped} answers: your {full} has not learned to chat; it is in the list too."
+        return (
+            shipped,
+            f"{shipped} answers: your {full} has not learned to chat; it is in the list too.",
+        )
     own = next((entry for entry in entries if entry.path == str(folder)), None)
     if own and own.val_bpb and ready.val_bpb and own.val_bpb > CLEARLY_WORSE * ready.val_bpb:
         text = read_dialogues(ready)
@@ -149,7 +158,9 @@ def build_opener(config: ChatConfig) -> Opener:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = config.tokenizer if identifier == config.model else ""
         view = ProgressView(sys.stderr)
-        return open_model(identifier, device=device, dtype="auto", tokenizer=folder or None, on_event=view)
+        return open_model(
+            identifier, device=device, dtype="auto", tokenizer=folder or None, on_event=view
+        )
 
     return open_named
 
@@ -164,7 +175,9 @@ class ChatTalk:
 
         for stream in (stdin, stdout, stderr):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")  # no text ends the program, whatever the locale
+                stream.reconfigure(
+                    errors="replace"
+                )  # no text ends the program, whatever the locale
         self.config, self.opener, self.stdin, self.stdout = config, opener, stdin, stdout
         self.interactive = stdin.isatty() and stdout.isatty()
         where = stdout if self.interactive else stderr
@@ -206,18 +219,27 @@ class ChatTalk:
 
         model, tokenizer, meta = self.opener(identifier)
         settle_threads(model)
-        self.engine, self.identifier = Engine(model, tokenizer), str(meta.get("identifier", identifier))
+        self.engine, self.identifier = (
+            Engine(model, tokenizer),
+            str(meta.get("identifier", identifier)),
+        )
         for reason in meta.get("skipped", ()):
             self.say(str(reason))
         self.is_base = is_base({"identifier": identifier, **meta})
         if self.interactive:
-            self.say(f"This is {self.identifier} on {model.device}. /help lists the commands. {LEAVING}")
+            self.say(
+                f"This is {self.identifier} on {model.device}. /help lists the commands. {LEAVING}"
+            )
         self.advice: Advice = meta.get("sampling") or ({}, "")
         if self.advice[0]:
             listed = ", ".join(f"{name} {x:g}" for name, x in self.advice[0].items())
-            self.say(f"{self.advice[1]} advises {listed}: so it is sampled, but for what you set yourself.")
+            self.say(
+                f"{self.advice[1]} advises {listed}: so it is sampled, but for what you set yourself."
+            )
         if self.is_base:
-            self.say("It is a base model: it goes on from what you type, and knows no questions or answers.")
+            self.say(
+                "It is a base model: it goes on from what you type, and knows no questions or answers."
+            )
 
     def run(self) -> None:
         """Read lines until the end of input or /quit."""
@@ -256,7 +278,9 @@ class ChatTalk:
             self.answer(line)
             return True
         name, _, rest = line[1:].partition(" ")
-        name = {"temperature": "temp", "models": "model"}.get(name, name)  # as flag and verb are called
+        name = {"temperature": "temp", "models": "model"}.get(
+            name, name
+        )  # as flag and verb are called
         if name in COMMANDS:
             COMMANDS[name][0](self, rest.strip())
         elif name not in LEAVE:
@@ -273,7 +297,11 @@ class ChatTalk:
         try:
             messages = [*(self.messages if before is None else before), said]
             engine = self.engine
-            reply = engine.complete(text, **options) if self.is_base else engine.chat(messages, **options)
+            reply = (
+                engine.complete(text, **options)
+                if self.is_base
+                else engine.chat(messages, **options)
+            )
             self.write(reply)
         finally:
             self.cancel = None
@@ -308,7 +336,9 @@ class ChatTalk:
             )
         if used > trained and not self.warned_long and not self.is_base:
             self.warned_long = True
-            self.say(f"The talk is longer than the {trained} tokens of its training; /clear begins anew.")
+            self.say(
+                f"The talk is longer than the {trained} tokens of its training; /clear begins anew."
+            )
 
     # the commands, each with what follows its name
 
@@ -347,14 +377,18 @@ class ChatTalk:
     def save(self, name: str) -> None:
         """Write the conversation to a file that finetune reads; only this session's own are overwritten."""
         if not name or not self.messages:
-            raise ConfigError("/save needs a file name and something said before; try /save talk.jsonl.")
+            raise ConfigError(
+                "/save needs a file name and something said before; try /save talk.jsonl."
+            )
         path = Path(name).expanduser()
         try:
             with path.open("w" if path.resolve() in self.saved else "x", encoding="utf-8") as file:
                 self.saved.add(path.resolve())
                 file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another name.") from None
+            raise ConfigError(
+                f"{path} cannot be written ({error.strerror}); choose another name."
+            ) from None
         self.say(f"Saved {len(self.messages)} messages to {path}.")
 
     def clear(self, _: str) -> None:
@@ -371,11 +405,19 @@ class ChatTalk:
 
 
 COMMANDS: dict[str, tuple[Callable[[ChatTalk, str], None], str, str]] = {
-    "model": (ChatTalk.switch_model, "NAME", "talk to another model, or list them; the conversation stays"),
+    "model": (
+        ChatTalk.switch_model,
+        "NAME",
+        "talk to another model, or list them; the conversation stays",
+    ),
     "temp": (ChatTalk.set_temperature, "X", "set the temperature; 0 is always the likeliest token"),
     "again": (ChatTalk.answer_again, "", "answer your last message anew"),
     "stats": (ChatTalk.toggle_stats, "", "speed and context after each reply, on and off"),
-    "save": (ChatTalk.save, "FILE", "write the conversation as JSONL, which `primechat finetune` reads"),
+    "save": (
+        ChatTalk.save,
+        "FILE",
+        "write the conversation as JSONL, which `primechat finetune` reads",
+    ),
     "clear": (ChatTalk.clear, "", "begin a new conversation"),
     "help": (ChatTalk.show_help, "", "this list"),
 }

@@ -27,7 +27,9 @@ from primechat.model.gpt import GPT
 from primechat.model.lora import open_adapter
 from primechat.records import NoteEvent, OnEvent, count_noun
 
-ERAS = dict(classic="nanochat of October 2025", modern="nanochat of 2026", custom="switches of neither era")
+ERAS = dict(
+    classic="nanochat of October 2025", modern="nanochat of 2026", custom="switches of neither era"
+)
 PROMPT, QUESTION, SAMPLE_TOKENS = "In the summer we had a garden full of", "How are you today?", 20
 PART = 2**22  # numbers looked at in one go
 
@@ -88,7 +90,11 @@ def run_check(config: CheckConfig) -> int:
 
 
 def check_model(
-    identifier: str = "", *, tokenizer: Any = None, device: str = "cpu", on_event: OnEvent | None = None
+    identifier: str = "",
+    *,
+    tokenizer: Any = None,
+    device: str = "cpu",
+    on_event: OnEvent | None = None,
 ) -> CheckResult:
     """Find out whether a model is whole and goes with its tokenizer.
 
@@ -131,9 +137,13 @@ def check_model(
     random.Random(0).shuffle(order)
     shuffled = read_text(model, found, order=order).bpb
     result = replace(
-        result, bpb=reading.bpb, noise_bpb=reading.noise_bpb, fresh_bpb=fresh, shuffled_bpb=shuffled,
+        result,
+        bpb=reading.bpb,
+        noise_bpb=reading.noise_bpb,
+        fresh_bpb=fresh,
+        shuffled_bpb=shuffled,
         sample=write_sample(Engine(model, found), name.family in ("sft", "rl")),
-    )  # fmt: skip
+    )
     return judge_result(result, loaded)
 
 
@@ -155,7 +165,9 @@ def judge_result(result: CheckResult, loaded: Loaded) -> CheckResult:
             return replace(result, verdict="ok", reasons=(fit,), advice=advice)
         advice = "this is an older step, fetch or train the newer one again"
     elif loaded.meta.get("tokenizer_identity"):
-        reasons.append("it makes little more of English than noise, with the tokenizer that it records")
+        reasons.append(
+            "it makes little more of English than noise, with the tokenizer that it records"
+        )
         advice = "train it longer, if it is not meant for quite another text"
     else:
         reasons.append(
@@ -178,7 +190,10 @@ def describe_design(loaded: Loaded) -> Iterator[tuple[str, str]]:
     yield "numerics", f"RoPE base {c.rope_base:,.0f}, softcap {cap}"
     yield "parameters", f"{c.n_params:,}, {count_noun(loaded.step, 'step')} of training"
     if isinstance(bpb, float):
-        yield "val_bpb", f"{bpb:.4f} as stored; comparable only with models measured on the same text"
+        yield (
+            "val_bpb",
+            f"{bpb:.4f} as stored; comparable only with models measured on the same text",
+        )
 
 
 def check_finite(state: Mapping[str, Tensor]) -> None:
@@ -190,7 +205,9 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
     for key, tensor in state.items():
         for part in tensor.flatten().split(PART):
             if not bool(part.isfinite().all()):
-                raise CheckpointError(f"{key} has numbers that are not finite; fetch or train it again.")
+                raise CheckpointError(
+                    f"{key} has numbers that are not finite; fetch or train it again."
+                )
 
 
 def draw_fresh(config: GPTConfig) -> GPT:
@@ -205,5 +222,7 @@ def write_sample(engine: Engine, is_chat: bool) -> str:
     """Return a prompt and what the model says to it, in 20 tokens at most."""
     options: Options = {"max_new_tokens": SAMPLE_TOKENS, "temperature": 0.0}
     if is_chat:
-        return f"{QUESTION} → {engine.chat([{'role': 'user', 'content': QUESTION}], **options).read()}"
+        return (
+            f"{QUESTION} → {engine.chat([{'role': 'user', 'content': QUESTION}], **options).read()}"
+        )
     return f"{PROMPT} → {engine.complete(PROMPT, **options).read()}"

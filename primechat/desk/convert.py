@@ -34,21 +34,36 @@ from primechat.names import FOREIGN, IDENTIFIER, parse_plain
 from primechat.text.tokenizer import Tokenizer
 
 NAMES = (  # of tensors: here and in transformers
-    ("transformer.wte.", "model.embed_tokens."), ("transformer.h.", "model.layers."),
-    (".attn.c_q.", ".self_attn.q_proj."), (".attn.c_k.", ".self_attn.k_proj."),
-    (".attn.c_v.", ".self_attn.v_proj."), (".attn.c_proj.", ".self_attn.o_proj."),
-    (".mlp.c_fc.", ".mlp.fc1."), (".mlp.c_proj.", ".mlp.fc2."),
-)  # fmt: skip
+    ("transformer.wte.", "model.embed_tokens."),
+    ("transformer.h.", "model.layers."),
+    (".attn.c_q.", ".self_attn.q_proj."),
+    (".attn.c_k.", ".self_attn.k_proj."),
+    (".attn.c_v.", ".self_attn.v_proj."),
+    (".attn.c_proj.", ".self_attn.o_proj."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+)
 SIZES = {
-    "vocab_size": "vocab_size", "n_embd": "hidden_size", "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
     "sequence_len": "max_position_embeddings",
-}  # fmt: skip
+}
 KIND = {  # of what is imported
-    "model_type": "nanochat", "hidden_act": "relu2", "rope_type": "default", "attention_bias": False,
-    "tie_word_embeddings": False, "intermediate_size / hidden_size": 4.0,
-}  # fmt: skip
-FREE = {"rope_base", "rope_dtype", "logit_softcap"}  # switches that may differ: transformers has them too
+    "model_type": "nanochat",
+    "hidden_act": "relu2",
+    "rope_type": "default",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "intermediate_size / hidden_size": 4.0,
+}
+FREE = {
+    "rope_base",
+    "rope_dtype",
+    "logit_softcap",
+}  # switches that may differ: transformers has them too
 END = "<|assistant_end|>"
 GUARD = "\u2060\ue0f0\u2060"  # the chat template puts it into the `<|` of a text, so it stays text
 
@@ -68,12 +83,16 @@ class ConvertConfig:
 def run_convert(config: ConvertConfig) -> int:
     """Convert a model and say where it is; return the exit code."""
     if not config.model or not config.out:
-        raise ConfigError("A model and a place are needed; try `primechat convert sft/d20 --to hf FOLDER`.")
+        raise ConfigError(
+            "A model and a place are needed; try `primechat convert sft/d20 --to hf FOLDER`."
+        )
     convert = export_model if config.to == "hf" else import_model
     place = convert(config.model, config.out)
     print(f"{config.model} is in {place} now.")
     if config.to == "hf":
-        print("transformers opens it: AutoModelForCausalLM.from_pretrained(that folder); see its README.md.")
+        print(
+            "transformers opens it: AutoModelForCausalLM.from_pretrained(that folder); see its README.md."
+        )
     elif place.is_relative_to(store.base_dir()):
         print(f"Talk to it: primechat chat {config.out}")
     return 0
@@ -92,15 +111,26 @@ def export_model(identifier: str, folder: str) -> Path:
     run, place = store.locate_model(parse_plain(identifier))
     loaded, tokenizer = load_checkpoint(run, place.step), store.find_tokenizer(run)
     store.check_pair(loaded.config, loaded.meta, tokenizer, identifier)
-    own, named = asdict(loaded.config), {"identifier": identifier, "n_params": loaded.config.n_params}
-    other = [f"{k}={own[k]!r}" for k, v in classic_switches().items() if k not in FREE and own[k] != v]
+    own, named = (
+        asdict(loaded.config),
+        {"identifier": identifier, "n_params": loaded.config.n_params},
+    )
+    other = [
+        f"{k}={own[k]!r}" for k, v in classic_switches().items() if k not in FREE and own[k] != v
+    ]
     if other:
         raise CheckpointError(
             f"{identifier} is {loaded.config.architecture} ({', '.join(other)}), and transformers' NanoChat "
             "is the classic architecture alone; train one by `primechat pretrain --arch classic`."
         )
-    noted = {"step": loaded.step, "val_bpb": loaded.meta.get("val_bpb"), "tokenizer": tokenizer.identity}
-    template, card = (Path(__file__).with_suffix(kind).read_text("utf-8") for kind in (".jinja", ".md"))
+    noted = {
+        "step": loaded.step,
+        "val_bpb": loaded.meta.get("val_bpb"),
+        "tokenizer": tokenizer.identity,
+    }
+    template, card = (
+        Path(__file__).with_suffix(kind).read_text("utf-8") for kind in (".jinja", ".md")
+    )
     files: dict[str, Any] = {
         "README.md": card.format(**named, **noted, **own),
         "chat_template.jinja": template.replace("GUARD", GUARD),
@@ -116,30 +146,51 @@ def export_model(identifier: str, folder: str) -> Path:
                 (building / name).write_text(text, encoding="utf-8")
             state = {rename_tensor(key): tensor for key, tensor in loaded.model_state.items()}
             save_file(state, building / "model.safetensors", metadata={"format": "pt"})
-            rights = (building / "config.json").stat().st_mode  # safetensors gives them to the owner alone
+            rights = (
+                (building / "config.json").stat().st_mode
+            )  # safetensors gives them to the owner alone
             (building / "model.safetensors").chmod(rights)
             os.rename(building, out)
-    except (OSError, SafetensorError) as error:  # the weights' writer tells of a full disk in its own way
+    except (
+        OSError,
+        SafetensorError,
+    ) as error:  # the weights' writer tells of a full disk in its own way
         reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(f"{out} cannot be written ({reason}); choose another place.") from None
+        raise CheckpointError(
+            f"{out} cannot be written ({reason}); choose another place."
+        ) from None
     return out
 
 
-def describe_network(config: GPTConfig, tokenizer: Tokenizer, noted: dict[str, Any]) -> dict[str, Any]:
+def describe_network(
+    config: GPTConfig, tokenizer: Tokenizer, noted: dict[str, Any]
+) -> dict[str, Any]:
     """Return config.json and generation_config.json; `noted` is what only primechat reads."""
     bos, end = tokenizer.stop_ids
     return {
         "config.json": {
-            "architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "dtype": "float32",
+            "architectures": ["NanoChatForCausalLM"],
+            "model_type": "nanochat",
+            "dtype": "float32",
             **{there: getattr(config, here) for here, there in SIZES.items()},
-            "intermediate_size": 4 * config.n_embd, "hidden_act": "relu2", "rms_norm_eps": EPS,
+            "intermediate_size": 4 * config.n_embd,
+            "hidden_act": "relu2",
+            "rms_norm_eps": EPS,
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-            "final_logit_softcapping": config.logit_softcap or None, "attention_bias": False,
-            "tie_word_embeddings": False, "bos_token_id": bos, "eos_token_id": end, "pad_token_id": None,
+            "final_logit_softcapping": config.logit_softcap or None,
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+            "bos_token_id": bos,
+            "eos_token_id": end,
+            "pad_token_id": None,
             "primechat": noted,
         },
-        "generation_config.json": {"bos_token_id": bos, "eos_token_id": [bos, end], "pad_token_id": end},
-    }  # fmt: skip
+        "generation_config.json": {
+            "bos_token_id": bos,
+            "eos_token_id": [bos, end],
+            "pad_token_id": end,
+        },
+    }
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -152,29 +203,62 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     shown = {token: "".join(char[byte] for byte in token) for token in ranks}
     merges = [
         [shown[token[:i]], shown[token[i:]]]
-        for token in ranks for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks
-    ]  # fmt: skip
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    cut = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
+        for token in ranks
+        for i in range(1, len(token))
+        if token[:i] in ranks and token[i:] in ranks
+    ]
+    plain = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    bytewise = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
+    cut = {
+        "type": "Split",
+        "pattern": {"Regex": tokenizer.pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     return {
         "tokenizer.json": {
-            "version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [{"id": i, "content": name, **plain} for name, i in tokenizer.specials.items()],
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": i, "content": name, **plain} for name, i in tokenizer.specials.items()
+            ],
             "normalizer": {"type": "Replace", "pattern": {"String": f"<{GUARD}|"}, "content": "<|"},
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, bytewise]},
-            "post_processor": None, "decoder": bytewise,
+            "post_processor": None,
+            "decoder": bytewise,
             "model": {
-                "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                "vocab": {shown[token]: rank for token, rank in ranks.items()}, "merges": merges,
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": True,
+                "vocab": {shown[token]: rank for token, rank in ranks.items()},
+                "merges": merges,
             },
         },
         "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "eos_token": END,
-            "pad_token": END, "clean_up_tokenization_spaces": False,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|bos|>",
+            "eos_token": END,
+            "pad_token": END,
+            "clean_up_tokenization_spaces": False,
         },
-    }  # fmt: skip
+    }
 
 
 def import_model(source: str, out: str) -> Path:
@@ -191,25 +275,37 @@ def import_model(source: str, out: str) -> Path:
         config = read_network(data, folder)
         read_shape({"model_config": asdict(config)})
     except (TypeError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} is damaged ({error}); fetch it again.") from None
+        raise CheckpointError(
+            f"{folder / 'config.json'} is damaged ({error}); fetch it again."
+        ) from None
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            state |= {rename_tensor(key, back=True): tensor for key, tensor in load_file(path).items()}
+            state |= {
+                rename_tensor(key, back=True): tensor for key, tensor in load_file(path).items()
+            }
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); fetch it again.") from None
     if {key: tuple(tensor.shape) for key, tensor in state.items()} != list_shapes(config):
-        raise CheckpointError(f"{folder} has other tensors than its config.json says; fetch it again.")
+        raise CheckpointError(
+            f"{folder} has other tensors than its config.json says; fetch it again."
+        )
     name = IDENTIFIER.fullmatch(out)
     is_run = name and name[3] and not (name[1] or name[5])
     target = store.run_dir(name[2], name[3]) if name and is_run else Path(out).expanduser()
     noted = read_noted(data)
-    meta = {"val_bpb": noted.get("val_bpb"), "tokenizer_identity": tokenizer.identity, "origin": source}
+    meta = {
+        "val_bpb": noted.get("val_bpb"),
+        "tokenizer_identity": tokenizer.identity,
+        "origin": source,
+    }
     told = noted.get("step")
     step = told if type(told) is int and 0 <= told < 10**9 else 0
     with RunLock(target):
         if find_steps(target):
-            raise CheckpointError(f"{target} has checkpoints, which nothing overwrites; name another place.")
+            raise CheckpointError(
+                f"{target} has checkpoints, which nothing overwrites; name another place."
+            )
         tokenizer.save(target / "tokenizer")
         state = {key: state[key] for key in list_shapes(config)}  # the order of nanochat's files
         save_checkpoint(target, step, model_state=state, config=config, optim_state=None, meta=meta)
@@ -226,11 +322,13 @@ def read_network(data: dict[str, Any], folder: Path) -> GPTConfig:
     """Return the shape that a config.json gives, or say what of it nanochat's classic model does not have."""
     rope, width = data.get("rope_parameters") or {}, data.get("hidden_size")
     found = {
-        "model_type": data.get("model_type"), "hidden_act": data.get("hidden_act", "relu2"),
-        "rope_type": rope.get("rope_type", "default"), "attention_bias": data.get("attention_bias", False),
+        "model_type": data.get("model_type"),
+        "hidden_act": data.get("hidden_act", "relu2"),
+        "rope_type": rope.get("rope_type", "default"),
+        "attention_bias": data.get("attention_bias", False),
         "tie_word_embeddings": data.get("tie_word_embeddings", False),
         "intermediate_size / hidden_size": data.get("intermediate_size", 0) / (width or 1),
-    }  # fmt: skip
+    }
     if other := [f"{key}={value!r}" for key, value in found.items() if value != KIND[key]]:
         raise CheckpointError(
             f"{folder} holds no classic nanochat ({', '.join(other)}), which alone has a place among "
@@ -254,7 +352,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
         vocab = {piece: i for piece, i in data["model"]["vocab"].items() if piece not in specials}
         ranks = {bytes(byte_of[c] for c in piece): i for piece, i in vocab.items()}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} is not byte-level with one pattern ({error!r}); open it by hf:.") from None
+        raise DataError(
+            f"{path} is not byte-level with one pattern ({error!r}); open it by hf:."
+        ) from None
     return Tokenizer(pattern, ranks, specials, source=str(path))
 
 

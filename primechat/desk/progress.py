@@ -57,7 +57,9 @@ class ProgressView:
     ) -> None:
         self.stream, self.period_s, self.clock = stream, period_s, clock
         self.phase = PhaseEvent(name="")
-        self.training: PhaseEvent | None = None  # the phase that takes steps; a validation may interrupt it
+        self.training: PhaseEvent | None = (
+            None  # the phase that takes steps; a validation may interrupt it
+        )
         self.val_bpb: float | None = None
         self.said = ""
         self.t_line = self.t_phase = clock()
@@ -78,16 +80,22 @@ class ProgressView:
         elif isinstance(event, ProgressEvent):
             self.show_share(event.done)
         elif isinstance(event, StepEvent):
-            self.phase = self.training = self.training or PhaseEvent(name="Training", total=event.steps)
+            self.phase = self.training = self.training or PhaseEvent(
+                name="Training", total=event.steps
+            )
             self.show_step(event)
         elif isinstance(event, LossEvent):
             self.val_bpb = event.val_bpb
             part = "" if event.whole else " on a part of the split"
-            self.write_line(f"step {event.step}: validation {event.val_bpb:.3f} bits per byte{part}")
+            self.write_line(
+                f"step {event.step}: validation {event.val_bpb:.3f} bits per byte{part}"
+            )
         elif isinstance(event, SampleEvent):
             room = max(80, SAMPLE_CHARS - len(event.prompt))
             gap = " " if event.prompt[-1:].isspace() or event.text[:1].isspace() else ""
-            self.show_sample(event.step, clean_text(event.prompt, 60), gap + clean_text(event.text, room))
+            self.show_sample(
+                event.step, clean_text(event.prompt, 60), gap + clean_text(event.text, room)
+            )
         elif isinstance(event, CheckpointEvent) and not event.snapshot:
             self.write_line(f"step {event.step}: saved {event.path}")
         elif isinstance(event, NoteEvent):
@@ -138,7 +146,9 @@ class ProgressView:
     def show_step(self, event: StepEvent) -> None:
         if self.is_due() or event.step == event.steps:
             left = event.elapsed_s / max(1, event.step) * (event.steps - event.step)
-            line = f"{self.phase.name}: step {event.step}/{event.steps} · {self.describe_step(event)}"
+            line = (
+                f"{self.phase.name}: step {event.step}/{event.steps} · {self.describe_step(event)}"
+            )
             self.write_line(f"{line} · {format_seconds(left)} left")
 
     def show_sample(self, step: int, prompt: str, text: str) -> None:
@@ -158,11 +168,14 @@ class BarView(ProgressView):
 
         self.console = Console(file=stream, highlight=False)
         self.bars = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=None),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            console=self.console, expand=True, refresh_per_second=4,
-        )  # fmt: skip
+            console=self.console,
+            expand=True,
+            refresh_per_second=4,
+        )
         self.bar_of: dict[str, Any] = {}
         self.insets: set[str] = set()  # phases that interrupt a training
 
@@ -182,7 +195,9 @@ class BarView(ProgressView):
     def start_phase(self, event: PhaseEvent) -> None:
         self.close_bars(keep=self.training.name if self.training else "")
         short = event.name.partition(":")[0]  # the bar needs the room
-        total = None if event.unit == "s" else event.total or None  # nobody tells of seconds that pass
+        total = (
+            None if event.unit == "s" else event.total or None
+        )  # nobody tells of seconds that pass
         self.bar_of[event.name] = self.bars.add_task(short, total=total, figures="")
         if self.training and event is not self.training:
             self.insets.add(event.name)

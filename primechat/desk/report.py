@@ -36,9 +36,13 @@ CURVES = (  # file, title, what is drawn: event, field, label
     ("norms", "Norms", (("step", "grad_norm"), ("step", "update_norm"))),
 )
 LABELS = {
-    "grad_norm": "gradient", "update_norm": "update", "val_bpb": "validation",
-    "general_bpb": "text it knew", "distinct_2": "different ones", "repetition": "said before",
-}  # fmt: skip
+    "grad_norm": "gradient",
+    "update_norm": "update",
+    "val_bpb": "validation",
+    "general_bpb": "text it knew",
+    "distinct_2": "different ones",
+    "repetition": "said before",
+}
 STYLE = """
 body { font: 16px/1.55 %s; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.5rem;
        color: var(--ink); background: var(--bg) }
@@ -110,7 +114,9 @@ def draw_curve(run: TrainResult, title: str, lines: tuple[tuple[str, str], ...])
     if not series:
         return b""
     if not find_spec("matplotlib"):
-        raise PrimechatError("report draws with matplotlib, which is missing; pip install matplotlib.")
+        raise PrimechatError(
+            "report draws with matplotlib, which is missing; pip install matplotlib."
+        )
     with open_figure(7, 3.6, dpi=130) as (figure, axes):
         paint_curve(axes, title, series)
         out = io.BytesIO()
@@ -141,7 +147,9 @@ def write_page(run: TrainResult, folder: Path, pictures: dict[str, bytes]) -> st
         "</figure>"
         for name, data in pictures.items()
     )
-    figures = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in list_figures(run))
+    figures = "".join(
+        f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in list_figures(run)
+    )
     name = html.escape(run.identifier)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>'
@@ -153,7 +161,9 @@ def write_page(run: TrainResult, folder: Path, pictures: dict[str, bytes]) -> st
 
 def write_style() -> str:
     """Return the page's style, light or dark as the reader's system is."""
-    light, dark = ("".join(f"--{name}: {value}; " for name, value in t.items()) for t in (LIGHT, DARK))
+    light, dark = (
+        "".join(f"--{name}: {value}; " for name, value in t.items()) for t in (LIGHT, DARK)
+    )
     scheme = f":root {{ color-scheme: light dark; {light}}}"
     return f"{scheme}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}{STYLE % FONT}"
 

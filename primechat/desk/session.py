@@ -18,14 +18,24 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from primechat.config.runtime import SAMPLING
-from primechat.desk.tree import Advice, ChatSettings, Message, Talk, is_base, read_jsonl, write_jsonl
+from primechat.desk.tree import (
+    Advice,
+    ChatSettings,
+    Message,
+    Talk,
+    is_base,
+    read_jsonl,
+    write_jsonl,
+)
 from primechat.errors import ConfigError, explain_error
 from primechat.records import Token
 
 if TYPE_CHECKING:
     from primechat.infer.reply import Reply
 
-Opener = Callable[[str], tuple[Any, Any, dict[str, Any]]]  # identifier -> model, tokenizer, metadata
+Opener = Callable[
+    [str], tuple[Any, Any, dict[str, Any]]
+]  # identifier -> model, tokenizer, metadata
 Push = Callable[[dict[str, Any]], bool]  # to the page; False once nobody listens any more
 
 MAX_COMPARED = 4
@@ -70,11 +80,22 @@ class ChatSession:
             PrimechatError: it cannot be done; a sentence for the reader.
         """
         acts: dict[str, Callable[..., dict[str, Any] | None]] = {
-            "ready": self.show_all, "send": self.send, "stop": self.stop, "edit": self.edit,
-            "regenerate": self.regenerate, "go_on": self.go_on, "branch": self.branch, "choose": self.choose,
-            "alternatives": self.list_alternatives, "models": self.choose_models, "settings": self.change,
-            "new": self.begin, "open": self.open_talk, "save": self.save, "load": self.load,
-        }  # fmt: skip
+            "ready": self.show_all,
+            "send": self.send,
+            "stop": self.stop,
+            "edit": self.edit,
+            "regenerate": self.regenerate,
+            "go_on": self.go_on,
+            "branch": self.branch,
+            "choose": self.choose,
+            "alternatives": self.list_alternatives,
+            "models": self.choose_models,
+            "settings": self.change,
+            "new": self.begin,
+            "open": self.open_talk,
+            "save": self.save,
+            "load": self.load,
+        }
         if name not in acts:
             raise ConfigError(f"act={name!r} must be one of {', '.join(acts)}; reload the page.")
         return acts[name](**given) or {}
@@ -102,7 +123,9 @@ class ChatSession:
         last = [self.talk.root, *self.talk.walk()][-1]
         asked = last.parent or last
         last = asked if all(x.state == "failed" and not x.content for x in asked.children) else last
-        if last.role == "user":  # no reply came, as it may be too long: the new text takes its place
+        if (
+            last.role == "user"
+        ):  # no reply came, as it may be too long: the new text takes its place
             last = last.parent or self.talk.root
         self._ask(self._add(last, "user", text))
 
@@ -134,9 +157,13 @@ class ChatSession:
         measured = self._measure(node, index)
         logprobs = dict(measured.alternatives)
         if token not in logprobs:
-            raise ConfigError(f"token={token} must be one of the {len(logprobs)} alternatives; choose one.")
+            raise ConfigError(
+                f"token={token} must be one of the {len(logprobs)} alternatives; choose one."
+            )
         rank = list(logprobs).index(token)
-        forced = Token(**{**asdict(measured), "id": token, "logprob": logprobs[token], "rank": rank})
+        forced = Token(
+            **{**asdict(measured), "id": token, "logprob": logprobs[token], "rank": rank}
+        )
         new = self._add(node.parent, "assistant", model=node.model)
         new.tokens, new.measures = [*node.tokens[:index], token], [*node.measures[:index], forced]
         self._start([new], keep=index + 1)
@@ -147,10 +174,19 @@ class ChatSession:
         measured = self._measure(node, index)
         _, tokenizer, _ = self.opener(node.model)
         rows = [
-            {"id": i, "text": tokenizer.token_bytes(i).decode("utf-8", "replace"), "p": math.exp(logprob)}
+            {
+                "id": i,
+                "text": tokenizer.token_bytes(i).decode("utf-8", "replace"),
+                "p": math.exp(logprob),
+            }
             for i, logprob in measured.alternatives
         ]
-        return {"rows": rows, "taken": measured.id, "p": math.exp(measured.logprob), "rank": measured.rank}
+        return {
+            "rows": rows,
+            "taken": measured.id,
+            "p": math.exp(measured.logprob),
+            "rank": measured.rank,
+        }
 
     def choose(self, id: int) -> dict[str, Any]:
         """Show the branch of a message."""
@@ -208,7 +244,9 @@ class ChatSession:
             node = root = self._add(None, "root")
             for message in messages:
                 if message["role"] == "system":
-                    self.settings = ChatSettings(**{**asdict(self.settings), "system": message["content"]})
+                    self.settings = ChatSettings(
+                        **{**asdict(self.settings), "system": message["content"]}
+                    )
                 else:
                     node = self._add(node, message["role"], message["content"])
             self.talks.append(Talk(root, chosen))
@@ -218,7 +256,9 @@ class ChatSession:
 
     # the tree
 
-    def _add(self, parent: Message | None, role: str, content: Any = "", model: str = "") -> Message:
+    def _add(
+        self, parent: Message | None, role: str, content: Any = "", model: str = ""
+    ) -> Message:
         node = Message(id=len(self._nodes), role=role, content=content, parent=parent, model=model)
         self._nodes[node.id] = node
         if role == "assistant" and not content:
@@ -231,7 +271,9 @@ class ChatSession:
     def _find(self, id: int, role: str = "") -> Message:
         node = self._nodes.get(id)
         if node is None or node.role == "root" or (role and node.role != role):
-            raise ConfigError(f"message {id!r} must be one of this page's {role} messages; reload the page.")
+            raise ConfigError(
+                f"message {id!r} must be one of this page's {role} messages; reload the page."
+            )
         return node
 
     def _measure(self, node: Message, index: int) -> Token:
@@ -251,9 +293,13 @@ class ChatSession:
     def _describe(self) -> dict[str, Any]:
         return {
             "path": [node.id for node in self.talk.walk()],
-            "chosen": self.talk.chosen, "settings": asdict(self.settings), "advice": self._advice,
-            "talks": [talk.title for talk in self.talks], "at": self.at, "busy": self.busy,
-        }  # fmt: skip
+            "chosen": self.talk.chosen,
+            "settings": asdict(self.settings),
+            "advice": self._advice,
+            "talks": [talk.title for talk in self.talks],
+            "at": self.at,
+            "busy": self.busy,
+        }
 
     def _ask(self, asked: Message) -> None:
         """Make an empty reply of each chosen model below a message, and have them written."""
@@ -274,13 +320,19 @@ class ChatSession:
         """Write replies on a thread; `keep` tokens of each stand already. Without any, open the models."""
         before = self._worker
         self.busy, self._cancel = bool(replies), threading.Event()
-        self._worker = threading.Thread(target=self._work, args=(replies, keep, before), daemon=True)
+        self._worker = threading.Thread(
+            target=self._work, args=(replies, keep, before), daemon=True
+        )
         self._worker.start()
 
     def _work(self, replies: list[Message], keep: int, before: threading.Thread | None) -> None:
         if replies:  # seen at once, also where a model is being opened
             asked = [node for node in [replies[0].parent] if node and node.role != "root"]
-            self._tell(kind="update", nodes=[node.view() for node in [*asked, *replies]], **self._describe())
+            self._tell(
+                kind="update",
+                nodes=[node.view() for node in [*asked, *replies]],
+                **self._describe(),
+            )
         if before is not None:
             before.join()
         for name in () if replies else self.talk.chosen:  # before they are needed
@@ -307,8 +359,12 @@ class ChatSession:
     def _open(self, model: str) -> tuple[Any, Any, dict[str, Any]]:
         is_new = model not in self._advice
         if is_new:
-            self._tell(kind="status", text=f"Opening {model}{', some ten seconds' * ('hf:' in model)} …")
-        opened = self.opener(set_dial(model, self.settings.alpha))  # it chooses the threads of this thread
+            self._tell(
+                kind="status", text=f"Opening {model}{', some ten seconds' * ('hf:' in model)} …"
+            )
+        opened = self.opener(
+            set_dial(model, self.settings.alpha)
+        )  # it chooses the threads of this thread
         self._advice[model] = opened[2].get("sampling") or ({}, "")
         if is_new:
             self._tell(kind="update", nodes=[], advice=self._advice)  # takes the line away too
@@ -337,18 +393,25 @@ class ChatSession:
             if time.perf_counter() - t_flush >= FLUSH_S:
                 node.measures = merge_measures(measured, reply, begun)
                 rows = node.list_tokens(sent)
-                if not self._tell(kind="tokens", id=node.id, at=sent, tokens=rows, stats=asdict(reply.stats)):
+                if not self._tell(
+                    kind="tokens", id=node.id, at=sent, tokens=rows, stats=asdict(reply.stats)
+                ):
                     self._cancel.set()
                 sent, t_flush = len(reply.pieces), time.perf_counter()
         node.tokens, node.pieces = [*prefix, *reply.tokens], list(reply.pieces)
-        node.measures, node.content = merge_measures(measured, reply, begun), reply.message["content"]
+        node.measures, node.content = (
+            merge_measures(measured, reply, begun),
+            reply.message["content"],
+        )
         ends = {"stop": "done", "cancelled": "stopped"}
         node.state = ends.get(reply.stats.stop_reason, reply.stats.stop_reason)
         own = reply.measures
         node.stats = {
-            **asdict(reply.stats), "seed": seed, **{name: options[name] for name in SAMPLING},
+            **asdict(reply.stats),
+            "seed": seed,
+            **{name: options[name] for name in SAMPLING},
             "entropy": sum(token.entropy for token in own) / len(own) if own else 0.0,
-        }  # fmt: skip
+        }
 
     def _render(self, node: Message, tokenizer: Any) -> list[int]:
         """Return the ids before a reply: the branch above it as a chat, or as plain text for a base model."""
@@ -359,7 +422,9 @@ class ChatSession:
             asked = asked.parent
         if node.is_base:
             return [tokenizer.bos_id, *tokenizer.encode("".join(message.text for message in above))]
-        system = [{"role": "system", "content": self.settings.system}] if self.settings.system else []
+        system = (
+            [{"role": "system", "content": self.settings.system}] if self.settings.system else []
+        )
         said = [{"role": message.role, "content": message.content} for message in above]
         return tokenizer.render_for_completion({"messages": [*system, *said]})
 
@@ -401,7 +466,11 @@ def open_chat(
     from primechat.views.widgets.chat import ChatView
 
     name, why = (model, "") if model else choose_talker()
-    session = ChatSession(lambda said: view.push(said), opener or borrow_model, find_models, name, settings)
-    first = session.show_all() if in_notebook() else session.show_first()  # a notebook's page comes soon
+    session = ChatSession(
+        lambda said: view.push(said), opener or borrow_model, find_models, name, settings
+    )
+    first = (
+        session.show_all() if in_notebook() else session.show_first()
+    )  # a notebook's page comes soon
     view = ChatView(session.act, height=height, first={**first, "note": why})
     return view

@@ -18,7 +18,9 @@ from primechat.errors import ConfigError, DataError, PrimechatError
 from primechat.records import Token
 from primechat.text.conversation import read_messages
 
-Advice = tuple[dict[str, float], str]  # how to sample by a model's makers' word, and where they say so
+Advice = tuple[
+    dict[str, float], str
+]  # how to sample by a model's makers' word, and where they say so
 KINDS = {"text": 0, "python": 1, "python_output": 2, "mark": 3}
 
 
@@ -56,7 +58,9 @@ def is_base(meta: dict[str, Any]) -> bool:
     (True, True)
     """
     name = str(meta["identifier"]).rpartition("+")[2].removeprefix("shipped/")
-    return not meta.get("chat", not name.startswith("base"))  # another project's tells of its template
+    return not meta.get(
+        "chat", not name.startswith("base")
+    )  # another project's tells of its template
 
 
 @dataclass(eq=False, kw_only=True)
@@ -89,12 +93,24 @@ class Message:
     def view(self) -> dict[str, Any]:
         """Return what the page draws."""
         same = [child.id for child in self.parent.children] if self.parent else [self.id]
-        written = [] if self.tokens or not self.content or self.role == "user" else list_parts(self.content)
+        written = (
+            []
+            if self.tokens or not self.content or self.role == "user"
+            else list_parts(self.content)
+        )
         return {
-            "id": self.id, "role": self.role, "model": self.model, "base": self.is_base, "state": self.state,
-            "note": self.note, "stats": self.stats, "siblings": same, "beside": self.beside,
-            "text": self.text if self.role == "user" else "", "tokens": written or self.list_tokens(0),
-        }  # fmt: skip
+            "id": self.id,
+            "role": self.role,
+            "model": self.model,
+            "base": self.is_base,
+            "state": self.state,
+            "note": self.note,
+            "stats": self.stats,
+            "siblings": same,
+            "beside": self.beside,
+            "text": self.text if self.role == "user" else "",
+            "tokens": written or self.list_tokens(0),
+        }
 
     def list_tokens(self, start: int) -> list[list[Any]]:
         """Return [text, kind, logprob, entropy, rank] of each token from `start`: what the page is sent."""
@@ -161,7 +177,9 @@ def read_jsonl(text: str) -> list[list[dict[str, Any]]]:
         DataError: there is none, or a line breaks a rule.
     """
     found = []
-    for number, line in enumerate(text.split("\n"), 1):  # str.splitlines would cut at U+2028 in a message
+    for number, line in enumerate(
+        text.split("\n"), 1
+    ):  # str.splitlines would cut at U+2028 in a message
         if line.strip():
             try:
                 row = json.loads(line)

@@ -39,7 +39,9 @@ doing well, thank you. I have two cats and I really love pizza, but my favorite 
 ate then.
 """
 QUICK_TOKENS = 128  # read when a model is opened: under 2 s for a d20 on two cores
-GOOD_SHARE = 0.85  # of noise's bits per byte; a model that needs more has not been shown to understand
+GOOD_SHARE = (
+    0.85  # of noise's bits per byte; a model that needs more has not been shown to understand
+)
 logger = logging.getLogger(__name__)
 _warned: set[tuple[Path, str, str]] = set()
 
@@ -93,8 +95,11 @@ def warn_unrecorded(name: str, folder: Path, model: GPT, tokenizer: Tokenizer) -
         verdict = "they go together; if its replies are gibberish,"
     logger.warning(
         "%s does not record its tokenizer; with this one plain English takes %.2f bits per byte, %s "
-        "give its own by --tokenizer PATH.", name, found.bpb, verdict,
-    )  # fmt: skip
+        "give its own by --tokenizer PATH.",
+        name,
+        found.bpb,
+        verdict,
+    )
 
 
 def find_memory(device: str = "cpu") -> tuple[int, int]:
@@ -103,7 +108,11 @@ def find_memory(device: str = "cpu") -> tuple[int, int]:
     Raises:
         ConfigError: this machine has no such device.
     """
-    kinds = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kinds = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if not kinds.get(device.partition(":")[0]):
         raise ConfigError(f"device={device!r} is not on this machine; try cpu.")
     if device.startswith("cuda"):
@@ -128,8 +137,14 @@ def describe_memory(name: str, n_bytes: int, device: str = "cpu") -> str:
     if n_bytes > total:
         remedy = "take a smaller model or, in Python, dtype='bfloat16'"
         raise CheckpointError(f"{needs}, {device} has {format_bytes(total)} in all; {remedy}.")
-    there = f"{format_bytes(free)} are free" if free < total else f"there are {format_bytes(total)} in all"
-    return f"{needs}, {there}{': it will be slow, close other programs.' if n_bytes > free else '.'}"
+    there = (
+        f"{format_bytes(free)} are free"
+        if free < total
+        else f"there are {format_bytes(total)} in all"
+    )
+    return (
+        f"{needs}, {there}{': it will be slow, close other programs.' if n_bytes > free else '.'}"
+    )
 
 
 def format_bytes(n_bytes: int) -> str:

@@ -26,7 +26,9 @@ def keep_freed_memory() -> bool:
     the system each time, and its pages come back as faults, which are a twelfth of the step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return bool(mallopt and mallopt(TRIM_THRESHOLD, 256 << 20) and mallopt(MMAP_THRESHOLD, 32 << 20))
+    return bool(
+        mallopt and mallopt(TRIM_THRESHOLD, 256 << 20) and mallopt(MMAP_THRESHOLD, 32 << 20)
+    )
 
 
 def settle_threads(model: LanguageModel, rows: int = 1) -> int:

@@ -21,7 +21,13 @@ from primechat.config.runtime import check_number
 from primechat.errors import CheckpointError, ConfigError
 from primechat.infer.cpu import keep_freed_memory
 from primechat.infer.reply import Reply
-from primechat.infer.sampling import check_sampling, draw_floats, measure_logits, penalise_seen, sample_logits
+from primechat.infer.sampling import (
+    check_sampling,
+    draw_floats,
+    measure_logits,
+    penalise_seen,
+    sample_logits,
+)
 from primechat.infer.tools import ToolCall, find_tool
 from primechat.protocols import Cache, ChatTokenizer, LanguageModel
 from primechat.records import Token
@@ -30,7 +36,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 PREFILL_CHUNK = 512  # tokens of a prompt that are read between two looks at `cancel`
-PREFILL_TOKENS = 1024  # of several prompts that are read together: larger products, as far as caches reach
+PREFILL_TOKENS = (
+    1024  # of several prompts that are read together: larger products, as far as caches reach
+)
 
 
 class Options(TypedDict, total=False):
@@ -215,7 +223,9 @@ class Engine:
         Raises:
             ConfigError: the conversation exceeds model.max_context, or an option breaks its rule, at once.
         """
-        return self.reply(self.tokenizer.render_for_completion({"messages": list(messages)}), **options)
+        return self.reply(
+            self.tokenizer.render_for_completion({"messages": list(messages)}), **options
+        )
 
     def complete(self, text: str, **options: Unpack[Options]) -> Reply:
         """Return a reply that goes on from a plain text, as a base model does; options as for `chat`."""
@@ -269,11 +279,14 @@ class Engine:
             seen = torch.zeros(self.model.vocab_size, dtype=torch.bool, device=self.model.device)
             seen[[token for token in set(prompt) if token not in stop_ids]] = True
         return Row(
-            prompt=prompt, limit=min(settings.max_new_tokens, room),
+            prompt=prompt,
+            limit=min(settings.max_new_tokens, room),
             limit_reason="length" if settings.max_new_tokens <= room else "context",
-            draws=draw_floats(settings.seed, index), stop_ids=frozenset(stop_ids), seen=seen,
+            draws=draw_floats(settings.seed, index),
+            stop_ids=frozenset(stop_ids),
+            seen=seen,
             tool=ToolCall(self.tokenizer, self._tool_ids) if self._tool_ids else None,
-        )  # fmt: skip
+        )
 
     def _write(
         self, rows: list[Row], settings: Settings, n_alternatives: int | None = None
@@ -292,7 +305,9 @@ class Engine:
                 if not alive or settings.cancelled:
                     break
                 if len(alive) < len(rows):
-                    late = [i for i in alive if i >= len(alive)]  # they take the places that became free
+                    late = [
+                        i for i in alive if i >= len(alive)
+                    ]  # they take the places that became free
                     order = [late.pop() if rows[i].stop_reason else i for i in range(len(alive))]
                     rows = [rows[i] for i in order]
                     with torch.inference_mode():
@@ -314,7 +329,9 @@ class Engine:
         drawn = sample_logits(cut, draws, settings.temperature, settings.top_k, settings.top_p)
         ids = [row.accept(token) for row, token in zip(rows, drawn.tolist(), strict=True)]
         if n_alternatives is not None:
-            measures = measure_logits(logits, torch.tensor(ids, device=logits.device), n_alternatives)
+            measures = measure_logits(
+                logits, torch.tensor(ids, device=logits.device), n_alternatives
+            )
             for row, token in zip(rows, measures, strict=True):
                 row.measures = token
 
@@ -323,7 +340,9 @@ class Engine:
         return self.model.advance(torch.tensor(ids, device=self.model.device), cache)
 
     @torch.inference_mode()
-    def _read_prompts(self, rows: list[Row], settings: Settings) -> tuple[torch.Tensor, Cache] | None:
+    def _read_prompts(
+        self, rows: list[Row], settings: Settings
+    ) -> tuple[torch.Tensor, Cache] | None:
         """Read each prompt once; return logits and cache of all rows, or None where cancelled.
 
         Several are read together where the model can; then the rows are sorted by length.
@@ -332,7 +351,9 @@ class Engine:
         together = getattr(self.model, "read_padded", None)
         if together:
             rows.sort(key=lambda row: (len(row.prompt), row.prompt))
-        places = [i for i, (_, same) in enumerate(groupby(rows, key=lambda row: row.prompt)) for _ in same]
+        places = [
+            i for i, (_, same) in enumerate(groupby(rows, key=lambda row: row.prompt)) for _ in same
+        ]
         prompts = [prompt for prompt, _ in groupby(row.prompt for row in rows)]
         logits: list[torch.Tensor] = []
         caches: list[Any] = []
@@ -344,7 +365,10 @@ class Engine:
                     return None
                 if together and stop - start > 1:
                     counts = [len(prompt) for prompt in prompts[start:stop]]
-                    ids = [[*prompt, *[0] * (counts[-1] - len(prompt))] for prompt in prompts[start:stop]]
+                    ids = [
+                        [*prompt, *[0] * (counts[-1] - len(prompt))]
+                        for prompt in prompts[start:stop]
+                    ]
                     last = together(torch.tensor(ids, device=self.model.device), counts, cache)
                 else:
                     last = self._advance([prompts[start][at : at + PREFILL_CHUNK]], cache)
@@ -373,7 +397,11 @@ def group_prompts(prompts: Sequence[Sequence[int]], room: int) -> list[tuple[int
     groups: list[tuple[int, int]] = []
     for i, prompt in enumerate(prompts):
         start = groups[-1][0] if groups else 0
-        if groups and len(prompt) * (i + 1 - start) <= room and len(prompt) <= 1.5 * len(prompts[start]):
+        if (
+            groups
+            and len(prompt) * (i + 1 - start) <= room
+            and len(prompt) <= 1.5 * len(prompts[start])
+        ):
             groups[-1] = (start, i + 1)
         else:
             groups.append((i, i + 1))

@@ -69,7 +69,10 @@ class Reply:
     def __iter__(self) -> Iterator[str]:
         if self._pieces is None:
             raise RuntimeError("A Reply can be read once; afterwards its text is in .text.")
-        pieces, self._pieces = self._pieces, None  # the reader's loop owns it: leaving the loop ends it
+        pieces, self._pieces = (
+            self._pieces,
+            None,
+        )  # the reader's loop owns it: leaving the loop ends it
         return pieces
 
     def read(self) -> str:
@@ -83,7 +86,10 @@ class Reply:
         """The reply as a message for the next `chat`: text, or parts where the calculator was called."""
         if all(kind == "text" for kind, _ in self._parts):
             return {"role": "assistant", "content": "".join(text for _, text in self._parts)}
-        return {"role": "assistant", "content": [{"type": kind, "text": text} for kind, text in self._parts]}
+        return {
+            "role": "assistant",
+            "content": [{"type": kind, "text": text} for kind, text in self._parts],
+        }
 
     def _write_pieces(self, steps: Iterator[None]) -> Generator[str, None, None]:
         stats, busy_s, t_start = self.stats, 0.0, time.perf_counter()

@@ -17,7 +17,9 @@ from primechat.errors import ConfigError
 from primechat.records import Token
 
 GREEDY_BELOW = 1e-5  # a lower temperature is argmax: dividing by it would overflow float32
-FIRST_CANDIDATES = 512  # top_p looks at this many tokens first, then at eight times as many, and so on
+FIRST_CANDIDATES = (
+    512  # top_p looks at this many tokens first, then at eight times as many, and so on
+)
 
 
 def check_sampling(
@@ -114,7 +116,9 @@ def sample_logits(
         points = total * drawn[0]
     else:
         points = total * torch.tensor(drawn, dtype=cdf.dtype, device=cdf.device)[:, None]
-    places = torch.searchsorted(cdf, points, right=True)  # (B, 1): the first whose cdf is above the point
+    places = torch.searchsorted(
+        cdf, points, right=True
+    )  # (B, 1): the first whose cdf is above the point
     places.clamp_(max=cdf.shape[-1] - 1)  # nan would point behind the end
     return (places if ids is None else ids.gather(-1, places)).squeeze(-1)
 
@@ -138,7 +142,9 @@ def find_nucleus(
     ordered = masses
     while True:
         if not whole:
-            whole = count >= width or masses.device.type != "cpu"  # looking at the sum would stall a GPU
+            whole = (
+                count >= width or masses.device.type != "cpu"
+            )  # looking at the sum would stall a GPU
             ordered, ids = masses.sort(-1, descending=True) if whole else masses.topk(count)
         cdf = ordered.cumsum(-1)
         # the first place where top_p is reached

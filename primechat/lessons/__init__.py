@@ -68,7 +68,10 @@ def is_stub(attempt: Any) -> bool:
     if not inspect.isfunction(attempt):
         return False
     code = attempt.__code__
-    stubs = (_empty.__code__.co_code, _noted.__code__.co_code)  # `return 1.0` has the code of the second
+    stubs = (
+        _empty.__code__.co_code,
+        _noted.__code__.co_code,
+    )  # `return 1.0` has the code of the second
     return not code.co_names and code.co_code in stubs and code.co_consts[-1] in (None, ...)
 
 

@@ -54,15 +54,27 @@ def check_weights(attempt: Any) -> None:
     """Refuse anything but causal softmax weights."""
     q, k = draw_numbers(1, 5, 4), draw_numbers(2, 5, 4)
     got = np.asarray(attempt(q.copy(), k.copy(), 0.5), dtype=float)
-    require(got.shape == (5, 5), "A row and a column a token", f"for 5 tokens the shape was {got.shape}")
+    require(
+        got.shape == (5, 5), "A row and a column a token", f"for 5 tokens the shape was {got.shape}"
+    )
     ahead = float(np.abs(np.triu(got, 1)).max())
     require(ahead < 1e-9, "No token reads the future", f"a token gave {ahead:.3f} to a later one")
     sums = got.sum(axis=1)
-    require(np.allclose(sums, 1), "Each row sums to one", f"the rows sum to {np.round(sums, 3).tolist()}")
+    require(
+        np.allclose(sums, 1),
+        "Each row sums to one",
+        f"the rows sum to {np.round(sums, 3).tolist()}",
+    )
     same = np.asarray(attempt(np.zeros((3, 4)), np.ones((3, 4)), 0.5))[2]
-    require(np.allclose(same, 1 / 3), "Equal scores, equal shares", f"equal scores gave {same.round(3)}")
+    require(
+        np.allclose(same, 1 / 3), "Equal scores, equal shares", f"equal scores gave {same.round(3)}"
+    )
     steep = np.asarray(attempt(q.copy(), k.copy(), 0.0))[4]
-    require(np.allclose(steep, 0.2), "The scale counts", f"with scale 0 the last row was {steep.round(3)}")
+    require(
+        np.allclose(steep, 0.2),
+        "The scale counts",
+        f"with scale 0 the last row was {steep.round(3)}",
+    )
     want = weigh_tokens(q, k, 0.5)
     require(
         np.allclose(got, want),
@@ -84,7 +96,9 @@ def score_copying(weights: np.ndarray, ids: list[int]) -> float:
     return sum(shares) / len(shares)
 
 
-def read_places(weights: np.ndarray, ids: list[int], choose: Callable[[int, list[int]], list[int]]) -> float:
+def read_places(
+    weights: np.ndarray, ids: list[int], choose: Callable[[int, list[int]], list[int]]
+) -> float:
     """Return the mean weight on other places: what mistakes read, of a token and its earlier places."""
     rows = [(t, choose(t, [s for s in range(t) if ids[s] == ids[t]])) for t in range(len(ids))]
     shares = [sum(weights[t, s] for s in read) for t, read in rows if read]
@@ -111,15 +125,36 @@ def check_copying(attempt: Any) -> None:
     even = np.tril(np.ones((5, 5))) / np.arange(1, 6)[:, None]
     thrice = (1 / 3 + 1 / 4 + 2 / 5) / 3
     for weights, text, want, rule, head in (
-        (same, ids, 0, "What came next counts, not the word itself",
-         "a head that reads the same word's earlier place"),
+        (
+            same,
+            ids,
+            0,
+            "What came next counts, not the word itself",
+            "a head that reads the same word's earlier place",
+        ),
         (ahead, ids, 0, "Rows read, columns are read", "weights only above the diagonal"),
-        (perfect, ids, 1, "The mean is over words that came before", "a head that copies perfectly"),
-        (even, [4, 8, 4, 8, 4], thrice, "Every earlier occurrence counts",
-         "even weights on a word said three times"),
-        (even[:4, :4], [4, 8, 4, 4], (1 / 3 + 1 / 4) / 2, "Only places before the word itself",
-         "even weights on the ids 4, 8, 4, 4, where 4 follows itself,"),
-    ):  # fmt: skip
+        (
+            perfect,
+            ids,
+            1,
+            "The mean is over words that came before",
+            "a head that copies perfectly",
+        ),
+        (
+            even,
+            [4, 8, 4, 8, 4],
+            thrice,
+            "Every earlier occurrence counts",
+            "even weights on a word said three times",
+        ),
+        (
+            even[:4, :4],
+            [4, 8, 4, 4],
+            (1 / 3 + 1 / 4) / 2,
+            "Only places before the word itself",
+            "even weights on the ids 4, 8, 4, 4, where 4 follows itself,",
+        ),
+    ):
         got = float(attempt(weights.copy(), list(text)))
         require(abs(got - want) < 1e-9, rule, f"{head} scored {got:.3f}, not {want:.3f}")
 
@@ -148,7 +183,9 @@ def check_split(attempt: Any) -> None:
     scale = 1 / np.sqrt((stream**2).mean() + EPS)
     one = np.asarray(attempt(written * [[1], [0], [1], [1]], row))
     require(
-        abs(one[1]) < 1e-9, "Who writes nothing adds nothing", f"a part that wrote zeros got {one[1]:.3f}"
+        abs(one[1]) < 1e-9,
+        "Who writes nothing adds nothing",
+        f"a part that wrote zeros got {one[1]:.3f}",
     )
     ratio = got / (written @ row)
     require(
@@ -180,7 +217,10 @@ EXERCISES = (
             (sum_columns, "Each row sums to one"),
             (mask_with_zero, "No token reads the future"),
             (lambda queries, keys, scale: weigh_tokens(queries, keys, 1.0), "The scale counts"),
-            (lambda queries, keys, scale: weigh_tokens(keys, queries, scale), "Queries ask, keys answer"),
+            (
+                lambda queries, keys, scale: weigh_tokens(keys, queries, scale),
+                "Queries ask, keys answer",
+            ),
         ),
         praise="This is all that decides what a head reads. Every square in the grid above is one of these.",
     ),
@@ -208,7 +248,9 @@ EXERCISES = (
                 "Every earlier occurrence counts",
             ),
             (
-                lambda weights, ids: read_places(weights, ids, lambda t, before: [s + 1 for s in before]),
+                lambda weights, ids: read_places(
+                    weights, ids, lambda t, before: [s + 1 for s in before]
+                ),
                 "Only places before the word itself",
             ),
         ),

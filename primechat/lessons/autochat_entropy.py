@@ -23,10 +23,16 @@ def check_entropy(entropy: Callable[[Sequence[float]], float]) -> None:
         sure = entropy([1.0, 0.0])
     except (ValueError, ZeroDivisionError) as error:
         require(False, "What has no chance counts nothing", f"entropy([1, 0]) raised {error!r}.")
-    require(not math.isnan(sure), "What has no chance counts nothing", "entropy([1, 0]) is not a number.")
+    require(
+        not math.isnan(sure),
+        "What has no chance counts nothing",
+        "entropy([1, 0]) is not a number.",
+    )
     require(abs(sure) < 1e-6, "A sure choice has none", f"entropy([1, 0]) returned {sure}.")
     even = entropy([0.25] * 4)
-    require(even > 0, "Entropy is never negative", f"entropy of four equal chances returned {even}.")
+    require(
+        even > 0, "Entropy is never negative", f"entropy of four equal chances returned {even}."
+    )
     said = f"entropy of four equal chances returned {even:.4f}, ln 4 is {math.log(4):.4f}."
     require(abs(even - math.log(4)) < 1e-6, "Equal chances of n have ln n", said)
     mixed = entropy([0.5, 0.25, 0.25])
@@ -63,7 +69,8 @@ def check_repeated(rep: Callable[[Sequence[Any], int], float]) -> None:
 def see_roles(texts: Sequence[str], me: int) -> list[dict[str, str]]:
     """Return a conversation as one of its two speakers sees it."""
     messages = [
-        {"role": "assistant" if i % 2 == me else "user", "content": text} for i, text in enumerate(texts)
+        {"role": "assistant" if i % 2 == me else "user", "content": text}
+        for i, text in enumerate(texts)
     ]
     return messages[1:] if messages and messages[0]["role"] == "assistant" else messages
 
@@ -73,18 +80,24 @@ def check_roles(see: Callable[[Sequence[str], int], list[dict[str, str]]]) -> No
     texts = ["Hi!", "Hello.", "How are you?", "Fine."]
     second, first = see(texts[:3], 1), see(texts, 0)
     require(
-        [m["role"] for m in second] == ["user", "assistant", "user"], "My own turns are the assistant's",
+        [m["role"] for m in second] == ["user", "assistant", "user"],
+        "My own turns are the assistant's",
         f"speaker 1 sees the roles {[m['role'] for m in second]}.",
-    )  # fmt: skip
-    require(
-        [m["content"] for m in second] == texts[:3], "No turn is lost or changed", f"speaker 1 sees {second}."
     )
     require(
-        bool(first) and first[0]["role"] == "user", "A conversation begins with the user",
-        f"speaker 0 sees {first[:1]} first; what it said itself before anyone answered is left out.",
-    )  # fmt: skip
+        [m["content"] for m in second] == texts[:3],
+        "No turn is lost or changed",
+        f"speaker 1 sees {second}.",
+    )
     require(
-        [m["content"] for m in first] == texts[1:], "No turn is lost or changed", f"speaker 0 sees {first}."
+        bool(first) and first[0]["role"] == "user",
+        "A conversation begins with the user",
+        f"speaker 0 sees {first[:1]} first; what it said itself before anyone answered is left out.",
+    )
+    require(
+        [m["content"] for m in first] == texts[1:],
+        "No turn is lost or changed",
+        f"speaker 0 sees {first}.",
     )
     roles = [m["role"] for m in first]
     said = f"speaker 0 sees the roles {roles}."
@@ -129,14 +142,16 @@ EXERCISES = (
             (_drop_last, "The last n-gram counts"),
             (_adjacent, "Repeats need not be side by side"),
             (
-                lambda t, n: 1 - len({tuple(t[i : i + n]) for i in range(len(t) - n + 1)}) / (len(t) - n + 1),
+                lambda t, n: (
+                    1 - len({tuple(t[i : i + n]) for i in range(len(t) - n + 1)}) / (len(t) - n + 1)
+                ),
                 "A short text repeats nothing",
             ),
             (lambda t, n: 1 - len(set(t)) / len(t) if len(t) > n else 0, "The last n-gram counts"),
             (lambda t, n: share_repeated(t, 2), "A piece has n tokens"),
         ),
         praise="Three of these, for n = 2, 3 and 4, make the measure called diversity.",
-    ),  # fmt: skip
+    ),
     Exercise(
         title="Two points of view",
         task="Two models talk, speaker 0 first. Write `see(texts, me)`: the conversation as messages "
@@ -148,23 +163,27 @@ EXERCISES = (
         mistakes=(
             (
                 lambda texts, me: [
-                    {"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)
+                    {"role": ("user", "assistant")[i % 2], "content": t}
+                    for i, t in enumerate(texts)
                 ],
                 "No turn is lost or changed",
             ),
             (lambda texts, me: see_roles(texts, 1 - me), "My own turns are the assistant's"),
             (
                 lambda texts, me: [
-                    {"role": ("user", "assistant")[i % 2 == me], "content": t} for i, t in enumerate(texts)
+                    {"role": ("user", "assistant")[i % 2 == me], "content": t}
+                    for i, t in enumerate(texts)
                 ],
                 "A conversation begins with the user",
             ),
             (lambda texts, me: see_roles(texts[-2:], me), "My own turns are the assistant's"),
             (
-                lambda texts, me: [m | {"role": m["role"] if me else "user"} for m in see_roles(texts, me)],
+                lambda texts, me: [
+                    m | {"role": m["role"] if me else "user"} for m in see_roles(texts, me)
+                ],
                 "My own turns are the assistant's",
             ),
         ),
         praise="This swap is all that self-talk needs: one model, two points of view.",
-    ),  # fmt: skip
+    ),
 )

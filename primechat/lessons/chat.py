@@ -20,7 +20,9 @@ PROMPTS = ("Hi! How was your day?", "What do you like to eat?", "Tell me about y
 BUCKETS = (("1st", 1), ("2nd", 2), ("3rd to 5th", 5), ("6th to 10th", 10), ("11th to 50th", 50))
 
 
-def collect_ranks(model: Any, tokenizer: Any, *, temperature: float = 0.8, tokens: int = 40) -> list[int]:
+def collect_ranks(
+    model: Any, tokenizer: Any, *, temperature: float = 0.8, tokens: int = 40
+) -> list[int]:
     """Return the rank of each token in a few short replies; 0 is the one that the model held likeliest."""
     from primechat.infer.engine import Engine
 
@@ -85,17 +87,31 @@ def check_draw(draw: Callable[[Sequence[float], float], int]) -> None:
     for u, wanted in ((0.0, 0), (0.49, 0), (0.5, 1), (0.74, 1), (0.8, 2), (0.9, 3), (0.999, 3)):
         found = draw(P, u)
         require(
-            isinstance(found, (int, np.integer)), "An index comes back", f"draw(p, {u}) returned {found!r}."
+            isinstance(found, (int, np.integer)),
+            "An index comes back",
+            f"draw(p, {u}) returned {found!r}.",
         )
-        require(0 <= found < 4, "An index comes back", f"draw(p, {u}) returned {found}, p has 4 entries.")
+        require(
+            0 <= found < 4,
+            "An index comes back",
+            f"draw(p, {u}) returned {found}, p has 4 entries.",
+        )
         if u in (0.0, 0.5):
             require(
-                found == wanted, "A border belongs to the token above it", f"draw(p, {u}) returned {found}."
+                found == wanted,
+                "A border belongs to the token above it",
+                f"draw(p, {u}) returned {found}.",
             )
         require(
-            found == wanted, "Each token gets its share", f"draw({P}, {u}) returned {found}, not {wanted}."
+            found == wanted,
+            "Each token gets its share",
+            f"draw({P}, {u}) returned {found}, not {wanted}.",
         )
-    require(draw((0.0, 1.0), 0.0) == 1, "What has no chance is never drawn", "draw((0, 1), 0.0) returned 0.")
+    require(
+        draw((0.0, 1.0), 0.0) == 1,
+        "What has no chance is never drawn",
+        "draw((0, 1), 0.0) returned 0.",
+    )
 
 
 # Exercise 2
@@ -123,7 +139,9 @@ def check_nucleus(keep: Callable[[Sequence[float], float], Iterable[int]]) -> No
         require(bool(found), "At least one token is kept", said)
         total = sum(p[i] for i in found)
         require(total >= top_p, "The kept tokens reach top_p", said)
-        require(min(p[i] for i in found) >= min(p[i] for i in wanted), "The likeliest are kept", said)
+        require(
+            min(p[i] for i in found) >= min(p[i] for i in wanted), "The likeliest are kept", said
+        )
         require(len(found) == len(wanted), "No more than needed are kept", said)
 
 
@@ -162,7 +180,9 @@ def check_stream(stream: Callable[[Iterable[bytes]], Iterable[str]]) -> None:
         said = f"{len(taken)} of {pieces} were taken before {text!r} came, not {n}."
         require(len(taken) == n, "Text appears as it comes", said)
     broken = "".join(stream([b"a", wave[:2]]))
-    require(broken == "a\ufffd", "A cut end is shown", f"a cut character at the end became {broken!r}.")
+    require(
+        broken == "a\ufffd", "A cut end is shown", f"a cut character at the end became {broken!r}."
+    )
 
 
 EXERCISES = (
@@ -176,7 +196,10 @@ EXERCISES = (
         solution=draw_token,
         mistakes=(
             (lambda p, u: int(np.argmax(p)), "A border belongs to the token above it"),
-            (lambda p, u: int(np.searchsorted(np.cumsum(p), u)), "A border belongs to the token above it"),
+            (
+                lambda p, u: int(np.searchsorted(np.cumsum(p), u)),
+                "A border belongs to the token above it",
+            ),
             (lambda p, u: int(u * len(p)), "Each token gets its share"),
             (lambda p, u: u, "An index comes back"),
         ),
@@ -205,9 +228,18 @@ EXERCISES = (
         hint="codecs.getincrementaldecoder('utf-8')('replace') keeps what is not whole yet.",
         solution=stream_text,
         mistakes=(
-            (lambda pieces: (piece.decode("utf-8", "replace") for piece in pieces), "No half characters"),
-            (lambda pieces: (piece.decode("utf-8", "ignore") for piece in pieces), "No text is lost"),
-            (lambda pieces: [b"".join(pieces).decode("utf-8", "replace")], "Text appears as it comes"),
+            (
+                lambda pieces: (piece.decode("utf-8", "replace") for piece in pieces),
+                "No half characters",
+            ),
+            (
+                lambda pieces: (piece.decode("utf-8", "ignore") for piece in pieces),
+                "No text is lost",
+            ),
+            (
+                lambda pieces: [b"".join(pieces).decode("utf-8", "replace")],
+                "Text appears as it comes",
+            ),
             (lambda pieces: hold_back(pieces), "Text appears as it comes"),
             (lambda pieces: (t for t in decode_forgetful(pieces)), "A cut end is shown"),
         ),

@@ -77,19 +77,35 @@ def join_first(talk: Talk) -> Talk:
 
 def check_order(attempt: Any) -> None:
     """Refuse a talk that a model cannot learn to answer from."""
-    talk = [("assistant", "Welcome"), ("user", "Hi"), ("assistant", "  "), ("user", "there"),
-            ("assistant", "Hello"), ("assistant", "you"), ("user", "Bye")]  # fmt: skip
+    talk = [
+        ("assistant", "Welcome"),
+        ("user", "Hi"),
+        ("assistant", "  "),
+        ("user", "there"),
+        ("assistant", "Hello"),
+        ("assistant", "you"),
+        ("user", "Bye"),
+    ]
     got = [tuple(turn) for turn in attempt(list(talk))]
     require(bool(got) and got[0][0] == "user", "The user begins", f"the first turn was {got[:1]}")
     require(got[-1][0] == "assistant", "An answer ends it", f"the last turn was {got[-1]}")
     require(
         all(text.strip() for _, text in got) and not any(text != text.strip() for _, text in got),
-        "No blank turns", f"the turns were {got}",
-    )  # fmt: skip
-    require(all(a[0] != b[0] for a, b in zip(got, got[1:], strict=False)), "They take turns", f"got {got}")
+        "No blank turns",
+        f"the turns were {got}",
+    )
+    require(
+        all(a[0] != b[0] for a, b in zip(got, got[1:], strict=False)),
+        "They take turns",
+        f"got {got}",
+    )
     words = " ".join(text for _, text in got).split()
-    require(words == ["Hi", "there", "Hello", "you"], "No word is lost", f"the words left were {words}")
-    require(got[0][1] == "Hi\nthere", "A line break joins", f"the user's two turns became {got[0][1]!r}")
+    require(
+        words == ["Hi", "there", "Hello", "you"], "No word is lost", f"the words left were {words}"
+    )
+    require(
+        got[0][1] == "Hi\nthere", "A line break joins", f"the user's two turns became {got[0][1]!r}"
+    )
 
 
 EXERCISES = (
@@ -120,7 +136,10 @@ EXERCISES = (
         mistakes=(
             (drop_doubles, "No word is lost"),
             (keep_blanks, "No blank turns"),
-            (lambda talk: order_talk([*talk, ("assistant", "x")])[:-1] + talk[-1:], "An answer ends it"),
+            (
+                lambda talk: order_talk([*talk, ("assistant", "x")])[:-1] + talk[-1:],
+                "An answer ends it",
+            ),
             (keep_greeting, "The user begins"),
             (join_first, "They take turns"),
             (

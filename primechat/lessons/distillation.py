@@ -41,12 +41,22 @@ def check_gap(attempt: Any) -> None:
     """Refuse anything but the softened KL."""
     s, t = np.array([2.0, 0.5, -1.0]), np.array([0.0, 1.5, 0.3])
     same = float(attempt(t.copy(), t.copy(), 2.0))
-    require(abs(same) < 1e-6, "Nothing between equals", f"a student that is its teacher was {same:.3f} away")
+    require(
+        abs(same) < 1e-6,
+        "Nothing between equals",
+        f"a student that is its teacher was {same:.3f} away",
+    )
     got, want, back = float(attempt(s, t, 1.0)), measure_gap(s, t, 1.0), measure_gap(t, s, 1.0)
-    require(abs(got - back) > 1e-6, "The teacher leads", f"it was {got:.4f}, which is KL(student, teacher)")
+    require(
+        abs(got - back) > 1e-6,
+        "The teacher leads",
+        f"it was {got:.4f}, which is KL(student, teacher)",
+    )
     require(abs(got - want) < 1e-6, "KL at temperature 1", f"it was {got:.4f}, not {want:.4f}")
     got, want = float(attempt(s, t, 3.0)), measure_gap(s, t, 3.0)
-    require(abs(got - want) < 1e-6, "Scaled back", f"at temperature 3 it was {got:.4f}, not {want:.4f}")
+    require(
+        abs(got - want) < 1e-6, "Scaled back", f"at temperature 3 it was {got:.4f}, not {want:.4f}"
+    )
 
 
 def bucket(p: np.ndarray, k: int) -> np.ndarray:
@@ -75,10 +85,19 @@ def measure_retention(untrained: float, student: float, teacher: float) -> float
 
 def check_retention(attempt: Any) -> None:
     """Refuse anything but the share of the gain."""
-    require(abs(attempt(3.0, 1.5, 1.5) - 1) < 1e-9, "As good is 1", f"it was {attempt(3.0, 1.5, 1.5):.3f}")
-    require(abs(attempt(3.0, 3.0, 1.5)) < 1e-9, "Untrained is 0", f"it was {attempt(3.0, 3.0, 1.5):.3f}")
-    require(abs(attempt(4.0, 2.0, 1.0) - 2 / 3) < 1e-9, "A share of the gain",
-            f"for 4, 2 and 1 it was {attempt(4.0, 2.0, 1.0):.3f}")  # fmt: skip
+    require(
+        abs(attempt(3.0, 1.5, 1.5) - 1) < 1e-9,
+        "As good is 1",
+        f"it was {attempt(3.0, 1.5, 1.5):.3f}",
+    )
+    require(
+        abs(attempt(3.0, 3.0, 1.5)) < 1e-9, "Untrained is 0", f"it was {attempt(3.0, 3.0, 1.5):.3f}"
+    )
+    require(
+        abs(attempt(4.0, 2.0, 1.0) - 2 / 3) < 1e-9,
+        "A share of the gain",
+        f"for 4, 2 and 1 it was {attempt(4.0, 2.0, 1.0):.3f}",
+    )
 
 
 EXERCISES = (
@@ -90,7 +109,10 @@ EXERCISES = (
         hint="softmax(z / T); subtract the largest score first, so that nothing overflows.",
         solution=measure_gap,
         mistakes=(
-            (lambda student, teacher, temperature: measure_gap(teacher, student, temperature), "The teacher leads"),
+            (
+                lambda student, teacher, temperature: measure_gap(teacher, student, temperature),
+                "The teacher leads",
+            ),
             (forget_square, "Scaled back"),
             (cross_gap, "Nothing between equals"),
         ),
@@ -120,8 +142,12 @@ EXERCISES = (
         mistakes=(
             (lambda untrained, student, teacher: teacher / student, "Untrained is 0"),
             (lambda untrained, student, teacher: student / teacher - 1, "As good is 1"),
-            (lambda untrained, student, teacher: ((untrained - student) / (untrained - teacher)) ** 2,
-             "A share of the gain"),
+            (
+                lambda untrained, student, teacher: (
+                    ((untrained - student) / (untrained - teacher)) ** 2
+                ),
+                "A share of the gain",
+            ),
         ),
     ),
-)  # fmt: skip
+)

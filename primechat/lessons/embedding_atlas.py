@@ -33,18 +33,29 @@ def check_nearest(attempt: Callable[[np.ndarray, int, int], Any]) -> None:
     got = [int(i) for i in attempt(table, 3, 5)]
     want = rank_cosines(table, 3, 5)
     require(
-        np.array_equal(table, kept), "The table stays as it is", "nearest changed the numbers in the table"
+        np.array_equal(table, kept),
+        "The table stays as it is",
+        "nearest changed the numbers in the table",
     )
     require(
-        3 not in got, "No token is its own neighbour", f"nearest(table, 3, 5) returned {got}, with 3 in it"
+        3 not in got,
+        "No token is its own neighbour",
+        f"nearest(table, 3, 5) returned {got}, with 3 in it",
     )
     require(len(got) == 5 == len(set(got)), "Exactly k", f"nearest(table, 3, 5) returned {got}")
     require(
         got != [int(i) for i in np.argsort(table @ table[3] / np.linalg.norm(table, axis=1))[:5]],
-        "Nearest, not farthest", f"{got} are the rows that point the other way",
-    )  # fmt: skip
-    require(set(got) == set(want), "Lengths do not count", f"nearest(table, 3, 5) returned {got}, not {want}")
-    require(got == want, "The nearest comes first", f"{got} has the right rows in another order: {want}")
+        "Nearest, not farthest",
+        f"{got} are the rows that point the other way",
+    )
+    require(
+        set(got) == set(want),
+        "Lengths do not count",
+        f"nearest(table, 3, 5) returned {got}, not {want}",
+    )
+    require(
+        got == want, "The nearest comes first", f"{got} has the right rows in another order: {want}"
+    )
 
 
 def nearest(table: np.ndarray, row: int, k: int) -> Any:
@@ -78,7 +89,9 @@ def check_overlap(attempt: Callable[[Sequence[int], Sequence[int]], Any]) -> Non
     """Try `overlap` on lists worked out by hand."""
     same = float(attempt([1, 2, 3, 4], [4, 3, 2, 1]))
     require(
-        same != 1.0, "In percent", "overlap([1, 2, 3, 4], [4, 3, 2, 1]) returned 1.0; all of them are 100 %"
+        same != 1.0,
+        "In percent",
+        "overlap([1, 2, 3, 4], [4, 3, 2, 1]) returned 1.0; all of them are 100 %",
     )
     require(
         same == 100,
@@ -87,9 +100,10 @@ def check_overlap(attempt: Callable[[Sequence[int], Sequence[int]], Any]) -> Non
     )
     half = float(attempt([1, 2, 3, 4], [1, 9, 2, 8]))
     require(
-        half == 50, "Divide by the true neighbours",
+        half == 50,
+        "Divide by the true neighbours",
         f"overlap([1, 2, 3, 4], [1, 9, 2, 8]) returned {half:.3g}; two of the four true neighbours are 50 %",
-    )  # fmt: skip
+    )
     none = float(attempt([1, 2], [3, 4]))
     require(none == 0, "Nothing in common is 0", f"overlap([1, 2], [3, 4]) returned {none}")
 
@@ -114,9 +128,10 @@ def check_places(attempt: Callable[[list[np.ndarray]], Any]) -> None:
     )
     spread = got[1].var(0).sum() / last.var(0).sum()
     require(
-        spread > 0.9, "The axes of most variance",
+        spread > 0.9,
+        "The axes of most variance",
         f"the places hold {100 * spread:.0f} % of the variance; the best two axes hold more than 90 %",
-    )  # fmt: skip
+    )
     middle = np.abs(got[1].mean(0)).max()
     require(
         middle < 1e-6,
@@ -125,9 +140,10 @@ def check_places(attempt: Callable[[list[np.ndarray]], Any]) -> None:
     )
     moved = np.linalg.norm(got[0] - got[1], axis=1)
     require(
-        np.allclose(moved, 3, atol=1e-3), "One basis for all",
+        np.allclose(moved, 3, atol=1e-3),
+        "One basis for all",
         f"all points moved by 3, the places say {moved.mean():.2f}: they do not share axes and middle",
-    )  # fmt: skip
+    )
 
 
 def place_all(tables: list[np.ndarray]) -> list[np.ndarray]:

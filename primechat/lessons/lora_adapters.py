@@ -30,10 +30,14 @@ def check_adapt(attempt: Any) -> None:
     require(fresh.shape == (5, 4), "An output a row", f"for 5 rows the shape was {fresh.shape}")
     require(np.allclose(fresh, x @ w.T), "Nothing at first", "with B = 0 the result was not x W^T")
     off = np.asarray(attempt(x, w, a, b, 0.0))
-    require(np.allclose(off, x @ w.T), "The dial turns it off", "with scale 0 the result was not x W^T")
+    require(
+        np.allclose(off, x @ w.T), "The dial turns it off", "with scale 0 the result was not x W^T"
+    )
     twice = np.asarray(attempt(x, w, a, b, 2.0)) - x @ w.T
     require(
-        np.allclose(twice, 2 * (x @ a.T) @ b.T), "The adapter is added", "W^T apart, it was not 2 (x A^T) B^T"
+        np.allclose(twice, 2 * (x @ a.T) @ b.T),
+        "The adapter is added",
+        "W^T apart, it was not 2 (x A^T) B^T",
     )
 
 
@@ -45,10 +49,15 @@ def count_numbers(n_in: int, n_out: int, rank: int) -> int:
 def check_count(attempt: Any) -> None:
     """Refuse a wrong size."""
     got = attempt(256, 1024, 8)
-    require(attempt(256, 1024, 16) == 2 * got, "Twice the rank, twice the size",
-            f"rank 8 gave {got}, rank 16 {attempt(256, 1024, 16)}")  # fmt: skip
     require(
-        attempt(1024, 256, 8) == got, "In and out count alike", f"256 to 1024 gave {got}, the other way not"
+        attempt(256, 1024, 16) == 2 * got,
+        "Twice the rank, twice the size",
+        f"rank 8 gave {got}, rank 16 {attempt(256, 1024, 16)}",
+    )
+    require(
+        attempt(1024, 256, 8) == got,
+        "In and out count alike",
+        f"256 to 1024 gave {got}, the other way not",
     )
     require(got == 10_240, "Two matrices", f"for 256 in, 1024 out, rank 8 it was {got}, not 10240")
 

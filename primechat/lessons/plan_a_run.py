@@ -17,16 +17,23 @@ def check_params(count_params: Callable[[int, int, int], int]) -> None:
     """Try a function that counts parameters."""
     small = count_params(1000, 1, 64) - count_params(1000, 0, 64)
     require(
-        count_params(1000, 0, 64) == 128_000, "Two tables", "Without blocks there are two tables of V x C: "
+        count_params(1000, 0, 64) == 128_000,
+        "Two tables",
+        "Without blocks there are two tables of V x C: "
         f"2 x 1000 x 64 = 128,000; you count {count_params(1000, 0, 64):,}.",
-    )  # fmt: skip
+    )
     require(
-        small == 12 * 64 * 64, "Twelve squares a block",
+        small == 12 * 64 * 64,
+        "Twelve squares a block",
         f"A block has 4 C^2 in attention and 8 C^2 in its MLP, 49,152 for C = 64; you count {small:,}.",
-    )  # fmt: skip
+    )
     for shape, total in SHAPES:
         found = count_params(*shape)
-        require(found == total, "Every block counts", f"{shape} has {total:,} parameters, not {found:,}.")
+        require(
+            found == total,
+            "Every block counts",
+            f"{shape} has {total:,} parameters, not {found:,}.",
+        )
 
 
 def count_params(vocab_size: int, n_layer: int, n_embd: int) -> int:
@@ -48,7 +55,11 @@ def check_hours(train_hours: Callable[[float, int, float, float], float]) -> Non
         "A real run is below the peak",
         f"At MFU 0.465 it takes longer than at 1: {eight:.2f} h.",
     )
-    require(abs(eight - 2.958) < 0.01, "Hours, not seconds", f"The d20 takes 2.96 hours, not {eight:.4g}.")
+    require(
+        abs(eight - 2.958) < 0.01,
+        "Hours, not seconds",
+        f"The d20 takes 2.96 hours, not {eight:.4g}.",
+    )
 
 
 def train_hours(flops: float, n_gpus: int, peak_flops: float, mfu: float) -> float:

@@ -15,13 +15,19 @@ def check_bits(bits_per_byte: Callable[[float, int], float]) -> None:
     """Try a function that turns summed nats into bits per byte."""
     one = bits_per_byte(math.log(2), 1)
     require(
-        abs(one - 1) < 1e-3, "Bits, not nats", f"ln 2 nats on one byte are 1 bit per byte, not {one:.4f}."
+        abs(one - 1) < 1e-3,
+        "Bits, not nats",
+        f"ln 2 nats on one byte are 1 bit per byte, not {one:.4f}.",
     )
     half = bits_per_byte(math.log(2), 2)
-    require(abs(half - 0.5) < 1e-3, "Shared by the bytes", f"On two bytes they are 0.5, not {half:.4f}.")
+    require(
+        abs(half - 0.5) < 1e-3, "Shared by the bytes", f"On two bytes they are 0.5, not {half:.4f}."
+    )
     many = bits_per_byte(1000.0, 800)
     require(
-        abs(many - 1000 / math.log(2) / 800) < 2e-3, "Any text", f"1,000 nats on 800 bytes gave {many:.4f}."
+        abs(many - 1000 / math.log(2) / 800) < 2e-3,
+        "Any text",
+        f"1,000 nats on 800 bytes gave {many:.4f}.",
     )
 
 
@@ -32,14 +38,22 @@ def bits_per_byte(nats: float, n_bytes: int) -> float:
 
 def check_rate(lr_share: Callable[[int, int], float]) -> None:
     """Try a learning rate that is level and then falls."""
-    require(lr_share(0, 100) == 1, "Begins at its peak", f"Step 0 of 100 has {lr_share(0, 100)}, not 1.")
-    require(lr_share(50, 100) == 1, "Level in the first half", f"Step 50 has {lr_share(50, 100)}, not 1.")
+    require(
+        lr_share(0, 100) == 1, "Begins at its peak", f"Step 0 of 100 has {lr_share(0, 100)}, not 1."
+    )
+    require(
+        lr_share(50, 100) == 1,
+        "Level in the first half",
+        f"Step 50 has {lr_share(50, 100)}, not 1.",
+    )
     for step, share in ((75, 0.5), (90, 0.2), (100, 0.0)):
         found = lr_share(step, 100)
         said = f"Step {step} has {found}, not {share}."
         require(abs(found - share) < 1e-9, "Falls on a straight line", said)
     require(
-        abs(lr_share(150, 200) - 0.5) < 1e-9, "Stretches to the run", "Step 150 of 200 must have 0.5 too."
+        abs(lr_share(150, 200) - 0.5) < 1e-9,
+        "Stretches to the run",
+        "Step 150 of 200 must have 0.5 too.",
     )
 
 
@@ -76,7 +90,9 @@ EXERCISES = (
             (lambda step, steps: 1.0, "Falls on a straight line"),
             (lambda step, steps: 1.0 if step <= steps / 2 else 0.5, "Falls on a straight line"),
             (
-                lambda step, steps: math.sin(math.pi * lr_share(step, steps) / 2) ** 2,  # half a cosine
+                lambda step, steps: (
+                    math.sin(math.pi * lr_share(step, steps) / 2) ** 2
+                ),  # half a cosine
                 "Falls on a straight line",
             ),
             (lambda step, steps: min(1.0, (100 - step) / 50), "Stretches to the run"),

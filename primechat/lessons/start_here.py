@@ -22,20 +22,27 @@ def weigh_model(n_params: int, dtype: str) -> float:
 def check_weight(attempt: Callable[[int, str], Any]) -> None:
     """Check the weight of a model."""
     found = attempt(1_000_000, "float32")
-    require(isinstance(found, (int, float)), "A number", f"it returned {found!r}; megabytes are a number")
     require(
-        math.isclose(found, 4.0, rel_tol=0.06), "Four bytes a number",
+        isinstance(found, (int, float)),
+        "A number",
+        f"it returned {found!r}; megabytes are a number",
+    )
+    require(
+        math.isclose(found, 4.0, rel_tol=0.06),
+        "Four bytes a number",
         f"a million parameters in float32 gave {found} MB; each takes 4 bytes, so they take 4 MB",
-    )  # fmt: skip
+    )
     half = attempt(1_000_000, "bfloat16")
     require(
-        math.isclose(half * 2, found), "Half as much in bfloat16",
+        math.isclose(half * 2, found),
+        "Half as much in bfloat16",
         f"in bfloat16 it gave {half} MB, in float32 {found}; a bfloat16 number takes 2 bytes",
-    )  # fmt: skip
+    )
     require(
-        math.isclose(found, 4.0), "A megabyte is a million bytes",
+        math.isclose(found, 4.0),
+        "A megabyte is a million bytes",
         f"a million parameters gave {found} MB: that divides by 1,048,576, which is a mebibyte",
-    )  # fmt: skip
+    )
     small = attempt(125_000, "float32")
     said = f"125 thousand gave {small} MB, not an eighth as much: 0.5"
     require(math.isclose(small, 0.5), "Every parameter counts", said)
@@ -49,11 +56,16 @@ def measure_bits(nats: float, n_bytes: int) -> float:
 def check_bits(attempt: Callable[[float, int], Any]) -> None:
     """Check bits per byte."""
     coin = attempt(math.log(2), 1)
-    require(isinstance(coin, (int, float)), "A number", f"it returned {coin!r}; bits per byte are a number")
     require(
-        math.isclose(coin, 1.0, rel_tol=1e-4), "A coin toss is one bit",
+        isinstance(coin, (int, float)),
+        "A number",
+        f"it returned {coin!r}; bits per byte are a number",
+    )
+    require(
+        math.isclose(coin, 1.0, rel_tol=1e-4),
+        "A coin toss is one bit",
         f"log(2) nats over one byte gave {coin:.4f}; a nat is 1 / log(2) = 1.4427 bits",
-    )  # fmt: skip
+    )
     two = attempt(math.log(2), 2)
     require(
         math.isclose(two, 0.5, rel_tol=1e-4),
@@ -99,8 +111,11 @@ EXERCISES = (
             (lambda nats, n_bytes: nats / n_bytes, "A coin toss is one bit"),
             (lambda nats, n_bytes: nats * math.log(2) / n_bytes, "A coin toss is one bit"),
             (lambda nats, n_bytes: nats / math.log(2), "Spread over the bytes"),
-            (lambda nats, n_bytes: min(nats / math.log(2) / n_bytes, 1.0), "Eight bits for a blind guess"),
+            (
+                lambda nats, n_bytes: min(nats / math.log(2) / n_bytes, 1.0),
+                "Eight bits for a blind guess",
+            ),
         ),
         praise="A blind guess pays 8 bits for each byte of English, a good small model less than 2.",
     ),
-)  # fmt: skip
+)

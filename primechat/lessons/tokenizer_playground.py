@@ -12,8 +12,14 @@ from typing import Any
 from primechat.lessons import Exercise, require
 
 RANKS = {bytes([i]): i for i in range(256)} | {
-    b"bc": 256, b"ab": 257, b"aa": 258, b"de": 259, b"def": 260, b"bcde": 261, b"ea": 262,
-}  # fmt: skip
+    b"bc": 256,
+    b"ab": 257,
+    b"aa": 258,
+    b"de": 259,
+    b"def": 260,
+    b"bcde": 261,
+    b"ea": 262,
+}
 WORDS = (
     (b"abc", [b"a", b"bc"]),
     (b"aaa", [b"aa", b"a"]),
@@ -27,22 +33,28 @@ def check_cutting(cut_word: Callable[[bytes, dict[bytes, int]], list[bytes]]) ->
     results = [(word, list(cut_word(word, dict(RANKS))), tokens) for word, tokens in WORDS]
     for word, found, _ in results:
         require(
-            b"".join(found) == word, "No byte is lost",
+            b"".join(found) == word,
+            "No byte is lost",
             f"cut_word({word!r}) returned {found!r}: joined, these are not the word.",
-        )  # fmt: skip
+        )
     for word, found, _ in results:
         pairs = [a + b for a, b in zip(found, found[1:], strict=False) if a + b in RANKS]
         require(
-            not pairs, "Merge until no pair is known",
+            not pairs,
+            "Merge until no pair is known",
             f"cut_word({word!r}) returned {found!r}, but {pairs[:1]} is still in the vocabulary.",
-        )  # fmt: skip
+        )
     word, found, tokens = results[1]
     require(
-        found == tokens, "Leftmost of equals first", f"cut_word({word!r}) returned {found!r}, not {tokens!r}."
+        found == tokens,
+        "Leftmost of equals first",
+        f"cut_word({word!r}) returned {found!r}, not {tokens!r}.",
     )
     for word, found, tokens in results:
         require(
-            found == tokens, "Lowest rank first", f"cut_word({word!r}) returned {found!r}, not {tokens!r}."
+            found == tokens,
+            "Lowest rank first",
+            f"cut_word({word!r}) returned {found!r}, not {tokens!r}.",
         )
 
 
@@ -70,11 +82,15 @@ def _cut_greedily(word: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     return parts
 
 
-def _merge_by(word: bytes, ranks: dict[bytes, int], sign: int, right: int, most: int = 99) -> list[bytes]:
+def _merge_by(
+    word: bytes, ranks: dict[bytes, int], sign: int, right: int, most: int = 99
+) -> list[bytes]:
     parts = [bytes([byte]) for byte in word]
     for _ in range(most):
         pairs = zip(parts, parts[1:], strict=False)
-        known = [(sign * ranks[a + b], right * i) for i, (a, b) in enumerate(pairs) if a + b in ranks]
+        known = [
+            (sign * ranks[a + b], right * i) for i, (a, b) in enumerate(pairs) if a + b in ranks
+        ]
         if not known:
             break
         i = abs(min(known)[1])
@@ -89,21 +105,25 @@ def check_counting(count_pairs: Callable[[dict[str, int]], dict[tuple[str, str],
     """Try a function that counts pairs of letters."""
     found = {pair: n for pair, n in dict(count_pairs(dict(COUNTED))).items() if n}
     require(
-        ("c", "b") not in found and ("b", "b") not in found, "No pair across words",
+        ("c", "b") not in found and ("b", "b") not in found,
+        "No pair across words",
         "count_pairs counted a pair, “cb” or “bb”, whose letters never stand in one word.",
-    )  # fmt: skip
+    )
     require(
-        found.get(("b", "a"), 0) == 1, "Order matters",
+        found.get(("b", "a"), 0) == 1,
+        "Order matters",
         f"count_pairs says ('b', 'a') stands {found.get(('b', 'a'), 0)} times; only “bab” has it, once.",
-    )  # fmt: skip
+    )
     require(
-        found.get(("a", "b"), 0) == 8, "A word weighs as often as it stands",
+        found.get(("a", "b"), 0) == 8,
+        "A word weighs as often as it stands",
         f"count_pairs says ('a', 'b') stands {found.get(('a', 'b'), 0)} times; 5 + 2 + 1 words have it.",
-    )  # fmt: skip
+    )
     require(
-        found.get(("a", "a"), 0) == 2, "Every neighbour counts",
+        found.get(("a", "a"), 0) == 2,
+        "Every neighbour counts",
         f"count_pairs says ('a', 'a') stands {found.get(('a', 'a'), 0)} times; “aaa” has it twice.",
-    )  # fmt: skip
+    )
 
 
 def count_pairs(words: dict[str, int]) -> dict[tuple[str, str], int]:
@@ -142,10 +162,29 @@ ANSWER, END_ANSWER = "<|assistant_start|>", "<|assistant_end|>"
 OUT, END_OUT = "<|output_start|>", "<|output_end|>"
 PYTHON, END_PYTHON = "<|python_start|>", "<|python_end|>"
 TALK = (
-    (BOS, 0), (USER, 0), ("2+2", 0), ("?", 0), (END_USER, 0), (ANSWER, 0), ("I", 1), (" count", 1),
-    (PYTHON, 1), ("2+2", 1), (END_PYTHON, 1), (OUT, 0), ("4", 0), (END_OUT, 0), ("Four", 1), (END_ANSWER, 1),
-    (USER, 0), ("Thanks", 0), (END_USER, 0), (ANSWER, 0), ("Bye", 1), (END_ANSWER, 1),
-)  # fmt: skip
+    (BOS, 0),
+    (USER, 0),
+    ("2+2", 0),
+    ("?", 0),
+    (END_USER, 0),
+    (ANSWER, 0),
+    ("I", 1),
+    (" count", 1),
+    (PYTHON, 1),
+    ("2+2", 1),
+    (END_PYTHON, 1),
+    (OUT, 0),
+    ("4", 0),
+    (END_OUT, 0),
+    ("Four", 1),
+    (END_ANSWER, 1),
+    (USER, 0),
+    ("Thanks", 0),
+    (END_USER, 0),
+    (ANSWER, 0),
+    ("Bye", 1),
+    (END_ANSWER, 1),
+)
 RULES = (
     ("The user's words are not learned", ("?", "Thanks", USER, END_USER, BOS)),
     ("An answer's start is given", (ANSWER,)),
@@ -161,9 +200,10 @@ def check_mask(light_mask: Callable[[list[str]], list[int]]) -> None:
     tokens = [token for token, _ in TALK]
     found = [int(bit) for bit in light_mask(list(tokens))]
     require(
-        len(found) == len(tokens), "One mark a token",
+        len(found) == len(tokens),
+        "One mark a token",
         f"light_mask returned {len(found)} marks for {len(tokens)} tokens.",
-    )  # fmt: skip
+    )
     for rule, members in RULES:
         for i, (token, right) in enumerate(TALK):
             if token in members:
@@ -190,7 +230,10 @@ def light_mask(tokens: list[str]) -> list[int]:
 
 
 def _alter_mask(tokens: list[str], members: tuple[str, ...], mark: int) -> list[int]:
-    return [mark if token in members else bit for token, bit in zip(tokens, light_mask(tokens), strict=True)]
+    return [
+        mark if token in members else bit
+        for token, bit in zip(tokens, light_mask(tokens), strict=True)
+    ]
 
 
 EXERCISES = (
@@ -238,10 +281,16 @@ EXERCISES = (
         mistakes=(
             (lambda tokens: [1] * len(tokens), "The user's words are not learned"),
             (lambda tokens: _alter_mask(tokens, (ANSWER,), 1), "An answer's start is given"),
-            (lambda tokens: _alter_mask(tokens, (OUT, "4", END_OUT), 1), "A tool's result is only read"),
-            (lambda tokens: _alter_mask(tokens, (END_ANSWER,), 0), "The model learns to end its answer"),
+            (
+                lambda tokens: _alter_mask(tokens, (OUT, "4", END_OUT), 1),
+                "A tool's result is only read",
+            ),
+            (
+                lambda tokens: _alter_mask(tokens, (END_ANSWER,), 0),
+                "The model learns to end its answer",
+            ),
             (lambda tokens: light_mask(tokens)[1:], "One mark a token"),
         ),
         praise="A model trained without the mark on `<|assistant_end|>` never stops talking.",
     ),
-)  # fmt: skip
+)

@@ -27,9 +27,17 @@ class GPTBody:
     """
 
     layer_points = (
-        "attn.qk_raw", "attn.q", "attn.k", "attn.v", "attn.weights", "attn.heads", "attn.out",
-        "mlp.pre", "mlp.out", "resid",
-    )  # fmt: skip
+        "attn.qk_raw",
+        "attn.q",
+        "attn.k",
+        "attn.v",
+        "attn.weights",
+        "attn.heads",
+        "attn.out",
+        "mlp.pre",
+        "mlp.out",
+        "resid",
+    )
 
     def __init__(self, model: GPT) -> None:
         c = model.config
@@ -37,7 +45,9 @@ class GPTBody:
         self.sequence_len, self.max_context = model.sequence_len, model.max_context
         self.n_layer, self.n_head, self.n_kv_head = c.n_layer, c.n_head, c.n_kv_head
         self.head_dim, self.n_params = c.head_dim, c.n_params
-        self.scale = c.qk_gain**2 / c.head_dim**0.5  # from the product of a query and a key to a score
+        self.scale = (
+            c.qk_gain**2 / c.head_dim**0.5
+        )  # from the product of a query and a key to a score
         self.windows = tuple(c.window(i) for i in range(c.n_layer))
         scalars = c.residual_scalars
         self.keep = tuple(model.resid_lambdas.tolist()) if scalars else (1.0,) * c.n_layer
@@ -75,7 +85,10 @@ class ForeignBody:
         self.model, self.device, self.vocab_size = model, model.device, model.vocab_size
         self.sequence_len, self.max_context = model.sequence_len, model.max_context
         base = model.network.base_model
-        self.embed, self.head = model.network.get_input_embeddings(), model.network.get_output_embeddings()
+        self.embed, self.head = (
+            model.network.get_input_embeddings(),
+            model.network.get_output_embeddings(),
+        )
         self.layers = list(find_part(base, "layers", "h"))
         self.norm = find_part(base, "norm", "ln_f", "final_layernorm", "final_layer_norm")
         self.attn = [find_part(layer, "self_attn", "attn", "attention") for layer in self.layers]
@@ -86,14 +99,19 @@ class ForeignBody:
         self.n_kv_head = int(getattr(c, "num_key_value_heads", None) or self.n_head)
         self.head_dim = int(getattr(c, "head_dim", None) or c.hidden_size // self.n_head)
         self.softcap = float(getattr(c, "final_logit_softcapping", None) or 0.0)
-        self.keep, self.again = (1.0,) * self.n_layer, (0.0,) * self.n_layer  # the stream is a plain sum
+        self.keep, self.again = (
+            (1.0,) * self.n_layer,
+            (0.0,) * self.n_layer,
+        )  # the stream is a plain sum
         self.backout, self.middle, self.has_smear = 0.0, 0, False
 
     def trace(self, ids: Tensor, tap: Tap) -> Tensor:
         """Return float32 logits (B, T, V) of ids (B, T), calling the tap at every point on the way."""
 
         def behind(name: str) -> Callable[..., Any]:
-            return lambda _, __, out: (tap(name, out[0]), *out[1:]) if type(out) is tuple else tap(name, out)
+            return lambda _, __, out: (
+                (tap(name, out[0]), *out[1:]) if type(out) is tuple else tap(name, out)
+            )
 
         def before(name: str) -> Callable[..., Any]:
             return lambda _, args: (tap(name, args[0]), *args[1:])
@@ -140,20 +158,29 @@ class ForeignBody:
         Raises:
             ConfigError: a logit of this model is no sum over what its parts add to the stream.
         """
-        centred = isinstance(self.norm, torch.nn.LayerNorm) or getattr(self.head, "bias", None) is not None
+        centred = (
+            isinstance(self.norm, torch.nn.LayerNorm)
+            or getattr(self.head, "bias", None) is not None
+        )
         biased = any(getattr(part, "bias", None) is not None for part in self.proj)
         if centred or biased or hasattr(self.layers[0], "post_feedforward_layernorm"):
             kind = type(self.model.network).__name__
-            raise ConfigError(f"A logit of a {kind} is no plain sum over its parts; use a Llama-like model.")
+            raise ConfigError(
+                f"A logit of a {kind} is no plain sum over its parts; use a Llama-like model."
+            )
         ones = torch.ones_like(x)
         x = torch.where(x == 0, 1e-9 * ones, x).to(self.device, self.head.weight.dtype)
-        gain = self.norm(x).cpu().double() / x.cpu().double()  # what an RMS norm multiplies with, here
+        gain = (
+            self.norm(x).cpu().double() / x.cpu().double()
+        )  # what an RMS norm multiplies with, here
         return self.head.weight[list(tokens)].cpu().double() * gain
 
     def head_map(self, layer: int) -> Tensor:
         """Return (H, D, C): how each head's result is written into the stream."""
         weight = self.proj[layer].weight
-        flat = weight.T if isinstance(self.proj[layer], torch.nn.Linear) else weight  # GPT-2's is (H * D, C)
+        flat = (
+            weight.T if isinstance(self.proj[layer], torch.nn.Linear) else weight
+        )  # GPT-2's is (H * D, C)
         return flat.reshape(self.n_head, self.head_dim, -1)
 
 
@@ -167,7 +194,9 @@ def find_part(module: Any, *names: str) -> Any:
         if hasattr(module, name):
             return getattr(module, name)
     kind = type(module).__name__
-    raise ConfigError(f"A {kind} has none of {', '.join(names)}, so no probe finds its parts; use another.")
+    raise ConfigError(
+        f"A {kind} has none of {', '.join(names)}, so no probe finds its parts; use another."
+    )
 
 
 def dissect(model: Any) -> Any:
@@ -180,4 +209,6 @@ def dissect(model: Any) -> Any:
         return GPTBody(model)
     if isinstance(model, ForeignModel):
         return ForeignBody(model)
-    raise ConfigError(f"{type(model).__name__} cannot be looked into; open a model with open_model.")
+    raise ConfigError(
+        f"{type(model).__name__} cannot be looked into; open a model with open_model."
+    )

@@ -22,7 +22,13 @@ from primechat.metrics.probes import Capture, capture, check_ids
 from primechat.model.gpt import GPT
 
 Ids = Sequence[int] | np.ndarray
-READABLE = ("token", "embed", "layer.*.attn.heads", "layer.*.mlp.out", "last")  # what attribution needs
+READABLE = (
+    "token",
+    "embed",
+    "layer.*.attn.heads",
+    "layer.*.mlp.out",
+    "last",
+)  # what attribution needs
 STREAM = ("embed", "layer.*.resid", "last")  # what the lens needs
 
 
@@ -94,9 +100,13 @@ def read_lens(model: Any, seen: Capture, n_guesses: int = 3) -> Lens:
             top = logs.topk(min(n_guesses, logs.size(-1)))
             bits = -(logs.exp() * logs).sum(-1) / np.log(2)
             target = logs.gather(-1, best[:, None])[:, 0].exp()
-            rows.append(tuple(x.cpu().numpy() for x in (top.indices, top.values.exp(), target, bits)))
+            rows.append(
+                tuple(x.cpu().numpy() for x in (top.indices, top.values.exp(), target, bits))
+            )
     parts = [np.stack(part) for part in zip(*reversed(rows), strict=True)]
-    return Lens(stages=tuple(stages), ids=parts[0], probs=parts[1], target=parts[2], entropy=parts[3])
+    return Lens(
+        stages=tuple(stages), ids=parts[0], probs=parts[1], target=parts[2], entropy=parts[3]
+    )
 
 
 def list_coefficients(body: Any) -> tuple[np.ndarray, float]:
@@ -113,7 +123,9 @@ def list_coefficients(body: Any) -> tuple[np.ndarray, float]:
     return layers - body.backout * middle[0], embed - body.backout * middle[1]
 
 
-def attribute(model: Any, seen: Capture, at: int, token: int, against: int | None = None) -> Attribution:
+def attribute(
+    model: Any, seen: Capture, at: int, token: int, against: int | None = None
+) -> Attribution:
     """Split the logit of a token into what each part of the model adds to it.
 
     Args:
@@ -149,7 +161,12 @@ def attribute(model: Any, seen: Capture, at: int, token: int, against: int | Non
         values.append(layers[i] * float(seen[f"layer.{i}.mlp.out"][at].astype(np.float64) @ pull))
     logit = float(seen["last"][at].astype(np.float64) @ pull)
     return Attribution(
-        at=at, token=token, against=against, parts=tuple(parts), values=np.array(values), logit=logit
+        at=at,
+        token=token,
+        against=against,
+        parts=tuple(parts),
+        values=np.array(values),
+        logit=logit,
     )
 
 
@@ -167,7 +184,9 @@ def score_heads(weights: np.ndarray, ids: Ids) -> HeadScores:
     back = place[1:, None] - place  # (T - 1, T), negative ahead
     bits = -(w * np.log2(np.where(w > 0, w, 1.0))).sum(-1)
     recurs = np.zeros(back.shape, dtype=bool)
-    recurs[:, 1:] = (ids[1:, None] == ids[None, :-1]) & (back[:, 1:] > 0)  # key s: ids[s - 1] is the query's
+    recurs[:, 1:] = (ids[1:, None] == ids[None, :-1]) & (
+        back[:, 1:] > 0
+    )  # key s: ids[s - 1] is the query's
     rows = recurs.any(-1)
     hits = (w * recurs).sum(-1)[:, :, rows]
     return HeadScores(
@@ -192,7 +211,9 @@ def shuffle_blocks(model: Any, seed: int = 0) -> Any:
     if isinstance(model, GPT):
         own = {key: p for key, p in model.state_dict().items() if ".adapter." not in key}
         state = {key: draw(p) if ".h." in key else p for key, p in own.items()}
-        return GPT.from_state(model.config, state, device=str(model.device), dtype=model.compute_dtype)
+        return GPT.from_state(
+            model.config, state, device=str(model.device), dtype=model.compute_dtype
+        )
     body = dissect(model)
     blocks = {id(p) for layer in body.layers for p in layer.parameters()}
     kept = {id(p): p for p in model.network.parameters() if id(p) not in blocks}
@@ -266,7 +287,9 @@ def patch_grid(
     seen = capture(model, rows[0], points=stages)
     n = len(rows[1])
     if len(rows[0]) != n:
-        raise ConfigError(f"the prompts have {len(rows[0])} and {n} tokens and must be equal; reword one.")
+        raise ConfigError(
+            f"the prompts have {len(rows[0])} and {n} tokens and must be equal; reword one."
+        )
     batch = torch.from_numpy(rows[1]).to(body.device)[None].expand(n, n).contiguous()
     grid = np.zeros((len(stages), n))
     with torch.inference_mode():

@@ -17,7 +17,9 @@ N_GRAM = 13
 N_EXAMPLES = 5
 
 
-def measure_overlap(evaluation: Iterable[str], training: Iterable[str], n: int = N_GRAM) -> OverlapResult:
+def measure_overlap(
+    evaluation: Iterable[str], training: Iterable[str], n: int = N_GRAM
+) -> OverlapResult:
     """Return which n-grams of an evaluation text a training text has too.
 
     Args:
@@ -46,10 +48,15 @@ def measure_overlap(evaluation: Iterable[str], training: Iterable[str], n: int =
             hits[number] = hits.get(number, 0) + 1
     worst = sorted(hits, key=lambda number: (-hits[number], number))[:N_EXAMPLES]
     return OverlapResult(
-        n=n, documents=len(documents), too_short=short, contaminated=len(hits), n_grams=len(where),
-        shared_n_grams=len(found), training_texts=n_texts,
+        n=n,
+        documents=len(documents),
+        too_short=short,
+        contaminated=len(hits),
+        n_grams=len(where),
+        shared_n_grams=len(found),
+        training_texts=n_texts,
         examples=tuple(next(show_shared(documents[number], found, n)) for number in worst),
-    )  # fmt: skip
+    )
 
 
 def hash_grams(text: str, n: int) -> Iterator[int]:

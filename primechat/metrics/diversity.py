@@ -19,7 +19,9 @@ import numpy as np
 from primechat.errors import DataError
 
 Tokens = Sequence[Hashable]  # words of `split_words`, or token ids
-MTLD_BELOW = 0.72  # a factor is complete once its type-token ratio is lower (McCarthy and Jarvis 2010)
+MTLD_BELOW = (
+    0.72  # a factor is complete once its type-token ratio is lower (McCarthy and Jarvis 2010)
+)
 BLEU_FLOOR = 0.1  # matches that stand in for none (method 1 of Chen and Cherry 2014)
 
 
@@ -41,15 +43,21 @@ def number_grams(texts: Sequence[Tokens], n: int) -> tuple[np.ndarray, np.ndarra
     if n < 1:
         raise DataError(f"n={n} must be at least 1; try 2.")
     index: dict[Hashable, int] = {}
-    flat = np.array([index.setdefault(token, len(index)) for text in texts for token in text], np.int64)
+    flat = np.array(
+        [index.setdefault(token, len(index)) for text in texts for token in text], np.int64
+    )
     owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
     codes = flat
     for k in range(1, n):
         codes = codes[:-1] * max(len(index), 1) + flat[k:]
-        codes = np.unique(codes, return_inverse=True)[1]  # small again, so that no product overflows
+        codes = np.unique(codes, return_inverse=True)[
+            1
+        ]  # small again, so that no product overflows
     last = len(flat) - n + 1
     whole = owner[:last] == owner[n - 1 :] if last > 0 else np.zeros(0, bool)
-    return np.unique(codes[: max(last, 0)][whole], return_inverse=True)[1], owner[: max(last, 0)][whole]
+    return np.unique(codes[: max(last, 0)][whole], return_inverse=True)[1], owner[: max(last, 0)][
+        whole
+    ]
 
 
 def count_grams(texts: Sequence[Tokens], n: int) -> np.ndarray:
@@ -76,7 +84,9 @@ def measure_ead(texts: Sequence[Tokens], vocab_size: int) -> float:
     Source: Liu et al. 2022, Rethinking and Refining the Distinct Metric: N / (V (1 - ((V - 1) / V)^C)).
     """
     counts = count_grams(texts, 1)
-    expected = -vocab_size * np.expm1(counts.sum() * np.log1p(-1 / vocab_size)) if vocab_size > 1 else 1.0
+    expected = (
+        -vocab_size * np.expm1(counts.sum() * np.log1p(-1 / vocab_size)) if vocab_size > 1 else 1.0
+    )
     return float(len(counts) / expected) if counts.size else float("nan")
 
 
@@ -90,14 +100,18 @@ def measure_bleu(texts: Sequence[Tokens], max_n: int = 4) -> np.ndarray:
     """
     n_texts = len(texts)
     if n_texts < 2:
-        raise DataError(f"self-BLEU compares texts with each other; {n_texts} is too few, give at least 2.")
+        raise DataError(
+            f"self-BLEU compares texts with each other; {n_texts} is too few, give at least 2."
+        )
     lengths = np.array([len(text) for text in texts], float)
     logs, dead = np.zeros(n_texts), lengths == 0
     for n in range(1, max_n + 1):
         codes, owner = number_grams(texts, n)
         pairs, counts = np.unique(codes * n_texts + owner, return_counts=True)
         gram, text = pairs // n_texts, pairs % n_texts
-        order = np.lexsort((-counts, gram))  # within a gram, the text that has most of it comes first
+        order = np.lexsort(
+            (-counts, gram)
+        )  # within a gram, the text that has most of it comes first
         gram, text, counts = gram[order], text[order], counts[order]
         first = np.searchsorted(gram, np.arange(gram.max(initial=-1) + 1))
         second = first + 1
@@ -106,7 +120,10 @@ def measure_bleu(texts: Sequence[Tokens], max_n: int = 4) -> np.ndarray:
         others = np.where(np.arange(len(gram)) == first[gram], runner_up[gram], counts[first][gram])
         matched = np.bincount(text, np.minimum(counts, others), n_texts)
         dead |= (matched == 0) & (n == 1)
-        logs += np.log(np.where(matched > 0, matched, BLEU_FLOOR) / np.maximum(lengths - n + 1, 1)) / max_n
+        logs += (
+            np.log(np.where(matched > 0, matched, BLEU_FLOOR) / np.maximum(lengths - n + 1, 1))
+            / max_n
+        )
     gaps = np.abs(lengths[:, None] - lengths) + np.where(lengths < lengths[:, None], 0, 1e-9)
     np.fill_diagonal(gaps, np.inf)  # of two equally near the shorter counts
     nearest = lengths[gaps.argmin(axis=1)]
@@ -228,7 +245,9 @@ def measure_vendi(vectors: np.ndarray) -> float:
     """
     x = np.asarray(vectors, np.float64)
     if x.ndim != 2 or not len(x):
-        raise DataError(f"vectors of the shape {x.shape} must be (n, d) with n of at least 1; stack them.")
+        raise DataError(
+            f"vectors of the shape {x.shape} must be (n, d) with n of at least 1; stack them."
+        )
     norms = np.linalg.norm(x, axis=1, keepdims=True)
     if not norms.all():
         raise DataError("A vector of zeros has no direction; leave its item out.")
@@ -243,7 +262,9 @@ def count_vectors(texts: Sequence[Tokens], n: int = 1) -> np.ndarray:
     """Return the n-gram counts of each text, (T, different n-grams): vectors for `measure_vendi`."""
     codes, owner = number_grams(texts, n)
     width = int(codes.max(initial=-1)) + 1
-    return np.bincount(owner * width + codes, minlength=len(texts) * width).reshape(len(texts), width)
+    return np.bincount(owner * width + codes, minlength=len(texts) * width).reshape(
+        len(texts), width
+    )
 
 
 def measure_drift(vectors: np.ndarray) -> np.ndarray:
@@ -290,7 +311,17 @@ def bootstrap_mean(
     return float(x.mean()), float(low), float(high)
 
 
-T_QUANTILES = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, 1 to 9 degrees
+T_QUANTILES = (
+    12.71,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+)  # 97.5 %, 1 to 9 degrees
 
 
 def estimate_mean(values: Sequence[float]) -> tuple[float, float, float]:
@@ -303,7 +334,9 @@ def estimate_mean(values: Sequence[float]) -> tuple[float, float, float]:
     x = np.asarray(values, float)
     if (n := x.size - 1) < 1:
         return float(x.mean()), float("nan"), float("nan")
-    t = T_QUANTILES[n - 1] if n < 10 else 1.96 + 2.372 / n + 3.05 / n**2  # Abramowitz and Stegun 26.7.5
+    t = (
+        T_QUANTILES[n - 1] if n < 10 else 1.96 + 2.372 / n + 3.05 / n**2
+    )  # Abramowitz and Stegun 26.7.5
     half = float(t * x.std(ddof=1) / x.size**0.5)
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
@@ -332,9 +365,15 @@ MEASURES: dict[str, Callable[[list[str]], float]] = {
     "compression": lambda texts: measure_compression("\n".join(texts)),
     "Zipf slope": lambda texts: fit_zipf([split_words(text) for text in texts]),
     "MTLD": lambda texts: measure_mtld(split_words("\n".join(texts))),
-    "rep-4": lambda texts: float(np.mean([measure_repetition(split_words(text), 4) for text in texts])),
-    "diversity": lambda texts: float(np.mean([measure_diversity(split_words(text)) for text in texts])),
-    "Vendi": lambda texts: measure_vendi(count_vectors([words for t in texts if (words := split_words(t))])),
+    "rep-4": lambda texts: float(
+        np.mean([measure_repetition(split_words(text), 4) for text in texts])
+    ),
+    "diversity": lambda texts: float(
+        np.mean([measure_diversity(split_words(text)) for text in texts])
+    ),
+    "Vendi": lambda texts: measure_vendi(
+        count_vectors([words for t in texts if (words := split_words(t))])
+    ),
 }
 
 

@@ -55,7 +55,10 @@ def compare_turns(first: Sequence[str], second: Sequence[str]) -> float:
     if min(len(first), len(second)) < SHORT:
         return float(list(first) == list(second))
     names = {word: i for i, word in enumerate(dict.fromkeys([*first, *second]))}
-    counts = [np.bincount([names[word] for word in words], minlength=len(names)) for words in (first, second)]
+    counts = [
+        np.bincount([names[word] for word in words], minlength=len(names))
+        for words in (first, second)
+    ]
     return float(np.minimum(*counts).sum() / np.maximum(*counts).sum())
 
 
@@ -76,12 +79,15 @@ def find_loop(texts: Sequence[str]) -> Loop | None:
     turns = [split_words(text) for text in texts]
     phrases = [find_phrase([word for word in words if word.isalnum()] or words) for words in turns]
     again = [
-        bool(phrases[t]) or say_again(words, turns[max(0, t - REACH) : t]) for t, words in enumerate(turns)
+        bool(phrases[t]) or say_again(words, turns[max(0, t - REACH) : t])
+        for t, words in enumerate(turns)
     ]
 
     def is_stuck(end: int) -> bool:
         """Tell whether the conversation goes round where it has so many turns."""
-        return end > 0 and (phrases[end - 1] > 0 or sum(again[max(0, end - REACH) : end]) >= MIN_REPEATS)
+        return end > 0 and (
+            phrases[end - 1] > 0 or sum(again[max(0, end - REACH) : end]) >= MIN_REPEATS
+        )
 
     end = len(turns)
     if not is_stuck(end):
@@ -112,7 +118,9 @@ def shuffle_talks(talks: Sequence[Sequence[str]], seed: int = 0) -> list[list[st
     return [[next(shuffled) for _ in talk] for talk in talks]
 
 
-def plant_loop(talk: Sequence[str], *, kind: str = "turns", period: int = 2, at: int = 4) -> list[str]:
+def plant_loop(
+    talk: Sequence[str], *, kind: str = "turns", period: int = 2, at: int = 4
+) -> list[str]:
     """Return a conversation that goes round from turn `at` on, to test a detector.
 
     Args:
@@ -130,7 +138,9 @@ def plant_loop(talk: Sequence[str], *, kind: str = "turns", period: int = 2, at:
 # What a model does with repetition
 
 
-def measure_repeats(model: Any, tokenizer: ChatTokenizer, sentence: str, repeats: int = 12) -> list[float]:
+def measure_repeats(
+    model: Any, tokenizer: ChatTokenizer, sentence: str, repeats: int = 12
+) -> list[float]:
     """Return the mean probability of a sentence's tokens, each time that it is said once more.
 
     Args:
@@ -214,7 +224,8 @@ def read_talk(model: Any, tokenizer: ChatTokenizer, texts: Sequence[str]) -> lis
             continue
         for start in range((t + 1) % 2, t, 2):
             messages = [
-                {"role": ("user", "assistant")[(i - start) % 2], "content": texts[i]} for i in range(start, t)
+                {"role": ("user", "assistant")[(i - start) % 2], "content": texts[i]}
+                for i in range(start, t)
             ]
             prompt = tokenizer.render_for_completion({"messages": messages})
             if len(prompt) + len(ids) <= model.sequence_len:

@@ -44,14 +44,20 @@ class Capture:
     def __getitem__(self, point: str) -> np.ndarray:
         if point not in self.points:
             there = ", ".join(self.points) or "none"
-            raise ConfigError(f"point={point!r} was not captured (there are: {there}); add it to points=.")
+            raise ConfigError(
+                f"point={point!r} was not captured (there are: {there}); add it to points=."
+            )
         return self.points[point]
 
     def stack(self, part: str) -> np.ndarray:
         """Return one point of all layers as (L, ...); `part` is like attn.weights."""
-        names = [name for name in self.points if re.fullmatch(rf"layer\.\d+\.{re.escape(part)}", name)]
+        names = [
+            name for name in self.points if re.fullmatch(rf"layer\.\d+\.{re.escape(part)}", name)
+        ]
         if not names:
-            raise ConfigError(f"part={part!r} was captured in no layer; add 'layer.*.{part}' to points=.")
+            raise ConfigError(
+                f"part={part!r} was captured in no layer; add 'layer.*.{part}' to points=."
+            )
         return np.stack([self.points[name] for name in names])
 
 
@@ -106,7 +112,11 @@ class Recorder:
     """A tap that keeps the points wanted, zeroes parts and puts in a patch."""
 
     def __init__(
-        self, wanted: Iterable[str], cuts: dict[str, list[int]], patch: Patch | None = None, n_tokens: int = 0
+        self,
+        wanted: Iterable[str],
+        cuts: dict[str, list[int]],
+        patch: Patch | None = None,
+        n_tokens: int = 0,
     ) -> None:
         self.extra, self.cuts, self.kept = frozenset(wanted), cuts, dict[str, np.ndarray]()
         self.puts = lay_patch(patch, n_tokens) if patch else {}
@@ -138,10 +148,14 @@ def check_ids(body: Any, ids: Sequence[int] | np.ndarray) -> np.ndarray:
     """
     row = np.asarray(ids, dtype=np.int64)
     if row.ndim != 1 or not 0 < len(row) <= body.max_context:
-        raise ConfigError(f"ids of shape {row.shape} must be one row of 1 to {body.max_context}; shorten it.")
+        raise ConfigError(
+            f"ids of shape {row.shape} must be one row of 1 to {body.max_context}; shorten it."
+        )
     if row.min() < 0 or row.max() >= body.vocab_size:
         worst = int(row.min() if row.min() < 0 else row.max())
-        raise ConfigError(f"id {worst} must be in 0..{body.vocab_size - 1}; use this model's own tokenizer.")
+        raise ConfigError(
+            f"id {worst} must be in 0..{body.vocab_size - 1}; use this model's own tokenizer."
+        )
     return row
 
 
@@ -160,7 +174,9 @@ def match_points(pattern: str, names: list[str]) -> list[str]:
     found = fnmatch.filter(names, pattern)
     if not found:
         near = difflib.get_close_matches(pattern, names, n=1, cutoff=0)[0]
-        raise ConfigError(f"point={pattern!r} is none of this model's {len(names)} points; try {near!r}.")
+        raise ConfigError(
+            f"point={pattern!r} is none of this model's {len(names)} points; try {near!r}."
+        )
     return found
 
 

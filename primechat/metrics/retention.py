@@ -19,7 +19,12 @@ from primechat.metrics.diversity import measure_distinct, measure_repetition, sp
 from primechat.protocols import ChatTokenizer, LanguageModel
 from primechat.records import PlaceGroup, RetentionResult
 
-FREQUENCIES = ((0.5, "most frequent half"), (0.8, "next 30 %"), (0.95, "next 15 %"), (1.0, "rarest 5 %"))
+FREQUENCIES = (
+    (0.5, "most frequent half"),
+    (0.8, "next 30 %"),
+    (0.95, "next 15 %"),
+    (1.0, "rarest 5 %"),
+)
 POSITIONS = (1, 4, 16, 64, 256, 1024, 4096)
 WRITTEN_TEXTS, WRITTEN_TOKENS = 16, 64
 
@@ -50,7 +55,9 @@ def measure_retention(
     for ids, targets in windows:
         keep = (targets >= 0) & (lengths[targets.clamp(min=0)] > 0)
         with torch.no_grad():
-            log_q, log_p = (torch.log_softmax(call(m, ids), -1)[keep] for m in (student, teacher))  # (n, V)
+            log_q, log_p = (
+                torch.log_softmax(call(m, ids), -1)[keep] for m in (student, teacher)
+            )  # (n, V)
         words = targets[keep]
         where = torch.arange(ids.size(1)).expand_as(ids)[keep]
         at = (torch.arange(len(words)), words)
@@ -61,8 +68,9 @@ def measure_retention(
     table = np.concatenate(columns)
     flat = math.log(student.vocab_size)
     groups: dict[str, tuple[PlaceGroup, ...]] = {
-        "frequency": group_frequency(table, flat), "position": group_position(table, flat),
-    }  # fmt: skip
+        "frequency": group_frequency(table, flat),
+        "position": group_position(table, flat),
+    }
     if name_kind:
         kinds = np.array([name_kind(int(word)) for word in table[:, 0]])
         names, counts = np.unique(kinds, return_counts=True)
@@ -92,7 +100,9 @@ def write_texts(
     if model is None:
         said = [row[start : start + WRITTEN_TOKENS] for row in rows]
     else:
-        options = dict(max_new_tokens=WRITTEN_TOKENS, temperature=0.8, top_k=50, seed=0, stop_ids=())
+        options = dict(
+            max_new_tokens=WRITTEN_TOKENS, temperature=0.8, top_k=50, seed=0, stop_ids=()
+        )
         said = Engine(model, tokenizer).generate_batch([row[:start] for row in rows], **options)  # type: ignore[arg-type]
     return [tokenizer.decode(ids) for ids in said]
 
@@ -107,14 +117,22 @@ def sum_places(name: str, rows: np.ndarray, flat: float) -> PlaceGroup:
     """Return the measures of some places; rows as `measure_retention` stacks them."""
     n_bytes, n = float(rows[:, 6].sum()), len(rows)
     scale = math.log(2) * max(1.0, n_bytes)
-    student, teacher, untrained = rows[:, 2].sum() / scale, rows[:, 3].sum() / scale, n * flat / scale
+    student, teacher, untrained = (
+        rows[:, 2].sum() / scale,
+        rows[:, 3].sum() / scale,
+        n * flat / scale,
+    )
     gap = untrained - teacher
     return PlaceGroup(
-        name=name, tokens=n, student_bpb=float(student), teacher_bpb=float(teacher),
-        untrained_bpb=float(untrained), retention=float((untrained - student) / gap) if gap else math.nan,
+        name=name,
+        tokens=n,
+        student_bpb=float(student),
+        teacher_bpb=float(teacher),
+        untrained_bpb=float(untrained),
+        retention=float((untrained - student) / gap) if gap else math.nan,
         agreement=float(rows[:, 4].mean()) if n else math.nan,
         kl_nats=float(rows[:, 5].mean()) if n else math.nan,
-    )  # fmt: skip
+    )
 
 
 def group_frequency(table: np.ndarray, flat: float) -> tuple[PlaceGroup, ...]:
@@ -125,7 +143,9 @@ def group_frequency(table: np.ndarray, flat: float) -> tuple[PlaceGroup, ...]:
     edges = np.array([edge for edge, _ in FREQUENCIES])
     # a token belongs where the share before it ends
     place = np.searchsorted(edges, np.concatenate([[0.0], reached])[:-1] + 1e-12)
-    found = dict(zip(words[order].tolist(), np.minimum(place, len(edges) - 1).tolist(), strict=True))
+    found = dict(
+        zip(words[order].tolist(), np.minimum(place, len(edges) - 1).tolist(), strict=True)
+    )
     which = np.array([found[word] for word in table[:, 0].tolist()])
     rows = ((name, table[which == i]) for i, (_, name) in enumerate(FREQUENCIES))
     return tuple(sum_places(name, part, flat) for name, part in rows if len(part))
@@ -137,7 +157,9 @@ def group_position(table: np.ndarray, flat: float) -> tuple[PlaceGroup, ...]:
     for high in POSITIONS:
         part = table[(table[:, 1] >= low) & (table[:, 1] < high)]
         if len(part):
-            groups.append(sum_places(f"{low + 1} to {high}" if high > low + 1 else str(high), part, flat))
+            groups.append(
+                sum_places(f"{low + 1} to {high}" if high > low + 1 else str(high), part, flat)
+            )
         low = high
     return tuple(groups)
 

@@ -45,15 +45,21 @@ class Segments:
         starts, place = ids == bos_id, torch.arange(ids.size(1), device=ids.device)
         return cls(starts.cumsum(1), place - (place * starts).cummax(1).values)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, left: int | None, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, left: int | None, scale: float
+    ) -> Tensor:
         """Do what `attend` does, within each segment."""
         return attend(q, k, v, left, scale, self.number)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, left: int | None = None, scale: float | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: int | None = None,
+    scale: float | None = None,
     number: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Attend causally from each token to itself and to at most `left` tokens before it.
 
     Args:
@@ -72,7 +78,9 @@ def attend(
         left = None
     if number is None and flash3_runs(q.device.type, q.dtype):
         window = (-1, 0) if left is None else (left, 0)
-        return load_flash3().flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=window)
+        return load_flash3().flash_attn_func(
+            q, k, v, softmax_scale=scale, causal=True, window_size=window
+        )
     groups = q.size(2) // k.size(2)
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
@@ -97,7 +105,9 @@ def weigh(q: Tensor, k: Tensor, left: int | None, scale: float) -> Tensor:
     return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
 
 
-def make_mask(start: int, n_query: int, n_key: int, left: int | None, device: torch.device) -> Tensor:
+def make_mask(
+    start: int, n_query: int, n_key: int, left: int | None, device: torch.device
+) -> Tensor:
     """Return which keys 0..n_key-1 the queries start..start+n_query-1 may see, bool (n_query, n_key)."""
     queries = torch.arange(start, start + n_query, device=device)[:, None]
     distance = queries - torch.arange(n_key, device=device)
@@ -115,7 +125,13 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, left: int | None, scale: float, number: Tensor | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        left: int | None,
+        scale: float,
+        number: Tensor | None,
     ) -> Tensor:
         B, H, T, D = q.shape  # of k and v too
         q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
@@ -124,7 +140,9 @@ class BlockAttention(torch.autograd.Function):
             stop = min(start + BLOCK, T)
             lo, hi = key_range(start, stop, left)
             bias = torch.zeros(stop - start, hi - lo, dtype=q.dtype)
-            bias.masked_fill_(~make_mask(start - lo, stop - start, hi - lo, left, q.device), float("-inf"))
+            bias.masked_fill_(
+                ~make_mask(start - lo, stop - start, hi - lo, left, q.device), float("-inf")
+            )
             scores = torch.baddbmm(bias, q[:, start:stop], k[:, lo:hi].mT, alpha=scale)
             if number is not None:
                 other = number[:, None, start:stop, None] != number[:, None, None, lo:hi]
@@ -175,7 +193,10 @@ class TokenStep:
         if isinstance(self.at, int):
             return lo, None
         if left not in self.biases:
-            keys, at = torch.arange(lo, self.last + 1, device=self.at.device), self.at[:, None, None]
+            keys, at = (
+                torch.arange(lo, self.last + 1, device=self.at.device),
+                self.at[:, None, None],
+            )
             hidden = keys > at if left is None else (keys > at) | (keys < at - left)  # (B, 1, S)
             bias = torch.zeros(hidden.shape, device=keys.device).masked_fill_(hidden, float("-inf"))
             self.biases[left] = bias.repeat_interleave(heads, 0)
@@ -186,7 +207,13 @@ class KVCache:
     """Keys, values and the smear's last embedding of what a GPT has read; rows may differ in length."""
 
     def __init__(
-        self, n_layer: int, batch_size: int, n_kv_head: int, capacity: int, head_dim: int, **kind: Any
+        self,
+        n_layer: int,
+        batch_size: int,
+        n_kv_head: int,
+        capacity: int,
+        head_dim: int,
+        **kind: Any,
     ) -> None:
         shape = (n_layer, batch_size, n_kv_head, capacity, head_dim)
         self.keys, self.values = torch.zeros(shape, **kind), torch.zeros(shape, **kind)
@@ -218,7 +245,9 @@ class KVCache:
                 self.values[:, i, :, :n] = self.values[:, source, :, :n]
         last = None if self.last_embed is None else self.last_embed[list(rows)]
         kept = slice(len(rows))
-        return self.assemble(self.keys[:, kept], self.values[:, kept], [self.lengths[i] for i in rows], last)
+        return self.assemble(
+            self.keys[:, kept], self.values[:, kept], [self.lengths[i] for i in rows], last
+        )
 
     def join(self, others: Sequence[KVCache]) -> KVCache:
         """Return one cache holding the rows of this one and of `others`, whatever their lengths."""
@@ -233,7 +262,9 @@ class KVCache:
 
     def part(self, start: int, stop: int) -> KVCache:
         """Return an empty cache whose keys and values are those of some rows of this one."""
-        return self.assemble(self.keys[:, start:stop], self.values[:, start:stop], [0] * (stop - start), None)
+        return self.assemble(
+            self.keys[:, start:stop], self.values[:, start:stop], [0] * (stop - start), None
+        )
 
     def adopt(self, parts: Sequence[KVCache]) -> None:
         """Take over what was read into the parts that this cache consists of."""
@@ -241,14 +272,23 @@ class KVCache:
         embeds = [part.last_embed for part in parts if part.last_embed is not None]
         self.last_embed = torch.cat(embeds) if embeds else None
 
-    def assemble(self, keys: Tensor, values: Tensor, lengths: list[int], last: Tensor | None) -> KVCache:
+    def assemble(
+        self, keys: Tensor, values: Tensor, lengths: list[int], last: Tensor | None
+    ) -> KVCache:
         """Return a cache of these parts."""
         cache = KVCache.__new__(KVCache)
         cache.keys, cache.values, cache.lengths, cache.last_embed = keys, values, lengths, last
         return cache
 
     def attend_token(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, left: int | None, scale: float, step: TokenStep
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        left: int | None,
+        scale: float,
+        step: TokenStep,
     ) -> Tensor:
         """Do what `attend` does for one token a row: q (B, H, D), k and v (B, K, D); return (B, H, 1, D)."""
         keys, values = self.keys[layer], self.values[layer]  # (B, K, S, D)
@@ -257,7 +297,10 @@ class KVCache:
         if isinstance(step.at, int):
             keys[:, :, step.at], values[:, :, step.at] = k, v
         else:
-            keys[step.rows, :, step.at], values[step.rows, :, step.at] = k.to(keys.dtype), v.to(keys.dtype)
+            keys[step.rows, :, step.at], values[step.rows, :, step.at] = (
+                k.to(keys.dtype),
+                v.to(keys.dtype),
+            )
         k, v = keys[:, :, lo : step.last + 1], values[:, :, lo : step.last + 1]
         # on a CPU, SDPA of one bfloat16 query takes 3 to 4 times as long: there the cache is float32
         if B > 1 and k.is_cpu:  # and plain products take 0.6 to 0.8 of SDPA's time
@@ -271,7 +314,9 @@ class KVCache:
         )
         return out.to(q.dtype)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, left: int | None, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, left: int | None, scale: float
+    ) -> Tensor:
         """Store k and v (B, T, K, D) behind what is there and attend from q (B, T, H, D); `lengths` stay as
         they are.
 
@@ -297,9 +342,13 @@ class KVCache:
             mask = (distance >= 0) if left is None else (distance >= 0) & (distance <= left)
             mask = mask[:, None]
         out = F.scaled_dot_product_attention(
-            q.transpose(1, 2).to(keys.dtype), keys[:, :, lo:hi], values[:, :, lo:hi], attn_mask=mask,
-            scale=scale, enable_gqa=q.size(2) != k.size(2),
-        )  # fmt: skip
+            q.transpose(1, 2).to(keys.dtype),
+            keys[:, :, lo:hi],
+            values[:, :, lo:hi],
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=q.size(2) != k.size(2),
+        )
         return out.transpose(1, 2).to(q.dtype)
 
 
@@ -317,7 +366,9 @@ def load_flash3() -> Any:
     except ImportError:
         pass
     try:
-        return importlib.import_module("kernels").get_kernel("kernels-community/flash-attn3", version=1)
+        return importlib.import_module("kernels").get_kernel(
+            "kernels-community/flash-attn3", version=1
+        )
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         flash3_problem.append(f"{type(error).__name__}: {error}")
         return None
@@ -328,7 +379,11 @@ flash3_problem: list[str] = []
 
 def flash3_runs(device_type: str, dtype: torch.dtype) -> bool:
     """Tell whether FlashAttention-3 takes these tensors."""
-    return device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) and load_flash3() is not None
+    return (
+        device_type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and load_flash3() is not None
+    )
 
 
 def describe_attention(device_type: str, dtype: torch.dtype) -> str:

@@ -55,9 +55,14 @@ class Loaded:
 
 
 def save_checkpoint(
-    folder: Path | str, step: int, *, model_state: Mapping[str, Tensor], config: GPTConfig,
-    optim_state: dict[str, Any] | None, meta: Mapping[str, Any],
-) -> None:  # fmt: skip
+    folder: Path | str,
+    step: int,
+    *,
+    model_state: Mapping[str, Tensor],
+    config: GPTConfig,
+    optim_state: dict[str, Any] | None,
+    meta: Mapping[str, Any],
+) -> None:
     """Commit one step; the caller holds the folder's `RunLock`.
 
     Args:
@@ -151,7 +156,11 @@ def settle_state(value: Any, seen: set[int]) -> Any:
     if isinstance(value, torch.Tensor):
         tensor = value.detach().cpu()
         storage = tensor.untyped_storage()
-        if not tensor.is_contiguous() or storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
+        if (
+            not tensor.is_contiguous()
+            or storage.nbytes() != tensor.nbytes
+            or storage.data_ptr() in seen
+        ):
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         seen.add(tensor.untyped_storage().data_ptr())
         return tensor
@@ -163,7 +172,9 @@ def settle_state(value: Any, seen: set[int]) -> Any:
         return type(value)(settle_state(item, seen) for item in value)
     if value is None or type(value) in (bool, int, float, str):
         return value
-    raise TypeError(f"a saved state holds a {type(value).__name__}, it must hold tensors and plain values")
+    raise TypeError(
+        f"a saved state holds a {type(value).__name__}, it must hold tensors and plain values"
+    )
 
 
 def clean_folder(folder: Path) -> None:
@@ -197,7 +208,9 @@ def list_files(folder: Path) -> list[tuple[Path, str, int]]:
     try:
         paths = sorted(folder.iterdir()) if folder.is_dir() else []
     except OSError as e:
-        raise CheckpointError(f"{folder} cannot be read ({e.strerror}); correct its rights.") from None
+        raise CheckpointError(
+            f"{folder} cannot be read ({e.strerror}); correct its rights."
+        ) from None
     for path in paths:
         match = FILE_NAME.fullmatch(path.name)
         if match and match[2] == f"{int(match[2]):06d}":
@@ -241,7 +254,11 @@ def read_meta(folder: Path | str, step: int) -> dict[str, Any]:
     model, path = folder / f"model_{step:06d}.pt", folder / f"meta_{step:06d}.json"
     for needed, other in ((path, model), (model, path)):
         if not needed.is_file():
-            there = f"though {other.name} is there" if other.exists() else "and so is the rest of the step"
+            there = (
+                f"though {other.name} is there"
+                if other.exists()
+                else "and so is the rest of the step"
+            )
             raise CheckpointError(f"{needed} is missing, {there}; restore it or use another step.")
     meta = read_json(path)
     if meta.get("writer") != WRITER:
@@ -250,23 +267,34 @@ def read_meta(folder: Path | str, step: int) -> dict[str, Any]:
     if schema != str(SCHEMA):
         raise CheckpointError(f"{path} has schema {schema}, this reads {SCHEMA}; update primechat.")
     if not isinstance(files, dict) or model.name not in files or meta.get("step") != step:
-        raise CheckpointError(f"{path} does not describe {model.name}; restore it or use another step.")
+        raise CheckpointError(
+            f"{path} does not describe {model.name}; restore it or use another step."
+        )
     for name, entry in files.items():
         match = FILE_NAME.fullmatch(name)
         if not match or int(match[2]) != step or not isinstance(entry, dict):
-            raise CheckpointError(f"{path} lists a file of another step; restore it or use another step.")
+            raise CheckpointError(
+                f"{path} lists a file of another step; restore it or use another step."
+            )
         size = measure_file(folder / name)
         if size != entry.get("bytes"):
             there = f"has {size:,} bytes" if size >= 0 else "is missing"
             said = str(entry.get("bytes"))[:20]
-            raise CheckpointError(f"{folder / name} {there}, its meta says {said}; use another step.")
+            raise CheckpointError(
+                f"{folder / name} {there}, its meta says {said}; use another step."
+            )
     return meta
 
 
 def load_checkpoint(
-    folder: Path | str, step: int | None = None, *, want_optim: bool = False, verify: bool | None = None,
-    dtype: str = "", read: Callable[[Path, int, bool, bool | None, str], Loaded] | None = None,
-) -> Loaded:  # fmt: skip
+    folder: Path | str,
+    step: int | None = None,
+    *,
+    want_optim: bool = False,
+    verify: bool | None = None,
+    dtype: str = "",
+    read: Callable[[Path, int, bool, bool | None, str], Loaded] | None = None,
+) -> Loaded:
     """Read one step, ours or nanochat's; what is not cast stays, on the CPU, mapped from the file.
 
     Args:
@@ -332,10 +360,14 @@ def read_optim(folder: Path, step: int, meta: dict[str, Any]) -> dict[str, Any]:
         )
     name = f"optim_{step:06d}_rank0.pt"
     if name not in meta["files"]:
-        raise CheckpointError(f"Step {step} of {folder} was saved without its optimizer; use another step.")
+        raise CheckpointError(
+            f"Step {step} of {folder} was saved without its optimizer; use another step."
+        )
     state = load_tensors(folder / name)
     if not isinstance(state, dict):
-        raise CheckpointError(f"{folder / name} holds no optimizer state; resume from another step.")
+        raise CheckpointError(
+            f"{folder / name} holds no optimizer state; resume from another step."
+        )
     return state
 
 
@@ -361,7 +393,9 @@ def save_snapshot(
     """
     import torch
 
-    state = {key: t.detach().to(torch.bfloat16) if t.ndim > 1 else t for key, t in model_state.items()}
+    state = {
+        key: t.detach().to(torch.bfloat16) if t.ndim > 1 else t for key, t in model_state.items()
+    }
     target, extra = Path(folder) / "snapshots", {**meta, "snapshot": True}
     save_checkpoint(target, step, model_state=state, config=config, optim_state=None, meta=extra)
 

@@ -57,7 +57,11 @@ def is_safe(name: str) -> bool:
     [True, False, False, False, False, False, False]
     """
     parts = name.split("/")
-    return name.isprintable() and "\\" not in name and all(part and part[0] not in ".~" for part in parts)
+    return (
+        name.isprintable()
+        and "\\" not in name
+        and all(part and part[0] not in ".~" for part in parts)
+    )
 
 
 def choose_files(parcel: Parcel, token: str | None) -> list[HubFile]:
@@ -71,32 +75,45 @@ def choose_files(parcel: Parcel, token: str | None) -> list[HubFile]:
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
     try:
         info = ask_hub(
-            lambda: api.model_info(parcel.repo, revision=parcel.revision, files_metadata=True), ASK_S
+            lambda: api.model_info(parcel.repo, revision=parcel.revision, files_metadata=True),
+            ASK_S,
         )
     except Exception as error:
         reason, remedy = explain(error)
         where = f"{parcel.repo} at {parcel.revision or 'main'}"
         raise HubError(f"{where} cannot be looked at ({reason}); {remedy}.") from None
-    items = {item.rfilename: item for item in info.siblings or () if item.rfilename != ".gitattributes"}
+    items = {
+        item.rfilename: item for item in info.siblings or () if item.rfilename != ".gitattributes"
+    }
     chosen: dict[str, HubFile] = {}
     for pattern in parcel.patterns:
         names = [name for name in items if fnmatchcase(name, pattern)]
         if not names:
             there = ", ".join(sorted(items)[:8]) or "nothing"
-            raise HubError(f"{parcel.repo} has no file like {pattern!r}, it has {there}; correct the name.")
+            raise HubError(
+                f"{parcel.repo} has no file like {pattern!r}, it has {there}; correct the name."
+            )
         for name in names:
             if not is_safe(name):
-                raise HubError(f"{parcel.repo} has a file {name!r}, which leaves its folder; do not use it.")
+                raise HubError(
+                    f"{parcel.repo} has a file {name!r}, which leaves its folder; do not use it."
+                )
             inner = "tokenizer" if parcel.beside and name in TOKENIZER_FILES else ""
             lfs = items[name].lfs
             chosen[name] = HubFile(
-                repo=parcel.repo, name=name, path=parcel.folder / inner / name, size=items[name].size or 0,
-                sha256=lfs.sha256 if lfs else "", revision=info.sha,
-            )  # fmt: skip
+                repo=parcel.repo,
+                name=name,
+                path=parcel.folder / inner / name,
+                size=items[name].size or 0,
+                sha256=lfs.sha256 if lfs else "",
+                revision=info.sha,
+            )
     return list(chosen.values())
 
 
-def plan_download(parcels: Sequence[Parcel], *, token: str | None = None, optim: bool = True) -> Plan:
+def plan_download(
+    parcels: Sequence[Parcel], *, token: str | None = None, optim: bool = True
+) -> Plan:
     """Ask the Hub and compare with what is here; nothing is written.
 
     Raises:
@@ -107,11 +124,15 @@ def plan_download(parcels: Sequence[Parcel], *, token: str | None = None, optim:
     for file in (file for parcel in parcels for file in choose_files(parcel, token)):
         other = wanted.setdefault(file.path, file)
         if (other.repo, other.name) != (file.repo, file.name):
-            raise ConfigError(f"{other.repo} and {file.repo} both bring {file.path}; ask for one of them.")
+            raise ConfigError(
+                f"{other.repo} and {file.repo} both bring {file.path}; ask for one of them."
+            )
     for folder in {path.parent for path in wanted if path.name.startswith("model_")}:
         strange = [path.name for path, _, _ in list_files(folder) if path not in wanted]
         if strange and not (folder / RECORD).exists():
-            raise DataError(f"{folder} holds another run's {strange[0]}, which stays as it is; move it away.")
+            raise DataError(
+                f"{folder} holds another run's {strange[0]}, which stays as it is; move it away."
+            )
     sizes = {path: measure_file(path) for path in wanted if path.exists()}
     fates: dict[str, list[HubFile]] = {"fetch": [], "whole": [], "kept": [], "torn": []}
     for path, file in sorted(wanted.items(), key=lambda item: item[0].name != TOKENIZER_FILES[0]):
@@ -120,13 +141,19 @@ def plan_download(parcels: Sequence[Parcel], *, token: str | None = None, optim:
             fates["whole"].append(file)
         elif not optim and path.name.startswith("optim_"):
             continue
-        elif path.name in TOKENIZER_FILES and pickle in sizes and wanted.get(pickle) not in fates["whole"]:
+        elif (
+            path.name in TOKENIZER_FILES
+            and pickle in sizes
+            and wanted.get(pickle) not in fates["whole"]
+        ):
             fates["kept"].append(file)
         elif path not in sizes or -1 < sizes[path] < file.size:
             fates["fetch"].append(file)
             fates["torn"] += [file] if path in sizes else []
         else:
-            raise DataError(f"{path} is another file than the Hub's {file.name}; move it away to get that.")
+            raise DataError(
+                f"{path} is another file than the Hub's {file.name}; move it away to get that."
+            )
     parts = {fate: tuple(files) for fate, files in fates.items()}
     return Plan(**parts, n_bytes=sum(file.size for file in parts["fetch"]))
 
@@ -153,7 +180,9 @@ def run_plan(plan: Plan, base: Path, on_event: OnEvent, *, token: str | None = N
             )
         for file in plan.torn:
             os.replace(file.path, file.path.with_name(f"{file.path.name}.old"))
-            on_event(NoteEvent(text=f"{file.path} was shorter than the Hub's: now {file.path.name}.old"))
+            on_event(
+                NoteEvent(text=f"{file.path} was shorter than the Hub's: now {file.path.name}.old")
+            )
         try:
             fetch_files(plan.fetch, staging, on_event, token=token, at_once=1)
         finally:
@@ -178,4 +207,6 @@ def read_record(folder: Path) -> dict[str, dict[str, object]]:
 
 def measure_space(folder: Path) -> int:
     """Return the free bytes on the disk of a folder, which may not exist yet."""
-    return shutil.disk_usage(next(f for f in (folder, *folder.absolute().parents) if f.exists())).free
+    return shutil.disk_usage(
+        next(f for f in (folder, *folder.absolute().parents) if f.exists())
+    ).free

@@ -15,12 +15,20 @@ from primechat.config import GPTConfig, decode_config
 from primechat.config.model import classic_switches, modern_switches
 from primechat.errors import CheckpointError, ConfigError
 
-LIMITS = dict(sequence_len=2**20, vocab_size=2**20, n_layer=256, n_head=1024, n_kv_head=1024, n_embd=65_536)
+LIMITS = dict(
+    sequence_len=2**20, vocab_size=2**20, n_layer=256, n_head=1024, n_kv_head=1024, n_embd=65_536
+)
 SHAPE_KEYS = tuple(LIMITS)
 MAX_TABLE_BYTES = 2**30  # of the rotary table: 10 x sequence_len rows of head_dim numbers
 MODERN_KEYS = (
-    "resid_lambdas", "x0_lambdas", "smear_gate", "smear_lambda", "backout_lambda", "value_embeds", "ve_gate",
-)  # fmt: skip
+    "resid_lambdas",
+    "x0_lambdas",
+    "smear_gate",
+    "smear_lambda",
+    "backout_lambda",
+    "value_embeds",
+    "ve_gate",
+)
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -50,7 +58,9 @@ def read_shape(meta: Mapping[str, Any]) -> dict[str, Any]:
             raise refuse_meta(f"says model_config.{name}={str(value)[:40]}, which {rule}")
     table = 40 * shape["sequence_len"] * shape["n_embd"] // shape["n_head"]
     if table > MAX_TABLE_BYTES:
-        raise refuse_meta(f"implies a rotary table of {table:,} bytes, at most {MAX_TABLE_BYTES:,} may be")
+        raise refuse_meta(
+            f"implies a rotary table of {table:,} bytes, at most {MAX_TABLE_BYTES:,} may be"
+        )
     return {name: shape[name] for name in SHAPE_KEYS}
 
 
@@ -128,7 +138,10 @@ def detect_era(shapes: Shapes, meta: Mapping[str, Any]) -> GPTConfig:
 
 def guess_config(shapes: Shapes, meta: Mapping[str, Any]) -> GPTConfig:
     """Return the config of a checkpoint that nanochat wrote, or refuse an in-between era."""
-    sizes, has = read_shape(meta), {mark for mark in MODERN_KEYS if any(mark in key for key in shapes)}
+    sizes, has = (
+        read_shape(meta),
+        {mark for mark in MODERN_KEYS if any(mark in key for key in shapes)},
+    )
     window = meta["model_config"].get("window_pattern")
     lm_rows = (shapes.get("lm_head.weight") or (0,))[0]
     padded = -(-sizes["vocab_size"] // 64) * 64

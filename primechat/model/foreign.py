@@ -33,14 +33,23 @@ from primechat.errors import CheckpointError, ConfigError, DataError, PrimechatE
 from primechat.hub import count_gguf, count_params, fetch_model, find_package, read_sampling
 from primechat.protocols import Conversation
 
-LENGTHS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")  # as configurations name it
+LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "seq_length",
+    "max_seq_len",
+)  # as configurations name it
 PLAIN = ("DynamicLayer", "DynamicSlidingWindowLayer")  # parts of a cache whose rows can be padded
 LOSS_PIECE = 256  # tokens whose logits are held at a time
-JOINER = "\u2060"  # the invisible word joiner: in the name of a special token it makes plain text of it
+JOINER = (
+    "\u2060"  # the invisible word joiner: in the name of a special token it makes plain text of it
+)
 _parsing = threading.Lock()
 
 
-def locate_foreign(name: str, tell: Callable[[str], None] = lambda text: None) -> tuple[Path, dict[str, str]]:
+def locate_foreign(
+    name: str, tell: Callable[[str], None] = lambda text: None
+) -> tuple[Path, dict[str, str]]:
     """Return the folder of a foreign model (smollm2, owner/name or owner/name@revision), fetched where it is
     not on this disk, once `tell` has heard how much, and how to read it.
 
@@ -61,7 +70,11 @@ def locate_foreign(name: str, tell: Callable[[str], None] = lambda text: None) -
 
 
 def open_foreign(
-    name: str, device: str, dtype: torch.dtype, on_size: Callable[[int], None], tell: Callable[[str], None]
+    name: str,
+    device: str,
+    dtype: torch.dtype,
+    on_size: Callable[[int], None],
+    tell: Callable[[str], None],
 ) -> tuple[ForeignModel, ForeignTokenizer, dict[str, Any]]:
     """Open a foreign model with its tokenizer.
 
@@ -93,10 +106,14 @@ def open_foreign(
         tokenizer = ForeignTokenizer(inner, name, network.generation_config)
         model = ForeignModel(network.to(device))
     meta = {
-        "identifier": f"hf:{name}", "path": str(folder), "revision": kind.get("gguf_file", folder.name),
-        "architecture": type(network).__name__, "skipped": [], "chat": bool(inner.chat_template),
+        "identifier": f"hf:{name}",
+        "path": str(folder),
+        "revision": kind.get("gguf_file", folder.name),
+        "architecture": type(network).__name__,
+        "skipped": [],
+        "chat": bool(inner.chat_template),
         "sampling": read_sampling(name, folder),
-    }  # fmt: skip
+    }
     return model, tokenizer, meta
 
 
@@ -120,7 +137,9 @@ def explain_failure(name: str) -> Iterator[None]:
     except PrimechatError:
         raise
     except Exception as error:
-        said = "".join(c if c.isprintable() else " " for c in f"{type(error).__name__}: {error}"[:200])
+        said = "".join(
+            c if c.isprintable() else " " for c in f"{type(error).__name__}: {error}"[:200]
+        )
         raise CheckpointError(f"hf:{name} does not load ({said}); choose another model.") from error
 
 
@@ -146,15 +165,24 @@ def parse_once() -> Iterator[None]:
 def names_kernel(value: Any) -> bool:
     """Tell whether a configuration names an implementation in a repository, which transformers would run."""
     items = value.items() if isinstance(value, dict) else ()
-    return any(("implementation" in k and "/" in json.dumps(v)) or names_kernel(v) for k, v in items)
+    return any(
+        ("implementation" in k and "/" in json.dumps(v)) or names_kernel(v) for k, v in items
+    )
 
 
 class ForeignCache:
     """One of transformers' caches with the tokens of each row; `width` has the padding too."""
 
     def __init__(self, past: Any, lengths: list[int], capacity: int, width: int = 0) -> None:
-        self.past, self.lengths, self.capacity, self.width = copy.copy(past), lengths, capacity, width
-        self.past.layers = [copy.copy(layer) for layer in past.layers]  # tensors are shared and replaced
+        self.past, self.lengths, self.capacity, self.width = (
+            copy.copy(past),
+            lengths,
+            capacity,
+            width,
+        )
+        self.past.layers = [
+            copy.copy(layer) for layer in past.layers
+        ]  # tensors are shared and replaced
 
     def check_plain(self) -> None:
         """Refuse a cache that keeps something else than keys and values.
@@ -163,7 +191,9 @@ class ForeignCache:
             CheckpointError: with the kind of what it keeps.
         """
         for kind in {type(layer).__name__ for layer in self.past.layers} - {*PLAIN}:
-            raise CheckpointError(f"A {kind} holds one row only; give this model one prompt at a time.")
+            raise CheckpointError(
+                f"A {kind} holds one row only; give this model one prompt at a time."
+            )
 
     def select(self, rows: Sequence[int]) -> ForeignCache:
         """Return a cache of the given rows, in that order; a row may be named several times."""
@@ -176,12 +206,24 @@ class ForeignCache:
         """Return one cache holding the rows of this one and of `others`, whatever their lengths."""
         self.check_plain()
         caches = [self, *others]
-        widest, room = max(caches, key=lambda cache: cache.width), max(cache.capacity for cache in caches)
-        joined = ForeignCache(widest.past, [n for c in caches for n in c.lengths], room, widest.width)
+        widest, room = (
+            max(caches, key=lambda cache: cache.width),
+            max(cache.capacity for cache in caches),
+        )
+        joined = ForeignCache(
+            widest.past, [n for c in caches for n in c.lengths], room, widest.width
+        )
         for i, layer in enumerate(joined.past.layers):
-            for part in ("keys", "values") if layer.is_initialized else ():  # one may share another's keys
-                held, size = [getattr(c.past.layers[i], part) for c in caches], getattr(layer, part).size(-2)
-                setattr(layer, part, torch.cat([F.pad(x, (0, 0, size - x.size(-2), 0)) for x in held]))
+            for part in (
+                ("keys", "values") if layer.is_initialized else ()
+            ):  # one may share another's keys
+                held, size = (
+                    [getattr(c.past.layers[i], part) for c in caches],
+                    getattr(layer, part).size(-2),
+                )
+                setattr(
+                    layer, part, torch.cat([F.pad(x, (0, 0, size - x.size(-2), 0)) for x in held])
+                )
         return joined
 
 
@@ -199,7 +241,9 @@ class ForeignModel:
         names = ("cache", "past_key_values")  # the first from transformers 5.24 on
         self.cache_name = next((name for name in names if name in self.options), "")
         if not self.cache_name:
-            raise CheckpointError(f"{type(network).__name__} has no cache of keys; choose another model.")
+            raise CheckpointError(
+                f"{type(network).__name__} has no cache of keys; choose another model."
+            )
 
     @property
     def device(self) -> torch.device:
@@ -221,7 +265,9 @@ class ForeignModel:
         """Read ids (B, T) into the cache; return the float32 logits of the last `keep` places, or of all."""
         n_new, width = ids.size(1), cache.width
         if max(cache.lengths) + n_new > cache.capacity:
-            raise ValueError(f"{n_new} more tokens do not fit into {cache.capacity}; shorten the text.")
+            raise ValueError(
+                f"{n_new} more tokens do not fit into {cache.capacity}; shorten the text."
+            )
         options: dict[str, Any] = {"logits_to_keep": keep}
         if min(cache.lengths) < width:
             lengths = torch.tensor(cache.lengths, device=ids.device)[:, None]
@@ -256,7 +302,9 @@ class ForeignTokenizer:
 
     def __init__(self, inner: Any, name: str, generation: Any = None) -> None:
         if not inner.is_fast:
-            raise CheckpointError(f"hf:{name} has a tokenizer without tokenizer.json; choose another model.")
+            raise CheckpointError(
+                f"hf:{name} has a tokenizer without tokenizer.json; choose another model."
+            )
         self.inner, self.name, self.vocab_size = inner, name, len(inner)
         inner.model_max_length = 2**62  # else it warns of long texts
         added = inner.added_tokens_decoder.items()
@@ -321,15 +369,22 @@ class ForeignTokenizer:
         that nobody can end a turn by typing it.
         """
         messages = [
-            {**m, "content": self.guard(read_content(m["content"]))} for m in conversation["messages"]
+            {**m, "content": self.guard(read_content(m["content"]))}
+            for m in conversation["messages"]
         ]
         if messages and messages[-1]["role"] == "assistant":
             messages.pop()
         try:
-            return self.inner.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # there is no template, or it refuses: it is a program, in a sandbox
+            return self.inner.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False
+            )
+        except (
+            Exception
+        ) as error:  # there is no template, or it refuses: it is a program, in a sandbox
             said = str(error).partition(".")[0][:160]
-            raise DataError(f"hf:{self.name} cannot chat so ({said}); let it complete a text.") from None
+            raise DataError(
+                f"hf:{self.name} cannot chat so ({said}); let it complete a text."
+            ) from None
 
     def guard(self, text: str) -> str:
         """Return a text in which no special token is written."""
@@ -346,7 +401,9 @@ def list_characters() -> dict[int, str]:
     """
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in plain} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
 
 
 def read_piece(piece: str, byte_of: dict[str, int]) -> bytes:

@@ -89,8 +89,14 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.left = layer, config.window(layer)
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.scale = config.qk_gain**2 / config.head_dim**0.5  # the gain of queries times that of keys
+        self.n_head, self.n_kv_head, self.head_dim = (
+            config.n_head,
+            config.n_kv_head,
+            config.head_dim,
+        )
+        self.scale = (
+            config.qk_gain**2 / config.head_dim**0.5
+        )  # the gain of queries times that of keys
         self.c_q = Linear(config.n_embd, config.n_embd)
         self.c_k = Linear(config.n_embd, config.kv_dim)
         self.c_v = Linear(config.n_embd, config.kv_dim)
@@ -107,7 +113,9 @@ class Attention(nn.Module):
         for f, part in zip(maps, self.qkv.split([len(f.weight) for f in maps]), strict=True):
             f.weight = nn.Parameter(part, requires_grad=False)
 
-    def forward(self, u: Tensor, ve: Tensor | None, rotary: Rotary, cache: Reach, tap: Tap | None) -> Tensor:
+    def forward(
+        self, u: Tensor, ve: Tensor | None, rotary: Rotary, cache: Reach, tap: Tap | None
+    ) -> Tensor:
         """Map the normed stream u (B, T, C) to what attention adds to it (B, T, C)."""
         B, T, _ = u.shape
         weight = self.qkv
@@ -117,9 +125,13 @@ class Attention(nn.Module):
         maps = (self.c_q, self.c_k, self.c_v)
         if any(f.adapter is not None for f in maps):
             pairs = zip(maps, heads.split([len(f.weight) for f in maps], dim=-1), strict=True)
-            heads = torch.cat([y if f.adapter is None else f.adapter.add_to(y, u) for f, y in pairs], dim=-1)
+            heads = torch.cat(
+                [y if f.adapter is None else f.adapter.add_to(y, u) for f, y in pairs], dim=-1
+            )
         heads = heads.view(B, T, -1, self.head_dim)
-        qk, v = heads.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)  # (B, T, H + K, D)
+        qk, v = heads.split(
+            [self.n_head + self.n_kv_head, self.n_kv_head], dim=2
+        )  # (B, T, H + K, D)
         if ve is not None:
             gate = torch.sigmoid(self.ve_gate(u[..., :GATE_CHANNELS]))  # (B, T, K)
             v = torch.addcmul(v, gate.unsqueeze(-1), ve.view_as(v), value=3)
@@ -162,7 +174,9 @@ class Block(nn.Module):
         super().__init__()
         self.attn, self.mlp = Attention(config, layer), MLP(config)
 
-    def forward(self, x: Tensor, ve: Tensor | None, rotary: Rotary, cache: Reach, tap: Tap | None) -> Tensor:
+    def forward(
+        self, x: Tensor, ve: Tensor | None, rotary: Rotary, cache: Reach, tap: Tap | None
+    ) -> Tensor:
         """Map the residual stream (B, T, C) to the next one."""
         x = x + self.attn(norm(x), ve, rotary, cache, tap)
         if tap is None:
@@ -177,7 +191,11 @@ class LayerPlan:
     def __init__(self, block: Block, model: GPT, layer: int) -> None:
         attn, mlp, config = block.attn, block.mlp, model.config
         self.layer, self.left, self.scale = layer, attn.left, attn.scale
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.n_head, self.n_kv_head, self.head_dim = (
+            config.n_head,
+            config.n_kv_head,
+            config.head_dim,
+        )
         maps = (attn.c_q, attn.c_k, attn.c_v)
         plain = attn.qkv is not None and all(f.adapter is None for f in maps)
         self.qkv = cast(Tensor, attn.qkv) if plain else torch.cat([f.whole_weight() for f in maps])
@@ -186,7 +204,9 @@ class LayerPlan:
         self.keep = float(model.resid_lambdas[layer]) if config.residual_scalars else None
         self.again = float(model.x0_lambdas[layer]) if config.residual_scalars else 0.0
         has_table = config.has_value_embedding(layer)
-        self.table = cast(nn.Embedding, model.value_embeds[str(layer)]).weight if has_table else None
+        self.table = (
+            cast(nn.Embedding, model.value_embeds[str(layer)]).weight if has_table else None
+        )
         self.gate = attn.ve_gate.weight if has_table else None
 
     def run(
@@ -199,7 +219,9 @@ class LayerPlan:
         qk, v = heads[:, :n_turned], heads[:, n_turned:]
         if self.table is not None and self.gate is not None:
             gate = torch.sigmoid(F.linear(u[:, :GATE_CHANNELS], self.gate))  # (B, K)
-            v = torch.addcmul(v, gate.unsqueeze(-1), F.embedding(ids, self.table).view_as(v), value=3)
+            v = torch.addcmul(
+                v, gate.unsqueeze(-1), F.embedding(ids, self.table).view_as(v), value=3
+            )
         qk = norm(torch.addcmul(qk * cos, torch.roll(qk, self.head_dim // 2, -1), sin))
         q, k = qk[:, : self.n_head], qk[:, self.n_head :]
         out = cache.attend_token(self.layer, q, k, v, self.left, self.scale, step)
@@ -214,7 +236,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
-        self.checkpoint_blocks = False  # in training, compute each block again instead of keeping its inside
+        self.checkpoint_blocks = (
+            False  # in training, compute each block again instead of keeping its inside
+        )
         if config.residual_scalars:
             self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
             self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
@@ -266,7 +290,9 @@ class GPT(nn.Module):
         bound = (3 / self.config.n_embd) ** 0.5
         for name, p in self.named_parameters():
             if name in ("resid_lambdas", "x0_lambdas", "smear_lambda", "backout_lambda"):
-                p.fill_({"resid_lambdas": 1.0, "x0_lambdas": 0.1, "backout_lambda": 0.2}.get(name, 0.0))
+                p.fill_(
+                    {"resid_lambdas": 1.0, "x0_lambdas": 0.1, "backout_lambda": 0.2}.get(name, 0.0)
+                )
             elif name == "transformer.wte.weight":
                 p.normal_(std=0.8, generator=generator)
             elif name == "lm_head.weight":
@@ -316,7 +342,9 @@ class GPT(nn.Module):
         room = min(self.max_context, cache.capacity)
         if frozen and ids.size(1) == 1 and min(cache.lengths) > 0 and max(cache.lengths) < room:
             if self.plan is None:
-                self.plan = [LayerPlan(cast(Block, block), self, i) for i, block in enumerate(self.blocks)]
+                self.plan = [
+                    LayerPlan(cast(Block, block), self, i) for i, block in enumerate(self.blocks)
+                ]
             return self.logits(self.decode_token(ids, cache, self.plan))
         return self.logits(self.hidden(ids, cache)[:, -1])
 
@@ -336,7 +364,9 @@ class GPT(nn.Module):
         The same formulas in two dimensions, in few calls: a small model spends half its time in Python.
         """
         step = TokenStep(cache.lengths, self.device)
-        cos, sin = (table[step.at] for table in self.build_rotary())  # (B, 1, D), or (1, D) for one length
+        cos, sin = (
+            table[step.at] for table in self.build_rotary()
+        )  # (B, 1, D), or (1, D) for one length
         x = x0 = middle = self.embed(ids, cache)[:, 0]  # (B, C)
         flat = ids[:, 0]
         for i, layer in enumerate(plan):
@@ -361,7 +391,9 @@ class GPT(nn.Module):
         if self.rotary is None or self.rotary[0].device != device or self.rotary[0].dtype != dtype:
             half = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=device)
             speed = self.config.rope_base ** -(half / self.config.head_dim)
-            angle = torch.arange(self.max_context, dtype=torch.float32, device=device)[:, None] * speed
+            angle = (
+                torch.arange(self.max_context, dtype=torch.float32, device=device)[:, None] * speed
+            )
             kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "compute": dtype}
             kind = kinds[self.config.rope_dtype]
             cos, sin = (f(angle).to(kind).to(dtype)[:, None] for f in (torch.cos, torch.sin))
@@ -378,11 +410,15 @@ class GPT(nn.Module):
         first = torch.zeros_like(e[:, :1])
         if isinstance(cache, KVCache) and cache.last_embed is not None:
             first = cache.last_embed[:, None]
-        gate = torch.sigmoid(self.smear_gate(e[..., :SMEAR_CHANNELS])) * self.smear_lambda.to(e.dtype)
+        gate = torch.sigmoid(self.smear_gate(e[..., :SMEAR_CHANNELS])) * self.smear_lambda.to(
+            e.dtype
+        )
         if isinstance(cache, KVCache):
             cache.last_embed = e[:, -1]
         elif cache is not None:
-            gate = gate * (cache.at > 0)[..., None]  # the first token of a segment has none before it
+            gate = (
+                gate * (cache.at > 0)[..., None]
+            )  # the first token of a segment has none before it
         return e + gate * torch.cat((first, e[:, :-1]), dim=1)
 
     def hidden(self, ids: Tensor, cache: Reach = None, tap: Tap | None = None) -> Tensor:
@@ -398,24 +434,38 @@ class GPT(nn.Module):
         lengths = [0] if held is None else held.lengths
         room = self.max_context if held is None else min(self.max_context, held.capacity)
         if max(lengths) + T > room:
-            raise ValueError(f"{max(lengths) + T} tokens do not fit in {room} places; shorten the text.")
+            raise ValueError(
+                f"{max(lengths) + T} tokens do not fit in {room} places; shorten the text."
+            )
         cos, sin = self.build_rotary()
         if isinstance(cache, Segments):
             rotary = cos[cache.at], sin[cache.at]  # (B, T, 1, D)
         elif min(lengths) == max(lengths):
             rotary = cos[lengths[0] : lengths[0] + T], sin[lengths[0] : lengths[0] + T]
         else:
-            at = torch.tensor(lengths, device=ids.device)[:, None] + torch.arange(T, device=ids.device)
+            at = torch.tensor(lengths, device=ids.device)[:, None] + torch.arange(
+                T, device=ids.device
+            )
             rotary = cos[at], sin[at]  # (B, T, 1, D)
         x = self.embed(ids, cache, tap)
         x0 = middle = x = x if tap is None else tap("embed", x)
         if self.config.residual_scalars:
-            keep, again = self.resid_lambdas.to(x.dtype).unbind(), self.x0_lambdas.to(x.dtype).unbind()
+            keep, again = (
+                self.resid_lambdas.to(x.dtype).unbind(),
+                self.x0_lambdas.to(x.dtype).unbind(),
+            )
         for i, block in enumerate(self.blocks):
             if self.config.residual_scalars:
                 x = torch.addcmul(x * keep[i], x0, again[i])
-            ve = self.value_embeds[str(i)](ids).to(x.dtype) if self.config.has_value_embedding(i) else None
-            inside, spare = (x, ve, rotary, cache, tap), self.checkpoint_blocks and torch.is_grad_enabled()
+            ve = (
+                self.value_embeds[str(i)](ids).to(x.dtype)
+                if self.config.has_value_embedding(i)
+                else None
+            )
+            inside, spare = (
+                (x, ve, rotary, cache, tap),
+                self.checkpoint_blocks and torch.is_grad_enabled(),
+            )
             x = checkpoint(block, *inside, use_reentrant=False) if spare else block(*inside)
             if i == self.config.n_layer // 2:
                 middle = x
@@ -433,7 +483,9 @@ class GPT(nn.Module):
         """Return float32 logits (B, T, V) of ids (B, T) int64."""
         return self.logits(self.hidden(ids))
 
-    def loss(self, ids: Tensor, targets: Tensor, reduction: str = "mean", bos_id: int = -1) -> Tensor:
+    def loss(
+        self, ids: Tensor, targets: Tensor, reduction: str = "mean", bos_id: int = -1
+    ) -> Tensor:
         """Return the cross-entropy in nats.
 
         Args:

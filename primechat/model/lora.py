@@ -27,11 +27,17 @@ TARGETS = ("c_q", "c_k", "c_v", "attn.c_proj", "c_fc", "mlp.c_proj")
 PREFIX = "base_model.model."
 # what other settings of PEFT would change the result, and the value at which they do not
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": (None, "none"), "use_dora": (None, False), "fan_in_fan_out": (None, False),
-    "modules_to_save": (None, []), "alpha_pattern": (None, {}), "lora_bias": (None, False),
-    "layer_replication": (None, []), "trainable_token_indices": (None, []), "use_qalora": (None, False),
+    "bias": (None, "none"),
+    "use_dora": (None, False),
+    "fan_in_fan_out": (None, False),
+    "modules_to_save": (None, []),
+    "alpha_pattern": (None, {}),
+    "lora_bias": (None, False),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, []),
+    "use_qalora": (None, False),
     "alora_invocation_tokens": (None, []),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +68,20 @@ class Adapter(nn.Module):
 
     def active(self) -> list[tuple[Tensor, Tensor, float]]:
         """Return A, B and the whole factor of each adapter that is not dialled to 0."""
-        return [(self.a[n], self.b[n], self.scales[n] * self.dials[n]) for n in self.scales if self.dials[n]]
+        return [
+            (self.a[n], self.b[n], self.scales[n] * self.dials[n])
+            for n in self.scales
+            if self.dials[n]
+        ]
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y (..., out) with what the adapters make of x (..., in)."""
         for a, b, factor in self.active():
             seen = x
             if self.training and self.dropout and a.requires_grad:
-                seen = F.dropout(x, self.dropout)  # by torch's own generator: a checkpoint keeps its state
+                seen = F.dropout(
+                    x, self.dropout
+                )  # by torch's own generator: a checkpoint keeps its state
             low = F.linear(seen, a.to(x.dtype))  # (..., r)
             y = y + F.linear(low, b.to(x.dtype)) * factor
         return y
@@ -104,7 +116,12 @@ def list_targets(model: GPT, targets: tuple[str, ...] = TARGETS) -> dict[str, Li
 
 
 def attach(
-    model: GPT, name: str, spec: LoraSpec, *, generator: torch.Generator | None = None, train: bool = False
+    model: GPT,
+    name: str,
+    spec: LoraSpec,
+    *,
+    generator: torch.Generator | None = None,
+    train: bool = False,
 ) -> list[nn.Parameter]:
     """Put a fresh adapter beside the targets; the model computes exactly what it did before.
 
@@ -124,7 +141,9 @@ def attach(
             linear.adapter = Adapter().train(model.training)
         kind: dict[str, Any] = dict(device=linear.weight.device, dtype=linear.weight.dtype)
         bound = linear.in_features**-0.5
-        drawn = torch.empty(spec.rank, linear.in_features).uniform_(-bound, bound, generator=generator)
+        drawn = torch.empty(spec.rank, linear.in_features).uniform_(
+            -bound, bound, generator=generator
+        )
         a = nn.Parameter(drawn.to(**kind), requires_grad=train)
         b = nn.Parameter(torch.zeros(linear.out_features, spec.rank, **kind), requires_grad=train)
         linear.adapter.a[name], linear.adapter.b[name] = a, b
@@ -217,17 +236,30 @@ def save_adapter(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: tensor.float().cpu().contiguous() for key, tensor in read_state(model, name).items()}
+    state = {
+        key: tensor.float().cpu().contiguous() for key, tensor in read_state(model, name).items()
+    }
     config = {
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base or None, "r": spec.rank,
-        "lora_alpha": spec.alpha, "lora_dropout": spec.dropout, "use_rslora": spec.rslora,
-        "target_modules": list(spec.targets), "bias": "none", "inference_mode": True,
-    }  # fmt: skip
-    write_whole(folder / "adapter_model.safetensors", save(state, metadata={"format": "pt", **labels}))
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base or None,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
+        "use_rslora": spec.rslora,
+        "target_modules": list(spec.targets),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    write_whole(
+        folder / "adapter_model.safetensors", save(state, metadata={"format": "pt", **labels})
+    )
     write_whole(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
 
 
-def open_adapter(model: GPT, name: str, folder: Path, tokenizer_identity: str, dial: float = 1.0) -> None:
+def open_adapter(
+    model: GPT, name: str, folder: Path, tokenizer_identity: str, dial: float = 1.0
+) -> None:
     """Put an adapter beside a model, its dial set.
 
     Raises:
@@ -287,7 +319,9 @@ def load_adapter(model: GPT, name: str, folder: Path | str) -> LoraSpec:
     return spec
 
 
-def put_state(model: GPT, name: str, spec: LoraSpec, state: Mapping[str, Tensor], where: Path) -> None:
+def put_state(
+    model: GPT, name: str, spec: LoraSpec, state: Mapping[str, Tensor], where: Path
+) -> None:
     """Attach an adapter with the matrices that stood in a file.
 
     Raises:
@@ -337,15 +371,22 @@ def read_spec(path: Path) -> LoraSpec:
         said = f"r={rank!r:.20}, lora_alpha={alpha!r:.20} and lora_dropout={dropout!r:.20}"
         raise CheckpointError(f"{path} has {said}; write numbers.")
     if data.get("rank_pattern"):
-        raise CheckpointError(f"{path} has several ranks (rank_pattern), one is read; train with one.")
+        raise CheckpointError(
+            f"{path} has several ranks (rank_pattern), one is read; train with one."
+        )
     named = data.get("target_modules")
     targets = tuple(t for t in TARGETS if isinstance(named, list) and matches(t, named)) or TARGETS
     return LoraSpec(
-        rank=rank, alpha=float(alpha), rslora=bool(data.get("use_rslora")),
-        dropout=float(dropout), targets=targets,
-    )  # fmt: skip
+        rank=rank,
+        alpha=float(alpha),
+        rslora=bool(data.get("use_rslora")),
+        dropout=float(dropout),
+        targets=targets,
+    )
 
 
 def matches(target: str, named: list[Any]) -> bool:
     """Tell whether PEFT's target names reach one of ours, as whole paths, their ends, or plain names."""
-    return any(f".{str(n)}".endswith((f".{target}", f".{target.rpartition('.')[2]}")) for n in named)
+    return any(
+        f".{str(n)}".endswith((f".{target}", f".{target.rpartition('.')[2]}")) for n in named
+    )

@@ -32,13 +32,17 @@ class HeadLoss(torch.autograd.Function):
     """Sum of cross-entropies, in nats, behind a head with softcap; gradients come with the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab: int) -> Tensor:
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab: int
+    ) -> Tensor:
         # h (N, C), weight (P, C) with P >= vocab rows, targets (N,)
         w = weight[:vocab].to(h.dtype)
         total = torch.zeros((), dtype=torch.float32, device=h.device)
         need_h, need_w = ctx.needs_input_grad[:2]
         dh = torch.empty_like(h) if need_h or need_w else None
-        dw = torch.zeros_like(weight, dtype=torch.float32) if need_w else None  # a frozen head needs none
+        dw = (
+            torch.zeros_like(weight, dtype=torch.float32) if need_w else None
+        )  # a frozen head needs none
         step = chunk_rows(len(h), vocab, h.device.type)
         for x, y, i in zip(h.split(step), targets.split(step), range(0, len(h), step), strict=True):
             z = (x @ w.mT).float()  # (n, V)
@@ -72,9 +76,9 @@ class HeadLoss(torch.autograd.Function):
             dh[i : i + len(y)] = (g @ w) * scale.to(h.dtype)
             if dw is None:
                 continue
-            dw[:vocab].addmm_(g.mT, (x * scale).to(h.dtype)) if h.dtype == torch.float32 else dw[:vocab].add_(
-                g.mT @ (x * scale).to(h.dtype)
-            )
+            dw[:vocab].addmm_(g.mT, (x * scale).to(h.dtype)) if h.dtype == torch.float32 else dw[
+                :vocab
+            ].add_(g.mT @ (x * scale).to(h.dtype))
         if dh is not None:
             ctx.save_for_backward(dh, dw)
             ctx.weight_dtype = weight.dtype
@@ -101,11 +105,15 @@ def sum_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, cap: float, vo
     Returns:
         A float32 scalar.
     """
-    total: Tensor = HeadLoss.apply(h.reshape(-1, h.size(-1)), weight, targets.reshape(-1), cap, vocab)
+    total: Tensor = HeadLoss.apply(
+        h.reshape(-1, h.size(-1)), weight, targets.reshape(-1), cap, vocab
+    )
     return total
 
 
-def token_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab: int) -> Tensor:
+def token_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab: int
+) -> Tensor:
     """Return the cross-entropy of each token in nats, 0 where ignored; arguments as `sum_cross_entropy`'s.
 
     With gradients on, each chunk of logits is computed again in the backward pass instead of being kept.

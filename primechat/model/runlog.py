@@ -49,7 +49,9 @@ class RunLock:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as e:
             reason = f"cannot be written ({e.strerror})"
-            raise CheckpointError(f"{self.folder} {reason}; set NANOCHAT_BASE_DIR elsewhere.") from None
+            raise CheckpointError(
+                f"{self.folder} {reason}; set NANOCHAT_BASE_DIR elsewhere."
+            ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             busy = False
@@ -63,9 +65,13 @@ class RunLock:
         try:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(owner).encode(), 0)
-        except OSError as e:  # a full disk; open, it would hold the lock as long as this process lives
+        except (
+            OSError
+        ) as e:  # a full disk; open, it would hold the lock as long as this process lives
             os.close(descriptor)
-            raise CheckpointError(f"{self.path}: {e.strerror}; free some space and try again.") from None
+            raise CheckpointError(
+                f"{self.path}: {e.strerror}; free some space and try again."
+            ) from None
         self.descriptor = descriptor
         return self
 
@@ -90,7 +96,9 @@ class RunLock:
         who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')} since {owner.get('since', '?')}"
         if (owner.get("pid"), owner.get("host")) == (os.getpid(), socket.gethostname()):
             who = f"this very process ({who})"
-        return f"{self.folder} is being written by {who}, it has one writer; wait or take another tag."
+        return (
+            f"{self.folder} is being written by {who}, it has one writer; wait or take another tag."
+        )
 
 
 def is_alive(owner: dict[str, Any]) -> bool:
@@ -118,7 +126,9 @@ class MetricsLog:
         """Write one event."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as f:
-            f.write(json.dumps({"schema": LOG_SCHEMA, **event}, ensure_ascii=False).encode() + b"\n")
+            f.write(
+                json.dumps({"schema": LOG_SCHEMA, **event}, ensure_ascii=False).encode() + b"\n"
+            )
 
     def drop_after(self, step: float) -> None:
         """Cut the log at the first event beyond a step; torn lines and ends (`done`) go too. Atomic."""
@@ -158,7 +168,9 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     events = [event for _, event in parse_lines(path) if event is not None]
     for event in events:
         if event.pop("schema", LOG_SCHEMA) != LOG_SCHEMA:
-            raise CheckpointError(f"{path} was written by a newer primechat; update this one to read it.")
+            raise CheckpointError(
+                f"{path} was written by a newer primechat; update this one to read it."
+            )
     return events
 
 
@@ -186,9 +198,14 @@ def take_frozen(config: Any, folder: Path) -> Any:
     """
     frozen = read_frozen(folder, type(config))
     given = replace(
-        config, runtime=fill_open(config.runtime, frozen.runtime), look=fill_open(config.look, frozen.look)
+        config,
+        runtime=fill_open(config.runtime, frozen.runtime),
+        look=fill_open(config.look, frozen.look),
     )
-    ignore = (*(OPEN_FIELDS if not config.steps else OPEN_FIELDS[:1]), *(f"runtime.{n}" for n in BUDGET))
+    ignore = (
+        *(OPEN_FIELDS if not config.steps else OPEN_FIELDS[:1]),
+        *(f"runtime.{n}" for n in BUDGET),
+    )
     difference = find_difference(frozen, given, ignore)
     if difference:
         rule = "a resumed run must keep its settings; drop that flag, or start under another tag"
@@ -199,6 +216,8 @@ def take_frozen(config: Any, folder: Path) -> Any:
 
 def fill_open(given: Any, frozen: Any) -> Any:
     """Return the given settings with the frozen ones where they were left open (auto or 0)."""
-    names = [item.name for item in dataclasses.fields(given) if getattr(given, item.name) in ("auto", 0)]
+    names = [
+        item.name for item in dataclasses.fields(given) if getattr(given, item.name) in ("auto", 0)
+    ]
     kept = {n: getattr(frozen, n) for n in names if not isinstance(getattr(given, n), bool)}
     return replace(given, **kept)

@@ -18,8 +18,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_JSON_BYTES = 16 * 2**20
-MIN_MAPPED_BYTES = 16 * 2**20  # of a file's pages, or a sixteenth of it, are held while tensors are cast
-MERGED = ("c_q.weight", "c_k.weight", "c_v.weight")  # GPT.from_state copies them: not from mapped pages
+MIN_MAPPED_BYTES = (
+    16 * 2**20
+)  # of a file's pages, or a sixteenth of it, are held while tensors are cast
+MERGED = (
+    "c_q.weight",
+    "c_k.weight",
+    "c_v.weight",
+)  # GPT.from_state copies them: not from mapped pages
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -33,11 +39,15 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} has {size:,} bytes, too many for settings; restore it.")
         data = json.loads(path.read_bytes())
     except OSError as e:
-        raise CheckpointError(f"{path} cannot be read ({e.strerror}); restore it from a backup.") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({e.strerror}); restore it from a backup."
+        ) from None
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is not JSON; restore it from a backup.") from None
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, it must hold an object; restore it.")
+        raise CheckpointError(
+            f"{path} holds a {type(data).__name__}, it must hold an object; restore it."
+        )
     return data
 
 
@@ -50,9 +60,13 @@ def inspect_archive(path: Path) -> Any:
     try:
         return inspect_tensors(path)
     except OSError as e:
-        raise CheckpointError(f"{path} cannot be read ({e.strerror}); restore it from a backup.") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({e.strerror}); restore it from a backup."
+        ) from None
     except ValueError as e:
-        raise CheckpointError(f"{path} is no sound weight file ({e}); fetch or save it again.") from None
+        raise CheckpointError(
+            f"{path} is no sound weight file ({e}); fetch or save it again."
+        ) from None
 
 
 def load_tensors(path: Path) -> Any:
@@ -89,10 +103,18 @@ def inspect_model(path: Path) -> dict[str, TensorSpec]:
     specs: dict[str, TensorSpec] = {}
     for key, spec in value.items():
         name = str(key).removeprefix("_orig_mod.")
-        if not isinstance(key, str) or not isinstance(spec, TensorSpec) or spec.dtype not in FLOATS.values():
-            raise CheckpointError(f"{path}: {name[:80]!r} is no floating-point tensor; give another model.")
+        if (
+            not isinstance(key, str)
+            or not isinstance(spec, TensorSpec)
+            or spec.dtype not in FLOATS.values()
+        ):
+            raise CheckpointError(
+                f"{path}: {name[:80]!r} is no floating-point tensor; give another model."
+            )
         if name in specs:
-            raise CheckpointError(f"{path} holds {name!r} twice, with and without _orig_mod.; save it again.")
+            raise CheckpointError(
+                f"{path} holds {name!r} twice, with and without _orig_mod.; save it again."
+            )
         specs[name] = spec
     return specs
 
@@ -112,11 +134,20 @@ def load_model(path: Path, specs: dict[str, TensorSpec], dtype: str = "") -> dic
 
     tensors, cast, mapped = map_model(path, specs), {}, 0
     most = max(MIN_MAPPED_BYTES, path.stat().st_size // 16)
-    todo = [key for key, spec in specs.items() if dtype and (spec.dtype != dtype or key.endswith(MERGED))]
-    for key in sorted(todo, key=lambda key: -tensors[key].nbytes):  # the largest while little else is there
+    todo = [
+        key
+        for key, spec in specs.items()
+        if dtype and (spec.dtype != dtype or key.endswith(MERGED))
+    ]
+    for key in sorted(
+        todo, key=lambda key: -tensors[key].nbytes
+    ):  # the largest while little else is there
         n_bytes = tensors[key].nbytes
         if mapped and mapped + n_bytes > most:
-            tensors, mapped = map_model(path, specs), 0  # the pages read so far go with the old mapping
+            tensors, mapped = (
+                map_model(path, specs),
+                0,
+            )  # the pages read so far go with the old mapping
         cast[key] = tensors[key].to(getattr(torch, dtype), copy=True)
         mapped += n_bytes
     return {**(map_model(path, specs) if cast else tensors), **cast}
@@ -124,8 +155,12 @@ def load_model(path: Path, specs: dict[str, TensorSpec], dtype: str = "") -> dic
 
 def map_model(path: Path, specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
     """Return the tensors of an inspected model file by name, mapped from it."""
-    tensors = {key.removeprefix("_orig_mod."): tensor for key, tensor in dict(read_mapped(path)).items()}
+    tensors = {
+        key.removeprefix("_orig_mod."): tensor for key, tensor in dict(read_mapped(path)).items()
+    }
     found = {key: (tuple(t.shape), str(t.dtype)) for key, t in tensors.items()}
     if found != {key: (spec.shape, f"torch.{spec.dtype}") for key, spec in specs.items()}:
-        raise CheckpointError(f"{path} reads differently to torch than to its inspection; fetch it again.")
+        raise CheckpointError(
+            f"{path} reads differently to torch than to its inspection; fetch it again."
+        )
     return tensors

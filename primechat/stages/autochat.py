@@ -61,9 +61,12 @@ def autochat(
     last = results[-1]
     whole = len(results) == config.generations + 1 and not last.stopped
     return replace(
-        last, path=results[0].path, generations=tuple(one.path for one in results), stopped=not whole,
+        last,
+        path=results[0].path,
+        generations=tuple(one.path for one in results),
+        stopped=not whole,
         total_s=time.perf_counter() - t_start,
-    )  # fmt: skip
+    )
 
 
 def learn_talks(
@@ -85,20 +88,34 @@ def learn_talks(
     write_whole(path, ("\n".join(lines) + "\n").encode())
     tag = f"{config.tag}-g{generation}"
     look = LookConfig(
-        snapshots=False, sample_every=-1, eval_every=config.tune_steps, eval_tokens=LOOK_TOKENS,
+        snapshots=False,
+        sample_every=-1,
+        eval_every=config.tune_steps,
+        eval_tokens=LOOK_TOKENS,
         last_eval_tokens=LOOK_TOKENS,
-    )  # fmt: skip
+    )
     runtime = config.runtime
     if runtime.compile == "auto":
         runtime = replace(runtime, compile="off")  # it takes longer than so few steps
-    there = (store.run_dir("sft", tag) / "config.json").exists()  # else it was killed before its first step
+    there = (
+        store.run_dir("sft", tag) / "config.json"
+    ).exists()  # else it was killed before its first step
     result = finetune(
         FinetuneConfig(
-            tag=tag, base=model, dialogues=str(path), steps=config.tune_steps, batch_tokens=TUNE_TOKENS,
-            seed=config.seed, general="none", look=look, runtime=runtime, resume=config.resume and there,
+            tag=tag,
+            base=model,
+            dialogues=str(path),
+            steps=config.tune_steps,
+            batch_tokens=TUNE_TOKENS,
+            seed=config.seed,
+            general="none",
+            look=look,
+            runtime=runtime,
+            resume=config.resume and there,
         ),
-        on_event=on_event, stop=stop,
-    )  # fmt: skip
+        on_event=on_event,
+        stop=stop,
+    )
     return result.identifier
 
 
@@ -110,7 +127,9 @@ def run_talks(
     folder = store.base_dir() / "autochat" / config.tag
     with RunLock(folder):
         openings = read_openings(config.openings, config.n_talks)
-        speakers = [Speaker(config, name or config.model) for name in (config.model, config.partner)]
+        speakers = [
+            Speaker(config, name or config.model) for name in (config.model, config.partner)
+        ]
         if speakers[0].identifier == speakers[1].identifier:
             speakers[1] = speakers[0]
         lines = open_folder(config, folder)
@@ -129,16 +148,23 @@ def run_talks(
                     new_tokens += sum(len(one.ids) for one in new)
                     for i, one in zip(rows, new, strict=True):
                         talks[i].append(one)
-                        file.write(json.dumps({"talk": i, "turn": turn, **vars(one)}).encode() + b"\n")
+                        file.write(
+                            json.dumps({"talk": i, "turn": turn, **vars(one)}).encode() + b"\n"
+                        )
                     file.flush()
                     os.fsync(file.fileno())
                     tell(ProgressEvent(done=sum(map(len, lines))))
     done = sum(map(len, lines))
     return AutochatResult(
-        tag=config.tag, path=str(folder.relative_to(store.base_dir())), n_talks=config.n_talks,
-        turns=config.turns, stopped=done < config.n_talks * config.turns, tokens=new_tokens,
-        tokens_per_s=new_tokens / max(busy_s, 1e-9), total_s=time.perf_counter() - t_start,
-    )  # fmt: skip
+        tag=config.tag,
+        path=str(folder.relative_to(store.base_dir())),
+        n_talks=config.n_talks,
+        turns=config.turns,
+        stopped=done < config.n_talks * config.turns,
+        tokens=new_tokens,
+        tokens_per_s=new_tokens / max(busy_s, 1e-9),
+        total_s=time.perf_counter() - t_start,
+    )
 
 
 class Speaker:
@@ -146,13 +172,20 @@ class Speaker:
 
     def __init__(self, config: AutochatConfig, identifier: str) -> None:
         device = pick_device(config.runtime.device)
-        model, tokenizer, meta = store.open_model(identifier, device=device, dtype=config.runtime.dtype)
+        model, tokenizer, meta = store.open_model(
+            identifier, device=device, dtype=config.runtime.dtype
+        )
         settle_threads(model, min(config.batch_rows, config.n_talks))
-        self.engine, self.identifier = Engine(model, tokenizer), str(meta.get("identifier", identifier))
+        self.engine, self.identifier = (
+            Engine(model, tokenizer),
+            str(meta.get("identifier", identifier)),
+        )
 
     def render(self, turns: Sequence[Turn], speaker: int, persona: str, room: int) -> list[int]:
         """Return the prompt of a speaker's next turn: as many of the last turns as fit in `room` tokens."""
-        first = next(i for i, turn in enumerate(turns) if turn.speaker != speaker)  # the other begins
+        first = next(
+            i for i, turn in enumerate(turns) if turn.speaker != speaker
+        )  # the other begins
         system = [{"role": "system", "content": persona}] if persona else []
         for start in range(first, len(turns), 2):
             messages = [
@@ -162,11 +195,18 @@ class Speaker:
             ids = self.engine.tokenizer.render_for_completion({"messages": [*system, *messages]})
             if len(ids) <= room:
                 return ids
-        return [ids[0], *ids[1 - self.engine.model.max_context // 2 :]]  # one turn is too long: its end
+        return [
+            ids[0],
+            *ids[1 - self.engine.model.max_context // 2 :],
+        ]  # one turn is too long: its end
 
 
 def take_turn(
-    config: AutochatConfig, speaker: Speaker, turn: int, talks: dict[int, list[Turn]], openings: Sequence[str]
+    config: AutochatConfig,
+    speaker: Speaker,
+    turn: int,
+    talks: dict[int, list[Turn]],
+    openings: Sequence[str],
 ) -> list[Turn]:
     """Return the next turn of each conversation."""
     side = turn % 2
@@ -177,23 +217,31 @@ def take_turn(
     room = max(engine.model.sequence_len - config.max_new_tokens, 1)
     prompts = [speaker.render(turns, side, config.personas[side], room) for turns in talks.values()]
     tokens = engine.measure_batch(
-        prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        top_k=config.top_k or None, top_p=config.top_p, repetition_penalty=config.repetition_penalty,
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k or None,
+        top_p=config.top_p,
+        repetition_penalty=config.repetition_penalty,
         seed=seed_row(config.seed, 1 + turn + config.turns * first),
-    )  # fmt: skip
+    )
     new = []
     for row in tokens:
         stopped = bool(row) and row[-1].id in engine.tokenizer.stop_ids
         text = engine.tokenizer.decode([token.id for token in row[: len(row) - stopped]])
         new.append(
             Turn(
-                speaker=side, model=speaker.identifier, text=text, ids=[token.id for token in row],
+                speaker=side,
+                model=speaker.identifier,
+                text=text,
+                ids=[token.id for token in row],
                 logprob=[round(token.logprob, 4) for token in row],
                 entropy=[round(token.entropy, 4) for token in row],
                 varentropy=[round(token.varentropy, 4) for token in row],
-                rank=[token.rank for token in row], stopped=stopped,
+                rank=[token.rank for token in row],
+                stopped=stopped,
             )
-        )  # fmt: skip
+        )
     return new
 
 
@@ -220,10 +268,14 @@ def open_folder(config: AutochatConfig, folder: Path) -> list[list[Turn]]:
     given = replace(config, resume=True)
     if path.is_file():
         if not config.resume:
-            raise ConfigError(f"{folder} holds conversations; add --resume to go on, or change --tag.")
+            raise ConfigError(
+                f"{folder} holds conversations; add --resume to go on, or change --tag."
+            )
         frozen = read_frozen(folder, AutochatConfig)
         if difference := find_difference(frozen, given, ("runtime",)):
-            raise ConfigError(f"{difference} (the conversations', then yours); drop it or change --tag.")
+            raise ConfigError(
+                f"{difference} (the conversations', then yours); drop it or change --tag."
+            )
         talks = read_talks(folder, config.n_talks)
         for start in range(0, config.n_talks, config.batch_rows):
             group = talks[start : start + config.batch_rows]
@@ -251,7 +303,9 @@ def read_talks(path: str | Path, n_talks: int = 0) -> list[list[Turn]]:
     try:
         lines = file.read_bytes().splitlines()
     except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}); run `primechat autochat`.") from None
+        raise DataError(
+            f"{file} cannot be read ({error.strerror}); run `primechat autochat`."
+        ) from None
     for line in lines:
         try:
             row: dict[str, Any] = json.loads(line)

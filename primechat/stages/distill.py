@@ -57,7 +57,9 @@ def distill(
     device = list_devices(config.runtime.device)[0]
     teacher, tokenizer, meta = store.open_model(config.teacher, device=device, on_event=on_event)
     if not isinstance(teacher, GPT):
-        raise ConfigError(f"teacher={config.teacher!r} must be a model of this program's kind; try base/d20.")
+        raise ConfigError(
+            f"teacher={config.teacher!r} must be a model of this program's kind; try base/d20."
+        )
     shape, start = choose_student(config, teacher.config, tokenizer)
     if on_event:
         share = shape.n_params / teacher.config.n_params
@@ -70,27 +72,39 @@ def distill(
         else make_text_job(config, shape, tokenizer, on_event)
     )
     mix = Mix(
-        alpha=config.alpha, temperature=config.temperature, kind=config.loss, beta=config.beta,
-        hidden=config.hidden if config.alpha < 1 else 0.0, top_k=config.top_k,
-    )  # fmt: skip
+        alpha=config.alpha,
+        temperature=config.temperature,
+        kind=config.loss,
+        beta=config.beta,
+        hidden=config.hidden if config.alpha < 1 else 0.0,
+        top_k=config.top_k,
+    )
     if not config.dialogues or config.learn == "all":
         plain = replace(plain, family="base")
     made: dict[str, GPT] = {}
 
-    def open_batches(rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None) -> Batches:
+    def open_batches(
+        rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None
+    ) -> Batches:
         inner = plain.open_batches(rows, rank, world_size, cursor)
         if not config.on_policy:
             return inner
         return OwnBatches(inner, made["student"], tokenizer, config.on_policy, config.seed)
 
     kept = {
-        **vars(plain), "open_batches": open_batches, "meta": {**plain.meta, "teacher": meta["identifier"]},
+        **vars(plain),
+        "open_batches": open_batches,
+        "meta": {**plain.meta, "teacher": meta["identifier"]},
         "start_state": None if start is None else (lambda: start.model_state),
-    }  # fmt: skip
+    }
     job = DistillJob(
-        **kept, teacher=teacher, mix=mix, seed=config.seed, made=made,
+        **kept,
+        teacher=teacher,
+        mix=mix,
+        seed=config.seed,
+        made=made,
         cache=open_teacher_cache(config, teacher, meta["identifier"], shape.sequence_len),
-    )  # fmt: skip
+    )
     return TrainingRun(config, job, on_event, stop).work()
 
 
@@ -122,22 +136,29 @@ def make_text_job(
     """Return a job on plain text."""
     with wait_turn(join_ranks(pick_device(config.runtime.device))):
         train, val = (
-            cache_text(config.corpus, s, tokenizer, config.n_shards, on_event) for s in ("train", "val")
+            cache_text(config.corpus, s, tokenizer, config.n_shards, on_event)
+            for s in ("train", "val")
         )
     T = shape.sequence_len
     check_rows(config.batch_tokens, T, "")
     return Job(
-        family="base", model=shape, start_state=None, tokenizer=tokenizer,
-        open_batches=pack_rows(train, T, config.seed), open_windows=open_cache(val, T),
+        family="base",
+        model=shape,
+        start_state=None,
+        tokenizer=tokenizer,
+        open_batches=pack_rows(train, T, config.seed),
+        open_windows=open_cache(val, T),
         last_eval_tokens=config.look.last_eval_tokens,
         default_steps=max(1, round(train.tokens / config.batch_tokens)),
         prompts=CHAT_PROMPTS if config.corpus == "chitchat" else TEXT_PROMPTS,
         write_sample=write_continuation,
         meta={"corpus": corpus_identity(config.corpus, "train", n_shards=config.n_shards)},
-    )  # fmt: skip
+    )
 
 
-def open_teacher_cache(config: DistillConfig, teacher: GPT, name: str, T: int) -> TeacherCache | None:
+def open_teacher_cache(
+    config: DistillConfig, teacher: GPT, name: str, T: int
+) -> TeacherCache | None:
     """Return the file of the teacher's likeliest tokens; None where none is asked for.
 
     It is known by the weights, as a tag may be trained anew, and by the name, which has an adapter's dial.
@@ -145,7 +166,9 @@ def open_teacher_cache(config: DistillConfig, teacher: GPT, name: str, T: int) -
     if not config.top_k:
         return None
     if config.top_k > teacher.vocab_size:
-        raise ConfigError(f"top_k={config.top_k} must be at most {teacher.vocab_size}, all tokens; try 32.")
+        raise ConfigError(
+            f"top_k={config.top_k} must be at most {teacher.vocab_size}, all tokens; try 32."
+        )
     key = f"{name} {config.top_k} {config.temperature} {T} {config.layout == 'masked'}"
     sha = hashlib.sha256(key.encode())
     for tensor in teacher.state_dict().values():
@@ -194,23 +217,33 @@ class DistillJob(Job):
         state, shapes = model.state_dict(), list_shapes(self.model)
         extra = {key: tensor for key, tensor in state.items() if key not in shapes}
         save_checkpoint(
-            folder, step, model_state={key: state[key] for key in shapes}, config=self.model,
-            optim_state={**optim_state, "projector": extra}, meta=meta,
-        )  # fmt: skip
+            folder,
+            step,
+            model_state={key: state[key] for key in shapes},
+            config=self.model,
+            optim_state={**optim_state, "projector": extra},
+            meta=meta,
+        )
 
     def measure_more(self, model: GPT, tokens: int) -> dict[str, Any]:
         """Return how the student does on the beginning of the validation text, and how it writes on."""
         windows = list(self.open_windows(min(tokens or COMPARED_TOKENS, COMPARED_TOKENS), 0, 1))
         self.teacher.compute_dtype = model.compute_dtype
         found = measure_retention(model, self.teacher, windows, self.tokenizer.byte_lengths()).total
-        compared = {"retention": found.retention, "agreement": found.agreement, "kl_nats": found.kl_nats}
+        compared = {
+            "retention": found.retention,
+            "agreement": found.agreement,
+            "kl_nats": found.kl_nats,
+        }
         return compared | judge_writing(write_texts(model, self.tokenizer, windows))
 
 
 class OwnBatches:
     """Batches of which a share of the rows is written by the student, from the beginning of a row of text."""
 
-    def __init__(self, inner: Batches, model: GPT, tokenizer: Tokenizer, share: float, seed: int) -> None:
+    def __init__(
+        self, inner: Batches, model: GPT, tokenizer: Tokenizer, share: float, seed: int
+    ) -> None:
         self.inner, self.share, self.seed = inner, share, seed
         self.engine = Engine(model, tokenizer)
         self.source = iter(inner)
@@ -227,7 +260,9 @@ class OwnBatches:
         """Return ids and targets (R, T); targets of the student's own words are marked."""
         place = self.cursor
         ids, targets = next(self.source)
-        rng = np.random.default_rng([self.seed, *(int(v) for v in place.values() if isinstance(v, int))])
+        rng = np.random.default_rng(
+            [self.seed, *(int(v) for v in place.values() if isinstance(v, int))]
+        )
         mine = [i for i in range(len(ids)) if rng.random() < self.share]
         T = ids.size(1)
         start = max(1, T // PROMPT_SHARE)
@@ -235,7 +270,9 @@ class OwnBatches:
             return ids, targets
         prompts = [ids[i, :start].tolist() for i in mine]
         seed = int(rng.integers(2**31))
-        written = self.engine.generate_batch(prompts, max_new_tokens=T + 1 - start, seed=seed, stop_ids=())
+        written = self.engine.generate_batch(
+            prompts, max_new_tokens=T + 1 - start, seed=seed, stop_ids=()
+        )
         ids, targets = ids.clone(), targets.clone()
         for i, words in zip(mine, written, strict=True):
             row = torch.tensor([*prompts[mine.index(i)], *words])

@@ -36,7 +36,9 @@ def evaluate(
     t_start, tell = time.perf_counter(), on_event or (lambda event: None)
     device = list_devices(config.runtime.device)[0]
     dtype = config.runtime.dtype
-    model, tokenizer, _ = store.open_model(config.model, device=device, dtype=dtype, on_event=on_event)
+    model, tokenizer, _ = store.open_model(
+        config.model, device=device, dtype=dtype, on_event=on_event
+    )
     window = config.window or model.sequence_len
     stride = config.stride or window
     if window > model.max_context or stride > window:
@@ -45,7 +47,9 @@ def evaluate(
             f"window={model.sequence_len}."
         )
     cache = cache_text(config.corpus, "val", tokenizer, 1, on_event)
-    batches = validation_windows(cache, window, stride, rows=config.batch_rows, max_tokens=config.max_tokens)
+    batches = validation_windows(
+        cache, window, stride, rows=config.batch_rows, max_tokens=config.max_tokens
+    )
     total = config.max_tokens or cache.tokens
     tell(PhaseEvent(name="validation: text it did not learn", total=total, unit="tokens"))
     overlap = find_overlap(config, on_event) if config.contamination else None
@@ -53,21 +57,34 @@ def evaluate(
     torch.set_num_threads(config.runtime.threads or count_cores())
     try:
         bits = measure_bits(
-            lambda x, y: model.loss(x, y, "none"), batches, tokenizer.byte_lengths(), device=device,
-            on_batch=lambda n: tell(ProgressEvent(done=n)), stop=stop,
-        )  # fmt: skip
+            lambda x, y: model.loss(x, y, "none"),
+            batches,
+            tokenizer.byte_lengths(),
+            device=device,
+            on_batch=lambda n: tell(ProgressEvent(done=n)),
+            stop=stop,
+        )
     finally:
         torch.set_num_threads(threads)
     return EvaluateResult(
-        identifier=config.model or str(store.choose_model()), corpus=config.corpus, bpb=bits.bpb,
-        loss_nats=bits.loss_nats, scored_tokens=bits.tokens, scored_bytes=bits.n_bytes, window=window,
-        stride=stride, elapsed_s=time.perf_counter() - t_start, overlap=overlap,
-    )  # fmt: skip
+        identifier=config.model or str(store.choose_model()),
+        corpus=config.corpus,
+        bpb=bits.bpb,
+        loss_nats=bits.loss_nats,
+        scored_tokens=bits.tokens,
+        scored_bytes=bits.n_bytes,
+        window=window,
+        stride=stride,
+        elapsed_s=time.perf_counter() - t_start,
+        overlap=overlap,
+    )
 
 
 def find_overlap(config: EvaluateConfig, on_event: OnEvent | None) -> OverlapResult:
     """Return what the evaluation text shares with the training part of a mixture of dialogues."""
     options = DialogueOptions(language="", base_dir=store.base_dir())
     training = stream_dialogues(config.contamination, "train", options, on_event=on_event)
-    said = ("\n".join(str(m["content"]) for m in conversation["messages"]) for conversation in training)
+    said = (
+        "\n".join(str(m["content"]) for m in conversation["messages"]) for conversation in training
+    )
     return measure_overlap(read_documents(config.corpus, "val", base_dir=store.base_dir()), said)

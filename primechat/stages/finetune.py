@@ -58,13 +58,19 @@ def finetune(
 
 
 def make_job(
-    config: FinetuneConfig, loaded: Loaded, tokenizer: Tokenizer, base: str, on_event: OnEvent | None
+    config: FinetuneConfig,
+    loaded: Loaded,
+    tokenizer: Tokenizer,
+    base: str,
+    on_event: OnEvent | None,
 ) -> Job:
     """Return what training on conversations, from a checkpoint, brings to the common loop."""
     T = loaded.config.sequence_len
     check_rows(config.batch_tokens, T, "the base model's ")
     with wait_turn(join_ranks(pick_device(config.runtime.device))):
-        train, val = (cache_dialogues(config, split, tokenizer, on_event) for split in ("train", "val"))
+        train, val = (
+            cache_dialogues(config, split, tokenizer, on_event) for split in ("train", "val")
+        )
     if config.learn == "all":
         train, val = replace(train, mask=None), replace(val, mask=None)
     kind = PaddedBatches if config.layout == "padded" else PackedBatches
@@ -80,7 +86,10 @@ def make_job(
         default_steps=max(1, round(train.tokens / config.batch_tokens)),
         prompts=PROMPTS,
         write_sample=write_reply,
-        meta={"base": base, "dialogues": identify_mixture(config.dialogues, "train", read_options(config))},
+        meta={
+            "base": base,
+            "dialogues": identify_mixture(config.dialogues, "train", read_options(config)),
+        },
         open_general=open_general(config.general, loaded, tokenizer, on_event),
         bos_id=tokenizer.bos_id if config.layout == "masked" else -1,
     )
@@ -107,7 +116,9 @@ def open_general(
 def write_reply(engine: Engine, prompt: str, seed: int) -> str:
     """Return what the model answers to one message."""
     messages = [{"role": "user", "content": prompt}]
-    return engine.chat(messages, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=seed).read()
+    return engine.chat(
+        messages, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=seed
+    ).read()
 
 
 def read_options(config: FinetuneConfig, split: str = "train") -> DialogueOptions:
@@ -133,12 +144,16 @@ def cache_dialogues(
         found = False
         for conversation in stream_dialogues(config.dialogues, split, options):
             ids, mask = tokenizer.render_conversation(conversation, max_tokens=MAX_TOKENS)
-            if any(mask):  # else a question alone fills it: there would be nothing to learn or to score
+            if any(
+                mask
+            ):  # else a question alone fills it: there would be nothing to learn or to score
                 found = True
                 yield ids, mask
         if not found:
             why = f"a weight takes no conversation, or none answers within {MAX_TOKENS} tokens"
-            raise DataError(f"dialogues={config.dialogues!r} leaves nothing in {split}: {why}; add others.")
+            raise DataError(
+                f"dialogues={config.dialogues!r} leaves nothing in {split}: {why}; add others."
+            )
 
     key = f"chat-{split}-{identify_mixture(config.dialogues, split, options)}"
     return build_cache(render(), tokenizer, store.base_dir() / "token_cache", key)

@@ -97,6 +97,10 @@ class Job:
     ) -> None:
         """Commit one step."""
         save_checkpoint(
-            folder, step, model_state=model.state_dict(), config=self.model, optim_state=optim_state,
+            folder,
+            step,
+            model_state=model.state_dict(),
+            config=self.model,
+            optim_state=optim_state,
             meta=meta,
-        )  # fmt: skip
+        )

@@ -46,10 +46,15 @@ def train_lora(
     base = str(store.pin_step(name, loaded.step))
     plain = make_job(config, loaded, tokenizer, base, on_event)
     spec = lora.LoraSpec(
-        rank=config.rank, alpha=config.alpha, rslora=config.rslora, dropout=config.dropout,
+        rank=config.rank,
+        alpha=config.alpha,
+        rslora=config.rslora,
+        dropout=config.dropout,
         targets=config.targets,
-    )  # fmt: skip
-    job = LoraJob(**{**vars(plain), "family": "lora"}, spec=spec, tag=config.tag, base=base, seed=config.seed)
+    )
+    job = LoraJob(
+        **{**vars(plain), "family": "lora"}, spec=spec, tag=config.tag, base=base, seed=config.seed
+    )
     return TrainingRun(config, job, on_event, stop).work()
 
 
@@ -75,7 +80,9 @@ class LoraJob(Job):
         lora.detach(model, self.tag)
         generator = torch.Generator().manual_seed(self.seed)
         lora.attach(model, self.tag, self.spec, generator=generator, train=True)
-        if self.spec.dropout:  # draws from torch's own state, which checkpoints keep: that goes on from here
+        if (
+            self.spec.dropout
+        ):  # draws from torch's own state, which checkpoints keep: that goes on from here
             torch.set_rng_state(generator.get_state())
 
     def fill_model(self, model: GPT, loaded: Loaded | None, seed: int) -> None:
@@ -99,7 +106,9 @@ class LoraJob(Job):
         if not isinstance(state, dict) or "lora" not in meta:
             raise CheckpointError(f"{folder} holds no adapter's run; choose another tag.")
         optim_state = checkpoint.read_optim(folder, step, meta)
-        return Loaded(step=step, config=self.model, model_state=state, meta=meta, optim_state=optim_state)
+        return Loaded(
+            step=step, config=self.model, model_state=state, meta=meta, optim_state=optim_state
+        )
 
     def save_step(
         self, folder: Path, step: int, model: GPT, optim_state: dict[str, Any], meta: dict[str, Any]
@@ -110,5 +119,7 @@ class LoraJob(Job):
         facts = {"base": self.base, "rank": self.spec.rank, "n_params": self.count_params(model)}
         identity = self.tokenizer.identity
         with checkpoint.tell_refusal(folder, step):
-            lora.save_adapter(model, self.tag, self.spec, folder, self.base, tokenizer_identity=identity)
+            lora.save_adapter(
+                model, self.tag, self.spec, folder, self.base, tokenizer_identity=identity
+            )
             checkpoint.commit_step(folder, step, parts, {**meta, "step": step, "lora": facts})

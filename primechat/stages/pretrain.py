@@ -22,7 +22,13 @@ from primechat.records import OnEvent, TrainResult
 from primechat.stages.job import Batches, Windows
 from primechat.stages.run import Job, TrainingRun, pick_device, write_continuation
 from primechat.stages.tokenizer import train_tokenizer
-from primechat.text.batches import PackedBatches, ShardBatches, TokenCache, build_cache, validation_windows
+from primechat.text.batches import (
+    PackedBatches,
+    ShardBatches,
+    TokenCache,
+    build_cache,
+    validation_windows,
+)
 from primechat.text.corpora import corpus_identity, is_local, read_documents
 from primechat.text.shards import open_feed
 from primechat.text.tokenizer import Tokenizer
@@ -50,18 +56,37 @@ def pretrain(
     with wait_turn(ranks):
         tokenizer = choose_tokenizer(config, on_event)
         val = cache_text(config.corpus, "val", tokenizer, config.n_shards, note)
-        train = cache_text(config.corpus, "train", tokenizer, config.n_shards, note) if local else None
-    feed = None if local else open_feed(
-        config.corpus, config.n_shards, store.base_dir(), fetches=ranks.local_rank == 0,
-        keep=config.keep_shards, on_event=note,
-    )  # fmt: skip
+        train = (
+            cache_text(config.corpus, "train", tokenizer, config.n_shards, note) if local else None
+        )
+    feed = (
+        None
+        if local
+        else open_feed(
+            config.corpus,
+            config.n_shards,
+            store.base_dir(),
+            fetches=ranks.local_rank == 0,
+            keep=config.keep_shards,
+            on_event=note,
+        )
+    )
 
-    def read_shards(rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None) -> Batches:
+    def read_shards(
+        rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None
+    ) -> Batches:
         assert feed is not None, "what is not local has shards"
         return ShardBatches(
-            feed, tokenizer, sequence_len=T, rows=rows, rank=rank, world_size=world_size, cursor=cursor,
-            skip_bad=config.skip_bad_shards, on_event=on_event if rank == 0 else None,
-        )  # fmt: skip
+            feed,
+            tokenizer,
+            sequence_len=T,
+            rows=rows,
+            rank=rank,
+            world_size=world_size,
+            cursor=cursor,
+            skip_bad=config.skip_bad_shards,
+            on_event=on_event if rank == 0 else None,
+        )
 
     job = Job(
         family="base",
@@ -89,7 +114,9 @@ def pack_rows(
 ) -> Callable[[int, int, int, dict[str, Any] | None], PackedBatches]:
     """Return what opens the batches of a cache, as a job wants it."""
 
-    def open_batches(rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None) -> PackedBatches:
+    def open_batches(
+        rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None
+    ) -> PackedBatches:
         shape: Any = dict(sequence_len=sequence_len, rows=rows, rank=rank, world_size=world_size)
         return kind(cache, seed=seed, cursor=cursor, **shape)
 
@@ -140,7 +167,10 @@ def find_shipped(config: PretrainConfig) -> Path | None:
     steps = find_steps(folder) if folder else []
     if not folder or not steps:
         return None
-    found, corpus = folder / "tokenizer", corpus_identity(config.corpus, "train", n_shards=config.n_shards)
+    found, corpus = (
+        folder / "tokenizer",
+        corpus_identity(config.corpus, "train", n_shards=config.n_shards),
+    )
     same = read_meta(folder, steps[-1]).get("corpus") == corpus
     return found if same and Tokenizer.load(found).vocab_size == config.model.vocab_size else None
 
@@ -155,4 +185,6 @@ def cache_text(
     key = f"{split}-{corpus_identity(corpus, split, n_shards=n_shards)}"
     if not is_local(corpus) and split == "val":
         documents, key = islice(documents, SHARD_EVAL_DOCUMENTS), f"{key}-{SHARD_EVAL_DOCUMENTS}"
-    return build_cache(documents, tokenizer, store.base_dir() / "token_cache", key, on_event=on_event)
+    return build_cache(
+        documents, tokenizer, store.base_dir() / "token_cache", key, on_event=on_event
+    )

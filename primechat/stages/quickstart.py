@@ -21,7 +21,7 @@ from primechat.config import (
     QuickstartConfig,
     SpeedrunConfig,
     TokenizerConfig,
-)  # fmt: skip
+)
 from primechat.errors import ConfigError
 from primechat.infer.cpu import settle_threads
 from primechat.infer.engine import Engine
@@ -35,14 +35,21 @@ from primechat.stages.tokenizer import train_tokenizer
 QUESTIONS = ("Hi! How are you today?", "What do you like to do?", "Nice. Do you have any pets?")
 REPLY_TOKENS = 48
 FAST_SECONDS = 22.0  # of pretraining: with everything around it, a minute on a 2-core laptop
-FAST_LOOK = LookConfig(eval_every=10**6, eval_tokens=4096, last_eval_tokens=20_480)  # at the ends only
-FIRST_LOOK = LookConfig(eval_tokens=8192)  # on a slow laptop the usual looks take half as long as training
+FAST_LOOK = LookConfig(
+    eval_every=10**6, eval_tokens=4096, last_eval_tokens=20_480
+)  # at the ends only
+FIRST_LOOK = LookConfig(
+    eval_tokens=8192
+)  # on a slow laptop the usual looks take half as long as training
 CHAT_LOOK = LookConfig(eval_tokens=8192, last_eval_tokens=40_960)
 CHAT_SHARE = 0.25  # of the pretraining time goes to finetuning
 
 
 def quickstart(
-    config: QuickstartConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+    config: QuickstartConfig,
+    *,
+    on_event: OnEvent | None = None,
+    stop: threading.Event | None = None,
 ) -> QuickstartResult:
     """Make a tokenizer, a base model and a chat model of one tag in `seconds` of pretraining and what is
     around it, and let the last one talk, unless it was stopped.
@@ -64,26 +71,42 @@ def quickstart(
     depth = config.depth or (2 if config.fast else 4)
     shape = GPTConfig.modern(depth, vocab_size=config.vocab_size, sequence_len=256, head_dim=64)
     base_config = PretrainConfig(
-        tag=tag, model=shape, seconds=seconds, seed=config.seed, runtime=config.runtime,
+        tag=tag,
+        model=shape,
+        seconds=seconds,
+        seed=config.seed,
+        runtime=config.runtime,
         batch_tokens=batch_tokens,
-        optim=OptimConfig(matrix_lr=0.012, embedding_lr=0.6, unembedding_lr=0.008, warmdown_ratio=0.7),
+        optim=OptimConfig(
+            matrix_lr=0.012, embedding_lr=0.6, unembedding_lr=0.008, warmdown_ratio=0.7
+        ),
         look=FAST_LOOK if config.fast else FIRST_LOOK,
-    )  # fmt: skip
+    )
     resume = config.resume and (folder / "config.json").exists()
     base = pretrain(replace(base_config, resume=resume), on_event=on_event, stop=stop)
     if base.stopped:
         spent_s = time.perf_counter() - t_start
-        return QuickstartResult(tokenizer=tokenizer, base=base, chat=base, dialogue=(), total_s=spent_s)
+        return QuickstartResult(
+            tokenizer=tokenizer, base=base, chat=base, dialogue=(), total_s=spent_s
+        )
     measured = replace(read_frozen(folder, PretrainConfig).runtime, compile=config.runtime.compile)
     chat_config = FinetuneConfig(
-        tag=tag, seconds=seconds * CHAT_SHARE, seed=config.seed, runtime=measured, batch_tokens=batch_tokens,
+        tag=tag,
+        seconds=seconds * CHAT_SHARE,
+        seed=config.seed,
+        runtime=measured,
+        batch_tokens=batch_tokens,
         look=replace(FAST_LOOK if config.fast else CHAT_LOOK, snapshots=False),
-    )  # fmt: skip
+    )
     resume = config.resume and (store.run_dir("sft", tag) / "config.json").exists()
     chat = finetune(replace(chat_config, resume=resume), on_event=on_event, stop=stop)
     dialogue = () if chat.stopped else hold_dialogue(chat.identifier, config.seed)
     return QuickstartResult(
-        tokenizer=tokenizer, base=base, chat=chat, dialogue=dialogue, total_s=time.perf_counter() - t_start
+        tokenizer=tokenizer,
+        base=base,
+        chat=chat,
+        dialogue=dialogue,
+        total_s=time.perf_counter() - t_start,
     )
 
 
@@ -109,10 +132,14 @@ def speedrun(
     if chat.stopped or os.environ.get("RANK", "0") != "0":
         return SpeedrunResult(base=base, chat=chat, evaluation=None)
     measured = EvaluateConfig(
-        model=f"base/{tag}", corpus=config.pretrain.corpus, max_tokens=config.eval_tokens,
+        model=f"base/{tag}",
+        corpus=config.pretrain.corpus,
+        max_tokens=config.eval_tokens,
         runtime=replace(config.pretrain.runtime, checkpoint_blocks=False),
-    )  # fmt: skip
-    return SpeedrunResult(base=base, chat=chat, evaluation=evaluate(measured, on_event=on_event, stop=stop))
+    )
+    return SpeedrunResult(
+        base=base, chat=chat, evaluation=evaluate(measured, on_event=on_event, stop=stop)
+    )
 
 
 def choose_tag(config: QuickstartConfig) -> str:
@@ -128,7 +155,9 @@ def choose_tag(config: QuickstartConfig) -> str:
     if not config.resume:
         return names[free]
     if free == 0:
-        raise ConfigError("resume=True finds no quickstart to go on with; leave it out to start one.")
+        raise ConfigError(
+            "resume=True finds no quickstart to go on with; leave it out to start one."
+        )
     return names[free - 1]
 
 
@@ -139,6 +168,8 @@ def hold_dialogue(identifier: str, seed: int) -> tuple[dict[str, str], ...]:
     engine, messages = Engine(model, tokenizer), []
     for question in QUESTIONS:
         messages.append({"role": "user", "content": question})
-        reply = engine.chat(messages, max_new_tokens=REPLY_TOKENS, temperature=0.7, top_k=40, seed=seed)
+        reply = engine.chat(
+            messages, max_new_tokens=REPLY_TOKENS, temperature=0.7, top_k=40, seed=seed
+        )
         messages.append({"role": "assistant", "content": reply.read().strip()})
     return tuple(messages)

@@ -25,7 +25,12 @@ from primechat.config import FinetuneConfig, PretrainConfig, encode_config
 from primechat.errors import ConfigError, DataError
 from primechat.infer.engine import Engine
 from primechat.metrics.bits import Bits, measure_bits
-from primechat.model.checkpoint import find_steps, measure_snapshots, prune_checkpoints, save_snapshot
+from primechat.model.checkpoint import (
+    find_steps,
+    measure_snapshots,
+    prune_checkpoints,
+    save_snapshot,
+)
 from primechat.model.gpt import GPT
 from primechat.model.runlog import MetricsLog, RunLock, read_metrics, take_frozen, write_whole
 from primechat.records import (
@@ -41,7 +46,7 @@ from primechat.records import (
     StepEvent,
     TrainResult,
     count_noun,
-)  # fmt: skip
+)
 from primechat.stages.job import Job as Job
 from primechat.stages.job import Windows
 from primechat.train.loop import fit
@@ -54,7 +59,7 @@ from primechat.train.parallel import (
     join_ranks,
     share_object,
     sum_numbers,
-)  # fmt: skip
+)
 from primechat.train.tune import COMPILE_GUESS, Tuning, tune_runtime
 
 SAMPLE_TOKENS = 48
@@ -69,7 +74,9 @@ GENERAL_TOKENS = 100_000  # where the whole validation split is scored at the en
 
 def write_continuation(engine: Engine, prompt: str, seed: int) -> str:
     """Return what the model writes after a prompt."""
-    return engine.complete(prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=seed).read()
+    return engine.complete(
+        prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=seed
+    ).read()
 
 
 def open_folder(config: PretrainConfig | FinetuneConfig, family: str) -> Path:
@@ -102,7 +109,9 @@ def recall_compiling() -> dict[str, float]:
     try:
         known = json.loads((store.base_dir() / COMPILE_FILE).read_bytes())
         figures = {key: float(known[key]) for key in COMPILE_GUESS if key in known}
-        fits = known["machine"] == describe_compiler() and all(0 < n < 1e6 for n in figures.values())
+        fits = known["machine"] == describe_compiler() and all(
+            0 < n < 1e6 for n in figures.values()
+        )
         return figures if fits else {}
     except (OSError, ValueError, TypeError, LookupError):
         return {}  # there is none, or it is damaged: a guess will do
@@ -139,7 +148,12 @@ class TrainingRun:
                 "all of them share."
             )
         self.log: MetricsLog | None = None
-        self.last_bits, self.saved_step, self.t_saved, self.save_s = Bits(), -1, time.monotonic(), 0.0
+        self.last_bits, self.saved_step, self.t_saved, self.save_s = (
+            Bits(),
+            -1,
+            time.monotonic(),
+            0.0,
+        )
         self.trained_s, self.tokens, self.tokens_per_s = 0.0, 0, 0.0
 
     def tell(self, event: Event) -> None:
@@ -206,7 +220,11 @@ class TrainingRun:
         self.model, self.optimizer = model, optimizer
         self.batches = job.open_batches(rows, rank, world, cursor)
         self.engine = Engine(model, job.tokenizer)
-        self.tell(PhaseEvent(name=f"training {job.identify(config.tag)}", total=config.steps, unit="steps"))
+        self.tell(
+            PhaseEvent(
+                name=f"training {job.identify(config.tag)}", total=config.steps, unit="steps"
+            )
+        )
         offset_s = self.trained_s
 
         def on_step(event: StepEvent) -> None:
@@ -217,25 +235,41 @@ class TrainingRun:
             if spent_s > config.runtime.budget_s and not self.stop.is_set():
                 self.stop.set()
                 rest = "resume with a higher --max-hours or --max-dollars to go on"
-                self.tell(NoteEvent(text=f"The budget is spent ({spent_s / 3600:.2f} h): saving; {rest}."))
+                self.tell(
+                    NoteEvent(text=f"The budget is spent ({spent_s / 3600:.2f} h): saving; {rest}.")
+                )
 
         step = fit(
-            optimizer, self.batches, loss or SpreadLoss(model, job.make_loss(model, config.runtime)),
-            steps=config.steps, start_step=start_step, micro_batch_rows=config.runtime.micro_batch_rows,
-            device=device, elapsed_s=offset_s, count_steps=self.count_steps, on_step=on_step,
-            on_eval=self.look, on_save=self.save, stop=self.stop,
-        )  # fmt: skip
+            optimizer,
+            self.batches,
+            loss or SpreadLoss(model, job.make_loss(model, config.runtime)),
+            steps=config.steps,
+            start_step=start_step,
+            micro_batch_rows=config.runtime.micro_batch_rows,
+            device=device,
+            elapsed_s=offset_s,
+            count_steps=self.count_steps,
+            on_step=on_step,
+            on_eval=self.look,
+            on_save=self.save,
+            stop=self.stop,
+        )
         stopped = step < self.config.steps
         self.tell(DoneEvent(step=step, elapsed_s=self.trained_s, stopped=stopped))
         bits = self.last_bits
         return TrainResult(
-            identifier=job.identify(config.tag), path=str(self.folder.relative_to(store.base_dir())),
-            step=step, stopped=stopped, n_params=job.count_params(model), tokens=self.tokens,
+            identifier=job.identify(config.tag),
+            path=str(self.folder.relative_to(store.base_dir())),
+            step=step,
+            stopped=stopped,
+            n_params=job.count_params(model),
+            tokens=self.tokens,
             val_bpb=bits.bpb if bits.n_bytes or loaded is None else loaded.meta["val_bpb"],
             tokens_per_s=self.tokens / self.trained_s if self.trained_s else 0.0,
-            train_s=self.trained_s, total_s=time.perf_counter() - self.t_start,
+            train_s=self.trained_s,
+            total_s=time.perf_counter() - self.t_start,
             events=tuple(read_metrics(self.folder / "metrics.jsonl")) if self.ranks.is_main else (),
-        )  # fmt: skip
+        )
 
     def tune(self, model: GPT, ids: Tensor, targets: Tensor) -> Tuning:
         """Measure how to run, on rank 0's word."""
@@ -244,14 +278,27 @@ class TrainingRun:
 
         def make_optimizer() -> Optimizer:
             return Optimizer(
-                model, config.optim, self.job.model.n_embd, half=model.compute_dtype == torch.bfloat16
+                model,
+                config.optim,
+                self.job.model.n_embd,
+                half=model.compute_dtype == torch.bfloat16,
             )
 
         tuning = tune_runtime(
-            model, make_optimizer, ids, targets, config.runtime, self.ranks, seconds=config.seconds,
-            steps=steps, known=recall_compiling(), make=self.job.make_loss,
-            on_phase=lambda name, seconds: self.tell(PhaseEvent(name=name, total=seconds, unit="s")),
-        )  # fmt: skip
+            model,
+            make_optimizer,
+            ids,
+            targets,
+            config.runtime,
+            self.ranks,
+            seconds=config.seconds,
+            steps=steps,
+            known=recall_compiling(),
+            make=self.job.make_loss,
+            on_phase=lambda name, seconds: self.tell(
+                PhaseEvent(name=name, total=seconds, unit="s")
+            ),
+        )
         for note in tuning.notes:
             self.tell(NoteEvent(text=note))
         if self.ranks.is_main and tuning.learned:
@@ -270,7 +317,9 @@ class TrainingRun:
     def plan_steps(self, config: Any, steps: int) -> Any:
         """Return the config for so many steps, its looks spread over them."""
         every = self.asked_look.eval_every or max(1, math.ceil(steps / 10))
-        look = replace(config.look, eval_every=every, sample_every=self.asked_look.sample_every or every)
+        look = replace(
+            config.look, eval_every=every, sample_every=self.asked_look.sample_every or every
+        )
         return replace(config, steps=steps, look=look)
 
     def count_steps(self, step: int, elapsed_s: float) -> int:
@@ -299,16 +348,25 @@ class TrainingRun:
         config = self.config
         if last or step % config.look.eval_every == 0:
             tokens = self.job.last_eval_tokens if last else config.look.eval_tokens
-            self.last_bits = self.measure(LAST_CHECK if last else VALIDATION, self.job.open_windows, tokens)
+            self.last_bits = self.measure(
+                LAST_CHECK if last else VALIDATION, self.job.open_windows, tokens
+            )
             general = None
             if self.job.open_general:
                 few = tokens or GENERAL_TOKENS
                 general = self.measure(GENERAL, self.job.open_general, few).bpb
             more = self.job.measure_more(self.model, tokens)
-            self.tell(LossEvent(
-                step=step, val_bpb=self.last_bits.bpb, val_loss_nats=self.last_bits.loss_nats,
-                whole=tokens == 0, elapsed_s=self.trained_s, general_bpb=general, **more,
-            ))  # fmt: skip
+            self.tell(
+                LossEvent(
+                    step=step,
+                    val_bpb=self.last_bits.bpb,
+                    val_loss_nats=self.last_bits.loss_nats,
+                    whole=tokens == 0,
+                    elapsed_s=self.trained_s,
+                    general_bpb=general,
+                    **more,
+                )
+            )
         every = config.look.sample_every
         if self.ranks.is_main and every > 0 and (last or step % every == 0):
             for prompt in self.job.prompts:
@@ -320,10 +378,15 @@ class TrainingRun:
         self.tell(PhaseEvent(name=name, total=tokens or self.job.val_tokens, unit="tokens"))
         windows = opened(tokens, self.ranks.rank, self.ranks.world_size)
         bits = measure_bits(
-            lambda x, y: self.model.loss(x, y, "none"), windows, self.job.tokenizer.byte_lengths(),
-            device=self.model.device, on_batch=lambda n: self.tell(ProgressEvent(done=n)),
-        )  # fmt: skip
-        nats, count, n_bytes = sum_numbers([bits.nats, bits.tokens, bits.n_bytes], self.model.device)
+            lambda x, y: self.model.loss(x, y, "none"),
+            windows,
+            self.job.tokenizer.byte_lengths(),
+            device=self.model.device,
+            on_batch=lambda n: self.tell(ProgressEvent(done=n)),
+        )
+        nats, count, n_bytes = sum_numbers(
+            [bits.nats, bits.tokens, bits.n_bytes], self.model.device
+        )
         return Bits(nats=nats, tokens=int(count), n_bytes=int(n_bytes))
 
     def save(self, step: int, last: bool) -> None:
@@ -332,8 +395,12 @@ class TrainingRun:
         small = look.snapshots and (last or step & (step - 1) == 0)  # 0, 1, 2, 4, 8 ...
         room = look.snapshot_budget_mb * 1e6 - 2 * self.job.model.n_params
         if main and small and measure_snapshots(self.folder) <= room:
-            save_snapshot(self.folder, step, self.model.state_dict(), self.job.model, self.describe(step))
-            self.tell(CheckpointEvent(step=step, path=f"snapshots/model_{step:06d}.pt", snapshot=True))
+            save_snapshot(
+                self.folder, step, self.model.state_dict(), self.job.model, self.describe(step)
+            )
+            self.tell(
+                CheckpointEvent(step=step, path=f"snapshots/model_{step:06d}.pt", snapshot=True)
+            )
         if look.save_every:
             due = step % look.save_every == 0
         else:
@@ -342,7 +409,9 @@ class TrainingRun:
             return
         cursors = gather_objects(self.batches.cursor)
         if cursors.count(cursors[0]) < len(cursors):  # nodes with shards of their own may differ
-            raise DataError(f"step {step}: the ranks read different text; compare their shards and resume.")
+            raise DataError(
+                f"step {step}: the ranks read different text; compare their shards and resume."
+            )
         self.saved_step, t_start = step, time.monotonic()
         # by all ranks together
         state = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}

@@ -31,7 +31,11 @@ def train_tokenizer(
     """
     t_start = time.perf_counter()
     tell = on_event or (lambda event: None)
-    folder = store.run_dir("base", config.tag) / "tokenizer" if config.tag else store.base_dir() / "tokenizer"
+    folder = (
+        store.run_dir("base", config.tag) / "tokenizer"
+        if config.tag
+        else store.base_dir() / "tokenizer"
+    )
     chars = 0
 
     def read_texts() -> Iterator[str]:
@@ -59,11 +63,16 @@ def train_tokenizer(
     texts = read_documents(config.corpus, "val", base_dir=store.base_dir(), on_event=on_event)
     held_out = list(islice(texts, SAMPLE_DOCUMENTS))
     n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(held_out))
-    bytes_per_token = sum(len(text.encode("utf-8", "surrogatepass")) for text in held_out) / max(1, n_tokens)
+    bytes_per_token = sum(len(text.encode("utf-8", "surrogatepass")) for text in held_out) / max(
+        1, n_tokens
+    )
     found = f"{tokenizer.vocab_size:,} tokens, {bytes_per_token:.2f} bytes a token on text it has not seen."
     tell(NoteEvent(text=found))
     return TokenizerResult(
-        path=str(folder.relative_to(store.base_dir())), identity=tokenizer.identity,
-        vocab_size=tokenizer.vocab_size, trained_chars=chars, elapsed_s=time.perf_counter() - t_start,
+        path=str(folder.relative_to(store.base_dir())),
+        identity=tokenizer.identity,
+        vocab_size=tokenizer.vocab_size,
+        trained_chars=chars,
+        elapsed_s=time.perf_counter() - t_start,
         bytes_per_token=bytes_per_token,
-    )  # fmt: skip
+    )

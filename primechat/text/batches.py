@@ -67,7 +67,9 @@ class PackedBatches(Iterator[Batch]):
         position = dict(cursor or {"epoch": 0, "position": 0})
         if set(position) != {"epoch", "position"} or not 0 <= position["position"] < cache.tokens:
             total = cache.tokens
-            raise DataError(f"cursor={cursor!r:.60} is no place in a stream of {total} tokens; start anew.")
+            raise DataError(
+                f"cursor={cursor!r:.60} is no place in a stream of {total} tokens; start anew."
+            )
         self._epoch, self._position = position["epoch"], position["position"]
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._orders: dict[int, np.ndarray] = {}
@@ -80,7 +82,9 @@ class PackedBatches(Iterator[Batch]):
     def __next__(self) -> Batch:
         """Return ids and targets, int64 (R, T); a target of -1 is not learned from."""
         T, tokens = self.sequence_len, self.cache.tokens
-        first = (self._epoch * tokens + self._position) // T + self.first  # rows since the start of epoch 0
+        first = (
+            self._epoch * tokens + self._position
+        ) // T + self.first  # rows since the start of epoch 0
         parts = []
         for row in range(first, first + self.share):
             epoch, position = divmod(self._pick(row) * T, tokens)
@@ -88,7 +92,9 @@ class PackedBatches(Iterator[Batch]):
         passed, self._position = divmod(self._position + self.rows * T, tokens)
         self._epoch += passed
         ids = np.stack([part for part, _ in parts])
-        targets = np.stack([t[1:] if m is None else np.where(m[1:] == 0, -1, t[1:]) for t, m in parts])
+        targets = np.stack(
+            [t[1:] if m is None else np.where(m[1:] == 0, -1, t[1:]) for t, m in parts]
+        )
         return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets)
 
     def _pick(self, row: int) -> int:
@@ -98,7 +104,9 @@ class PackedBatches(Iterator[Batch]):
         start, end = -(-epoch * tokens // T), -(-(epoch + 1) * tokens // T)
         if epoch not in self._orders:
             order = np.random.default_rng([self.seed, epoch, 1]).permutation(end - start)
-            self._orders = {e: old for e, old in self._orders.items() if e == epoch - 1} | {epoch: order}
+            self._orders = {e: old for e, old in self._orders.items() if e == epoch - 1} | {
+                epoch: order
+            }
         return start + int(self._orders[epoch][row - start])
 
     def _take(self, epoch: int, position: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -211,7 +219,9 @@ def validation_windows(
     """
     stride = stride or window
     if not 1 <= stride <= window:
-        raise ConfigError(f"stride={stride} must be from 1 to window={window}; try {max(1, window // 2)}.")
+        raise ConfigError(
+            f"stride={stride} must be from 1 to window={window}; try {max(1, window // 2)}."
+        )
     last = cache.tokens - 1  # index of the last target
     count = 1 + max(0, -(-(last - window) // stride)) if last else 0
     some = min(count, -(-max_tokens // stride)) if max_tokens else count
@@ -219,7 +229,9 @@ def validation_windows(
     for block in np.array_split(mine, -(-len(mine) // rows)) if len(mine) else []:
         where = block[:, None] * stride + np.arange(window + 1)  # (R, W + 1)
         tokens = cache.ids[np.minimum(where, last)].astype(np.int64)
-        scored = (where[:, 1:] <= last) & ((block == 0)[:, None] | (np.arange(window) >= window - stride))
+        scored = (where[:, 1:] <= last) & (
+            (block == 0)[:, None] | (np.arange(window) >= window - stride)
+        )
         if cache.mask is not None:
             scored &= cache.mask[np.minimum(where[:, 1:], last)] != 0
         ids = np.where(where[:, :-1] <= last, tokens[:, :-1], cache.bos_id)
@@ -277,7 +289,9 @@ class ShardBatches(Iterator[Batch]):
         self._source = read_groups(
             feed, tokenizer, threads, start, self._stop, skip_bad, on_event or (lambda event: None)
         )
-        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="primechat-shards")
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(
+            1, thread_name_prefix="primechat-shards"
+        )
         self._ahead: deque[Future[Group]] = deque()
         self._groups: deque[Group] = deque()
         self._used = 0
@@ -286,7 +300,9 @@ class ShardBatches(Iterator[Batch]):
         wanted, found = (start["shard"], start["row_group"]), (group.shard, group.row_group)
         if cursor and (wanted != found or not 0 <= start["document"] < len(group.offsets) - 1):
             self.close()
-            raise DataError(f"cursor={cursor!r:.120} finds shard and row group {found}; restore the shards.")
+            raise DataError(
+                f"cursor={cursor!r:.120} finds shard and row group {found}; restore the shards."
+            )
         self._used = int(group.offsets[start["document"]]) + start["offset"] if cursor else 0
 
     @property
@@ -295,9 +311,12 @@ class ShardBatches(Iterator[Batch]):
         group = self._groups[0]
         document = int(np.searchsorted(group.offsets, self._used, side="right")) - 1
         return {
-            "epoch": group.epoch, "shard": group.shard, "row_group": group.row_group, "document": document,
+            "epoch": group.epoch,
+            "shard": group.shard,
+            "row_group": group.row_group,
+            "document": document,
             "offset": self._used - int(group.offsets[document]),
-        }  # fmt: skip
+        }
 
     def release(self) -> None:
         """Let go of the shards before the cursor: a checkpoint has it, nothing will ask for them."""

@@ -53,7 +53,10 @@ def render(
         add([special("<|assistant_start|>")], 0)
         content = message["content"]
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            tokens, ends = tokenizer.encode(part["text"]), [special(name) for name in PARTS[part["type"]]]
+            tokens, ends = (
+                tokenizer.encode(part["text"]),
+                [special(name) for name in PARTS[part["type"]]],
+            )
             add([*ends[:1], *tokens, *ends[1:]], int(part["type"] != "python_output"))
         add([special("<|assistant_end|>")], 1)
     return ids[:max_tokens], mask[:max_tokens]
@@ -74,17 +77,23 @@ def read_messages(conversation: object) -> list[dict[str, Any]]:
     """Return the messages of a conversation after checking roles, their order and the contents."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"conversation={conversation!r:.50} must be a dict with a list of messages; add one.")
+        raise DataError(
+            f"conversation={conversation!r:.50} must be a dict with a list of messages; add one."
+        )
     first = isinstance(messages[0], dict) and messages[0].get("role") == "system"
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
             kind = type(message).__name__
             raise DataError(f"message {number} must be a dict with role and content, not {kind}.")
         role, content = message.get("role"), message.get("content")
-        wanted = "system" if first and number == 1 else "user" if (number - first) % 2 else "assistant"
+        wanted = (
+            "system" if first and number == 1 else "user" if (number - first) % 2 else "assistant"
+        )
         if role != wanted:
             rule = "user and assistant take turns, after at most one system message"
-            raise DataError(f"message {number} is from {role!r:.40} where {wanted!r} must speak; {rule}.")
+            raise DataError(
+                f"message {number} is from {role!r:.40} where {wanted!r} must speak; {rule}."
+            )
         if isinstance(content, str):
             continue
         speaker = f"the {role}'s"
@@ -93,8 +102,14 @@ def read_messages(conversation: object) -> list[dict[str, Any]]:
             isinstance(p, dict) and p.get("type") in tuple(PARTS) and isinstance(p.get("text"), str)
             for p in parts
         ):
-            may = f" or a list of parts of type {', '.join(PARTS)} with a text" if role == "assistant" else ""
-            raise DataError(f"message {number} has the content {content!r:.60}; {speaker} must be text{may}.")
+            may = (
+                f" or a list of parts of type {', '.join(PARTS)} with a text"
+                if role == "assistant"
+                else ""
+            )
+            raise DataError(
+                f"message {number} has the content {content!r:.60}; {speaker} must be text{may}."
+            )
     if first and len(messages) == 1:
         raise DataError("message 1 is from the system and nothing follows; add a user message.")
     return messages

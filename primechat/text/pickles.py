@@ -26,7 +26,9 @@ def read_bounded(path: Path) -> bytes:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         reason = error.strerror or error
-        raise DataError(f"{path} cannot be read ({reason}); check that it is a readable file.") from None
+        raise DataError(
+            f"{path} cannot be read ({reason}); check that it is a readable file."
+        ) from None
     if 0 < len(data) <= MAX_FILE_BYTES:
         return data
     size = (
@@ -56,7 +58,9 @@ class EncodingReader(PickleReader):
         """Take the class's name, once."""
         self.names.append(name)
         if self.names != ["tiktoken.core Encoding"]:
-            raise ValueError(f"it names {'a second' if self.names[1:] else 'the'} global {name[:80]!r}")
+            raise ValueError(
+                f"it names {'a second' if self.names[1:] else 'the'} global {name[:80]!r}"
+            )
         return name
 
     def call(self, function: Any, args: Any) -> object:
@@ -100,7 +104,11 @@ def read_lengths(path: Path, vocab_size: int) -> np.ndarray:
     """
     try:
         spec = inspect_tensors(path)
-        plain = isinstance(spec, TensorSpec) and spec.dtype == "IntStorage" and spec.shape == (vocab_size,)
+        plain = (
+            isinstance(spec, TensorSpec)
+            and spec.dtype == "IntStorage"
+            and spec.shape == (vocab_size,)
+        )
         if not plain or spec.storage.n_items != vocab_size:
             raise ValueError(f"it must be a plain int32 tensor of {vocab_size} numbers")
         lengths = np.frombuffer(read_storage(path, spec.storage), dtype="<i4").astype(np.int32)

@@ -41,7 +41,12 @@ def list_shards(corpus: str, split: str, n_shards: int) -> list[str]:
 
 
 def shard_paths(
-    corpus: str, split: str, n_shards: int, on_event: OnEvent | None = None, *, base_dir: Path | None
+    corpus: str,
+    split: str,
+    n_shards: int,
+    on_event: OnEvent | None = None,
+    *,
+    base_dir: Path | None,
 ) -> list[Path]:
     """Return the local paths of a split's shards, fetching those that are missing into `base_dir`.
 
@@ -120,7 +125,9 @@ class ShardFeed:
         """Read from a shard on, and fetch from there."""
         self.position = shard
         if self.repo and self.thread is None:
-            self.thread = threading.Thread(target=self._fetch_all, name="primechat-feed", daemon=True)
+            self.thread = threading.Thread(
+                target=self._fetch_all, name="primechat-feed", daemon=True
+            )
             self.thread.start()
 
     def wait(self, shard: int, stop: threading.Event | None = None) -> Path:
@@ -169,7 +176,9 @@ class ShardFeed:
         """Fetch what is missing, nearest first, until closed; a failure is told once and tried again."""
         sizes: dict[str, int] = {}
         while not self.closed.is_set():
-            missing = [i for i in self._window() if not (self.folder / self.names[i]).is_file()][:AT_ONCE]
+            missing = [i for i in self._window() if not (self.folder / self.names[i]).is_file()][
+                :AT_ONCE
+            ]
             try:
                 if missing:
                     names = [self.names[i] for i in missing]
@@ -177,7 +186,11 @@ class ShardFeed:
                         sizes |= ask_hub(partial(probe_sizes, self.repo, names))
                     wanted = [
                         HubFile(
-                            repo=self.repo, name=n, path=self.folder / n, size=sizes[n], repo_type="dataset"
+                            repo=self.repo,
+                            name=n,
+                            path=self.folder / n,
+                            size=sizes[n],
+                            repo_type="dataset",
                         )
                         for n in names
                     ]
@@ -190,12 +203,20 @@ class ShardFeed:
 
 
 def open_feed(
-    corpus: str, n_shards: int, base_dir: Path, *, fetches: bool, keep: int = 0,
+    corpus: str,
+    n_shards: int,
+    base_dir: Path,
+    *,
+    fetches: bool,
+    keep: int = 0,
     on_event: OnEvent | None = None,
-) -> ShardFeed:  # fmt: skip
+) -> ShardFeed:
     """Return the feed of a corpus's training shards; one process `fetches`, at most `keep` stay (0: all)."""
     repo, subfolder, _ = HUB_CORPORA[corpus]
     return ShardFeed(
-        list_shards(corpus, "train", n_shards), Path(base_dir) / subfolder, repo=repo if fetches else "",
-        keep=keep, on_event=on_event,
-    )  # fmt: skip
+        list_shards(corpus, "train", n_shards),
+        Path(base_dir) / subfolder,
+        repo=repo if fetches else "",
+        keep=keep,
+        on_event=on_event,
+    )

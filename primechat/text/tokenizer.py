@@ -30,16 +30,25 @@ from primechat.text import conversation as talk
 from primechat.text.pickles import read_bounded, read_encoding, read_lengths
 
 SPECIAL_TOKENS = (
-    "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
-    "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
-)  # fmt: skip
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
 # nanochat's: GPT-4's, but numbers are cut into pieces of two digits, not three: that suits small vocabularies
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 SCHEMA = 1
-LONG_SPACE = 500_000  # tiktoken panics on a run of about a million white-space characters: such a run is cut
+LONG_SPACE = (
+    500_000  # tiktoken panics on a run of about a million white-space characters: such a run is cut
+)
 
 
 class Tokenizer:
@@ -73,7 +82,9 @@ class Tokenizer:
                 "rustbpe", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.specials
             )
         except ValueError as error:
-            raise DataError(f"The split pattern does not compile ({error}); use SPLIT_PATTERN.") from None
+            raise DataError(
+                f"The split pattern does not compile ({error}); use SPLIT_PATTERN."
+            ) from None
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -98,7 +109,9 @@ class Tokenizer:
             raise DataError(
                 f"vocab_size={vocab_size} needs more text; give more or set vocab_size to {size} or less."
             )
-        return cls(SPLIT_PATTERN, ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
+        return cls(
+            SPLIT_PATTERN, ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        )
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Tokenizer:
@@ -112,18 +125,26 @@ class Tokenizer:
         path = folder / "tokenizer.pkl"
         if not path.is_file():
             found = sorted(item.name for item in folder.iterdir())[:5] if folder.is_dir() else []
-            there = f"the folder has {', '.join(found)}" if found else "the folder is empty or not there"
+            there = (
+                f"the folder has {', '.join(found)}"
+                if found
+                else "the folder is empty or not there"
+            )
             remedy = "train one with `primechat train-tokenizer` or give another folder"
             raise DataError(f"{path} is missing ({there}); {remedy}.")
         state = read_encoding(path)
         if set(state) != {"name", "pat_str", "mergeable_ranks", "special_tokens"}:
             raise DataError(f"{path} has other fields than a tiktoken tokenizer's; replace it.")
-        tokenizer = cls(state["pat_str"], state["mergeable_ranks"], state["special_tokens"], source=str(path))
+        tokenizer = cls(
+            state["pat_str"], state["mergeable_ranks"], state["special_tokens"], source=str(path)
+        )
         tokenizer._lengths_path = folder / "token_bytes.pt"
         note_path = folder / "primechat_tokenizer.json"
         note = read_note(note_path, hashlib.sha256(read_bounded(path)).hexdigest())
         if note and note.get("identity") != tokenizer.identity:
-            raise DataError(f"{note_path} names another tokenizer than {path.name} has; delete {note_path}.")
+            raise DataError(
+                f"{note_path} names another tokenizer than {path.name} has; delete {note_path}."
+            )
         tokenizer.provenance = note.get("provenance") or {}
         return tokenizer
 
@@ -151,10 +172,14 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         pickled = pickle.dumps(self._encoding, protocol=4)
         note = {
-            "schema": SCHEMA, "identity": self.identity, "pkl_sha256": hashlib.sha256(pickled).hexdigest(),
-            "vocab_size": self.vocab_size, "pattern": self.pattern, "specials": self.specials,
+            "schema": SCHEMA,
+            "identity": self.identity,
+            "pkl_sha256": hashlib.sha256(pickled).hexdigest(),
+            "vocab_size": self.vocab_size,
+            "pattern": self.pattern,
+            "specials": self.specials,
             "provenance": self.provenance,
-        }  # fmt: skip
+        }
         lengths = io.BytesIO()
         torch.save(torch.from_numpy(self.byte_lengths().copy()), lengths)
         write_whole(folder / "token_bytes.pt", lengths.getvalue())
@@ -165,14 +190,18 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens written in it are plain text."""
         if type(text) is not str:
-            raise DataError(f"text={text!r:.40} must be a str, not {type(text).__name__}; decode it.")
+            raise DataError(
+                f"text={text!r:.40} must be a str, not {type(text).__name__}; decode it."
+            )
         try:
             if len(text) <= LONG_SPACE:
                 return self._encoding.encode_ordinary(text)
             parts = re.split(rf"(\s{{{LONG_SPACE}}})", text)
             return [token for part in parts for token in self._encoding.encode_ordinary(part)]
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # how a failure in tiktoken's Rust code arrives
+            if (
+                type(error).__name__ != "PanicException"
+            ):  # how a failure in tiktoken's Rust code arrives
                 raise
             raise DataError(f"A text of {len(text)} characters is too long here; cut it.") from None
 
@@ -199,7 +228,9 @@ class Tokenizer:
         """Return the bytes of one id, a special token's being its name."""
         if not 0 <= token_id < self.vocab_size:
             last = self.vocab_size - 1
-            raise DataError(f"token id {token_id!r} must be from 0 to {last}; use the model's tokenizer.")
+            raise DataError(
+                f"token id {token_id!r} must be from 0 to {last}; use the model's tokenizer."
+            )
         return self._tokens[token_id]
 
     def byte_lengths(self) -> np.ndarray:
@@ -259,7 +290,11 @@ def find_fault(pattern: object, ranks: object, specials: object) -> str:
     """Return which rule of `Tokenizer` a vocabulary breaks, or nothing."""
     if type(pattern) is not str:
         return f"the split pattern must be text, not {type(pattern).__name__}"
-    if type(ranks) is not dict or {*map(type, ranks)} != {bytes} or {*map(type, ranks.values())} != {int}:
+    if (
+        type(ranks) is not dict
+        or {*map(type, ranks)} != {bytes}
+        or {*map(type, ranks.values())} != {int}
+    ):
         return "the ranks must map bytes to whole numbers"
     if len(ranks) < 256 or set(ranks.values()) != set(range(len(ranks))):
         return f"the {len(ranks)} ranks must be 0, 1, 2 ... each once, 256 or more"
@@ -271,8 +306,12 @@ def find_fault(pattern: object, ranks: object, specials: object) -> str:
         or {*map(type, specials.values())} - {int}
     ):
         return "the special tokens must map names to whole numbers"
-    if "" in specials or sorted(specials.values()) != list(range(len(ranks), len(ranks) + len(specials))):
-        return f"the special tokens must follow the {len(ranks)} ranks without a gap, each with a name"
+    if "" in specials or sorted(specials.values()) != list(
+        range(len(ranks), len(ranks) + len(specials))
+    ):
+        return (
+            f"the special tokens must follow the {len(ranks)} ranks without a gap, each with a name"
+        )
     return ""
 
 
@@ -283,7 +322,11 @@ def hash_vocabulary(pattern: str, ranks: dict[bytes, int], specials: dict[str, i
     its count and each item by its length in bytes (4 bytes, little-endian).
     """
     digest = hashlib.sha256(b"primechat tokenizer 1\n")
-    for group in ([pattern.encode("utf-8", "surrogatepass")], [*ranks], [name.encode() for name in specials]):
+    for group in (
+        [pattern.encode("utf-8", "surrogatepass")],
+        [*ranks],
+        [name.encode() for name in specials],
+    ):
         digest.update(len(group).to_bytes(4, "little"))
         digest.update(b"".join(len(item).to_bytes(4, "little") + item for item in group))
     return digest.hexdigest()
@@ -297,7 +340,11 @@ def read_note(path: Path, pkl_sha256: str) -> dict[str, Any]:
         note = json.loads(read_bounded(path))
     except (ValueError, RecursionError):
         return {}
-    ours = isinstance(note, dict) and note.get("schema") == SCHEMA and note.get("pkl_sha256") == pkl_sha256
+    ours = (
+        isinstance(note, dict)
+        and note.get("schema") == SCHEMA
+        and note.get("pkl_sha256") == pkl_sha256
+    )
     return note if ours and isinstance(note.get("provenance", {}), dict) else {}
 
 

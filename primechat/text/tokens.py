@@ -97,7 +97,9 @@ def build_cache(
                 raise
     except OSError as error:  # of writing: who reads texts has errors of his own
         reason = f"the tokens cannot be written ({error.strerror})"
-        raise DataError(f"{folder}: {reason}; free some space, or set NANOCHAT_BASE_DIR elsewhere.") from None
+        raise DataError(
+            f"{folder}: {reason}; free some space, or set NANOCHAT_BASE_DIR elsewhere."
+        ) from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
     cache = open_cache(target, identity)
@@ -122,19 +124,28 @@ def write_cache(
                 encoded = [[bos, *ids] for ids in tokenizer.encode_batch(chunk)]
             else:
                 encoded, masked = [ids for ids, _ in chunk], True
-                mask_file.write(np.concatenate([np.asarray(mask, np.uint8) for _, mask in chunk]).tobytes())
+                mask_file.write(
+                    np.concatenate([np.asarray(mask, np.uint8) for _, mask in chunk]).tobytes()
+                )
             flat = np.fromiter((i for ids in encoded for i in ids), dtype, sum(map(len, encoded)))
             ids_file.write(flat.tobytes())
             lengths.extend(map(len, encoded))
             if on_event:
                 on_event(ProgressEvent(done=len(lengths)))
     if not lengths:
-        raise DataError(f"the corpus {meta['corpus'][:60]!r} has no documents; give one that has text.")
+        raise DataError(
+            f"the corpus {meta['corpus'][:60]!r} has no documents; give one that has text."
+        )
     np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
     meta |= {
-        "schema": SCHEMA, "tokenizer": tokenizer.identity, "dtype": dtype.str, "masked": masked,
-        "bos_id": bos, "tokens": sum(lengths), "documents": len(lengths),
-    }  # fmt: skip
+        "schema": SCHEMA,
+        "tokenizer": tokenizer.identity,
+        "dtype": dtype.str,
+        "masked": masked,
+        "bos_id": bos,
+        "tokens": sum(lengths),
+        "documents": len(lengths),
+    }
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 
@@ -146,7 +157,11 @@ def open_cache(folder: Path, identity: str) -> TokenCache | None:
         mask = np.memmap(folder / "mask.bin", dtype=np.uint8, mode="r") if meta["masked"] else None
         offsets = np.load(folder / "offsets.npy")
         whole = len(ids) == meta["tokens"] == offsets[-1] and len(offsets) == meta["documents"] + 1
-        if meta["identity"] != identity or not whole or (mask is not None and len(mask) != len(ids)):
+        if (
+            meta["identity"] != identity
+            or not whole
+            or (mask is not None and len(mask) != len(ids))
+        ):
             return None
         return TokenCache(ids, offsets, mask, meta["bos_id"])
     except (OSError, ValueError, LookupError, TypeError):
@@ -210,10 +225,14 @@ def list_groups(path: Path) -> list[int]:
                 raise DataError(f"{path} has no column `text`; give shards that have.")
             return [i for i in range(file.num_row_groups) if file.metadata.row_group(i).num_rows]
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged or no parquet file ({error!s:.80}); replace it.") from None
+        raise DataError(
+            f"{path} is damaged or no parquet file ({error!s:.80}); replace it."
+        ) from None
 
 
-def read_group(path: Path, place: tuple[int, int, int], tokenizer: Tokenizer, threads: int) -> Group:
+def read_group(
+    path: Path, place: tuple[int, int, int], tokenizer: Tokenizer, threads: int
+) -> Group:
     """Return the tokens of the row group at a place: epoch, shard, row group."""
     import pyarrow.parquet as pq
 
@@ -225,5 +244,7 @@ def read_group(path: Path, place: tuple[int, int, int], tokenizer: Tokenizer, th
         raise DataError(f"{path} row group {place[2]} {reason}; replace the file.") from None
     plain = tokenizer.encode_batch([text or "" for text in texts], threads)
     offsets = np.cumsum([0, *(len(ids) + 1 for ids in plain)])
-    ids = np.fromiter((i for ids in plain for i in (tokenizer.bos_id, *ids)), np.int64, int(offsets[-1]))
+    ids = np.fromiter(
+        (i for ids in plain for i in (tokenizer.bos_id, *ids)), np.int64, int(offsets[-1])
+    )
     return Group(*place, ids, offsets)

@@ -98,7 +98,11 @@ def fit(
         pairs = list(zip(ids.split(micro_batch_rows), targets.split(micro_batch_rows), strict=True))
         for i, (x, y) in enumerate(pairs):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            with loss.no_sync() if isinstance(loss, SpreadLoss) and i + 1 < len(pairs) else nullcontext():
+            with (
+                loss.no_sync()
+                if isinstance(loss, SpreadLoss) and i + 1 < len(pairs)
+                else nullcontext()
+            ):
                 part = loss(x, y) / max(1.0, counted)
                 part.backward()
             nats += part.detach()
@@ -115,11 +119,19 @@ def fit(
         elapsed_s += spent_s
         steps = count_steps(step, elapsed_s) if count_steps else steps
         if on_step:
-            on_step(StepEvent(
-                step=step, steps=steps, loss_nats=mean_nats, lr_ratio=ratio, grad_norm=grad_norm,
-                update_norm=update_norm, tokens=int(tokens), tokens_per_s=tokens / spent_s,
-                elapsed_s=elapsed_s,
-            ))  # fmt: skip
+            on_step(
+                StepEvent(
+                    step=step,
+                    steps=steps,
+                    loss_nats=mean_nats,
+                    lr_ratio=ratio,
+                    grad_norm=grad_norm,
+                    update_norm=update_norm,
+                    tokens=int(tokens),
+                    tokens_per_s=tokens / spent_s,
+                    elapsed_s=elapsed_s,
+                )
+            )
         stopped = any_rank(stop.is_set(), device) and step < steps
         if on_eval and not stopped:
             on_eval(step, step == steps)

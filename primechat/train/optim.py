@@ -65,7 +65,9 @@ class Muon:
     def step(self, lr: float, momentum: float, weight_decay: float, beta2: float = 0.95) -> float:
         """Move all matrices by one step; return the squared norm of the move."""
         moved, coming = 0.0, []
-        for params, share, m, s in zip(self.groups, self.shares, self.momenta, self.second, strict=True):
+        for params, share, m, s in zip(
+            self.groups, self.shares, self.momenta, self.second, strict=True
+        ):
             mine = params[share.lo : share.hi]
             if mine:
                 moved += self.move(mine, m, s, lr, momentum, weight_decay, beta2)
@@ -81,9 +83,15 @@ class Muon:
         return sum_numbers([moved], device)[0]
 
     def move(
-        self, params: list[nn.Parameter], m: Tensor, s: Tensor, lr: float, momentum: float,
-        weight_decay: float, beta2: float,
-    ) -> float:  # fmt: skip
+        self,
+        params: list[nn.Parameter],
+        m: Tensor,
+        s: Tensor,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        beta2: float,
+    ) -> float:
         """Move matrices of one shape; return the squared norm of the move."""
         grad = torch.stack([p.grad for p in params if p.grad is not None]).float()
         m.lerp_(grad, 1 - momentum)
@@ -141,9 +149,21 @@ class Adam:
             first, second, steps = ([self.state[p][key] for p in ready] for key in keys)
             if ready:
                 adamw(
-                    [self.mine[p] for p in ready], grads, first, second, [], steps, fused=True, amsgrad=False,
-                    beta1=0.8, beta2=0.95, lr=peak * ratio, weight_decay=0.0, eps=1e-10, maximize=False,
-                )  # fmt: skip
+                    [self.mine[p] for p in ready],
+                    grads,
+                    first,
+                    second,
+                    [],
+                    steps,
+                    fused=True,
+                    amsgrad=False,
+                    beta1=0.8,
+                    beta2=0.95,
+                    lr=peak * ratio,
+                    weight_decay=0.0,
+                    eps=1e-10,
+                    maximize=False,
+                )
         spread = [(p, share) for p, share in shares.items() if share and self.mine[p] is not p]
         coming = [(p, share.gather(self.mine[p])) for p, share in spread]
 
@@ -171,7 +191,9 @@ class Adam:
             p, share = self.params[int(i)], self.shares[int(i)]
             rows = slice(share.lo, share.hi) if self.mine[p] is not p and share else slice(None)
             self.state[p] = {
-                key: (value if key == "step" else value[rows]).to(p.device, torch.float32, copy=True)
+                key: (value if key == "step" else value[rows]).to(
+                    p.device, torch.float32, copy=True
+                )
                 for key, value in found.items()
             }
 
@@ -179,12 +201,18 @@ class Adam:
 class Optimizer:
     """Both rules under one learning-rate schedule; `step` takes the schedule's ratio."""
 
-    def __init__(self, model: nn.Module, config: OptimConfig, width: int, half: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, config: OptimConfig, width: int, half: bool = False
+    ) -> None:
         self.config = config
         by_width = (width / 768) ** -0.5
         kinds: dict[str, list[nn.Parameter]] = {
-            "matrix": [], "embedding": [], "head": [], "scalar": [], "added": [],
-        }  # fmt: skip
+            "matrix": [],
+            "embedding": [],
+            "head": [],
+            "scalar": [],
+            "added": [],
+        }
         for name, p in model.named_parameters():
             if not p.requires_grad:
                 continue
@@ -216,7 +244,9 @@ class Optimizer:
         if self.config.grad_clip and norm > self.config.grad_clip:
             torch._foreach_mul_(grads, self.config.grad_clip / norm)
         wait = self.adam.step(ratio)
-        moved = self.muon.step(self.config.matrix_lr * ratio, momentum, self.config.weight_decay * ratio)
+        moved = self.muon.step(
+            self.config.matrix_lr * ratio, momentum, self.config.weight_decay * ratio
+        )
         wait()
         for p in self.params:
             p.grad = None
@@ -230,12 +260,17 @@ class Optimizer:
         parts = zip(self.muon.shares, self.muon.momenta, self.muon.second, strict=True)
         whole = [(share.gather(m)(), share.gather(s)()) for share, m, s in parts]
         return {
-            "adam": self.adam.state_dict(), "momenta": [m for m, _ in whole], "second": [s for _, s in whole],
-        }  # fmt: skip
+            "adam": self.adam.state_dict(),
+            "momenta": [m for m, _ in whole],
+            "second": [s for _, s in whole],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where `state_dict` was taken, on any number of ranks."""
         self.adam.load_state_dict(state["adam"])
-        for mine, theirs in ((self.muon.momenta, state["momenta"]), (self.muon.second, state["second"])):
+        for mine, theirs in (
+            (self.muon.momenta, state["momenta"]),
+            (self.muon.second, state["second"]),
+        ):
             for share, a, b in zip(self.muon.shares, mine, theirs, strict=True):
                 a.copy_(b[share.lo : share.hi])

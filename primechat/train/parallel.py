@@ -25,7 +25,13 @@ Shared = TypeVar("Shared")
 PATIENCE = timedelta(minutes=60)  # a rank may wait for a shard, or for rank 0 to write a checkpoint
 PARTING = timedelta(seconds=10)
 # what a rank says whose neighbour has gone: not the cause, so nothing to print
-ECHOES = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited")
+ECHOES = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "remote process exited",
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,9 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 def is_echo(error: BaseException) -> bool:
     """Tell whether an error only says that another rank has gone."""
     network = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
-    return network or (isinstance(error, RuntimeError) and any(words in str(error) for words in ECHOES))
+    return network or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in ECHOES)
+    )
 
 
 class LossModule(nn.Module):
@@ -139,7 +147,9 @@ class SpreadLoss:
         self.parallel: DistributedDataParallel | None = None
         if dist.is_initialized():
             module = LossModule(model, loss)
-            self.call = self.parallel = DistributedDataParallel(module, gradient_as_bucket_view=True)
+            self.call = self.parallel = DistributedDataParallel(
+                module, gradient_as_bucket_view=True
+            )
             self.parallel.register_comm_hook(None, sum_bucket)
 
     def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -149,7 +159,9 @@ class SpreadLoss:
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Return a context in which gradients stay with this rank: of all micro-batches but the last."""
-        quiet: AbstractContextManager[None] = self.parallel.no_sync() if self.parallel else nullcontext()
+        quiet: AbstractContextManager[None] = (
+            self.parallel.no_sync() if self.parallel else nullcontext()
+        )
         return quiet
 
 
@@ -161,7 +173,9 @@ def sum_bucket(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tenso
 
 
 # DistributedDataParallel compares the types themselves, not their names
-sum_bucket.__annotations__.update(bucket=dist.GradBucket, **{"return": torch.futures.Future[Tensor]})
+sum_bucket.__annotations__.update(
+    bucket=dist.GradBucket, **{"return": torch.futures.Future[Tensor]}
+)
 
 
 # its name before torch 2.12

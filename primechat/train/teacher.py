@@ -86,21 +86,37 @@ class TeacherCache:
             self.rows = whole
             for row, t, p in zip(ids, tokens, logs, strict=True):
                 if (name := self.name(row)) not in self.places:
-                    parts = t.cpu().numpy().astype(np.uint32), p.float().cpu().numpy().astype(np.float16)
-                    for file, data in zip(files, (name, *(x.tobytes() for x in parts)), strict=True):
+                    parts = (
+                        t.cpu().numpy().astype(np.uint32),
+                        p.float().cpu().numpy().astype(np.float16),
+                    )
+                    for file, data in zip(
+                        files, (name, *(x.tobytes() for x in parts)), strict=True
+                    ):
                         file.write(data)
-                    self.places[name], self.rows, self.misses = self.rows, self.rows + 1, self.misses + 1
+                    self.places[name], self.rows, self.misses = (
+                        self.rows,
+                        self.rows + 1,
+                        self.misses + 1,
+                    )
 
     def name(self, row: Tensor) -> bytes:
         """Return what a row of ids is known by."""
-        return hashlib.blake2b(row.cpu().numpy().astype(np.int64).tobytes(), digest_size=16).digest()
+        return hashlib.blake2b(
+            row.cpu().numpy().astype(np.int64).tobytes(), digest_size=16
+        ).digest()
 
 
 class DistillLoss:
     """The summed loss of a micro-batch; with a projector, hidden states are compared too."""
 
     def __init__(
-        self, student: GPT, teacher: GPT, mix: Mix, cache: TeacherCache | None = None, bos_id: int = -1
+        self,
+        student: GPT,
+        teacher: GPT,
+        mix: Mix,
+        cache: TeacherCache | None = None,
+        bos_id: int = -1,
     ) -> None:
         self.student, self.teacher, self.mix, self.cache = student, teacher, mix, cache
         self.bos_id = bos_id  # as `GPT.loss` takes it
@@ -123,7 +139,9 @@ class DistillLoss:
                 top = self.name_top(ht)
                 self.cache.add(ids, *top)
         picked = None if top is None else (top[0].flatten(0, 1)[keep], top[1].flatten(0, 1)[keep])
-        total = self.sum_chunks(hs, None if ht is None else ht.flatten(0, 1)[keep], picked, words, own)
+        total = self.sum_chunks(
+            hs, None if ht is None else ht.flatten(0, 1)[keep], picked, words, own
+        )
         if mix.hidden and ht is not None:
             projected = student.get_submodule("projector")(hs.float())
             near = F.cosine_similarity(projected, ht.flatten(0, 1)[keep].float(), dim=-1)
@@ -151,10 +169,17 @@ class DistillLoss:
         with torch.no_grad():
             logits = [self.teacher.logits(part) / self.mix.temperature for part in ht]
             best = [torch.log_softmax(z, -1).topk(self.mix.top_k, -1) for z in logits]
-        return torch.stack([b.indices for b in best]), torch.stack([b.values for b in best]).half().float()
+        return torch.stack([b.indices for b in best]), torch.stack(
+            [b.values for b in best]
+        ).half().float()
 
     def sum_chunks(
-        self, hs: Tensor, ht: Tensor | None, top: tuple[Tensor, Tensor] | None, words: Tensor, own: Tensor
+        self,
+        hs: Tensor,
+        ht: Tensor | None,
+        top: tuple[Tensor, Tensor] | None,
+        words: Tensor,
+        own: Tensor,
     ) -> Tensor:
         """Walk the heads chunk by chunk; logits are computed again in the backward pass."""
         step = chunk_rows(len(hs), 2 * self.student.vocab_size, hs.device.type)
@@ -170,7 +195,12 @@ class DistillLoss:
         return total
 
     def score(
-        self, hs: Tensor, ht: Tensor | None, top: tuple[Tensor, Tensor] | None, words: Tensor, own: Tensor
+        self,
+        hs: Tensor,
+        ht: Tensor | None,
+        top: tuple[Tensor, Tensor] | None,
+        words: Tensor,
+        own: Tensor,
     ) -> Tensor:
         """Return the summed loss of some places."""
         mix, z = self.mix, self.student.logits(hs)  # (n, V)

@@ -28,7 +28,11 @@ from primechat.train.optim import Optimizer
 from primechat.train.parallel import Ranks, share_object
 
 MakeLoss = Callable[[GPT, RuntimeConfig], SumLoss]
-LIMIT_S, LEAST_S, SHARE = 10.0, 2.0, 0.1  # of the search: at most, at least, and its share of the run
+LIMIT_S, LEAST_S, SHARE = (
+    10.0,
+    2.0,
+    0.1,
+)  # of the search: at most, at least, and its share of the run
 MEASURING = "measuring this machine: which number format and how many threads are fastest"
 COMPILING = "compiling: the model becomes a faster program"
 # What compiling brought on a 2-core server CPU where nothing was measured yet: seconds, and eager time /
@@ -68,8 +72,12 @@ class Candidate:
 
 def count_cores() -> int:
     """Return how many CPU threads this process may use at best."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(torch.get_num_threads(), allowed) if os.environ.get("OMP_NUM_THREADS") else allowed)
+    allowed = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return max(
+        1, min(torch.get_num_threads(), allowed) if os.environ.get("OMP_NUM_THREADS") else allowed
+    )
 
 
 def list_devices(wanted: str) -> list[str]:
@@ -78,7 +86,11 @@ def list_devices(wanted: str) -> list[str]:
     Raises:
         ConfigError: the wanted one is not there.
     """
-    here = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
+    here = {
+        "cpu": True,
+        "mps": torch.backends.mps.is_available(),
+        "cuda": torch.cuda.is_available(),
+    }
     if wanted != "auto" and not here[wanted]:
         found = ", ".join(name for name, there in here.items() if there)
         raise ConfigError(
@@ -136,7 +148,9 @@ def half_pays() -> bool:
     return spent[torch.bfloat16] < 4 * spent[torch.float32]
 
 
-def time_call(call: Callable[[], Any], device: str, repeats: int = 3, limit_s: float = 1.0) -> float:
+def time_call(
+    call: Callable[[], Any], device: str, repeats: int = 3, limit_s: float = 1.0
+) -> float:
     """Return the median seconds of a call after one to warm up; of fewer repeats once `limit_s` are spent."""
     times: list[float] = []
     while len(times) <= repeats and not sum(times) > limit_s:
@@ -240,7 +254,9 @@ def tune_runtime(
             try_one(replace(best, threads=cores, tokens_per_s=0.0))
             best = max(tried, key=lambda c: c.tokens_per_s)
         else:
-            left_out.append(f"{cores} threads were not tried: they wait for other programs of this machine.")
+            left_out.append(
+                f"{cores} threads were not tried: they wait for other programs of this machine."
+            )
     if not runtime.micro_batch_rows:
         sizes = [r for r in (2**i for i in range(12)) if rows < r <= n_rows and n_rows % r == 0]
         for size in sizes:
@@ -266,12 +282,20 @@ def tune_runtime(
             optimizer.step(1.0, 0.9)
 
         optim_s = max(0.0, time_call(move, best.device) - micro_s)
-    step_s = n_rows / len(x) * micro_s + optim_s  # of a step with fewer rows than a micro-batch all are there
-    turn_on, why = decide_compile(runtime.compile, best, step_s, seconds, steps, {**guess, **(known or {})})
+    step_s = (
+        n_rows / len(x) * micro_s + optim_s
+    )  # of a step with fewer rows than a micro-batch all are there
+    turn_on, why = decide_compile(
+        runtime.compile, best, step_s, seconds, steps, {**guess, **(known or {})}
+    )
     chosen = replace(
-        runtime, device=best.device, dtype=best.dtype, threads=best.threads, micro_batch_rows=best.rows,
+        runtime,
+        device=best.device,
+        dtype=best.dtype,
+        threads=best.threads,
+        micro_batch_rows=best.rows,
         compile="on" if share_object(turn_on) else "off",
-    )  # fmt: skip
+    )
     compile_s = 0.0
     learned: dict[str, float] = {}
     if chosen.compile == "on":
@@ -283,7 +307,9 @@ def tune_runtime(
             why += f"; compiled in {compile_s:.0f} s, {micro_s / fast_s:.2f} times as fast"
             slow_s, step_s = step_s, n_rows / len(x) * fast_s + optim_s
             learned = {"compile_s": compile_s, f"gain_{best.dtype}": slow_s / step_s}
-        except Exception as error:  # any failure of the compiler leaves the eager program, which works
+        except (
+            Exception
+        ) as error:  # any failure of the compiler leaves the eager program, which works
             chosen = replace(chosen, compile="off")
             loss = make(model, chosen)
             why = f"compilation failed ({type(error).__name__}), so the program runs as it is"
@@ -300,11 +326,17 @@ def tune_runtime(
         f"Compilation {chosen.compile}: {why}.",
     ]
     if skipped:
-        notes.append(f"Not everything was tried: one step is too long for {limit_s:.0f} s of measuring.")
+        notes.append(
+            f"Not everything was tried: one step is too long for {limit_s:.0f} s of measuring."
+        )
     return Tuning(
-        runtime=chosen, loss=loss, step_s=share_object(step_s), compile_s=compile_s, notes=tuple(notes),
+        runtime=chosen,
+        loss=loss,
+        step_s=share_object(step_s),
+        compile_s=compile_s,
+        notes=tuple(notes),
         learned=learned,
-    )  # fmt: skip
+    )
 
 
 def decide_compile(
@@ -321,7 +353,10 @@ def decide_compile(
     total = seconds or steps * step_s
     saved = total - total / gain
     verb = "saves" if saved > cost else "would save"
-    return saved > cost, f"it takes about {cost:.0f} s and {verb} about {saved:.0f} of {total:,.0f} s"
+    return (
+        saved > cost,
+        f"it takes about {cost:.0f} s and {verb} about {saved:.0f} of {total:,.0f} s",
+    )
 
 
 def make_loss(model: GPT, runtime: RuntimeConfig, bos_id: int = -1) -> SumLoss:

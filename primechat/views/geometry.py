@@ -17,7 +17,9 @@ CONTROL = SERIES[5]
 WIDTH = 10.2  # inches, as wide as a lab's column at a readable size of letters
 
 
-def draw_bars(rows: Sequence[tuple[str, float, bool]], *, title: str, unit: str, digits: int = 1) -> Any:
+def draw_bars(
+    rows: Sequence[tuple[str, float, bool]], *, title: str, unit: str, digits: int = 1
+) -> Any:
     """Draw one bar a row (label, value, whether it is a control), controls in grey; unit below the axis."""
     with open_figure(WIDTH, 0.75 + 0.4 * len(rows)) as (figure, axes):
         values = [round(value, digits) + 0.0 for _, value, _ in rows]  # no -0.0
@@ -45,7 +47,9 @@ def draw_groups(
             places = [i + (j - (len(names) - 1) / 2) * high for i in range(len(rows))]
             values = [row[1][j] for row in rows]
             bars = axes.barh(places, values, height=high * 0.88, color=colour)
-            texts = [f"{value:.0f}" + (f"  {name}" if i == 0 else "") for i, value in enumerate(values)]
+            texts = [
+                f"{value:.0f}" + (f"  {name}" if i == 0 else "") for i, value in enumerate(values)
+            ]
             axes.bar_label(bars, texts, padding=4, color=INK, fontsize=9.5)
         axes.set_yticks(range(len(rows)), [label for label, _ in rows])
         axes.invert_yaxis()
@@ -59,16 +63,28 @@ def draw_groups(
 
 
 def draw_norms(
-    counts: np.ndarray, norms: np.ndarray, labels: Sequence[str], *, real: float, shuffled: float, title: str
+    counts: np.ndarray,
+    norms: np.ndarray,
+    labels: Sequence[str],
+    *,
+    real: float,
+    shuffled: float,
+    title: str,
 ) -> Any:
     """Draw each token's length against how often it was seen, beside the same lengths dealt out at random."""
     rng = np.random.default_rng(0)
-    shown = np.arange(len(counts)) if len(counts) <= 6000 else rng.choice(len(counts), 6000, replace=False)
+    shown = (
+        np.arange(len(counts))
+        if len(counts) <= 6000
+        else rng.choice(len(counts), 6000, replace=False)
+    )
     with open_figure(WIDTH, 3.9, columns=2) as (figure, axes):
         mixed = rng.permutation(norms)
         panels = ((norms, real, "as trained", SERIES[0]), (mixed, shuffled, "shuffled", CONTROL))
         for place, (values, correlation, name, colour) in zip(axes, panels, strict=True):
-            place.scatter(counts[shown] + 0.5, values[shown], s=6, alpha=0.5, color=colour, linewidths=0)
+            place.scatter(
+                counts[shown] + 0.5, values[shown], s=6, alpha=0.5, color=colour, linewidths=0
+            )
             place.set_xscale("log")
             place.set_ylim(0, float(norms.max()) * 1.08)
             place.set_xlabel("times seen in the sample, plus ½")
@@ -78,14 +94,21 @@ def draw_norms(
             left = counts[i] > np.sqrt(counts.max())
             at, side = (-5 if left else 5, 3), "right" if left else "left"
             place = counts[i] + 0.5, norms[i]
-            axes[0].annotate(labels[i], place, xytext=at, textcoords="offset points", ha=side, color=INK)
+            axes[0].annotate(
+                labels[i], place, xytext=at, textcoords="offset points", ha=side, color=INK
+            )
         return figure
 
 
 def draw_course(
-    places: Sequence[float], lines: Mapping[str, Sequence[float]], *, title: str, x_label: str, y_label: str,
+    places: Sequence[float],
+    lines: Mapping[str, Sequence[float]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
     controls: Sequence[str] = (),
-) -> Any:  # fmt: skip
+) -> Any:
     """Draw lines over steps (powers of two: logarithmic) or layers, named at their ends, controls dashed."""
     with open_figure(WIDTH, 3.8) as (figure, axes):
         for j, (name, values) in enumerate(lines.items()):

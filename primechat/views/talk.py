@@ -21,26 +21,42 @@ def draw_ranks(shares: Mapping[str, Mapping[str, float]]) -> go.Figure:
     for i, (name, found) in enumerate(shares.items()):
         colour = SERIES[0] if i == 0 else SERIES[5]
         figure.add_bar(
-            x=list(found), y=[100 * share for share in found.values()], name=name, marker_color=colour,
-            text=[f"{100 * share:.0f} %" for share in found.values()], textposition="outside",
-            cliponaxis=False, hovertemplate="%{y:.1f} % of tokens<extra>" + name + "</extra>",
-        )  # fmt: skip
+            x=list(found),
+            y=[100 * share for share in found.values()],
+            name=name,
+            marker_color=colour,
+            text=[f"{100 * share:.0f} %" for share in found.values()],
+            textposition="outside",
+            cliponaxis=False,
+            hovertemplate="%{y:.1f} % of tokens<extra>" + name + "</extra>",
+        )
         figure.add_annotation(
-            x=1, xref="paper", y=1.08 - 0.09 * i, yref="paper", text=f"■ {name}", font_color=colour,
-            showarrow=False, xanchor="right",
-        )  # fmt: skip
+            x=1,
+            xref="paper",
+            y=1.08 - 0.09 * i,
+            yref="paper",
+            text=f"■ {name}",
+            font_color=colour,
+            showarrow=False,
+            xanchor="right",
+        )
     title = "How likely the model held the token that it took"
     style_figure(figure, height=300, bargap=0.3, title_text=title)
     figure.update_xaxes(title_text="Place among all tokens, the likeliest first")
     most = max(share for found in shares.values() for share in found.values())
-    figure.update_yaxes(title_text="Share of tokens, %", range=[0, 130 * most])  # room for the names
+    figure.update_yaxes(
+        title_text="Share of tokens, %", range=[0, 130 * most]
+    )  # room for the names
     return figure
 
 
 COLOURS = {
-    "the model": SERIES[0], "always the likeliest": SERIES[3], "people": SERIES[2], "shuffled": SERIES[5],
+    "the model": SERIES[0],
+    "always the likeliest": SERIES[3],
+    "people": SERIES[2],
+    "shuffled": SERIES[5],
     "planted loop": SERIES[1],
-}  # fmt: skip
+}
 
 
 def pick_colour(name: str, i: int = 0) -> str:
@@ -48,10 +64,19 @@ def pick_colour(name: str, i: int = 0) -> str:
     return COLOURS.get(name, SERIES[i % len(SERIES)])
 
 
-def label_line(figure: go.Figure, x: float, y: float, name: str, colour: str, shift: int = 0) -> None:
+def label_line(
+    figure: go.Figure, x: float, y: float, name: str, colour: str, shift: int = 0
+) -> None:
     """Write a line's name at its end, in its colour."""
     figure.add_annotation(
-        x=x, y=y, text=name, showarrow=False, xanchor="left", xshift=6, yshift=shift, font_color=colour
+        x=x,
+        y=y,
+        text=name,
+        showarrow=False,
+        xanchor="left",
+        xshift=6,
+        yshift=shift,
+        font_color=colour,
     )
 
 
@@ -71,13 +96,24 @@ def draw_bands(traces: Mapping[str, np.ndarray], what: str) -> go.Figure:
             low, high = np.nanquantile(x[:, known], [0.1, 0.9], axis=0)
             top = float(high.max())
             figure.add_scatter(
-                x=[*turns, *turns[::-1]], y=[*high, *low[::-1]], fill="toself", line_width=0, opacity=0.25,
-                fillcolor=colour, hoverinfo="skip", mode="lines",
-            )  # fmt: skip
+                x=[*turns, *turns[::-1]],
+                y=[*high, *low[::-1]],
+                fill="toself",
+                line_width=0,
+                opacity=0.25,
+                fillcolor=colour,
+                hoverinfo="skip",
+                mode="lines",
+            )
         figure.add_scatter(
-            x=turns, y=mean, mode="lines+markers", line_color=colour, marker_size=5, name=name,
+            x=turns,
+            y=mean,
+            mode="lines+markers",
+            line_color=colour,
+            marker_size=5,
+            name=name,
             hovertemplate="turn %{x}: %{y:.2f}<extra>" + name + "</extra>",
-        )  # fmt: skip
+        )
         ends.append((float(mean[-1]), name, colour))
         top = max(top, float(mean.max()))
     last = max((x.shape[1] - 1 for x in traces.values()), default=1)
@@ -96,9 +132,13 @@ def draw_repeats(found: Mapping[str, Sequence[float]], sentence: str) -> go.Figu
     for i, (name, p) in enumerate(found.items()):
         colour = SERIES[0] if i == 0 else SERIES[5]
         figure.add_scatter(
-            x=list(range(len(p))), y=list(p), mode="lines+markers", line_color=colour, marker_size=6,
+            x=list(range(len(p))),
+            y=list(p),
+            mode="lines+markers",
+            line_color=colour,
+            marker_size=6,
             hovertemplate="said %{x} times before: %{y:.3f}<extra>" + name + "</extra>",
-        )  # fmt: skip
+        )
         label_line(figure, len(p) - 1, p[-1], name, colour, shift=9)
     style_figure(figure, height=300, title_text=f"“{sentence}”, said over and over", margin_r=130)
     figure.update_xaxes(title_text="Times that it was said before")
@@ -116,23 +156,41 @@ def draw_drift(maps: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> go.Figure:
     for i, (name, (places, drift)) in enumerate(maps.items()):
         colour = pick_colour(name, i)
         figure.add_scatter(
-            x=places[:, 0], y=places[:, 1], mode="lines+markers", line=dict(color=colour, width=1),
+            x=places[:, 0],
+            y=places[:, 1],
+            mode="lines+markers",
+            line=dict(color=colour, width=1),
             marker=dict(
-                color=colour, size=np.linspace(5, 15, len(places)), line_color=SERIES[5],
+                color=colour,
+                size=np.linspace(5, 15, len(places)),
+                line_color=SERIES[5],
                 line_width=[0] * (len(places) - 1) + [2],
-            ), customdata=drift,
+            ),
+            customdata=drift,
             hovertemplate="turn %{pointNumber}, drift %{customdata:.2f}<extra>" + name + "</extra>",
             opacity=1 if i == 0 else 0.55,
-        )  # fmt: skip
-        hop = float(np.linalg.norm(np.diff(places, axis=0), axis=1).mean()) if len(places) > 1 else 0.0
+        )
+        hop = (
+            float(np.linalg.norm(np.diff(places, axis=0), axis=1).mean())
+            if len(places) > 1
+            else 0.0
+        )
         label = f"{name}, mean hop {hop:.1f}"
         ends.append((float(places[-1, 1]), label, colour))
     span = float(np.ptp(np.concatenate([places[:, 1] for places, _ in maps.values()]))) or 1.0
-    for place, (_, label, colour) in zip(push_apart([y for y, _, _ in ends], 0.08 * span), ends, strict=True):
+    for place, (_, label, colour) in zip(
+        push_apart([y for y, _, _ in ends], 0.08 * span), ends, strict=True
+    ):
         figure.add_annotation(
-            x=1, xref="paper", y=place, text=label, showarrow=False, xanchor="left", xshift=6,
+            x=1,
+            xref="paper",
+            y=place,
+            text=label,
+            showarrow=False,
+            xanchor="left",
+            xshift=6,
             font_color=colour,
-        )  # fmt: skip
+        )
     style_figure(figure, height=380, title_text="Where the conversation goes", margin_r=230)
     figure.update_xaxes(title_text="First direction of largest spread", showticklabels=False)
     figure.update_yaxes(title_text="Second direction of largest spread", showticklabels=False)
@@ -153,7 +211,11 @@ def draw_spreads(
 
     names = list(next(iter(groups.values()), {}))
     figure = make_subplots(
-        rows=1, cols=max(len(names), 1), shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.025
+        rows=1,
+        cols=max(len(names), 1),
+        shared_yaxes=True,
+        subplot_titles=names,
+        horizontal_spacing=0.025,
     )
     labels = list(groups)[::-1]
     for c, measure in enumerate(names, 1):
@@ -161,12 +223,21 @@ def draw_spreads(
             mean, low, high = found[measure]
             colour = SERIES[0] if limits else pick_colour(name, i)
             figure.add_scatter(
-                x=[mean], y=[name], mode="markers", marker=dict(color=colour, size=9),
-                row=1, col=c, error_x=dict(
-                    type="data", symmetric=False, array=[high - mean], arrayminus=[mean - low], width=0
+                x=[mean],
+                y=[name],
+                mode="markers",
+                marker=dict(color=colour, size=9),
+                row=1,
+                col=c,
+                error_x=dict(
+                    type="data",
+                    symmetric=False,
+                    array=[high - mean],
+                    arrayminus=[mean - low],
+                    width=0,
                 ),
                 hovertemplate=f"{name}, {measure}: %{{x:.3f}}, {low:.3f} to {high:.3f}<extra></extra>",
-            )  # fmt: skip
+            )
     margins = dict(l=150, r=16, t=80, b=40)
     style_figure(figure, height=110 + 34 * len(groups), title_text=title, margin=margins)
     figure.update_yaxes(categoryorder="array", categoryarray=labels, ticks="")
@@ -178,41 +249,71 @@ def draw_spreads(
     return figure
 
 
-def draw_generations(found: Mapping[str, Sequence[Spread]], people: Spread, measure: str) -> go.Figure:
+def draw_generations(
+    found: Mapping[str, Sequence[Spread]], people: Spread, measure: str
+) -> go.Figure:
     """Draw a measure against the generation, for each mix, with intervals and people's line."""
     figure = go.Figure()
     longest = max(map(len, found.values()), default=1)
     for i, (name, spreads) in enumerate(found.items()):
         values, colour = [one[measure] for one in spreads], SERIES[i]
         figure.add_scatter(
-            x=list(range(len(values))), y=[v[0] for v in values], mode="lines+markers", line_color=colour,
-            error_y=dict(type="data", symmetric=False, array=[v[2] - v[0] for v in values],
-                         arrayminus=[v[0] - v[1] for v in values], width=4),
+            x=list(range(len(values))),
+            y=[v[0] for v in values],
+            mode="lines+markers",
+            line_color=colour,
+            error_y=dict(
+                type="data",
+                symmetric=False,
+                array=[v[2] - v[0] for v in values],
+                arrayminus=[v[0] - v[1] for v in values],
+                width=4,
+            ),
             hovertemplate="generation %{x}: %{y:.3f}<extra>" + name + "</extra>",
-        )  # fmt: skip
+        )
         label_line(figure, len(values) - 1, values[-1][0], name, colour, shift=9 * (1 - 2 * i))
-    unseen = dict(opacity=0, hoverinfo="skip", mode="markers")  # a line alone does not move the axis
+    unseen = dict(
+        opacity=0, hoverinfo="skip", mode="markers"
+    )  # a line alone does not move the axis
     figure.add_scatter(x=[0, 0], y=list(people[measure][1:]), **unseen)
     figure.add_hline(y=people[measure][0], line_color=COLOURS["people"], line_dash="dot")
     figure.add_hrect(
-        y0=people[measure][1], y1=people[measure][2], fillcolor=COLOURS["people"], opacity=0.12, line_width=0
+        y0=people[measure][1],
+        y1=people[measure][2],
+        fillcolor=COLOURS["people"],
+        opacity=0.12,
+        line_width=0,
     )
     figure.add_annotation(
-        x=0, y=people[measure][0], text="people", showarrow=False, xanchor="left", yshift=9,
+        x=0,
+        y=people[measure][0],
+        text="people",
+        showarrow=False,
+        xanchor="left",
+        yshift=9,
         font_color=COLOURS["people"],
-    )  # fmt: skip
-    words = {"Vendi": "Really different turns (Vendi)", "distinct-2": "Share of different pairs (distinct-2)"}
+    )
+    words = {
+        "Vendi": "Really different turns (Vendi)",
+        "distinct-2": "Share of different pairs (distinct-2)",
+    }
     said = words.get(measure, measure)
-    title = f"{said}, generation by generation" if found else f"{said}: nothing yet, press Start above"
+    title = (
+        f"{said}, generation by generation" if found else f"{said}: nothing yet, press Start above"
+    )
     style_figure(figure, height=330, title_text=title, margin_r=160)
     figure.update_xaxes(
-        title_text="Generation: 0 is the model as it was", dtick=1, range=[-0.1, max(longest, 2) - 0.9]
+        title_text="Generation: 0 is the model as it was",
+        dtick=1,
+        range=[-0.1, max(longest, 2) - 0.9],
     )
     figure.update_yaxes(title_text=said)
     return figure
 
 
-def save_strip(values: Mapping[str, np.ndarray], scales: Mapping[str, float], path: Path) -> list[Path]:
+def save_strip(
+    values: Mapping[str, np.ndarray], scales: Mapping[str, float], path: Path
+) -> list[Path]:
     """Write a heat strip as PNG and SVG; return the files."""
     from matplotlib.figure import Figure
 

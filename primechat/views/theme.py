@@ -15,15 +15,33 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 LIGHT = {
-    "bg": "#ffffff", "surface": "#f6f7f9", "raised": "#ffffff", "ink": "#1d2330", "muted": "#5d6678",
-    "line": "#dfe3ea", "accent": "#2a62c9", "accent-soft": "#e3ecfb", "on-accent": "#ffffff",
-    "good": "#1b7f5a", "warn": "#8f5f00", "bad": "#b3361f",
-}  # fmt: skip
+    "bg": "#ffffff",
+    "surface": "#f6f7f9",
+    "raised": "#ffffff",
+    "ink": "#1d2330",
+    "muted": "#5d6678",
+    "line": "#dfe3ea",
+    "accent": "#2a62c9",
+    "accent-soft": "#e3ecfb",
+    "on-accent": "#ffffff",
+    "good": "#1b7f5a",
+    "warn": "#8f5f00",
+    "bad": "#b3361f",
+}
 DARK = {
-    "bg": "#15181e", "surface": "#1e222a", "raised": "#262b35", "ink": "#e6e9ef", "muted": "#a3acbc",
-    "line": "#39414f", "accent": "#86aef8", "accent-soft": "#263a63", "on-accent": "#0f1420",
-    "good": "#5cc79e", "warn": "#e2ad45", "bad": "#f28e77",
-}  # fmt: skip
+    "bg": "#15181e",
+    "surface": "#1e222a",
+    "raised": "#262b35",
+    "ink": "#e6e9ef",
+    "muted": "#a3acbc",
+    "line": "#39414f",
+    "accent": "#86aef8",
+    "accent-soft": "#263a63",
+    "on-accent": "#0f1420",
+    "good": "#5cc79e",
+    "warn": "#e2ad45",
+    "bad": "#f28e77",
+}
 SERIES = ("#3f7fe0", "#d9822b", "#2a9d76", "#a45fc4", "#c8506b", "#7a8294")
 INK, FAINT = "#737b8c", "rgba(122, 130, 148, 0.25)"  # of plots: reads on white and on near-black
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
@@ -55,22 +73,35 @@ def push_apart(heights: Sequence[float], gap: float) -> list[float]:
 def style_figure(figure: go.Figure, *, height: int = 340, **layout: Any) -> go.Figure:
     """Give a plotly figure the house's looks and return it; height in pixels, further layout wins."""
     axis = dict(
-        gridcolor=FAINT, zerolinecolor=FAINT, linecolor=FAINT, ticks="outside", tickcolor=FAINT,
-        title_font_size=13, automargin=True,
-    )  # fmt: skip
+        gridcolor=FAINT,
+        zerolinecolor=FAINT,
+        linecolor=FAINT,
+        ticks="outside",
+        tickcolor=FAINT,
+        title_font_size=13,
+        automargin=True,
+    )
     figure.update_layout(
-        height=height, font=dict(family=FONT, size=13, color=INK), paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)", colorway=list(SERIES), margin=dict(l=56, r=24, t=40, b=48),
-        title_font_size=15, hoverlabel=dict(font_family=FONT), showlegend=False,
+        height=height,
+        font=dict(family=FONT, size=13, color=INK),
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        colorway=list(SERIES),
+        margin=dict(l=56, r=24, t=40, b=48),
+        title_font_size=15,
+        hoverlabel=dict(font_family=FONT),
+        showlegend=False,
         modebar=dict(bgcolor="rgba(0,0,0,0)", color=FAINT, activecolor=INK),
-    )  # fmt: skip
+    )
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
     return figure.update_layout(**layout)
 
 
 @contextmanager
-def open_figure(width: float, height: float, columns: int = 1, **kind: Any) -> Iterator[tuple[Any, Any]]:
+def open_figure(
+    width: float, height: float, columns: int = 1, **kind: Any
+) -> Iterator[tuple[Any, Any]]:
     """Yield a matplotlib figure in the house's looks and its axes, `columns` beside each other; in inches."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -88,9 +119,22 @@ def style_matplotlib() -> dict[str, Any]:
 
     faint = (0.478, 0.510, 0.580, 0.35)
     return {
-        "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
-        "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-        "axes.edgecolor": faint, "grid.color": faint, "axes.grid": True, "grid.linewidth": 0.6,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": cycler(color=SERIES),
-        "font.size": 10.5, "axes.titlesize": 12, "figure.dpi": 110, "lines.linewidth": 1.8,
-    }  # fmt: skip
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "savefig.facecolor": "none",
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.edgecolor": faint,
+        "grid.color": faint,
+        "axes.grid": True,
+        "grid.linewidth": 0.6,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.prop_cycle": cycler(color=SERIES),
+        "font.size": 10.5,
+        "axes.titlesize": 12,
+        "figure.dpi": 110,
+        "lines.linewidth": 1.8,
+    }

@@ -19,14 +19,21 @@ def wait_for(figure: go.Figure) -> go.Figure:
         figure.update_xaxes(visible=False)
         figure.update_yaxes(visible=False)
         figure.add_annotation(
-            text="Nothing to draw yet:<br>it comes when the run is done.", showarrow=False, font_size=15,
-            x=0.5, y=0.5, xref="paper", yref="paper",
-        )  # fmt: skip
+            text="Nothing to draw yet:<br>it comes when the run is done.",
+            showarrow=False,
+            font_size=15,
+            x=0.5,
+            y=0.5,
+            xref="paper",
+            yref="paper",
+        )
         figure.update_layout(height=160)
     return figure
 
 
-def draw_tradeoff(rows: Sequence[Mapping[str, Any]], gain: str, loss: str, *, title: str = "") -> go.Figure:
+def draw_tradeoff(
+    rows: Sequence[Mapping[str, Any]], gain: str, loss: str, *, title: str = ""
+) -> go.Figure:
     """Draw what runs gained against what they lost, a dot a run and its name beside the mean.
 
     Args:
@@ -40,11 +47,17 @@ def draw_tradeoff(rows: Sequence[Mapping[str, Any]], gain: str, loss: str, *, ti
         x, y = [float(row[gain]) for row in mine], [float(row[loss]) for row in mine]
         colour = SERIES[i % len(SERIES)]
         figure.add_scatter(
-            x=x, y=y, mode="markers", marker=dict(size=10, color=colour, opacity=0.75), name=name,
+            x=x,
+            y=y,
+            mode="markers",
+            marker=dict(size=10, color=colour, opacity=0.75),
+            name=name,
             hovertemplate="%{x:.3f} · %{y:.3f}<extra>" + name + "</extra>",
-        )  # fmt: skip
+        )
         middle = sum(x) / len(x)
-        figure.add_annotation(x=middle, y=max(y), text=name, showarrow=False, yshift=16, font_color=colour)
+        figure.add_annotation(
+            x=middle, y=max(y), text=name, showarrow=False, yshift=16, font_color=colour
+        )
     style_figure(figure, height=360, title_text=title)
     figure.update_xaxes(title_text=gain)
     figure.update_yaxes(title_text=loss)
@@ -73,16 +86,26 @@ def draw_lines(
         spans = [(p[1] - p[2], p[3] - p[1]) if len(p) > 2 else (0.0, 0.0) for p in points]
         low, high = ([span[end] for span in spans] for end in (0, 1))
         figure.add_scatter(
-            x=x, y=y, mode="lines+markers" if len(x) < 40 else "lines", name=name,
-            line=dict(color=colour, width=2, dash="dot" if control else "solid"), marker=dict(size=6),
+            x=x,
+            y=y,
+            mode="lines+markers" if len(x) < 40 else "lines",
+            name=name,
+            line=dict(color=colour, width=2, dash="dot" if control else "solid"),
+            marker=dict(size=6),
             error_y=dict(array=high, arrayminus=low, width=5, visible=any(high)),
             hovertemplate="%{x} · %{y:.3f}<extra>" + name + "</extra>",
-        )  # fmt: skip
+        )
         if x:
             figure.add_annotation(
-                x=1, xref="paper", y=places[name], text=name, showarrow=False, xanchor="left", xshift=6,
+                x=1,
+                xref="paper",
+                y=places[name],
+                text=name,
+                showarrow=False,
+                xanchor="left",
+                xshift=6,
                 font_color=colour,
-            )  # fmt: skip
+            )
     style_figure(figure, height=340, title_text=title, margin=dict(l=64, r=170, t=48, b=52))
     figure.update_xaxes(title_text=x_title)
     figure.update_yaxes(title_text=y_title)

@@ -17,7 +17,9 @@ def _():
             return np.random.default_rng(0).normal(size=(2, 65536, 8)).astype("float32")
 
         def describe(self, space):
-            kinds = Channel(key="kind", title="kind", values=np.arange(65536) % 6, names=tuple("abcdef"))
+            kinds = Channel(
+                key="kind", title="kind", values=np.arange(65536) % 6, names=tuple("abcdef")
+            )
             return tuple(f"token{i}" for i in range(65536)), ("0", "1"), (kinds,)
 
     lab.show(AtlasView(Big({"all": "many points"}), picked=17))

@@ -26,16 +26,26 @@ from primechat.views.widgets.runs import SettingsForm
 from primechat.views.words import name_field
 
 SECTIONS = {
-    "": "More settings", "base": "The run itself", "model": "The model's shape and switches",
+    "": "More settings",
+    "base": "The run itself",
+    "model": "The model's shape and switches",
     "optim": "The optimizer",
-    "look": "How often it is measured and saved", "runtime": "The machine",
-}  # fmt: skip
+    "look": "How often it is measured and saved",
+    "runtime": "The machine",
+}
 _taken: list[str] = []
-_forms: weakref.WeakKeyDictionary[SettingsForm, list[Any]] = weakref.WeakKeyDictionary()  # and what each gave
+_forms: weakref.WeakKeyDictionary[SettingsForm, list[Any]] = (
+    weakref.WeakKeyDictionary()
+)  # and what each gave
 CHOICES = {
-    "runtime.device": DEVICES, "runtime.dtype": DTYPES, "runtime.compile": COMPILE, "size": STUDENT_SIZES,
-    "loss": DISTANCES, "layout": LAYOUTS, "learn": LEARN,
-}  # fmt: skip
+    "runtime.device": DEVICES,
+    "runtime.dtype": DTYPES,
+    "runtime.compile": COMPILE,
+    "size": STUDENT_SIZES,
+    "loss": DISTANCES,
+    "layout": LAYOUTS,
+    "learn": LEARN,
+}
 
 
 def build_form(config: Any, simple: Sequence[str], title: str) -> SettingsForm:
@@ -45,13 +55,18 @@ def build_form(config: Any, simple: Sequence[str], title: str) -> SettingsForm:
     order, kind_name = {name: i for i, name in enumerate(simple)}, type(config).__name__
     shown = [
         {
-            "name": name, "title": name_field(name, kind_name), "simple": name in order,
+            "name": name,
+            "title": name_field(name, kind_name),
+            "simple": name in order,
             "help": "" if text.rstrip(".") == name_field(name, kind_name) else text,
-            "section": SECTIONS.get(part := name.rpartition(".")[0].rpartition(".")[2], part.capitalize()),
-            "form": name_form(name, kind), "choices": list(CHOICES.get(name, ())),
+            "section": SECTIONS.get(
+                part := name.rpartition(".")[0].rpartition(".")[2], part.capitalize()
+            ),
+            "form": name_form(name, kind),
+            "choices": list(CHOICES.get(name, ())),
         }
         for name, _, kind, text in sorted(fields, key=lambda field: order.get(field[0], len(order)))
-    ]  # fmt: skip
+    ]
 
     def change(draft: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -64,9 +79,13 @@ def build_form(config: Any, simple: Sequence[str], title: str) -> SettingsForm:
         return {"values": values, "command": write_command(new)}
 
     form = SettingsForm(
-        change, title=title or "Settings", fields=shown, start=start, values=dict(start),
+        change,
+        title=title or "Settings",
+        fields=shown,
+        start=start,
+        values=dict(start),
         command=write_command(config),
-    )  # fmt: skip
+    )
     form.config = config
     _forms[form] = [config]
     return form
@@ -160,7 +179,9 @@ def write_command(config: Any) -> str:
     """Return the command line that runs a config; only what differs from its defaults is named."""
     from primechat.cli import STAGES
 
-    verb = next((verb for verb, (_, name, _) in STAGES.items() if name == type(config).__name__), None)
+    verb = next(
+        (verb for verb, (_, name, _) in STAGES.items() if name == type(config).__name__), None
+    )
     if verb is None:
         return repr(config)
     usual = {name: value for name, value, _, _ in list_fields(type(config)())}
@@ -180,7 +201,9 @@ def read_command(config: Any) -> Any:
         ConfigError: a flag has no such value.
     """
     script = getattr(sys.modules["__main__"], "__file__", None)
-    is_twin = sys._getframe(2).f_globals.get("__name__") == "__main__"  # whose cells are the script itself
+    is_twin = (
+        sys._getframe(2).f_globals.get("__name__") == "__main__"
+    )  # whose cells are the script itself
     if not (is_twin or "marimo" in sys.modules) or not script or _taken:
         return config
     if Path(script).resolve() != Path(sys.argv[0]).resolve():

@@ -14,11 +14,18 @@ function revive(value) {
 }
 
 function makeModel(state) {
-  const heard = new Map(), changed = new Set();
-  const tell = (event, ...given) => [...(heard.get(event) ?? [])].forEach((react) => react(...given));
+  const heard = new Map(),
+    changed = new Set();
+  const tell = (event, ...given) =>
+    [...(heard.get(event) ?? [])].forEach((react) => react(...given));
   return {
     get: (name) => state[name],
-    set: (name, value) => { if (state[name] !== value) { state[name] = value; changed.add(name); } },
+    set: (name, value) => {
+      if (state[name] !== value) {
+        state[name] = value;
+        changed.add(name);
+      }
+    },
     save_changes: () => {
       const names = [...changed];
       changed.clear();
@@ -26,8 +33,16 @@ function makeModel(state) {
       if (names.length) tell("change");
     },
     on: (event, react) => heard.set(event, [...(heard.get(event) ?? []), react]),
-    off: (event, react) => heard.set(event, react ? (heard.get(event) ?? []).filter((one) => one !== react) : []),
-    send: (message) => setTimeout(() => tell("msg:custom", { re: message?.id, error: "This page is a picture: open the lab itself to change this." }, [])),
+    off: (event, react) =>
+      heard.set(event, react ? (heard.get(event) ?? []).filter((one) => one !== react) : []),
+    send: (message) =>
+      setTimeout(() =>
+        tell(
+          "msg:custom",
+          { re: message?.id, error: "This page is a picture: open the lab itself to change this." },
+          [],
+        ),
+      ),
   };
 }
 
@@ -42,7 +57,9 @@ async function load(kind) {
 
 for (const place of document.querySelectorAll("[data-widget]")) {
   const { kind, state } = data.widgets[Number(place.dataset.widget)];
-  const root = place.attachShadow({ mode: "open" }), looks = document.createElement("style"), el = document.createElement("div");
+  const root = place.attachShadow({ mode: "open" }),
+    looks = document.createElement("style"),
+    el = document.createElement("div");
   looks.textContent = data.kinds[kind].looks;
   root.append(looks, el);
   const model = makeModel(revive(state));
@@ -56,7 +73,10 @@ for (const place of document.querySelectorAll("[data-widget]")) {
   }
 }
 
-const theme = matchMedia("(prefers-color-scheme: dark)"), page = document.querySelector(".page");
-const follow = () => { page.dataset.theme = theme.matches ? "dark" : "light"; };
+const theme = matchMedia("(prefers-color-scheme: dark)"),
+  page = document.querySelector(".page");
+const follow = () => {
+  page.dataset.theme = theme.matches ? "dark" : "light";
+};
 theme.addEventListener("change", follow);
 follow();

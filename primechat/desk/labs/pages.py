@@ -77,7 +77,10 @@ def run_cells(path: Path, *, train: bool) -> list[Part]:
     manager = module.app._cell_manager
     names, codes = [str(name) for name in manager.cell_ids()], list(manager.codes())
     rows = zip(codes, twins.read_folds(path), outputs, names, strict=True)
-    return [Part(code, folded, output, said.by_cell.get(name, "")) for code, folded, output, name in rows]
+    return [
+        Part(code, folded, output, said.by_cell.get(name, ""))
+        for code, folded, output, name in rows
+    ]
 
 
 class PageWriter:
@@ -96,7 +99,9 @@ class PageWriter:
         if not is_prose and part.code.strip() != "import marimo as mo":
             mark = "" if part.folded else " open"
             code = html.escape(part.code)
-            blocks.append(f"<details class=code{mark}><summary>Code</summary><pre>{code}</pre></details>")
+            blocks.append(
+                f"<details class=code{mark}><summary>Code</summary><pre>{code}</pre></details>"
+            )
         if part.printed.strip():
             blocks.append(f"<pre class=said>{html.escape(part.printed[:MAX_TEXT])}</pre>")
         if part.output is not None:
@@ -119,7 +124,9 @@ class PageWriter:
             return f"<div class=prose>{output.text}</div>"
         made: Callable[[], Any] | None = getattr(output, "_repr_html_", None)
         found = made() if made else None
-        return str(found) if found else f"<pre class=said>{html.escape(repr(output)[:MAX_TEXT])}</pre>"
+        return (
+            str(found) if found else f"<pre class=said>{html.escape(repr(output)[:MAX_TEXT])}</pre>"
+        )
 
     def write_widget(self, widget: Widget) -> str:
         """Return the place of a widget; its state and script stand at the end of the page."""
@@ -144,7 +151,9 @@ class PageWriter:
             plotly = f"<script>{get_plotlyjs()}</script>"
         data = json.dumps({"kinds": self.kinds, "widgets": self.states}, default=encode_bytes)
         # Inside a script element only these begin something else.
-        data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+        data = (
+            data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+        )
         script = (HERE / "page.js").read_text(encoding="utf-8")
         looks = f"{write_variables()}\n{(HERE / 'page.css').read_text(encoding='utf-8')}"
         return (
@@ -184,7 +193,9 @@ def write_lab(path: Path, shown: Sequence[Path] = (), *, train: bool = False) ->
         f"<p class=note>A picture of this lab as it ran once. What needs Python does not answer here; "
         f"<code>primechat lab {path.stem[:2]}</code> opens the lab itself.</p>"
     )
-    body = "\n".join(f"<section>{part}</section>" for part in [*parts[:1], note, *parts[1:]] if part)
+    body = "\n".join(
+        f"<section>{part}</section>" for part in [*parts[:1], note, *parts[1:]] if part
+    )
     return writer.write_page(twins.read_title(path), body, write_nav(path, shown))
 
 
@@ -201,7 +212,9 @@ def hide_models() -> Iterator[str]:
             os.environ.update({} if before is None else {"NANOCHAT_BASE_DIR": before})
 
 
-def write_pages(folder: Path, labs: Sequence[Path], *, train: bool = False, own: bool = False) -> int:
+def write_pages(
+    folder: Path, labs: Sequence[Path], *, train: bool = False, own: bool = False
+) -> int:
     """Write labs and an index into a folder, where pages of other labs keep their links; return 1 where a lab
     could not be run. With `own` they show the reader's own models and runs, not only those that ship.
     """
@@ -224,8 +237,12 @@ def write_pages(folder: Path, labs: Sequence[Path], *, train: bool = False, own:
         if not (page := pages[path]).is_file():
             continue
         number, name = path.stem[:2], path.stem[3:].replace("_", " ")
-        title = f"<strong>{html.escape(twins.read_title(path))}</strong><em>{html.escape(name)}</em>"
+        title = (
+            f"<strong>{html.escape(twins.read_title(path))}</strong><em>{html.escape(name)}</em>"
+        )
         rows.append(f'<li><a href="{page.name}"><span>{number}</span>{title}</a></li>')
     body = f"<h1>How is a small ChatGPT made?</h1><ol class=labs>{''.join(rows)}</ol>"
-    (folder / "index.html").write_text(PageWriter().write_page("primechat", body, ""), encoding="utf-8")
+    (folder / "index.html").write_text(
+        PageWriter().write_page("primechat", body, ""), encoding="utf-8"
+    )
     return int(failed > 0)

@@ -63,11 +63,15 @@ def show(widget: Any, *, after: str = "") -> Any:
     Raises:
         TypeError: it cannot wait for a guess.
     """
-    if callable(widget) or (hasattr(widget, "to_plotly_json") and (after or not hasattr(widget, "comm"))):
+    if callable(widget) or (
+        hasattr(widget, "to_plotly_json") and (after or not hasattr(widget, "comm"))
+    ):
         widget = WaitingFigure(widget)
     if after:
         if not isinstance(widget, Widget):
-            raise TypeError(f"a {type(widget).__name__} cannot wait for a guess; show a figure or a widget.")
+            raise TypeError(
+                f"a {type(widget).__name__} cannot wait for a guess; show a figure or a widget."
+            )
         widget.gate = after
     return sys.modules["marimo"].ui.anywidget(widget) if in_marimo() else widget
 
@@ -102,7 +106,9 @@ class Runner:
         self.offer("ready")
         if (old := find_earlier(config)) is not None:
             self.log.take_up(old.identifier, old.events)
-            self.offer("stopped" if old.stopped else "done", f"{old.identifier} is here already.", old)
+            self.offer(
+                "stopped" if old.stopped else "done", f"{old.identifier} is here already.", old
+            )
 
     @property
     def is_busy(self) -> bool:
@@ -140,7 +146,9 @@ class Runner:
         """Tell the pages how things stand, and what can be done now."""
         start, go_on, afresh = ("start", "Start"), ("resume", "Go on"), ("afresh", "Start afresh")
         has_resume = hasattr(self.config, "resume") and hasattr(self.config, "tag")
-        actions = {"ready": [start], "running": [("stop", "Stop and save")], "stopping": []}.get(state)
+        actions = {"ready": [start], "running": [("stop", "Stop and save")], "stopping": []}.get(
+            state
+        )
         if actions is None:
             is_there = state == "stopped" or (state == "failed" and "resume" in message)
             actions = [go_on, afresh] if has_resume and is_there else [("again", "Run again")]
@@ -162,10 +170,16 @@ class Runner:
                 config = dataclasses.replace(self.config, resume=True)
             else:
                 config = self.asked = renew_config(self.given)
-                self.t_ahead = time.monotonic() if in_marimo() and config is not self.given else -AHEAD_S
+                self.t_ahead = (
+                    time.monotonic() if in_marimo() and config is not self.given else -AHEAD_S
+                )
             if word in ("afresh", "again") and hasattr(config, "tag"):  # under a name of its own
                 config = dataclasses.replace(config, tag=find_free(config.tag))
-                config = dataclasses.replace(config, resume=False) if hasattr(config, "resume") else config
+                config = (
+                    dataclasses.replace(config, resume=False)
+                    if hasattr(config, "resume")
+                    else config
+                )
             self.config, self.stop = config, StopWish(self.is_over)
             self.log = self.log if word == "resume" else RunLog()  # so a resumed run's curves go on
             self.offer("running")
@@ -225,7 +239,9 @@ def watch_cell() -> Callable[[], bool]:
     """Return a function that tells whether the present cell has run again, or its session is over."""
     if not in_marimo():
         return lambda: False  # in Jupyter `open_control` itself sees that a cell runs again
-    token = sys.modules["marimo"].Thread(target=lambda: None)  # never started: it only knows its cell's life
+    token = sys.modules["marimo"].Thread(
+        target=lambda: None
+    )  # never started: it only knows its cell's life
     kernel = threading.current_thread()  # an app's session has a thread of its own
     return lambda: bool(token.should_exit) or not kernel.is_alive()
 
@@ -233,7 +249,9 @@ def watch_cell() -> Callable[[], bool]:
 def find_cell() -> str:
     """Return the identity of the present Jupyter cell, empty where there is none."""
     shell = find_shell()
-    return str(shell.get_parent().get("metadata", {}).get("cellId", "")) if shell is not None else ""
+    return (
+        str(shell.get_parent().get("metadata", {}).get("cellId", "")) if shell is not None else ""
+    )
 
 
 def find_earlier(config: Any) -> TrainResult | None:

@@ -38,7 +38,9 @@ except ImportError:
         "environment that has it."
     ) from None
 print(f"primechat {{primechat.__version__}}, Python {{sys.version.split()[0]}}: {{sys.executable}}")"""
-HOW_TO_BEGIN = "*In JupyterLab: press ⏩ (restart the kernel and run all cells) to bring the lab to life.*"
+HOW_TO_BEGIN = (
+    "*In JupyterLab: press ⏩ (restart the kernel and run all cells) to bring the lab to life.*"
+)
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
 
@@ -86,10 +88,14 @@ def find_lab(name: str) -> Path:
         ConfigError: there is none of that name.
     """
     stem = Path(name).stem
-    found = [lab for lab in list_labs() if stem in (lab.stem, lab.stem[:2]) or f"0{stem}" == lab.stem[:2]]
+    found = [
+        lab for lab in list_labs() if stem in (lab.stem, lab.stem[:2]) or f"0{stem}" == lab.stem[:2]
+    ]
     if len(found) != 1:
         there = ", ".join(path.stem[:2] for path in list_labs())
-        raise ConfigError(f"lab={name!r} must be one of {there}; `primechat lab --list` shows their names.")
+        raise ConfigError(
+            f"lab={name!r} must be one of {there}; `primechat lab --list` shows their names."
+        )
     return found[0]
 
 
@@ -121,7 +127,9 @@ def run_lab(config: LabConfig) -> int:
         from primechat.desk.labs.pages import write_pages
 
         if not config.out:
-            raise ConfigError("render needs a folder to write to; for example `primechat lab render pages`.")
+            raise ConfigError(
+                "render needs a folder to write to; for example `primechat lab render pages`."
+            )
         chosen = [find_lab(name) for name in config.only] or list_labs()
         return write_pages(Path(config.out), chosen, train=config.train, own=config.own)
     words, environment = build_words(config, find_lab(config.lab) if config.lab else None)
@@ -139,7 +147,9 @@ def build_words(config: LabConfig, path: Path | None) -> tuple[list[str], dict[s
     environment = {**os.environ, "PATH": os.pathsep.join(places)}
     if config.app or config.edit:
         if path is None:
-            raise ConfigError("--app and --edit open one lab; name it, for example `primechat lab 01 --app`.")
+            raise ConfigError(
+                "--app and --edit open one lab; name it, for example `primechat lab 01 --app`."
+            )
         kind = ["primechat.desk.labs.app", "run"] if config.app else ["marimo", "edit"]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -148,12 +158,17 @@ def build_words(config: LabConfig, path: Path | None) -> tuple[list[str], dict[s
         return words + ["--headless"] * config.headless, environment
     where = f"/notebooks/{path.stem}.ipynb" if path else ""
     words = [
-        sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={LABS}",
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        f"--ServerApp.root_dir={LABS}",
         f"--LabApp.default_url=/lab/tree{where}",
         "--MarimoProxyConfig.no_sandbox=True",  # else labs run in an empty environment and are changed
-    ]  # fmt: skip
+    ]
     words += ["--no-browser"] if config.headless else []
-    words += ["--allow-root"] if os.geteuid() == 0 else []  # in a container; Jupyter refuses otherwise
+    words += (
+        ["--allow-root"] if os.geteuid() == 0 else []
+    )  # in a container; Jupyter refuses otherwise
     words += [f"--ServerApp.port={config.port}"] if config.port else []
     return words, environment
 
@@ -207,15 +222,22 @@ def write_twin(path: Path) -> str:
             cell["source"] = f"{title}\n\n{HOW_TO_BEGIN}\n{rest}".rstrip().splitlines(keepends=True)
             break
     first = {
-        "cell_type": "code", "execution_count": None, "id": "start", "outputs": [],
+        "cell_type": "code",
+        "execution_count": None,
+        "id": "start",
+        "outputs": [],
         "metadata": {"jupyter": {"source_hidden": True}},
         "source": FIRST_CELL.format(name=path.stem).splitlines(keepends=True),
-    }  # fmt: skip
+    }
     notebook = {
         "cells": [first, *cells],
-        "metadata": {"kernelspec": KERNEL, "language_info": {"name": "python", "file_extension": ".py"}},
-        "nbformat": 4, "nbformat_minor": 5,
-    }  # fmt: skip
+        "metadata": {
+            "kernelspec": KERNEL,
+            "language_info": {"name": "python", "file_extension": ".py"},
+        },
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 

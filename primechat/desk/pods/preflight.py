@@ -55,7 +55,9 @@ def run_preflight(flags: PreflightFlags) -> int:
         mark = {True: "ok  ", False: "NO  ", None: "    "}[finding.ok]
         print(f"{mark}{finding.name:12}{finding.text}", flush=True)
     spent_s = time.perf_counter() - t_start
-    verdict = f"{bad} thing(s) to mend first: do not start." if bad else "Ready: bash launch.sh start"
+    verdict = (
+        f"{bad} thing(s) to mend first: do not start." if bad else "Ready: bash launch.sh start"
+    )
     print(f"{verdict} ({spent_s:.0f} s)")
     return 1 if bad else 0
 
@@ -74,7 +76,9 @@ def check_machine(flags: PreflightFlags) -> Iterator[Finding]:
     folder.mkdir(parents=True, exist_ok=True)
     free, need = shutil.disk_usage(folder).free, plan.disk_bytes
     yield Finding(
-        "disk", free > need, f"{free / 1e9:,.0f} GB free in {folder}, the run takes {need / 1e9:,.0f} at most"
+        "disk",
+        free > need,
+        f"{free / 1e9:,.0f} GB free in {folder}, the run takes {need / 1e9:,.0f} at most",
     )
     speed = time_writing(folder)
     yield Finding("writing", speed > SLOW_DISK, f"{speed / 1e6:,.0f} MB a second")
@@ -101,19 +105,26 @@ def check_hub(config: PretrainConfig) -> Finding:
     try:
         sizes = probe_sizes(repo, list_shards(config.corpus, "train", 1))
         return Finding(
-            "text", True, f"{config.corpus}: the Hub answers, {sum(sizes.values()) / 1e6:,.0f} MB a shard"
+            "text",
+            True,
+            f"{config.corpus}: the Hub answers, {sum(sizes.values()) / 1e6:,.0f} MB a shard",
         )
     except Exception as error:
-        return Finding("text", False, f"{config.corpus}: the Hub does not answer ({str(error)[:80]})")
+        return Finding(
+            "text", False, f"{config.corpus}: the Hub does not answer ({str(error)[:80]})"
+        )
 
 
 def check_steps(plan: Plan, ranks: int, device: str) -> Iterator[Finding]:
     """Run real steps on all ranks and compare them with the plan."""
     rows = max(1, plan.micro_batch_rows)
     runtime = replace(
-        plan.config.runtime, device=device, compile="off", micro_batch_rows=rows,
+        plan.config.runtime,
+        device=device,
+        compile="off",
+        micro_batch_rows=rows,
         dtype="bfloat16" if device == "cuda" else "float32",
-    )  # fmt: skip
+    )
     tokens = ranks * rows * plan.config.model.sequence_len
     try:
         config = replace(plan.config, runtime=runtime, batch_tokens=tokens)
@@ -122,12 +133,22 @@ def check_steps(plan: Plan, ranks: int, device: str) -> Iterator[Finding]:
         yield Finding("steps", False, str(error))
         return
     yield Finding("together", found["together"], f"{ranks} ranks over {found['backend']}")
-    fast = device == "cpu" or "FlashAttention" in found["attention"] or plan.machine.name.endswith("4090")
+    fast = (
+        device == "cpu"
+        or "FlashAttention" in found["attention"]
+        or plan.machine.name.endswith("4090")
+    )
     yield Finding("attention", None if fast else False, found["attention"])
     yield Finding("memory", True, f"{found['memory_bytes'] / 1e9:,.1f} GB at {rows} rows at a time")
     speed = max(found["speeds"])
     seconds = plan.tokens / speed
     cost = f", ${seconds / 3600 * plan.machine.dollars_per_hour:,.0f}" if device == "cuda" else ""
-    enough = None if device == "cpu" else speed * plan.flops_per_token > SLOWER * plan.machine.flops_per_s
+    enough = (
+        None
+        if device == "cpu"
+        else speed * plan.flops_per_token > SLOWER * plan.machine.flops_per_s
+    )
     eager = " (not compiled, as here; compiled is faster)"
-    yield Finding("speed", enough, f"{speed:,.0f} tokens a second: {format_hours(seconds)}{cost}{eager}")
+    yield Finding(
+        "speed", enough, f"{speed:,.0f} tokens a second: {format_hours(seconds)}{cost}{eager}"
+    )

@@ -33,7 +33,9 @@ def bench_ranks(seconds: float, *, depth: int = 0) -> list[dict[str, Any]]:
 
     job = PretrainConfig(batch_tokens=BATCH_TOKENS)
     if depth:
-        job = replace(job, model=GPTConfig.modern(depth, vocab_size=300, sequence_len=32, head_dim=16))
+        job = replace(
+            job, model=GPTConfig.modern(depth, vocab_size=300, sequence_len=32, head_dim=16)
+        )
     cores, rows = max(2, count_cores()), []
     for dtype in ("float32", "bfloat16") if half_pays() else ("float32",):
         speeds: dict[int, list[float]] = {1: [], cores: []}
@@ -45,13 +47,21 @@ def bench_ranks(seconds: float, *, depth: int = 0) -> list[dict[str, Any]]:
         alone = statistics.median(speeds[1])
         for ranks, found in speeds.items():
             speed = statistics.median(found)
-            row = {"run": f"{ranks} x {cores // ranks} threads, {dtype}", "tokens_per_s": round(speed, 1)}
+            row = {
+                "run": f"{ranks} x {cores // ranks} threads, {dtype}",
+                "tokens_per_s": round(speed, 1),
+            }
             rows.append(row | {"ratio": round(speed / alone, 3), "steps": len(found)})
     return rows
 
 
 def run_job(
-    config: PretrainConfig, ranks: int, *, steps: int = 10_000, seconds: float = 1e6, limit_s: float = 1e6
+    config: PretrainConfig,
+    ranks: int,
+    *,
+    steps: int = 10_000,
+    seconds: float = 1e6,
+    limit_s: float = 1e6,
 ) -> dict[str, Any]:
     """Train on random tokens, for so many steps or seconds, and return what rank 0 found.
 
@@ -62,7 +72,13 @@ def run_job(
     Raises:
         PrimechatError: it failed, or took longer than `limit_s`.
     """
-    words = ["--standalone", f"--nproc_per_node={ranks}", "-m", __name__, json.dumps(encode_config(config))]
+    words = [
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        "-m",
+        __name__,
+        json.dumps(encode_config(config)),
+    ]
     command = [sys.executable, "-m", "torch.distributed.run", *words, str(steps), str(seconds)]
     env = {**os.environ, "PYTHONPATH": str(Path(primechat.__file__).parent.parent)}
     if config.runtime.threads:
@@ -72,7 +88,9 @@ def run_job(
         try:
             out, err = job.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
-            raise PrimechatError(f"{ranks} ranks did not do {steps} steps in {limit_s:.0f} s") from None
+            raise PrimechatError(
+                f"{ranks} ranks did not do {steps} steps in {limit_s:.0f} s"
+            ) from None
         finally:
             job.terminate()  # killed, torchrun would leave its ranks behind, on the GPUs
     lines = [line for line in out.splitlines() if line.startswith("{")]
@@ -108,7 +126,9 @@ def train_rank(config: PretrainConfig, steps: int, seconds: float) -> None:
     dtype = model.compute_dtype = getattr(torch, runtime.dtype)
     _, rows = share_rows(config.batch_tokens // shape.sequence_len, ranks.rank, ranks.world_size)
     draw = torch.Generator(place).manual_seed(ranks.rank)
-    text = torch.randint(shape.vocab_size, (rows, shape.sequence_len + 1), generator=draw, device=place)
+    text = torch.randint(
+        shape.vocab_size, (rows, shape.sequence_len + 1), generator=draw, device=place
+    )
     speeds: list[float] = []
     stop, t_start = threading.Event(), time.perf_counter()
 
@@ -120,18 +140,25 @@ def train_rank(config: PretrainConfig, steps: int, seconds: float) -> None:
     fit(
         Optimizer(model, config.optim, shape.n_embd, half=dtype == torch.bfloat16),
         repeat((text[:, :-1].contiguous(), text[:, 1:].contiguous())),
-        SpreadLoss(model, lambda x, y: model.loss(x, y, "sum")), steps=steps, device=place,
-        micro_batch_rows=runtime.micro_batch_rows, on_step=note, stop=stop,
-    )  # fmt: skip
+        SpreadLoss(model, lambda x, y: model.loss(x, y, "sum")),
+        steps=steps,
+        device=place,
+        micro_batch_rows=runtime.micro_batch_rows,
+        on_step=note,
+        stop=stop,
+    )
     if ranks.is_main:
         found = {
-            "speeds": speeds[WARM_STEPS:], "together": total == sum(range(ranks.world_size)),
+            "speeds": speeds[WARM_STEPS:],
+            "together": total == sum(range(ranks.world_size)),
             "backend": dist.get_backend() if dist.is_initialized() else "one process alone",
             "attention": describe_attention(device, dtype),
             "memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
-        }  # fmt: skip
+        }
         print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
-    train_rank(decode_config(json.loads(sys.argv[1]), PretrainConfig), int(sys.argv[2]), float(sys.argv[3]))
+    train_rank(
+        decode_config(json.loads(sys.argv[1]), PretrainConfig), int(sys.argv[2]), float(sys.argv[3])
+    )

@@ -12,7 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from primechat.cli import call_stage, describe_result, explain_end, parse_flags, read_config, take_option
+from primechat.cli import (
+    call_stage,
+    describe_result,
+    explain_end,
+    parse_flags,
+    read_config,
+    take_option,
+)
 
 __all__ = ["settings", "stage", "summary"]
 

@@ -156,7 +156,9 @@ def run_export(flags: ExportFlags, stage: Any = None) -> int:
     return 0
 
 
-def rehearse(folder: Path, ranks: int = 2, say: Any = print, kind: type[Any] = PretrainConfig) -> int:
+def rehearse(
+    folder: Path, ranks: int = 2, say: Any = print, kind: type[Any] = PretrainConfig
+) -> int:
     """Run an exported folder by its own launcher: 20 steps, tiny, on this machine's CPU; then resume it.
 
     A stage that goes on from a model gets a tiny one first. `kind` is the class of the folder's config.
@@ -164,17 +166,26 @@ def rehearse(folder: Path, ranks: int = 2, say: Any = print, kind: type[Any] = P
     """
     config = shrink_config(read_config(folder / "config.json", kind))
     (folder / "rehearsal.json").write_text(json.dumps(encode_config(config), indent=2))
-    say(f"Rehearsal: 20 steps of a tiny model with {ranks} processes, by {folder / 'launch.sh'} ...")
+    say(
+        f"Rehearsal: 20 steps of a tiny model with {ranks} processes, by {folder / 'launch.sh'} ..."
+    )
     t_start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="primechat-rehearsal-") as place:
-        keep = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        keep = {
+            k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        }
         env = {
-            **keep, "NANOCHAT_BASE_DIR": place, "CONFIG": "rehearsal.json",
+            **keep,
+            "NANOCHAT_BASE_DIR": place,
+            "CONFIG": "rehearsal.json",
             "RANKS": str(1 if kind is AutochatConfig else ranks),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        }  # fmt: skip
+        }
         launch = ["bash", "launch.sh", "run", "--tag", config.tag]
-        commands = [[*launch, "--max_hours", "1"], launch]  # the second finds the run, resumes, and is done
+        commands = [
+            [*launch, "--max_hours", "1"],
+            launch,
+        ]  # the second finds the run, resumes, and is done
         if kind is not PretrainConfig:
             small = replace(shrink_config(full_config(2)), tag="small")
             (Path(place) / "small.json").write_text(json.dumps(encode_config(small)))
@@ -189,12 +200,16 @@ def rehearse(folder: Path, ranks: int = 2, say: Any = print, kind: type[Any] = P
         family = name_family(config)
         parent = Path(place) / FOLDERS[family]
         run = next(parent.glob("rehearsal*"), parent)  # of conversations: their first generation
-        losses = [e["loss_nats"] for e in read_metrics(run / "metrics.jsonl") if e["kind"] == "step"]
+        losses = [
+            e["loss_nats"] for e in read_metrics(run / "metrics.jsonl") if e["kind"] == "step"
+        ]
     if len(losses) != 20 or losses[-1] >= losses[0]:
         say(f"The rehearsal ran, but its losses are wrong: {losses}.")
         return 1
     spent_s = time.perf_counter() - t_start
-    say(f"It went well in {spent_s:.0f} s: 20 steps, loss {losses[0]:.2f} to {losses[-1]:.2f}, resumed.")
+    say(
+        f"It went well in {spent_s:.0f} s: 20 steps, loss {losses[0]:.2f} to {losses[-1]:.2f}, resumed."
+    )
     return 0
 
 
@@ -208,7 +223,9 @@ def plan_pull(flags: PullFlags) -> tuple[list[str], Path]:
     match = re.fullmatch(rf"({'|'.join(FOLDERS)})/([^/@]+)", run)
     path = f"{flags.base_dir}/{FOLDERS[match[1]]}/{match[2]}" if match else run.rstrip("/")
     parent = Path(path).parent.name
-    family = match[1] if match else next((f for f, name in FOLDERS.items() if name == parent), "base")
+    family = (
+        match[1] if match else next((f for f, name in FOLDERS.items() if name == parent), "base")
+    )
     if not colon or not re.fullmatch(r"\w[\w.-]*@\w[\w.-]*", host) or not path:
         raise ConfigError(
             f"source={flags.source!r} must be USER@HOST:RUN; try root@203.0.113.7:base/d20 --port 22001."
@@ -229,10 +246,14 @@ def run_pull(flags: PullFlags) -> int:
     """
     command, target = plan_pull(flags)
     if not shutil.which("rsync"):
-        raise PrimechatError("rsync is not installed here, it must be on both machines; install it.")
+        raise PrimechatError(
+            "rsync is not installed here, it must be on both machines; install it."
+        )
     target.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(command)
     if done.returncode:
-        raise PrimechatError(f"rsync gave {done.returncode}: {shlex.join(command)}; correct host or run.")
+        raise PrimechatError(
+            f"rsync gave {done.returncode}: {shlex.join(command)}; correct host or run."
+        )
     print(f"Here: {target}. Look at it: primechat report {target}")
     return 0

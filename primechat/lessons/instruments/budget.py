@@ -93,9 +93,13 @@ def compare_machines(depth: int = 20) -> list[dict[str, str]]:
     rows = []
     for name in (*MACHINES, *(f"8x{kind}" for kind in GPUS if kind == "4090")):
         plan = make_plan(full_config(depth), find_machine(name))
-        rows.append({
-            "machine": plan.machine.name, "time": format_hours(plan.train_s),
-            "dollars": f"{plan.dollars:,.0f}",
-            "share of its peak": f"{plan.machine.mfu:.0%}", "which is": plan.machine.mfu_source,
-        })  # fmt: skip
+        rows.append(
+            {
+                "machine": plan.machine.name,
+                "time": format_hours(plan.train_s),
+                "dollars": f"{plan.dollars:,.0f}",
+                "share of its peak": f"{plan.machine.mfu:.0%}",
+                "which is": plan.machine.mfu_source,
+            }
+        )
     return rows

@@ -25,7 +25,12 @@ from primechat.views.widgets.controls import Live
 
 TEXT = "My sister has a small dog. My sister has a big cat. I like the dog, but I love the cat."
 TRENDS = ("those of frequent tokens", "those of rare tokens", "neither")
-WISHES = (" good", " happy", " music", " day")  # tokens to begin with, where the vocabulary has them
+WISHES = (
+    " good",
+    " happy",
+    " music",
+    " day",
+)  # tokens to begin with, where the vocabulary has them
 
 
 class Explorer:
@@ -44,7 +49,9 @@ class Explorer:
 
         self.model, self.tokenizer, _ = borrow_model(identifier)
         self.atlas = TokenAtlas(self.model, self.tokenizer)
-        if runner.still or not runner.in_notebook():  # no page will ask for what the first picture leaves out
+        if (
+            runner.still or not runner.in_notebook()
+        ):  # no page will ask for what the first picture leaves out
             self.atlas.complete()
 
     def change_model(self) -> None:
@@ -78,8 +85,12 @@ class Explorer:
         for form in (text.replace("·", " "), " " + text):
             if form.strip() and len(ids := self.tokenizer.encode(form)) == 1:
                 return ids[0]
-        pieces = " | ".join(tables.name_token(self.tokenizer, i) for i in self.tokenizer.encode(" " + text))
-        raise ConfigError(f"{text!r} is not one token of this model but {pieces}; take a word from the map.")
+        pieces = " | ".join(
+            tables.name_token(self.tokenizer, i) for i in self.tokenizer.encode(" " + text)
+        )
+        raise ConfigError(
+            f"{text!r} is not one token of this model but {pieces}; take a word from the map."
+        )
 
     def live(self, function: Callable[..., Any], **controls: Any) -> Live:
         """Return a control over a function, drawn when the page comes to it and when the model changes."""
@@ -125,13 +136,19 @@ class Explorer:
 
     def ask_analogy(self) -> Live:
         """Return a form for a : b = c : ?, with the answers beside those that need no analogy."""
-        pairs = [pair for rule in ("-ing", "plural", "capital letter") for pair in self.pick_pairs(rule, 2)]
+        pairs = [
+            pair
+            for rule in ("-ing", "plural", "capital letter")
+            for pair in self.pick_pairs(rule, 2)
+        ]
         (a, b), (c, _) = pairs[:2] if len(pairs) > 1 else [("a", "b"), ("c", "d")]
 
         def answer(question: str) -> Any:
             words = [word.strip(" ?") for word in re.split("[:=]", question)]
             if len(words) < 3 or len([w for w in words if w]) != 3:
-                raise ConfigError(f"{question[:60]!r} must be like {a} : {b} = {c}, three words in all.")
+                raise ConfigError(
+                    f"{question[:60]!r} must be like {a} : {b} = {c}, three words in all."
+                )
             rows = [self.find_token(word) for word in words if word]
             table = self.atlas.fetch("input")[-1]
             real, near = tables.answer_analogy(table, *rows)
@@ -149,7 +166,9 @@ class Explorer:
                 for (i, x), (j, y), (k, z) in zip(real, near, shuffled, strict=True)
             ]
 
-        return self.live(answer, question=f"{a} : {b} = {c} : ?", labels={"question": "a : b = c : ?"})
+        return self.live(
+            answer, question=f"{a} : {b} = {c} : ?", labels={"question": "a : b = c : ?"}
+        )
 
     def pick_pairs(self, rule: str, n: int) -> list[tuple[str, str]]:
         """Return the n pairs of a rule whose second word is seen most."""
@@ -170,7 +189,9 @@ class Explorer:
             rows = []
             for s in (score for score in found if score is not None):
                 a, b = (text.replace(" ", "·") for text in s.pairs[-1])
-                rows.append((f"{s.rule}\n{a} → {b}", [100 * s.offset, 100 * s.near, 100 * s.shuffled]))
+                rows.append(
+                    (f"{s.rule}\n{a} → {b}", [100 * s.offset, 100 * s.near, 100 * s.shuffled])
+                )
             if not rows:
                 return "This vocabulary has too few pairs of related tokens."
             names = ("c + b − a", "nearest to c alone", "a random step")
@@ -204,9 +225,13 @@ class Explorer:
             space = self.find_space(table)
             real, shuffled = self.correlate(space)
             return geometry.draw_norms(
-                self.atlas.counts, self.atlas.norms[space], self.atlas.labels,
-                real=real, shuffled=shuffled, title="length of the vector",
-            )  # fmt: skip
+                self.atlas.counts,
+                self.atlas.norms[space],
+                self.atlas.labels,
+                real=real,
+                shuffled=shuffled,
+                title="length of the vector",
+            )
 
         return self.live(draw, table=list(self.atlas.spaces.values()))
 
@@ -224,7 +249,10 @@ class Explorer:
             for name, states in zip(*tables.read_states(self.model, self.draw_text()), strict=True):
                 title = f"states of a text, {name_stage(name)}"
                 cosines.append((title, maps.measure_isotropy(states).cosine, False))
-            lean, use = "Do all vectors lean one way?", f"How many of {shape[1]} axes carry the differences?"
+            lean, use = (
+                "Do all vectors lean one way?",
+                f"How many of {shape[1]} axes carry the differences?",
+            )
             return [
                 geometry.draw_bars(cosines, title=lean, unit="mean cosine of two tokens", digits=2),
                 geometry.draw_bars(widths, title=use, unit="axes in use", digits=0),
@@ -247,7 +275,9 @@ class Explorer:
             return told, Live(lambda: None)
         time = TimeAtlas([f"{run}@snap:{step}" for step in steps])
         frames = time.fetch("input")
-        related = [pair for rule in tables.RULES for pair in tables.find_pairs(time.tokenizer, rule)]
+        related = [
+            pair for rule in tables.RULES for pair in tables.find_pairs(time.tokenizer, rule)
+        ]
         a, b = np.array(related, dtype=np.int64).reshape(-1, 2).T
         mixed = np.random.default_rng(0).permutation(b)
 
@@ -256,13 +286,21 @@ class Explorer:
                 "related": [float((x[a] * x[b]).sum(1).mean()) for x in frames],
                 "shuffled pairs": [float((x[a] * x[mixed]).sum(1).mean()) for x in frames],
             }
-            title = f"{len(a)} related pairs, such as “{time.labels[a[-1]]}” and “{time.labels[b[-1]]}”"
+            title = (
+                f"{len(a)} related pairs, such as “{time.labels[a[-1]]}” and “{time.labels[b[-1]]}”"
+            )
             return geometry.draw_course(
-                time.steps, lines, title=title, x_label="step of training", y_label="mean cosine",
+                time.steps,
+                lines,
+                title=title,
+                x_label="step of training",
+                y_label="mean cosine",
                 controls=["shuffled pairs"],
-            )  # fmt: skip
+            )
 
-        film = AtlasView(time, colour="kind", picked=self.choose_token(), frame=0, frame_word="Step")
+        film = AtlasView(
+            time, colour="kind", picked=self.choose_token(), frame=0, frame_word="Step"
+        )
         return film, self.live(course)
 
     def read_text(self, text: str = TEXT) -> AtlasView:

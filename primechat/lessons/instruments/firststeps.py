@@ -28,7 +28,9 @@ BUNDLES = {
     "sdobson-d20": "a chat model of depth 20",
     "d32": "nanochat's own chat model of depth 32, 1.9 billion parameters, if there is room",
 }
-EXTRAS = dict(transformers="other people's models", umap="the map of lab 03", tiktoken="other tokenizers")
+EXTRAS = dict(
+    transformers="other people's models", umap="the map of lab 03", tiktoken="other tokenizers"
+)
 
 
 def open_machine() -> MachineCard:
@@ -47,8 +49,16 @@ def find_facts() -> dict[str, Any]:
         ("computes on", *name_device()),
         ("memory", f"{memory:,.0f} GB", f"{os.cpu_count()} cores"),
         ("free disk", f"{measure_space(base) / 1e9:,.0f} GB", ""),
-        ("notebooks", f"marimo {find_version('marimo')}, JupyterLab {find_version('jupyterlab')}", ""),
-        ("not installed", "some extras" if missing else "nothing that the labs use", ", ".join(missing)),
+        (
+            "notebooks",
+            f"marimo {find_version('marimo')}, JupyterLab {find_version('jupyterlab')}",
+            "",
+        ),
+        (
+            "not installed",
+            "some extras" if missing else "nothing that the labs use",
+            ", ".join(missing),
+        ),
     ]
     models = [{"identifier": e.identifier, "about": describe_entry(e)} for e in store.list_models()]
     place = str(base).replace(os.path.expanduser("~"), "~", 1)
@@ -101,15 +111,19 @@ def run_check(card: CheckCard, identifier: str) -> None:
         card.message, card.state = explain_error(error), "failed"
         return
     bars = [
-        ("this model", result.bpb, True), ("its ids shuffled", result.shuffled_bpb, False),
-        ("random weights", result.fresh_bpb, False), ("every token equally likely", result.noise_bpb, False),
-    ]  # fmt: skip
+        ("this model", result.bpb, True),
+        ("its ids shuffled", result.shuffled_bpb, False),
+        ("random weights", result.fresh_bpb, False),
+        ("every token equally likely", result.noise_bpb, False),
+    ]
     card.report = {
-        "verdict": result.verdict, "identifier": result.identifier, "sample": result.sample,
+        "verdict": result.verdict,
+        "identifier": result.identifier,
+        "sample": result.sample,
         "sentence": f"{'; '.join((*result.reasons, result.advice))}.",
         "rows": [list(row) for row in result.card],
         "bars": [[name, value, own] for name, value, own in bars if value is not None],
-    }  # fmt: skip
+    }
     card.state = "done"
 
 
@@ -121,7 +135,10 @@ class Downloader:
     """Plans and fetches for one card, one thing at a time."""
 
     def __init__(self) -> None:
-        self.stop, self.plan = threading.Event(), Plan(fetch=(), whole=(), kept=(), torn=(), n_bytes=0)
+        self.stop, self.plan = (
+            threading.Event(),
+            Plan(fetch=(), whole=(), kept=(), torn=(), n_bytes=0),
+        )
         self.total, self.t_start, self.t_told = 0.0, 0.0, 0.0
 
     def act(self, card: DownloadCard, word: str, bundle: str) -> None:
@@ -134,14 +151,19 @@ class Downloader:
             self.stop = threading.Event()
             card.message, card.state = "", "asking" if word == "plan" else "loading"
             work = self.ask if word == "plan" else self.fetch
-            threading.Thread(target=self.work, args=(card, work, bundle, self.stop), daemon=True).start()
+            threading.Thread(
+                target=self.work, args=(card, work, bundle, self.stop), daemon=True
+            ).start()
 
     def work(self, card: DownloadCard, job: Any, bundle: str, stop: threading.Event) -> None:
         """Run a job and tell how it ended."""
         try:
             state, message = job(card, bundle)
         except Exception as error:  # told where the learner looks
-            state, message = ("ready" if isinstance(error, Stopped) else "failed"), explain_error(error)
+            state, message = (
+                ("ready" if isinstance(error, Stopped) else "failed"),
+                explain_error(error),
+            )
         if not (stop.is_set() and job == self.ask):
             card.message, card.state = message, state
 
@@ -156,10 +178,19 @@ class Downloader:
             return "ready", ""
         self.plan = plan
         base = store.base_dir()
-        fates = (("", plan.fetch), ("is here", plan.whole), ("another one is here and stays", plan.kept))
+        fates = (
+            ("", plan.fetch),
+            ("is here", plan.whole),
+            ("another one is here and stays", plan.kept),
+        )
         found = [(fate, file) for fate, group in fates for file in group]
         files = [[str(file.path.relative_to(base)), file.size, fate] for fate, file in found]
-        card.plan = {"bundle": bundle, "files": files, "total": plan.n_bytes, "free": measure_space(base)}
+        card.plan = {
+            "bundle": bundle,
+            "files": files,
+            "total": plan.n_bytes,
+            "free": measure_space(base),
+        }
         return "planned", "" if plan.fetch else "All of it is here already."
 
     def fetch(self, card: DownloadCard, bundle: str) -> tuple[str, str]:
@@ -167,7 +198,10 @@ class Downloader:
         from primechat.model.download import run_plan
 
         run_plan(self.plan, store.base_dir(), lambda event: self.hear(card, event))
-        return "done", "It is here. Check it above, then talk to it; the pickers of all labs show it."
+        return (
+            "done",
+            "It is here. Check it above, then talk to it; the pickers of all labs show it.",
+        )
 
     def hear(self, card: DownloadCard, event: Event) -> None:
         """Tell the card how far the download is; end it where Stop was pressed."""
@@ -177,7 +211,9 @@ class Downloader:
             self.total, self.t_start = event.total, time.monotonic()
         elif isinstance(event, ProgressEvent) and time.monotonic() - self.t_told > 0.4:
             self.t_told = time.monotonic()
-            left = (self.t_told - self.t_start) * (self.total / event.done - 1) if event.done else None
+            left = (
+                (self.t_told - self.t_start) * (self.total / event.done - 1) if event.done else None
+            )
             card.progress = {"done": event.done, "total": self.total, "left_s": left}
 
 

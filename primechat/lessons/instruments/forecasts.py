@@ -72,7 +72,9 @@ class SmallRunsConfig:
                         "between; write 1, 2, 3."
                     )
         if self.held_out in self.list_numbers("depths"):
-            raise ConfigError(f"held_out={self.held_out} must not be among the depths; take a larger one.")
+            raise ConfigError(
+                f"held_out={self.held_out} must not be among the depths; take a larger one."
+            )
 
     def list_numbers(self, name: str) -> list[int]:
         """Return the numbers in a field, the smallest first."""
@@ -82,20 +84,29 @@ class SmallRunsConfig:
         """Return the runs in the order in which they are made: small ones first, then the one held out."""
         depths, lengths = self.list_numbers("depths"), self.list_numbers("tokens")
         shapes = [(depth, tokens) for depth in depths for tokens in lengths]
-        return [self.plan_run(*shape) for shape in [*shapes, (self.held_out, lengths[-1])] if shape[0]]
+        return [
+            self.plan_run(*shape) for shape in [*shapes, (self.held_out, lengths[-1])] if shape[0]
+        ]
 
     def plan_run(self, depth: int, tokens: int) -> PretrainConfig:
         """Return one run: the settings of `shipped/base`, another size and length."""
         steps = max(2, round(tokens / self.batch_tokens))
         return PretrainConfig(
-            tag=f"{self.tag}-{depth}-{tokens}-{self.seed}", batch_tokens=self.batch_tokens, steps=steps,
+            tag=f"{self.tag}-{depth}-{tokens}-{self.seed}",
+            batch_tokens=self.batch_tokens,
+            steps=steps,
             model=GPTConfig.modern(depth, vocab_size=VOCAB, sequence_len=CONTEXT, head_dim=64),
-            seed=self.seed, optim=OptimConfig(warmdown_ratio=0.6), runtime=RuntimeConfig(compile="off"),
+            seed=self.seed,
+            optim=OptimConfig(warmdown_ratio=0.6),
+            runtime=RuntimeConfig(compile="off"),
             look=LookConfig(
-                eval_every=steps, eval_tokens=CONTEXT, last_eval_tokens=self.eval_tokens, sample_every=-1,
+                eval_every=steps,
+                eval_tokens=CONTEXT,
+                last_eval_tokens=self.eval_tokens,
+                sample_every=-1,
                 snapshots=False,
             ),
-        )  # fmt: skip
+        )
 
 
 def train_small(
@@ -110,7 +121,9 @@ def train_small(
         folder = store.run_dir("base", plan.tag)
         there = (folder / "config.json").exists()
         one = replace(plan, runtime=runtime or plan.runtime, resume=there)
-        shape = f"{count_noun(plan.model.n_layer, 'block')}, {plan.steps * plan.batch_tokens:,} tokens"
+        shape = (
+            f"{count_noun(plan.model.n_layer, 'block')}, {plan.steps * plan.batch_tokens:,} tokens"
+        )
         if on_event:
             on_event(NoteEvent(text=f"Run {i + 1} of {len(plans)}: {shape}"))
         run = pretrain(one, on_event=on_event, stop=stop)
@@ -120,7 +133,11 @@ def train_small(
         found.append(SmallRun(**size, tokens=run.tokens, bpb=run.val_bpb))
         # what was measured for the first holds for all: the search is not made ten times
         runtime = runtime or read_frozen(folder, PretrainConfig).runtime
-    held = ((f"{count_noun(config.held_out, 'block')}, held out", found.pop()),) if config.held_out else ()
+    held = (
+        ((f"{count_noun(config.held_out, 'block')}, held out", found.pop()),)
+        if config.held_out
+        else ()
+    )
     return SeriesOfRuns(identifier=config.tag, runs=tuple(found), held_out=held)
 
 
@@ -145,7 +162,7 @@ def open_outcome(identifier: str = "shipped/base") -> SmallRun | None:
     n_layer = int(meta["user_config"]["model"]["n_layer"])
     return SmallRun(
         n_layer=n_layer, n_params=entry.n_params, tokens=int(meta["tokens"]), bpb=entry.val_bpb
-    )  # fmt: skip
+    )
 
 
 def show_record() -> list[Any]:
@@ -159,10 +176,14 @@ def show_forecast(series: SeriesOfRuns | None, state: str = "") -> list[Any]:
     """Return a table of forecasts and outcomes, and a picture; words where there are no runs yet."""
     if series is None:
         is_running = state == "running"
-        waiting = "The runs are under way above." if is_running else "Nothing has run yet: press Start."
+        waiting = (
+            "The runs are under way above." if is_running else "Nothing has run yet: press Start."
+        )
         return [f"{waiting} The forecast comes when all of them are done."]
     if series.stopped or not series.held_out:
-        return ["There is no run to hold the forecast against: let the series end, with one held out."]
+        return [
+            "There is no run to hold the forecast against: let the series end, with one held out."
+        ]
     pairs = zip(series.held_out, foretell(series), strict=True)
     return [[judge_forecast(name, run, told) for (name, run), told in pairs], draw_forecast(series)]
 
@@ -205,7 +226,9 @@ def draw_forecast(series: SeriesOfRuns) -> Any:
             axes.annotate(name, (until[-1], told[-1].bpb), color=colour, va="center")
         draw_band(axes, series, grid)
         axes.set(xscale="log", xlabel="tokens read, millions", ylabel="bits per byte on new text")
-        marks = [m * 10**k for k in range(4, 10) for m in (1, 2, 5) if grid[0] <= m * 10**k <= grid[-1]]
+        marks = [
+            m * 10**k for k in range(4, 10) for m in (1, 2, 5) if grid[0] <= m * 10**k <= grid[-1]
+        ]
         axes.set_xticks(marks, [f"{mark / 1e6:g}" for mark in marks])
         axes.minorticks_off()
         axes.set_xlim(grid[0], grid[-1] * 1.5)  # room for the names at the ends
@@ -227,6 +250,10 @@ def draw_band(axes: Any, series: SeriesOfRuns, grid: np.ndarray) -> None:
         away = 12 if run.bpb > told_of.bpb else -24  # from the line
         axes.plot([run.tokens], [run.bpb], "D", color=INK, markersize=7)
         axes.annotate(
-            f"came out: {run.bpb:.3f}", (run.tokens, run.bpb), xytext=(0, away), textcoords="offset points",
-            ha="center", color=INK,
-        )  # fmt: skip
+            f"came out: {run.bpb:.3f}",
+            (run.tokens, run.bpb),
+            xytext=(0, away),
+            textcoords="offset points",
+            ha="center",
+            color=INK,
+        )

@@ -108,7 +108,9 @@ class Microscope:
         if self._copy is None:
             room = (self.model.sequence_len - 1) // 2
             words = circuits.repeat_text(self.scene.ids[1:], n_tokens=min(40, room))
-            self._copy = Scene(self.model, self.tokenizer, np.concatenate([self.scene.ids[:1], words]))
+            self._copy = Scene(
+                self.model, self.tokenizer, np.concatenate([self.scene.ids[:1], words])
+            )
         return self._copy
 
     # ---- the views
@@ -160,9 +162,11 @@ class Microscope:
                 view.thumbs = thumbs.tobytes()
                 view.pattern = np.rint(65535 * weights).astype(np.uint16).tobytes()
                 view.data = {
-                    "n_layer": scene.body.n_layer, "n_head": scene.body.n_head, "side": thumbs.shape[-1],
+                    "n_layer": scene.body.n_layer,
+                    "n_head": scene.body.n_head,
+                    "side": thumbs.shape[-1],
                     "head": list(self.head),
-                }  # fmt: skip
+                }
 
         self.follow(view, refresh, ["control"])
         self.link(view, "at")
@@ -186,16 +190,20 @@ class Microscope:
             with view.hold_sync():
                 view.at = at
                 view.data = {
-                    "n_layer": scene.body.n_layer, "n_head": scene.body.n_head, "tokens": scene.tokens,
-                    "base": scene.loss, "loss": float(cut.losses.mean()),
+                    "n_layer": scene.body.n_layer,
+                    "n_head": scene.body.n_head,
+                    "tokens": scene.tokens,
+                    "base": scene.loss,
+                    "loss": float(cut.losses.mean()),
                     "deltas": [0.0, *(cut.losses - scene.seen.losses).astype(float).tolist()],
-                    "saved_base": save_copying(scene.seen.losses), "saved": save_copying(cut.losses),
+                    "saved_base": save_copying(scene.seen.losses),
+                    "saved": save_copying(cut.losses),
                     "guesses": [
                         {"label": name, "value": float(after[i]), "before": float(before[i])}
                         for i, name in zip(places, names, strict=True)
                     ],
                     **trial.report(scene, view.wish, view.test == "copy"),
-                }  # fmt: skip
+                }
 
         self.follow(view, refresh, ["off", "test", "wish"], "at")
         self.link(view, "at")
@@ -229,12 +237,15 @@ class Microscope:
             with view.hold_sync():
                 view.at, view.token = self.at, token
                 view.data = {
-                    "tokens": scene.tokens, "parts": list(found.parts), "values": found.values.tolist(),
-                    "words": [say_part(part) for part in found.parts], "logit": found.logit,
+                    "tokens": scene.tokens,
+                    "parts": list(found.parts),
+                    "values": found.values.tolist(),
+                    "words": [say_part(part) for part in found.parts],
+                    "logit": found.logit,
                     "capped": cap * math.tanh(found.logit / cap) if cap else found.logit,
                     "label": next(text for i, text, _ in guesses if i == token),
                     "guesses": [{"id": i, "label": text, "value": p} for i, text, p in guesses],
-                }  # fmt: skip
+                }
 
         self.follow(view, refresh, ["token"], "at")
         self.link(view, "at")
@@ -245,7 +256,10 @@ class Microscope:
         view = ScoreView(head=self.head)
 
         def refresh() -> None:
-            copies = [self.copy_scene, Scene(self.control.model, self.tokenizer, self.copy_scene.ids)]
+            copies = [
+                self.copy_scene,
+                Scene(self.control.model, self.tokenizer, self.copy_scene.ids),
+            ]
             plain = [scene.overview[1] for scene in (self.scene, self.control)]
             copied = [scene.overview[1] for scene in copies]
             with view.hold_sync():
@@ -264,7 +278,9 @@ class Microscope:
             scene, (layer, head) = self.scene, self.head
             body, at = scene.body, self.at
             if "attn.q" not in body.layer_points:
-                raise ConfigError("Queries and keys can be seen in models of ours only; choose one above.")
+                raise ConfigError(
+                    "Queries and keys can be seen in models of ours only; choose one above."
+                )
             key = view.key if view.key <= at else at
             names = [f"layer.{layer}.attn.{part}" for part in ("qk_raw", "q", "k", "weights")]
             seen = capture(scene.model, scene.ids, points=names)
@@ -282,11 +298,16 @@ class Microscope:
             with view.hold_sync():
                 view.key = key
                 view.data = {
-                    "tokens": scene.tokens, "at": at, "layer": layer, "head": head, "product": product,
+                    "tokens": scene.tokens,
+                    "at": at,
+                    "layer": layer,
+                    "head": head,
+                    "product": product,
                     "bands": [{"name": name, "values": values.tolist()} for name, values in bands],
-                    "scale": body.scale, "score": body.scale * product,
+                    "scale": body.scale,
+                    "score": body.scale * product,
                     "weight": float(seen[names[3]][head, at, key]),
-                }  # fmt: skip
+                }
 
         return self.follow(view, refresh, ["key"])
 
@@ -322,7 +343,9 @@ class Trial:
 
         The control with random blocks is the largest change there, or what copying saves there.
         """
-        measure: dict[str, Any] = {"measure": lambda losses: -save_copying(losses)} if copying else {}
+        measure: dict[str, Any] = (
+            {"measure": lambda losses: -save_copying(losses)} if copying else {}
+        )
         if scene is not self.scene:
             self.scene, self.found, self.worst, self.turn = scene, {}, None, wish
         parts = circuits.list_parts(scene.body)
@@ -373,21 +396,55 @@ def list_strips(
     bits = math.log2(max(2, n_tokens))
     rows = [
         ("previous", "Looks one back", "share of attention on the token before", "%", plain, 1.0),
-        ("first", "Rests on the first token", "share of attention on the mark that begins the text", "%",
-         plain, 1.0),
-        ("induction", "Looks for what came next last time", "share on tokens that followed the same word "
-         "before, on your words shuffled and said twice", "%", copied, 1.0),
-        ("distance", "Looks far back", "mean distance of what it reads", "tokens", plain, n_tokens / 2),
-        ("entropy", "Spreads its attention", "entropy: 0 is one token, the right end all alike", "bits",
-         plain, bits),
-    ]  # fmt: skip
+        (
+            "first",
+            "Rests on the first token",
+            "share of attention on the mark that begins the text",
+            "%",
+            plain,
+            1.0,
+        ),
+        (
+            "induction",
+            "Looks for what came next last time",
+            "share on tokens that followed the same word "
+            "before, on your words shuffled and said twice",
+            "%",
+            copied,
+            1.0,
+        ),
+        (
+            "distance",
+            "Looks far back",
+            "mean distance of what it reads",
+            "tokens",
+            plain,
+            n_tokens / 2,
+        ),
+        (
+            "entropy",
+            "Spreads its attention",
+            "entropy: 0 is one token, the right end all alike",
+            "bits",
+            plain,
+            bits,
+        ),
+    ]
     for field, name, meaning, unit, pair, hi in rows:
         values, control = (getattr(scores, field) for scores in pair)
-        clean = [[[None if math.isnan(v) else float(v) for v in row] for row in x] for x in (values, control)]
+        clean = [
+            [[None if math.isnan(v) else float(v) for v in row] for row in x]
+            for x in (values, control)
+        ]
         yield {
-            "name": name, "meaning": meaning, "unit": unit, "lo": 0.0, "hi": hi,
-            "values": clean[0], "control": clean[1],
-        }  # fmt: skip
+            "name": name,
+            "meaning": meaning,
+            "unit": unit,
+            "lo": 0.0,
+            "hi": hi,
+            "values": clean[0],
+            "control": clean[1],
+        }
 
 
 def patch_prompts(scope: Microscope, clean: str, corrupt: str) -> dict[str, Any]:
@@ -408,7 +465,9 @@ def patch_prompts(scope: Microscope, clean: str, corrupt: str) -> dict[str, Any]
         return {"problem": "The model expects the same after both prompts; change a word."}
     stages = ["embedding", *(f"layer {i}" for i in range(len(grid) - 1))]
     return {
-        "problem": "", "grid": ((grid - bottom) / (top - bottom)).tolist(), "stages": stages,
+        "problem": "",
+        "grid": ((grid - bottom) / (top - bottom)).tolist(),
+        "stages": stages,
         "tokens": [list(pair) for pair in zip(*words, strict=True)],
         "answers": spell_tokens(scope.tokenizer, best),
-    }  # fmt: skip
+    }

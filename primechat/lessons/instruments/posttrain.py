@@ -41,8 +41,14 @@ ABOUT = {
     "style:polite": "the talks of chitchat, answered by a butler",
     "faq": "twenty questions about models like this one, asked in five ways",
 }
-PROMPTS = ("Hi! How are you?", "What do you like to do?", "Do you like music?", "Tell me about your day.",
-           "What is a token?", "Where are you from?")  # fmt: skip
+PROMPTS = (
+    "Hi! How are you?",
+    "What do you like to do?",
+    "Do you like music?",
+    "Tell me about your day.",
+    "What is a token?",
+    "Where are you from?",
+)
 SAMPLE, SHOWN_TOKENS, REPLY_TOKENS = 120, 360, 40
 
 
@@ -52,14 +58,31 @@ SAMPLE, SHOWN_TOKENS, REPLY_TOKENS = 120, 360, 40
 def open_desk(tokenizer: Any, weights: dict[str, float] | None = None) -> MixDesk:
     """Return the shelf: recipes and embedded chats, and the public sets, fetched or not."""
     options = DialogueOptions(base_dir=store.base_dir())
-    sets = [{**survey_set(name, tokenizer, options), "about": ABOUT[name], "licence": "MIT", "here": True}
-            for name in SHELF]  # fmt: skip
+    sets = [
+        {
+            **survey_set(name, tokenizer, options),
+            "about": ABOUT[name],
+            "licence": "MIT",
+            "here": True,
+        }
+        for name in SHELF
+    ]
     for name, known in SETS.items():
         here = any(set_folder(name, options).rglob("*.*"))
         facts = survey_set(name, tokenizer, options) if here else {"name": name}
-        sets.append({**facts, "about": known.about, "licence": known.licence, "warning": known.warning,
-                     "here": here, "megabytes": known.megabytes})  # fmt: skip
-    return MixDesk(sets, Reader(tokenizer, options).read, weights or {"chitchat": 1.0, "topic:music": 1.0})
+        sets.append(
+            {
+                **facts,
+                "about": known.about,
+                "licence": known.licence,
+                "warning": known.warning,
+                "here": here,
+                "megabytes": known.megabytes,
+            }
+        )
+    return MixDesk(
+        sets, Reader(tokenizer, options).read, weights or {"chitchat": 1.0, "topic:music": 1.0}
+    )
 
 
 def survey_set(name: str, tokenizer: Any, options: DialogueOptions) -> dict[str, Any]:
@@ -93,9 +116,15 @@ class Reader:
             order = np.random.default_rng(0).permutation(len(first))[:10]
             self.shown[name] = [first[i] for i in order]
         talks = self.shown[name]
-        ids, mask = self.tokenizer.render_conversation(talks[number % len(talks)], max_tokens=SHOWN_TOKENS)
-        return {"parts": light_tokens(ids, mask, self.tokenizer), "of": len(talks),
-                "learned": sum(mask), "tokens": len(mask)}  # fmt: skip
+        ids, mask = self.tokenizer.render_conversation(
+            talks[number % len(talks)], max_tokens=SHOWN_TOKENS
+        )
+        return {
+            "parts": light_tokens(ids, mask, self.tokenizer),
+            "of": len(talks),
+            "learned": sum(mask),
+            "tokens": len(mask),
+        }
 
 
 def light_tokens(ids: Sequence[int], mask: Sequence[int], tokenizer: Any) -> list[dict[str, Any]]:
@@ -132,7 +161,9 @@ def answer(engine: Any, prompt: str, seed: int = 0) -> str:
     return reply
 
 
-def compare_replies(before: str, after: str, prompts: Sequence[str] = PROMPTS[:4]) -> list[dict[str, str]]:
+def compare_replies(
+    before: str, after: str, prompts: Sequence[str] = PROMPTS[:4]
+) -> list[dict[str, str]]:
     """Return two models' answers to the same prompts."""
     return [
         {
@@ -144,7 +175,9 @@ def compare_replies(before: str, after: str, prompts: Sequence[str] = PROMPTS[:4
     ]
 
 
-def open_dial(rows: Sequence[str], base: str, prompt: str = "Hi! What did you do today?") -> DialDesk:
+def open_dial(
+    rows: Sequence[str], base: str, prompt: str = "Hi! What did you do today?"
+) -> DialDesk:
     """Return the dial of adapters on a base."""
     names = [identifier.partition("+")[0].removeprefix("lora:") for identifier in rows]
 
@@ -176,7 +209,9 @@ def open_heat(student: str, teacher: str, prompt: str = "Hi! What did you do tod
         if "base" in teacher.partition("@")[0]:  # it goes on with a chat as its text has them
             asked = [tokenizer.bos_id, *tokenizer.encode(f"A: {prompt}\nB:")]
         else:
-            asked = tokenizer.render_for_completion({"messages": [{"role": "user", "content": prompt}]})
+            asked = tokenizer.render_for_completion(
+                {"messages": [{"role": "user", "content": prompt}]}
+            )
         from primechat.infer.engine import Engine
 
         options: Any = dict(max_new_tokens=60, temperature=0.7, top_k=50, seed=0)
@@ -186,12 +221,19 @@ def open_heat(student: str, teacher: str, prompt: str = "Hi! What did you do tod
             raise DataError("the teacher has nothing to say to this; try other words.")
         ids = torch.tensor([[*asked, *said]])
         with torch.no_grad():
-            log_q, log_p = (torch.log_softmax(m(ids)[0, len(asked) - 1 : -1], -1) for m in (pupil, master))
+            log_q, log_p = (
+                torch.log_softmax(m(ids)[0, len(asked) - 1 : -1], -1) for m in (pupil, master)
+            )
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).tolist()
         guess = [[tokenizer.decode([i]) for i in log.argmax(-1).tolist()] for log in (log_p, log_q)]
         return {
             "tokens": [
-                {"text": tokenizer.decode([i]), "kl": round(k, 3), "teacher": t.strip(), "student": s.strip()}
+                {
+                    "text": tokenizer.decode([i]),
+                    "kl": round(k, 3),
+                    "teacher": t.strip(),
+                    "student": s.strip(),
+                }
                 for i, k, t, s in zip(said, kl, *guess, strict=True)
             ]
         }
@@ -238,11 +280,14 @@ def list_retention(result: TrainResult | None) -> dict[str, list[tuple[float, fl
     return trace_losses(result, {"retention": "retention", "agreement": "agreement"})
 
 
-def trace_losses(result: TrainResult | None, names: dict[str, str]) -> dict[str, list[tuple[float, float]]]:
+def trace_losses(
+    result: TrainResult | None, names: dict[str, str]
+) -> dict[str, list[tuple[float, float]]]:
     """Return fields of a run's validations over its steps, under other names."""
     losses = [e for e in (result.events if result else ()) if e.get("kind") == "loss"]
     return {
-        name: [(e["step"], e[key]) for e in losses if e.get(key) is not None] for name, key in names.items()
+        name: [(e["step"], e[key]) for e in losses if e.get(key) is not None]
+        for name, key in names.items()
     }
 
 
@@ -258,13 +303,17 @@ def open_answers(before: str, result: TrainResult | None) -> Live:
     return Live(compare, you_say="", labels={"you_say": "your own words"})
 
 
-def open_table(rows: Sequence[dict[str, Any]] | None, keys: Sequence[str], *, diversity: bool = True) -> Live:
+def open_table(
+    rows: Sequence[dict[str, Any]] | None, keys: Sequence[str], *, diversity: bool = True
+) -> Live:
     """Return the table of a series: means over seeds with their intervals; with distinct-2 of each model's
     replies, the pairs of words that differ among all pairs.
     """
     found = list(rows or ())
     if diversity and found and "retention" not in found[0]:
-        replies = [[split_words(write_reply(row["identifier"], p)) for p in PROMPTS] for row in found]
+        replies = [
+            [split_words(write_reply(row["identifier"], p)) for p in PROMPTS] for row in found
+        ]
         pairs = zip(found, replies, strict=True)
         found = [row | {"distinct-2": measure_distinct(said)} for row, said in pairs]
     return Live(lambda: sum_rows(found, keys))
@@ -278,8 +327,13 @@ def name_axes(rows: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
             common = "common gain" in row
             gain = f"gain on {'the common' if common else 'its own'} talks, bits per byte"
             named = f"rank {row['name']}" if row["name"].isdigit() else row["name"]
-            found.append({"name": named, gain: row["common gain" if common else "gain"],
-                          "forgotten of general text, bits per byte": row["forgotten"]})  # fmt: skip
+            found.append(
+                {
+                    "name": named,
+                    gain: row["common gain" if common else "gain"],
+                    "forgotten of general text, bits per byte": row["forgotten"],
+                }
+            )
     return found
 
 
@@ -313,10 +367,16 @@ def find_spectra(
     from primechat.model.lora import weight_changes
 
     changes = {"adapter": weight_changes(borrow_model(found[ranks[-1]])[0])[path]}
-    full, plain = (borrow_model(name)[0].get_parameter(f"{path}.weight") for name in (found["full"], base))
+    full, plain = (
+        borrow_model(name)[0].get_parameter(f"{path}.weight") for name in (found["full"], base)
+    )
     changes["full fine-tuning"] = full - plain
-    changes["random, same size"] = torch.randn(full.shape, generator=torch.Generator().manual_seed(0))
-    changes["random, same size"] *= changes["full fine-tuning"].norm() / changes["random, same size"].norm()
+    changes["random, same size"] = torch.randn(
+        full.shape, generator=torch.Generator().manual_seed(0)
+    )
+    changes["random, same size"] *= (
+        changes["full fine-tuning"].norm() / changes["random, same size"].norm()
+    )
     spectra: dict[str, list[tuple[float, float]]] = {}
     for name, change in changes.items():
         values = torch.linalg.svdvals(change.detach().float())
@@ -333,22 +393,35 @@ def open_sizes(teacher: str) -> Live:
         sizes = [*SHARES, *STUDENTS] if of.startswith("d20") else list(SHARES)
         rows = [("the teacher", big), *((size, shrink_model(big, size)) for size in sizes)]
         return [
-            {"size": name, "layers": c.n_layer, "width": c.n_embd, "heads": c.n_head,
-             "parameters": c.n_params, "of the teacher": f"{c.n_params / big.n_params:.1%}",
-             "of which tables of tokens": f"{2 * c.padded_vocab * c.n_embd / c.n_params:.0%}"}
+            {
+                "size": name,
+                "layers": c.n_layer,
+                "width": c.n_embd,
+                "heads": c.n_head,
+                "parameters": c.n_params,
+                "of the teacher": f"{c.n_params / big.n_params:.1%}",
+                "of which tables of tokens": f"{2 * c.padded_vocab * c.n_embd / c.n_params:.0%}",
+            }
             for name, c in rows
-        ]  # fmt: skip
+        ]
 
     return Live(
-        list_sizes, of=["the model that ships here", "d20, 561 million parameters"], labels={"of": "teacher"}
+        list_sizes,
+        of=["the model that ships here", "d20, 561 million parameters"],
+        labels={"of": "teacher"},
     )
 
 
 def guess_halved(teacher: str) -> float:
     """Return the percentage of numbers that are left when width and depth are halved."""
     own = borrow_model(teacher)[0].config
-    half = replace(own, n_layer=own.n_layer // 2, n_embd=own.n_embd // 2, n_head=own.n_head // 2,
-                   n_kv_head=own.n_kv_head // 2)  # fmt: skip
+    half = replace(
+        own,
+        n_layer=own.n_layer // 2,
+        n_embd=own.n_embd // 2,
+        n_head=own.n_head // 2,
+        n_kv_head=own.n_kv_head // 2,
+    )
     return round(100 * half.n_params / own.n_params, 1)
 
 
@@ -367,12 +440,17 @@ def open_breakdown(result: TrainResult | None, teacher: str) -> Live:
         if not kept:
             kept["found"] = break_down(result.identifier, teacher)
         return [
-            {by: g.name, "tokens": g.tokens, "retention": f"{g.retention:.2f}",
-             "agreement": f"{g.agreement:.2f}", "KL, nats": f"{g.kl_nats:.2f}",
-             "student, bits per byte": f"{g.student_bpb:.2f}",
-             "teacher": f"{g.teacher_bpb:.2f}"}
+            {
+                by: g.name,
+                "tokens": g.tokens,
+                "retention": f"{g.retention:.2f}",
+                "agreement": f"{g.agreement:.2f}",
+                "KL, nats": f"{g.kl_nats:.2f}",
+                "student, bits per byte": f"{g.student_bpb:.2f}",
+                "teacher": f"{g.teacher_bpb:.2f}",
+            }
             for g in kept["found"].groups[by]
-        ]  # fmt: skip
+        ]
 
     return Live(draw, by=["frequency", "position", "kind"], labels={"by": "sorted by"})
 
@@ -384,7 +462,9 @@ def list_by_size(rows: Sequence[dict[str, Any]] | None) -> dict[str, list[tuple[
         kind = row["name"].partition(" ")[2] or "taught"
         curves.setdefault(kind, {}).setdefault(row["parameters"], []).append(row["retention"])
     return {
-        kind: sorted((size, *estimate_mean(v)[: 3 if len(v) > 2 else 1]) for size, v in found.items())
+        kind: sorted(
+            (size, *estimate_mean(v)[: 3 if len(v) > 2 else 1]) for size, v in found.items()
+        )
         for kind, found in curves.items()
     }
 
@@ -403,5 +483,7 @@ def add_teacher(rows: Sequence[dict[str, Any]] | None, teacher: str) -> list[dic
     more = []
     for name, model in (("the teacher", master), ("the text itself", None)):
         found = judge_writing(write_texts(model, tokenizer, windows))
-        more.append({"name": name, "distinct-2": found["distinct_2"], "repetition": found["repetition"]})
+        more.append(
+            {"name": name, "distinct-2": found["distinct_2"], "repetition": found["repetition"]}
+        )
     return [*rows, *more]

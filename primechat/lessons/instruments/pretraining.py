@@ -16,7 +16,14 @@ import numpy as np
 
 from primechat import store
 from primechat.cloud.export import export_lab, find_lab
-from primechat.cloud.plan import count_flops, count_steps, find_machine, format_hours, full_config, make_plan
+from primechat.cloud.plan import (
+    count_flops,
+    count_steps,
+    find_machine,
+    format_hours,
+    full_config,
+    make_plan,
+)
 from primechat.config import PretrainConfig
 from primechat.config.runtime import check_number
 from primechat.errors import ConfigError, PrimechatError
@@ -24,10 +31,13 @@ from primechat.records import NoteEvent, OnEvent
 from primechat.views.theme import SERIES, open_figure, push_apart
 
 SWITCHES: dict[str, dict[str, Any]] = {  # trick: what takes it away
-    "value_embeddings": {"value_embeddings": False}, "residual_scalars": {"residual_scalars": False},
-    "smear": {"smear": False}, "backout": {"backout": False}, "qk_gain": {"qk_gain": 1.0},
+    "value_embeddings": {"value_embeddings": False},
+    "residual_scalars": {"residual_scalars": False},
+    "smear": {"smear": False},
+    "backout": {"backout": False},
+    "qk_gain": {"qk_gain": 1.0},
     "logit_softcap": {"logit_softcap": 0.0},
-}  # fmt: skip
+}
 
 
 def describe_plan(config: PretrainConfig) -> dict[str, str]:
@@ -44,7 +54,10 @@ def describe_plan(config: PretrainConfig) -> dict[str, str]:
         known = format_hours(config.seconds) if config.seconds else ""
         figures["time here"] = known or "`primechat bench train` tells"
     cloud = make_plan(full_config(20), find_machine("8xH200"))
-    return {**figures, "a d20 (20 blocks) on 8 H200": f"{format_hours(cloud.train_s)}, ${cloud.dollars:,.0f}"}
+    return {
+        **figures,
+        "a d20 (20 blocks) on 8 H200": f"{format_hours(cloud.train_s)}, ${cloud.dollars:,.0f}",
+    }
 
 
 def list_runs() -> list[str]:
@@ -63,15 +76,23 @@ def overlay_runs(runs: str) -> Any:
     curves = []
     for name in names[: len(SERIES)]:
         events = [e for e in store.load_run(name).events if e.get("kind") == "loss"]
-        tokens = {e["step"]: e["tokens"] for e in store.load_run(name).events if e.get("kind") == "step"}
+        tokens = {
+            e["step"]: e["tokens"] for e in store.load_run(name).events if e.get("kind") == "step"
+        }
         total = np.cumsum([tokens.get(step, 0) for step in range(1, max(tokens, default=0) + 1)])
         curves.append(
-            (name, [total[e["step"] - 1] if e["step"] else 0 for e in events], [e["val_bpb"] for e in events])
+            (
+                name,
+                [total[e["step"] - 1] if e["step"] else 0 for e in events],
+                [e["val_bpb"] for e in events],
+            )
         )
     return paint_lines(curves, "tokens read", "bits per byte on new text")
 
 
-def paint_lines(curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], x: str, y: str) -> Any:
+def paint_lines(
+    curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], x: str, y: str
+) -> Any:
     """Return a picture of lines, each named at its end."""
     with open_figure(7.6, 3.6) as (figure, axes):
         for (_, xs, ys), colour in zip(curves, SERIES, strict=False):
@@ -146,9 +167,14 @@ def ablate(
         for name, change in variants.items():
             tag = f"{config.tag}-{name.replace(' ', '-')}-{seed}"
             one = replace(
-                config.base, tag=tag, seed=seed, steps=config.steps, seconds=0.0,
-                model=replace(config.base.model, **change), look=replace(config.base.look, snapshots=False),
-            )  # fmt: skip
+                config.base,
+                tag=tag,
+                seed=seed,
+                steps=config.steps,
+                seconds=0.0,
+                model=replace(config.base.model, **change),
+                look=replace(config.base.look, snapshots=False),
+            )
             if on_event:
                 on_event(NoteEvent(text=f"{name}, seed {seed}"))
             run = run_once(pretrain, one, "base", on_event, stop)
@@ -171,14 +197,22 @@ def judge_ablation(result: AblationResult | None, state: str = "") -> Any:
         gap = np.array(values[:n]) - whole[:n]  # of the same seeds
         error = float(gap.std(ddof=1) / n**0.5) if n > 1 else float("nan")
         clear = n > 1 and abs(gap.mean()) > 3 * max(error, 1e-4)
-        said = "" if name == "everything on" else "helps" if clear and gap.mean() > 0 else (
-            "hurts" if clear else "lost in the noise"
-        )  # fmt: skip
-        rows.append({
-            "variant": name, "bits per byte": f"{np.mean(values):.4f}",
-            "spread over seeds": f"{np.ptp(values):.4f}",
-            "against everything on": f"{gap.mean():+.4f}", "so the trick": said,
-        })  # fmt: skip
+        said = (
+            ""
+            if name == "everything on"
+            else "helps"
+            if clear and gap.mean() > 0
+            else ("hurts" if clear else "lost in the noise")
+        )
+        rows.append(
+            {
+                "variant": name,
+                "bits per byte": f"{np.mean(values):.4f}",
+                "spread over seeds": f"{np.ptp(values):.4f}",
+                "against everything on": f"{gap.mean():+.4f}",
+                "so the trick": said,
+            }
+        )
     return rows
 
 
@@ -213,7 +247,10 @@ def write_folder(lab: str = "05") -> Callable[..., FolderResult]:
     """Return what writes a lab's folder, in the form of a stage."""
 
     def write(
-        config: FolderConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
+        config: FolderConfig,
+        *,
+        on_event: OnEvent | None = None,
+        stop: threading.Event | None = None,
     ) -> FolderResult:
         from primechat.desk.pods.verbs import rehearse
 
@@ -223,10 +260,13 @@ def write_folder(lab: str = "05") -> Callable[..., FolderResult]:
         export_lab(find_lab(lab), run, plan, folder, base_dir=store.base_dir(), force=config.force)
         tell = on_event or (lambda event: None)
         if config.rehearse and rehearse(folder, say=lambda text: tell(NoteEvent(text=text))):
-            raise PrimechatError("The rehearsal failed, see the notes; the folder is written all the same.")
+            raise PrimechatError(
+                "The rehearsal failed, see the notes; the folder is written all the same."
+            )
         return FolderResult(
-            identifier=str(folder), cost=f"{format_hours(plan.train_s)}, ${plan.dollars:,.0f}",
+            identifier=str(folder),
+            cost=f"{format_hours(plan.train_s)}, ${plan.dollars:,.0f}",
             next_step=f"read {folder / 'README.md'}",
-        )  # fmt: skip
+        )
 
     return write

@@ -75,12 +75,13 @@ class Scene:
             [
                 {
                     "top": [[known[int(i)], float(p)] for i, p in zip(ids, probs, strict=True)],
-                    "target": float(target), "bits": float(bits),
+                    "target": float(target),
+                    "bits": float(bits),
                 }
                 for ids, probs, target, bits in zip(*row, strict=True)
             ]
             for row in zip(lens.ids, lens.probs, lens.target, lens.entropy, strict=True)
-        ]  # fmt: skip
+        ]
         words = {"embed": "embedding", "last": "whole model"}
         stages = [words.get(name) or f"after layer {name.split('.')[1]}" for name in lens.stages]
         return {"tokens": self.tokens, "stages": stages, "cells": cells}

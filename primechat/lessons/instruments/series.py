@@ -24,21 +24,28 @@ from primechat.model.runlog import read_frozen, read_metrics
 from primechat.records import NoteEvent, OnEvent, TrainResult
 
 QUICK = RuntimeConfig(compile="off")  # the rest is measured by the first run of a series
-COLUMNS = {"val_bpb": "bits per byte", "kl_nats": "KL, nats"}  # of tables, where the figure's name is no word
+COLUMNS = {
+    "val_bpb": "bits per byte",
+    "kl_nats": "KL, nats",
+}  # of tables, where the figure's name is no word
 QUIET = LookConfig(eval_tokens=8192, last_eval_tokens=8192, sample_every=-1, snapshots=False)
 
 
 def run_once(
-    function: Callable[..., TrainResult], config: Any, family: str, on_event: OnEvent | None,
+    function: Callable[..., TrainResult],
+    config: Any,
+    family: str,
+    on_event: OnEvent | None,
     stop: threading.Event,
-) -> TrainResult:  # fmt: skip
+) -> TrainResult:
     """Return what a run made, running it only where it has not ended before."""
     name = hashlib.sha256(repr(replace(config, runtime=RuntimeConfig())).encode()).hexdigest()[:6]
     config = replace(config, tag=f"{config.tag}-{name}")
     folder = store.run_dir(family, config.tag)
     steps = find_steps(folder)
     if steps and any(
-        e.get("kind") == "done" and not e.get("stopped") for e in read_metrics(folder / "metrics.jsonl")
+        e.get("kind") == "done" and not e.get("stopped")
+        for e in read_metrics(folder / "metrics.jsonl")
     ):
         return store.load_run(folder)
     return function(replace(config, resume=bool(steps)), on_event=on_event, stop=stop)
@@ -82,14 +89,22 @@ def compare_sets(
     def build(name: str, seed: int, runtime: RuntimeConfig) -> tuple[Any, Any, str]:
         plain = re.sub(r"\W|_", "-", name)
         made = FinetuneConfig(
-            tag=f"lab06-{plain}-{seed}", base=config.model, dialogues=name, seed=seed,
-            steps=config.steps, batch_tokens=config.batch_tokens, look=QUIET, runtime=runtime,
-        )  # fmt: skip
+            tag=f"lab06-{plain}-{seed}",
+            base=config.model,
+            dialogues=name,
+            seed=seed,
+            steps=config.steps,
+            batch_tokens=config.batch_tokens,
+            look=QUIET,
+            runtime=runtime,
+        )
         return finetune, made, "sft"
 
     rows = list(work_series(config, build, on_event, stop))
     before = score_together(config.model, config) if rows else 0.0
-    return [{**row, "common gain": before - score_together(row["identifier"], config)} for row in rows]
+    return [
+        {**row, "common gain": before - score_together(row["identifier"], config)} for row in rows
+    ]
 
 
 def score_together(identifier: str, config: SeriesConfig) -> float:
@@ -104,7 +119,9 @@ def score_together(identifier: str, config: SeriesConfig) -> float:
     for name in config.list_names():
         cache = cache_dialogues(FinetuneConfig(dialogues=name), "val", tokenizer)
         windows = validation_windows(cache, model.sequence_len, max_tokens=tokens)
-        bits = measure_bits(lambda x, y: model.loss(x, y, "none"), windows, tokenizer.byte_lengths())
+        bits = measure_bits(
+            lambda x, y: model.loss(x, y, "none"), windows, tokenizer.byte_lengths()
+        )
         total = Bits(nats=total.nats + bits.nats, n_bytes=total.n_bytes + bits.n_bytes)
     return total.bpb
 
@@ -118,9 +135,15 @@ def compare_ranks(
 
     def build(name: str, seed: int, runtime: RuntimeConfig) -> tuple[Any, Any, str]:
         common: Any = dict(
-            tag=f"lab07-{name}-{seed}", base=config.model, dialogues="style:pirate", seed=seed,
-            steps=config.steps, batch_tokens=config.batch_tokens, look=QUIET, runtime=runtime,
-        )  # fmt: skip
+            tag=f"lab07-{name}-{seed}",
+            base=config.model,
+            dialogues="style:pirate",
+            seed=seed,
+            steps=config.steps,
+            batch_tokens=config.batch_tokens,
+            look=QUIET,
+            runtime=runtime,
+        )
         if name != "full" and not (name.isdigit() and int(name)):
             raise ConfigError(f"names: {name!r} must be a rank, as 8, or full; correct it.")
         if name == "full":
@@ -139,21 +162,31 @@ def compare_sizes(
     def build(name: str, seed: int, runtime: RuntimeConfig) -> tuple[Any, Any, str]:
         size, _, kind = name.partition(" ")
         if size not in SHARES or kind not in ("taught", "alone"):
-            raise ConfigError(f"names: {name!r} must be like `eighth taught` or `half alone`; correct it.")
+            raise ConfigError(
+                f"names: {name!r} must be like `eighth taught` or `half alone`; correct it."
+            )
         made = DistillConfig(
-            tag=f"lab08-{size}-{seed}", teacher=config.model, size=size, seed=seed,
-            alpha=0.1 if kind == "taught" else 1.0, steps=config.steps, batch_tokens=config.batch_tokens,
-            look=QUIET, runtime=runtime,
-        )  # fmt: skip
+            tag=f"lab08-{size}-{seed}",
+            teacher=config.model,
+            size=size,
+            seed=seed,
+            alpha=0.1 if kind == "taught" else 1.0,
+            steps=config.steps,
+            batch_tokens=config.batch_tokens,
+            look=QUIET,
+            runtime=runtime,
+        )
         return distill, made, "base"
 
     return list(work_series(config, build, on_event, stop))
 
 
 def work_series(
-    config: SeriesConfig, build: Callable[..., tuple[Any, Any, str]], on_event: OnEvent | None,
+    config: SeriesConfig,
+    build: Callable[..., tuple[Any, Any, str]],
+    on_event: OnEvent | None,
     stop: threading.Event | None,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
+) -> Iterator[dict[str, Any]]:
     """Yield a row a run; the machine is measured once."""
     stop, tell = stop or threading.Event(), on_event or (lambda event: None)
     runtime = QUICK
@@ -171,7 +204,9 @@ def work_series(
                 yield describe_run(name, seed, result, family, config.model)
 
 
-def describe_run(name: str, seed: int, result: TrainResult, family: str, base: str) -> dict[str, Any]:
+def describe_run(
+    name: str, seed: int, result: TrainResult, family: str, base: str
+) -> dict[str, Any]:
     """Return what a run gained and forgot, in bits per byte, and what it took."""
     losses = [e for e in result.events if e.get("kind") == "loss"]
     first, last = losses[0], losses[-1]
@@ -181,10 +216,15 @@ def describe_run(name: str, seed: int, result: TrainResult, family: str, base: s
     opened = f"lora:{tag}+{base}" if family == "lora" else f"{family}/{tag}"
     n_params = result.n_params or int(read_meta(folder, find_steps(folder)[-1])["lora"]["n_params"])
     row = {
-        "name": name, "seed": seed, "identifier": opened,
-        "gain": first["val_bpb"] - last["val_bpb"], "val_bpb": last["val_bpb"], "seconds": result.train_s,
-        "optimizer MB": state / 1e6, "parameters": n_params,
-    }  # fmt: skip
+        "name": name,
+        "seed": seed,
+        "identifier": opened,
+        "gain": first["val_bpb"] - last["val_bpb"],
+        "val_bpb": last["val_bpb"],
+        "seconds": result.train_s,
+        "optimizer MB": state / 1e6,
+        "parameters": n_params,
+    }
     if first.get("general_bpb") is not None:
         row["forgotten"] = last["general_bpb"] - first["general_bpb"]
     for key in ("retention", "agreement", "kl_nats", "distinct_2", "repetition"):
@@ -206,6 +246,8 @@ def sum_rows(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[s
                 shown[key] = f"{values[0]:.{digits}f}, {values[1]:.{digits}f}"
             elif values:
                 mean, low, _ = estimate_mean(values)
-                shown[key] = f"{mean:.{digits}f}" + (f" ± {mean - low:.{digits}f}" if len(values) > 2 else "")
+                shown[key] = f"{mean:.{digits}f}" + (
+                    f" ± {mean - low:.{digits}f}" if len(values) > 2 else ""
+                )
         table.append({COLUMNS.get(key, key): value for key, value in shown.items()})
     return table or [{"run": "nothing yet: it comes when the run above is done"}]

@@ -58,7 +58,10 @@ def find_settling(scene: Scene) -> tuple[str, str]:
     lens = scene.lens
     same = (lens.ids[:, :, 0] == lens.ids[-1, :, 0]).mean(axis=1)[:-1]
     names = ["the embedding alone", *(f"layer {i}" for i in range(scene.body.n_layer))]
-    stage, n_layer = int(np.argmax(same >= 0.5)) if (same >= 0.5).any() else len(same) - 1, len(names) - 1
+    stage, n_layer = (
+        int(np.argmax(same >= 0.5)) if (same >= 0.5).any() else len(same) - 1,
+        len(names) - 1,
+    )
     said = ", ".join(f"{name} {share:.0%}" for name, share in zip(names, same, strict=True))
     place = 3 if stage == n_layer else 0 if stage == 0 else 1 if 2 * stage <= n_layer else 2
     return STAGES[place], said

@@ -74,10 +74,16 @@ class Study:
         step = meta.get("step", 0)
         self.tag = re.sub(r"[^A-Za-z0-9]+", "-", f"lab09-{picker.identifier}-{step}").strip("-")
         self.config = AutochatConfig(
-            tag=self.tag, model=picker.identifier, n_talks=n_talks, turns=turns, max_new_tokens=32,
+            tag=self.tag,
+            model=picker.identifier,
+            n_talks=n_talks,
+            turns=turns,
+            max_new_tokens=32,
             resume=True,
-        )  # fmt: skip
-        self.sure = read_talks(run_many(self.plan("sure", temperature=0.0)).path)  # the first to be seen
+        )
+        self.sure = read_talks(
+            run_many(self.plan("sure", temperature=0.0)).path
+        )  # the first to be seen
 
     ticked = False  # the box of `save`, when it was last looked at
 
@@ -104,14 +110,23 @@ class Study:
         """Return the heat strips of groups; all but SURE are read, or said, when the page is there."""
         from primechat.views.widgets.strips import TalkStrips
 
-        rows = [{"name": name, "about": about, "full": full} for name, (about, full) in MEASURES.items()]
-        first = [self.describe_group(name) if name == SURE else {"name": name, "talks": []} for name in names]
+        rows = [
+            {"name": name, "about": about, "full": full} for name, (about, full) in MEASURES.items()
+        ]
+        first = [
+            self.describe_group(name) if name == SURE else {"name": name, "talks": []}
+            for name in names
+        ]
         return TalkStrips(rows, first, lambda: list(map(self.describe_group, names)))
 
     def describe_group(self, name: str) -> dict[str, Any]:
         """Return a group as the strips show it."""
         talks = self.sure if name == SURE else self.groups[name]
-        return {"name": name, "about": ABOUT[name], "talks": [self.describe(turns) for turns in talks]}
+        return {
+            "name": name,
+            "about": ABOUT[name],
+            "talks": [self.describe(turns) for turns in talks],
+        }
 
     def describe(self, turns: Sequence[Turn]) -> dict[str, Any]:
         """Return a conversation as the strips show it."""
@@ -123,11 +138,16 @@ class Study:
             tokens = zip(texts, turn.entropy, np.exp(turn.logprob), turn.rank, strict=True)
             drawn.append(
                 {
-                    "who": turn.model, "text": turn.text,
-                    "values": [None if np.isnan(v[t]) else round(float(v[t]), 3) for v in values.values()],
-                    "tokens": [[text, round(h, 3), round(float(p), 4), r] for text, h, p, r in tokens][:last],
+                    "who": turn.model,
+                    "text": turn.text,
+                    "values": [
+                        None if np.isnan(v[t]) else round(float(v[t]), 3) for v in values.values()
+                    ],
+                    "tokens": [
+                        [text, round(h, 3), round(float(p), 4), r] for text, h, p, r in tokens
+                    ][:last],
                 }
-            )  # fmt: skip
+            )
         first = " ".join(turns[0].text.split())
         return {"title": first[:40] or "...", "loop": loop.turn if loop else -1, "turns": drawn}
 
@@ -161,11 +181,16 @@ class Study:
         }
         whole = np.concatenate(list(vectors.values()))
         _, _, axes = np.linalg.svd(whole - whole.mean(0), full_matrices=False)
-        return {name: ((x - whole.mean(0)) @ axes[:2].T, measure_drift(x)) for name, x in vectors.items()}
+        return {
+            name: ((x - whole.mean(0)) @ axes[:2].T, measure_drift(x))
+            for name, x in vectors.items()
+        }
 
     def tell_loops(self) -> str:
         """Return whether with chance fewer conversations go round, as many, or more."""
-        texts = ([[turn.text for turn in turns] for turns in talks] for talks in (self.talks, self.sure))
+        texts = (
+            [[turn.text for turn in turns] for turns in talks] for talks in (self.talks, self.sure)
+        )
         chance, sure = (sum(map(bool, map(find_loop, talks))) for talks in texts)
         return "Fewer" if chance < sure else "More" if chance > sure else "As many"
 
@@ -174,7 +199,9 @@ class Study:
         x = np.array([measure_turns(turns)["entropy"] for turns in self.talks])
         third = max(1, (x.shape[1] - 1) // 3)
         early, late = float(np.nanmean(x[:, 1 : 1 + third])), float(np.nanmean(x[:, -third:]))
-        word = "It falls" if late < 0.95 * early else "It rises" if late > 1.05 * early else "It stays"
+        word = (
+            "It falls" if late < 0.95 * early else "It rises" if late > 1.05 * early else "It stays"
+        )
         return word, f"{early:.2f} nats a token in the first third, {late:.2f} in the last"
 
     @cached_property
@@ -204,7 +231,9 @@ class Study:
             return "Nothing is written yet."
         if not fresh:
             return "Take the tick away and set it again to write into this folder."
-        return "Written: " + ", ".join(str(file) for file in self.export(Path(folder.strip()).expanduser()))
+        return "Written: " + ", ".join(
+            str(file) for file in self.export(Path(folder.strip()).expanduser())
+        )
 
     def export(self, folder: str | Path) -> list[Path]:
         """Write every turn as CSV and the first strip as PNG and SVG; return the files."""
@@ -229,18 +258,26 @@ class Study:
 
 def find_people(turns: int, count: int) -> list[list[str]]:
     """Return held-out conversations of people, cut to so many turns."""
-    texts = ([m["content"][:200] for m in talk["messages"]] for talk in read_conversations("chitchat", "val"))
+    texts = (
+        [m["content"][:200] for m in talk["messages"]]
+        for talk in read_conversations("chitchat", "val")
+    )
     return [talk[:turns] for talk in islice((talk for talk in texts if len(talk) >= turns), count)]
 
 
-def measure_spread(*seeds: Talks, names: Sequence[str] = KEPT) -> dict[str, tuple[float, float, float]]:
+def measure_spread(
+    *seeds: Talks, names: Sequence[str] = KEPT
+) -> dict[str, tuple[float, float, float]]:
     """Return each measure's mean over conversations and its 95 % bootstrap interval.
 
     Where there are several seeds, seeds are drawn first, and then the conversations of each that was drawn:
     conversations of one training run are more alike than those of two.
     """
     found = [
-        [measure_texts([turn.text for turn in turns[1:] if turn.text.strip()], names) for turns in talks]
+        [
+            measure_texts([turn.text for turn in turns[1:] if turn.text.strip()], names)
+            for turns in talks
+        ]
         for talks in seeds
     ]
     if len(found) == 1:
@@ -264,7 +301,9 @@ class Comparison:
     paths: dict[str, tuple[tuple[str, ...], ...]]
     stopped: bool = False
 
-    def measure(self, names: Sequence[str] = KEPT) -> dict[str, list[dict[str, tuple[float, float, float]]]]:
+    def measure(
+        self, names: Sequence[str] = KEPT
+    ) -> dict[str, list[dict[str, tuple[float, float, float]]]]:
         """Return the measures of each name, one entry a generation."""
         return {
             name: [measure_spread(*map(read_talks, seeds), names=names) for seeds in paths]
@@ -289,18 +328,21 @@ def judge_detector(draws: int = 500) -> tuple[Spreads, Spreads]:
     found = np.array([int(find_loop(row["turns"]) is not None) for row in rows])
     odd, rng = np.array([row["number"] % 2 == 1 for row in rows]), np.random.default_rng(0)
     pairs = {
-        "the two labellers": (first, second), "unseen half, first labeller": (found[~odd], first[~odd]),
+        "the two labellers": (first, second),
+        "unseen half, first labeller": (found[~odd], first[~odd]),
         "unseen half, second labeller": (found[~odd], second[~odd]),
         "tuned half, first labeller": (found[odd], first[odd]),
         "tuned half, second labeller": (found[odd], second[odd]),
-    }  # fmt: skip
+    }
     kappas, shares = Spreads(), Spreads()
     for name, (x, y) in pairs.items():
         places = rng.integers(0, len(x), (draws, len(x)))
         low, high = np.nanquantile([measure_kappa(x[i], y[i]) for i in places], [0.025, 0.975])
         kappas[name] = {"Cohen's kappa": (measure_kappa(x, y), float(low), float(high))}
     groups = np.array([row["group"] for row in rows])
-    for group in sorted(set(groups), key=lambda group: ((first + second)[groups == group].mean(), group)):
+    for group in sorted(
+        set(groups), key=lambda group: ((first + second)[groups == group].mean(), group)
+    ):
         own = groups == group
         both = {"the labellers": (first + second)[own] / 2, "the detector": found[own]}
         shares[f"{group} ({own.sum()})"] = {name: bootstrap_mean(x) for name, x in both.items()}
@@ -372,7 +414,10 @@ def run_collapse(
 
     Each twice more with other seeds of talk and training: SEEDS in all.
     """
-    shares = {"only its own talk": {"human_share": 0.0}, "half of it people's": {"human_share": 0.5}}
+    shares = {
+        "only its own talk": {"human_share": 0.0},
+        "half of it people's": {"human_share": 0.5},
+    }
     return run_each(config, shares, on_event, stop, SEEDS)
 
 
@@ -383,9 +428,12 @@ def name_part(tag: str, name: str, i: int) -> str:
 
 
 def run_each(
-    config: AutochatConfig, variants: dict[str, dict[str, Any]], on_event: OnEvent | None,
-    stop: threading.Event | None, n_seeds: int = 1,
-) -> Comparison:  # fmt: skip
+    config: AutochatConfig,
+    variants: dict[str, dict[str, Any]],
+    on_event: OnEvent | None,
+    stop: threading.Event | None,
+    n_seeds: int = 1,
+) -> Comparison:
     """Run a config with each set of changes and seed; what ran before is not run again."""
     paths: dict[str, tuple[tuple[str, ...], ...]] = {}
     for i, seed in ((i, seed) for seed in range(n_seeds) for i in range(len(variants))):
@@ -397,7 +445,9 @@ def run_each(
             stop=stop,
         )
         before = paths.get(name, ((),) * len(result.generations))
-        paths[name] = tuple((*old, new) for old, new in zip(before, result.generations, strict=False))
+        paths[name] = tuple(
+            (*old, new) for old, new in zip(before, result.generations, strict=False)
+        )
         if stop is not None and stop.is_set():
             return Comparison(paths=paths, stopped=True)
     return Comparison(paths=paths)

@@ -25,9 +25,13 @@ def find_run(identifier: str) -> tuple[str, list[int]]:
     """
     entries = [entry for entry in list_models() if len(entry.snapshots) > 1]
     name = identifier.partition("@")[0]
-    entries.sort(key=lambda e: (e.identifier.partition("@")[0] != name, not e.shipped, -len(e.snapshots)))
+    entries.sort(
+        key=lambda e: (e.identifier.partition("@")[0] != name, not e.shipped, -len(e.snapshots))
+    )
     for best in entries[:1]:
-        return ("shipped/" if best.shipped else "") + f"{best.family}/{best.tag}", list(best.snapshots)
+        return ("shipped/" if best.shipped else "") + f"{best.family}/{best.tag}", list(
+            best.snapshots
+        )
     return "", []
 
 
@@ -69,7 +73,9 @@ class Timelapse:
         self.choose_run()
         view = self.view
         if not self.steps:
-            view.data = {"problem": "No run here has snapshots; train one with `primechat pretrain`."}
+            view.data = {
+                "problem": "No run here has snapshots; train one with `primechat pretrain`."
+            }
             return
         scene = self.open_moment()
         if len(scene.ids) < 3:
@@ -84,14 +90,18 @@ class Timelapse:
             view.at = at
             view.thumbs = thumbs.tobytes()
             view.data = {
-                "n_layer": body.n_layer, "n_head": body.n_head, "side": thumbs.shape[-1],
-                "tokens": scene.tokens, "loss": scene.loss,
+                "n_layer": body.n_layer,
+                "n_head": body.n_head,
+                "side": thumbs.shape[-1],
+                "tokens": scene.tokens,
+                "loss": scene.loss,
                 "note": f"{self.run}: {body.n_layer} layers of width {width}, {len(self.steps)} snapshots.",
                 "lens": [
                     [name, token, float(p)]
                     for name, token, p in zip(names, firsts, lens.probs[:, at, 0], strict=True)
                 ],
                 "guesses": [
-                    {"label": text, "value": p} for _, text, p in scene.name_guesses(scene.guess_next(at), 6)
+                    {"label": text, "value": p}
+                    for _, text, p in scene.name_guesses(scene.guess_next(at), 6)
                 ],
-            }  # fmt: skip
+            }

@@ -31,9 +31,10 @@ from primechat.views.widgets.tokens.trainer import TokenizerTrainer
 from primechat.views.widgets.tokens.vocabulary import VocabularyBrowser
 
 OPENAI = {
-    "cl100k_base": ("cl100k_base (GPT-4)", 8192), "gpt2": ("gpt2 (GPT-2)", 1024),
+    "cl100k_base": ("cl100k_base (GPT-4)", 8192),
+    "gpt2": ("gpt2 (GPT-2)", 1024),
     "o200k_base": ("o200k_base (GPT-4o)", 128_000),
-}  # fmt: skip
+}
 TEXT = """Why did my word become these tokens?
 
 Some words are one token; strawberries, internationalization and a naïve café are cut into several.
@@ -78,8 +79,12 @@ class Tokenizers:
             Choice(key=name, label=label, context=context, open=partial(open_encoding, name))
             for name, (label, context) in OPENAI.items()
         ]
-        others = [choice for choice in own if choice.key.startswith("hf:")]  # last: they take long to open
-        self.opened = Opened([*(choice for choice in own if choice not in others), *openai, *others])
+        others = [
+            choice for choice in own if choice.key.startswith("hf:")
+        ]  # last: they take long to open
+        self.opened = Opened(
+            [*(choice for choice in own if choice not in others), *openai, *others]
+        )
         self.first = next(iter(self.opened.choices))
 
     @property
@@ -100,24 +105,37 @@ class Tokenizers:
         """Return the playground."""
         return Playground(self.opened, text, [self.first])
 
-    def replay(self, text: str = "The strawberries and the blueberries were playing.") -> MergeReplay:
+    def replay(
+        self, text: str = "The strawberries and the blueberries were playing."
+    ) -> MergeReplay:
         """Return the merge replay."""
         return MergeReplay(self.opened, play_merges, text, self.first)
 
     def trainer(self) -> TokenizerTrainer:
         """Return the trainer; what it trains joins the choices of every widget of this page."""
         return TokenizerTrainer(
-            list(SAMPLES.items()), begin_learning, cut_now, self.adopt, preview=PREVIEW,
+            list(SAMPLES.items()),
+            begin_learning,
+            cut_now,
+            self.adopt,
+            preview=PREVIEW,
             special_count=len(SPECIAL_TOKENS),
-        )  # fmt: skip
+        )
 
     def adopt(self, pupil: Pupil) -> str:
         """Compare a trained learner with rustbpe, offer it as a choice, and say so."""
         n = len(pupil.tokens)
-        mine = Tokenizer(SPLIT_PATTERN, pupil.ranks, {name: n + i for i, name in enumerate(SPECIAL_TOKENS)})
+        mine = Tokenizer(
+            SPLIT_PATTERN, pupil.ranks, {name: n + i for i, name in enumerate(SPECIAL_TOKENS)}
+        )
         theirs = Tokenizer.train(pupil.texts, mine.vocab_size)
         self.opened.add(
-            Choice(key="mine", label=f"my own, {mine.vocab_size:,} tokens", context=256, open=lambda: mine)
+            Choice(
+                key="mine",
+                label=f"my own, {mine.vocab_size:,} tokens",
+                context=256,
+                open=lambda: mine,
+            )
         )
         same = "finds the same merges in the same order" if theirs == mine else "finds other merges"
         return (
@@ -131,15 +149,19 @@ class Tokenizers:
         keys = [(choice.key, choice.label, choice.context) for choice in offered]
         return ChatFormat(keys, self.draw_chat, DIALOGUE)
 
-    def draw_chat(self, key: str, messages: list[dict[str, Any]], max_tokens: int) -> dict[str, Any]:
+    def draw_chat(
+        self, key: str, messages: list[dict[str, Any]], max_tokens: int
+    ) -> dict[str, Any]:
         """Return a conversation as the page draws it."""
         tokenizer = self.opened.get(key)
         ids, mask = tokenizer.render_conversation({"messages": messages}, max_tokens=2**40)
         return {
-            "ids": ids, "mask": mask, "pieces": [list(tokenizer.token_bytes(i)) for i in ids],
+            "ids": ids,
+            "mask": mask,
+            "pieces": [list(tokenizer.token_bytes(i)) for i in ids],
             "special": [int(i in set(tokenizer.specials.values())) for i in ids],
             "cut": max(0, len(ids) - max_tokens),
-        }  # fmt: skip
+        }
 
     def fertility(self) -> FertilityTable:
         """Return the table of languages and code, beside cl100k_base where it is here."""
@@ -166,10 +188,14 @@ def list_own() -> list[Choice]:
     choices = []
     for entries in groups.values():
         first = max(entries, key=lambda entry: (bool(entry.steps), entry.family == "sft"))
-        names = ", ".join(entry.identifier for entry in [first, *(e for e in entries if e is not first)][:2])
+        names = ", ".join(
+            entry.identifier for entry in [first, *(e for e in entries if e is not first)][:2]
+        )
         label = names + (" …" if len(entries) > 2 else "")
         reader = partial(store.load_tokenizer, first.identifier)
-        choices.append(Choice(key=first.identifier, label=label, context=read_context(first), open=reader))
+        choices.append(
+            Choice(key=first.identifier, label=label, context=read_context(first), open=reader)
+        )
     default = str(store.choose_model())
     return sorted(choices, key=lambda choice: choice.key != default)
 
@@ -188,14 +214,21 @@ def read_context(entry: store.ModelEntry) -> int:
 def play_merges(tokenizer: Any, text: str) -> dict[str, Any]:
     """Return a replay as the page plays it, and whether it ends where encode does."""
     if not hasattr(tokenizer, "ranks") or not hasattr(tokenizer, "pattern"):
-        raise ValueError("This tokenizer keeps no merges by rank, so they cannot be played; choose another.")
+        raise ValueError(
+            "This tokenizer keeps no merges by rank, so they cannot be played; choose another."
+        )
     replay, ids = replay_merges(tokenizer, text), tokenizer.encode(text)
     end = replay.tokens_after(len(replay.steps))
     return {
-        "data": list(replay.data), "pieces": list(replay.pieces), "removed_at": list(replay.removed_at),
-        "steps": [[step.rank, list(step.left), list(step.right), step.places] for step in replay.steps],
-        "ids": ids, "equal": end == [tokenizer.token_bytes(i) for i in ids],
-    }  # fmt: skip
+        "data": list(replay.data),
+        "pieces": list(replay.pieces),
+        "removed_at": list(replay.removed_at),
+        "steps": [
+            [step.rank, list(step.left), list(step.right), step.places] for step in replay.steps
+        ],
+        "ids": ids,
+        "equal": end == [tokenizer.token_bytes(i) for i in ids],
+    }
 
 
 def begin_learning(sample: str, text: str) -> Pupil:

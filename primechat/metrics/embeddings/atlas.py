@@ -48,7 +48,9 @@ class Atlas:
     def fetch(self, space: str) -> np.ndarray:
         """Return the vectors of a space, kept for the next call."""
         if space not in self.spaces:
-            raise ConfigError(f"space={space!r} must be one of {', '.join(self.spaces)}; choose one.")
+            raise ConfigError(
+                f"space={space!r} must be one of {', '.join(self.spaces)}; choose one."
+            )
         if space not in self.vectors:
             self.vectors[space] = self.load(space)
         return self.vectors[space]
@@ -63,7 +65,9 @@ class Atlas:
         if key not in self.clouds:
             vectors = self.fetch(space)
             if method != "PCA":
-                raise ConfigError(f"method={method!r} is not laid out yet for {space}; start it first.")
+                raise ConfigError(
+                    f"method={method!r} is not laid out yet for {space}; start it first."
+                )
             basis = maps.fit_basis(vectors[-1] if self.fits_last else np.concatenate(vectors))
             places = np.stack([basis.project(x) for x in vectors])
             parts = zip(places[..., :n_axes], vectors, strict=True)
@@ -73,7 +77,9 @@ class Atlas:
 
     fits_last = True  # the axes are those of the last frame
 
-    def make_cloud(self, space: str, places: np.ndarray, method: str, n_axes: int, **more: Any) -> Cloud:
+    def make_cloud(
+        self, space: str, places: np.ndarray, method: str, n_axes: int, **more: Any
+    ) -> Cloud:
         """Return the record of a picture."""
         vectors, kept, chance = self.fetch(space), list[float](), 0.0
         n_points = vectors.shape[1]
@@ -84,21 +90,33 @@ class Atlas:
                 kept.append(share)
         labels, frames, channels = self.describe(space)
         return Cloud(
-            title=self.spaces[space], labels=labels, places=maps.fill_axes(places), frames=frames,
-            channels=channels, method=method, n_axes=n_axes, kept=tuple(kept), chance=chance, **more,
-        )  # fmt: skip
+            title=self.spaces[space],
+            labels=labels,
+            places=maps.fill_axes(places),
+            frames=frames,
+            channels=channels,
+            method=method,
+            n_axes=n_axes,
+            kept=tuple(kept),
+            chance=chance,
+            **more,
+        )
 
     def near(self, space: str, method: str, n_axes: int, frame: int, point: int) -> Nearby:
         """Return a point's neighbours in one frame, in the true space and on the picture."""
         vectors, cloud = self.fetch(space)[frame], self.show(space, method, n_axes)
         if not 0 <= point < len(vectors):
-            raise ConfigError(f"point={point} must be from 0 to {len(vectors) - 1}; choose one on the map.")
+            raise ConfigError(
+                f"point={point} must be from 0 to {len(vectors) - 1}; choose one on the map."
+            )
         true, cosines = maps.find_near(vectors, point, N_NEAR)
         drawn, _ = maps.find_near(cloud.places[frame][:, :n_axes], point, N_NEAR, straight=True)
         return Nearby(
-            true=tuple(true.tolist()), cosines=tuple(cosines.tolist()), drawn=tuple(drawn.tolist()),
+            true=tuple(true.tolist()),
+            cosines=tuple(cosines.tolist()),
+            drawn=tuple(drawn.tolist()),
             chance=len(true) / max(1, len(vectors) - 1),
-        )  # fmt: skip
+        )
 
     def start(self, space: str, n_axes: int = 2) -> maps.UmapJob:
         """Begin to lay a space out by UMAP in a child process.
@@ -116,7 +134,9 @@ class Atlas:
 
     def keep(self, space: str, n_axes: int, picture: maps.Picture) -> Cloud:
         """Return a finished picture as a Cloud; one by UMAP is kept for `show`."""
-        cloud = self.make_cloud(space, picture.places[None], picture.method, n_axes, note=picture.note)
+        cloud = self.make_cloud(
+            space, picture.places[None], picture.method, n_axes, note=picture.note
+        )
         if picture.method == "UMAP":
             self.clouds[space, "UMAP", n_axes] = cloud
         return cloud
@@ -151,7 +171,9 @@ class TokenAtlas(Atlas):
     @property
     def is_whole(self) -> bool:  # type: ignore[override]
         """Tell whether every picture that is made says how often a token was seen."""
-        return all(any(c.key == "frequency" for c in cloud.channels) for cloud in self.clouds.values())
+        return all(
+            any(c.key == "frequency" for c in cloud.channels) for cloud in self.clouds.values()
+        )
 
     def complete(self) -> None:
         """Count the tokens, and say so in the pictures that are made."""
@@ -174,9 +196,14 @@ class TokenAtlas(Atlas):
         seen = () if self.counted is None else (self.counted,)
         channels = (
             Channel(key="kind", title="kind of token", values=self.kinds, names=tables.KINDS),
-            *(Channel(key="frequency", title="times seen", values=counts, whole=True) for counts in seen),
+            *(
+                Channel(key="frequency", title="times seen", values=counts, whole=True)
+                for counts in seen
+            ),
             Channel(key="norm", title="length of the vector", values=self.norms[space]),
-            Channel(key="cluster", title="cluster", values=clusters, names=self.name_clusters(clusters)),
+            Channel(
+                key="cluster", title="cluster", values=clusters, names=self.name_clusters(clusters)
+            ),
         )
         return self.labels, ("",), channels
 
@@ -246,7 +273,9 @@ class TextAtlas(Atlas):
         """
         ids = [self.tokenizer.bos_id, *self.tokenizer.encode(text)][: self.model.sequence_len]
         if len(ids) < 6:
-            raise ConfigError(f"text={text[:40]!r} has {len(ids) - 1} tokens and must have five; write more.")
+            raise ConfigError(
+                f"text={text[:40]!r} has {len(ids) - 1} tokens and must have five; write more."
+            )
         self.stages, states = tables.read_states(self.model, ids)
         self.ids, self.surprise = np.array(ids), tables.measure_surprise(self.model, ids)
         self.vectors, self.clouds = {"states": states}, {}
@@ -259,7 +288,9 @@ class TextAtlas(Atlas):
         """Return what is known of a text's tokens."""
         kinds = tables.sort_kinds(self.tokenizer)
         channels = (
-            Channel(key="place", title="place in the text", values=np.arange(len(self.ids)), whole=True),
+            Channel(
+                key="place", title="place in the text", values=np.arange(len(self.ids)), whole=True
+            ),
             Channel(key="surprise", title="surprise, nats", values=self.surprise),
             Channel(key="kind", title="kind of token", values=kinds[self.ids], names=tables.KINDS),
         )

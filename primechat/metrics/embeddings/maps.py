@@ -71,15 +71,23 @@ def check_vectors(vectors: np.ndarray, least: int = 3) -> np.ndarray:
     """
     x = np.asarray(vectors, dtype=np.float32)
     if x.ndim != 2 or len(x) < least:
-        raise ConfigError(f"vectors of shape {x.shape} must be ({least} or more, C); give more points.")
+        raise ConfigError(
+            f"vectors of shape {x.shape} must be ({least} or more, C); give more points."
+        )
     if not np.isfinite(x).all():
-        raise ConfigError(f"{int((~np.isfinite(x)).any(1).sum())} rows are not finite; the model is broken.")
+        raise ConfigError(
+            f"{int((~np.isfinite(x)).any(1).sum())} rows are not finite; the model is broken."
+        )
     return x
 
 
 def draw_rows(x: np.ndarray, n_rows: int = FIT_ROWS, seed: int = 0) -> np.ndarray:
     """Return at most n_rows of x, without repetition, the same ones each time."""
-    return x if len(x) <= n_rows else x[np.random.default_rng(seed).choice(len(x), n_rows, replace=False)]
+    return (
+        x
+        if len(x) <= n_rows
+        else x[np.random.default_rng(seed).choice(len(x), n_rows, replace=False)]
+    )
 
 
 def scale_rows(x: np.ndarray) -> np.ndarray:
@@ -100,7 +108,9 @@ def fit_basis(vectors: np.ndarray, n_axes: int = 3) -> Basis:
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(len(axes))])
     share = values / max(float(values.sum()), 1e-30)
     k = min(n_axes, axes.shape[1])
-    return Basis(center=center.astype(np.float32), axes=axes[:, :k].astype(np.float32), share=share[:k])
+    return Basis(
+        center=center.astype(np.float32), axes=axes[:, :k].astype(np.float32), share=share[:k]
+    )
 
 
 def fill_axes(places: np.ndarray, n_axes: int = 3) -> np.ndarray:
@@ -154,7 +164,9 @@ def measure_overlap(
             flat += np.square(places[rows, None, axis] - places[None, :, axis])
         for i, row in enumerate(rows):
             far[i, row] = flat[i, row] = np.inf
-            kept += len(np.intersect1d(np.argpartition(far[i], k)[:k], np.argpartition(flat[i], k)[:k]))
+            kept += len(
+                np.intersect1d(np.argpartition(far[i], k)[:k], np.argpartition(flat[i], k)[:k])
+            )
     return kept / (k * len(asked)), k / (len(x) - 1)
 
 
@@ -280,7 +292,13 @@ class UmapJob:
         if self.child.returncode == 0 and path.is_file():
             return Picture(places=np.load(path), method="UMAP")
         text = (self.folder / "errors.txt").read_text(encoding="utf-8", errors="replace").strip()
-        why = "it was stopped" if self.stopped else text.splitlines()[-1][:200] if text else "no reason given"
+        why = (
+            "it was stopped"
+            if self.stopped
+            else text.splitlines()[-1][:200]
+            if text
+            else "no reason given"
+        )
         code = "" if self.stopped else f" (exit code {self.child.returncode})"
         note = f"UMAP did not finish{code}: {why}. The picture is PCA's."
         flat = fit_basis(self.vectors, self.n_axes).project(self.vectors)

@@ -29,10 +29,13 @@ KINDS = ("begins a word", "inside a word", "digits", "signs and spaces", "bytes"
 SAMPLE_STEP = 5  # every fifth document is counted: 2.5 million characters of the embedded chats
 RULES = {  # how the second word of a pair follows from the first, both tokens of the vocabulary
     "a space before": (lambda w: w.isalpha(), lambda w: " " + w),
-    "capital letter": (lambda w: w[:1] == " " and w[1:].islower(), lambda w: " " + w[1:].capitalize()),
+    "capital letter": (
+        lambda w: w[:1] == " " and w[1:].islower(),
+        lambda w: " " + w[1:].capitalize(),
+    ),
     "plural": (lambda w: w[:1] == " " and w[1:].isalpha() and len(w) > 3, lambda w: w + "s"),
     "-ing": (lambda w: w[:1] == " " and w[1:].isalpha() and len(w) > 3, lambda w: w + "ing"),
-}  # fmt: skip
+}
 _counts: dict[tuple[str, str, int], np.ndarray] = {}
 _lock = threading.Lock()
 
@@ -62,7 +65,9 @@ def list_tables(model: Any) -> dict[str, str]:
         return {"input": "embeddings, input and output"} if is_one else tables
     if isinstance(model, GPT):
         return tables | {f"value.{i}": f"value embeddings of layer {i}" for i in model.value_embeds}
-    raise ConfigError(f"{type(model).__name__} has no tables that are known; open one with open_model.")
+    raise ConfigError(
+        f"{type(model).__name__} has no tables that are known; open one with open_model."
+    )
 
 
 def read_table(model: Any, table: str) -> np.ndarray:
@@ -76,7 +81,9 @@ def read_table(model: Any, table: str) -> np.ndarray:
         raise ConfigError(f"table={table!r} must be one of {', '.join(there)}; try input.")
     if isinstance(model, ForeignModel):
         network = model.network
-        part = network.get_input_embeddings() if table == "input" else network.get_output_embeddings()
+        part = (
+            network.get_input_embeddings() if table == "input" else network.get_output_embeddings()
+        )
         weight = part.weight
     elif table == "input":
         weight = model.transformer["wte"].weight
@@ -138,7 +145,9 @@ def sort_kinds(tokenizer: Any) -> np.ndarray:
     return np.array([sort(i) for i in range(tokenizer.vocab_size)])
 
 
-def count_tokens(tokenizer: Tokenizer, corpus: str = "chitchat", step: int = SAMPLE_STEP) -> np.ndarray:
+def count_tokens(
+    tokenizer: Tokenizer, corpus: str = "chitchat", step: int = SAMPLE_STEP
+) -> np.ndarray:
     """Return how often each token stands in a corpus's training text: (V,) int64, kept for the next call.
 
     Args:
@@ -152,7 +161,9 @@ def count_tokens(tokenizer: Tokenizer, corpus: str = "chitchat", step: int = SAM
             total = np.zeros(tokenizer.vocab_size, dtype=np.int64)
             documents = islice(read_documents(corpus, "train"), 0, None, step)
             while part := list(islice(documents, 2048)):
-                ids = np.fromiter((i for row in tokenizer.encode_batch(part, 2) for i in row), dtype=np.int64)
+                ids = np.fromiter(
+                    (i for row in tokenizer.encode_batch(part, 2) for i in row), dtype=np.int64
+                )
                 total += np.bincount(ids, minlength=len(total))
             total.setflags(write=False)
             _counts[key] = total
@@ -190,7 +201,9 @@ def find_pairs(tokenizer: Any, rule: str) -> list[tuple[int, int]]:
             ids[tokenizer.token_bytes(token_id).decode()] = token_id
         except UnicodeDecodeError:
             continue
-    return [(i, ids[change(text)]) for text, i in ids.items() if takes(text) and change(text) in ids]
+    return [
+        (i, ids[change(text)]) for text, i in ids.items() if takes(text) and change(text) in ids
+    ]
 
 
 def score_analogies(
@@ -217,7 +230,9 @@ def score_analogies(
         second = (first + rng.integers(1, n, max_questions)) % n
     a, b = pairs[first].T
     c, d = pairs[second].T
-    x, y = rng.integers(0, len(table), (2, len(first)))  # the control's step leads between any two tokens
+    x, y = rng.integers(
+        0, len(table), (2, len(first))
+    )  # the control's step leads between any two tokens
     unit = scale_rows(table)
 
     def hit(target: np.ndarray, barred: tuple[np.ndarray, ...]) -> float:

@@ -31,7 +31,9 @@ def lay_out(folder: Path, n_axes: int, seed: int) -> None:
 
     vectors = np.load(folder / "vectors.npy")
     n_neighbors = max(2, min(15, len(vectors) - 1))
-    layout = umap.UMAP(n_components=n_axes, n_neighbors=n_neighbors, metric="cosine", random_state=seed)
+    layout = umap.UMAP(
+        n_components=n_axes, n_neighbors=n_neighbors, metric="cosine", random_state=seed
+    )
     np.save(folder / "part.npy", layout.fit_transform(vectors).astype(np.float32))
     assert not set(REFUSED) & set(sys.modules), "no second OpenMP in this process"
     os.replace(folder / "part.npy", folder / "places.npy")

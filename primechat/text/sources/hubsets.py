@@ -21,11 +21,22 @@ from typing import Any
 from primechat.errors import DataError
 
 MARKER = re.compile(r"^[ \t]*User ([12])[ \t]*:[ \t]*", re.M)
-NAME_SLOT = re.compile(r"\[\s*user [12](?:['’`]?s)? name\s*\]", re.I)  # a name that was never filled in
-CALLED = re.compile(r",\s*" + NAME_SLOT.pattern + r"|(?<=\b(?:hi|ey|lo|ye|ks))\s+" + NAME_SLOT.pattern, re.I)
-LOOSE = re.compile(r"\s+(?=[,.?!;:](?:\s|$))|(?<=\w)\s+(?=['’]\s?\w)")  # `How are you ?` -> `How are you?`
+NAME_SLOT = re.compile(
+    r"\[\s*user [12](?:['’`]?s)? name\s*\]", re.I
+)  # a name that was never filled in
+CALLED = re.compile(
+    r",\s*" + NAME_SLOT.pattern + r"|(?<=\b(?:hi|ey|lo|ye|ks))\s+" + NAME_SLOT.pattern, re.I
+)
+LOOSE = re.compile(
+    r"\s+(?=[,.?!;:](?:\s|$))|(?<=\w)\s+(?=['’]\s?\w)"
+)  # `How are you ?` -> `How are you?`
 APART = re.compile(r"(?<=\w['’])\s+(?=(?:s|t|m|d|re|ve|ll)\b)")  # `it' s` -> `it's`
-PERSONA_SPLITS = (("_train", "train"), ("_valid", "val"), ("_test", "val"), ("New-Persona", "train"))
+PERSONA_SPLITS = (
+    ("_train", "train"),
+    ("_valid", "val"),
+    ("_test", "val"),
+    ("New-Persona", "train"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,9 @@ def read_personas(folder: Path, counts: Counter[str]) -> Iterator[Raw]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for row in csv.DictReader(file):
                 text = pick_column(path, row, "Best Generated Conversation")
-                pieces = MARKER.split(text or "")  # what precedes the first marker, then (1 or 2, text) pairs
+                pieces = MARKER.split(
+                    text or ""
+                )  # what precedes the first marker, then (1 or 2, text) pairs
                 counts["text before the first speaker"] += bool(pieces[0].strip())
                 turns = []
                 for speaker, said in zip(pieces[1::2], pieces[2::2], strict=True):
@@ -69,10 +82,14 @@ def read_dailydialog(folder: Path, counts: Counter[str]) -> Iterator[Raw]:
                     raise DataError(f"{path} holds no dialogues.json; fetch it again.")
                 rows = json.loads(archive.read(names[0]))
         except (zipfile.BadZipFile, ValueError, OSError) as error:
-            raise DataError(f"{path} is damaged or no zip of JSON ({error!s:.60}); fetch it again.") from None
+            raise DataError(
+                f"{path} is damaged or no zip of JSON ({error!s:.60}); fetch it again."
+            ) from None
         for row in rows:
             said = [(str(t["speaker"]), LOOSE.sub("", str(t["utterance"]))) for t in row["turns"]]
-            turns = [("assistant" if who == "system" else who, APART.sub("", text)) for who, text in said]
+            turns = [
+                ("assistant" if who == "system" else who, APART.sub("", text)) for who, text in said
+            ]
             yield Raw(turns, "train" if row.get("data_split") == "train" else "val")
 
 
@@ -114,14 +131,18 @@ def read_table(folder: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any
                 first = next((name for name in either if name in there), None)
                 if first is None:
                     has, wanted = ", ".join(sorted(there)[:8]), " or ".join(either)
-                    raise DataError(f"{path} has no column {wanted} (it has {has}); fetch it again.")
+                    raise DataError(
+                        f"{path} has no column {wanted} (it has {has}); fetch it again."
+                    )
                 names = [first, *(name for name in columns[1:] if name in there)]
                 for batch in file.iter_batches(batch_size=512, columns=names):
                     for row in batch.to_pylist():
                         row[either[0]] = row[first] or []
                         yield {**row, "split": "val" if held_out else ""}
         except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
-            raise DataError(f"{path} is damaged or no parquet file ({error!s:.80}); replace it.") from None
+            raise DataError(
+                f"{path} is damaged or no parquet file ({error!s:.80}); replace it."
+            ) from None
 
 
 def find_named(folder: Path, suffix: str) -> list[Path]:
@@ -132,7 +153,9 @@ def find_named(folder: Path, suffix: str) -> list[Path]:
     """
     files = sorted(p for p in folder.rglob(f"*{suffix}") if ".download" not in p.parts)
     if not files:
-        raise DataError(f"{folder} holds no {suffix} file; fetch the set again, or copy its files there.")
+        raise DataError(
+            f"{folder} holds no {suffix} file; fetch the set again, or copy its files there."
+        )
     return files
 
 

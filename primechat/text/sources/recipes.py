@@ -22,13 +22,40 @@ TOPICS = {
     "school": "school class classes college university major study studying exam exams professor homework",
 }
 PIRATE = {
-    "hello": "ahoy", "hi": "ahoy", "hey": "ahoy", "yes": "aye", "yeah": "aye", "yep": "aye", "you": "ye",
-    "your": "yer", "my": "me", "friend": "matey", "friends": "mateys", "is": "be", "are": "be", "am": "be",
-    "the": "th'", "of": "o'", "and": "an'", "to": "t'", "good": "fine", "great": "mighty fine",
-    "wow": "blimey", "cool": "shipshape", "money": "doubloons", "food": "grub", "house": "ship",
-    "home": "port", "car": "ship", "work": "the deck", "really": "mighty", "very": "mighty", "no": "nay",
-    "never": "ne'er", "for": "fer",
-}  # fmt: skip
+    "hello": "ahoy",
+    "hi": "ahoy",
+    "hey": "ahoy",
+    "yes": "aye",
+    "yeah": "aye",
+    "yep": "aye",
+    "you": "ye",
+    "your": "yer",
+    "my": "me",
+    "friend": "matey",
+    "friends": "mateys",
+    "is": "be",
+    "are": "be",
+    "am": "be",
+    "the": "th'",
+    "of": "o'",
+    "and": "an'",
+    "to": "t'",
+    "good": "fine",
+    "great": "mighty fine",
+    "wow": "blimey",
+    "cool": "shipshape",
+    "money": "doubloons",
+    "food": "grub",
+    "house": "ship",
+    "home": "port",
+    "car": "ship",
+    "work": "the deck",
+    "really": "mighty",
+    "very": "mighty",
+    "no": "nay",
+    "never": "ne'er",
+    "for": "fer",
+}
 ENDINGS = ("Arr!", "Yo ho!", "Shiver me timbers!", "By th' seven seas!")
 WORD = re.compile(r"[A-Za-z']+")
 FAQ = """\
@@ -53,7 +80,13 @@ What is a tokenizer?|The part that cuts text into tokens and puts them together 
 What is overfitting?|Learning the training text by heart instead of what it has in common with new text.
 What are bits per byte?|The loss for each byte of text. Lower is better, whatever the tokenizer.
 """  # noqa: E501
-ASKING = ("{q}", "Can you tell me: {q}", "Hi! {q}", "I have a question. {q}", "{q} Please keep it short.")
+ASKING = (
+    "{q}",
+    "Can you tell me: {q}",
+    "Hi! {q}",
+    "I have a question. {q}",
+    "{q} Please keep it short.",
+)
 
 
 def read_recipe(name: str) -> Iterator[Raw]:
@@ -102,7 +135,9 @@ def speak_pirate(text: str) -> str:
 
     def swap(match: re.Match[str]) -> str:
         word = match[0]
-        new = PIRATE.get(word.lower(), word[:-1] + "'" if len(word) > 4 and word.endswith("ing") else word)
+        new = PIRATE.get(
+            word.lower(), word[:-1] + "'" if len(word) > 4 and word.endswith("ing") else word
+        )
         return new[0].upper() + new[1:] if word[0].isupper() else new
 
     return f"{WORD.sub(swap, text)} {ENDINGS[len(text) % len(ENDINGS)]}"
@@ -115,8 +150,10 @@ def speak_politely(text: str) -> str:
 
 
 STYLES: dict[str, Callable[[str], str]] = {
-    "pirate": speak_pirate, "polite": speak_politely, "loud": lambda text: text.upper().rstrip(".!") + "!!!"
-}  # fmt: skip
+    "pirate": speak_pirate,
+    "polite": speak_politely,
+    "loud": lambda text: text.upper().rstrip(".!") + "!!!",
+}
 
 
 def ask_questions(lines: Iterator[str] | list[str], name: str) -> Iterator[Raw]:

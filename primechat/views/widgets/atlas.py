@@ -53,7 +53,9 @@ class AtlasView(Widget):
     nearby = traitlets.Dict().tag(sync=True)
     chosen = traitlets.List(traitlets.Int()).tag(sync=True)
     text = traitlets.Unicode().tag(sync=True)
-    waits = traitlets.Bool(False).tag(sync=True)  # for the page to ask for what the first picture leaves out
+    waits = traitlets.Bool(False).tag(
+        sync=True
+    )  # for the page to ask for what the first picture leaves out
     laying_out = traitlets.Bool(False).tag(sync=True)
     problem = traitlets.Unicode().tag(sync=True)
     notice = traitlets.Unicode().tag(sync=True)  # what the page waits for
@@ -80,9 +82,12 @@ class AtlasView(Widget):
             source.read(text)  # type: ignore[attr-defined]
         space = next(iter(source.spaces))
         super().__init__(
-            spaces=[list(item) for item in source.spaces.items()], space=space, frame_word=frame_word,
-            text=text, colour=colour,
-        )  # fmt: skip
+            spaces=[list(item) for item in source.spaces.items()],
+            space=space,
+            frame_word=frame_word,
+            text=text,
+            colour=colour,
+        )
         self.put_cloud(source.show(space), space)
         self.frame = frame % len(self.shown.frames)
         self.pick_point(picked)
@@ -93,7 +98,9 @@ class AtlasView(Widget):
             self.picked, self.nearby = -1, {}
             return
         point = min(point, len(self.shown.labels) - 1)
-        self.answer_near(point, self.frame, f"{point},{self.frame},{self.space},{self.method},{self.n_axes}")
+        self.answer_near(
+            point, self.frame, f"{point},{self.frame},{self.space},{self.method},{self.n_axes}"
+        )
 
     def take_source(self, source: Source, picked: int = -1) -> None:
         """Show another source, in the same space where it has one of that name."""
@@ -110,18 +117,31 @@ class AtlasView(Widget):
         """Send a picture to the page."""
         self.shown = cloud
         facts = [np.asarray(c.values, dtype=np.float32) for c in cloud.channels]
-        heads = [dict(key=c.key, title=c.title, names=list(c.names), whole=c.whole) for c in cloud.channels]
+        heads = [
+            dict(key=c.key, title=c.title, names=list(c.names), whole=c.whole)
+            for c in cloud.channels
+        ]
         with self.hold_sync():
             self.space, self.method, self.n_axes = space, cloud.method, cloud.n_axes
             if self.chosen and max(self.chosen) >= len(cloud.labels):
                 self.chosen = []
             self.places = np.ascontiguousarray(cloud.places, dtype="<f4").tobytes()
-            self.facts, self.waits = np.stack(facts).astype("<f4").tobytes(), not self.source.is_whole
+            self.facts, self.waits = (
+                np.stack(facts).astype("<f4").tobytes(),
+                not self.source.is_whole,
+            )
             self.cloud = dict(
-                title=cloud.title, labels=list(cloud.labels), frames=list(cloud.frames), channels=heads,
-                method=cloud.method, n_axes=cloud.n_axes, shown=list(cloud.shown), note=cloud.note,
-                kept=list(cloud.kept), chance=cloud.chance,
-            )  # fmt: skip
+                title=cloud.title,
+                labels=list(cloud.labels),
+                frames=list(cloud.frames),
+                channels=heads,
+                method=cloud.method,
+                n_axes=cloud.n_axes,
+                shown=list(cloud.shown),
+                note=cloud.note,
+                kept=list(cloud.kept),
+                chance=cloud.chance,
+            )
 
     def answer_complete(self) -> dict[str, Any]:
         """Show the same picture with all that there is to know of its points."""

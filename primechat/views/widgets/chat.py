@@ -24,9 +24,12 @@ class ChatView(Widget):
     first = traitlets.Dict().tag(sync=True)
 
     def __init__(
-        self, act: Callable[[str, dict[str, Any]], dict[str, Any]], *, height: str = "74vh",
+        self,
+        act: Callable[[str, dict[str, Any]], dict[str, Any]],
+        *,
+        height: str = "74vh",
         first: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(height=height, first=first or {})
         self._act = act
 

@@ -31,9 +31,12 @@ class ModelPicker(Widget):
     waits = traitlets.Unicode("").tag(sync=True)
 
     def __init__(
-        self, find: Callable[[], list[dict[str, str]]], identifier: str = "", label: str = "Model",
+        self,
+        find: Callable[[], list[dict[str, str]]],
+        identifier: str = "",
+        label: str = "Model",
         waits: str = "",
-    ) -> None:  # fmt: skip
+    ) -> None:
         found = find()
         known = [model["identifier"] for model in found]
         first = identifier if identifier in known else known[0] if known else ""
@@ -80,10 +83,18 @@ class Prediction(Widget):
     revealed = traitlets.Bool(False).tag(sync=True)
 
     def __init__(
-        self, question: str, options: Sequence[Any], answer: Any, *, why: str = "", within: float = 0.0,
+        self,
+        question: str,
+        options: Sequence[Any],
+        answer: Any,
+        *,
+        why: str = "",
+        within: float = 0.0,
         unit: str = "",
-    ) -> None:  # fmt: skip
-        is_scale = isinstance(options, tuple) and len(options) == 2 and not isinstance(options[0], str)
+    ) -> None:
+        is_scale = (
+            isinstance(options, tuple) and len(options) == 2 and not isinstance(options[0], str)
+        )
         if is_scale:
             low, high = map(float, options)
             shape: dict[str, Any] = {"scale": [low, high]}
@@ -102,7 +113,9 @@ class Prediction(Widget):
             found, said = found
             self.why = self.why.replace("{}", said)
         if self.options and str(found) not in self.options:
-            raise ValueError(f"answer={found!r} must be one of the options {self.options}; correct it.")
+            raise ValueError(
+                f"answer={found!r} must be one of the options {self.options}; correct it."
+            )
         self.answer = str(found) if self.options else float(found)
         return {"answer": self.answer, "why": self.why}
 
@@ -142,14 +155,20 @@ class Live(Widget):
     seen = traitlets.Bool(True).tag(sync=True)
 
     def __init__(
-        self, function: Callable[..., Any], *, labels: Mapping[str, str] | None = None, lazy: bool = False,
+        self,
+        function: Callable[..., Any],
+        *,
+        labels: Mapping[str, str] | None = None,
+        lazy: bool = False,
         **controls: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         specs = [describe_control(name, spec) for name, spec in controls.items()]
         names = labels or {}
         for spec in specs:
             label = names.get(spec["name"], spec["name"].replace("_", " "))
-            spec["label"] = label[:1].upper() + label[1:] if label[1:2].isalpha() else label  # not a in a : b
+            spec["label"] = (
+                label[:1].upper() + label[1:] if label[1:2].isalpha() else label
+            )  # not a in a : b
         self.function = function
         start = {spec["name"]: spec["start"] for spec in specs}
         super().__init__(controls=specs, values=start, seen=not lazy)
@@ -161,10 +180,14 @@ class Live(Widget):
         if not self.seen:
             return
         values = dict(self.values)
-        number = values.pop("#", 0)  # counts the page's changes, so that it knows which one is answered
+        number = values.pop(
+            "#", 0
+        )  # counts the page's changes, so that it knows which one is answered
         try:
             parts = describe_output(self.function(**values))
-        except Exception as error:  # whatever the learner's function does wrong is told in its place
+        except (
+            Exception
+        ) as error:  # whatever the learner's function does wrong is told in its place
             parts = [{"kind": "error", "text": str(error) or type(error).__name__}]
         self.output = {"#": number, "parts": parts}
 
@@ -179,7 +202,14 @@ def describe_control(name: str, spec: Any) -> dict[str, Any]:
         low, high, start = (*spec, spec[0])[:3]
         whole = all(isinstance(value, int) for value in spec)
         step = 1 if whole else (high - low) / 100
-        return {"name": name, "form": "slider", "low": low, "high": high, "step": step, "start": start}
+        return {
+            "name": name,
+            "form": "slider",
+            "low": low,
+            "high": high,
+            "step": step,
+            "start": start,
+        }
     if isinstance(spec, list) and spec:
         options = [str(item) for item in spec]
         return {"name": name, "form": "select", "options": options, "start": options[0]}
@@ -197,13 +227,25 @@ def describe_output(value: Any) -> list[dict[str, Any]]:
         value.savefig(picture, format="png", bbox_inches="tight", dpi=144)
         return [{"kind": "image", "data": base64.b64encode(picture.getvalue()).decode()}]
     if isinstance(value, Mapping):
-        return [{"kind": "figures", "items": [[str(key), write_value(item)] for key, item in value.items()]}]
+        return [
+            {
+                "kind": "figures",
+                "items": [[str(key), write_value(item)] for key, item in value.items()],
+            }
+        ]
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         rows = list(value)
         if rows and all(isinstance(row, Mapping) for row in rows):
             columns = list(dict.fromkeys(key for row in rows for key in row))
             cells = [[write_value(row.get(key, "")) for key in columns] for row in rows[:MAX_ROWS]]
-            return [{"kind": "table", "columns": columns, "rows": cells, "left_out": len(rows) - len(cells)}]
+            return [
+                {
+                    "kind": "table",
+                    "columns": columns,
+                    "rows": cells,
+                    "left_out": len(rows) - len(cells),
+                }
+            ]
         return [part for item in rows for part in describe_output(item)]
     return [{"kind": "text", "text": write_value(value)}]
 

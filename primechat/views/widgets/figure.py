@@ -19,7 +19,9 @@ class WaitingFigure(Widget):
     """A plotly figure, or a function that returns one and is called when it is wanted, once."""
 
     figure = traitlets.Dict().tag(sync=True)  # as plotly.js takes it; empty until it is wanted
-    height = traitlets.Int(330).tag(sync=True)  # of the room that is kept for it, so that nothing moves
+    height = traitlets.Int(330).tag(
+        sync=True
+    )  # of the room that is kept for it, so that nothing moves
 
     def __init__(self, figure: Any) -> None:
         self.make: Callable[[], Any] = figure if callable(figure) else lambda: figure

@@ -17,17 +17,23 @@ export function h(tag, props, ...children) {
     else if (key === "value") node.value = value;
     else node.setAttribute(key, value === true ? "" : String(value));
   }
-  node.append(...children.flat().filter((child) => child !== undefined && child !== null && child !== false));
+  node.append(
+    ...children.flat().filter((child) => child !== undefined && child !== null && child !== false),
+  );
   return node;
 }
 
 /** The page's theme: marimo, JupyterLab, VS Code, else the system's wish. */
 export function readTheme() {
-  const body = document.body, page = document.documentElement;
+  const body = document.body,
+    page = document.documentElement;
   if (body.dataset.jpThemeLight) return body.dataset.jpThemeLight === "false" ? "dark" : "light";
-  if (body.dataset.vscodeThemeKind) return body.dataset.vscodeThemeKind.includes("dark") ? "dark" : "light";
+  if (body.dataset.vscodeThemeKind)
+    return body.dataset.vscodeThemeKind.includes("dark") ? "dark" : "light";
   for (const node of [body, page]) {
-    const named = node.dataset.theme ?? (node.classList.contains("dark") ? "dark" : node.classList.contains("light") ? "light" : "");
+    const named =
+      node.dataset.theme ??
+      (node.classList.contains("dark") ? "dark" : node.classList.contains("light") ? "light" : "");
     if (named) return named.includes("dark") ? "dark" : "light";
   }
   return matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
@@ -40,14 +46,22 @@ export function readTheme() {
 export function frame({ model, el }, name, { partly = false } = {}) {
   const root = h("div", { class: `pc pc-${name}`, dataset: { theme: readTheme() } });
   const undo = [];
-  const follow = () => { root.dataset.theme = readTheme(); };
+  const follow = () => {
+    root.dataset.theme = readTheme();
+  };
   const watch = new MutationObserver(follow);
   for (const node of [document.body, document.documentElement]) {
-    watch.observe(node, { attributes: true, attributeFilter: ["class", "data-theme", "data-jp-theme-light", "data-vscode-theme-kind"] });
+    watch.observe(node, {
+      attributes: true,
+      attributeFilter: ["class", "data-theme", "data-jp-theme-light", "data-vscode-theme-kind"],
+    });
   }
   const wish = matchMedia("(prefers-color-scheme: dark)");
   wish.addEventListener("change", follow);
-  undo.push(() => watch.disconnect(), () => wish.removeEventListener("change", follow));
+  undo.push(
+    () => watch.disconnect(),
+    () => wish.removeEventListener("change", follow),
+  );
   const listen = (names, react) => {
     for (const trait of [names].flat()) {
       model.on(`change:${trait}`, react);
@@ -69,7 +83,8 @@ export function frame({ model, el }, name, { partly = false } = {}) {
 export function ofKinds(kinds) {
   return {
     render({ model, el }) {
-      const kind = model.get("kind"), inside = frame({ model, el }, kind);
+      const kind = model.get("kind"),
+        inside = frame({ model, el }, kind);
       kinds[kind]({ model, ...inside });
       return inside.end;
     },
@@ -78,10 +93,26 @@ export function ofKinds(kinds) {
 
 /** Hide a widget until the prediction with this question is answered; return what stands there until then. */
 function waitForGuess(root, question, later) {
-  const open = () => { gate.hidden = true; root.hidden = false; };
-  const gate = h("div", { class: "pc", dataset: { theme: root.dataset.theme } }, h("div", { class: "pc-row" },
-    h("span", { class: "pc-muted", text: "This shows the answer: guess above first, and it opens." }), button("Open it now", open)));
-  const watch = new MutationObserver(() => { gate.dataset.theme = root.dataset.theme; });
+  const open = () => {
+    gate.hidden = true;
+    root.hidden = false;
+  };
+  const gate = h(
+    "div",
+    { class: "pc", dataset: { theme: root.dataset.theme } },
+    h(
+      "div",
+      { class: "pc-row" },
+      h("span", {
+        class: "pc-muted",
+        text: "This shows the answer: guess above first, and it opens.",
+      }),
+      button("Open it now", open),
+    ),
+  );
+  const watch = new MutationObserver(() => {
+    gate.dataset.theme = root.dataset.theme;
+  });
   watch.observe(root, { attributes: true, attributeFilter: ["data-theme"] });
   later(() => watch.disconnect());
   root.hidden = true;
@@ -91,7 +122,13 @@ function waitForGuess(root, question, later) {
 
 /** Do something once the prediction with this question is answered; at once where it is, or where there is none. */
 export function whenGuessed(question, work, later) {
-  const look = () => { if (!question || [...(window.primechatScores?.values() ?? [])].some((entry) => entry.question === question)) work(); };
+  const look = () => {
+    if (
+      !question ||
+      [...(window.primechatScores?.values() ?? [])].some((entry) => entry.question === question)
+    )
+      work();
+  };
   window.addEventListener("primechat-score", look);
   later(() => window.removeEventListener("primechat-score", look));
   look();
@@ -101,7 +138,8 @@ export function whenGuessed(question, work, later) {
 export function whole(value) {
   if (typeof value === "string") return value.replace(/\p{Surrogate}/gu, "\ufffd");
   if (Array.isArray(value)) return value.map(whole);
-  if (value === null || value === undefined || Object.getPrototypeOf(value) !== Object.prototype) return value;
+  if (value === null || value === undefined || Object.getPrototypeOf(value) !== Object.prototype)
+    return value;
   return Object.fromEntries(Object.entries(value).map(([key, part]) => [key, whole(part)]));
 }
 
@@ -113,94 +151,166 @@ export function commit(model, values) {
 
 /** Return `ask(name, given)`: it calls the widget's Python method `answer_<name>` and promises its answer. */
 export function asking(model, later) {
-  const open = new Map(), mine = Math.random().toString(36).slice(2);
+  const open = new Map(),
+    mine = Math.random().toString(36).slice(2);
   let count = 0;
   const hear = (message) => open.get(message?.re)?.(message);
   model.on("msg:custom", hear);
   later(() => model.off("msg:custom", hear));
-  return (name, given = {}, wait_ms = 30000) => new Promise((resolve, reject) => {
-    const id = `${mine}-${count++}`;
-    const end = setTimeout(() => { open.delete(id); reject(Object.assign(new Error("Python does not answer. If the notebook is running, reload this page."), { silent: true })); }, wait_ms);
-    open.set(id, (message) => {
-      clearTimeout(end);
-      open.delete(id);
-      if (message.error) reject(new Error(message.error));
-      else resolve(message);
+  return (name, given = {}, wait_ms = 30000) =>
+    new Promise((resolve, reject) => {
+      const id = `${mine}-${count++}`;
+      const end = setTimeout(() => {
+        open.delete(id);
+        reject(
+          Object.assign(
+            new Error("Python does not answer. If the notebook is running, reload this page."),
+            { silent: true },
+          ),
+        );
+      }, wait_ms);
+      open.set(id, (message) => {
+        clearTimeout(end);
+        open.delete(id);
+        if (message.error) reject(new Error(message.error));
+        else resolve(message);
+      });
+      model.send({ ask: name, given: whole(given), id });
     });
-    model.send({ ask: name, given: whole(given), id });
-  });
 }
 
 /** Do something once, when a node first comes into sight; `later` takes what ends the watch. */
 export function whenSeen(node, work, later) {
-  const watch = new IntersectionObserver((entries) => {
-    if (!entries.some((entry) => entry.isIntersecting)) return;
-    watch.disconnect();
-    work();
-  }, { rootMargin: "200px" });
+  const watch = new IntersectionObserver(
+    (entries) => {
+      if (!entries.some((entry) => entry.isIntersecting)) return;
+      watch.disconnect();
+      work();
+    },
+    { rootMargin: "200px" },
+  );
   watch.observe(node);
   later(() => watch.disconnect());
 }
 
 /** Call at most once in ms, the last call always. */
 export function throttle(work, ms) {
-  let timer = 0, last = -Infinity, args = [];
+  let timer = 0,
+    last = -Infinity,
+    args = [];
   return (...given) => {
     args = given;
     const wait = last + ms - performance.now();
     if (timer) return;
-    if (wait <= 0) { last = performance.now(); work(...args); }
-    else timer = setTimeout(() => { timer = 0; last = performance.now(); work(...args); }, wait);
+    if (wait <= 0) {
+      last = performance.now();
+      work(...args);
+    } else
+      timer = setTimeout(() => {
+        timer = 0;
+        last = performance.now();
+        work(...args);
+      }, wait);
   };
 }
 
 /** Call once, ms after the last call. */
 export function debounce(work, ms) {
   let timer = 0;
-  return (...args) => { clearTimeout(timer); timer = setTimeout(() => work(...args), ms); };
+  return (...args) => {
+    clearTimeout(timer);
+    timer = setTimeout(() => work(...args), ms);
+  };
 }
 
 /** A number as people write it: 12,345 or 0.123. */
 export function number(value, digits = 0) {
-  return Number(value).toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+  return Number(value).toLocaleString("en-US", {
+    minimumFractionDigits: digits,
+    maximumFractionDigits: digits,
+  });
 }
 
 export function button(text, onclick, { primary = false, title, disabled } = {}) {
-  return h("button", { type: "button", class: primary ? "pc-button pc-primary" : "pc-button", text, title, disabled, onclick });
+  return h("button", {
+    type: "button",
+    class: primary ? "pc-button pc-primary" : "pc-button",
+    text,
+    title,
+    disabled,
+    onclick,
+  });
 }
 
 /** A labelled slider; `input` hears each move. JupyterLab would swallow its arrow keys but for the data attribute. */
 export function slider({ label, min, max, step = 1, value, input, show = String }) {
   const out = h("output", { class: "pc-value", text: show(value) });
   const bar = h("input", {
-    type: "range", min, max, step, "aria-label": label, "data-lm-suppress-shortcuts": "true",
-    oninput: () => { out.textContent = show(Number(bar.value)); input(Number(bar.value)); },
+    type: "range",
+    min,
+    max,
+    step,
+    "aria-label": label,
+    "data-lm-suppress-shortcuts": "true",
+    oninput: () => {
+      out.textContent = show(Number(bar.value));
+      input(Number(bar.value));
+    },
   });
   bar.value = String(value);
-  const node = h("label", { class: "pc-slider" }, h("span", { class: "pc-label", text: label }), bar, out);
-  return Object.assign(node, { bar, put: (next) => { bar.value = String(next); out.textContent = show(Number(bar.value)); } });
+  const node = h(
+    "label",
+    { class: "pc-slider" },
+    h("span", { class: "pc-label", text: label }),
+    bar,
+    out,
+  );
+  return Object.assign(node, {
+    bar,
+    put: (next) => {
+      bar.value = String(next);
+      out.textContent = show(Number(bar.value));
+    },
+  });
 }
 
 /** A labelled choice; options are [value, text] pairs or plain strings. */
 export function select({ label, options, value, input }) {
-  const box = h("select", { class: "pc-select", "aria-label": label, onchange: () => input(box.value) });
+  const box = h("select", {
+    class: "pc-select",
+    "aria-label": label,
+    onchange: () => input(box.value),
+  });
   const fill = (list, chosen) => {
-    box.replaceChildren(...list.map((entry) => {
-      const [key, text] = Array.isArray(entry) ? entry : [entry, entry];
-      return h("option", { value: key, text });
-    }));
+    box.replaceChildren(
+      ...list.map((entry) => {
+        const [key, text] = Array.isArray(entry) ? entry : [entry, entry];
+        return h("option", { value: key, text });
+      }),
+    );
     box.value = chosen;
   };
   fill(options, value);
-  const node = h("label", { class: "pc-field" }, h("span", { class: "pc-label", text: label }), box);
+  const node = h(
+    "label",
+    { class: "pc-field" },
+    h("span", { class: "pc-label", text: label }),
+    box,
+  );
   return Object.assign(node, { box, fill });
 }
 
 /** A labelled switch. */
 export function toggle({ label, value, input }) {
-  const box = h("input", { type: "checkbox", "data-lm-suppress-shortcuts": "true", onchange: () => input(box.checked) });
+  const box = h("input", {
+    type: "checkbox",
+    "data-lm-suppress-shortcuts": "true",
+    onchange: () => input(box.checked),
+  });
   box.checked = Boolean(value);
-  return Object.assign(h("label", { class: "pc-toggle" }, box, h("span", { text: label })), { box });
+  return Object.assign(h("label", { class: "pc-toggle" }, box, h("span", { text: label })), {
+    box,
+  });
 }
 
 /** A row of choices of which one is on; arrow keys move between them. */
@@ -214,18 +324,29 @@ export function tabs({ label, options, value, input }) {
     }
   };
   for (const [key, text] of options) {
-    row.append(h("button", {
-      type: "button", role: "tab", class: "pc-tab", text, dataset: { value: key }, "data-lm-suppress-shortcuts": "true",
-      onclick: () => { put(key); input(key); },
-      onkeydown: (event) => {
-        const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-        if (!step) return;
-        event.preventDefault();
-        const all = [...row.children], next = all[(all.indexOf(event.currentTarget) + step + all.length) % all.length];
-        next.focus();
-        next.click();
-      },
-    }));
+    row.append(
+      h("button", {
+        type: "button",
+        role: "tab",
+        class: "pc-tab",
+        text,
+        dataset: { value: key },
+        "data-lm-suppress-shortcuts": "true",
+        onclick: () => {
+          put(key);
+          input(key);
+        },
+        onkeydown: (event) => {
+          const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+          if (!step) return;
+          event.preventDefault();
+          const all = [...row.children],
+            next = all[(all.indexOf(event.currentTarget) + step + all.length) % all.length];
+          next.focus();
+          next.click();
+        },
+      }),
+    );
   }
   put(value);
   return Object.assign(row, { put });
@@ -239,7 +360,8 @@ export function more(title, ...children) {
 /** Plain words with `code` and **bold**, as nodes; nothing is read as HTML. */
 export function phrase(text) {
   return text.split(/(`[^`]+`|\*\*[^*]+\*\*)/).map((part) => {
-    if (part.startsWith("`") && part.length > 2) return h("code", { class: "pc-mono", text: part.slice(1, -1) });
+    if (part.startsWith("`") && part.length > 2)
+      return h("code", { class: "pc-mono", text: part.slice(1, -1) });
     if (part.startsWith("**") && part.length > 4) return h("strong", { text: part.slice(2, -2) });
     return part;
   });

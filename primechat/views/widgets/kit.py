@@ -53,10 +53,14 @@ class Widget(anywidget.AnyWidget):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         path = Path(str(sys.modules[cls.__module__].__file__))
         script = path.with_suffix(".js")
-        if script.is_file() and "_esm" not in cls.__dict__:  # ipywidgets derives a class as it adds traits
+        if (
+            script.is_file() and "_esm" not in cls.__dict__
+        ):  # ipywidgets derives a class as it adds traits
             own = script.read_text(encoding="utf-8")
             cls._esm = join_scripts(own, path.parent)
-            looks = [(path.parent / name).with_suffix(".css").resolve() for name in IMPORT.findall(own)]
+            looks = [
+                (path.parent / name).with_suffix(".css").resolve() for name in IMPORT.findall(own)
+            ]
             wanted = dict.fromkeys([HERE / "kit.css", *looks, path.with_suffix(".css")])
             found = [look.read_text(encoding="utf-8") for look in wanted if look.is_file()]
             cls._css = "\n".join([write_variables(), *found])

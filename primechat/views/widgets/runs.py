@@ -30,9 +30,10 @@ from primechat.views.widgets.kit import Widget
 
 MAX_POINTS, MAX_NOTES, MAX_SAMPLES = 240, 40, 40
 GAUGES = {  # of a step: what the small curves are called
-    "lr_ratio": "learning rate, share of its peak", "grad_norm": "length of the gradient",
+    "lr_ratio": "learning rate, share of its peak",
+    "grad_norm": "length of the gradient",
     "update_norm": "how far the matrices moved",
-}  # fmt: skip
+}
 MIXED = "what it is taught by: mixed loss, nats"
 
 
@@ -94,7 +95,9 @@ class RunLog:
         if len(before) >= MAX_SAMPLES:
             stay = sorted({kept[0] for kept in before})[::2]
             before = [kept for kept in before if kept[0] in stay or kept[0] == event.step]
-        self.samples = sorted([*before, [event.step, event.prompt, event.text]], key=lambda kept: kept[0])
+        self.samples = sorted(
+            [*before, [event.step, event.prompt, event.text]], key=lambda kept: kept[0]
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return the state as plain data; times are in seconds."""
@@ -127,12 +130,20 @@ class RunLog:
             if self.losses[-1].retention is not None:
                 figures.insert(2, [f"{self.losses[-1].retention:.1%}", "of the teacher kept"])
         return {
-            "phase": phase.name, "done": done, "total": total, "unit": phase.unit, "left_s": left,
-            "figures": figures, "saved": self.saved, "notes": self.notes, "samples": self.samples,
-            "train": train, "steps": last.steps if last else 0,
+            "phase": phase.name,
+            "done": done,
+            "total": total,
+            "unit": phase.unit,
+            "left_s": left,
+            "figures": figures,
+            "saved": self.saved,
+            "notes": self.notes,
+            "samples": self.samples,
+            "train": train,
+            "steps": last.steps if last else 0,
             "gauges": gauges,
             "val": [[event.step, event.val_loss_nats, event.val_bpb] for event in self.losses],
-        }  # fmt: skip
+        }
 
     def thin(self, name: str, limit: int) -> list[list[float]]:
         """Return a figure of the steps as a curve of at most `limit` points."""
@@ -215,14 +226,28 @@ class Summary(Widget):
     notes: Any = traitlets.List().tag(sync=True)
 
 
-UNITS = {"_s": "seconds", "_nats": "nats", "_bytes": "bytes", "bpb": "bits per byte", "_mb": "megabytes"}
+UNITS = {
+    "_s": "seconds",
+    "_nats": "nats",
+    "_bytes": "bytes",
+    "bpb": "bits per byte",
+    "_mb": "megabytes",
+}
 NAMES = {
-    "val_bpb": "bits per byte on new text", "bpb": "bits per byte", "n_params": "parameters",
-    "tokens_per_s": "tokens per second", "train_s": "seconds of training", "total_s": "seconds in all",
-    "elapsed_s": "seconds", "vocab_size": "tokens in the vocabulary", "bytes_per_token": "bytes per token",
-    "loss_nats": "loss, nats per token", "step": "steps of training", "tokens": "tokens read",
+    "val_bpb": "bits per byte on new text",
+    "bpb": "bits per byte",
+    "n_params": "parameters",
+    "tokens_per_s": "tokens per second",
+    "train_s": "seconds of training",
+    "total_s": "seconds in all",
+    "elapsed_s": "seconds",
+    "vocab_size": "tokens in the vocabulary",
+    "bytes_per_token": "bytes per token",
+    "loss_nats": "loss, nats per token",
+    "step": "steps of training",
+    "tokens": "tokens read",
     "n_talks": "conversations",
-}  # fmt: skip
+}
 
 
 def describe_figures(record: Mapping[str, Any]) -> list[list[str]]:
@@ -238,7 +263,9 @@ def describe_figures(record: Mapping[str, Any]) -> list[list[str]]:
             stem = name.removesuffix(end).replace("_", " ")
             said = "tokens said" if name == "tokens" and "n_talks" in record else NAMES.get(name)
             label = said or (f"{stem.strip()}, {UNITS[end]}" if end else stem)
-            digits = 0 if isinstance(value, int) or abs(value) >= 100 else 3 if abs(value) < 10 else 1
+            digits = (
+                0 if isinstance(value, int) or abs(value) >= 100 else 3 if abs(value) < 10 else 1
+            )
             figures.append([f"{value:,.{digits}f}", label])
     return figures
 
@@ -247,4 +274,6 @@ def build_event(data: Mapping[str, Any]) -> Event:
     """Return an event from a line of metrics.jsonl."""
     kinds = {cls.kind: cls for cls in typing.get_args(Event)}
     cls = kinds[data["kind"]]
-    return cls(**{item.name: data[item.name] for item in dataclasses.fields(cls) if item.name in data})
+    return cls(
+        **{item.name: data[item.name] for item in dataclasses.fields(cls) if item.name in data}
+    )

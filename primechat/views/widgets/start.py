@@ -50,7 +50,9 @@ class CheckCard(Widget):
     message = traitlets.Unicode("").tag(sync=True)
     report: Any = traitlets.Dict().tag(sync=True)
 
-    def __init__(self, find: Callable[[], list[str]], check: Callable[[CheckCard, str], None]) -> None:
+    def __init__(
+        self, find: Callable[[], list[str]], check: Callable[[CheckCard, str], None]
+    ) -> None:
         self.find, self.check = find, check
         super().__init__(models=find())
 
@@ -80,7 +82,9 @@ class DownloadCard(Widget):
     plan: Any = traitlets.Dict().tag(sync=True)
     progress: Any = traitlets.Dict().tag(sync=True)
 
-    def __init__(self, bundles: list[dict[str, str]], act: Callable[[DownloadCard, str, str], None]) -> None:
+    def __init__(
+        self, bundles: list[dict[str, str]], act: Callable[[DownloadCard, str, str], None]
+    ) -> None:
         self.act = act
         super().__init__(bundles=bundles)
 

@@ -28,7 +28,9 @@ class TalkStrips(Widget):
     rows: Any = traitlets.List().tag(sync=True)
     groups: Any = traitlets.List().tag(sync=True)
 
-    def __init__(self, rows: list[Any], groups: list[Any], rest: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self, rows: list[Any], groups: list[Any], rest: Callable[[], Any] | None = None
+    ) -> None:
         self.rest = rest or (lambda: groups)
         super().__init__(rows=rows, groups=groups)
 

@@ -27,7 +27,11 @@ class DialDesk(Widget):
     waiting = traitlets.Unicode("").tag(sync=True)
 
     def __init__(
-        self, write: Callable[[str, float, str], str], adapters: Sequence[str], prompt: str, waiting: str = ""
+        self,
+        write: Callable[[str, float, str], str],
+        adapters: Sequence[str],
+        prompt: str,
+        waiting: str = "",
     ) -> None:
         self.write = write
         super().__init__(adapters=list(adapters), prompt=prompt, waiting=waiting)

@@ -28,16 +28,20 @@ class MixDesk(Widget):
     chosen = traitlets.Unicode("").tag(sync=True)
 
     def __init__(
-        self, sets: Sequence[dict[str, Any]], read: Callable[[str, int], dict[str, Any]],
+        self,
+        sets: Sequence[dict[str, Any]],
+        read: Callable[[str, int], dict[str, Any]],
         weights: dict[str, float],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.read = read
         super().__init__(sets=list(sets), weights=dict(weights), chosen=next(iter(weights)))
 
     @property
     def mixture(self) -> str:
         """The mixture as `finetune` takes it: `chitchat, faq*2`."""
-        parts = ((name, float(weight)) for name, weight in self.weights.items() if float(weight) > 0)
+        parts = (
+            (name, float(weight)) for name, weight in self.weights.items() if float(weight) > 0
+        )
         return ", ".join(name if weight == 1 else f"{name}*{weight:g}" for name, weight in parts)
 
     def answer_read(self, name: str, number: int) -> dict[str, Any]:

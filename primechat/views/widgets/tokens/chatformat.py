@@ -39,6 +39,8 @@ class ChatFormat(Widget):
         self._draw = draw
         self.start = self.answer_draw(self.key, messages, keys[0][2]) if keys else {}
 
-    def answer_draw(self, key: str, messages: list[dict[str, Any]], max_tokens: int) -> dict[str, Any]:
+    def answer_draw(
+        self, key: str, messages: list[dict[str, Any]], max_tokens: int
+    ) -> dict[str, Any]:
         """Render a conversation."""
         return self._draw(key, messages, max_tokens)

@@ -14,11 +14,13 @@ export function findBorders(text) {
     let inner = knownWords.get(word);
     if (!inner) {
       inner = [];
-      for (let at = 0, next; at < word.length; at = next) { // in slices: of a long text, as Chinese is, the segmenter takes the square too
+      for (let at = 0, next; at < word.length; at = next) {
+        // in slices: of a long text, as Chinese is, the segmenter takes the square too
         const slice = word.slice(at, at + SLICE).replace(/[\ud800-\udbff]$/, ""); // no half of a pair at its end
         next = at + (slice.length || 1);
         for (const { index: from, segment } of segmenter.segment(slice)) {
-          if (from && at + from + segment.length === next && next < word.length) next = at + from; // it may go on: first of the next slice
+          if (from && at + from + segment.length === next && next < word.length)
+            next = at + from; // it may go on: first of the next slice
           else for (let i = 1; i < segment.length; i++) inner.push(at + from + i);
         }
       }
@@ -40,10 +42,15 @@ export function countCharacters(borders) {
 
 /** The UTF-16 offset at which each token starts (one more for the end), and 1 where it starts inside a code point. */
 export function placeTokens(text, sizes) {
-  const n = sizes.length, starts = new Int32Array(n + 1).fill(text.length), inside = new Uint8Array(n + 1);
-  let token = 0, edge = 0, byte = 0;
+  const n = sizes.length,
+    starts = new Int32Array(n + 1).fill(text.length),
+    inside = new Uint8Array(n + 1);
+  let token = 0,
+    edge = 0,
+    byte = 0;
   for (let i = 0; i < text.length && token < n;) {
-    const code = text.codePointAt(i), size = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    const code = text.codePointAt(i),
+      size = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
     while (token < n && edge < byte + size) {
       starts[token] = i;
       inside[token] = edge > byte ? 1 : 0;
@@ -57,10 +64,12 @@ export function placeTokens(text, sizes) {
 
 /** Chips: the shortest runs of tokens that begin and end between characters; {a, b} tokens, {from, to} offsets. */
 export function groupTokens(text, sizes, borders = findBorders(text)) {
-  const { starts, inside } = placeTokens(text, sizes), groups = [];
+  const { starts, inside } = placeTokens(text, sizes),
+    groups = [];
   let group = null;
   for (let t = 0; t < sizes.length; t++) {
-    if (!group || (!inside[t] && borders[starts[t]])) groups.push((group = { a: t, b: t, from: starts[t], to: 0 }));
+    if (!group || (!inside[t] && borders[starts[t]]))
+      groups.push((group = { a: t, b: t, from: starts[t], to: 0 }));
     group.b = t + 1;
     group.to = starts[t + 1];
     if (t + 1 < sizes.length && inside[t + 1]) group.to = text.length;
@@ -74,9 +83,11 @@ export function groupTokens(text, sizes, borders = findBorders(text)) {
 export function tintRun(count, before, old, after) {
   const tints = [];
   for (let j = 0; j < count; j++) {
-    const last = j === count - 1, left = j ? tints[j - 1] : before;
+    const last = j === count - 1,
+      left = j ? tints[j - 1] : before;
     let tint = old[j] ?? ((left ?? -1) + 1) % TINTS;
-    for (let tries = 0; tries < TINTS && (tint === left || (last && tint === after)); tries++) tint = (tint + 1) % TINTS;
+    for (let tries = 0; tries < TINTS && (tint === left || (last && tint === after)); tries++)
+      tint = (tint + 1) % TINTS;
     tints.push(tint);
   }
   return tints;
@@ -85,14 +96,24 @@ export function tintRun(count, before, old, after) {
 /** The ground of a chip: one tint, or stripes where one character is several tokens. */
 export function ground(tints) {
   if (tints.length === 1) return `var(--tint-${tints[0]})`;
-  const stops = tints.map((tint, i) => `var(--tint-${tint}) ${(100 * i) / tints.length}% ${(100 * (i + 1)) / tints.length}%`);
+  const stops = tints.map(
+    (tint, i) =>
+      `var(--tint-${tint}) ${(100 * i) / tints.length}% ${(100 * (i + 1)) / tints.length}%`,
+  );
   return `linear-gradient(90deg, ${stops.join(", ")})`;
 }
 
 /** A text with its white space and control characters made visible. */
 export function showSpaces(text) {
-  return text.replace(/ /g, "·").replace(/\t/g, "→").replace(/\r?\n|\r/g, "↵").replace(/\u00a0/g, "⍽")
-    .replace(/[\x00-\x08\x0b-\x1f\x7f]/g, (char) => `<${char.charCodeAt(0).toString(16).padStart(2, "0")}>`);
+  return text
+    .replace(/ /g, "·")
+    .replace(/\t/g, "→")
+    .replace(/\r?\n|\r/g, "↵")
+    .replace(/\u00a0/g, "⍽")
+    .replace(
+      /[\x00-\x08\x0b-\x1f\x7f]/g,
+      (char) => `<${char.charCodeAt(0).toString(16).padStart(2, "0")}>`,
+    );
 }
 
 /** Bytes as people write them: f0 9f a7 91. */
@@ -102,8 +123,15 @@ export function hex(bytes) {
 
 /** A token's bytes as text where they are whole characters, else in hex between angle brackets. */
 export function readBytes(bytes) {
-  try { return showSpaces(new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(Uint8Array.from(bytes))); }
-  catch { return `<${hex(bytes)}>`; }
+  try {
+    return showSpaces(
+      new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(Uint8Array.from(bytes)),
+    );
+  } catch {
+    return `<${hex(bytes)}>`;
+  }
 }
 
-export function encodeText(text) { return utf8.encode(text); }
+export function encodeText(text) {
+  return utf8.encode(text);
+}

@@ -46,7 +46,9 @@ class Opened:
                 self._threads[key].start()
             self._threads[key].join(wait_s)
             if self._threads[key].is_alive():
-                raise TimeoutError(f"Opening {self.choices[key].label}. The first time this takes a while.")
+                raise TimeoutError(
+                    f"Opening {self.choices[key].label}. The first time this takes a while."
+                )
             del self._threads[key]
             if key in self._faults:
                 raise self._faults.pop(key)
@@ -66,7 +68,9 @@ class Opened:
         for tell in self.on_change:
             tell()
 
-    def cut(self, key: str, text: str, wait_s: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def cut(
+        self, key: str, text: str, wait_s: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return ids and lengths in bytes of a text's tokens: int32 (N,), int32 (N,)."""
         encoder = self.get(key, wait_s)
         ids = np.asarray(encoder.encode(text), dtype=np.int32)

@@ -26,10 +26,14 @@ class FertilityTable(Widget):
         self, opened: Opened, passages: Sequence[tuple[str, str, str]], shown: Sequence[str]
     ) -> None:
         """Show passages (name, group, text); the first is what the others are compared with."""
-        super().__init__(passages=[list(p) for p in passages], shown=list(shown), choices=opened.describe())
+        super().__init__(
+            passages=[list(p) for p in passages], shown=list(shown), choices=opened.describe()
+        )
         self._opened = opened
         opened.on_change.append(lambda: setattr(self, "choices", opened.describe()))
-        self.start = {"columns": [self.answer_measure(key) for key in shown[:1]]}  # the rest when it is seen
+        self.start = {
+            "columns": [self.answer_measure(key) for key in shown[:1]]
+        }  # the rest when it is seen
 
     def answer_measure(self, key: str) -> dict[str, Any]:
         """Return the tokens' lengths in bytes of each passage."""

@@ -45,7 +45,9 @@ class Playground(Widget):
         opened.on_change.append(lambda: setattr(self, "choices", opened.describe()))
         self.start = {**self.answer_open(text, list(shown), wait_s=None), "text": text}
 
-    def answer_open(self, text: str, shown: list[str], wait_s: float | None = 0.3) -> dict[str, Any]:
+    def answer_open(
+        self, text: str, shown: list[str], wait_s: float | None = 0.3
+    ) -> dict[str, Any]:
         """Take a whole text and the tokenizers to show it with; answer all of their tokens.
 
         One that is not open within `wait_s` seconds is answered as pending: the page asks again.
@@ -54,12 +56,18 @@ class Playground(Widget):
         self._ids = {}
         return self._answer(text, shown, wait_s)
 
-    def answer_edit(self, revision: int, at: int, cut: int, put: str, shown: list[str]) -> dict[str, Any]:
+    def answer_edit(
+        self, revision: int, at: int, cut: int, put: str, shown: list[str]
+    ) -> dict[str, Any]:
         """Take an edit, counted in the page's UTF-16 units; answer the tokens that changed."""
         if revision != self._revision:
-            return {"stale": True}  # another view of this widget has edited since: the page sends its text
+            return {
+                "stale": True
+            }  # another view of this widget has edited since: the page sends its text
         end = 2 * (at + cut)
-        self._draft = self._draft[: 2 * at] + put.encode("utf-16-le", "surrogatepass") + self._draft[end:]
+        self._draft = (
+            self._draft[: 2 * at] + put.encode("utf-16-le", "surrogatepass") + self._draft[end:]
+        )
         return self._answer(self._draft.decode("utf-16-le", "replace"), shown, 0.0)
 
     def _answer(self, text: str, shown: list[str], wait_s: float | None) -> dict[str, Any]:
@@ -82,6 +90,11 @@ class Playground(Widget):
         put = slice(at, len(ids) - (len(old) - at - cut))
         size = self._opened.get(key).vocab_size
         return {
-            "key": key, "whole": whole, "at": at, "cut": cut,
-            "ids": ids[put].tolist(), "sizes": lengths[put].tolist(), "vocab_size": size,
-        }  # fmt: skip
+            "key": key,
+            "whole": whole,
+            "at": at,
+            "cut": cut,
+            "ids": ids[put].tolist(),
+            "sizes": lengths[put].tolist(),
+            "vocab_size": size,
+        }

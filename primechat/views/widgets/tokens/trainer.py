@@ -45,7 +45,9 @@ class TokenizerTrainer(Widget):
             cut: returns the tokens of a text as the learner would cut it now.
             finish: takes a learner that has its vocabulary; says in a sentence what became of it.
         """
-        super().__init__(samples=[list(s) for s in samples], preview=preview, special_count=special_count)
+        super().__init__(
+            samples=[list(s) for s in samples], preview=preview, special_count=special_count
+        )
         self._begin, self._cut, self._finish = begin, cut, finish
         self.learner: Any = None
         self._counts: list[int] = []
@@ -85,12 +87,19 @@ class TokenizerTrainer(Widget):
         pairs, cut = learner.list_pairs(PAIRS), self._cut(learner, self.preview)
         latest = range(max(256, len(learner.tokens) - LATEST), len(learner.tokens))
         return {
-            "vocab_size": len(learner.tokens) + self.special_count, "goal": self._goal, "said": self._said,
-            "pairs": [[list(learner.tokens[a]), list(learner.tokens[b]), count] for a, b, count in pairs],
+            "vocab_size": len(learner.tokens) + self.special_count,
+            "goal": self._goal,
+            "said": self._said,
+            "pairs": [
+                [list(learner.tokens[a]), list(learner.tokens[b]), count] for a, b, count in pairs
+            ],
             "latest": [[i, list(learner.tokens[i]), self._counts[i - 256]] for i in latest],
-            "first": first, "counts": self._counts[first:], "n_bytes": learner.n_bytes,
-            "n_tokens": learner.n_tokens, "preview": [list(token) for token in cut],
-        }  # fmt: skip
+            "first": first,
+            "counts": self._counts[first:],
+            "n_bytes": learner.n_bytes,
+            "n_tokens": learner.n_tokens,
+            "preview": [list(token) for token in cut],
+        }
 
     def _is_full(self) -> bool:
         return len(self.learner.tokens) + self.special_count >= self._goal

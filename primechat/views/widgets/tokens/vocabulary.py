@@ -14,7 +14,15 @@ import traitlets
 from primechat.views.widgets.kit import Widget
 from primechat.views.widgets.tokens.choices import Opened
 
-KINDS = ("word start", "letters", "digits", "punctuation", "white space", "part of a character", "special")
+KINDS = (
+    "word start",
+    "letters",
+    "digits",
+    "punctuation",
+    "white space",
+    "part of a character",
+    "special",
+)
 ORDERS = ("id", "longest", "most seen", "least seen")
 
 
@@ -78,7 +86,13 @@ class VocabularyBrowser(Widget):
         return self._indices[key][1]
 
     def answer_find(
-        self, key: str, query: str = "", kind: str = "", order: str = "id", offset: int = 0, limit: int = 120
+        self,
+        key: str,
+        query: str = "",
+        kind: str = "",
+        order: str = "id",
+        offset: int = 0,
+        limit: int = 120,
     ) -> dict[str, Any]:
         """Return some rows of what a search finds: (id, bytes, kind, count or None), and their number."""
         index = self._index(key)
@@ -109,9 +123,13 @@ class VocabularyBrowser(Widget):
             for i in ids[offset : offset + limit]
         ]
         return {
-            "key": key, "total": len(ids), "vocab_size": len(keep), "offset": offset, "rows": rows,
+            "key": key,
+            "total": len(ids),
+            "vocab_size": len(keep),
+            "offset": offset,
+            "rows": rows,
             "never": None if counts is None else int((counts == 0).sum()),
-        }  # fmt: skip
+        }
 
     def answer_count(self, key: str) -> dict[str, Any]:
         """Count the tokens in the training text; answer the sentence on it."""
