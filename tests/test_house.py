@@ -87,7 +87,6 @@ TOO_LONG = {
     "stages.distill.distill": 61,
     "stages.pretrain.pretrain": 66,
     "stages.quickstart.quickstart": 63,
-    "stages.run.train": 96,
     "store.open_model": 77,
     "train.loop.fit": 94,
     "train.tune.tune_runtime": 147,

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,79 @@ def test_the_first_tenth_settles_the_steps(
     events = read_metrics(store.run_dir("base", "d3") / "metrics.jsonl")
     assert len([e for e in events if e["kind"] == "loss"]) <= 14, "the looks are spread anew"
     assert pretrain(replace(config, resume=True)).step == result.step
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of the run's code catches it, and nothing is saved."""
+
+
+def run_broken(
+    config: PretrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    settle: int = 0,
+    kill: int = 0,
+    stop: int = 0,
+) -> list[tuple[int, int]]:
+    """Run a config whose steps fill a time; return the steps of the whole run as each step told them.
+
+    The first tenth of the time is over after step `settle`; the run is killed or stopped after others.
+    """
+    told: list[tuple[int, int]] = []
+    wish = threading.Event()
+    monkeypatch.setattr(run, "SETTLE_SHARE", 0.1)
+
+    def hear(event: Event) -> None:
+        if event.kind != "step":
+            return
+        told.append((event.step, event.steps))
+        if event.step == settle - 1:
+            monkeypatch.setattr(run, "SETTLE_SHARE", 0.0)
+        if event.step == kill:
+            raise Killed
+        if event.step == stop:
+            wish.set()
+
+    with pytest.raises(Killed) if kill else nullcontext():
+        pretrain(config, on_event=hear, stop=wish)
+    return told
+
+
+@pytest.mark.parametrize("save_every", [4, 1000])
+def test_killed_in_its_first_tenth_a_run_still_settles_its_steps(
+    corpus: str, monkeypatch: pytest.MonkeyPatch, save_every: int
+) -> None:
+    """Resumed from a checkpoint, or from none, the first tenth of the time settles the steps."""
+    train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
+    real = run.tune_runtime
+    monkeypatch.setattr(run, "tune_runtime", lambda *a, **k: replace(real(*a, **k), step_s=0.01))
+    look = LookConfig(eval_every=10**6, eval_tokens=64, save_every=save_every)
+    config = make_config(corpus, steps=0, seconds=60.0, look=look)
+    told = run_broken(config, monkeypatch, kill=6)
+    assert told == [(i, 6000) for i in range(1, 7)], "the first guess"
+    told = run_broken(replace(config, resume=True), monkeypatch, settle=7, stop=8)
+    assert told[0] == (5 if save_every == 4 else 1, 6000) and dict(told)[7] != 6000
+    assert read_frozen(store.run_dir("base", "d3"), PretrainConfig).steps == dict(told)[8]
+
+
+@pytest.mark.parametrize("kill", [6, 7])
+def test_early_steps_are_replayed_with_the_number_that_they_had(
+    corpus: str, monkeypatch: pytest.MonkeyPatch, kill: int
+) -> None:
+    """Momentum and learning rate depend on the steps of the run: those before the number was settled must
+    not be taken again with the new one. Killed at the very step that settles it, or right after.
+    """
+    train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
+    real = run.tune_runtime
+    monkeypatch.setattr(run, "tune_runtime", lambda *a, **k: replace(real(*a, **k), step_s=0.01))
+    look = LookConfig(eval_every=10**6, eval_tokens=64, save_every=4)
+    config = make_config(corpus, steps=0, seconds=60.0, look=look)
+    first = dict(run_broken(config, monkeypatch, settle=6, kill=kill))
+    assert first[5] == 6000 and first[6] != 6000
+    again = dict(run_broken(replace(config, resume=True), monkeypatch, settle=6, stop=9))
+    assert all(again[step] == 6000 for step in again if step < 6), again
+    if kill == 7:
+        assert again[8] == again[9] == first[6], "settled once, and saved with that step"
 
 
 def test_what_compiling_brought_is_remembered(base_dir: Path) -> None:

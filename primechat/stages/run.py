@@ -26,6 +26,7 @@ from primechat.errors import ConfigError, DataError
 from primechat.infer.engine import Engine
 from primechat.metrics.bits import Bits, measure_bits
 from primechat.model.checkpoint import (
+    Loaded,
     find_steps,
     measure_snapshots,
     prune_checkpoints,
@@ -47,9 +48,9 @@ from primechat.records import (
     TrainResult,
     count_noun,
 )
+from primechat.stages.job import Batches, Windows
 from primechat.stages.job import Job as Job
-from primechat.stages.job import Windows
-from primechat.train.loop import fit
+from primechat.train.loop import SumLoss, fit
 from primechat.train.optim import Optimizer
 from primechat.train.parallel import (
     Ranks,
@@ -69,6 +70,7 @@ VALIDATION = "validation: the loss on text that it does not learn from"
 LAST_CHECK = "last check: the loss on text that it has not seen"
 GENERAL = "general text: how much of it is forgotten"
 COMPILE_FILE = "compiling.json"  # in the base directory
+OPEN_FILE = "steps_to_settle.json"  # in the run's folder, as long as its steps are a guess
 GENERAL_TOKENS = 100_000  # where the whole validation split is scored at the end
 
 
@@ -126,6 +128,23 @@ def remember_compiling(learned: dict[str, float]) -> None:
     write_whole(store.base_dir() / COMPILE_FILE, json.dumps(figures).encode())
 
 
+def write_open_time(folder: Path, open_s: float) -> None:
+    """Keep the training time that a run's steps are to fill; 0 is for steps that are settled."""
+    path = folder / OPEN_FILE
+    if open_s:
+        write_whole(path, json.dumps({"seconds": open_s}).encode())
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_open_time(folder: Path) -> float:
+    """Return the training time that the steps of a run without a checkpoint are to fill, else 0."""
+    try:
+        return float(json.loads((folder / OPEN_FILE).read_bytes())["seconds"])
+    except (OSError, ValueError, TypeError, LookupError):
+        return 0.0
+
+
 class TrainingRun:
     """One run from its folder to its result; `work` does it."""
 
@@ -137,8 +156,9 @@ class TrainingRun:
         stop: threading.Event | None,
     ) -> None:
         self.config, self.job, self.stop = config, job, stop or threading.Event()
-        self.asked_look, self.open_s, self.first_s = config.look, 0.0, 0.0
-        self.t_start, self.on_event = time.perf_counter(), on_event
+        self.asked_look, self.t_start, self.on_event = config.look, time.perf_counter(), on_event
+        # While the steps that fill a time are a guess: that time, steps of this process, time of the first.
+        self.open_s, self.timed_steps, self.first_s, self.just_settled = 0.0, 0, 0.0, False
         self.folder = open_folder(config, job.family)
         self.ranks: Ranks = join_ranks(pick_device(config.runtime.device))
         seen = gather_objects((config.resume, find_steps(self.folder)))
@@ -176,117 +196,147 @@ class TrainingRun:
 
     def train(self) -> TrainResult:
         """Set up, train, and return the result."""
-        job, config, loaded = self.job, self.config, None
-        rows = config.batch_tokens // job.model.sequence_len
-        rank, world = self.ranks.rank, self.ranks.world_size
-        if config.resume:
-            config = take_frozen(config, self.folder)
-            if find_steps(self.folder):
-                loaded = job.load_step(self.folder)
-                for reason in loaded.skipped:
-                    self.tell(NoteEvent(text=f"Skipped {reason}"))
-        self.config = config
-        model, loss = GPT(job.model), None
-        model.checkpoint_blocks = config.runtime.checkpoint_blocks
-        job.prepare(model)
-        if not config.resume:
-            batches = job.open_batches(rows, rank, world, None)
-            tuning = self.tune(model, *next(iter(batches)))
-            getattr(batches, "close", lambda: None)()
-            loss = tuning.loss if world == 1 else None
-            config = self.config = self.freeze(tuning)
+        loaded = self.take_up() if self.config.resume else None
+
+        model = self.model = GPT(self.job.model)
+        model.checkpoint_blocks = self.config.runtime.checkpoint_blocks
+        self.job.prepare(model)
+        loss = None if self.config.resume else self.choose_settings(model)
         if self.ranks.is_main:
             self.write_config()
-        device, dtype = config.runtime.device, getattr(torch, config.runtime.dtype)
-        if config.runtime.threads:
-            torch.set_num_threads(config.runtime.threads)
-        model.to("cpu")  # fresh weights are drawn there, so that they are the same on every device
-        model.compute_dtype = dtype
-        job.fill_model(model, loaded, config.seed)
-        model.to(device)
-        optimizer = Optimizer(model, config.optim, job.model.n_embd, half=dtype == torch.bfloat16)
-        start_step, cursor = 0, None
-        if loaded is not None and loaded.optim_state is not None:
-            optimizer.load_state_dict(loaded.optim_state["optimizer"])
-            torch.set_rng_state(loaded.optim_state["rng"])
-            start_step, cursor = loaded.step, loaded.meta["cursors"][0]
-            self.trained_s, self.tokens = float(loaded.meta["train_s"]), int(loaded.meta["tokens"])
-            self.t_start -= float(loaded.meta.get("spent_s", 0))
-            self.tell(NoteEvent(text=f"Going on from step {start_step} of {config.steps}."))
-        if self.ranks.is_main:
-            self.log = MetricsLog(self.folder)
-            self.log.drop_after(start_step if loaded is not None else -1)
-        self.saved_step = start_step  # step 0 needs no checkpoint: it is drawn again
-        self.model, self.optimizer = model, optimizer
-        self.batches = job.open_batches(rows, rank, world, cursor)
-        self.engine = Engine(model, job.tokenizer)
-        self.tell(
-            PhaseEvent(
-                name=f"training {job.identify(config.tag)}", total=config.steps, unit="steps"
-            )
-        )
-        offset_s = self.trained_s
 
-        def on_step(event: StepEvent) -> None:
-            self.trained_s, self.tokens_per_s = event.elapsed_s, event.tokens_per_s
-            self.tokens += event.tokens
-            self.tell(event)
-            spent_s = time.perf_counter() - self.t_start
-            if spent_s > config.runtime.budget_s and not self.stop.is_set():
-                self.stop.set()
-                rest = "resume with a higher --max-hours or --max-dollars to go on"
-                self.tell(
-                    NoteEvent(text=f"The budget is spent ({spent_s / 3600:.2f} h): saving; {rest}.")
-                )
+        self.fill_model(loaded)
+        start_step, cursor = self.restore(loaded)
+        self.open_log(start_step, loaded)
 
+        self.batches = self.open_batches(cursor)
+        self.engine = Engine(model, self.job.tokenizer)
+        name = f"training {self.job.identify(self.config.tag)}"
+        self.tell(PhaseEvent(name=name, total=self.config.steps, unit="steps"))
         step = fit(
-            optimizer,
+            self.optimizer,
             self.batches,
-            loss or SpreadLoss(model, job.make_loss(model, config.runtime)),
-            steps=config.steps,
+            loss or SpreadLoss(model, self.job.make_loss(model, self.config.runtime)),
+            steps=self.config.steps,
             start_step=start_step,
-            micro_batch_rows=config.runtime.micro_batch_rows,
-            device=device,
-            elapsed_s=offset_s,
+            micro_batch_rows=self.config.runtime.micro_batch_rows,
+            device=self.config.runtime.device,
+            elapsed_s=self.trained_s,
             count_steps=self.count_steps,
-            on_step=on_step,
+            on_step=self.note_step,
             on_eval=self.look,
             on_save=self.save,
             stop=self.stop,
         )
+
         stopped = step < self.config.steps
         self.tell(DoneEvent(step=step, elapsed_s=self.trained_s, stopped=stopped))
-        bits = self.last_bits
+        return self.describe_result(step, stopped, loaded)
+
+    def take_up(self) -> Loaded | None:
+        """Take the settings that the run froze; return its newest checkpoint, None where there is none."""
+        self.config = take_frozen(self.config, self.folder)
+        if not find_steps(self.folder):
+            self.open_s = read_open_time(self.folder)
+            return None
+
+        loaded = self.job.load_step(self.folder)
+        for reason in loaded.skipped:
+            self.tell(NoteEvent(text=f"Skipped {reason}"))
+
+        # The checkpoint knows the steps with which its own were taken; config.json may be older or newer.
+        if "open_s" in loaded.meta:
+            self.open_s = float(loaded.meta["open_s"])
+            saved = loaded.meta["user_config"]
+            every = {name: saved["look"][name] for name in ("eval_every", "sample_every")}
+            look = replace(self.config.look, **every)
+            self.config = replace(self.config, steps=saved["steps"], look=look)
+        return loaded
+
+    def choose_settings(self, model: GPT) -> SumLoss | None:
+        """Freeze what is left open in the settings; return the loss to train with, if it is made already."""
+        batches = self.open_batches(None)
+        tuning = self.tune(model, *next(iter(batches)))
+        getattr(batches, "close", lambda: None)()
+        self.config = self.freeze(tuning)
+        return tuning.loss if self.ranks.world_size == 1 else None
+
+    def open_batches(self, cursor: dict[str, Any] | None) -> Batches:
+        """Return this rank's batches, from a cursor on."""
+        rows = self.config.batch_tokens // self.job.model.sequence_len
+        return self.job.open_batches(rows, self.ranks.rank, self.ranks.world_size, cursor)
+
+    def fill_model(self, loaded: Loaded | None) -> None:
+        """Put the weights to start from into the model, and the model where it runs."""
+        runtime, model = self.config.runtime, self.model
+        if runtime.threads:
+            torch.set_num_threads(runtime.threads)
+        model.to("cpu")  # fresh weights are drawn there, so that they are the same on every device
+        model.compute_dtype = getattr(torch, runtime.dtype)
+        self.job.fill_model(model, loaded, self.config.seed)
+        model.to(runtime.device)
+        self.optimizer = self.make_optimizer(model)
+
+    def make_optimizer(self, model: GPT) -> Optimizer:
+        """Return a fresh optimizer of a model."""
+        half = model.compute_dtype == torch.bfloat16
+        return Optimizer(model, self.config.optim, self.job.model.n_embd, half=half)
+
+    def restore(self, loaded: Loaded | None) -> tuple[int, dict[str, Any] | None]:
+        """Return the step and the cursor to go on from; the optimizer's state comes from the checkpoint."""
+        if loaded is None or loaded.optim_state is None:
+            return 0, None
+        self.optimizer.load_state_dict(loaded.optim_state["optimizer"])
+        torch.set_rng_state(loaded.optim_state["rng"])
+        self.trained_s, self.tokens = float(loaded.meta["train_s"]), int(loaded.meta["tokens"])
+        self.t_start -= float(loaded.meta.get("spent_s", 0))
+        self.tell(NoteEvent(text=f"Going on from step {loaded.step} of {self.config.steps}."))
+        return loaded.step, loaded.meta["cursors"][0]
+
+    def open_log(self, start_step: int, loaded: Loaded | None) -> None:
+        """Open the run's history, cut off behind the step to go on from."""
+        self.saved_step = start_step  # step 0 needs no checkpoint: it is drawn again
+        if self.ranks.is_main:
+            self.log = MetricsLog(self.folder)
+            self.log.drop_after(start_step if loaded is not None else -1)
+
+    def note_step(self, event: StepEvent) -> None:
+        """Take in a step that is done; the run stops where its budget is spent."""
+        self.trained_s, self.tokens_per_s = event.elapsed_s, event.tokens_per_s
+        self.tokens += event.tokens
+        self.tell(event)
+        spent_s = time.perf_counter() - self.t_start
+        if spent_s > self.config.runtime.budget_s and not self.stop.is_set():
+            self.stop.set()
+            rest = "resume with a higher --max-hours or --max-dollars to go on"
+            said = f"The budget is spent ({spent_s / 3600:.2f} h): saving; {rest}."
+            self.tell(NoteEvent(text=said))
+
+    def describe_result(self, step: int, stopped: bool, loaded: Loaded | None) -> TrainResult:
+        """Return what came of the run."""
+        measured = bool(self.last_bits.n_bytes) or loaded is None
+        events = read_metrics(self.folder / "metrics.jsonl") if self.ranks.is_main else []
         return TrainResult(
-            identifier=job.identify(config.tag),
+            identifier=self.job.identify(self.config.tag),
             path=str(self.folder.relative_to(store.base_dir())),
             step=step,
             stopped=stopped,
-            n_params=job.count_params(model),
+            n_params=self.job.count_params(self.model),
             tokens=self.tokens,
-            val_bpb=bits.bpb if bits.n_bytes or loaded is None else loaded.meta["val_bpb"],
+            val_bpb=self.last_bits.bpb if measured else loaded.meta["val_bpb"],
             tokens_per_s=self.tokens / self.trained_s if self.trained_s else 0.0,
             train_s=self.trained_s,
             total_s=time.perf_counter() - self.t_start,
-            events=tuple(read_metrics(self.folder / "metrics.jsonl")) if self.ranks.is_main else (),
+            events=tuple(events),
         )
 
     def tune(self, model: GPT, ids: Tensor, targets: Tensor) -> Tuning:
         """Measure how to run, on rank 0's word."""
         config = self.config
         steps = config.steps or self.job.default_steps
-
-        def make_optimizer() -> Optimizer:
-            return Optimizer(
-                model,
-                config.optim,
-                self.job.model.n_embd,
-                half=model.compute_dtype == torch.bfloat16,
-            )
-
         tuning = tune_runtime(
             model,
-            make_optimizer,
+            lambda: self.make_optimizer(model),
             ids,
             targets,
             config.runtime,
@@ -326,22 +376,32 @@ class TrainingRun:
         """Return the steps of the run. Where they fill a time, the first tenth of it settles them: a few
         steps beforehand, on a processor that others use as well, may be half as fast.
         """
-        if step == 1:
-            self.first_s = elapsed_s  # makes the optimizer's state too
-        due = elapsed_s > SETTLE_SHARE * self.open_s or step == self.config.steps
-        if self.open_s and any_rank(due, self.model.device):
-            step_s = (elapsed_s - self.first_s) / (step - 1) if step > 1 else elapsed_s
-            steps = share_object(step + max(1, round((self.open_s - elapsed_s) / step_s)))
-            self.open_s, self.config = 0.0, self.plan_steps(self.config, steps)
-            if self.ranks.is_main:
-                self.write_config()
+        if self.open_s:
+            self.settle_steps(step, elapsed_s)
         return int(self.config.steps)
 
+    def settle_steps(self, step: int, elapsed_s: float) -> None:
+        """Count the steps that fill the run's time from the speed so far, once enough of it is known."""
+        self.timed_steps += 1
+        if self.timed_steps == 1:
+            self.first_s = (
+                elapsed_s  # this step makes the optimizer's state too, or compiles once more
+            )
+        due = elapsed_s > SETTLE_SHARE * self.open_s or step == self.config.steps
+        if not any_rank(due, self.model.device):
+            return
+        counted = self.timed_steps - 1
+        step_s = (elapsed_s - self.first_s) / counted if counted else elapsed_s / step
+        steps = share_object(step + max(1, round((self.open_s - elapsed_s) / step_s)))
+        self.open_s, self.config = 0.0, self.plan_steps(self.config, steps)
+        self.just_settled = True
+
     def write_config(self) -> None:
-        """Write config.json and the run's own copy of the tokenizer."""
+        """Write config.json, the run's own copy of the tokenizer, and the time that its steps are to fill."""
         self.job.tokenizer.save(self.folder / "tokenizer")
         text = json.dumps(encode_config(replace(self.config, resume=False)), indent=2)
         write_whole(self.folder / "config.json", text.encode())
+        write_open_time(self.folder, self.open_s)
 
     def look(self, step: int, last: bool) -> None:
         """Validate and sample where it is time to."""
@@ -405,7 +465,8 @@ class TrainingRun:
             due = step % look.save_every == 0
         else:
             due = time.monotonic() - self.t_saved > max(SAVE_EVERY_S, 30 * self.save_s)
-        if step == self.saved_step or not any_rank(main and (last or due), self.model.device):
+        due = due or last or self.just_settled
+        if step == self.saved_step or not any_rank(main and due, self.model.device):
             return
         cursors = gather_objects(self.batches.cursor)
         if cursors.count(cursors[0]) < len(cursors):  # nodes with shards of their own may differ
@@ -420,6 +481,9 @@ class TrainingRun:
             self.job.save_step(self.folder, step, self.model, state, meta)
             prune_checkpoints(self.folder, look.keep_checkpoints)
             self.tell(CheckpointEvent(step=step, path=f"model_{step:06d}.pt"))
+            if self.just_settled:
+                self.write_config()  # not before: earlier steps must not be taken with the new number
+        self.just_settled = False
         getattr(self.batches, "release", lambda: None)()  # of shards that no resumed run will read
         self.t_saved = time.monotonic()
         self.save_s = self.t_saved - t_start
@@ -434,6 +498,7 @@ class TrainingRun:
             "tokens": self.tokens,
             "train_s": self.trained_s,
             "spent_s": time.perf_counter() - self.t_start,
+            "open_s": self.open_s,
             "user_config": encode_config(self.config),
         }
 
