@@ -11,20 +11,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from heapq import heapify, heappop, heappush, nlargest
 from itertools import accumulate, pairwise
 from typing import Protocol
 
-import regex
-import tiktoken
-
-from primechat.text.tokenizer import SPLIT_PATTERN, replace_surrogates
-
-# A character of each class that split patterns ask for; the last is in none of them.
-LETTERS = {"Lu": "\xc0", "Ll": "\xe0", "Lt": "\u01c5", "Lm": "\u02b0", "Lo": "\xaa"}
-STAND_INS = {**LETTERS, "M": "\u0300", "N": "\xb2"}
-NO_CLASS = "\ue000"
+from primechat.text.pieces import split_pieces
 
 
 class Vocabulary(Protocol):
@@ -211,39 +202,3 @@ def merge_piece(piece: bytes, ranks: Mapping[bytes, int]) -> Iterator[tuple[int,
         while middle < len(piece):
             yield ranks[piece], 0, middle, end_of[middle]
             middle = end_of[middle]
-
-
-def split_pieces(text: str, pattern: str = SPLIT_PATTERN) -> Iterator[str]:
-    """Yield the pieces into which a split pattern cuts a text, as tiktoken's does.
-
-    The package regex may know a newer Unicode than tiktoken: characters that the two class differently are
-    looked up as one of the class that tiktoken gives them.
-    """
-    text = replace_surrogates(text)
-    compiled = regex.compile(pattern)
-    yield from (text[slice(*match.span())] for match in compiled.finditer(settle_classes(text)))
-
-
-def settle_classes(text: str) -> str:
-    """Return the text with stand-ins for characters that regex and tiktoken class differently."""
-    strange = "".join(sorted({char for char in text if char > "\xff"}))
-    if not strange:
-        return text
-    table: dict[int, str] = {}
-    for name, stand_in in STAND_INS.items():
-        theirs = set(open_probe(name).decode(open_probe(name).encode_ordinary(strange)))
-        ours = set(regex.findall(rf"\p{{{name}}}", strange))
-        table |= {ord(char): NO_CLASS for char in ours - theirs if ord(char) not in table}
-        table |= {ord(char): stand_in for char in theirs - ours}
-    return text.translate(table) if table else text
-
-
-@cache
-def open_probe(name: str) -> tiktoken.Encoding:
-    """Return an encoding that lets only the characters of one class through."""
-    return tiktoken.Encoding(
-        name,
-        pat_str=rf"\p{{{name}}}",
-        mergeable_ranks={bytes([i]): i for i in range(256)},
-        special_tokens={},
-    )

@@ -13,7 +13,6 @@ import io
 import json
 import os
 import pickle
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -28,6 +27,13 @@ from primechat.files import write_whole
 from primechat.protocols import Conversation
 from primechat.text import conversation as talk
 from primechat.text.pickles import read_bounded, read_encoding, read_lengths
+from primechat.text.pieces import (
+    SPLIT_PATTERN,
+    cut_long_spaces,
+    has_long_space,
+    replace_surrogates,
+    split_pieces,
+)
 
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -40,15 +46,7 @@ SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
-# nanochat's: GPT-4's, but numbers are cut into pieces of two digits, not three: that suits small vocabularies
-SPLIT_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-    r"|\s*[\r\n]|\s+(?!\S)|\s+"
-)
 SCHEMA = 1
-LONG_SPACE = (
-    500_000  # tiktoken panics on a run of about a million white-space characters: such a run is cut
-)
 
 
 class Tokenizer:
@@ -100,9 +98,8 @@ class Tokenizer:
         if type(vocab_size) is not int or vocab_size < 265:  # bytes and special tokens
             raise DataError(f"vocab_size={vocab_size!r} must be at least 265; try 4096.")
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(
-            map(replace_surrogates, texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN
-        )
+        parts = (part for text in texts for part in cut_long_spaces(replace_surrogates(text)))
+        trainer.train_from_iterator(parts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         size = len(ranks) + len(SPECIAL_TOKENS)
         if size < vocab_size:
@@ -188,22 +185,36 @@ class Tokenizer:
         write_whole(path, pickled)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text; special tokens written in it are plain text."""
+        """Return the ids of a text; special tokens written in it are plain text.
+
+        The time is proportional to the text's length, whatever the text is: tiktoken's is, but for endless
+        white space, which overflows its stack. A text that has some is cut by `split_pieces` instead, at the
+        same places, and tiktoken merges piece by piece.
+        """
         if type(text) is not str:
             raise DataError(
                 f"text={text!r:.40} must be a str, not {type(text).__name__}; decode it."
             )
+        if has_long_space(text):
+            return self._encode_pieces(text)
         try:
-            if len(text) <= LONG_SPACE:
-                return self._encoding.encode_ordinary(text)
-            parts = re.split(rf"(\s{{{LONG_SPACE}}})", text)
-            return [token for part in parts for token in self._encoding.encode_ordinary(part)]
+            return self._encoding.encode_ordinary(text)
         except BaseException as error:
-            if (
-                type(error).__name__ != "PanicException"
-            ):  # how a failure in tiktoken's Rust code arrives
+            if type(error).__name__ != "PanicException":  # what a failure in Rust code arrives as
                 raise
-            raise DataError(f"A text of {len(text)} characters is too long here; cut it.") from None
+            return self._encode_pieces(text)  # a pattern of somebody else's, which needs more stack
+
+    def _encode_pieces(self, text: str) -> list[int]:
+        """Return the same ids as tiktoken, which is handed one piece at a time and never splits it."""
+        merge = self._merging.encode_ordinary
+        return [token for piece in split_pieces(text, self.pattern) for token in merge(piece)]
+
+    @cached_property
+    def _merging(self) -> tiktoken.Encoding:
+        """The same vocabulary under a pattern that takes any text as one piece."""
+        return tiktoken.Encoding(
+            "whole pieces", pat_str="(?s:.+)", mergeable_ranks=self.ranks, special_tokens={}
+        )
 
     def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[list[int]]:
         """Return the ids of each text, on `threads` threads (0: all cores)."""
@@ -346,15 +357,6 @@ def read_note(path: Path, pkl_sha256: str) -> dict[str, Any]:
         and note.get("pkl_sha256") == pkl_sha256
     )
     return note if ours and isinstance(note.get("provenance", {}), dict) else {}
-
-
-def replace_surrogates(text: str) -> str:
-    """Return the text with lone surrogates, which UTF-8 cannot hold, replaced as tiktoken does."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def split_evenly(texts: Sequence[str], parts: int) -> Iterator[Sequence[str]]:

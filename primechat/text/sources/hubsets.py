@@ -28,7 +28,7 @@ CALLED = re.compile(
     r",\s*" + NAME_SLOT.pattern + r"|(?<=\b(?:hi|ey|lo|ye|ks))\s+" + NAME_SLOT.pattern, re.I
 )
 LOOSE = re.compile(
-    r"\s+(?=[,.?!;:](?:\s|$))|(?<=\w)\s+(?=['’]\s?\w)"
+    r"(?<!\s)\s+(?=[,.?!;:](?:\s|$))|(?<=\w)\s+(?=['’]\s?\w)"
 )  # `How are you ?` -> `How are you?`
 APART = re.compile(r"(?<=\w['’])\s+(?=(?:s|t|m|d|re|ve|ll)\b)")  # `it' s` -> `it's`
 PERSONA_SPLITS = (

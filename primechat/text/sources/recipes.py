@@ -145,7 +145,7 @@ def speak_pirate(text: str) -> str:
 
 def speak_politely(text: str) -> str:
     """Return a sentence in a butler's manner, with no exclamation marks."""
-    calm = re.sub(r"[!.]+\s*$", "", text.strip())
+    calm = text.strip().rstrip("!.")
     return f"If I may say so, {calm[:1].lower() + calm[1:]}{'' if calm.endswith('?') else ', dear guest.'}"
 
 
