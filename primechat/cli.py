@@ -73,7 +73,7 @@ DESK = {  # verb: (module of the desk, whose `run_VERB` it is, its config, its s
         "turn a classic model into a Hugging Face folder, or back",
     ),
     "check": ("check", "CheckConfig", "tell what a model is and whether it is sound"),
-    "models": ("models", "ModelsFlags", "list the models that are on this machine"),
+    "models": ("models", "ModelsFlags", "list the models here, show what they take, remove some"),
     "plan": (CLOUD, "", "tell what a run needs: memory, disk, hours, dollars"),
     "export": (CLOUD, "", "write a lab as a folder that runs on rented GPUs"),
     "preflight": (CLOUD, "", "test a rented machine in a minute, before money is spent"),

@@ -92,10 +92,17 @@ def pick_model(families: Sequence[str] = (), *, label: str = "Model", first: str
     )
 
 
-def find_models(families: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Return the models of these families that are here as a picker shows them."""
+def find_models(families: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return the models of these families that are here as a picker shows them, by-products of labs last."""
     entries = [entry for entry in store.list_models() if not families or entry.family in families]
-    return [{"identifier": entry.identifier, "about": describe_entry(entry)} for entry in entries]
+    return [
+        {
+            "identifier": entry.identifier,
+            "about": describe_entry(entry),
+            "by_product": entry.by_product,
+        }
+        for entry in sorted(entries, key=lambda entry: entry.by_product)
+    ]
 
 
 def describe_entry(entry: ModelEntry) -> str:
@@ -106,14 +113,13 @@ def describe_entry(entry: ModelEntry) -> str:
         parts.append(f"{count_noun(max(steps), 'step')} of training")
     if entry.val_bpb is not None:
         parts.append(f"{entry.val_bpb:.2f} bits per byte")
-    origin = (
-        "ships with primechat"
-        if entry.shipped
-        else "another project's"
-        if entry.family == "hf"
-        else ""
-    )
-    return " · ".join([*parts, *([origin] if origin else [])])
+    if entry.shipped:
+        parts.append("ships with primechat")
+    elif entry.family == "hf":
+        parts.append("another project's")
+    elif entry.by_product:
+        parts.append("by-product of a lab")
+    return " · ".join(parts)
 
 
 def predict(

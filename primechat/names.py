@@ -5,6 +5,8 @@ Hides: the grammar of an identifier. `base/d4` is the newest step of a run, `bas
 any of these means what ships with primechat. `hf:smollm2` and `hf:owner/name` are other people's models.
 `lora:pirate*0.5+sft/d4` is a model with an adapter at half its strength; several may stand before the model.
 The store also takes `lora:pirate` alone, and reads from the adapter which model it was trained on.
+A by-product is one of many small runs that a lab trains to compare them. Its folder carries a mark
+(`store.mark_by_product`); those of before the mark are known by their names.
 Reference: primechat.store, which says where each of them lies.
 """
 
@@ -28,6 +30,12 @@ FOLDERS = {**FAMILIES, "lora": "lora_checkpoints"}
 IDENTIFIER = re.compile(r"(shipped/)?(base|mid|sft|rl)(?:/([^/@]+)(?:@(snap:)?(\d{1,9}))?)?")
 FOREIGN = re.compile(
     r"hf:(smollm2|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[A-Za-z0-9][\w.-]*)?)", re.ASCII
+)
+BY_PRODUCT = re.compile(  # tags of those that were made before they were marked
+    r"lab0[678]-.+-\d+-[0-9a-f]{6}"  # labs 06 to 08: what is compared, the seed, a hash of the settings
+    r"|.+-(?:everything-on|without-[\w-]+)-\d+-[0-9a-f]{6}"  # lab 05: a trick taken away
+    r"|small-\d+-\d{5,10}-\d+"  # lab 04: blocks, tokens, the seed
+    r"|lab09-.+-g\d+"  # lab 09: a generation that learned from its own talk
 )
 
 

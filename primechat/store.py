@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from primechat.config import GPTConfig, decode_config
 from primechat.config.stages import check_tag
 from primechat.errors import CheckpointError, ConfigError
-from primechat.files import measure_file
+from primechat.files import measure_file, write_whole
 from primechat.hub import count_gguf, count_params, find_package, list_cached
 from primechat.model.checkpoint import (
     explain_steps,
@@ -36,7 +36,15 @@ from primechat.model.checkpoint import (
 from primechat.model.era import detect_era
 from primechat.model.runlog import read_metrics
 from primechat.model.weights import inspect_model, read_json
-from primechat.names import ADAPTER, FAMILIES, FOLDERS, IDENTIFIER, ModelName, parse_identifier
+from primechat.names import (
+    ADAPTER,
+    BY_PRODUCT,
+    FAMILIES,
+    FOLDERS,
+    IDENTIFIER,
+    ModelName,
+    parse_identifier,
+)
 from primechat.records import NoteEvent, OnEvent, TrainResult
 
 if TYPE_CHECKING:
@@ -48,13 +56,16 @@ ADVICE = (
     {"temperature": 0.6},
     "primechat",
 )  # on the chat model that ships; data/README.md tells why
+MARK = "by_product"  # a file in the folder of a by-product: one line that says what it is part of
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "nanochat"
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEntry:
-    """One model on this disk; `identifier` opens its newest step."""
+    """One model on this disk; `identifier` opens its newest step. A `by_product` is one of many small runs
+    that a lab trained to compare them: it is opened by its name and never chosen.
+    """
 
     identifier: str
     family: str
@@ -68,6 +79,7 @@ class ModelEntry:
     tokenizer_identity: str | None
     path: str
     shipped: bool = False
+    by_product: bool = False
 
 
 def base_dir() -> Path:
@@ -111,10 +123,23 @@ def is_run(folder: Path) -> bool:
     return True
 
 
+def is_by_product(folder: Path) -> bool:
+    """Return whether a run's folder holds a by-product of a lab, by its mark or its name."""
+    return (folder / MARK).is_file() or BY_PRODUCT.fullmatch(folder.name) is not None
+
+
+def mark_by_product(folder: Path, origin: str) -> None:
+    """Mark a run's folder, which may not exist yet, as a by-product of `origin`, in words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / MARK, f"{origin}\n".encode())
+
+
 def choose_tag(root: Path, family: str) -> Path | None:
-    """Return the run folder of the largest `d<number>`, else the most recently written one, else None."""
+    """Return the run folder of the largest `d<number>`, else the most recently written one, else None. A
+    by-product of a lab is never chosen.
+    """
     steps = {folder: find_steps(folder) for folder in list_tags(root, family)}
-    folders = [folder for folder in steps if steps[folder]]
+    folders = [folder for folder in steps if steps[folder] and not is_by_product(folder)]
     if not folders:
         return None
     depths = {
@@ -371,6 +396,7 @@ def walk_adapters(parent: Path) -> Iterator[ModelEntry]:
                 val_bpb=None,
                 tokenizer_identity=None,
                 path=str(folder),
+                by_product=is_by_product(folder),
             )
 
 
@@ -396,6 +422,7 @@ def walk_models(root: Path, shipped: bool) -> Iterator[ModelEntry]:
                 tag=folder.name,
                 path=str(folder),
                 shipped=shipped,
+                by_product=is_by_product(folder),
                 steps=tuple(steps),
                 snapshots=tuple(snapshots),
                 n_bytes=sum(max(0, measure_file(path)) for path in folder.rglob("*.pt")),

@@ -391,6 +391,7 @@ class Entry:
     val_bpb: float | None = None
     path: str = "chatsft_checkpoints/d4"
     shipped: bool = False
+    by_product: bool = False
 
 
 def test_models(

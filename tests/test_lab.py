@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,15 @@ import pytest
 from primechat import lab, store
 from primechat.desk.labs import runner
 from primechat.lessons import Exercise, is_stub, require
+from primechat.lessons.instruments import firststeps
+from primechat.lessons.instruments.tokenizers import list_own
 from primechat.model import lora
-from primechat.views.widgets.controls import Live, describe_control, describe_output
+from primechat.views.widgets.controls import (
+    Live,
+    ModelPicker,
+    describe_control,
+    describe_output,
+)
 
 DOUBLE = Exercise(
     title="Double",
@@ -50,6 +58,25 @@ def test_picker_offers_what_is_here(base_dir: Path) -> None:
     )
     chat.models = []
     assert chat.answer_find() == {} and chat.models
+
+
+def test_picker_never_begins_with_a_by_product(base_dir: Path) -> None:
+    """`sft/lab07-full-0-...` is listed last, behind "more", and chosen by nobody but the learner."""
+    found = [
+        {"identifier": "sft/lab07-full-0-6cc07e", "about": "", "by_product": True},
+        {"identifier": "sft/mine", "about": "", "by_product": False},
+    ]
+    assert ModelPicker(lambda: found).identifier == "sft/mine"
+    assert ModelPicker(lambda: found[:1]).identifier == ""
+    assert ModelPicker(lambda: found, found[0]["identifier"]).identifier == found[0]["identifier"]
+    run = store.run_dir("sft", "lab07-full-0-6cc07e")
+    shutil.copytree(store.SHIPPED / "chatsft_checkpoints" / "d4", run)
+    listed = lab.find_models(("sft",))
+    assert [model["by_product"] for model in listed] == [False, True]
+    assert "by-product of a lab" in listed[1]["about"]
+    assert lab.pick_model(("sft",)).identifier == "shipped/sft"
+    assert all(not choice.key.startswith("sft/lab07") for choice in list_own())
+    assert "sft/lab07-full-0-6cc07e" not in str(firststeps.find_facts()["models"])
 
 
 def test_models_are_opened_once(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,11 +247,11 @@ def test_time_machine(scope: Microscope, monkeypatch: pytest.MonkeyPatch) -> Non
     view = scope.time_machine()
     view.opened = True
     assert "has snapshots" in view.data["problem"] and not view.steps
-    kind = dict(family="base", shipped=False)
+    kind = dict(family="base", shipped=False, by_product=False)
     entries += [
         SimpleNamespace(identifier="base/d4", tag="d4", snapshots=(), **kind),
         SimpleNamespace(
-            identifier="shipped/base", tag="lapse", family="base", shipped=True, snapshots=(1, 8)
+            identifier="shipped/base", tag="lapse", snapshots=(1, 8), **{**kind, "shipped": True}
         ),
         SimpleNamespace(identifier="base/one", tag="one", snapshots=(3, 5, 9), **kind),
     ]

@@ -484,3 +484,51 @@ def test_load_run(base_dir: Path, tmp_path: Path) -> None:
         store.load_run(tmp_path)
     with pytest.raises(CheckpointError, match="neither checkpoint nor metrics"):
         store.load_run("nothing/here")
+
+
+OLD_BY_PRODUCTS = (
+    "sft/lab06-style-pirate-0-12ab9f",
+    "sft/lab07-full-0-6cc07e",
+    "lora/lab07-8-1-6cc07e",
+    "base/lab08-eighth-0-0f0f0f",
+    "base/ablation-everything-on-0-abcdef",
+    "base/mine-without-value_embeddings-1-123456",
+    "base/small-3-400000-0",
+    "sft/lab09-shipped-sft-600-gen-0-s2-g3",
+)
+OWN_NAMES = ("d4", "lab05", "lab07", "student", "small", "my-mix", "run-1-202611", "quickstart-2")
+
+
+def test_by_products_are_known_by_mark_or_name(base_dir: Path) -> None:
+    """Runs of a lab's comparison carry a mark; those of before the mark are known by their names."""
+    for name in OLD_BY_PRODUCTS:
+        assert store.is_by_product(store.run_dir(*name.split("/"))), name
+    for tag in OWN_NAMES:
+        assert not store.is_by_product(store.run_dir("base", tag)), tag
+    folder = store.run_dir("base", "study-4")
+    store.mark_by_product(folder, "lab 04's series `study`")
+    assert store.is_by_product(folder)
+
+
+def test_a_by_product_is_never_chosen(base_dir: Path, nothing_shipped: Path) -> None:
+    make_run(nothing_shipped, "chatsft_checkpoints/d4")
+    make_run(base_dir, "base_checkpoints/mine")
+    old = make_run(base_dir, "chatsft_checkpoints/lab07-full-0-6cc07e")
+    marked = make_run(base_dir, "base_checkpoints/study-1", (1, 9))
+    store.mark_by_product(marked, "a series")
+    assert str(store.choose_model()) == "base", (
+        "one's own base model, not the by-product that chats"
+    )
+
+    def locate(text: str) -> str:
+        return str(store.locate_model(store.parse_identifier(text))[1])
+
+    assert locate("base") == "base/mine" and locate("sft") == "shipped/sft"
+    assert locate(f"sft/{old.name}") == f"sft/{old.name}", "it is opened by its name"
+    marks = {entry.identifier: entry.by_product for entry in store.list_models()}
+    assert marks == {
+        "base/mine": False,
+        "base/study-1": True,
+        f"sft/{old.name}": True,
+        "shipped/sft": False,
+    }

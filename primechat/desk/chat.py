@@ -349,7 +349,8 @@ class ChatTalk:
         else:
             from primechat.store import list_models
 
-            names = ", ".join(entry.identifier for entry in list_models())
+            models = (entry for entry in list_models() if not entry.by_product)
+            names = ", ".join(entry.identifier for entry in models)
             self.say(f"This is {self.identifier}. After /model can stand: {names}.")
 
     def set_temperature(self, value: str) -> None:

@@ -50,14 +50,14 @@ class ChatSession:
     Args:
         push: sends a message to the page; returns False once the page is gone.
         opener: opens a model by its identifier; it is called on the worker thread.
-        find_models: returns [{"identifier", "about"}] of the models that can be chosen.
+        find_models: returns [{"identifier", "about", "by_product"}] of the models that can be chosen.
     """
 
     def __init__(
         self,
         push: Push,
         opener: Opener,
-        find_models: Callable[[], list[dict[str, str]]],
+        find_models: Callable[[], list[dict[str, Any]]],
         model: str,
         settings: ChatSettings | None = None,
     ) -> None:

@@ -100,6 +100,7 @@ def learn_talks(
     there = (
         store.run_dir("sft", tag) / "config.json"
     ).exists()  # else it was killed before its first step
+    store.mark_by_product(store.run_dir("sft", tag), f"generation {generation} of {config.tag}")
     result = finetune(
         FinetuneConfig(
             tag=tag,

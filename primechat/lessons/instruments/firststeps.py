@@ -60,7 +60,11 @@ def find_facts() -> dict[str, Any]:
             ", ".join(missing),
         ),
     ]
-    models = [{"identifier": e.identifier, "about": describe_entry(e)} for e in store.list_models()]
+    models = [
+        {"identifier": e.identifier, "about": describe_entry(e)}
+        for e in store.list_models()
+        if not e.by_product
+    ]
     place = str(base).replace(os.path.expanduser("~"), "~", 1)
     return {"rows": [list(row) for row in rows], "models": models, "place": place}
 
@@ -88,9 +92,9 @@ def open_check() -> CheckCard:
 
 
 def find_checkable() -> list[str]:
-    """Return the models that the card can check, the one that greets the learner first."""
+    """Return the models that the card can check, the one that greets the learner first, by-products last."""
     entries = [entry for entry in store.list_models() if entry.family in store.FAMILIES]
-    entries.sort(key=lambda entry: not (entry.shipped and entry.family == "sft"))
+    entries.sort(key=lambda e: (not (e.shipped and e.family == "sft"), e.by_product))
     return [entry.identifier for entry in entries]
 
 

@@ -126,6 +126,7 @@ def train_small(
         )
         if on_event:
             on_event(NoteEvent(text=f"Run {i + 1} of {len(plans)}: {shape}"))
+        store.mark_by_product(folder, f"the small runs of lab 04, series {config.tag}")
         run = pretrain(one, on_event=on_event, stop=stop)
         if run.stopped:
             return SeriesOfRuns(identifier=config.tag, runs=tuple(found), stopped=True)

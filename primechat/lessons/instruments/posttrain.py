@@ -339,8 +339,8 @@ def name_axes(rows: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
 
 def list_adapters(result: TrainResult | None) -> list[str]:
     """Return the identifiers of the adapters on this machine, the one just trained first."""
-    there = [entry.identifier for entry in store.list_models() if entry.family == "lora"]
-    mine = [i for i in there if not i.startswith("lora:lab07-")]
+    adapters = [entry for entry in store.list_models() if entry.family == "lora"]
+    mine = [entry.identifier for entry in adapters if not entry.by_product]
     return list(dict.fromkeys([*([result.identifier] if result else []), *mine]))
 
 

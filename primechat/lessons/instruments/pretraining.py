@@ -61,8 +61,9 @@ def describe_plan(config: PretrainConfig) -> dict[str, str]:
 
 
 def list_runs() -> list[str]:
-    """Return the runs on this machine whose history is here, the newest first."""
-    entries = (entry for entry in store.list_models() if entry.family == "base")
+    """Return the runs on this machine whose history is here, the newest first, by-products left out."""
+    models = store.list_models()
+    entries = (entry for entry in models if entry.family == "base" and not entry.by_product)
     logs = {entry.identifier: Path(entry.path) / "metrics.jsonl" for entry in entries}
     here = [name for name, log in logs.items() if log.is_file()]
     return sorted(here, key=lambda name: -logs[name].stat().st_mtime)

@@ -38,7 +38,7 @@ def run_once(
     on_event: OnEvent | None,
     stop: threading.Event,
 ) -> TrainResult:
-    """Return what a run made, running it only where it has not ended before."""
+    """Return what a run of a comparison made, running it only where it has not ended before."""
     name = hashlib.sha256(repr(replace(config, runtime=RuntimeConfig())).encode()).hexdigest()[:6]
     config = replace(config, tag=f"{config.tag}-{name}")
     folder = store.run_dir(family, config.tag)
@@ -48,6 +48,7 @@ def run_once(
         for e in read_metrics(folder / "metrics.jsonl")
     ):
         return store.load_run(folder)
+    store.mark_by_product(folder, f"a comparison of the labs, run {config.tag}")
     return function(replace(config, resume=bool(steps)), on_event=on_event, stop=stop)
 
 

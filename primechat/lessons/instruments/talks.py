@@ -402,7 +402,8 @@ def run_models(
     config: AutochatConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> Comparison:
     """Let each model that chats talk to itself, up to MOST_MODELS of them, from the same openings."""
-    chats = [entry for entry in list_models() if entry.family in ("sft", "rl", "lora", "hf")]
+    kinds = ("sft", "rl", "lora", "hf")
+    chats = [e for e in list_models() if e.family in kinds and not e.by_product]
     names = [entry.identifier for entry in chats[:MOST_MODELS]]
     return run_each(config, {name: {"model": name} for name in names}, on_event, stop)
 

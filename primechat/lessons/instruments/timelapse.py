@@ -26,7 +26,12 @@ def find_run(identifier: str) -> tuple[str, list[int]]:
     entries = [entry for entry in list_models() if len(entry.snapshots) > 1]
     name = identifier.partition("@")[0]
     entries.sort(
-        key=lambda e: (e.identifier.partition("@")[0] != name, not e.shipped, -len(e.snapshots))
+        key=lambda e: (
+            e.identifier.partition("@")[0] != name,
+            e.by_product,
+            not e.shipped,
+            -len(e.snapshots),
+        )
     )
     for best in entries[:1]:
         return ("shipped/" if best.shipped else "") + f"{best.family}/{best.tag}", list(

@@ -182,12 +182,13 @@ class Tokenizers:
 def list_own() -> list[Choice]:
     """Return a choice for each tokenizer of a model that is here, models of one tokenizer together."""
     groups: dict[str, list[store.ModelEntry]] = {}
-    for entry in store.list_models():
+    # by-products last: they have the tokenizer of the model that they began with
+    for entry in sorted(store.list_models(), key=lambda entry: entry.by_product):
         if entry.family != "lora":  # an adapter has its base's
             groups.setdefault(entry.tokenizer_identity or entry.identifier, []).append(entry)
     choices = []
     for entries in groups.values():
-        first = max(entries, key=lambda entry: (bool(entry.steps), entry.family == "sft"))
+        first = max(entries, key=rank_entry)
         names = ", ".join(
             entry.identifier for entry in [first, *(e for e in entries if e is not first)][:2]
         )
@@ -198,6 +199,11 @@ def list_own() -> list[Choice]:
         )
     default = str(store.choose_model())
     return sorted(choices, key=lambda choice: choice.key != default)
+
+
+def rank_entry(entry: store.ModelEntry) -> tuple[bool, bool, bool]:
+    """Return what the model has that stands for a tokenizer, the most wanted first."""
+    return not entry.by_product, bool(entry.steps), entry.family == "sft"
 
 
 def read_context(entry: store.ModelEntry) -> int:

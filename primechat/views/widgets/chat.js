@@ -7,7 +7,9 @@ import {
   debounce,
   frame,
   h,
+  listModels,
   more,
+  MORE,
   number,
   select,
   slider,
@@ -329,10 +331,19 @@ function render({ model, el }) {
 
   // ---- the models
 
+  let showsAll = false; // by-products of labs too
   function drawPicks() {
-    const all = state.models.map((entry) => entry.identifier),
-      options = (chosen) => [...all, ...(all.includes(chosen) ? [] : [chosen])];
+    const usual = state.models.filter((entry) => !entry.by_product).map((one) => one.identifier);
+    const options = (chosen) => {
+      const listed = listModels(state.models, state.chosen, showsAll);
+      return listed.some(([id]) => id === chosen) ? listed : [...listed, [chosen, chosen]];
+    };
     const put = (i, value) => {
+      if (value === MORE) {
+        showsAll = true;
+        drawPicks();
+        return;
+      }
       const next = [...state.chosen];
       if (value === null) next.splice(i, 1);
       else next[i] = value;
@@ -352,8 +363,8 @@ function render({ model, el }) {
                 title: state.models.find((entry) => entry.identifier === chosen)?.about,
                 onchange: (event) => put(i, event.target.value),
               },
-              ...options(chosen).map((id) =>
-                h("option", { value: id, text: id, selected: id === chosen }),
+              ...options(chosen).map(([id, text]) =>
+                h("option", { value: id, text, selected: id === chosen }),
               ),
             ),
             state.chosen.length > 1 &&
@@ -366,11 +377,11 @@ function render({ model, el }) {
               }),
           ),
         ),
-        state.chosen.length < Math.min(4, state.models.length) &&
+        state.chosen.length < Math.min(4, usual.length) &&
           button(
             "+ Compare",
             () => {
-              const others = all
+              const others = usual
                 .filter((id) => !state.chosen.includes(id))
                 .sort((a, b) => a.includes("@snap") - b.includes("@snap"));
               const free = ["sft/", "shipped/sft", ""]

@@ -7,6 +7,8 @@ import {
   number,
   button,
   slider,
+  listModels,
+  MORE,
   select,
   toggle,
   more,
@@ -18,8 +20,14 @@ import {
 function drawModels({ model, root, listen, later }) {
   const ask = asking(model, later);
   const about = h("span", { class: "pc-muted", "aria-live": "polite" });
-  const options = () => model.get("models").map((entry) => [entry.identifier, entry.identifier]);
+  let all = false;
+  const options = () => listModels(model.get("models"), model.get("identifier"), all);
   const choose = (identifier) => {
+    if (identifier === MORE) {
+      all = true;
+      box.fill(options(), model.get("identifier"));
+      return;
+    }
     commit(model, { identifier });
     tell();
   };
@@ -51,13 +59,15 @@ function drawModels({ model, root, listen, later }) {
     box.hidden = !none.hidden;
   };
   listen("models", () => {
-    const all = model.get("models").map((entry) => entry.identifier);
-    if (all.length && !all.includes(model.get("identifier"))) commit(model, { identifier: all[0] });
+    const found = model.get("models"),
+      usual = found.find((entry) => !entry.by_product);
+    if (usual && !found.some((entry) => entry.identifier === model.get("identifier")))
+      commit(model, { identifier: usual.identifier });
     box.fill(options(), model.get("identifier"));
     tell();
   });
   listen("identifier", () => {
-    box.box.value = model.get("identifier");
+    box.fill(options(), model.get("identifier"));
     tell();
   });
   const line = notice(model.get("waits")),

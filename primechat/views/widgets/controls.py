@@ -20,7 +20,8 @@ MAX_ROWS = 200
 
 class ModelPicker(Widget):
     """A choice among the models that are here; `identifier` is the chosen one, at first the given one if it
-    is found. `find` returns dicts of `identifier` and `about`; it is asked again when the learner wishes.
+    is found. `find` returns dicts of `identifier`, `about` and perhaps `by_product`; it is asked again when
+    the learner wishes. By-products of labs are listed once "more" is chosen, and none is chosen by itself.
     `waits` is what the page waits for until `end`.
     """
 
@@ -32,14 +33,15 @@ class ModelPicker(Widget):
 
     def __init__(
         self,
-        find: Callable[[], list[dict[str, str]]],
+        find: Callable[[], list[dict[str, Any]]],
         identifier: str = "",
         label: str = "Model",
         waits: str = "",
     ) -> None:
         found = find()
         known = [model["identifier"] for model in found]
-        first = identifier if identifier in known else known[0] if known else ""
+        usual = [model["identifier"] for model in found if not model.get("by_product")]
+        first = identifier if identifier in known else next(iter(usual), "")
         self.find = find
         super().__init__(models=found, identifier=first, label=label, waits=waits)
 

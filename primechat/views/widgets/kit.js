@@ -300,6 +300,21 @@ export function select({ label, options, value, input }) {
   return Object.assign(node, { box, fill });
 }
 
+/** What a choice of models has in the place of the by-products of labs until it is chosen. */
+export const MORE = "more";
+
+/** The models of a choice: by-products of labs, which are many, only where `all` is set or one is chosen. */
+export function listModels(models, chosen, all) {
+  const shown = models.filter(
+    (entry) => all || !entry.by_product || [chosen].flat().includes(entry.identifier),
+  );
+  const left = models.length - shown.length;
+  const options = shown.map((entry) => [entry.identifier, entry.identifier]);
+  return left
+    ? [...options, [MORE, `more: ${left} by-product${left > 1 ? "s" : ""} of labs …`]]
+    : options;
+}
+
 /** A labelled switch. */
 export function toggle({ label, value, input }) {
   const box = h("input", {
