@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import VOCAB_SIZE, byte_tokenizer, measure_prediction
+from tiny import VOCAB_SIZE, HistoryCache, HistoryModel, byte_tokenizer, measure_prediction
 
 from primechat import store
 from primechat.cli import main
@@ -28,6 +28,7 @@ from primechat.infer.engine import Engine
 from primechat.metrics import loops
 from primechat.model.gpt import GPT
 from primechat.records import Event, ProgressEvent, Turn
+from primechat.stages import autochat as stage
 from primechat.stages.autochat import HUMAN, Speaker, autochat, build_messages, read_talks
 from primechat.stages.finetune import finetune
 from primechat.stages.pretrain import pretrain
@@ -147,6 +148,56 @@ def test_a_killed_run_goes_on_the_same(base: Path) -> None:
     assert not done.stopped and read_talks(done.path) == read_talks(whole.path)
     again = autochat(build(tag="part", n_talks=5, batch_rows=2, resume=True))
     assert again.tokens == 0 and read_talks(again.path) == read_talks(whole.path)
+
+
+class UniformModel(HistoryModel):
+    """A model to which all 256 bytes are equally likely: what it writes is its random numbers alone."""
+
+    def __init__(self) -> None:
+        super().__init__(sequence_len=64, max_context=256)
+
+    def advance(self, ids: torch.Tensor, cache: HistoryCache) -> torch.Tensor:
+        logits = torch.full((ids.shape[0], VOCAB_SIZE), -torch.inf)
+        logits[:, :256] = 0.0
+        return logits
+
+
+def write_uniform(tag: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[list[Turn]]:
+    """Let the model of uniform logits talk to itself; return the turns of each conversation."""
+    found = (UniformModel(), byte_tokenizer(), {"identifier": "uniform"})
+    monkeypatch.setattr(store, "open_model", lambda *names, **options: found)
+    small: Any = dict(top_k=0, temperature=1.0, max_new_tokens=8, batch_rows=32)
+    return read_talks(autochat(build(tag=tag, **{**small, **changes})).path)
+
+
+def test_no_two_places_write_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With uniform logits a text is its stream: 64 conversations of 40 turns, and two seeds more."""
+    whole = write_uniform("uniform", monkeypatch, n_talks=64, turns=40)
+    more = [
+        write_uniform(f"uniform-{seed}", monkeypatch, n_talks=16, turns=40, seed=seed)
+        for seed in (1, 2)
+    ]
+    talks = [*whole, *more[0], *more[1]]
+    texts = [tuple(turn.ids) for turns in talks for turn in turns[1:]]
+    assert len(texts) == 96 * 39 and all(len(ids) == 8 for ids in texts)
+    assert len(set(texts)) == len(texts)
+    firsts = {ids[0] for ids in texts}
+    assert len(firsts) == 256, "first tokens of independent streams are spread over the vocabulary"
+
+
+def test_a_conversation_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither on how many are written at once, nor on how many there are."""
+    whole = write_uniform("alone-32", monkeypatch, n_talks=12, turns=6)
+    assert write_uniform("alone-5", monkeypatch, n_talks=12, turns=6, batch_rows=5) == whole
+    assert write_uniform("alone-few", monkeypatch, n_talks=3, turns=6, batch_rows=1) == whole[:3]
+
+
+def test_generations_draw_from_streams_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "learn_talks", lambda *args: "uniform")
+    first = write_uniform("own", monkeypatch, n_talks=4, turns=4, generations=1)
+    second = read_talks("autochat/own-g1")
+    texts = [turn.text for turns in [*first, *second] for turn in turns[1:]]
+    assert len(texts) == len(set(texts)) == 2 * 4 * 3
 
 
 def test_seeds_partners_and_human_turns(base: Path) -> None:

@@ -19,6 +19,7 @@ from primechat.desk import chat
 from primechat.desk.chat import ChatConfig, run_chat
 from primechat.errors import CheckpointError, ConfigError
 from primechat.infer.engine import Engine
+from primechat.seeds import derive_seed
 from primechat.text.conversation import read_messages
 
 TOKENIZER = byte_tokenizer()
@@ -144,7 +145,12 @@ def test_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
         "hi", "/temp 0", "hi", "/temp", "/temp hot", "/temp -1", "/temp nan", "hi", seed=5
     )
     talk("hi", top_k=0, max_new_tokens=3, temperature=1)
-    assert seen == [[0.8, 50, 5, 256], [0.0, 50, 6, 256], [0.0, 50, 7, 256], [1, None, 0, 3]]
+    assert seen == [
+        [0.8, 50, 5, 256],
+        [0.0, 50, derive_seed(5, "reply", 1), 256],
+        [0.0, 50, derive_seed(5, "reply", 2), 256],
+        [1, None, 0, 3],
+    ]
     assert err.count("The temperature is 0.") == 2 and "'hot' must be a number" in err
     assert "temperature=-1.0 must" in err and "temperature=nan must" in err
 
@@ -161,7 +167,11 @@ def test_again_and_long_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "chat", spy)
     out, err = talk("/again", "one", "two", "/again", "/temperature 0.5", "/clearly", seed=3)
     assert out == "hello\n" * 3 and "/again needs a message that was answered" in err
-    assert seen == [(["one"], 3), (["one", "hello", "two"], 4), (["one", "hello", "two"], 5)]
+    assert seen == [
+        (["one"], 3),
+        (["one", "hello", "two"], derive_seed(3, "reply", 1)),
+        (["one", "hello", "two"], derive_seed(3, "reply", 2)),
+    ]
     assert "The temperature is 0.5." in err and "/clearly is no command" in err
 
 

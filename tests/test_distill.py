@@ -318,6 +318,16 @@ def test_rows_of_ones_own() -> None:
     again = next(OwnBatches(Inner(), model, tokenizer, 0.5, seed=1))
     assert torch.equal(again[0], ids)
 
+    class Half(Inner):
+        """The last two rows, which are a second rank's."""
+
+        def __iter__(self) -> Any:
+            while True:
+                yield torch.arange(48).view(4, 12)[2:], torch.arange(1, 49).view(4, 12)[2:]
+
+    part = next(OwnBatches(Half(), model, tokenizer, 0.5, seed=1, first_row=2))
+    assert torch.equal(part[0], ids[2:]) and torch.equal(part[1], targets[2:])
+
 
 # The stage
 

@@ -360,8 +360,8 @@ def test_calculator_forces_its_result() -> None:
 def test_forced_tokens_are_measured_and_draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[float] = []
 
-    def draw(seed: int, row: int) -> Iterator[float]:
-        for u in draw_floats(seed, row):
+    def draw(seed: int) -> Iterator[float]:
+        for u in draw_floats(seed):
             drawn.append(u)
             yield u
 

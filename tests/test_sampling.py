@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from primechat.infer.sampling import (
     sample_logits,
     seed_row,
 )
+from primechat.seeds import derive_seed, fold_seed
 
 
 def draw(logits: torch.Tensor, n: int, **options: Any) -> torch.Tensor:
@@ -135,10 +138,13 @@ def test_rows_are_their_own() -> None:
 
 def test_uniform_numbers_are_the_generators() -> None:
     """Many at a time are the same numbers as one by one, below 1, and of the seed alone."""
-    generator = torch.Generator().manual_seed(4)
-    ones = [float(torch.rand((), generator=generator)) for _ in range(50)]
+    generator = np.random.Generator(np.random.PCG64(derive_seed(4, "draws")))
+    ones = [float(generator.random(dtype=np.float32)) for _ in range(50)]
     assert list(islice(draw_floats(4), 50)) == ones != list(islice(draw_floats(5), 50))
-    assert 0 <= min(ones) and max(ones) < 1
+    assert list(islice(draw_floats(4 + 2**32), 50)) != ones, "all bits of a seed count"
+    many = np.array(list(islice(draw_floats(6), 100_000)))
+    assert 0 <= many.min() and many.max() < 1 and (many * 2**24 % 1 == 0).all()
+    assert abs(many.mean() - 0.5) < 0.004 and abs(many.var() - 1 / 12) < 0.002
 
 
 def test_none_draws_nothing() -> None:
@@ -155,10 +161,37 @@ def test_global_seed_untouched() -> None:
 
 
 def test_row_seeds_differ() -> None:
-    seeds = [seed_row(seed, row) % 2**32 for seed in (0, 1, -1, 2**70) for row in range(500)]
-    assert len(set(seeds[:500])) == 500 and len(set(seeds)) >= 1500
+    seeds = [seed_row(seed, row) for seed in (*range(50), -1, 2**70) for row in range(500)]
+    assert len(set(seeds)) == len(seeds)
     assert seed_row(11, 0) == 11
     assert all(0 <= seed_row(seed, 3) < 2**63 for seed in (-5, 2**80))
+
+
+def test_streams_of_all_places_differ() -> None:
+    """64 rows and 40 turns of several seeds: no two streams begin alike, and neighbours are unrelated."""
+    places = itertools.product((0, 1, 2, 2**32, -1), range(64), range(40))
+    streams = [
+        tuple(islice(draw_floats(derive_seed(seed, "talk", row, turn)), 2))
+        for seed, row, turn in places
+    ]
+    assert len(set(streams)) == 5 * 64 * 40
+    first = np.array(streams)[:, 0].reshape(5, 64, 40)
+    for axis in range(3):  # the same row a turn later, the next row, the next seed
+        a, b = np.delete(first, -1, axis), np.delete(first, 0, axis)
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / a.size**0.5
+    a, b = first[:, 1:, :-1], first[:, :-1, 1:]  # row i at turn t, row i - 1 at turn t + 1
+    assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / a.size**0.5
+
+
+def test_seeds_for_torch_are_told_apart() -> None:
+    """Its CPU generator reads 32 bits of a seed; a small seed stays as it is."""
+
+    def begin(seed: int) -> float:
+        return float(torch.rand((), generator=torch.Generator().manual_seed(seed)))
+
+    assert begin(5) == begin(5 + 2**32), "this is why fold_seed is needed"
+    assert begin(fold_seed(5)) == begin(5) != begin(fold_seed(5 + 2**32))
+    assert derive_seed(1, "a", 2) == derive_seed(1, "a", np.int64(2)) != derive_seed(1, "a", "2")
 
 
 def test_measures_equal_formulas() -> None:

@@ -23,6 +23,7 @@ from primechat.config.runtime import DEVICES, SAMPLING, check_choice, check_draw
 from primechat.desk.progress import ProgressView, clean_text
 from primechat.desk.tree import Advice, ChatSettings, is_base
 from primechat.errors import ConfigError, PrimechatError
+from primechat.seeds import derive_seed
 
 if TYPE_CHECKING:
     from primechat.infer.engine import Engine
@@ -182,7 +183,7 @@ class ChatTalk:
         self.interactive = stdin.isatty() and stdout.isatty()
         where = stdout if self.interactive else stderr
         self.console = Console(file=where, highlight=False, markup=False, emoji=False)
-        self.settings, self.seed = config.settings, config.seed
+        self.settings, self.replies = config.settings, 0
         self.messages: list[dict[str, Any]] = []
         self.saved: set[Path] = set()
         self.show_stats = self.warned_long = False
@@ -293,7 +294,10 @@ class ChatTalk:
         """
         said = {"role": "user", "content": text}
         self.cancel = threading.Event()
-        options = self.settings.fit(self.advice, self.seed, self.cancel)
+        seed = self.settings.seed
+        if self.replies:  # the first reply has the seed itself, each later one a stream of its own
+            seed = derive_seed(seed, "reply", self.replies)
+        options = self.settings.fit(self.advice, seed, self.cancel)
         try:
             messages = [*(self.messages if before is None else before), said]
             engine = self.engine
@@ -305,7 +309,7 @@ class ChatTalk:
             self.write(reply)
         finally:
             self.cancel = None
-        self.seed += 1
+        self.replies += 1
         if reply.tokens:
             self.messages = [*messages, reply.message]
 

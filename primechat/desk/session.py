@@ -29,6 +29,7 @@ from primechat.desk.tree import (
 )
 from primechat.errors import ConfigError, explain_error
 from primechat.records import Token
+from primechat.seeds import derive_seed
 
 if TYPE_CHECKING:
     from primechat.infer.reply import Reply
@@ -138,7 +139,7 @@ class ChatSession:
         self._ask(self._add(node.parent, "user", text))
 
     def regenerate(self, id: int) -> None:
-        """Let the model answer anew, with the next seed, beside a reply that is there."""
+        """Let the model answer once more, from other random numbers, beside a reply that is there."""
         self._refuse_busy()
         node = self._find(id, "assistant")
         self._start([self._add(node.parent, "assistant", model=self.talk.chosen[0])])
@@ -376,15 +377,13 @@ class ChatSession:
         model, tokenizer, meta = self._open(node.model)
         node.is_base = is_base({"identifier": node.model, **meta})
         engine = Engine(model, tokenizer)
-        seed = self.settings.seed + (
-            node.parent.children.index(node) if node.parent and not node.beside else 0
-        )
-        options = self.settings.fit(self._advice[node.model], seed, self._cancel)
         prefix = node.tokens[:keep]
         while prefix and prefix[-1] in tokenizer.stop_ids:
             prefix.pop()
         if not node.tokens and node.content and keep == 0 and node.state == "waiting":
             prefix = tokenizer.encode(node.text)  # a loaded reply goes on from its text
+        seed, take = self._pick_seed(node, len(prefix))
+        options = self.settings.fit(self._advice[node.model], seed, self._cancel)
         reply = engine.reply(self._render(node, tokenizer), prefix, N_ALTERNATIVES, **options)
         node.state, node.note, node.pieces = "writing", "", reply.pieces
         begun, measured = len(reply.pieces), node.measures[: len(prefix)]
@@ -408,18 +407,36 @@ class ChatSession:
         own = reply.measures
         node.stats = {
             **asdict(reply.stats),
-            "seed": seed,
+            "seed": self.settings.seed,
+            "take": take,
             **{name: options[name] for name in SAMPLING},
             "entropy": sum(token.entropy for token in own) / len(own) if own else 0.0,
         }
 
-    def _render(self, node: Message, tokenizer: Any) -> list[int]:
-        """Return the ids before a reply: the branch above it as a chat, or as plain text for a base model."""
+    def _list_above(self, node: Message) -> list[Message]:
+        """Return the messages of the branch above one, first to last."""
         above: list[Message] = []
         asked = node.parent
         while asked is not None and asked.role != "root":
             above.insert(0, asked)
             asked = asked.parent
+        return above
+
+    def _pick_seed(self, node: Message, written: int) -> tuple[int, int]:
+        """Return the seed of a reply, and how many replies to the same message there were before it.
+
+        Each place in a conversation has a stream of its own, but replies that are asked for side by side
+        share theirs: they are compared.
+        """
+        take = node.parent.children.index(node) if node.parent and not node.beside else 0
+        depth = len(self._list_above(node)) // 2
+        place = (depth, take, written)
+        seed = self.settings.seed
+        return (derive_seed(seed, "reply", *place) if any(place) else seed), take
+
+    def _render(self, node: Message, tokenizer: Any) -> list[int]:
+        """Return the ids before a reply: the branch above it as a chat, or as plain text for a base model."""
+        above = self._list_above(node)
         if node.is_base:
             return [tokenizer.bos_id, *tokenizer.encode("".join(message.text for message in above))]
         system = (

@@ -27,6 +27,7 @@ from primechat.infer.sampling import (
     measure_logits,
     penalise_seen,
     sample_logits,
+    seed_row,
 )
 from primechat.infer.tools import ToolCall, find_tool
 from primechat.protocols import Cache, ChatTokenizer, LanguageModel
@@ -148,19 +149,25 @@ class Engine:
             ConfigError: an option or the prompt breaks its rule, at once.
         """
         settings = Settings(**options)
-        row = self._open_row(ids, 0, settings)
+        row = self._open_row(ids, settings.seed, settings)
         return (row.tokens[-1] for _ in self._write([row], settings))
 
     def generate_batch(
-        self, prompts: Sequence[Sequence[int]], *, num_samples: int = 1, **options: Unpack[Options]
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_samples: int = 1,
+        seeds: Sequence[int] | None = None,
+        **options: Unpack[Options],
     ) -> list[list[int]]:
         """Return the new tokens of each sample, prompt by prompt, without the stop token.
 
-        Sample i of them all is what `generate` writes with seed `seed_row(seed, i)`.
+        Sample i of them all is what `generate` writes with seed `seed_row(seed, i)`, or `seeds[i]`.
 
         Args:
             prompts: token ids, of any lengths; each is read once.
             num_samples: texts for each prompt.
+            seeds: one for each sample, instead of those that the option `seed` leads to.
             options: as for `generate`.
 
         Raises:
@@ -169,25 +176,30 @@ class Engine:
         check_number("num_samples", num_samples, low=1, whole=True)
         settings = Settings(**options)
         places = [prompt for prompt in prompts for _ in range(num_samples)]
-        rows = [self._open_row(prompt, i, settings) for i, prompt in enumerate(places)]
+        rows = self._open_rows(places, settings, seeds)
         for _ in self._write(rows, settings):
             pass
         return [row.tokens[:-1] if row.stop_reason == "stop" else row.tokens for row in rows]
 
     def measure_batch(
-        self, prompts: Sequence[Sequence[int]], **options: Unpack[Options]
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[int] | None = None,
+        **options: Unpack[Options],
     ) -> list[list[Token]]:
         """Return what `generate_batch` writes, the stop token included, each token with its measures.
 
         Args:
             prompts: token ids, of any lengths; row i draws from the seed `seed_row(seed, i)`.
+            seeds: one for each row, instead of those.
             options: as for `generate`.
 
         Raises:
             ConfigError: an option or a prompt breaks its rule.
         """
         settings = Settings(**options)
-        rows = [self._open_row(prompt, i, settings) for i, prompt in enumerate(prompts)]
+        rows = self._open_rows(prompts, settings, seeds)
         found: list[list[Token]] = [[] for _ in rows]
         for _ in self._write(rows, settings, 0):
             for row, tokens in zip(rows, found, strict=True):
@@ -209,7 +221,7 @@ class Engine:
             ConfigError: an option or the prompt breaks its rule, at once.
         """
         settings = Settings(**options)
-        row = self._open_row(ids, 0, settings)
+        row = self._open_row(ids, settings.seed, settings)
         steps = self._write([row], settings, n_alternatives)
         return (row.measures for _ in steps if row.measures is not None)
 
@@ -251,7 +263,7 @@ class Engine:
             ConfigError: an option or the prompt breaks its rule, at once.
         """
         settings = Settings(**{"max_new_tokens": 256, **options})  # type: ignore[arg-type]
-        row = self._open_row([*ids, *prefix], 0, settings)
+        row = self._open_row([*ids, *prefix], settings.seed, settings)
         if row.tool:
             for token in prefix:  # an expression that was begun goes on; one just ended is answered
                 answered = bool(row.forced) and row.forced.popleft() == token
@@ -259,7 +271,20 @@ class Engine:
         steps = self._write([row], settings, n_alternatives)
         return Reply(steps, row, self.tokenizer, self.model.sequence_len, prefix)
 
-    def _open_row(self, ids: Sequence[int], index: int, settings: Settings) -> Row:
+    def _open_rows(
+        self, prompts: Sequence[Sequence[int]], settings: Settings, seeds: Sequence[int] | None
+    ) -> list[Row]:
+        """Check prompts and make rows of them, each with a seed of its own."""
+        if seeds is None:
+            seeds = [seed_row(settings.seed, i) for i in range(len(prompts))]
+        if len(seeds) != len(prompts):
+            raise ConfigError(
+                f"{len(seeds)} seeds do not fit {len(prompts)} texts; give one seed for each text."
+            )
+        pairs = zip(prompts, seeds, strict=True)
+        return [self._open_row(prompt, seed, settings) for prompt, seed in pairs]
+
+    def _open_row(self, ids: Sequence[int], seed: int, settings: Settings) -> Row:
         """Check a prompt and make a row of it."""
         prompt, longest = list(ids), self.model.max_context
         if not prompt:
@@ -282,7 +307,7 @@ class Engine:
             prompt=prompt,
             limit=min(settings.max_new_tokens, room),
             limit_reason="length" if settings.max_new_tokens <= room else "context",
-            draws=draw_floats(settings.seed, index),
+            draws=draw_floats(seed),
             stop_ids=frozenset(stop_ids),
             seen=seen,
             tool=ToolCall(self.tokenizer, self._tool_ids) if self._tool_ids else None,

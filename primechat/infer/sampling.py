@@ -1,8 +1,9 @@
 """Logits to token ids, and logits to measures: pure functions of a (B, V) float32 matrix.
 
-Hides: how a token is drawn. One uniform number a row, from a CPU generator, goes through the inverse of the
-cumulative distribution: 20 microseconds at V = 4096 on a CPU where an exponential race or `torch.multinomial`
-takes 110, and a seed means the same numbers on every device. Only top_p sorts, and no further than needed.
+Hides: how a token is drawn. One uniform number a row, from the row's own generator, goes through the inverse
+of the cumulative distribution: 20 microseconds at V = 4096 on a CPU where an exponential race or
+`torch.multinomial` takes 110, and a seed means the same numbers on every device. Only top_p sorts, and no
+further than needed.
 Reference: Holtzman et al. 2020, The Curious Case of Neural Text Degeneration (top-k and nucleus sampling).
 """
 
@@ -10,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from primechat.config.runtime import check_number
 from primechat.errors import ConfigError
 from primechat.records import Token
+from primechat.seeds import derive_seed
 
 GREEDY_BELOW = 1e-5  # a lower temperature is argmax: dividing by it would overflow float32
 FIRST_CANDIDATES = (
@@ -41,26 +44,27 @@ def check_sampling(
 def seed_row(seed: int, row: int) -> int:
     """Return the seed of one row of a batch; row 0 has the batch's own.
 
-    A row draws from its own generator, so that its text does not depend on its neighbours. The step is odd in
-    its low 32 bits (all that torch's CPU generator reads), so no two rows of a batch coincide.
+    A row draws from its own generator, so that its text does not depend on its neighbours.
 
-    >>> seed_row(7, 0), seed_row(7, 1) != seed_row(7, 2)
+    >>> seed_row(7, 0), seed_row(7, 1) != seed_row(8, 0)
     (7, True)
     """
-    return (seed + 0x9E3779B97F4A7C15 * row) % 2**63
+    return derive_seed(seed, "row", row) if row else seed
 
 
-def draw_floats(seed: int, row: int = 0) -> Iterator[float]:
-    """Yield numbers in [0, 1) of a row's own CPU generator; several are taken at a time, as each call of
-    torch takes microseconds.
+def draw_floats(seed: int) -> Iterator[float]:
+    """Yield the numbers of a seed's own generator: multiples of 2**-24 in [0, 1).
+
+    They come from numpy, which reads all bits of a seed and starts on every machine alike. Several are drawn
+    at a time, as each call takes a microsecond.
 
     >>> source = draw_floats(0)
     >>> [round(next(source), 4) for _ in range(2)]
-    [0.4963, 0.7682]
+    [0.8079, 0.6088]
     """
-    generator = torch.Generator().manual_seed(seed_row(seed, row))
+    generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "draws")))
     while True:
-        yield from torch.rand(16, generator=generator).tolist()
+        yield from generator.random(16, dtype=np.float32).tolist()
 
 
 def penalise_seen(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:

@@ -25,15 +25,16 @@ from primechat.errors import ConfigError, DataError
 from primechat.files import write_whole
 from primechat.infer.cpu import settle_threads
 from primechat.infer.engine import Engine
-from primechat.infer.sampling import seed_row
 from primechat.model.runlog import RunLock, read_frozen
 from primechat.records import AutochatResult, OnEvent, PhaseEvent, ProgressEvent, Turn
+from primechat.seeds import derive_seed
 from primechat.stages.finetune import finetune
 from primechat.stages.run import pick_device
 from primechat.text.corpora import read_conversations
 
 HUMAN = "human"  # stands where a model's name stands
 TUNE_TOKENS = 2048  # of one optimizer step of a generation
+STREAMS = 2  # version of how random numbers are dealt out: 1 let conversations share them
 LOOK_TOKENS = 4096  # on which a generation's loss is measured: only what it says counts here
 
 
@@ -52,7 +53,7 @@ def autochat(
     for generation in range(config.generations + 1):
         tag = f"{config.tag}-g{generation}" if config.generations else config.tag
         part = replace(config, tag=tag, model=model, generations=0)
-        results.append(run_talks(part, on_event, stop))
+        results.append(run_talks(part, on_event, stop, generation))
         if results[-1].stopped or generation == config.generations:
             break
         model = learn_talks(config, results[-1], model, generation + 1, on_event, stop)
@@ -121,9 +122,15 @@ def learn_talks(
 
 
 def run_talks(
-    config: AutochatConfig, on_event: OnEvent | None, stop: threading.Event | None
+    config: AutochatConfig,
+    on_event: OnEvent | None,
+    stop: threading.Event | None,
+    generation: int = 0,
 ) -> AutochatResult:
-    """Write the conversations of one config, going on with what is there."""
+    """Write the conversations of one config, going on with what is there.
+
+    Turns that an earlier version wrote are kept; the rest is drawn from this version's streams.
+    """
     t_start, tell = time.perf_counter(), on_event or (lambda event: None)
     folder = store.base_dir() / "autochat" / config.tag
     with RunLock(folder):
@@ -144,7 +151,7 @@ def run_talks(
                     if stop is not None and stop.is_set():
                         break
                     t_turn = time.perf_counter()
-                    new = take_turn(config, speakers[turn % 2], turn, talks, openings)
+                    new = take_turn(config, speakers[turn % 2], turn, talks, openings, generation)
                     busy_s += time.perf_counter() - t_turn
                     new_tokens += sum(len(one.ids) for one in new)
                     for i, one in zip(rows, new, strict=True):
@@ -208,13 +215,18 @@ def take_turn(
     turn: int,
     talks: dict[int, list[Turn]],
     openings: Sequence[str],
+    generation: int = 0,
 ) -> list[Turn]:
-    """Return the next turn of each conversation."""
+    """Return the next turn of each conversation, drawn from a stream that no other turn has.
+
+    A stream is named by the seed, the generation, the conversation and the turn, so that a turn depends
+    neither on the conversations beside it nor on how many are written at once.
+    """
     side = turn % 2
     if turn == 0 or (config.human_every and turn % config.human_every == 0):
         texts = [openings[(i + turn) % len(openings)] for i in talks]
         return [Turn(speaker=side, model=HUMAN, text=text) for text in texts]
-    engine, first = speaker.engine, min(talks)
+    engine = speaker.engine
     room = max(engine.model.sequence_len - config.max_new_tokens, 1)
     prompts = [speaker.render(turns, side, config.personas[side], room) for turns in talks.values()]
     tokens = engine.measure_batch(
@@ -224,7 +236,7 @@ def take_turn(
         top_k=config.top_k or None,
         top_p=config.top_p,
         repetition_penalty=config.repetition_penalty,
-        seed=seed_row(config.seed, 1 + turn + config.turns * first),
+        seeds=[derive_seed(config.seed, "talk", generation, i, turn) for i in talks],
     )
     new = []
     for row in tokens:

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,16 +23,19 @@ from primechat.config.model import set_shape, shrink_model
 from primechat.config.stages import check_rows
 from primechat.errors import ConfigError
 from primechat.infer.engine import Engine
+from primechat.infer.sampling import draw_floats
 from primechat.metrics.retention import judge_writing, measure_retention, write_texts
 from primechat.model.checkpoint import Loaded, load_checkpoint, save_checkpoint
 from primechat.model.era import list_shapes
 from primechat.model.gpt import GPT
 from primechat.names import parse_plain
 from primechat.records import NoteEvent, OnEvent, TrainResult
+from primechat.seeds import derive_seed
 from primechat.stages.finetune import make_job
 from primechat.stages.job import Batches, Job
 from primechat.stages.pretrain import CHAT_PROMPTS, TEXT_PROMPTS, cache_text, open_cache, pack_rows
 from primechat.stages.run import TrainingRun, pick_device, write_continuation
+from primechat.text.batches import share_rows
 from primechat.text.corpora import corpus_identity
 from primechat.text.tokenizer import Tokenizer
 from primechat.train.loop import SumLoss
@@ -82,18 +84,9 @@ def distill(
     if not config.dialogues or config.learn == "all":
         plain = replace(plain, family="base")
     made: dict[str, GPT] = {}
-
-    def open_batches(
-        rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None
-    ) -> Batches:
-        inner = plain.open_batches(rows, rank, world_size, cursor)
-        if not config.on_policy:
-            return inner
-        return OwnBatches(inner, made["student"], tokenizer, config.on_policy, config.seed)
-
     kept = {
         **vars(plain),
-        "open_batches": open_batches,
+        "open_batches": mix_own_words(config, plain, made, tokenizer),
         "meta": {**plain.meta, "teacher": meta["identifier"]},
         "start_state": None if start is None else (lambda: start.model_state),
     }
@@ -106,6 +99,24 @@ def distill(
         cache=open_teacher_cache(config, teacher, meta["identifier"], shape.sequence_len),
     )
     return TrainingRun(config, job, on_event, stop).work()
+
+
+def mix_own_words(
+    config: DistillConfig, plain: Job, made: dict[str, GPT], tokenizer: Tokenizer
+) -> Callable[[int, int, int, dict[str, Any] | None], Batches]:
+    """Return what opens the batches of a job; a share is the student's, where that is asked for."""
+
+    def open_batches(
+        rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None
+    ) -> Batches:
+        inner = plain.open_batches(rows, rank, world_size, cursor)
+        if not config.on_policy:
+            return inner
+        first, _ = share_rows(rows, rank, world_size)
+        student, share = made["student"], config.on_policy
+        return OwnBatches(inner, student, tokenizer, share, config.seed, first_row=first)
+
+    return open_batches
 
 
 def choose_student(
@@ -191,7 +202,10 @@ class DistillJob(Job):
         self.made["student"] = model
         if self.mix.hidden:
             width = self.teacher.config.n_embd
-            model.add_module("projector", make_projector(self.model.n_embd, width, self.seed))
+            model.add_module(
+                "projector",
+                make_projector(self.model.n_embd, width, derive_seed(self.seed, "projector")),
+            )
 
     def fill_model(self, model: GPT, loaded: Loaded | None, seed: int) -> None:
         """Put in the weights, and a projector as it was or fresh."""
@@ -200,7 +214,8 @@ class DistillJob(Job):
         if loaded is not None and loaded.optim_state is not None:
             extra |= loaded.optim_state.get("projector", {})
         if loaded is None and self.start_state is None:
-            model.init_weights(torch.Generator().manual_seed(seed))
+            # not its teacher's first numbers, where that had the same seed
+            model.init_weights(torch.Generator().manual_seed(derive_seed(seed, "student")))
             self.prepare(model)
         else:
             state = loaded.model_state if loaded is not None else self.start_state()  # type: ignore[misc]
@@ -239,12 +254,21 @@ class DistillJob(Job):
 
 
 class OwnBatches:
-    """Batches of which a share of the rows is written by the student, from the beginning of a row of text."""
+    """Batches of which a share of the rows is written by the student, from the beginning of a row of text.
+
+    Each row of a step has a stream of its own, whichever rank it falls to: `first_row` is this rank's first.
+    """
 
     def __init__(
-        self, inner: Batches, model: GPT, tokenizer: Tokenizer, share: float, seed: int
+        self,
+        inner: Batches,
+        model: GPT,
+        tokenizer: Tokenizer,
+        share: float,
+        seed: int,
+        first_row: int = 0,
     ) -> None:
-        self.inner, self.share, self.seed = inner, share, seed
+        self.inner, self.share, self.seed, self.first_row = inner, share, seed, first_row
         self.engine = Engine(model, tokenizer)
         self.source = iter(inner)
 
@@ -258,20 +282,22 @@ class OwnBatches:
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         """Return ids and targets (R, T); targets of the student's own words are marked."""
-        place = self.cursor
+        place = [int(v) for v in self.cursor.values() if isinstance(v, int)]
         ids, targets = next(self.source)
-        rng = np.random.default_rng(
-            [self.seed, *(int(v) for v in place.values() if isinstance(v, int))]
-        )
-        mine = [i for i in range(len(ids)) if rng.random() < self.share]
+        seeds = [
+            derive_seed(self.seed, "own words", *place, self.first_row + i) for i in range(len(ids))
+        ]
+        mine = [i for i, seed in enumerate(seeds) if next(draw_floats(seed)) < self.share]
         T = ids.size(1)
         start = max(1, T // PROMPT_SHARE)
         if not mine:
             return ids, targets
         prompts = [ids[i, :start].tolist() for i in mine]
-        seed = int(rng.integers(2**31))
         written = self.engine.generate_batch(
-            prompts, max_new_tokens=T + 1 - start, seed=seed, stop_ids=()
+            prompts,
+            max_new_tokens=T + 1 - start,
+            seeds=[derive_seed(seeds[i], "words") for i in mine],
+            stop_ids=(),
         )
         ids, targets = ids.clone(), targets.clone()
         for i, words in zip(mine, written, strict=True):

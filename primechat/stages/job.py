@@ -18,6 +18,7 @@ from primechat.config import GPTConfig, RuntimeConfig
 from primechat.infer.engine import Engine
 from primechat.model.checkpoint import Loaded, load_checkpoint, save_checkpoint
 from primechat.model.gpt import GPT
+from primechat.seeds import fold_seed
 from primechat.text.tokenizer import Tokenizer
 from primechat.train.loop import SumLoss
 from primechat.train.tune import make_loss
@@ -78,7 +79,7 @@ class Job:
         elif self.start_state is not None:
             model.load_state_dict(self.start_state())
         else:
-            model.init_weights(torch.Generator().manual_seed(seed))
+            model.init_weights(torch.Generator().manual_seed(fold_seed(seed)))
 
     def make_loss(self, model: GPT, runtime: RuntimeConfig) -> SumLoss:
         """Return the summed loss of a micro-batch."""

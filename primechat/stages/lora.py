@@ -23,6 +23,7 @@ from primechat.model.gpt import GPT
 from primechat.model.weights import load_tensors
 from primechat.names import parse_plain
 from primechat.records import OnEvent, TrainResult
+from primechat.seeds import derive_seed
 from primechat.stages.finetune import make_job
 from primechat.stages.job import Job
 from primechat.stages.run import TrainingRun
@@ -78,7 +79,8 @@ class LoraJob(Job):
     def prepare(self, model: GPT) -> None:
         """Put a fresh adapter beside the model and freeze the rest."""
         lora.detach(model, self.tag)
-        generator = torch.Generator().manual_seed(self.seed)
+        # not the first numbers of its base, which may have had the same seed
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "adapter"))
         lora.attach(model, self.tag, self.spec, generator=generator, train=True)
         if (
             self.spec.dropout

@@ -27,6 +27,7 @@ from primechat.infer.cpu import settle_threads
 from primechat.infer.engine import Engine
 from primechat.model.runlog import read_frozen
 from primechat.records import OnEvent, QuickstartResult, SpeedrunResult
+from primechat.seeds import derive_seed
 from primechat.stages.evaluate import evaluate
 from primechat.stages.finetune import finetune
 from primechat.stages.pretrain import pretrain
@@ -166,10 +167,14 @@ def hold_dialogue(identifier: str, seed: int) -> tuple[dict[str, str], ...]:
     model, tokenizer, _ = store.open_model(identifier)
     settle_threads(model)
     engine, messages = Engine(model, tokenizer), []
-    for question in QUESTIONS:
+    for i, question in enumerate(QUESTIONS):
         messages.append({"role": "user", "content": question})
         reply = engine.chat(
-            messages, max_new_tokens=REPLY_TOKENS, temperature=0.7, top_k=40, seed=seed
+            messages,
+            max_new_tokens=REPLY_TOKENS,
+            temperature=0.7,
+            top_k=40,
+            seed=derive_seed(seed, "reply", i),
         )
         messages.append({"role": "assistant", "content": reply.read().strip()})
     return tuple(messages)

@@ -48,6 +48,7 @@ from primechat.records import (
     TrainResult,
     count_noun,
 )
+from primechat.seeds import derive_seed
 from primechat.stages.job import Batches, Windows
 from primechat.stages.job import Job as Job
 from primechat.train.loop import SumLoss, fit
@@ -429,8 +430,9 @@ class TrainingRun:
             )
         every = config.look.sample_every
         if self.ranks.is_main and every > 0 and (last or step % every == 0):
-            for prompt in self.job.prompts:
-                text = self.job.write_sample(self.engine, prompt, step)
+            for i, prompt in enumerate(self.job.prompts):
+                seed = derive_seed(config.seed, "sample", step, i)
+                text = self.job.write_sample(self.engine, prompt, seed)
                 self.tell(SampleEvent(step=step, prompt=prompt, text=text))
 
     def measure(self, name: str, opened: Windows, tokens: int) -> Bits:

@@ -152,7 +152,7 @@ class Explorer:
             rows = [self.find_token(word) for word in words if word]
             table = self.atlas.fetch("input")[-1]
             real, near = tables.answer_analogy(table, *rows)
-            rng = np.random.default_rng(sum(rows))
+            rng = np.random.default_rng(rows)
             likely = np.flatnonzero(self.atlas.counts > np.median(self.atlas.counts))
             other = int(rng.choice(likely[~np.isin(likely, rows)]))
             shuffled, _ = tables.answer_analogy(table, rows[0], other, rows[2])

@@ -25,6 +25,7 @@ from primechat.lessons.instruments.series import compare_sizes as compare_sizes
 from primechat.lessons.instruments.series import sum_rows
 from primechat.metrics.diversity import estimate_mean, measure_distinct, split_words
 from primechat.records import TrainResult
+from primechat.seeds import derive_seed
 from primechat.text.corpora import load_chitchat, split_last
 from primechat.text.dialogues import SETS, DialogueOptions, set_folder, stream_dialogues
 from primechat.views.widgets.controls import Live
@@ -155,8 +156,13 @@ def write_reply(identifier: str, prompt: str, seed: int = 0) -> str:
 
 
 def answer(engine: Any, prompt: str, seed: int = 0) -> str:
-    """Return an engine's reply, cut to a few lines."""
-    options: Any = dict(max_new_tokens=REPLY_TOKENS, temperature=0.7, top_k=50, seed=seed)
+    """Return an engine's reply, cut to a few lines.
+
+    It depends on the seed and the prompt, so that models are compared by the same numbers and the replies of
+    one model to several prompts are independent.
+    """
+    own = derive_seed(seed, "reply", prompt)
+    options: Any = dict(max_new_tokens=REPLY_TOKENS, temperature=0.7, top_k=50, seed=own)
     reply: str = engine.chat([{"role": "user", "content": prompt}], **options).read()
     return reply
 

@@ -34,7 +34,7 @@ from primechat.metrics.loops import (
     shuffle_talks,
 )
 from primechat.records import AutochatResult, OnEvent, Turn
-from primechat.stages.autochat import autochat, read_talks
+from primechat.stages.autochat import STREAMS, autochat, read_talks
 from primechat.store import list_models
 from primechat.text.corpora import read_conversations
 
@@ -72,7 +72,9 @@ class Study:
         self.model, self.tokenizer, meta = opener(picker.identifier)
         self.identifier, self.turns = picker.identifier, turns
         step = meta.get("step", 0)
-        self.tag = re.sub(r"[^A-Za-z0-9]+", "-", f"lab09-{picker.identifier}-{step}").strip("-")
+        self.tag = re.sub(
+            r"[^A-Za-z0-9]+", "-", f"lab09-v{STREAMS}-{picker.identifier}-{step}"
+        ).strip("-")
         self.config = AutochatConfig(
             tag=self.tag,
             model=picker.identifier,
@@ -385,7 +387,8 @@ def run_many(
     config: AutochatConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> AutochatResult:
     """Run autochat in a folder whose name tells these settings from others, so that each is kept."""
-    mark = zlib.crc32(repr(replace(config, runtime=RuntimeConfig(), resume=True)).encode())
+    plain = replace(config, runtime=RuntimeConfig(), resume=True)
+    mark = zlib.crc32(f"{STREAMS} {plain!r}".encode())
     return autochat(
         replace(config, tag=f"{config.tag}-{mark:08x}", resume=True), on_event=on_event, stop=stop
     )

@@ -715,7 +715,7 @@ function render({ model, el }) {
                   follows = true;
                   quietly("regenerate", { id });
                 },
-                "Answer anew with the next seed (Alt R)",
+                "Answer again with other random numbers (Alt R)",
               ),
             !state.busy &&
               last &&
@@ -944,7 +944,7 @@ function render({ model, el }) {
       ["Whole reply", `${number(stats.total_s, 2)} s`],
       [
         "Drawn with",
-        `temperature ${stats.temperature}, top-k ${stats.top_k || "off"}, top-p ${stats.top_p}, repetition penalty ${stats.repetition_penalty}, seed ${stats.seed}`,
+        `temperature ${stats.temperature}, top-k ${stats.top_k || "off"}, top-p ${stats.top_p}, repetition penalty ${stats.repetition_penalty}, seed ${stats.seed}${stats.take ? `, take ${stats.take + 1}` : ""}`,
       ],
       ["Model", name],
     ];
