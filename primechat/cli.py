@@ -22,14 +22,15 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import primechat
 from primechat import records
-from primechat.errors import ConfigError, PrimechatError
+from primechat.desk import streams
+from primechat.errors import ConfigError, PrimechatError, StoppedError
 
 CLOUD = "pods.verbs"  # each of its verbs parses its flags itself
 STAGES = {  # verb: (public name of the stage, of its config, its sentence)
@@ -89,6 +90,8 @@ DESK = {  # verb: (module of the desk, whose `run_VERB` it is, its config, its s
         "measure how fast this machine trains, generates and tokenizes",
     ),
 }
+# Verbs that leave something behind: they do their work whether or not anybody reads what they print.
+LASTING = {*STAGES, "download", "convert", "export", "pull", "report"} - {"evaluate"}
 FEW_STEPS = 40  # of a quickstart: fewer leave a model that has not found words yet
 SHORTCUTS = {
     "--device": "--device cpu|mps|cuda stands for --runtime.device.",
@@ -104,21 +107,40 @@ Config = TypeVar("Config")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line, that of the process for None, and return the exit code: 0 also after a clean
-    stop, 1 for a check that finds a fault, 2 for what a user can mend, 130 for an interrupt.
+    """Run one command line, that of the process for None, and return the exit code.
+
+    0 also after a clean stop that saved; 1 for a check that finds a fault, and where what a verb was to
+    print cannot be written; 2 for what a user can mend; 130 for an interrupt that leaves nothing; 141 where
+    the reader of what a verb only prints has gone (`primechat models | head -1`). What is made and kept does
+    not depend on its output: a training whose reader goes saves, and ends with 0.
     """
-    try:
-        return run_verb(list(sys.argv[1:] if argv is None else argv))
-    except SystemExit as error:  # tyro's, after a help text or a wrong flag
-        return error.code if isinstance(error.code, int) else 0
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `primechat models | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except Exception as error:
-        return explain_end(error)
+    with streams.guard_streams():
+        streams.require_output()
+        try:
+            code = run_verb(list(sys.argv[1:] if argv is None else argv))
+            sys.stdout.flush()
+            return code
+        except SystemExit as error:  # tyro's, after a help text or a wrong flag
+            return error.code if isinstance(error.code, int) else 0
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            return 130
+        except streams.OutputLost as loss:
+            return explain_loss(loss)
+        except Exception as error:
+            return explain_end(error)
+
+
+def explain_loss(loss: streams.OutputLost) -> int:
+    """Return the exit code of a verb whose output nobody can read; a reader that left needs no sentence."""
+    if loss.reader_gone:
+        return streams.READER_GONE
+    print(
+        f"primechat: the output cannot be written ({loss.reason}), so the result is lost; free some space, "
+        "or write it elsewhere.",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def explain_end(error: Exception) -> int:
@@ -131,7 +153,8 @@ def explain_end(error: Exception) -> int:
     if isinstance(error, PrimechatError):
         if alone or claim_report():
             print(f"{who}: {error}", file=sys.stderr, flush=True)
-        return 2 if alone else leave_at_once(2)
+        code = 130 if isinstance(error, StoppedError) else 2
+        return code if alone else leave_at_once(code)
     if alone:
         raise error
     from primechat.train.parallel import is_echo
@@ -167,6 +190,8 @@ def run_verb(argv: list[str]) -> int:
     """Find the verb and hand it the other words."""
     device = take_option(argv, "--device")
     verb = argv.pop(0).replace("_", "-") if argv else "--help"
+    if verb in LASTING and not {"-h", "--help"} & {*argv}:
+        streams.require_output(False)
     if verb in ("-h", "--help", "help"):
         print(format_help())
     elif verb == "--version":
@@ -347,38 +372,47 @@ def run_stage(verb: str, argv: list[str], device: str | None) -> int:
 
 
 def call_stage(function: Any, config: Any) -> Any:
-    """Run a stage as a program does: Ctrl-C and SIGTERM save and stop it, rank 0 shows how far it is."""
+    """Run a stage as a program does: Ctrl-C, SIGTERM, SIGHUP save and stop it; rank 0 shows it."""
     if os.environ.get("RANK", "0") != "0":
         with stop_on_signal() as stop:
             return function(config, stop=stop)
     from primechat.desk.progress import open_view
 
-    with stop_on_signal() as stop, open_view() as view:
+    with streams.guard_streams(), open_view() as view, stop_on_signal(view.describe_stop) as stop:
         return function(config, on_event=view, stop=stop)
 
 
 @contextlib.contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C (or SIGTERM) sets; a second one ends the process at once."""
+def stop_on_signal(
+    describe: Callable[[], str] = lambda: "this step is finished and saved",
+) -> Iterator[threading.Event]:
+    """Yield an event that the first Ctrl-C, SIGTERM or SIGHUP (the terminal was closed) sets.
+
+    A second Ctrl-C or SIGTERM ends the process at once. A second SIGHUP does not: a terminal that is closed
+    sends one, and so does its shell. Under nohup, which ignores SIGHUP, it stays ignored.
+
+    Args:
+        describe: returns what a stop finishes and saves at that moment.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    kinds = (signal.SIGINT, signal.SIGTERM)
+    kinds = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        kinds.append(signal.SIGHUP)
 
     def ask_stop(number: int, frame: FrameType | None) -> None:
         stop.set()
         for kind in kinds:
-            signal.signal(kind, signal.SIG_DFL)
-        # a bar hides it, and an end at once does not bring it back
-        show_cursor = b"\x1b[?25h" if os.isatty(2) else b""
+            signal.signal(kind, signal.SIG_IGN if kind == signal.SIGHUP else signal.SIG_DFL)
         if os.environ.get("RANK", "0") != "0":
             return
-        os.write(
-            2,
-            show_cursor
-            + b"\nStopping: this step is finished and saved; Ctrl-C again quits at once.\n",
-        )
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            # a bar hides it, and an end at once does not bring it back
+            show_cursor = "\x1b[?25h" if os.isatty(2) else ""
+            text = f"{show_cursor}\nStopping: {describe()}; Ctrl-C again quits at once.\n"
+            os.write(2, text.encode())
 
     before = [signal.signal(kind, ask_stop) for kind in kinds]
     try:

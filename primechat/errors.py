@@ -25,6 +25,10 @@ class HubError(PrimechatError):
     """The Hugging Face Hub cannot be reached or refuses."""
 
 
+class StoppedError(PrimechatError):
+    """A stage was stopped before there was anything to save."""
+
+
 def explain_error(error: BaseException) -> str:
     """Return an error as a page shows it: ours are sentences, others are named."""
     return str(error) if isinstance(error, PrimechatError) else f"{type(error).__name__}: {error}"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from primechat.config.runtime import DEVICES, SAMPLING, check_choice, check_drawing
 from primechat.desk.progress import ProgressView, clean_text
+from primechat.desk.streams import ERRORS, set_errors
 from primechat.desk.tree import Advice, ChatSettings, is_base
 from primechat.errors import ConfigError, PrimechatError
 from primechat.seeds import derive_seed
@@ -174,11 +175,9 @@ class ChatTalk:
     ) -> None:
         from rich.console import Console
 
-        for stream in (stdin, stdout, stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(
-                    errors="replace"
-                )  # no text ends the program, whatever the locale
+        set_errors(stdin, "replace")  # no text ends the program, whatever the locale
+        set_errors(stdout, ERRORS)
+        set_errors(stderr, ERRORS)
         self.config, self.opener, self.stdin, self.stdout = config, opener, stdin, stdout
         self.interactive = stdin.isatty() and stdout.isatty()
         where = stdout if self.interactive else stderr

@@ -104,6 +104,18 @@ class ProgressView:
             self.end_phase(event)
             self.training = None
 
+    def describe_stop(self) -> str:
+        """Return what a stop would finish and save now."""
+        if self.training:
+            return "this step is finished and saved"
+        known = {
+            "characters": "a tokenizer is saved only once it is whole; if its text is still being read, "
+            "nothing is saved",
+            "turns": "this turn is finished and saved",
+            "tokens": "the result is of what has been scored so far",
+        }
+        return known.get(self.phase.unit, "the preparation and one step are finished and saved")
+
     def write_line(self, text: str) -> None:
         """Write one line at once."""
         print(text, file=self.stream, flush=True)

@@ -6,9 +6,11 @@ process frees it; the owner's name is only there to be shown. Reference: flock(2
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
+import io
 import json
 import math
 import os
@@ -115,20 +117,29 @@ def is_alive(owner: dict[str, Any]) -> bool:
 
 
 class MetricsLog:
-    """metrics.jsonl of a run: one event a line, each with the schema's version, flushed."""
+    """metrics.jsonl of a run: one event a line, each with the schema's version, flushed.
+
+    The history is worth less than the run: what the disk refuses is left out, whole lines of it, and counted
+    in `lost`; `refusal` is the disk's last reason.
+    """
 
     def __init__(self, folder: Path | str) -> None:
         self.path = Path(folder) / "metrics.jsonl"
+        self.lost, self.refusal = 0, ""
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             self.drop_after(math.inf)
 
-    def append(self, event: dict[str, Any]) -> None:
-        """Write one event."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as f:
-            f.write(
-                json.dumps({"schema": LOG_SCHEMA, **event}, ensure_ascii=False).encode() + b"\n"
-            )
+    def append(self, event: dict[str, Any]) -> bool:
+        """Write one event; return whether the disk took it."""
+        line = json.dumps({"schema": LOG_SCHEMA, **event}, ensure_ascii=False).encode() + b"\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab", buffering=0) as file:
+                append_line(file, line)
+        except OSError as error:
+            self.lost, self.refusal = self.lost + 1, error.strerror or str(error)
+            return False
+        return True
 
     def drop_after(self, step: float) -> None:
         """Cut the log at the first event beyond a step; torn lines and ends (`done`) go too. Atomic."""
@@ -142,6 +153,24 @@ class MetricsLog:
                 break
             lines.append(line)
         write_whole(self.path, b"".join(lines))
+
+
+def append_line(file: io.FileIO, line: bytes) -> None:
+    """Write a line at the end of a file whole, or leave the file as it was.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    end = file.seek(0, os.SEEK_END)
+    try:
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(
+                end
+            )  # else the next line would stand in the same line as its torn beginning
+        raise
 
 
 def parse_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:

@@ -54,7 +54,7 @@ def pretrain(
     local, note = is_local(config.corpus), on_event
     ranks = join_ranks(pick_device(config.runtime.device))
     with wait_turn(ranks):
-        tokenizer = choose_tokenizer(config, on_event)
+        tokenizer = choose_tokenizer(config, on_event, stop)
         val = cache_text(config.corpus, "val", tokenizer, config.n_shards, note)
         train = (
             cache_text(config.corpus, "train", tokenizer, config.n_shards, note) if local else None
@@ -133,7 +133,9 @@ def open_cache(cache: TokenCache, sequence_len: int) -> Windows:
     return open_windows
 
 
-def choose_tokenizer(config: PretrainConfig, on_event: OnEvent | None = None) -> Tokenizer:
+def choose_tokenizer(
+    config: PretrainConfig, on_event: OnEvent | None = None, stop: threading.Event | None = None
+) -> Tokenizer:
     """Return the named tokenizer, else the tag's own, else the base directory's if it fits, else the shipped
     one if it is what training would give; or train one.
 
@@ -151,7 +153,7 @@ def choose_tokenizer(config: PretrainConfig, on_event: OnEvent | None = None) ->
             folder = shipped
         else:
             made = TokenizerConfig(tag=config.tag, corpus=config.corpus, vocab_size=wanted)
-            train_tokenizer(made, on_event=on_event)
+            train_tokenizer(made, on_event=on_event, stop=stop)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size != wanted:
         raise ConfigError(

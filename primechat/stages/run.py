@@ -8,11 +8,12 @@ left open), metrics.jsonl (one event a line), the checkpoints and a tokenizer of
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ from primechat.train.parallel import (
 )
 from primechat.train.tune import COMPILE_GUESS, Tuning, tune_runtime
 
+logger = logging.getLogger(__name__)
 SAMPLE_TOKENS = 48
 SAVE_EVERY_S = 60.0
 SETTLE_SHARE = 0.1
@@ -125,8 +127,9 @@ def remember_compiling(learned: dict[str, float]) -> None:
     known = recall_compiling()
     longest = max(known.get("compile_s", 0.0), learned["compile_s"])
     figures = {"machine": describe_compiler(), **known, **learned, "compile_s": longest}
-    store.base_dir().mkdir(parents=True, exist_ok=True)
-    write_whole(store.base_dir() / COMPILE_FILE, json.dumps(figures).encode())
+    with suppress(OSError):  # the next run will measure it again
+        store.base_dir().mkdir(parents=True, exist_ok=True)
+        write_whole(store.base_dir() / COMPILE_FILE, json.dumps(figures).encode())
 
 
 def write_open_time(folder: Path, open_s: float) -> None:
@@ -182,9 +185,19 @@ class TrainingRun:
         if not self.ranks.is_main:
             return
         if self.log and event.kind in ("step", "loss", "sample", "checkpoint", "done"):
-            self.log.append(asdict(event))
-        if self.on_event:
-            self.on_event(event)
+            if not self.log.append(asdict(event)) and self.log.lost == 1:
+                reason = f"{self.log.path} cannot be written ({self.log.refusal})"
+                self.show(NoteEvent(text=f"{reason}; training goes on, its history has gaps."))
+        self.show(event)
+
+    def show(self, event: Event) -> None:
+        """Pass an event on to who watches; a stream that cannot take it must not end a training."""
+        try:
+            if self.on_event:
+                self.on_event(event)
+        except (OSError, UnicodeError) as error:
+            self.on_event = None
+            logger.warning("the training goes on unwatched: %s", error)
 
     def work(self) -> TrainResult:
         """Do the run, holding its lock."""

@@ -12,7 +12,7 @@ from itertools import islice
 
 from primechat import store
 from primechat.config import TokenizerConfig
-from primechat.errors import DataError, PrimechatError
+from primechat.errors import DataError, StoppedError
 from primechat.records import NoteEvent, OnEvent, PhaseEvent, ProgressEvent, TokenizerResult
 from primechat.text.corpora import read_documents
 from primechat.text.tokenizer import Tokenizer
@@ -28,6 +28,7 @@ def train_tokenizer(
 
     Raises:
         DataError: the text is too small for the vocabulary, or another tokenizer is there.
+        StoppedError: it was stopped while its text was read.
     """
     t_start = time.perf_counter()
     tell = on_event or (lambda event: None)
@@ -43,7 +44,7 @@ def train_tokenizer(
         texts = read_documents(config.corpus, "train", base_dir=store.base_dir(), on_event=on_event)
         for n, text in enumerate(texts):
             if stop is not None and stop.is_set():
-                raise PrimechatError(
+                raise StoppedError(
                     "The tokenizer was stopped before it was trained, nothing is saved; start it again."
                 )
             piece = text[: min(config.max_doc_chars, config.max_chars - chars)]

@@ -21,6 +21,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from primechat.cloud.export import is_folded
+from primechat.desk.streams import require_output
 from primechat.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -115,6 +116,7 @@ def run_lab(config: LabConfig) -> int:
         for path in list_labs():
             print(f"{path.stem[:2]}  {path.stem[3:]:24}{read_title(path)}")
         return 0
+    require_output(False)  # what follows writes files, or opens a server
     if config.lab == "sync":
         return sync_twins(check=config.check)
     missing = [name for name in ("marimo", "jupyterlab", "anywidget") if not find_spec(name)]

@@ -20,12 +20,14 @@ from primechat.cli import (
     read_config,
     take_option,
 )
+from primechat.desk.streams import install_guard
 
 __all__ = ["settings", "stage", "summary"]
 
 
 def settings(config: Any, simple: Sequence[str] = (), *, title: str = "") -> Any:
     """Return a namespace whose `config` is the given one, or that of --config FILE, changed by the flags."""
+    install_guard()
     try:
         return SimpleNamespace(config=read_flags(config))
     except Exception as error:
