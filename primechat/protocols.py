@@ -28,6 +28,9 @@ class Cache(Protocol):
     def select(self, rows: Sequence[int]) -> Cache:
         """Return a cache of the given rows, in that order; a row may be named several times."""
 
+    def keep(self, rows: Sequence[int]) -> Cache:
+        """Return this cache with n of its rows only; of these, a row i < n stands at i."""
+
     def join(self, others: Sequence[Cache]) -> Cache:
         """Return one cache holding the rows of this one and of `others`, whatever their lengths."""
 
@@ -57,12 +60,19 @@ class LanguageModel(Protocol):
         """Read ids (B, T) int64 into the cache; return float32 logits (B, V) that follow the last one."""
 
 
-class Tap(Protocol):
-    """What a forward pass calls at each named point; it returns what the pass goes on with."""
+@runtime_checkable
+class ReadsPadded(Protocol):
+    """A model that reads several prompts of different lengths in one pass."""
 
-    @property
-    def extra(self) -> frozenset[str]:
-        """Points that the pass computes only where they are wanted: the attention weights."""
+    def read_padded(self, ids: torch.Tensor, counts: list[int], cache: Any) -> torch.Tensor:
+        """Read of each row of ids (B, T) its first `counts` into an empty cache; return logits (B, V)."""
+
+
+class Hook(Protocol):
+    """What a forward pass calls with each named tensor; the pass goes on with what it returns."""
+
+    def wants(self, point: str) -> bool:
+        """Return whether a point that costs extra work is wanted: the attention weights."""
 
     def __call__(self, point: str, x: torch.Tensor, /) -> torch.Tensor: ...
 

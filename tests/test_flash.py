@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from primechat.config import GPTConfig
-from primechat.model import attention
-from primechat.model.attention import attend, describe_attention, flash3_problem, load_flash3
+from primechat.model import flash3
+from primechat.model.attention import attend, describe_attention
+from primechat.model.flash3 import load_flash3
 from primechat.model.gpt import GPT
 
 calls: list[tuple[int, int]] = []
@@ -52,36 +53,36 @@ def flash_attn_func(
 
 
 @pytest.fixture
-def flash3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def with_flash3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     calls.clear()
     monkeypatch.setattr(
-        attention, "load_flash3", lambda: SimpleNamespace(flash_attn_func=flash_attn_func)
+        flash3, "load_flash3", lambda: SimpleNamespace(flash_attn_func=flash_attn_func)
     )
-    monkeypatch.setattr(attention, "flash3_runs", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(flash3, "flash3_runs", lambda device, dtype: dtype == torch.bfloat16)
     yield
 
 
 @pytest.mark.parametrize("left", [None, 1, 7, 16, 31, 99])
 @pytest.mark.parametrize("kv", [4, 2, 1])
 def test_same_as_sdpa(
-    flash3: None, monkeypatch: pytest.MonkeyPatch, left: int | None, kv: int
+    with_flash3: None, monkeypatch: pytest.MonkeyPatch, left: int | None, kv: int
 ) -> None:
     draw = torch.Generator().manual_seed(0)
     q = torch.randn(2, 32, 4, 16, generator=draw).bfloat16()
     k, v = (torch.randn(2, 32, kv, 16, generator=draw).bfloat16() for _ in range(2))
-    fast = attend(q, k, v, left, 0.3)
+    fast = attend(q, k, v, scale=0.3, window=left)
     assert calls == [(-1, 0) if left is None or left >= 31 else (left, 0)]
-    monkeypatch.setattr(attention, "flash3_runs", lambda *_: False)
-    plain = attend(q, k, v, left, 0.3)
+    monkeypatch.setattr(flash3, "flash3_runs", lambda *_: False)
+    plain = attend(q, k, v, scale=0.3, window=left)
     torch.testing.assert_close(fast.float(), plain.float(), rtol=0.02, atol=0.02)
-    shifted = attend(q, k, v, (left or 0) + 1, 0.3)
+    shifted = attend(q, k, v, scale=0.3, window=(left or 0) + 1)
     if left in (1, 7):
         assert float((fast.float() - shifted.float()).abs().max()) > 0.05, (
             "one token more of window shows"
         )
 
 
-def test_a_model_trains_through_it(flash3: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_trains_through_it(with_flash3: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sliding windows of each layer reach the call, and loss and gradients are those of SDPA."""
     shape = GPTConfig.modern(4, vocab_size=300, sequence_len=512, head_dim=64)
     model = GPT(shape)
@@ -93,7 +94,7 @@ def test_a_model_trains_through_it(flash3: None, monkeypatch: pytest.MonkeyPatch
     ids = torch.randint(300, (1, 512), generator=torch.Generator().manual_seed(2))
     found = []
     for fast in (True, False):
-        monkeypatch.setattr(attention, "flash3_runs", lambda *_, fast=fast: fast)
+        monkeypatch.setattr(flash3, "flash3_runs", lambda *_, fast=fast: fast)
         loss = model.loss(ids, ids)
         loss.backward()
         grad = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -132,7 +133,7 @@ def test_how_it_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "did not load (OSError: no such file on the Hub)" in describe_attention(
         "cuda", torch.bfloat16
     )
-    flash3_problem.clear()
+    flash3.problems.clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     load_flash3.cache_clear()
     assert load_flash3() is None and describe_attention("cuda", torch.bfloat16) == "torch's own"

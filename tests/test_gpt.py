@@ -14,8 +14,9 @@ from torch import Tensor
 
 from primechat.config import GPTConfig
 from primechat.metrics.bits import measure_bits
-from primechat.model.attention import BLOCK, Segments, attend, make_mask
+from primechat.model.attention import Documents, attend, attention_weights, may_read
 from primechat.model.checkpoint import load_checkpoint
+from primechat.model.fast_cpu import QUERY_BLOCK
 from primechat.model.gpt import GPT
 from primechat.model.losses import sum_cross_entropy, token_cross_entropy
 from primechat.protocols import LanguageModel
@@ -171,25 +172,35 @@ def test_cache_full() -> None:
         model.hidden(torch.zeros(1, 481, dtype=torch.long))
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, left: int | None) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """The formula, in float64: (B, T, H, D)."""
     T, D = q.shape[1], q.shape[3]
     k, v = (x.double().repeat_interleave(q.size(2) // k.size(2), dim=2) for x in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q.double(), k) / math.sqrt(D)
-    scores = scores.masked_fill(~make_mask(0, T, T, left, q.device), float("-inf"))
+    scores = scores.masked_fill(~may_read(T, T, window), float("-inf"))
     return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
 
 
-@pytest.mark.parametrize("left", [None, 0, 5, BLOCK, 200])
-@pytest.mark.parametrize("length", [1, 17, BLOCK, 300])
-def test_attention_formula(left: int | None, length: int) -> None:
+@pytest.mark.parametrize("window", [None, 0, 5, QUERY_BLOCK, 200])
+@pytest.mark.parametrize("length", [1, 17, QUERY_BLOCK, 300])
+def test_attention_formula(window: int | None, length: int) -> None:
     generator = torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(2, length, h, 16, generator=generator) for h in (4, 2, 2))
-    assert (attend(q, k, v, left) - plain_attention(q, k, v, left)).abs().max() < 1e-5
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, scale=16**-0.5, window=window)
+
+    def run_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return plain_attention(q, k, v, window)
+
+    assert (run(q, k, v) - run_plain(q, k, v)).abs().max() < 1e-5
+    weights = attention_weights(q, k, scale=16**-0.5, window=window)
+    weighed = torch.einsum("bhts,bshd->bthd", weights, v.repeat_interleave(2, dim=2))
+    assert (weighed - run_plain(q, k, v)).abs().max() < 1e-5
     grads = []
-    for function in (attend, plain_attention):
+    for function in (run, run_plain):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = function(*inputs, left)  # type: ignore[arg-type]
+        out = function(*inputs)
         (out.double() * torch.arange(out.numel()).view(out.shape).cos()).sum().backward()
         grads.append([x.grad for x in inputs])
     for ours, plain in zip(*grads, strict=True):
@@ -377,7 +388,7 @@ def test_segments_gradients() -> None:
         assert (packed - own).abs().max() < 1e-3 * own.abs().max()
 
 
-def test_segments_split() -> None:
-    found = Segments.split(torch.tensor([[5, 6, 0, 7, 0, 0, 8]]), 0)
-    assert found.number.tolist() == [[0, 0, 1, 1, 2, 3, 3]]
-    assert found.at.tolist() == [[0, 1, 0, 1, 0, 0, 1]]  # a row may begin in the middle of one
+def test_documents_of_a_row() -> None:
+    found = Documents.find(torch.tensor([[5, 6, 0, 7, 0, 0, 8]]), 0)
+    assert found.ids.tolist() == [[0, 0, 1, 1, 2, 3, 3]]
+    assert found.places.tolist() == [[0, 1, 0, 1, 0, 0, 1]]  # a row may begin in the middle of one

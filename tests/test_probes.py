@@ -120,9 +120,10 @@ def test_shapes_and_weights(name: str) -> None:
         shared = np.repeat(v, c.n_head // c.n_kv_head, axis=1)
         assert np.allclose(np.einsum("hts,shd->thd", w, shared), heads, atol=1e-4)
         scale = dissect(model).scale
-        plain = attend(*(torch.from_numpy(x)[None] for x in (q, k, v)), left, scale)[0].numpy()
+        batch = [torch.from_numpy(x)[None] for x in (q, k, v)]
+        plain = attend(*batch, scale=scale, window=left)[0].numpy()
         assert np.array_equal(plain, heads)
-        raw = seen[f"layer.{i}.attn.qk_raw"]
+        raw = seen[f"layer.{i}.attn.q_raw"]
         assert np.allclose(
             np.linalg.norm(raw[:, 0] / np.sqrt((raw[:, 0] ** 2).mean(-1, keepdims=True)), axis=-1),
             np.linalg.norm(q[:, 0], axis=-1),

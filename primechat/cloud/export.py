@@ -184,11 +184,10 @@ def drop_keywords(text: str, tree: ast.Module, known: set[str]) -> tuple[str, as
     lines = text.splitlines()
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         for word in call.keywords:
-            alone = lines[word.lineno - 1].strip().startswith(f"{word.arg}=")
+            first, last = word.lineno - 1, word.end_lineno or word.lineno
+            alone = lines[first].strip().startswith(f"{word.arg}=")
             if alone and list_loaded(word.value) - known:
-                lines[word.lineno - 1 : word.end_lineno] = [""] * (
-                    word.end_lineno - word.lineno + 1
-                )  # type: ignore[operator]
+                lines[first:last] = [""] * (last - first)
     text = "\n".join(line for line in lines if line)
     return text, ast.parse(text)
 

@@ -15,6 +15,9 @@ from primechat.errors import ConfigError
 
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 ROPE_DTYPES = ("float32", "bfloat16", "compute")
+NORM_EPS = (
+    2**-23
+)  # what nanochat's eps=None comes to in every dtype (measured on a CPU, torch 2.13)
 
 
 @dataclass(frozen=True, kw_only=True)

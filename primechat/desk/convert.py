@@ -21,13 +21,12 @@ from tyro.conf import Positional
 
 from primechat import store
 from primechat.config import GPTConfig, decode_config
-from primechat.config.model import classic_switches
+from primechat.config.model import NORM_EPS, classic_switches
 from primechat.errors import CheckpointError, ConfigError, DataError
 from primechat.hub import fetch_model
 from primechat.model.checkpoint import find_steps, load_checkpoint, save_checkpoint
 from primechat.model.era import list_shapes, read_shape
 from primechat.model.foreign import list_characters
-from primechat.model.gpt import EPS
 from primechat.model.runlog import RunLock
 from primechat.model.weights import read_json
 from primechat.names import FOREIGN, IDENTIFIER, parse_plain
@@ -175,7 +174,7 @@ def describe_network(
             **{there: getattr(config, here) for here, there in SIZES.items()},
             "intermediate_size": 4 * config.n_embd,
             "hidden_act": "relu2",
-            "rms_norm_eps": EPS,
+            "rms_norm_eps": NORM_EPS,
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
             "final_logit_softcapping": config.logit_softcap or None,
             "attention_bias": False,

@@ -30,7 +30,7 @@ from primechat.infer.sampling import (
     seed_row,
 )
 from primechat.infer.tools import ToolCall, find_tool
-from primechat.protocols import Cache, ChatTokenizer, LanguageModel
+from primechat.protocols import Cache, ChatTokenizer, LanguageModel, ReadsPadded
 from primechat.records import Token
 
 if TYPE_CHECKING:
@@ -336,7 +336,7 @@ class Engine:
                     order = [late.pop() if rows[i].stop_reason else i for i in range(len(alive))]
                     rows = [rows[i] for i in order]
                     with torch.inference_mode():
-                        cache = getattr(cache, "keep", cache.select)(order)
+                        cache = cache.keep(order)
                 logits = self._advance([row.tokens[-1:] for row in rows], cache)
         for row in rows:
             row.stop_reason = row.stop_reason or "cancelled"
@@ -373,7 +373,7 @@ class Engine:
         Several are read together where the model can; then the rows are sorted by length.
         """
         capacity = max(len(row.prompt) + row.limit for row in rows)
-        together = getattr(self.model, "read_padded", None)
+        together = self.model.read_padded if isinstance(self.model, ReadsPadded) else None
         if together:
             rows.sort(key=lambda row: (len(row.prompt), row.prompt))
         places = [

@@ -1,6 +1,6 @@
 """What probes must know of a model's build, the same questions for ours and for foreign ones.
 
-Hides: where a model keeps its parts. Every body answers `trace` (the model's own pass under a tap),
+Hides: where a model keeps its parts. Every body answers `trace` (the model's own pass with a hook),
 `read_stream`, `readout` and `head_map`. Reference: nostalgebraist 2020 (the logit lens).
 """
 
@@ -12,11 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from primechat.config.model import NORM_EPS
 from primechat.errors import ConfigError
 from primechat.model.foreign import ForeignModel
-from primechat.model.gpt import EPS, GPT, Block, norm
+from primechat.model.gpt import GPT, Block, norm
 from primechat.model.losses import cap_logits
-from primechat.protocols import Tap
+from primechat.protocols import Hook
 
 
 class GPTBody:
@@ -27,7 +28,8 @@ class GPTBody:
     """
 
     layer_points = (
-        "attn.qk_raw",
+        "attn.q_raw",
+        "attn.k_raw",
         "attn.q",
         "attn.k",
         "attn.v",
@@ -55,9 +57,9 @@ class GPTBody:
         self.backout = float(model.backout_lambda) if c.backout else 0.0
         self.middle, self.has_smear, self.softcap = c.n_layer // 2, c.smear, c.logit_softcap
 
-    def trace(self, ids: Tensor, tap: Tap) -> Tensor:
-        """Return float32 logits (B, T, V) of ids (B, T), calling the tap at every point on the way."""
-        return tap("logits", self.model.logits(self.model.hidden(ids, tap=tap)))
+    def trace(self, ids: Tensor, hook: Hook) -> Tensor:
+        """Return float32 logits (B, T, V) of ids (B, T), calling the hook at every point on the way."""
+        return hook("logits", self.model.logits(self.model.hidden(ids, hook=hook)))
 
     def read_stream(self, x: Tensor) -> Tensor:
         """Return the float32 logits (..., V) that the model would give if x (..., C) left its last layer."""
@@ -68,7 +70,7 @@ class GPTBody:
         logits before the softcap, the final norm's scale frozen at x.
         """
         rows = self.model.lm_head.weight[list(tokens)].cpu().double()  # MPS has no float64
-        return rows * torch.rsqrt(x.cpu().double().square().mean() + EPS)
+        return rows * torch.rsqrt(x.cpu().double().square().mean() + NORM_EPS)
 
     def head_map(self, layer: int) -> Tensor:
         """Return (H, D, C): how each head's result is written into the stream."""
@@ -77,7 +79,7 @@ class GPTBody:
 
 
 class ForeignBody:
-    """A network of transformers whose parts go by the usual names; its own pass is tapped by hooks."""
+    """A network of transformers whose parts go by the usual names; torch's own hooks call ours."""
 
     layer_points = ("attn.weights", "attn.heads", "attn.out", "mlp.out", "resid")
 
@@ -105,48 +107,48 @@ class ForeignBody:
         )  # the stream is a plain sum
         self.backout, self.middle, self.has_smear = 0.0, 0, False
 
-    def trace(self, ids: Tensor, tap: Tap) -> Tensor:
-        """Return float32 logits (B, T, V) of ids (B, T), calling the tap at every point on the way."""
+    def trace(self, ids: Tensor, hook: Hook) -> Tensor:
+        """Return float32 logits (B, T, V) of ids (B, T), calling the hook at every point on the way."""
 
         def behind(name: str) -> Callable[..., Any]:
             return lambda _, __, out: (
-                (tap(name, out[0]), *out[1:]) if type(out) is tuple else tap(name, out)
+                (hook(name, out[0]), *out[1:]) if type(out) is tuple else hook(name, out)
             )
 
         def before(name: str) -> Callable[..., Any]:
-            return lambda _, args: (tap(name, args[0]), *args[1:])
+            return lambda _, args: (hook(name, args[0]), *args[1:])
 
         def split(name: str) -> Callable[..., Any]:
             shape = (*ids.shape, self.n_head, self.head_dim)
-            return lambda _, args: (tap(name, args[0].reshape(shape)).flatten(2), *args[1:])
+            return lambda _, args: (hook(name, args[0].reshape(shape)).flatten(2), *args[1:])
 
         def look(name: str) -> Callable[..., None]:
             def tell(_: Any, __: Any, out: tuple[Any, ...]) -> None:
-                tap(name, out[1])  # only to be seen: the pass has used them already
+                hook(name, out[1])  # only to be seen: the pass has used them already
 
             return tell
 
-        hooks = [self.embed.register_forward_hook(behind("token"))]
-        hooks.append(self.layers[0].register_forward_pre_hook(before("embed")))
+        handles = [self.embed.register_forward_hook(behind("token"))]
+        handles.append(self.layers[0].register_forward_pre_hook(before("embed")))
         for i, layer in enumerate(self.layers):
             here = f"layer.{i}"
-            hooks.append(self.proj[i].register_forward_pre_hook(split(f"{here}.attn.heads")))
-            if f"{here}.attn.weights" in tap.extra:
-                hooks.append(self.attn[i].register_forward_hook(look(f"{here}.attn.weights")))
-            hooks.append(self.attn[i].register_forward_hook(behind(f"{here}.attn.out")))
-            hooks.append(self.mlp[i].register_forward_hook(behind(f"{here}.mlp.out")))
-            hooks.append(layer.register_forward_hook(behind(f"{here}.resid")))
-        hooks.append(self.norm.register_forward_pre_hook(before("last")))
-        hooks.append(self.norm.register_forward_hook(behind("final")))
+            handles.append(self.proj[i].register_forward_pre_hook(split(f"{here}.attn.heads")))
+            if hook.wants(f"{here}.attn.weights"):
+                handles.append(self.attn[i].register_forward_hook(look(f"{here}.attn.weights")))
+            handles.append(self.attn[i].register_forward_hook(behind(f"{here}.attn.out")))
+            handles.append(self.mlp[i].register_forward_hook(behind(f"{here}.mlp.out")))
+            handles.append(layer.register_forward_hook(behind(f"{here}.resid")))
+        handles.append(self.norm.register_forward_pre_hook(before("last")))
+        handles.append(self.norm.register_forward_hook(behind("final")))
         network, usual = self.model.network, self.model.network.config._attn_implementation
         try:
-            if tap.extra:
+            if any(hook.wants(f"layer.{i}.attn.weights") for i in range(self.n_layer)):
                 network.set_attn_implementation("eager")  # the only one that tells its weights
-            return tap("logits", network(ids, use_cache=False).logits.float())
+            return hook("logits", network(ids, use_cache=False).logits.float())
         finally:
             network.set_attn_implementation(usual)
-            for hook in hooks:
-                hook.remove()
+            for handle in handles:
+                handle.remove()
 
     def read_stream(self, x: Tensor) -> Tensor:
         """Return the float32 logits (..., V) that the model would give if x (..., C) left its last layer."""

@@ -19,7 +19,7 @@ import torch
 from primechat.errors import ConfigError
 from primechat.metrics.anatomy import GPTBody, dissect
 from primechat.metrics.probes import Capture, capture, check_ids
-from primechat.model.gpt import GPT
+from primechat.model.gpt import GPT, NoHook
 
 Ids = Sequence[int] | np.ndarray
 READABLE = (
@@ -301,15 +301,14 @@ def patch_grid(
     return grid, top, bottom
 
 
-class Carrier:
-    """A tap that puts place t of a captured state into row t of a batch."""
-
-    extra: frozenset[str] = frozenset()
+class Carrier(NoHook):
+    """A hook that puts place t of a captured state into row t of a batch."""
 
     def __init__(self, stage: str, states: np.ndarray) -> None:
         self.stage, self.states = stage, states
 
     def __call__(self, point: str, x: torch.Tensor) -> torch.Tensor:
+        """Return what the pass goes on with."""
         if point != self.stage:
             return x
         x, at = x.clone(), torch.arange(x.size(1))

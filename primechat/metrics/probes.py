@@ -1,10 +1,11 @@
 """Looking into a forward pass: named points as numpy, parts switched off, states carried between prompts.
 
-Hides: how a pass is tapped. It is the model's own pass, not a second model: a point that is only read
+Hides: how a pass is watched. It is the model's own pass, not a second model: a point that is only read
 changes no bit of the result. Points of a prompt of T tokens:
-token embed last final (T, C); logits (T, V); layer.<i>.resid (T, C); layer.<i>.attn.qk_raw (T, H + K, D)
-before rotation and norm, .q (T, H, D), .k .v (T, K, D), .weights (H, T, T), .heads (T, H, D), .out (T, C);
-layer.<i>.mlp.pre (T, 4C), .out (T, C). `last` is the stream that the final norm reads, `final` that norm.
+token embed last final (T, C); logits (T, V); layer.<i>.resid (T, C); layer.<i>.attn.q_raw (T, H, D) and
+.k_raw (T, K, D) before rotation and norm, .q (T, H, D), .k .v (T, K, D), .weights (H, T, T), .heads
+(T, H, D), .out (T, C); layer.<i>.mlp.pre (T, 4C), .out (T, C). `last` is the stream that the final norm
+reads, `final` that norm.
 Reference: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
 """
 
@@ -99,17 +100,17 @@ def capture(
     row = check_ids(body, ids)
     names = list_points(body)
     wanted = [name for pattern in points for name in match_points(pattern, names)]
-    tap = Recorder(wanted, cut_parts(body, ablate), patch, n_tokens=len(row))
+    recorder = Recorder(wanted, cut_parts(body, ablate), patch, n_tokens=len(row))
     batch = torch.from_numpy(row).to(body.device)[None]
     with torch.inference_mode():
-        logits = body.trace(batch, tap)[0]
+        logits = body.trace(batch, recorder)[0]
         losses = F.cross_entropy(logits[:-1], batch[0, 1:], reduction="none")
-    kept = {name: tap.kept[name] for name in names if name in tap.kept}
+    kept = {name: recorder.kept[name] for name in names if name in recorder.kept}
     return Capture(ids=row, losses=to_numpy(losses), last=to_numpy(logits[-1]), points=kept)
 
 
 class Recorder:
-    """A tap that keeps the points wanted, zeroes parts and puts in a patch."""
+    """A hook that keeps the points wanted, zeroes parts and puts in a patch."""
 
     def __init__(
         self,
@@ -118,8 +119,12 @@ class Recorder:
         patch: Patch | None = None,
         n_tokens: int = 0,
     ) -> None:
-        self.extra, self.cuts, self.kept = frozenset(wanted), cuts, dict[str, np.ndarray]()
+        self.wanted, self.cuts, self.kept = frozenset(wanted), cuts, dict[str, np.ndarray]()
         self.puts = lay_patch(patch, n_tokens) if patch else {}
+
+    def wants(self, point: str) -> bool:
+        """Return whether a point is to be kept."""
+        return point in self.wanted
 
     def __call__(self, point: str, x: Tensor) -> Tensor:
         if point in self.cuts:
@@ -130,7 +135,7 @@ class Recorder:
             x = x.clone()
             for where, value in self.puts[point]:
                 x[0][where] = torch.from_numpy(value).to(x)
-        if point in self.extra:
+        if point in self.wanted:
             self.kept[point] = to_numpy(x[0])
         return x
 

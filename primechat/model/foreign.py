@@ -202,6 +202,10 @@ class ForeignCache:
         cache.past.batch_select_indices(torch.tensor(rows))
         return cache
 
+    def keep(self, rows: Sequence[int]) -> ForeignCache:
+        """Return a cache of n of its rows, in that order."""
+        return self.select(rows)
+
     def join(self, others: Sequence[ForeignCache]) -> ForeignCache:
         """Return one cache holding the rows of this one and of `others`, whatever their lengths."""
         self.check_plain()

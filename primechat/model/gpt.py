@@ -1,19 +1,22 @@
 """The GPT: integers to logits and losses, both generations of nanochat behind named switches.
 
-Hides: the forward pass, with and without a cache. Reference: nanochat (October 2025 and 2026), whose
-state_dict keys it keeps; Vaswani et al. 2017; Su et al. 2021 (rotary positions); Henry et al. 2020 (norm on
-queries and keys).
-
-Numerics        parameters   compute    rotary table   loss      cache
-CPU fp32        float32      float32    rope_dtype     float32   float32
-CPU bf16 units  float32      bfloat16   rope_dtype     float32   float32
-MPS             float32      float32    rope_dtype     float32   float32
-CUDA            float32      bfloat16   rope_dtype     float32   bfloat16
-A model loaded for inference holds its parameters in the compute dtype.
+Read it from `GPT.hidden` downwards: embed the tokens, run the blocks (attention, then MLP, each adding to
+the residual stream), norm; `logits` and `loss` follow. These are the plain formulas; model/fast_cpu.py has
+some of them in faster forms, and the few places that use those say so. Reference: nanochat (October 2025
+and 2026), whose state_dict keys are kept; Vaswani et al. 2017; Su et al. 2021 (rotary positions); Henry et
+al. 2020 (norm on queries and keys).
 """
+
+# Numerics        parameters   compute    rotary table   loss      cache
+# CPU fp32        float32      float32    rope_dtype     float32   float32
+# CPU bf16 units  float32      bfloat16   rope_dtype     float32   float32
+# MPS             float32      float32    rope_dtype     float32   float32
+# CUDA            float32      bfloat16   rope_dtype     float32   bfloat16
+# A model loaded for inference holds its parameters in the compute dtype.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -21,31 +24,69 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from primechat.config import GPTConfig
-from primechat.model.attention import KVCache, Segments, TokenStep, attend, rotate, weigh
+from primechat.config.model import NORM_EPS, GPTConfig
+from primechat.model import fast_cpu
+from primechat.model.attention import Documents, Rows, attend, attention_weights
+from primechat.model.kv_cache import KVCache
 from primechat.model.losses import cap_logits, sum_cross_entropy, token_cross_entropy
-from primechat.protocols import Tap
+from primechat.protocols import Hook
 
 if TYPE_CHECKING:
     from primechat.model.lora import Adapter
 
-EPS = 1.1920929e-07  # 2 ** -23: what nanochat's eps=None comes to in float32 (measured with torch 2.13)
-EPS_HERE = torch.tensor(EPS, device="cpu")
 SMEAR_CHANNELS = 24  # nanochat: the smear's gate reads the first 24 channels
-MANY_ROWS = 16  # measured at widths 256 and 1280: with fewer, the weights are best on the right
 GATE_CHANNELS = 12  # nanochat: a value embedding's gate reads the first 12
-Rotary = tuple[Tensor, Tensor]  # cos and sin
-Reach = KVCache | Segments | None  # what else attention reads, or may not read
 TABLE_FACTOR = 10  # nanochat: the rotary table reaches 10 x sequence_len
+Rotary = tuple[Tensor, Tensor]  # cos and sin, (T, 1, D) or (B, T, 1, D)
+
+
+class NoHook:
+    """Nobody listens: every tensor passes as it is."""
+
+    def wants(self, point: str) -> bool:
+        """Return whether a point that costs extra work is wanted."""
+        return False
+
+    def __call__(self, point: str, x: Tensor) -> Tensor:
+        """Return what the pass goes on with."""
+        return x
+
+
+NO_HOOK = NoHook()
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where the tokens of one forward pass stand, and what each of them may read besides itself.
+
+    Attributes:
+        rotary: the rotary tables at the tokens' positions.
+        n_before: tokens that the cache held before this pass.
+        cache: keys and values of the tokens before; None where the text begins with this pass.
+        documents: in packed rows, which document each token belongs to; None where a row is one text.
+    """
+
+    rotary: Rotary
+    n_before: Rows = 0
+    cache: KVCache | None = None
+    documents: Documents | None = None
 
 
 def norm(x: Tensor) -> Tensor:
-    """Return x / sqrt(mean(x^2) + eps) over the last dimension; nothing is learned."""
-    if x.dtype != torch.float32 or not x.is_cpu:
-        return F.rms_norm(x, (x.size(-1),), eps=EPS)
-    # the same in fewer passes over the data and in half as many calls
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * torch.addcmul(EPS_HERE, length, length, value=1 / x.size(-1)).rsqrt()
+    """Return x / sqrt(mean(x^2) + eps) over the last dimension (Zhang & Sennrich 2019; no learned gain)."""
+    if x.is_cpu:
+        return fast_cpu.norm(x)
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Return x (B, T, H, D) with each pair of channels (j, j + D/2) turned by minus its position's angle.
+
+    The tables hold cos twice, and sin followed by -sin.
+    """
+    cos, sin = rotary
+    a, b = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((b, a), dim=-1), sin)
 
 
 class Linear(nn.Linear):
@@ -60,19 +101,17 @@ class Linear(nn.Linear):
         if not self.weight.is_meta:
             super().reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        y = F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        return self.adapt(F.linear(x, self.weight.to(x.dtype)), x)
+
+    def adapt(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y = W x with what adapters make of x."""
         return y if self.adapter is None else self.adapter.add_to(y, x)
 
     def whole_weight(self) -> Tensor:
         """Return the weight with what its adapters add."""
         return self.weight if self.adapter is None else self.adapter.make_whole(self.weight)
-
-
-def map_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x (B, C) @ weight (N, C).T; on a CPU, in float32, many rows are a sixth faster transposed."""
-    many = x.size(0) >= MANY_ROWS and x.is_cpu and x.dtype == torch.float32
-    return (weight @ x.T).T if many else F.linear(x, weight)
 
 
 class Embedding(nn.Embedding):
@@ -88,145 +127,116 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.left = layer, config.window(layer)
-        self.n_head, self.n_kv_head, self.head_dim = (
-            config.n_head,
-            config.n_kv_head,
-            config.head_dim,
-        )
-        self.scale = (
-            config.qk_gain**2 / config.head_dim**0.5
-        )  # the gain of queries times that of keys
+        self.layer = layer
+        self.name = f"layer.{layer}.attn"
+        self.window = config.window(layer)
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_dim = config.head_dim
+        # Queries and keys carry a gain each.
+        self.scale = config.qk_gain**2 / config.head_dim**0.5
         self.c_q = Linear(config.n_embd, config.n_embd)
         self.c_k = Linear(config.n_embd, config.kv_dim)
         self.c_v = Linear(config.n_embd, config.kv_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
-        self.qkv: Tensor | None = None  # the three weights in one, where none of them changes
         if config.has_value_embedding(layer):
             self.ve_gate = Linear(GATE_CHANNELS, config.n_kv_head)
 
-    @torch.no_grad()
-    def merge_weights(self) -> None:
-        """Lay the weights of queries, keys and values side by side in one tensor, as views of it."""
-        maps = (self.c_q, self.c_k, self.c_v)
-        self.qkv = torch.cat([f.weight for f in maps])
-        for f, part in zip(maps, self.qkv.split([len(f.weight) for f in maps]), strict=True):
-            f.weight = nn.Parameter(part, requires_grad=False)
+    def forward(self, u: Tensor, ve: Tensor | None, context: Context, hook: Hook) -> Tensor:
+        """Return what attention adds to the residual stream, (B, T, C).
 
-    def forward(
-        self, u: Tensor, ve: Tensor | None, rotary: Rotary, cache: Reach, tap: Tap | None
-    ) -> Tensor:
-        """Map the normed stream u (B, T, C) to what attention adds to it (B, T, C)."""
+        Args:
+            u: the normed residual stream, (B, T, C).
+            ve: the tokens' value embeddings in this layer, (B, T, K * D), or None.
+            context: positions, and what may be read.
+            hook: called with each named tensor; what it returns is used in its place.
+        """
         B, T, _ = u.shape
-        weight = self.qkv
-        if weight is None or self.c_q.weight.requires_grad:
-            weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])
-        heads = F.linear(u, weight.to(u.dtype))
-        maps = (self.c_q, self.c_k, self.c_v)
-        if any(f.adapter is not None for f in maps):
-            pairs = zip(maps, heads.split([len(f.weight) for f in maps], dim=-1), strict=True)
-            heads = torch.cat(
-                [y if f.adapter is None else f.adapter.add_to(y, u) for f, y in pairs], dim=-1
-            )
-        heads = heads.view(B, T, -1, self.head_dim)
-        qk, v = heads.split(
-            [self.n_head + self.n_kv_head, self.n_kv_head], dim=2
-        )  # (B, T, H + K, D)
+
+        # Each head's queries, keys and values.
+        q, k, v = self.project(u)
+        q = q.view(B, T, self.n_head, self.head_dim)  # (B, T, H, D)
+        k = k.view(B, T, self.n_kv_head, self.head_dim)  # (B, T, K, D)
+        v = v.view(B, T, self.n_kv_head, self.head_dim)  # (B, T, K, D)
+        q, k = hook(f"{self.name}.q_raw", q), hook(f"{self.name}.k_raw", k)
+
+        # A gated embedding of the token joins its values; the gate reads a few channels, from 0 to 3.
         if ve is not None:
-            gate = torch.sigmoid(self.ve_gate(u[..., :GATE_CHANNELS]))  # (B, T, K)
-            v = torch.addcmul(v, gate.unsqueeze(-1), ve.view_as(v), value=3)
-        q, k = norm(rotate(qk, *rotary)).split([self.n_head, self.n_kv_head], dim=2)
-        if tap is not None:
-            here = f"layer.{self.layer}.attn."
-            tap(here + "qk_raw", qk)
-            q, k, v = tap(here + "q", q), tap(here + "k", k), tap(here + "v", v)
-            if here + "weights" in tap.extra:
-                tap(here + "weights", weigh(q, k, self.left, self.scale))
-        if cache is None:
-            out = attend(q, k, v, self.left, self.scale)
-        else:
-            out = cache.attend(self.layer, q, k, v, self.left, self.scale)
-        if tap is None:
-            return self.c_proj(out.reshape(B, T, -1))
-        return tap(here + "out", self.c_proj(tap(here + "heads", out).reshape(B, T, -1)))
+            gate = 3 * torch.sigmoid(self.ve_gate(u[..., :GATE_CHANNELS]))  # (B, T, K)
+            v = torch.addcmul(v, gate.unsqueeze(-1), ve.view_as(v))
+
+        # Positions enter as a rotation; normed afterwards, a query meets a key by their angle alone.
+        q = hook(f"{self.name}.q", norm(rotate(q, context.rotary)))
+        k = hook(f"{self.name}.k", norm(rotate(k, context.rotary)))
+        v = hook(f"{self.name}.v", v)
+
+        # Every token reads itself and the ones before it.
+        out = self.read(q, k, v, context, hook)  # (B, T, H, D)
+
+        # The heads are laid side by side and mixed.
+        out = hook(f"{self.name}.heads", out)
+        return hook(f"{self.name}.out", self.c_proj(out.reshape(B, T, -1)))
+
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, T, H * D), keys and values (B, T, K * D)."""
+        if not u.is_cpu:
+            return self.c_q(u), self.c_k(u), self.c_v(u)
+        q, k, v = fast_cpu.project(u, (self.c_q.weight, self.c_k.weight, self.c_v.weight))
+        return self.c_q.adapt(q, u), self.c_k.adapt(k, u), self.c_v.adapt(v, u)
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, context: Context, hook: Hook) -> Tensor:
+        """Return for each query the weighed sum of the values that it may read, (B, T, H, D)."""
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v)  # (B, S, K, D): all that was read so far
+        documents = None if context.documents is None else context.documents.ids
+        if hook.wants(f"{self.name}.weights"):
+            weights = attention_weights(
+                q,
+                k,
+                scale=self.scale,
+                window=self.window,
+                n_before=context.n_before,
+                document_ids=documents,
+            )
+            hook(f"{self.name}.weights", weights)  # (B, H, T, S)
+        return attend(
+            q,
+            k,
+            v,
+            scale=self.scale,
+            window=self.window,
+            n_before=context.n_before,
+            document_ids=documents,
+        )
 
 
 class MLP(nn.Module):
     """Two maps with relu(x)^2 between (So et al. 2021)."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
+        self.name = f"layer.{layer}.mlp"
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, u: Tensor, here: str = "", tap: Tap | None = None) -> Tensor:
-        """Map (B, T, C) to (B, T, C)."""
-        if tap is None:
-            return self.c_proj(F.relu(self.c_fc(u)).square())
-        pre = tap(here + "pre", self.c_fc(u))  # (B, T, 4C)
-        return tap(here + "out", self.c_proj(F.relu(pre).square()))
+    def forward(self, u: Tensor, hook: Hook) -> Tensor:
+        """Return what the MLP adds to the residual stream, (B, T, C), given that stream normed."""
+        hidden = hook(f"{self.name}.pre", self.c_fc(u))  # (B, T, 4C)
+        return hook(f"{self.name}.out", self.c_proj(F.relu(hidden).square()))
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each reading the normed stream and adding to it."""
+    """Attention, then MLP; both read the normed stream and add to it."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.attn, self.mlp = Attention(config, layer), MLP(config)
+        self.layer = layer
+        self.attn, self.mlp = Attention(config, layer), MLP(config, layer)
 
-    def forward(
-        self, x: Tensor, ve: Tensor | None, rotary: Rotary, cache: Reach, tap: Tap | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, ve: Tensor | None, context: Context, hook: Hook) -> Tensor:
         """Map the residual stream (B, T, C) to the next one."""
-        x = x + self.attn(norm(x), ve, rotary, cache, tap)
-        if tap is None:
-            return x + self.mlp(norm(x))
-        here = f"layer.{self.attn.layer}."
-        return tap(here + "resid", x + self.mlp(norm(x), here + "mlp.", tap))
-
-
-class LayerPlan:
-    """One block's weights and numbers laid out for `GPT.decode_token`; only adapted weights are copied."""
-
-    def __init__(self, block: Block, model: GPT, layer: int) -> None:
-        attn, mlp, config = block.attn, block.mlp, model.config
-        self.layer, self.left, self.scale = layer, attn.left, attn.scale
-        self.n_head, self.n_kv_head, self.head_dim = (
-            config.n_head,
-            config.n_kv_head,
-            config.head_dim,
-        )
-        maps = (attn.c_q, attn.c_k, attn.c_v)
-        plain = attn.qkv is not None and all(f.adapter is None for f in maps)
-        self.qkv = cast(Tensor, attn.qkv) if plain else torch.cat([f.whole_weight() for f in maps])
-        self.proj, self.fc = attn.c_proj.whole_weight().T, mlp.c_fc.whole_weight()
-        self.out = mlp.c_proj.whole_weight().T
-        self.keep = float(model.resid_lambdas[layer]) if config.residual_scalars else None
-        self.again = float(model.x0_lambdas[layer]) if config.residual_scalars else 0.0
-        has_table = config.has_value_embedding(layer)
-        self.table = (
-            cast(nn.Embedding, model.value_embeds[str(layer)]).weight if has_table else None
-        )
-        self.gate = attn.ve_gate.weight if has_table else None
-
-    def run(
-        self, x: Tensor, ids: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, step: TokenStep
-    ) -> Tensor:
-        """Map the stream x (B, C) of one token a row to the next one, and store its keys and values."""
-        u, B = norm(x), x.size(0)
-        heads = F.linear(u, self.qkv).view(B, -1, self.head_dim)  # (B, H + 2K, D)
-        n_turned = self.n_head + self.n_kv_head
-        qk, v = heads[:, :n_turned], heads[:, n_turned:]
-        if self.table is not None and self.gate is not None:
-            gate = torch.sigmoid(F.linear(u[:, :GATE_CHANNELS], self.gate))  # (B, K)
-            v = torch.addcmul(
-                v, gate.unsqueeze(-1), F.embedding(ids, self.table).view_as(v), value=3
-            )
-        qk = norm(torch.addcmul(qk * cos, torch.roll(qk, self.head_dim // 2, -1), sin))
-        q, k = qk[:, : self.n_head], qk[:, self.n_head :]
-        out = cache.attend_token(self.layer, q, k, v, self.left, self.scale, step)
-        x = torch.addmm(x, out.reshape(B, -1), self.proj)
-        return torch.addmm(x, map_rows(norm(x), self.fc).relu_().square_(), self.out)
+        x = x + self.attn(norm(x), ve, context, hook)
+        x = x + self.mlp(norm(x), hook)
+        return hook(f"layer.{self.layer}.resid", x)
 
 
 class GPT(nn.Module):
@@ -236,9 +246,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
-        self.checkpoint_blocks = (
-            False  # in training, compute each block again instead of keeping its inside
-        )
+        # In training: compute each block again in the backward pass instead of keeping its inside.
+        self.checkpoint_blocks = False
+
         if config.residual_scalars:
             self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
             self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
@@ -246,6 +256,7 @@ class GPT(nn.Module):
             self.smear_lambda = nn.Parameter(torch.zeros(1))
         if config.backout:
             self.backout_lambda = nn.Parameter(torch.zeros(1))
+
         rows = config.padded_vocab
         blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.transformer = nn.ModuleDict({"wte": Embedding(rows, config.n_embd), "h": blocks})
@@ -254,8 +265,215 @@ class GPT(nn.Module):
             self.smear_gate = Linear(SMEAR_CHANNELS, 1)
         layers = [i for i in range(config.n_layer) if config.has_value_embedding(i)]
         self.value_embeds = nn.ModuleDict({str(i): Embedding(rows, config.kv_dim) for i in layers})
-        self.rotary: Rotary | None = None
-        self.plan: list[LayerPlan] | None = None  # of `decode_token`, once the weights are final
+
+        self.rotary: Rotary | None = None  # made when first needed
+        self.token_weights: list[fast_cpu.LayerWeights] | None = None  # likewise, to decode with
+
+    # ---- the forward pass
+
+    def hidden(
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        hook: Hook = NO_HOOK,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """Return the normed final states (B, T, C) of ids (B, T).
+
+        Args:
+            ids: (B, T) int64.
+            cache: what was read before; ids go behind it, and are kept there.
+            hook: sees, and may change, what passes the points that `metrics.probes` names.
+            documents: in packed rows, what keeps their documents apart.
+
+        Raises:
+            ValueError: more tokens than the rotary table or the cache has room for.
+        """
+        c = self.config
+        context = self.open_context(ids, cache, documents)
+
+        # The first residual stream; blocks may mix it in again.
+        x = first = middle = hook("embed", self.embed(ids, context, hook))  # (B, T, C)
+        if c.residual_scalars:
+            keep, again = self.resid_lambdas.to(x.dtype), self.x0_lambdas.to(x.dtype)  # (L,)
+
+        for i, block in enumerate(self.blocks):
+            if c.residual_scalars:
+                x = torch.addcmul(x * keep[i], first, again[i])
+            ve = None
+            if c.has_value_embedding(i):
+                ve = self.value_embeds[str(i)](ids).to(x.dtype)  # (B, T, K * D)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, ve, context, hook, use_reentrant=False)
+            else:
+                x = block(x, ve, context, hook)
+            if i == c.n_layer // 2:
+                middle = x
+
+        if c.backout:
+            x = x - self.backout_lambda.to(x.dtype) * middle
+        if cache is not None:
+            cache.lengths = [n + ids.size(1) for n in cache.lengths]
+        return hook("final", norm(hook("last", x)))
+
+    def open_context(
+        self, ids: Tensor, cache: KVCache | None, documents: Documents | None
+    ) -> Context:
+        """Return where ids (B, T) stand and what they may read."""
+        n_new, room = ids.size(1), self.max_context
+        n_held = 0
+        if cache is not None:
+            n_held, room = max(cache.lengths), min(room, cache.capacity)
+        if n_held + n_new > room:
+            raise ValueError(
+                f"{n_held + n_new} tokens do not fit in {room} places; shorten the text."
+            )
+
+        n_before: Rows = n_held
+        at: slice | Tensor = slice(n_held, n_held + n_new)
+        if documents is not None:
+            at = documents.places  # (B, T)
+        elif cache is not None and not cache.is_even:
+            n_before = torch.tensor(cache.lengths, device=ids.device)  # (B,)
+            at = n_before[:, None] + torch.arange(n_new, device=ids.device)  # (B, T)
+        cos, sin = self.rotary_table()
+        return Context((cos[at], sin[at]), n_before, cache, documents)
+
+    def embed(self, ids: Tensor, context: Context, hook: Hook = NO_HOOK) -> Tensor:
+        """Return the first residual stream (B, T, C): normed embeddings, smeared where the switch is on.
+
+        Smearing adds to each embedding a gated share of the one before it in the same text.
+        """
+        e = hook("token", norm(self.transformer["wte"](ids).to(self.compute_dtype)))
+        if not self.config.smear:
+            return e
+
+        cache, documents = context.cache, context.documents
+        before = torch.zeros_like(e[:, :1])  # the first token has none before it ...
+        if cache is not None:
+            if cache.last_embed is not None:
+                before = cache.last_embed[:, None]  # ... unless the cache has read it
+            cache.last_embed = e[:, -1]
+
+        share = torch.sigmoid(self.smear_gate(e[..., :SMEAR_CHANNELS]))  # (B, T, 1)
+        share = share * self.smear_lambda.to(e.dtype)
+        if documents is not None:
+            share = share * (documents.places > 0)[..., None]
+        return e + share * torch.cat((before, e[:, :-1]), dim=1)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Return float32 logits (..., V), capped, of normed final states (..., C)."""
+        return cap_logits(self.lm_head(h)[..., : self.config.vocab_size], self.config.logit_softcap)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return float32 logits (B, T, V) of ids (B, T) int64."""
+        return self.logits(self.hidden(ids))
+
+    def loss(
+        self, ids: Tensor, targets: Tensor, reduction: str = "mean", bos_id: int = -1
+    ) -> Tensor:
+        """Return the cross-entropy in nats.
+
+        Args:
+            ids: (B, T) int64.
+            targets: (B, T) int64; -1 is ignored.
+            reduction: mean over the targets that count, sum, or none for (B, T) with 0 where ignored.
+            bos_id: what each of these begins is kept apart from its neighbours in the row; -1: nothing is.
+        """
+        documents = None if bos_id < 0 else Documents.find(ids, bos_id)
+        h = self.hidden(ids, documents=documents)
+        head = (
+            self.lm_head.weight,
+            targets,
+            self.config.logit_softcap,
+            self.config.vocab_size,
+        )
+        if reduction == "none":
+            return token_cross_entropy(h, *head)
+        total = sum_cross_entropy(h, *head)
+        return total if reduction == "sum" else total / (targets >= 0).sum().clamp(min=1)
+
+    @torch.inference_mode(False)  # a table first needed in decoding must serve training too
+    def rotary_table(self) -> Rotary:
+        """Return the tables cos and sin, (10 * sequence_len, 1, D), in the compute dtype, made once a
+        device.
+
+        Source: nanochat, gpt.py: angle t * base^(-2j/D) in float32, rounded to rope_dtype.
+        """
+        device, dtype = self.device, self.compute_dtype
+        if self.rotary is not None:
+            if self.rotary[0].device == device and self.rotary[0].dtype == dtype:
+                return self.rotary
+
+        c = self.config
+        even = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device=device)
+        speed = c.rope_base ** -(even / c.head_dim)  # (D / 2,)
+        place = torch.arange(self.max_context, dtype=torch.float32, device=device)
+        angle = place[:, None] * speed
+        kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "compute": dtype}
+        cos = angle.cos().to(kinds[c.rope_dtype]).to(dtype)[:, None]
+        sin = angle.sin().to(kinds[c.rope_dtype]).to(dtype)[:, None]
+        self.rotary = torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
+        return self.rotary
+
+    # ---- reading on, with a cache
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """Return an empty cache for `batch_size` rows of up to `capacity` tokens."""
+        c = self.config
+        # On a CPU, SDPA of one bfloat16 query takes 3 to 4 times as long as of a float32 one.
+        dtype = torch.float32 if self.device.type == "cpu" else self.compute_dtype
+        shape = (c.n_layer, batch_size, c.n_kv_head, capacity, c.head_dim)
+        return KVCache(*shape, dtype=dtype, device=self.device)
+
+    @torch.inference_mode()
+    def advance(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """Read ids (B, T) into the cache; return the float32 logits (B, V) that follow the last one."""
+        room = min(self.max_context, cache.capacity)
+        is_frozen = not (self.lm_head.weight.requires_grad or self.training)
+        one_more = ids.size(1) == 1 and min(cache.lengths) > 0 and max(cache.lengths) < room
+        if is_frozen and one_more:
+            return self.logits(self.decode_token(ids, cache))
+        return self.logits(self.hidden(ids, cache)[:, -1])
+
+    @torch.inference_mode()
+    def read_padded(self, ids: Tensor, counts: list[int], cache: KVCache) -> Tensor:
+        """Read of each row of ids (B, T) its first `counts` into an empty cache; return logits (B, V).
+
+        What pads a row stands behind its tokens, which do not see it, and is overwritten by what comes.
+        """
+        h = self.hidden(ids, cache)
+        rows = torch.arange(len(counts), device=ids.device)
+        last = torch.tensor(counts, device=ids.device) - 1
+        cache.lengths = list(counts)
+        if cache.last_embed is not None:
+            cache.last_embed = norm(self.transformer["wte"](ids[rows, last]).to(self.compute_dtype))
+        return self.logits(h[rows, last])
+
+    def decode_token(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """Do what `hidden` does for one token a row, ids (B, 1); return (B, C).
+
+        A small model spends half its time in Python: these are the same formulas in fewer calls.
+        """
+        if self.token_weights is None:
+            self.token_weights = [
+                lay_out_weights(self, cast(Block, block)) for block in self.blocks
+            ]
+        context = self.open_context(ids, cache, None)
+        cos, sin = context.rotary  # (1, 1, D) or (B, 1, 1, D)
+        rotary = cos.squeeze(-3), sin.squeeze(-3)  # (1, D) or (B, 1, D)
+        x = self.embed(ids, context)[:, 0]  # (B, C)
+        x, middle = fast_cpu.run_layers(x, ids[:, 0], self.token_weights, rotary, cache)
+        if self.config.backout:
+            x = x - self.backout_lambda * middle
+        cache.lengths = [n + 1 for n in cache.lengths]
+        return norm(x)
+
+    def forget_token_weights(self) -> None:
+        """Drop what `decode_token` has laid out; whoever changes weights or adapters calls this."""
+        self.token_weights = None
+
+    # ---- making one
 
     @classmethod
     def from_state(
@@ -266,8 +484,10 @@ class GPT(nn.Module):
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> GPT:
-        """Build a model around tensors by nanochat's keys, one cast at a time, without a second copy of the
-        weights: the dictionary is emptied on the way. `dtype` is of parameters and compute.
+        """Return a frozen model around tensors by nanochat's keys, in eval mode.
+
+        One tensor is cast at a time, without a second copy of the weights: the dictionary is emptied on the
+        way. `dtype` is that of parameters and compute.
         """
         with torch.device("meta"):
             model = cls(config)
@@ -276,8 +496,6 @@ class GPT(nn.Module):
         model.load_state_dict(state, strict=True, assign=True)
         state.clear()
         model.compute_dtype = dtype
-        for block in model.blocks:
-            cast(Block, block).attn.merge_weights()
         return model.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -302,12 +520,12 @@ class GPT(nn.Module):
             else:
                 p.uniform_(-bound, bound, generator=generator)
 
+    # ---- what every language model offers (protocols.LanguageModel)
+
     @property
     def blocks(self) -> nn.ModuleList:
         """The layers."""
         return cast(nn.ModuleList, self.transformer["h"])
-
-    # what every language model offers (protocols.LanguageModel)
 
     @property
     def vocab_size(self) -> int:
@@ -329,174 +547,37 @@ class GPT(nn.Module):
         """Where the parameters are."""
         return self.lm_head.weight.device
 
-    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """Return an empty cache for `batch_size` rows of up to `capacity` tokens."""
-        c, dtype = self.config, torch.float32 if self.device.type == "cpu" else self.compute_dtype
-        shape = (c.n_layer, batch_size, c.n_kv_head, capacity, c.head_dim)
-        return KVCache(*shape, dtype=dtype, device=self.device)
 
-    @torch.inference_mode()
-    def advance(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """Read ids (B, T) into the cache; return the float32 logits (B, V) that follow the last one."""
-        frozen = not (self.lm_head.weight.requires_grad or self.training)
-        room = min(self.max_context, cache.capacity)
-        if frozen and ids.size(1) == 1 and min(cache.lengths) > 0 and max(cache.lengths) < room:
-            if self.plan is None:
-                self.plan = [
-                    LayerPlan(cast(Block, block), self, i) for i, block in enumerate(self.blocks)
-                ]
-            return self.logits(self.decode_token(ids, cache, self.plan))
-        return self.logits(self.hidden(ids, cache)[:, -1])
+@torch.no_grad()
+def lay_out_weights(model: GPT, block: Block) -> fast_cpu.LayerWeights:
+    """Return a frozen block's weights as `fast_cpu.run_layers` wants them; only adapted ones are copied."""
+    attn, mlp, c = block.attn, block.mlp, model.config
+    layer = block.layer
+    has_table = c.has_value_embedding(layer)
+    return fast_cpu.LayerWeights(
+        layer=layer,
+        n_head=attn.n_head,
+        n_kv_head=attn.n_kv_head,
+        scale=attn.scale,
+        window=attn.window,
+        qkv=join_weights(attn.c_q, attn.c_k, attn.c_v),
+        proj=attn.c_proj.whole_weight().T,
+        fc=mlp.c_fc.whole_weight(),
+        out=mlp.c_proj.whole_weight().T,
+        keep=float(model.resid_lambdas[layer]) if c.residual_scalars else None,
+        again=float(model.x0_lambdas[layer]) if c.residual_scalars else 0.0,
+        table=cast(Embedding, model.value_embeds[str(layer)]).weight if has_table else None,
+        gate=attn.ve_gate.weight if has_table else None,
+    )
 
-    @torch.inference_mode()
-    def read_padded(self, ids: Tensor, counts: list[int], cache: KVCache) -> Tensor:
-        """Read of each row of ids (B, T) its first `counts` into an empty cache; return logits (B, V)."""
-        # what pads a row stands behind its tokens, which do not see it, and is overwritten by what comes
-        h, rows = self.hidden(ids, cache), torch.arange(len(counts), device=ids.device)
-        last, cache.lengths = torch.tensor(counts, device=ids.device) - 1, list(counts)
-        if cache.last_embed is not None:
-            cache.last_embed = norm(self.transformer["wte"](ids[rows, last]).to(self.compute_dtype))
-        return self.logits(h[rows, last])
 
-    def decode_token(self, ids: Tensor, cache: KVCache, plan: list[LayerPlan]) -> Tensor:
-        """Do what `hidden` does for one token a row, ids (B, 1); return (B, C).
+def join_weights(*maps: Linear) -> Tensor:
+    """Return the weights of frozen maps, one above the other, with what adapters add.
 
-        The same formulas in two dimensions, in few calls: a small model spends half its time in Python.
-        """
-        step = TokenStep(cache.lengths, self.device)
-        cos, sin = (
-            table[step.at] for table in self.build_rotary()
-        )  # (B, 1, D), or (1, D) for one length
-        x = x0 = middle = self.embed(ids, cache)[:, 0]  # (B, C)
-        flat = ids[:, 0]
-        for i, layer in enumerate(plan):
-            if layer.keep is not None:
-                x = torch.add(x * layer.keep, x0, alpha=layer.again)
-            x = layer.run(x, flat, cos, sin, cache, step)
-            if i == self.config.n_layer // 2:
-                middle = x
-        if self.config.backout:
-            x = x - self.backout_lambda * middle
-        cache.lengths = [n + 1 for n in cache.lengths]
-        return norm(x)
-
-    @torch.inference_mode(False)  # a table first needed in decoding must serve training too
-    def build_rotary(self) -> Rotary:
-        """Return the tables cos and sin, (10 * sequence_len, 1, D), in the compute dtype, made once a
-        device.
-
-        Source: nanochat, gpt.py: angle t * base^(-2j/D) in float32, rounded to rope_dtype.
-        """
-        device, dtype = self.device, self.compute_dtype
-        if self.rotary is None or self.rotary[0].device != device or self.rotary[0].dtype != dtype:
-            half = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=device)
-            speed = self.config.rope_base ** -(half / self.config.head_dim)
-            angle = (
-                torch.arange(self.max_context, dtype=torch.float32, device=device)[:, None] * speed
-            )
-            kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "compute": dtype}
-            kind = kinds[self.config.rope_dtype]
-            cos, sin = (f(angle).to(kind).to(dtype)[:, None] for f in (torch.cos, torch.sin))
-            self.rotary = torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
-        return self.rotary
-
-    def embed(self, ids: Tensor, cache: Reach = None, tap: Tap | None = None) -> Tensor:
-        """Return the first residual stream (B, T, C): normed embeddings, smeared where the switch is on."""
-        e = norm(self.transformer["wte"](ids).to(self.compute_dtype))
-        if tap is not None:
-            e = tap("token", e)
-        if not self.config.smear:
-            return e
-        first = torch.zeros_like(e[:, :1])
-        if isinstance(cache, KVCache) and cache.last_embed is not None:
-            first = cache.last_embed[:, None]
-        gate = torch.sigmoid(self.smear_gate(e[..., :SMEAR_CHANNELS])) * self.smear_lambda.to(
-            e.dtype
-        )
-        if isinstance(cache, KVCache):
-            cache.last_embed = e[:, -1]
-        elif cache is not None:
-            gate = (
-                gate * (cache.at > 0)[..., None]
-            )  # the first token of a segment has none before it
-        return e + gate * torch.cat((first, e[:, :-1]), dim=1)
-
-    def hidden(self, ids: Tensor, cache: Reach = None, tap: Tap | None = None) -> Tensor:
-        """Return the normed final states (B, T, C) of ids (B, T); with a cache, ids go behind what it holds,
-        with segments, what shares a row is kept apart. A tap sees, and may change, what passes the points
-        that `metrics.probes` names.
-
-        Raises:
-            ValueError: more tokens than the rotary table or the cache has room for.
-        """
-        B, T = ids.shape
-        held = cache if isinstance(cache, KVCache) else None
-        lengths = [0] if held is None else held.lengths
-        room = self.max_context if held is None else min(self.max_context, held.capacity)
-        if max(lengths) + T > room:
-            raise ValueError(
-                f"{max(lengths) + T} tokens do not fit in {room} places; shorten the text."
-            )
-        cos, sin = self.build_rotary()
-        if isinstance(cache, Segments):
-            rotary = cos[cache.at], sin[cache.at]  # (B, T, 1, D)
-        elif min(lengths) == max(lengths):
-            rotary = cos[lengths[0] : lengths[0] + T], sin[lengths[0] : lengths[0] + T]
-        else:
-            at = torch.tensor(lengths, device=ids.device)[:, None] + torch.arange(
-                T, device=ids.device
-            )
-            rotary = cos[at], sin[at]  # (B, T, 1, D)
-        x = self.embed(ids, cache, tap)
-        x0 = middle = x = x if tap is None else tap("embed", x)
-        if self.config.residual_scalars:
-            keep, again = (
-                self.resid_lambdas.to(x.dtype).unbind(),
-                self.x0_lambdas.to(x.dtype).unbind(),
-            )
-        for i, block in enumerate(self.blocks):
-            if self.config.residual_scalars:
-                x = torch.addcmul(x * keep[i], x0, again[i])
-            ve = (
-                self.value_embeds[str(i)](ids).to(x.dtype)
-                if self.config.has_value_embedding(i)
-                else None
-            )
-            inside, spare = (
-                (x, ve, rotary, cache, tap),
-                self.checkpoint_blocks and torch.is_grad_enabled(),
-            )
-            x = checkpoint(block, *inside, use_reentrant=False) if spare else block(*inside)
-            if i == self.config.n_layer // 2:
-                middle = x
-        if self.config.backout:
-            x = x - self.backout_lambda.to(x.dtype) * middle
-        if held is not None:
-            held.lengths = [n + T for n in held.lengths]
-        return norm(x) if tap is None else tap("final", norm(tap("last", x)))
-
-    def logits(self, h: Tensor) -> Tensor:
-        """Return float32 logits (..., V), capped, of normed final states (..., C)."""
-        return cap_logits(self.lm_head(h)[..., : self.config.vocab_size], self.config.logit_softcap)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return float32 logits (B, T, V) of ids (B, T) int64."""
-        return self.logits(self.hidden(ids))
-
-    def loss(
-        self, ids: Tensor, targets: Tensor, reduction: str = "mean", bos_id: int = -1
-    ) -> Tensor:
-        """Return the cross-entropy in nats.
-
-        Args:
-            ids: (B, T) int64.
-            targets: (B, T) int64; -1 is ignored.
-            reduction: mean over the targets that count, sum, or none for (B, T) with 0 where ignored.
-            bos_id: what each of these begins is kept apart from its neighbours in the row; -1: nothing is.
-        """
-        h, c = self.hidden(ids, None if bos_id < 0 else Segments.split(ids, bos_id)), self.config
-        head = (self.lm_head.weight, targets, c.logit_softcap, c.vocab_size)
-        if reduction == "none":
-            return token_cross_entropy(h, *head)
-        total = sum_cross_entropy(h, *head)
-        return total if reduction == "sum" else total / (targets >= 0).sum().clamp(min=1)
+    Without adapters the maps become views of the result, so that no weight is held twice.
+    """
+    joined = torch.cat([f.whole_weight() for f in maps])
+    if all(f.adapter is None for f in maps):
+        for f, part in zip(maps, joined.split([len(f.weight) for f in maps]), strict=True):
+            f.weight = nn.Parameter(part, requires_grad=False)
+    return joined

@@ -150,7 +150,7 @@ def attach(
         linear.adapter.scales[name], linear.adapter.dials[name] = spec.scale, 1.0
         linear.adapter.dropout = spec.dropout
         params += [a, b]
-    model.plan = None
+    model.forget_token_weights()
     return params
 
 
@@ -158,7 +158,7 @@ def detach(model: GPT, name: str) -> None:
     """Take an adapter off again."""
     for linear in list_targets(model).values():
         drop_adapter(linear, name)
-    model.plan = None
+    model.forget_token_weights()
 
 
 def drop_adapter(linear: Linear, name: str) -> None:
@@ -192,7 +192,7 @@ def turn_dial(model: GPT, name: str, dial: float) -> None:
     for linear in list_targets(model).values():
         if linear.adapter is not None and name in linear.adapter.dials:
             linear.adapter.dials[name] = float(dial)
-    model.plan = None
+    model.forget_token_weights()
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from primechat.model.attention import Segments
+from primechat.model.attention import Documents
 from primechat.model.gpt import GPT
 from primechat.model.losses import bucket_top, chunk_rows, diverge
 
@@ -127,7 +127,7 @@ class DistillLoss:
         keep = (targets >= 0).flatten()
         own = targets.flatten()[keep] >= V
         words = targets.flatten()[keep] % V
-        h = student.hidden(ids, self.keep_apart(ids))
+        h = student.hidden(ids, documents=self.find_documents(ids))
         hs = h.flatten(0, 1)[keep]
         if mix.alpha == 1 and not mix.hidden:
             return self.sum_chunks(hs, None, None, words, own)
@@ -155,11 +155,11 @@ class DistillLoss:
             teacher.to(ids.device)
         teacher.compute_dtype = self.student.compute_dtype
         with torch.no_grad():
-            return teacher.hidden(ids, self.keep_apart(ids))
+            return teacher.hidden(ids, documents=self.find_documents(ids))
 
-    def keep_apart(self, ids: Tensor) -> Segments | None:
-        """Return what shares rows, where it is to be kept apart."""
-        return None if self.bos_id < 0 else Segments.split(ids, self.bos_id)
+    def find_documents(self, ids: Tensor) -> Documents | None:
+        """Return the documents that share rows, where they are to be kept apart."""
+        return None if self.bos_id < 0 else Documents.find(ids, self.bos_id)
 
     def name_top(self, ht: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher's k likeliest tokens of each place and their log-probabilities (B, T, k).

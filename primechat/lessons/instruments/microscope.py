@@ -282,11 +282,13 @@ class Microscope:
                     "Queries and keys can be seen in models of ours only; choose one above."
                 )
             key = view.key if view.key <= at else at
-            names = [f"layer.{layer}.attn.{part}" for part in ("qk_raw", "q", "k", "weights")]
+            names = [
+                f"layer.{layer}.attn.{part}" for part in ("q_raw", "k_raw", "q", "k", "weights")
+            ]
             seen = capture(scene.model, scene.ids, points=names)
             group = head // (body.n_head // body.n_kv_head)
-            raw, q, k = seen[names[0]], seen[names[1]][at, head], seen[names[2]][key, group]
-            asks, offers = raw[at, head], raw[key, body.n_head + group]
+            asks, offers = seen[names[0]][at, head], seen[names[1]][key, group]
+            q, k = seen[names[2]][at, head], seen[names[3]][key, group]
             bands = [
                 (f"query as projected{say_length(asks)}", asks),
                 (f"turned by place, normed{say_length(q)}", q),
@@ -306,7 +308,7 @@ class Microscope:
                     "bands": [{"name": name, "values": values.tolist()} for name, values in bands],
                     "scale": body.scale,
                     "score": body.scale * product,
-                    "weight": float(seen[names[3]][head, at, key]),
+                    "weight": float(seen[names[4]][head, at, key]),
                 }
 
         return self.follow(view, refresh, ["key"])
