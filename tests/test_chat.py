@@ -229,6 +229,15 @@ def test_save(tmp_path: Path) -> None:
     assert "File exists" in err and path.read_text(encoding="utf-8").splitlines() == lines
 
 
+def test_save_half_a_character(tmp_path: Path) -> None:
+    """A terminal of another encoding gives half characters, which no UTF-8 file holds as they are."""
+    path = tmp_path / "half.jsonl"
+    _, err = talk("caf\udce9", f"/save {path}")
+    assert "Saved 2 messages" in err
+    messages = json.loads(path.read_text(encoding="utf-8"))["messages"]
+    assert messages[0]["content"] == "caf\udce9"
+
+
 def test_unknown_and_help() -> None:
     out, err = talk("/frobnicate now", "/help", "/")
     assert out == "" and "/frobnicate is no command; /help lists them, /quit leaves." in err

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from chat_pages import MODELS, TOKENIZER, EchoModel, open_echo
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from primechat.desk.session import ChatSession
 from primechat.desk.tree import ChatSettings
@@ -281,18 +283,22 @@ def test_files_that_cannot_be_loaded(text: str, wrong: str) -> None:
 
 def test_refusals_are_sentences() -> None:
     page = Page()
-    for act, given in (("send", {"text": " "}), ("edit", {"id": 99, "text": "x"}), ("nothing", {})):
+    for act, values in (
+        ("send", {"text": " "}),
+        ("edit", {"id": 99, "text": "x"}),
+        ("nothing", {}),
+    ):
         with pytest.raises(ConfigError):
-            page.do(act, **given)
+            page.do(act, **values)
     for wrong in ({"temperature": -1}, {"top_k": 1.5}, {"system": 3}, {"seed": -1}):
         with pytest.raises(ConfigError):
             page.do("settings", **wrong)
     page.do("models", chosen=["slow"])
     page.wait()
     page.do("send", text="endless: x")
-    for act, given in (("send", {"text": "x"}), ("new", {}), ("edit", {"id": 1, "text": "x"})):
+    for act, values in (("send", {"text": "x"}), ("new", {}), ("edit", {"id": 1, "text": "x"})):
         with pytest.raises(ConfigError, match="stop it first"):
-            page.do(act, **given)
+            page.do(act, **values)
     page.do("stop")
     page.wait()
 
@@ -386,3 +392,63 @@ def test_sessions_do_not_see_each_other() -> None:
     for thread in threads:
         thread.join()
     assert [read(p.last) for p in pages] == [f"page {i}" for i in range(4)]
+
+
+TEXTS = st.text(max_size=12) | st.sampled_from(["", " ", "\u2028", "a\r\nb", "\ud800", "👋"])
+PARTS = st.builds(
+    lambda kind, text: {"type": kind, "text": text},
+    st.sampled_from(["text", "python", "python_output"]),
+    TEXTS,
+)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Draw the messages of any conversation that `read_messages` allows."""
+    system = [{"role": "system", "content": draw(TEXTS)}] if draw(st.booleans()) else []
+    turns = draw(st.integers(1, 5))
+    speakers = ["user", "assistant"] * turns
+    contents = {"user": TEXTS, "assistant": TEXTS | st.lists(PARTS, max_size=3)}
+    return [
+        *system,
+        *({"role": role, "content": draw(contents[role])} for role in speakers[:turns]),
+    ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(talks=st.lists(conversations(), min_size=1, max_size=4))
+def test_what_is_saved_is_loaded_as_it_was(talks: list[list[dict[str, Any]]]) -> None:
+    """Each conversation keeps its own system message, or has none; nothing is dropped or joined."""
+    session = ChatSession(lambda said: True, open_echo, list, "shipped/sft")
+    session.load("\n".join(json.dumps({"messages": messages}) for messages in talks))
+    saved = session.save()["text"]
+    assert [json.loads(line)["messages"] for line in saved[:-1].split("\n")] == talks
+    saved.encode()  # a browser's file is UTF-8
+
+    again = ChatSession(lambda said: True, open_echo, list, "shipped/sft")
+    again.load(saved)
+    assert again.save()["text"] == saved
+
+
+def test_each_conversation_has_its_own_system_message() -> None:
+    page = Page(system="Be brief.")
+    page.say("first")
+    page.do("new")
+    assert page.do("settings", system="Be rude.")["settings"]["system"] == "Be rude."
+    page.say("second")
+    page.do("new")
+    page.do("settings", system="")
+    page.say("third")
+    assert page.do("open", index=0)["settings"]["system"] == "Be brief."
+    page.do("settings", temperature=0.5)
+    saved = [json.loads(line)["messages"] for line in page.do("save")["text"].splitlines()]
+    assert [messages[0]["content"] for messages in saved] == ["Be brief.", "Be rude.", "third"]
+
+    # The model is told the message of the conversation that is shown, not of the one loaded last.
+    other = Page()
+    other.do("load", text=page.do("save")["text"])
+    for index, messages in enumerate(saved):
+        other.do("open", index=index)
+        asked = {"messages": [*messages, {"role": "user", "content": "more"}]}
+        expected = len(TOKENIZER.render_for_completion(asked))
+        assert other.say("more")["stats"]["prompt_tokens"] == expected

@@ -8,7 +8,6 @@ Reference: nanochat's chat_cli.
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import threading
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from primechat.config.runtime import DEVICES, SAMPLING, check_choice, check_drawing
 from primechat.desk.progress import ProgressView, clean_text
 from primechat.desk.streams import ERRORS, set_errors
-from primechat.desk.tree import Advice, ChatSettings, is_base
+from primechat.desk.tree import Advice, ChatSettings, is_base, write_line
 from primechat.errors import ConfigError, PrimechatError
 from primechat.seeds import derive_seed
 
@@ -388,7 +387,7 @@ class ChatTalk:
         try:
             with path.open("w" if path.resolve() in self.saved else "x", encoding="utf-8") as file:
                 self.saved.add(path.resolve())
-                file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+                file.write(write_line(self.messages) + "\n")
         except OSError as error:
             raise ConfigError(
                 f"{path} cannot be written ({error.strerror}); choose another name."

@@ -69,7 +69,7 @@ class ChatSession:
         self._advice: dict[str, Advice] = {}  # of the models that have been opened
         self.busy = False  # a reply is being written
         self._cancel = threading.Event()
-        self.talks = [Talk(self._add(None, "root"), [model])]
+        self.talks = [Talk(self._add(None, "root"), [model], self.settings.system or None)]
         self.at = 0
 
     # what the page asks for; each returns its answer
@@ -211,15 +211,21 @@ class ChatSession:
         return self._describe()
 
     def change(self, **values: Any) -> dict[str, Any]:
-        """Change settings; replies from the next on follow them."""
+        """Change settings; replies from the next on follow them.
+
+        The system message is that of the conversation that is shown; the others keep theirs.
+        """
         self.settings = ChatSettings(**{**asdict(self.settings), **values})
+        if values.get("system", self.talk.told) != self.talk.told:
+            self.talk.system = self.settings.system or None
         return self._describe()
 
     def begin(self) -> dict[str, Any]:
         """Begin a new conversation; the others stay."""
         self._refuse_busy()
         if self.talk.root.children:
-            self.talks.append(Talk(self._add(None, "root"), list(self.talk.chosen)))
+            root = self._add(None, "root")
+            self.talks.append(Talk(root, list(self.talk.chosen), self.talk.system))
             self.at = len(self.talks) - 1
         return self._draw()
 
@@ -231,26 +237,26 @@ class ChatSession:
 
     def save(self) -> dict[str, Any]:
         """Return the session as JSON lines for finetune, one conversation each, the branch that is shown."""
-        lines = write_jsonl(self.talks, self.settings.system)
+        lines = write_jsonl(self.talks)
         if not lines:
             raise ConfigError("Nothing has been said yet; write a message first.")
         return {"text": "\n".join(lines) + "\n", "name": "conversations.jsonl", "count": len(lines)}
 
     def load(self, text: str) -> dict[str, Any]:
-        """Add conversations from JSON lines and show the first of them."""
+        """Add conversations from JSON lines, each as it was saved, and show the first of them."""
         self._refuse_busy()
         found = read_jsonl(text)
         at, chosen = len(self.talks), list(self.talk.chosen)
         for messages in found:
             node = root = self._add(None, "root")
+            talk = Talk(root, chosen)
             for message in messages:
                 if message["role"] == "system":
-                    self.settings = ChatSettings(
-                        **{**asdict(self.settings), "system": message["content"]}
-                    )
+                    talk.system = message["content"]
                 else:
                     node = self._add(node, message["role"], message["content"])
-            self.talks.append(Talk(root, chosen))
+                    node.state = "done"  # also an empty reply
+            self.talks.append(talk)
         self.talks = self.talks[at if not self.talk.root.children and at == 1 else 0 :]
         self.at = len(self.talks) - len(found)
         return self._draw()
@@ -295,7 +301,7 @@ class ChatSession:
         return {
             "path": [node.id for node in self.talk.walk()],
             "chosen": self.talk.chosen,
-            "settings": asdict(self.settings),
+            "settings": {**asdict(self.settings), "system": self.talk.told},
             "advice": self._advice,
             "talks": [talk.title for talk in self.talks],
             "at": self.at,
@@ -439,11 +445,8 @@ class ChatSession:
         above = self._list_above(node)
         if node.is_base:
             return [tokenizer.bos_id, *tokenizer.encode("".join(message.text for message in above))]
-        system = (
-            [{"role": "system", "content": self.settings.system}] if self.settings.system else []
-        )
         said = [{"role": message.role, "content": message.content} for message in above]
-        return tokenizer.render_for_completion({"messages": [*system, *said]})
+        return tokenizer.render_for_completion({"messages": [*self.talk.list_system(), *said]})
 
     def _tell(self, **message: Any) -> bool:
         try:

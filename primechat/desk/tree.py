@@ -136,10 +136,20 @@ def list_parts(content: Any) -> list[list[Any]]:
 
 @dataclass(eq=False)
 class Talk:
-    """One conversation of a session."""
+    """One conversation of a session, and the system message that leads it, None where there is none."""
 
     root: Message
     chosen: list[str]
+    system: str | None = None
+
+    @property
+    def told(self) -> str:
+        """The system message as the settings show it."""
+        return self.system or ""
+
+    def list_system(self) -> list[dict[str, Any]]:
+        """Return the messages before the first of the tree: the system's, if there is one."""
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def walk(self) -> Iterator[Message]:
         """Yield the messages of the branch that is shown, first to last."""
@@ -155,19 +165,34 @@ class Talk:
         return "New conversation" if first is None else " ".join(first.text.split())[:48] or "..."
 
 
-def write_jsonl(talks: Iterable[Talk], system: str) -> list[str]:
-    """Return a JSON line for each conversation in which something was said: the branch that is shown."""
+def write_jsonl(talks: Iterable[Talk]) -> list[str]:
+    """Return a JSON line for each conversation in which something was said: the branch that is shown.
+
+    `read_jsonl` reads back the very messages, whatever they hold. What was not answered here, because the
+    reply was stopped before its first token, is left out together with that empty reply.
+    """
     lines = []
     for talk in talks:
         messages: list[dict[str, Any]] = []
         for node in talk.walk():
-            if node.content and messages and messages[-1]["role"] == node.role:
-                messages.pop()  # its reply is empty: stopped before its first token
-            messages += [{"role": node.role, "content": node.content}] if node.content else []
+            if node.role == "assistant" and node.model and not node.content:
+                continue
+            if messages and messages[-1]["role"] == node.role:
+                messages.pop()
+            messages.append({"role": node.role, "content": node.content})
         if messages:
-            first = [{"role": "system", "content": system}] if system else []
-            lines.append(json.dumps({"messages": [*first, *messages]}, ensure_ascii=False))
+            lines.append(write_line([*talk.list_system(), *messages]))
     return lines
+
+
+def write_line(messages: list[dict[str, Any]]) -> str:
+    """Return a conversation as a line of JSON that UTF-8 can hold, half characters escaped."""
+    line = json.dumps({"messages": messages}, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps({"messages": messages})
+    return line
 
 
 def read_jsonl(text: str) -> list[list[dict[str, Any]]]:
