@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import tracemalloc
 import zipfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from primechat.errors import ConfigError, DataError, HubError
 from primechat.records import Event
 from primechat.text import dialogues
 from primechat.text.conversation import read_messages
+from primechat.text.corpora import read_conversations, read_documents
 from primechat.text.dialogues import (
     SETS,
     DialogueOptions,
@@ -26,7 +29,7 @@ from primechat.text.dialogues import (
     parse_mixture,
     stream_dialogues,
 )
-from primechat.text.sources.recipes import list_recipes
+from primechat.text.sources.recipes import ASKING, FAQ, list_recipes
 
 
 def make_options(folder: Path, **kind: Any) -> DialogueOptions:
@@ -328,13 +331,59 @@ def test_bad_mixtures(text: str) -> None:
         parse_mixture(text)
 
 
+def list_said(texts: Iterable[str]) -> set[str]:
+    """Return the turns of some texts that are long enough to be one conversation's own, normalised."""
+    turns = (" ".join(turn.lower().split()) for text in texts for turn in text.split("\n"))
+    return {turn for turn in turns if len(turn.split()) >= 6}
+
+
+def test_a_chat_is_held_out_of_everything_or_of_nothing() -> None:
+    """Joined on what was said: no chat that pretraining holds out is in any training set, and none that it
+    was trained on is in any validation set, whatever a set makes of the chats.
+    """
+    documents = {
+        split: [
+            re.sub("^[AB]: ", "", text, flags=re.M) for text in read_documents("chitchat", split)
+        ]
+        for split in ("train", "val")
+    }
+    said = {split: list_said(texts) for split, texts in documents.items()}
+    own = {"train": said["train"] - said["val"], "val": said["val"] - said["train"]}
+    known = sum(not own["val"].isdisjoint(list_said([text])) for text in documents["val"])
+    assert known > 250, "most chats held out can be told from the others"
+
+    names = ["chitchat", *list_recipes(), "topic:movie film"]
+    for split, other in (("train", "val"), ("val", "train")):
+        sets = {name: stream_dialogues(name, split) for name in names}
+        sets["both sides"] = stream_dialogues("chitchat", split, DialogueOptions(mirrored=True))
+        sets["people"] = read_conversations("chitchat", split)
+        for name, found in sets.items():
+            texts = list_said(str(m["content"]) for c in found for m in c["messages"])
+            assert own[other].isdisjoint(texts), f"{name} has chats of {other} in {split}"
+            assert name == "faq" or not own[split].isdisjoint(texts), f"{name} is made of the chats"
+
+    # What pretraining holds out and has seen nevertheless: greetings that nobody answered.
+    seen = {text.lower() for text in documents["train"]}
+    assert all("\n" not in text for text in documents["val"] if text.lower() in seen)
+
+
+def test_every_answer_of_a_faq_is_learned_and_tested(tmp_path: Path) -> None:
+    path = tmp_path / "faq.txt"
+    path.write_text("Who made you?|A person.\nHow old are you?|One day.\nWHO MADE YOU?|Not you.\n")
+    for name, answers in (("faq", FAQ.count("|")), (f"faq:{path}", 3)):
+        train, val = ({tuple(say(c)) for c in take(name, split)[0]} for split in ("train", "val"))
+        assert {answer for _, answer in train} == {answer for _, answer in val}
+        assert len({answer for _, answer in val}) == len(val) == answers
+        assert len(train) == (len(ASKING) - 1) * answers
+        wordings = [{question.lower() for question, _ in split} for split in (train, val)]
+        assert not wordings[0] & wordings[1]
+
+
 def test_recipes_hold_out(tmp_path: Path) -> None:
     sizes = {}
     for name in list_recipes():
         train, val = take(f"{name}@200", "train")[0], take(f"{name}@200", "val")[0]
-        assert len(train) > 10 * len(val) > 0 and not {str(c) for c in train} & {
-            str(c) for c in val
-        }
+        assert len(train) > 3 * len(val) > 0 and not {str(c) for c in train} & {str(c) for c in val}
         sizes[name] = len(train)
     assert sizes["faq"] < sizes["topic:music"] == 200
     pirates, _ = take("style:pirate@50", "train")
@@ -342,7 +391,7 @@ def test_recipes_hold_out(tmp_path: Path) -> None:
     path = tmp_path / "faq.txt"
     path.write_text("Who made you?|A person.\nHow old are you?|One day.\n")
     found, _ = take(f"faq:{path}", "train")
-    assert len(found) == 10 and {say(c)[1] for c in found} == {"a:A person.", "a:One day."}
+    assert len(found) == 8 and {say(c)[1] for c in found} == {"a:A person.", "a:One day."}
     path.write_text("nothing here")
     with pytest.raises(DataError, match="question|answer"):
         take(f"faq:{path}", "train")

@@ -50,7 +50,7 @@ def test_shelf(monkeypatch: pytest.MonkeyPatch) -> None:
     _, tokenizer, _ = posttrain.borrow_model("shipped/base")
     desk = posttrain.open_desk(tokenizer, {"faq": 1.0, "topic:music": 0.5})
     here = {s["name"]: s for s in desk.sets if s["here"]}
-    assert set(here) == {"faq", "topic:music"} and here["faq"]["conversations"] == 95
+    assert set(here) == {"faq", "topic:music"} and here["faq"]["conversations"] == 80
     assert {s["name"] for s in desk.sets if not s["here"]} == set(posttrain.SETS)
     assert desk.mixture == "faq, topic:music*0.5"
     first, other = desk.answer_read("faq", 0), desk.answer_read("faq", 1)

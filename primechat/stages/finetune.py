@@ -27,6 +27,7 @@ from primechat.stages.run import SAMPLE_TOKENS, Job, TrainingRun, pick_device
 from primechat.text.batches import PackedBatches, PaddedBatches, TokenCache, build_cache
 from primechat.text.corpora import is_local
 from primechat.text.dialogues import (
+    READING,
     DialogueOptions,
     identify_mixture,
     parse_mixture,
@@ -155,5 +156,5 @@ def cache_dialogues(
                 f"dialogues={config.dialogues!r} leaves nothing in {split}: {why}; add others."
             )
 
-    key = f"chat-{split}-{identify_mixture(config.dialogues, split, options)}"
+    key = f"chat-{split}-{READING}-{identify_mixture(config.dialogues, split, options)}"
     return build_cache(render(), tokenizer, store.base_dir() / "token_cache", key)

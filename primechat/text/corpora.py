@@ -63,7 +63,7 @@ def read_documents(
     """
     check_split(split)
     if corpus == "chitchat":
-        for turns in split_last(load_chitchat(), split):
+        for turns in read_chats(split):
             yield "\n".join(f"{'AB'[speaker]}: {text}" for speaker, text in turns)
     elif not is_local(corpus):
         for path in shard_paths(corpus, split, n_shards, on_event, base_dir=base_dir):
@@ -86,7 +86,7 @@ def read_conversations(dialogues: str, split: str) -> Iterator[Conversation]:
     check_split(split)
     if dialogues != "chitchat":
         raise DataError(f"dialogues={dialogues!r} must be chitchat; correct it.")
-    for turns in split_last(load_chitchat(), split):
+    for turns in read_chats(split):
         messages = assign_roles(turns)
         if messages:
             yield {"messages": messages}
@@ -117,6 +117,17 @@ def split_last(items: tuple[Any, ...], split: str) -> tuple[Any, ...]:
 
 
 # The embedded chats
+
+
+def read_chats(split: str) -> tuple[Turns, ...]:
+    """Return the embedded conversations of a split, in file order.
+
+    Which of them are held out is decided here, once: the text for pretraining, the dialogue set, every recipe
+    and every measurement take their conversations from this function, so that one that is held out of a set
+    is held out of all sets.
+    """
+    check_split(split)
+    return split_last(load_chitchat(), split)
 
 
 def chitchat_path() -> Path:

@@ -28,7 +28,7 @@ from primechat.files import measure_file
 from primechat.hub import HubFile, ask_hub, explain, fetch_files
 from primechat.protocols import Conversation
 from primechat.records import NoteEvent, OnEvent
-from primechat.text.corpora import check_split, chitchat_path, load_chitchat, read_rows, split_last
+from primechat.text.corpora import check_split, chitchat_path, read_chats, read_rows
 from primechat.text.sources.hubsets import (
     Raw,
     read_dailydialog,
@@ -46,6 +46,8 @@ ROLES = {
     "system": "system",
 }
 PART = re.compile(r"(?P<name>.+?)(?:\s*\*\s*(?P<weight>\d+(?:\.\d+)?))?(?:\s*@\s*(?P<cap>\d+))?")
+READING = 5  # raised when a new version makes other conversations of the same files
+RECIPES = ("topic:", "style:", "faq")
 HOLD_OUT = 20  # where a set has no validation split of its own, every 20th conversation is held out
 MAX_HELD_OUT = 1000  # conversations of one set that are validated on
 FILTER_BITS = 27
@@ -263,8 +265,9 @@ def read_set(
 ) -> Iterator[Conversation]:
     """Yield a set's clean, new conversations of one split; `counts` is told of the others.
 
-    Where its files do not say what is for validation, every 20th conversation is; the embedded chats and
-    your own files hold out their last 5 %.
+    Where a public set's files do not say what is for validation, every 20th conversation is; your own files
+    hold out their last 5 %. The embedded chats, and with them every recipe made of them, hold out what
+    `text.corpora.read_chats` holds out; faq holds out a wording of each question.
     """
     known = SETS.get(name)
     symmetric = known.symmetric if known else name == "chitchat" or name.startswith("topic:")
@@ -298,7 +301,7 @@ def open_set(
 ) -> Iterator[Raw]:
     """Yield a set's conversations as they are; those whose split is known carry it."""
     if name == "chitchat":
-        for turns in split_last(load_chitchat(), split):
+        for turns in read_chats(split):
             yield Raw([("assistant" if who else "user", text) for who, text in turns], split)
     elif name in SETS:
         try:
@@ -314,15 +317,20 @@ def open_set(
             if place == split:
                 yield Raw(read_row(path, number, row), split, language=read_language(row, options))
     else:
-        yield from read_recipe(name)
+        yield from read_recipe(name, split)
+
+
+def is_own(name: str) -> bool:
+    """Return whether a part of a mixture is a file of one's own that is there."""
+    path = Path(os.path.expanduser(name))
+    return path.suffix == ".jsonl" and os.path.isfile(path) and not name.startswith("faq:")
 
 
 def is_file(name: str) -> bool:
     """Tell whether a part of a mixture is a file of one's own; refuse one that is not there."""
-    path = Path(os.path.expanduser(name))
-    if path.suffix == ".jsonl" and os.path.isfile(path) and not name.startswith("faq:"):
+    if is_own(name):
         return True
-    if name in SETS or name == "chitchat" or name.startswith(("topic:", "style:", "faq")):
+    if name in SETS or name == "chitchat" or name.startswith(RECIPES):
         return False
     rest = "a recipe (topic:, style:, faq) or the path of a .jsonl file"
     raise DataError(f"dialogues={name!r} must be chitchat, {', '.join(SETS)}, {rest}; correct it.")
@@ -494,4 +502,6 @@ def identify_mixture(mixture: str, split: str, options: DialogueOptions) -> str:
         elif os.path.isfile(path):
             files = [path]
         facts.append([str(part), [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]])
+        if part.name.startswith(RECIPES) and not is_own(part.name):
+            facts.append("held out as chitchat is")
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

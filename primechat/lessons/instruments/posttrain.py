@@ -26,7 +26,7 @@ from primechat.lessons.instruments.series import sum_rows
 from primechat.metrics.diversity import estimate_mean, measure_distinct, split_words
 from primechat.records import TrainResult
 from primechat.seeds import derive_seed
-from primechat.text.corpora import load_chitchat, split_last
+from primechat.text.corpora import read_chats
 from primechat.text.dialogues import SETS, DialogueOptions, set_folder, stream_dialogues
 from primechat.views.widgets.controls import Live
 from primechat.views.widgets.posttrain.dial import DialDesk
@@ -40,7 +40,7 @@ ABOUT = {
     "topic:food": "the talks of chitchat that are about food",
     "style:pirate": "the talks of chitchat, answered as a pirate of the films would",
     "style:polite": "the talks of chitchat, answered by a butler",
-    "faq": "twenty questions about models like this one, asked in five ways",
+    "faq": "twenty questions about models like this one in four wordings; a fifth is held out",
 }
 PROMPTS = (
     "Hi! How are you?",
@@ -95,7 +95,7 @@ def survey_set(name: str, tokenizer: Any, options: DialogueOptions) -> dict[str,
     scale = 1.0
     if kept == SAMPLE and (name == "chitchat" or name.startswith("style:")):
         gone = sum(counts[name][why] for why in ("conversations left empty", "duplicates"))
-        scale = len(split_last(load_chitchat(), "train")) / (kept + gone)
+        scale = len(read_chats("train")) / (kept + gone)
     elif kept == SAMPLE:
         scale = sum(1 for _ in stream_dialogues(name, "train", options)) / kept
     messages = sum(len(c["messages"]) for c in found)

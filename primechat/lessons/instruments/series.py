@@ -22,6 +22,7 @@ from primechat.metrics.diversity import estimate_mean
 from primechat.model.checkpoint import find_steps, read_meta
 from primechat.model.runlog import read_frozen, read_metrics
 from primechat.records import NoteEvent, OnEvent, TrainResult
+from primechat.text.dialogues import READING
 
 QUICK = RuntimeConfig(compile="off")  # the rest is measured by the first run of a series
 COLUMNS = {
@@ -38,8 +39,14 @@ def run_once(
     on_event: OnEvent | None,
     stop: threading.Event,
 ) -> TrainResult:
-    """Return what a run of a comparison made, running it only where it has not ended before."""
-    name = hashlib.sha256(repr(replace(config, runtime=RuntimeConfig())).encode()).hexdigest()[:6]
+    """Return what a run of a comparison made, running it only where it has not ended before.
+
+    What an older version made of other conversations of the same name is not remembered.
+    """
+    settings = repr(replace(config, runtime=RuntimeConfig()))
+    if isinstance(config, FinetuneConfig) and config.dialogues:
+        settings += f" {READING}"
+    name = hashlib.sha256(settings.encode()).hexdigest()[:6]
     config = replace(config, tag=f"{config.tag}-{name}")
     folder = store.run_dir(family, config.tag)
     steps = find_steps(folder)

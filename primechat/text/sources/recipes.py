@@ -2,7 +2,8 @@
 
 Hides: how each is made. `topic:<words>` takes the chats that are about something, `style:<name>` has the
 same people answer in another manner of speech, `faq` and `faq:<file>` turn questions and answers into chats.
-All are deterministic. Reference: none; the rules are small on purpose, so that one can read them.
+What is made of a chat is held out where the chat is; of every answer, one wording of its question is. All
+are deterministic. Reference: none; the rules are small on purpose, so that one can read them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from primechat.errors import DataError
-from primechat.text.corpora import load_chitchat, read_lines
+from primechat.text.corpora import read_chats, read_lines
 from primechat.text.sources.hubsets import Raw
 
 TOPICS = {
@@ -89,26 +90,28 @@ ASKING = (
 )
 
 
-def read_recipe(name: str) -> Iterator[Raw]:
-    """Yield the conversations of a recipe.
+def read_recipe(name: str, split: str) -> Iterator[Raw]:
+    """Yield the conversations of a recipe's split.
 
     Args:
         name: `topic:music` or `topic:` and words of your own with blanks between, `style:pirate`,
             `style:loud`, `style:polite`, `faq`, or `faq:` and the path of a text of lines
             `question|answer`.
+        split: train or val; a chat is in the split in which `read_chats` has it.
 
     Raises:
         DataError: there is no such recipe, or its file holds no such line.
     """
     kind, _, what = name.partition(":")
     if kind == "topic" and what.strip():
-        yield from pick_topic(set((TOPICS.get(what) or what).lower().split()))
+        yield from pick_topic(set((TOPICS.get(what) or what).lower().split()), split)
     elif kind == "style" and what in STYLES:
-        for turns in load_chitchat():
+        for turns in read_chats(split):
             said = [("user" if who == 0 else "assistant", text) for who, text in turns]
-            yield Raw([(who, STYLES[what](t) if who == "assistant" else t) for who, t in said])
+            styled = [(who, STYLES[what](t) if who == "assistant" else t) for who, t in said]
+            yield Raw(styled, split)
     elif kind == "faq":
-        yield from ask_questions(read_lines(Path(what)) if what else FAQ.splitlines(), name)
+        yield from ask_questions(read_lines(Path(what)) if what else FAQ.splitlines(), name, split)
     else:
         raise DataError(f"dialogues={name!r} is no recipe; try {', '.join(list_recipes())}.")
 
@@ -118,12 +121,12 @@ def list_recipes() -> list[str]:
     return [*(f"topic:{t}" for t in TOPICS), *(f"style:{s}" for s in STYLES), "faq"]
 
 
-def pick_topic(words: set[str]) -> Iterator[Raw]:
-    """Yield the chats in which at least two messages name one of the words."""
-    for turns in load_chitchat():
+def pick_topic(words: set[str], split: str) -> Iterator[Raw]:
+    """Yield the chats of a split in which at least two messages name one of the words."""
+    for turns in read_chats(split):
         hits = sum(1 for _, text in turns if words & {w.lower() for w in WORD.findall(text)})
         if hits >= 2:
-            yield Raw([("user" if who == 0 else "assistant", text) for who, text in turns])
+            yield Raw([("user" if who == 0 else "assistant", text) for who, text in turns], split)
 
 
 def speak_pirate(text: str) -> str:
@@ -156,13 +159,23 @@ STYLES: dict[str, Callable[[str], str]] = {
 }
 
 
-def ask_questions(lines: Iterator[str] | list[str], name: str) -> Iterator[Raw]:
-    """Yield each question and answer in several wordings of the question, the wordings mixed over the set."""
+def ask_questions(lines: Iterator[str] | list[str], name: str, split: str) -> Iterator[Raw]:
+    """Yield each question and answer in several wordings of the question, the wordings mixed over the set.
+
+    One wording of each question is held out, so that every answer is learned and every answer is tested.
+    """
     cut = [line.partition("|") for line in lines if "|" in line]
-    pairs = [(question.strip(), answer.strip()) for question, _, answer in cut]
+    pairs = dict.fromkeys((question.strip(), answer.strip()) for question, _, answer in cut)
     if not pairs:
         raise DataError(f"{name} holds no line `question|answer`; write some.")
-    for shift in range(len(ASKING)):
-        for i, (question, answer) in enumerate(pairs):
-            form = ASKING[(i + shift) % len(ASKING)]
-            yield Raw([("user", form.format(q=question)), ("assistant", answer)])
+
+    # A question that is asked twice, with two answers, keeps its number and so the wording held out.
+    numbers: dict[str, int] = {}
+    for question, _ in pairs:
+        numbers.setdefault(question.lower(), len(numbers))
+
+    shifts = range(len(ASKING) - 1) if split == "train" else [len(ASKING) - 1]
+    for shift in shifts:
+        for question, answer in pairs:
+            wording = ASKING[(numbers[question.lower()] + shift) % len(ASKING)]
+            yield Raw([("user", wording.format(q=question)), ("assistant", answer)], split)
