@@ -54,13 +54,25 @@ def _(mo):
 
 
 @app.cell(hide_code=True)
-def _(predict):
+def _():
+    from primechat.lessons.instruments.firststeps import (
+        READING,
+        measure_reading,
+        open_check,
+        open_download,
+        open_machine,
+    )
+
+    return READING, measure_reading, open_check, open_download, open_machine
+
+
+@app.cell(hide_code=True)
+def _(READING, measure_reading, predict):
     predict(
         "At 250 words a minute: how long would you read what the model that ships was trained on?",
-        ["an evening", "a month of working days", "a lifetime"],
-        "a month of working days",
-        why="It is 2.5 million words of people's chats, some **165 hours**, and the model went through them "
-        "four times. Today's largest models have read trillions of words: tens of thousands of years. Small "
+        READING,
+        measure_reading,
+        why="{} Today's largest models have read trillions of words: tens of thousands of years. Small "
         "is enough to see how everything works, and too small to know anything about the world.",
     )
     return
@@ -77,13 +89,6 @@ def _(mo):
     the ids of its tokens shuffled, a model with random weights, and one that holds all tokens equally likely.
     """)
     return
-
-
-@app.cell(hide_code=True)
-def _():
-    from primechat.lessons.instruments.firststeps import open_check, open_download, open_machine
-
-    return open_check, open_download, open_machine
 
 
 @app.cell(hide_code=True)

@@ -257,10 +257,15 @@ def _(explorer, longer, show):
 @app.cell(hide_code=True)
 def _(mo):
     mo.md(r"""
-    A token that the training text never held gets no push from it: its row stays near where it began, or
-    shrinks. The model scales every input row to one length before it uses it, so these lengths are traces
-    of training, not of meaning. The **output embeddings** are another table: there a longer row gives its
-    token a louder voice.
+    A token that the training text never held is never looked up, so nothing pushes its input row: it stays as
+    long as it began (with weight decay it would shrink), while the rows in use have grown. The model scales
+    every input row to one length before it uses it, so these lengths are traces of training, not of meaning.
+
+    The **output embeddings** are another table; choose it above. There every row is pushed at every place of
+    the text: the row of the token that comes towards the model's state, all others away from it. A token
+    that never comes is only ever pushed away. So its row becomes one of the longest, and its token one of the
+    quietest: a long row is no loud voice, it matters where it points. The line under the figure says how
+    long these rows are, and whether the tokens of long rows score high or low.
 
     ## More: do all rows lean one way?
 

@@ -138,6 +138,18 @@ def test_umap_keeps_bundles_and_never_imports_torch(
     assert np.mean([own[n] == own[i] for i, n in enumerate(near)]) > 0.95
 
 
+def test_umap_is_given_every_column_at_length_one() -> None:
+    rng = np.random.default_rng(6)
+    x = (rng.normal(size=(80, 64)) * rng.uniform(0.5, 40, size=(80, 1))).astype(np.float32)
+    job = maps.UmapJob(x, 2)
+    given = np.load(job.folder / "vectors.npy")
+    job.stop()
+    assert given.shape == x.shape, "no column is left out"
+    np.testing.assert_allclose(np.linalg.norm(given, axis=1), 1, atol=1e-5)
+    for row in (0, 40, 79):
+        np.testing.assert_array_equal(maps.find_near(given, row)[0], maps.find_near(x, row)[0])
+
+
 def test_umap_that_dies_leaves_pca(monkeypatch: pytest.MonkeyPatch) -> None:
     x, _ = blobs()
     job = maps.UmapJob(x, 2)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from primechat import lab
+from primechat import capture, lab
 from primechat.errors import ConfigError
 from primechat.lessons.instruments.explorer import TRENDS, Explorer
 from primechat.metrics.embeddings import maps, tables
@@ -59,8 +59,30 @@ def test_figures_of_lengths_and_directions(explorer: Explorer) -> None:
     real = maps.rank_correlation(explorer.atlas.counts, explorer.atlas.norms["input"])
     assert trend in TRENDS and f"{real:+.2f}" in said
     assert (trend == TRENDS[2]) == (abs(real) < 0.15)
-    assert [part["kind"] for part in read_parts(explorer.draw_lengths())] == ["image"]
+    figure, words = read_parts(explorer.draw_lengths())
+    assert figure["kind"] == "image" and words["text"] == explorer.describe_lengths("input")
     assert [part["kind"] for part in read_parts(explorer.draw_evenness())] == ["image", "image"]
+
+
+def test_rows_of_tokens_never_seen_are_short_coming_in_and_long_going_out(
+    explorer: Explorer,
+) -> None:
+    model, unseen = explorer.model, explorer.atlas.counts == 0
+    medians, said = {}, {}
+    for space in ("input", "output"):
+        norms = np.linalg.norm(tables.read_table(model, space), axis=1)
+        medians[space] = float(np.median(norms[unseen])), float(np.median(norms[~unseen]))
+        said[space] = explorer.describe_lengths(space)
+        for value in medians[space]:
+            assert f"{value:.1f} for the " in said[space]
+        assert f"{unseen.sum()} tokens that the sample never holds" in said[space]
+    assert medians["input"][0] < medians["input"][1] and medians["output"][0] > medians["output"][1]
+    logits = capture(model, explorer.draw_text(), points=("logits",))["logits"].astype(float)
+    length = np.linalg.norm(tables.read_table(model, "output"), axis=1)
+    loud = maps.rank_correlation(length, logits.mean(axis=0))
+    assert loud < -0.5, "the longest rows are the quietest"
+    assert f"{loud:+.2f}; with shuffled lengths" in said["output"]
+    assert "logit" not in said["input"]
 
 
 def test_no_snapshots_is_a_sentence(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:

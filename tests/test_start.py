@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,14 @@ from test_runner import wait_until
 
 import primechat.desk.download as desk_download
 import primechat.model.download as model_download
-from primechat import store
+from primechat import lab, store
 from primechat.desk.labs.twins import find_lab
 from primechat.errors import HubError
 from primechat.hub import HubFile
 from primechat.lessons.instruments import firststeps
 from primechat.model.download import Plan
 from primechat.records import PhaseEvent, ProgressEvent
+from primechat.text.corpora import read_documents
 from primechat.views.widgets.start import CheckCard
 
 
@@ -61,6 +63,22 @@ def test_check_card_compares_with_readers_that_know_nothing(base_dir: Path) -> N
     card.answer_check("base/nothing")
     wait_until(lambda: card.state == "failed")
     assert "nothing" in card.message
+
+
+def test_reading_counts_words_not_the_marks_of_speakers() -> None:
+    length, said = firststeps.measure_reading()
+    documents = list(read_documents("chitchat", "train"))
+    words = [word for text in documents for word in text.split() if word not in ("A:", "B:")]
+    hours = len(words) / 250 / 60
+    assert length == "a month of working days" and 19 < hours / 8 < 21
+    assert f"{len(words) / 1e6:.1f} million words" in said and f"**{hours:.0f} hours**" in said
+
+    _, tokenizer, meta = lab.borrow_model("shipped/base")
+    encoded = tokenizer.encode_batch(documents[::20])
+    n_tokens = 20 * sum(len(ids) + 1 for ids in encoded)  # a sample of the documents
+    passes = meta["user_config"]["steps"] * meta["user_config"]["batch_tokens"] / n_tokens
+    told = re.search(r"went through them ([\d.]+) times", said)
+    assert told and float(told[1]) == pytest.approx(passes, rel=0.1)
 
 
 def make_plan(base: Path) -> Plan:

@@ -18,6 +18,7 @@ from primechat.errors import ConfigError, PrimechatError
 from primechat.lessons.instruments.timelapse import find_run
 from primechat.metrics.embeddings import maps, tables
 from primechat.metrics.embeddings.atlas import N_NEAR, TextAtlas, TimeAtlas, TokenAtlas, name_stage
+from primechat.metrics.probes import capture
 from primechat.text.corpora import read_documents
 from primechat.views import geometry
 from primechat.views.widgets.atlas import AtlasView
@@ -218,13 +219,42 @@ class Explorer:
         mixed = np.random.default_rng(0).permutation(norms)
         return maps.rank_correlation(counts, norms), maps.rank_correlation(counts, mixed)
 
+    def describe_lengths(self, space: str) -> str:
+        """Return how long the rows are of tokens that the sample never holds, and of all others; of a table
+        that scores the next token also whether a long row means a high score.
+        """
+        self.atlas.fetch(space)
+        norms, unseen = self.atlas.norms[space], self.atlas.counts == 0
+        said = []
+        if unseen.any() and not unseen.all():
+            never, others = (float(np.median(norms[rows])) for rows in (unseen, ~unseen))
+            said.append(
+                f"Median length: {never:.1f} for the {unseen.sum():,} tokens that the sample never holds, "
+                f"{others:.1f} for the others."
+            )
+        if "output" in self.atlas.spaces[space]:
+            ids = self.draw_text()
+            scores = self.measure_scores(ids)
+            real = maps.rank_correlation(norms, scores)
+            mixed = maps.rank_correlation(np.random.default_rng(0).permutation(norms), scores)
+            said.append(
+                f"Rank correlation of length with the mean score (logit) of the token over {len(ids)} "
+                f"tokens of held-out text: {real:+.2f}; with shuffled lengths {mixed:+.2f}."
+            )
+        return " ".join(said)
+
+    def measure_scores(self, ids: list[int]) -> np.ndarray:
+        """Return the mean logit (V,) that each token gets over the places of a text."""
+        logits = capture(self.model, ids, points=("logits",))["logits"]
+        return logits.mean(axis=0)[: len(self.atlas.labels)]
+
     def draw_lengths(self) -> Live:
-        """Return a figure of length against frequency beside shuffled lengths."""
+        """Return a figure of length against frequency beside shuffled lengths, and what it shows in words."""
 
         def draw(table: str) -> Any:
             space = self.find_space(table)
             real, shuffled = self.correlate(space)
-            return geometry.draw_norms(
+            figure = geometry.draw_norms(
                 self.atlas.counts,
                 self.atlas.norms[space],
                 self.atlas.labels,
@@ -232,6 +262,7 @@ class Explorer:
                 shuffled=shuffled,
                 title="length of the vector",
             )
+            return [figure, self.describe_lengths(space)]
 
         return self.live(draw, table=list(self.atlas.spaces.values()))
 

@@ -18,9 +18,11 @@ from typing import Any
 import primechat
 from primechat import store
 from primechat.errors import PrimechatError, explain_error
-from primechat.lab import describe_entry
+from primechat.lab import borrow_model, describe_entry
+from primechat.metrics.embeddings.tables import count_tokens
 from primechat.model.download import Plan, measure_space
 from primechat.records import Event, PhaseEvent, ProgressEvent
+from primechat.text.corpora import load_chitchat, split_last
 from primechat.views.widgets.start import CheckCard, DownloadCard, MachineCard
 
 BUNDLES = {
@@ -28,9 +30,30 @@ BUNDLES = {
     "sdobson-d20": "a chat model of depth 20",
     "d32": "nanochat's own chat model of depth 32, 1.9 billion parameters, if there is room",
 }
+READING = ("an evening", "a month of working days", "a lifetime")
+WORDS_PER_MINUTE = 250
 EXTRAS = dict(
     transformers="other people's models", umap="the map of lab 03", tiktoken="other tokenizers"
 )
+
+
+def measure_reading() -> tuple[str, str]:
+    """Return which of READING the training text of the model that ships takes a person, and in words how
+    much it is and how often the model went through it. The letters that mark who speaks are no words.
+    """
+    talks = split_last(load_chitchat(), "train")
+    n_words = sum(len(text.split()) for turns in talks for _, text in turns)
+    hours = n_words / WORDS_PER_MINUTE / 60
+
+    _, tokenizer, meta = borrow_model("shipped/base")
+    n_tokens = int(count_tokens(tokenizer, step=1).sum()) + len(talks)  # a mark begins each talk
+    passes = meta["tokens"] / n_tokens
+
+    length = READING[0] if hours < 8 else READING[1] if hours < 2_000 else READING[2]
+    return length, (
+        f"It is {n_words / 1e6:.1f} million words of people's chats, some **{hours:.0f} hours**, and the "
+        f"model went through them {passes:.1f} times."
+    )
 
 
 def open_machine() -> MachineCard:

@@ -23,7 +23,6 @@ from primechat.errors import ConfigError
 
 FIT_ROWS = 16_384  # axes and clusters are fitted on at most so many rows, drawn once
 CHILD = "primechat.metrics.embeddings.umap_child"
-UMAP_WIDTH = 50  # UMAP sees the first principal components: faster, and the rest is mostly noise
 HOUSE = Path(__file__).resolve().parents[3]  # where the child finds primechat
 
 
@@ -232,19 +231,19 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 class UmapJob:
     """A UMAP picture on its way in a child process; `poll` it, `wait` for it or `stop` it.
 
-    It keeps neighbours together and has no axes with a meaning, so two pictures cannot be compared. Where it
-    fails, the picture is PCA's and its note says why.
+    It reads all columns of the rows, scaled to length 1: a few principal components would decide beforehand
+    who is near whom. It keeps neighbours together and has no axes with a meaning, so two pictures cannot be
+    compared. Where it fails, the picture is PCA's and its note says why.
     """
 
     def __init__(self, vectors: np.ndarray, n_axes: int = 2, seed: int = 0) -> None:
         x = check_vectors(vectors, 5)
-        basis = fit_basis(x, UMAP_WIDTH)
         self.vectors, self.n_axes, self.t_start, self.stopped = x, n_axes, time.monotonic(), False
         # 20 s to load and compile, then with the number of points; twice that on a busy machine
         self.expected_s = 20 + len(x) / 250
         folder = Path(tempfile.mkdtemp(prefix="primechat-umap-"))
         self.folder, self.picture = folder, None  # type: tuple[Path, Picture | None]
-        np.save(folder / "vectors.npy", basis.project(x))
+        np.save(folder / "vectors.npy", scale_rows(x))
         here = os.pathsep.join(filter(None, [str(HOUSE), os.environ.get("PYTHONPATH")]))
         program = [sys.executable, "-m", CHILD, str(folder), str(n_axes), str(seed)]
         with (folder / "errors.txt").open("wb") as errors:
