@@ -45,8 +45,8 @@ def _(mo):
     ## 1. A guess first
 
     The **depth** of a model is its number of blocks, and its width grows with it: nanochat's d20 has 20
-    blocks, d32 has 32. Each is trained on 20 tokens for every **parameter**, that is for every number that
-    it learns.
+    blocks, d32 has 32. In the recipe of October 2025 each is trained on 20 tokens for every **parameter**,
+    that is for every number that it learns.
     """)
     return
 

@@ -183,10 +183,12 @@ def _(mo):
     The folder holds the cells whose code the editor shows as a script, the settings of the full run, a
     launcher and the library. It is tried here first, with two processes.
 
-    The full run is not the small one above but nanochat's speedrun recipe: 20 blocks, a vocabulary of 65,536
-    instead of 2,048, rows of 2,048 tokens, web pages (FineWeb-Edu), and the plain architecture of October
-    2025, because what that costs has been measured. Switch on `modern` for the architecture of the run above;
-    in a terminal it is `primechat export 05 --arch modern`.
+    The full run is not the small one above but a **recipe**, all settings of a run under one name.
+    `october2025` is nanochat's speedrun of that month: 20 blocks, a vocabulary of 65,536 instead of 2,048,
+    rows of 2,048 tokens, web pages (FineWeb-Edu), 20 tokens for each parameter. What it costs has been
+    measured. `nanochat2026` is its code of July 2026, with the tricks of the run above; it reads 12 tokens
+    for each parameter of the blocks and the head, about half as many. In a terminal it is
+    `primechat export 05 --recipe nanochat2026`.
     """)
     return
 
@@ -194,7 +196,7 @@ def _(mo):
 @app.cell(hide_code=True)
 def _(bench, in_notebook, settings):
     parcel = (
-        settings(bench.FolderConfig(), ("depth", "modern", "gpus", "output", "rehearse"))
+        settings(bench.FolderConfig(), ("depth", "recipe", "gpus", "output", "rehearse"))
         if in_notebook()
         else None
     )

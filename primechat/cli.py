@@ -100,6 +100,7 @@ SHORTCUTS = {
     "--dollars-per-hour": "--dollars-per-hour D is the machine's price, for --max-dollars.",
     "--config": "--config FILE starts from a saved config.json or a run's folder; flags override it.",
     "--depth": "--depth N sets the model's shape for N blocks, and the tag to dN.",
+    "--recipe": "--recipe october2025|nanochat2026|quickstart starts from all settings of one of these runs.",
     "--arch": "--arch classic|modern takes the switches of nanochat's 2025 or 2026 model.",
 }
 
@@ -261,6 +262,11 @@ def parse_flags(
     argv = [
         short.sub(lambda found: f"--{place}{found[0][2:].replace('-', '_')}", word) for word in argv
     ]
+    if gone := next((word for word in argv if re.match(r"--([\w.]+\.)?scalar[-_]lr", word)), None):
+        raise ConfigError(
+            f"{gone} is no setting any more; the scalars have residual_lr, x0_lr and smear_lr, each the rate "
+            "that is trained with (a hundredth of the old value)."
+        )
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -292,8 +298,16 @@ def build_default(verb: str, cls: Any, argv: list[str], device: str | None) -> A
     file = take_option(argv, "--config")
     config = read_config(Path(file), cls) if file else cls()
     if verb == "pretrain":
-        depth, arch = take_shape(argv)
-        if depth is not None or arch:
+        depth, arch, recipe = take_shape(argv)
+        if recipe and (file or arch):
+            raise ConfigError(
+                f"--recipe {recipe} sets all of a run, {'--config' if file else '--arch'} too; drop one."
+            )
+        if recipe:
+            from primechat.cloud.plan import full_config
+
+            config = full_config(depth, recipe)
+        elif depth is not None or arch:
             config = shape_model(config, depth, arch)
     if device and hasattr(config, "runtime"):
         config = dataclasses.replace(
@@ -321,16 +335,17 @@ def read_config(path: Path, cls: type[Config]) -> Config:
     return decode_config(data, cls, str(path))
 
 
-def take_shape(argv: list[str]) -> tuple[int | None, str | None]:
-    """Take --depth and --arch out of the words; None where they are absent."""
+def take_shape(argv: list[str]) -> tuple[int | None, str | None, str | None]:
+    """Take --depth, --arch and --recipe out of the words; None where they are absent."""
     depth, arch = take_option(argv, "--depth"), take_option(argv, "--arch")
+    recipe = take_option(argv, "--recipe")
     if depth is not None and not depth.isdecimal():
         raise ConfigError(
             f"--depth {depth} must be a whole number from 1 to 256; try 4, or try 20 on GPUs."
         )
     if arch not in (None, "classic", "modern"):
         raise ConfigError(f"--arch {arch} must be classic or modern; try modern.")
-    return None if depth is None else int(depth), arch
+    return None if depth is None else int(depth), arch, recipe
 
 
 def shape_model(config: Any, depth: int | None, arch: str | None) -> Any:

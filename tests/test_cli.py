@@ -16,7 +16,14 @@ import pytest
 
 import primechat
 from primechat import cli
-from primechat.config import FinetuneConfig, GPTConfig, PretrainConfig, RuntimeConfig, encode_config
+from primechat.config import (
+    FinetuneConfig,
+    GPTConfig,
+    PretrainConfig,
+    RuntimeConfig,
+    encode_config,
+    recipes,
+)
 from primechat.desk.progress import BarView, ProgressView, clean_text, open_view
 from primechat.errors import CheckpointError
 from primechat.records import (
@@ -29,6 +36,7 @@ from primechat.records import (
     ProgressEvent,
     QuickstartResult,
     SampleEvent,
+    SpeedrunResult,
     StepEvent,
     TokenizerResult,
     TrainResult,
@@ -176,6 +184,22 @@ def test_shortcuts(pretrain: FakeStage) -> None:
     assert pretrain.configs[-1].runtime.budget_s == 1800, "the nearer of both limits"
 
 
+def test_recipes_are_named(pretrain: FakeStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe is where the flags start from; speedrun's is october2025, and --arch names one for it."""
+    assert cli.main(["pretrain", "--recipe", "nanochat2026", "--depth", "12", "--device=cpu"]) == 0
+    assert cli.main(["pretrain", "--recipe=quickstart", "--optim.x0_lr", "0.5", "--tag", "q"]) == 0
+    modern, quick = pretrain.configs
+    shards = {"n_shards": modern.n_shards, "runtime": RuntimeConfig(device="cpu")}
+    assert modern == dataclasses.replace(recipes.nanochat2026(12), **shards)
+    assert quick.optim == dataclasses.replace(recipes.quickstart().optim, x0_lr=0.5)
+    result = SpeedrunResult(base=pretrain.result, chat=None, evaluation=None)
+    stage = put_stage(monkeypatch, "speedrun", FakeStage(result))
+    for words in ([], ["--recipe", "nanochat2026"], ["--arch", "modern", "--depth", "12"]):
+        assert cli.main(["speedrun", *words]) == 0
+    found = [(c.pretrain.tag, c.pretrain.optim.orthogonalize) for c in stage.configs]
+    assert found == [("d20", "newton-schulz"), ("d20", "polar-express"), ("d12", "polar-express")]
+
+
 def test_config_file_is_the_start(pretrain: FakeStage, tmp_path: Path) -> None:
     saved = PretrainConfig(tag="old", steps=7, runtime=RuntimeConfig(threads=2))
     (tmp_path / "config.json").write_text(json.dumps(encode_config(saved)))
@@ -214,6 +238,11 @@ def test_both_spellings_of_a_verb(
         ("pretrain --depth x", ["--depth x", "try 4"]),
         ("pretrain --depth 0", ["depth=0"]),
         ("pretrain --arch gpt2", ["--arch gpt2", "classic"]),
+        ("pretrain --recipe gpt2", ["recipe='gpt2'", "october2025, nanochat2026, quickstart"]),
+        ("pretrain --recipe october2025 --arch modern", ["--recipe october2025", "--arch", "drop"]),
+        ("plan --recipe october2025 --arch modern", ["--recipe october2025", "--arch", "drop"]),
+        ("plan --recipe gpt2", ["recipe='gpt2'", "october2025, nanochat2026, quickstart"]),
+        ("pretrain --optim.scalar_lr 0.5", ["optim.scalar_lr", "residual_lr, x0_lr and smear_lr"]),
         ("pretrain --tag ../x", ["tag='../x'"]),
         ("pretrain --config nowhere.json", ["nowhere.json", "No such file"]),
         ("pretrain --config FINETUNE", ["FinetuneConfig", "PretrainConfig"]),

@@ -14,6 +14,7 @@ from primechat.config import (
     EvaluateConfig,
     FinetuneConfig,
     GPTConfig,
+    InitConfig,
     LookConfig,
     OptimConfig,
     PretrainConfig,
@@ -27,7 +28,7 @@ from primechat.config import (
 from primechat.errors import ConfigError, PrimechatError
 
 STAGES = [TokenizerConfig, PretrainConfig, FinetuneConfig, EvaluateConfig, QuickstartConfig]
-ALL = [*STAGES, GPTConfig, RuntimeConfig, OptimConfig, LookConfig]
+ALL = [*STAGES, GPTConfig, InitConfig, RuntimeConfig, OptimConfig, LookConfig]
 SMALL = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, vocab_size=300, sequence_len=32)
 
 

@@ -125,7 +125,7 @@ def test_folder(exported: Path) -> None:
     assert budget in (ROOT / "README.md").read_text(), (
         "the one README of the d20 says what the other says"
     )
-    assert "--arch modern" in read_me and "whose cost has been measured" in read_me
+    assert "--recipe nanochat2026" in read_me and "whose cost has been measured" in read_me
     assert "primechat pull root@POD:base/d20" in read_me and "@" not in read_me.replace("root@", "")
     assert '--nproc_per_node="${RANKS:-8}"' in launch and os.access(exported / "launch.sh", os.X_OK)
     assert subprocess.run(["bash", "-n", exported / "launch.sh"]).returncode == 0

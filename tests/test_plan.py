@@ -190,6 +190,23 @@ def test_shards_follow_the_text() -> None:
     assert full_config(64).n_shards == 1822 < count_shards(full_config(64))
 
 
+def test_recipes_cost_what_they_cost() -> None:
+    """The d20 of October as it was measured; that of 2026 by its own count of parameters, batch and text."""
+    pod = find_machine("8xH200")
+    old, new = (make_plan(full_config(20, name), pod) for name in ("october2025", "nanochat2026"))
+    assert (old.steps, old.tokens, old.shards) == (21_400, 11_219_763_200, 216)
+    assert (round(old.train_s / 3600, 2), round(old.dollars)) == (2.96, 85)
+    assert (new.steps, new.tokens) == (5_460, 5_725_224_960)
+    assert (round(new.train_s / 3600, 1), round(new.dollars)) == (1.4, 39)
+    assert new.fits and new.config.n_shards == new.shards == 170, "a third of the text is cut off"
+    said = "\n".join(describe_plan(new))
+    assert "recipe nanochat2026" in said
+    assert "12.0 for each of the 477,103,280 parameters of the blocks and the head" in said
+    said = "\n".join(describe_plan(old))
+    assert "recipe october2025" in said and "20.0 for each of the 560,988,160 parameters" in said
+    assert "recipe" not in "\n".join(describe_plan(make_plan(replace(old.config, seed=1), pod)))
+
+
 SIZES, LENGTHS = (400_000, 1_200_000, 2_900_000), (500_000, 1_000_000, 2_000_000)
 
 

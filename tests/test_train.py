@@ -22,7 +22,7 @@ from primechat.model.gpt import GPT
 from primechat.records import StepEvent
 from primechat.train import tune
 from primechat.train.loop import fit, lr_ratio, muon_momentum
-from primechat.train.optim import Adam, Muon, Optimizer, orthogonalize
+from primechat.train.optim import Adam, AdamRule, Muon, Optimizer, orthogonalize
 from primechat.train.parallel import Ranks, is_echo
 from primechat.train.tune import Candidate, decide_compile, list_devices, tune_runtime
 
@@ -266,7 +266,7 @@ def test_micro_batch_larger_than_a_step() -> None:
         return loss
 
     class Slow:
-        def step(self, ratio: float, momentum: float) -> None:
+        def step(self, ratio: float, momentum: float, decay_ratio: float = 1.0) -> None:
             time.sleep(0.05)
 
     many = RuntimeConfig(
@@ -409,7 +409,8 @@ def test_optimizer_loads_no_compiler() -> None:
     code = (
         "import sys, torch; from torch import nn; from primechat.config import OptimConfig\n"
         "from primechat.train.optim import Optimizer\n"
-        "model = nn.Linear(2, 2); optimizer = Optimizer(model, OptimConfig(), 2)\n"
+        "model = nn.Sequential(); model.lm_head = nn.Linear(2, 2, bias=False)\n"
+        "optimizer = Optimizer(model, OptimConfig(), 2)\n"
         "model(torch.ones(1, 2)).sum().backward(); optimizer.step(1.0, 0.9)\n"
         "print('torch._dynamo' in sys.modules)"
     )
@@ -422,7 +423,7 @@ def test_adam_is_that_of_torch() -> None:
     draw = torch.Generator().manual_seed(0)
     table = torch.randn(7, 3, generator=draw)
     mine, theirs = torch.nn.Parameter(table.clone()), torch.nn.Parameter(table.clone())
-    ours = Adam([([mine], 0.1)])
+    ours = Adam([([mine], AdamRule(lr=0.1))])
     other = torch.optim.AdamW(
         [theirs], lr=0.1, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True
     )
@@ -434,7 +435,7 @@ def test_adam_is_that_of_torch() -> None:
             ours.step(ratio)()
         other.step()
     assert torch.equal(mine, theirs)
-    kept = Adam([([mine], 0.1)])
+    kept = Adam([([mine], AdamRule(lr=0.1))])
     kept.load_state_dict(other.state_dict())  # as runs of before saved it
     assert torch.equal(
         kept.state_dict()["state"][0]["exp_avg_sq"], ours.state_dict()["state"][0]["exp_avg_sq"]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from primechat.cloud import templates
-from primechat.cloud.plan import Plan, describe_plan, format_hours, full_config
+from primechat.cloud.plan import Plan, describe_plan, find_recipe, format_hours
 from primechat.cloud.templates import DATA, IMAGE, POD_BASE, STAGE_PLAN, fill_words
 from primechat.config import (
     AutochatConfig,
@@ -31,6 +31,7 @@ from primechat.config import (
     RuntimeConfig,
     encode_config,
 )
+from primechat.config.recipes import FULL_RECIPES
 from primechat.errors import ConfigError
 from primechat.names import FOLDERS, parse_identifier
 
@@ -326,13 +327,13 @@ def fill_in(lab: Path, config: Any, plan: Plan, home: Path) -> dict[str, str]:
     """Return what the placeholders of the templates stand for, in the order in which they are filled."""
     family = name_family(config)
     first, talks = type(config) is PretrainConfig, isinstance(config, AutochatConfig)
-    recipe = first and config == full_config(config.model.n_layer, config.model.architecture)
+    recipe = find_recipe(config) if first else ""
     cost = f"{format_hours(plan.train_s)} and ${plan.dollars:,.0f}"
     words = {
         "@PLAN@": "\n".join(f"    {line}".rstrip() for line in describe_plan(plan))
         if first
         else STAGE_PLAN,
-        "@RECIPE@": templates.RECIPE if recipe else "",
+        "@RECIPE@": templates.RECIPE if recipe in FULL_RECIPES else "",
         "@BRING@": "" if first else templates.BRING,
         "@PREFLIGHT@": templates.PREFLIGHT
         if first
@@ -347,10 +348,10 @@ def fill_in(lab: Path, config: Any, plan: Plan, home: Path) -> dict[str, str]:
         else f"less than the {cost} of its model's pretraining; preflight tells",
     }
     if first:
-        arch, model = config.model.architecture, config.model
+        model = config.model
         words |= {
-            "@ARCH@": arch,
-            "@OTHER@": "classic" if arch == "modern" else "modern",
+            "@NAMED@": recipe,
+            "@OTHER@": next(name for name in FULL_RECIPES if name != recipe),
             "@DEPTH@": str(model.n_layer),
             "@VOCAB@": f"{model.vocab_size:,}",
             "@ROWS@": f"{model.sequence_len:,}",

@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from primechat.config import GPTConfig, LookConfig, PretrainConfig
+from primechat.config import GPTConfig, PretrainConfig
+from primechat.config.recipes import RECIPES, make_recipe
 from primechat.errors import ConfigError
 from primechat.records import count_noun
+from primechat.text.packing import KEPT_SHARE
 from primechat.text.shards import HUB_CORPORA
 
 CHARS_A_TOKEN = (
@@ -146,7 +148,7 @@ def count_steps(config: PretrainConfig, flops_per_s: float = 0.0) -> int:
     step_flops = config.batch_tokens * count_flops(config.model)
     if config.seconds and flops_per_s:
         return max(1, int(config.seconds * flops_per_s / step_flops))
-    return max(1, round(config.tokens_per_param * config.model.n_params / config.batch_tokens))
+    return config.default_steps
 
 
 def count_shards(config: PretrainConfig, tokens: float | None = None) -> int:
@@ -154,6 +156,7 @@ def count_shards(config: PretrainConfig, tokens: float | None = None) -> int:
     if config.corpus not in HUB_CORPORA:
         return 0
     tokens = count_steps(config) * config.batch_tokens if tokens is None else tokens
+    tokens /= KEPT_SHARE if config.rows == "best-fit" else 1.0
     return -(-int(tokens * CHARS_A_TOKEN) // int(SHARD_CHARS))
 
 
@@ -333,20 +336,27 @@ def make_plan(
     )
 
 
-def full_config(depth: int, arch: str = "classic", corpus: str = "fineweb-edu") -> PretrainConfig:
-    """Return the full run of a depth: nanochat's speedrun recipe, with as many shards as it reads."""
-    shape = GPTConfig.classic if arch == "classic" else GPTConfig.modern
-    look = LookConfig(
-        eval_every=250,
-        eval_tokens=2_097_152,
-        sample_every=1000,
-        save_every=1000,
-        snapshot_budget_mb=16_000,
+def full_config(depth: int | None = None, recipe: str = "october2025") -> PretrainConfig:
+    """Return the run of a recipe at a depth, or at the recipe's own, with as many shards as it reads."""
+    config = make_recipe(recipe, depth)
+    if config.corpus not in HUB_CORPORA:
+        return config
+    return replace(
+        config, n_shards=max(1, min(count_shards(config), HUB_CORPORA[config.corpus][2]))
     )
-    config = PretrainConfig(
-        tag=f"d{depth}", model=shape(depth), corpus=corpus, batch_tokens=524_288, look=look
-    )
-    return replace(config, n_shards=max(1, min(count_shards(config), HUB_CORPORA[corpus][2])))
+
+
+def find_recipe(config: PretrainConfig) -> str:
+    """Return the name of the recipe that a run is, to the last setting; empty where it is none."""
+    depth = config.model.n_layer
+    return next((name for name in RECIPES if config == full_config(depth, name)), "")
+
+
+def describe_horizon(config: PretrainConfig, tokens: int) -> str:
+    """Return how many tokens a run reads for each parameter, and which parameters that counts."""
+    counted = config.n_params_counted
+    which = "" if config.params_counted == "all" else "of the blocks and the head "
+    return f"{tokens / counted:.1f} for each of the {counted:,} parameters {which}".rstrip()
 
 
 def describe_plan(plan: Plan) -> Iterator[str]:
@@ -354,10 +364,14 @@ def describe_plan(plan: Plan) -> Iterator[str]:
     config, machine, model = plan.config, plan.machine, plan.config.model
     shape = f"{model.architecture}, {model.n_layer} blocks of width {model.n_embd:,}"
     yield f"{config.tag}: {shape}, vocabulary {model.vocab_size:,}, rows of {model.sequence_len:,} tokens"
+    recipe = find_recipe(config)
+    if recipe:
+        yield f"  recipe {recipe}"
     yield ""
     yield from list_parts(f"Parameters {model.n_params:,}", plan.params, 1e6, "M")
-    each, shards = plan.tokens / model.n_params, f", {plan.shards:,} shards" if plan.shards else ""
-    yield f"Text {plan.tokens:,} tokens, {each:.1f} a parameter{shards}"
+    shards = f", {plan.shards:,} shards" if plan.shards else ""
+    yield f"Text {plan.tokens:,} tokens{shards}"
+    yield f"  {describe_horizon(config, plan.tokens)}"
     yield f"  {count_noun(plan.steps, 'step')} of {config.batch_tokens:,} tokens"
     yield f"Work {plan.total_flops:.4g} FLOPs, {plan.flops_per_token:,} a token"
     yield "  a FLOP is one addition or multiplication"

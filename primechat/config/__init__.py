@@ -1,8 +1,9 @@
 """Every knob of primechat, as frozen dataclasses; nothing here imports torch."""
 
 from primechat.config.codec import decode_config, encode_config, find_difference
-from primechat.config.model import GPTConfig
-from primechat.config.runtime import LookConfig, OptimConfig, RuntimeConfig
+from primechat.config.model import GPTConfig, InitConfig
+from primechat.config.optim import OptimConfig
+from primechat.config.runtime import LookConfig, RuntimeConfig
 from primechat.config.stages import (
     DistillConfig,
     EvaluateConfig,
@@ -21,6 +22,7 @@ __all__ = [
     "EvaluateConfig",
     "FinetuneConfig",
     "GPTConfig",
+    "InitConfig",
     "LoRAConfig",
     "LookConfig",
     "OptimConfig",

@@ -1,6 +1,7 @@
 """Configurations as JSON and back, and the first difference between two.
 
-Hides: how nested dataclasses, tuples and schema versions travel through JSON.
+Hides: how nested dataclasses, tuples and schema versions travel through JSON; what files of schema 1 meant
+stands in history.py.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import dataclasses
 import typing
 from typing import Any, TypeVar
 
+from primechat.config.history import upgrade_settings
 from primechat.errors import ConfigError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, 2)
 
 Config = TypeVar("Config")
 
@@ -26,8 +29,14 @@ def encode_config(config: Any) -> dict[str, Any]:
     return {"schema": SCHEMA_VERSION, "class": type(config).__name__, **dataclasses.asdict(config)}
 
 
-def decode_config(data: Any, cls: type[Config], where: str = "config.json") -> Config:
-    """Rebuild a config from JSON data; `where` is how errors name the source.
+def decode_config(
+    data: Any, cls: type[Config], where: str = "config.json", schema: int = SCHEMA_VERSION
+) -> Config:
+    """Rebuild a config from JSON data.
+
+    Args:
+        where: how errors name the source.
+        schema: of the file that the data are a part of, where they do not name it.
 
     Raises:
         ConfigError: an unknown field, a wrong type, or a newer schema.
@@ -37,10 +46,13 @@ def decode_config(data: Any, cls: type[Config], where: str = "config.json") -> C
             f"{where} holds a {type(data).__name__}, it must hold an object of settings; restore it from a "
             "backup."
         )
-    if data.get("schema", SCHEMA_VERSION) != SCHEMA_VERSION:
+    schema = data.get("schema", schema)
+    if schema not in READABLE:
         raise ConfigError(
-            f"{where} has schema {data['schema']!r}, this version reads {SCHEMA_VERSION}; update primechat."
+            f"{where} has schema {schema!r}, this version reads up to {SCHEMA_VERSION}; update primechat."
         )
+    if schema == 1:
+        data = upgrade_settings(data, cls.__name__)
     types = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, value in data.items():
@@ -51,14 +63,14 @@ def decode_config(data: Any, cls: type[Config], where: str = "config.json") -> C
                 f"{where} has the setting {key!r}, {cls.__name__} has no such field; remove it or update "
                 "primechat."
             )
-        values[key] = decode_value(value, types[key], f"{where}: {key}")
+        values[key] = decode_value(value, types[key], f"{where}: {key}", schema)
     return cls(**values)
 
 
-def decode_value(value: Any, kind: Any, where: str) -> Any:
+def decode_value(value: Any, kind: Any, where: str, schema: int = SCHEMA_VERSION) -> Any:
     """Bring one JSON value to its field's type, or refuse it."""
     if dataclasses.is_dataclass(kind):
-        return decode_config(value, typing.cast(type, kind), where)
+        return decode_config(value, typing.cast(type, kind), where, schema)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where}={value!r} must be a list; write [ ] around it.")

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from primechat.config.runtime import check_number
+from primechat.config.runtime import check_choice, check_number
 from primechat.errors import ConfigError
 
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
@@ -18,6 +18,7 @@ ROPE_DTYPES = ("float32", "bfloat16", "compute")
 NORM_EPS = (
     2**-23
 )  # what nanochat's eps=None comes to in every dtype (measured on a CPU, torch 2.13)
+MATRICES = ("uniform", "normal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +152,22 @@ class GPTConfig:
             total += n_tables * (rows * kv + 12 * self.n_kv_head)
         return total + 2 * self.n_layer * self.residual_scalars + 25 * self.smear + self.backout
 
+    @property
+    def n_matrix_params(self) -> int:
+        """Parameters of the blocks and of the output head, tables and scalars not counted.
+
+        Source: nanochat HEAD, base_train.py: the count by which its loss scales most cleanly.
+
+        >>> GPTConfig.modern(20).n_matrix_params
+        477103280
+        """
+        tables = self.padded_vocab * self.n_embd
+        if self.value_embeddings:
+            n_tables = sum(self.has_value_embedding(i) for i in range(self.n_layer))
+            tables += n_tables * self.padded_vocab * self.kv_dim
+        scalars = 2 * self.n_layer * self.residual_scalars + 25 * self.smear + self.backout
+        return self.n_params - tables - scalars
+
     @classmethod
     def classic(
         cls, depth: int, *, vocab_size: int = 65_536, sequence_len: int = 2048
@@ -175,6 +192,41 @@ class GPTConfig:
         switches = {**modern_switches(), "window_pattern": "SSSL"}
         plain = cls(vocab_size=vocab_size, sequence_len=sequence_len, **switches)
         return set_shape(plain, depth, n_head * head_dim, n_head)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """From what fresh weights are drawn. The maps back into the residual stream (c_proj) and the smear's
+    strength begin at 0 in any case, so that each block starts as nothing.
+    """
+
+    embedding_std: float = 0.8
+    """Standard deviation of the token embedding, drawn normal."""
+    head_std: float = 0.001
+    """Standard deviation of the output head, drawn normal; 0 begins with equal chances."""
+    matrices: str = "uniform"
+    """uniform of standard deviation 1 / sqrt(width), or normal of min(1, sqrt(out / in)) / sqrt(in)."""
+    mlp_gain: float = 1.0
+    """Factor on the standard deviation of the MLP's first matrix."""
+    residual_first: float = 1.0
+    """Factor on the residual stream in the first layer; those between lie on a line to the last."""
+    residual_last: float = 1.0
+    """Factor on the residual stream in the last layer."""
+    x0_first: float = 0.1
+    """Share of the first embedding in the first layer; those between lie on a line to the last."""
+    x0_last: float = 0.1
+    """Share of the first embedding in the last layer."""
+    backout: float = 0.2
+    """Share of the middle layer that the final state subtracts."""
+    gate_max: float = 0.0
+    """Weights of the gates are drawn uniform between 0 and this."""
+
+    def __post_init__(self) -> None:
+        for name in ("embedding_std", "head_std", "mlp_gain", "gate_max"):
+            check_number(f"init.{name}", getattr(self, name), low=0, high=1000)
+        for name in ("residual_first", "residual_last", "x0_first", "x0_last", "backout"):
+            check_number(f"init.{name}", getattr(self, name), low=-1000, high=1000)
+        check_choice("init.matrices", self.matrices, MATRICES)
 
 
 def check_depth(depth: int) -> None:

@@ -1,4 +1,4 @@
-"""Knobs that several stages share: the machine, the optimizer, how often to look.
+"""Knobs that several stages share: the machine, and how often to look.
 
 Hides: nothing; these are plain settings. A field's string is its help on the command line.
 """
@@ -58,55 +58,6 @@ class RuntimeConfig:
         limits = [3600 * self.max_hours] if self.max_hours else []
         limits += [3600 * self.max_dollars / self.dollars_per_hour] if self.max_dollars else []
         return min(limits, default=float("inf"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """Learning rates are for width 768: those of embeddings and head scale by (width / 768) ** -0.5, as in
-    nanochat.
-    """
-
-    matrix_lr: float = 0.02
-    """Muon's learning rate, for the matrices of the blocks."""
-    embedding_lr: float = 0.3
-    """AdamW's learning rate of token and value embeddings."""
-    unembedding_lr: float = 0.004
-    """AdamW's learning rate of the output head."""
-    scalar_lr: float = 0.5
-    """AdamW's learning rate of the learned scalars."""
-    added_lr: float = 0.005
-    """AdamW's learning rate of what stands beside the model: adapters, projectors."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of the matrices; falls to 0 with the schedule."""
-    momentum: float = 0.95
-    """Muon's momentum; it warms up from 0.85 over the first 300 steps or a quarter of the run."""
-    grad_clip: float = 0.0
-    """Largest norm of the gradient; 0 leaves it alone."""
-    warmup_ratio: float = 0.0
-    """Share of the steps in which the learning rate rises from 0."""
-    warmdown_ratio: float = 0.5
-    """Share of the steps, at the end, in which it falls."""
-    final_lr_ratio: float = 0.0
-    """Learning rate of the last step, as a share of the peak."""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "matrix_lr",
-            "embedding_lr",
-            "unembedding_lr",
-            "scalar_lr",
-            "added_lr",
-            "weight_decay",
-            "grad_clip",
-        ):
-            check_number(f"optim.{name}", getattr(self, name), low=0)
-        for name in ("momentum", "warmup_ratio", "warmdown_ratio", "final_lr_ratio"):
-            check_number(f"optim.{name}", getattr(self, name), low=0, high=1)
-        if self.warmup_ratio + self.warmdown_ratio > 1:
-            raise ConfigError(
-                f"optim.warmup_ratio={self.warmup_ratio} and warmdown_ratio={self.warmdown_ratio} must sum "
-                "to at most 1; lower one of them."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from primechat.config.model import STUDENT_SIZES, GPTConfig
+from primechat.config.model import STUDENT_SIZES, GPTConfig, InitConfig
+from primechat.config.optim import OptimConfig
 from primechat.config.runtime import (
     LookConfig,
-    OptimConfig,
     RuntimeConfig,
     check_choice,
     check_number,
@@ -21,6 +21,8 @@ from primechat.errors import ConfigError
 LAYOUTS = ("packed", "masked", "padded")  # how conversations share rows
 LEARN = ("assistant", "all")  # whose tokens count
 DISTANCES = ("forward", "reverse", "jsd")  # between student and teacher
+COUNTED = ("all", "matrices")  # the parameters that `tokens_per_param` is of
+ROWS = ("stream", "best-fit")  # how documents share rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +80,17 @@ class PretrainConfig:
     and once more after a tenth of the time.
     """
     tokens_per_param: float = 20.0
-    """Training tokens a parameter, where neither steps nor seconds is given."""
+    """Training tokens for each parameter, where neither steps nor seconds is given."""
+    params_counted: str = "all"
+    """Which parameters `tokens_per_param` counts: all, or matrices (of the blocks and the output head)."""
+    rows: str = "stream"
+    """How documents share rows: stream cuts one endless stream; best-fit begins each row with a document,
+    fills it with the longest that fits, and drops the rest of the one that is cut at its end.
+    """
     seed: int = 0
     """Seed of the weights and of the order of the text."""
+    init: InitConfig = field(default_factory=InitConfig)
+    """Fresh weights."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
     look: LookConfig = field(default_factory=LookConfig)
@@ -98,6 +108,20 @@ class PretrainConfig:
                 "keep_shards=1 leaves no room for the next shard; try 8, or 0 for all."
             )
         check_number("tokens_per_param", self.tokens_per_param, low=0)
+        check_choice("params_counted", self.params_counted, COUNTED)
+        check_choice("rows", self.rows, ROWS)
+
+    @property
+    def n_params_counted(self) -> int:
+        """Number of the parameters that `tokens_per_param` is of."""
+        whole = self.params_counted == "all"
+        return self.model.n_params if whole else self.model.n_matrix_params
+
+    @property
+    def default_steps(self) -> int:
+        """Steps of a run that names neither steps nor seconds: as many whole ones as the tokens allow."""
+        tokens = int(self.tokens_per_param * self.n_params_counted)
+        return max(1, tokens // self.batch_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +167,12 @@ class FinetuneConfig:
     """Seed of the order of the dialogues."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
-            matrix_lr=0.006, embedding_lr=0.06, unembedding_lr=0.002, scalar_lr=0.05
+            matrix_lr=0.006,
+            embedding_lr=0.06,
+            unembedding_lr=0.002,
+            residual_lr=0.0005,
+            x0_lr=0.0005,
+            smear_lr=0.0005,
         )
     )
     """Optimizer."""

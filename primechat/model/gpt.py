@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from primechat.config.model import NORM_EPS, GPTConfig
+from primechat.config.model import NORM_EPS, GPTConfig, InitConfig
 from primechat.model import fast_cpu
 from primechat.model.attention import Documents, Rows, attend, attention_weights
+from primechat.model.init import draw_weights
 from primechat.model.kv_cache import KVCache
 from primechat.model.losses import cap_logits, sum_cross_entropy, token_cross_entropy
 from primechat.protocols import Hook
@@ -499,26 +500,10 @@ class GPT(nn.Module):
         return model.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Draw fresh weights.
-
-        Source: nanochat HEAD: uniform blocks of std 1/sqrt(n_embd), zero outputs, so that each block starts
-            as nothing.
-        """
-        bound = (3 / self.config.n_embd) ** 0.5
-        for name, p in self.named_parameters():
-            if name in ("resid_lambdas", "x0_lambdas", "smear_lambda", "backout_lambda"):
-                p.fill_(
-                    {"resid_lambdas": 1.0, "x0_lambdas": 0.1, "backout_lambda": 0.2}.get(name, 0.0)
-                )
-            elif name == "transformer.wte.weight":
-                p.normal_(std=0.8, generator=generator)
-            elif name == "lm_head.weight":
-                p.normal_(std=0.001, generator=generator)
-            elif "c_proj" in name or name.endswith("gate.weight"):
-                p.zero_()
-            else:
-                p.uniform_(-bound, bound, generator=generator)
+    def init_weights(self, generator: torch.Generator, init: InitConfig | None = None) -> None:
+        """Draw fresh weights; without a config our own."""
+        named = self.named_parameters()
+        draw_weights(named, self.config.n_embd, init or InitConfig(), generator)
 
     # ---- what every language model offers (protocols.LanguageModel)
 

@@ -7,14 +7,14 @@ all weights on the next token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from primechat.config import GPTConfig, RuntimeConfig
+from primechat.config import GPTConfig, InitConfig, RuntimeConfig
 from primechat.infer.engine import Engine
 from primechat.model.checkpoint import Loaded, load_checkpoint, save_checkpoint
 from primechat.model.gpt import GPT
@@ -60,6 +60,7 @@ class Job:
     open_general: Windows | None = None
     bos_id: int = -1
     val_tokens: int = 0  # of the whole validation text, where that is known
+    init: InitConfig = field(default_factory=InitConfig)  # of fresh weights
 
     def identify(self, tag: str) -> str:
         """Return the identifier of what the run makes."""
@@ -79,7 +80,7 @@ class Job:
         elif self.start_state is not None:
             model.load_state_dict(self.start_state())
         else:
-            model.init_weights(torch.Generator().manual_seed(fold_seed(seed)))
+            model.init_weights(torch.Generator().manual_seed(fold_seed(seed)), self.init)
 
     def make_loss(self, model: GPT, runtime: RuntimeConfig) -> SumLoss:
         """Return the summed loss of a micro-batch."""

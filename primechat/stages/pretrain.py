@@ -23,6 +23,7 @@ from primechat.stages.job import Batches, Windows
 from primechat.stages.run import Job, TrainingRun, pick_device, write_continuation
 from primechat.stages.tokenizer import train_tokenizer
 from primechat.text.batches import (
+    BestFitBatches,
     PackedBatches,
     ShardBatches,
     TokenCache,
@@ -30,7 +31,7 @@ from primechat.text.batches import (
     validation_windows,
 )
 from primechat.text.corpora import corpus_identity, is_local, read_documents
-from primechat.text.shards import open_feed
+from primechat.text.shards import ShardFeed, open_feed
 from primechat.text.tokenizer import Tokenizer
 from primechat.train.parallel import join_ranks, wait_turn
 
@@ -72,41 +73,54 @@ def pretrain(
         )
     )
 
-    def read_shards(
-        rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None
-    ) -> Batches:
-        assert feed is not None, "what is not local has shards"
-        return ShardBatches(
-            feed,
-            tokenizer,
-            sequence_len=T,
-            rows=rows,
-            rank=rank,
-            world_size=world_size,
-            cursor=cursor,
-            skip_bad=config.skip_bad_shards,
-            on_event=on_event if rank == 0 else None,
-        )
-
+    layout = BestFitBatches if config.rows == "best-fit" else PackedBatches
     job = Job(
         family="base",
         model=model,
         start_state=None,
         tokenizer=tokenizer,
-        open_batches=pack_rows(train, T, config.seed) if train else read_shards,
+        open_batches=pack_rows(train, T, config.seed, layout)
+        if train
+        else read_shards(feed, tokenizer, config, on_event),
         open_windows=open_cache(val, T),
         val_tokens=val.tokens,
         last_eval_tokens=config.look.last_eval_tokens or (0 if local else SHARD_EVAL_TOKENS),
-        default_steps=max(1, round(config.tokens_per_param * model.n_params / config.batch_tokens)),
+        default_steps=config.default_steps,
         prompts=CHAT_PROMPTS if config.corpus == "chitchat" else TEXT_PROMPTS,
         write_sample=write_continuation,
         meta={"corpus": corpus_identity(config.corpus, "train", n_shards=config.n_shards)},
+        init=config.init,
     )
     try:
         return TrainingRun(config, job, on_event, stop).work()
     finally:
         if feed is not None:
             feed.close()
+
+
+def read_shards(
+    feed: ShardFeed | None, tokenizer: Tokenizer, config: PretrainConfig, on_event: OnEvent | None
+) -> Callable[[int, int, int, dict[str, Any] | None], Batches]:
+    """Return what opens the batches of shards, as a job wants it."""
+    assert feed is not None, "what is not local has shards"
+
+    def open_batches(
+        rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None
+    ) -> Batches:
+        return ShardBatches(
+            feed,
+            tokenizer,
+            sequence_len=config.model.sequence_len,
+            rows=rows,
+            rank=rank,
+            world_size=world_size,
+            cursor=cursor,
+            skip_bad=config.skip_bad_shards,
+            on_event=on_event if rank == 0 else None,
+            best_fit=config.rows == "best-fit",
+        )
+
+    return open_batches
 
 
 def pack_rows(

@@ -14,13 +14,12 @@ from primechat import store
 from primechat.config import (
     EvaluateConfig,
     FinetuneConfig,
-    GPTConfig,
     LookConfig,
-    OptimConfig,
     PretrainConfig,
     QuickstartConfig,
     SpeedrunConfig,
     TokenizerConfig,
+    recipes,
 )
 from primechat.errors import ConfigError
 from primechat.infer.cpu import settle_threads
@@ -39,9 +38,6 @@ FAST_SECONDS = 22.0  # of pretraining: with everything around it, a minute on a 
 FAST_LOOK = LookConfig(
     eval_every=10**6, eval_tokens=4096, last_eval_tokens=20_480
 )  # at the ends only
-FIRST_LOOK = LookConfig(
-    eval_tokens=8192
-)  # on a slow laptop the usual looks take half as long as training
 CHAT_LOOK = LookConfig(eval_tokens=8192, last_eval_tokens=40_960)
 CHAT_SHARE = 0.25  # of the pretraining time goes to finetuning
 
@@ -62,7 +58,6 @@ def quickstart(
     tag = choose_tag(config)
     stop = stop or threading.Event()
     seconds = FAST_SECONDS if config.fast else config.seconds
-    batch_tokens = 2048 if seconds < 60 else 4096  # a short run learns more from many small steps
     folder = store.run_dir("base", tag)
     tokenizer = train_tokenizer(
         TokenizerConfig(tag=tag, resume=config.resume, vocab_size=config.vocab_size),
@@ -70,18 +65,12 @@ def quickstart(
         stop=stop,
     )
     depth = config.depth or (2 if config.fast else 4)
-    shape = GPTConfig.modern(depth, vocab_size=config.vocab_size, sequence_len=256, head_dim=64)
-    base_config = PretrainConfig(
+    base_config = replace(
+        recipes.quickstart(depth, vocab_size=config.vocab_size, seconds=seconds),
         tag=tag,
-        model=shape,
-        seconds=seconds,
         seed=config.seed,
         runtime=config.runtime,
-        batch_tokens=batch_tokens,
-        optim=OptimConfig(
-            matrix_lr=0.012, embedding_lr=0.6, unembedding_lr=0.008, warmdown_ratio=0.7
-        ),
-        look=FAST_LOOK if config.fast else FIRST_LOOK,
+        look=FAST_LOOK if config.fast else recipes.FIRST_LOOK,
     )
     resume = config.resume and (folder / "config.json").exists()
     base = pretrain(replace(base_config, resume=resume), on_event=on_event, stop=stop)
@@ -96,7 +85,7 @@ def quickstart(
         seconds=seconds * CHAT_SHARE,
         seed=config.seed,
         runtime=measured,
-        batch_tokens=batch_tokens,
+        batch_tokens=base_config.batch_tokens,
         look=replace(FAST_LOOK if config.fast else CHAT_LOOK, snapshots=False),
     )
     resume = config.resume and (store.run_dir("sft", tag) / "config.json").exists()

@@ -1,8 +1,9 @@
-"""Token ids to rows for a model, so that every token is a target once an epoch.
+"""Token ids to rows for a model: one stream, rows by best fit, or rows of one conversation each.
 
 Hides: the layout. The documents of an epoch, shuffled and each led by <|bos|>, make one endless stream that
 goes on into the next epoch; row i reads tokens i*T .. i*T+T-1, its targets are the same shifted by one, so
 nothing is padded, cut off or read twice. A cursor names a place in it: a run goes on at the very next token.
+Best fit (packing.py) begins each row with a document instead, and cuts off what does not fit.
 Reference: Brown et al. 2020, Language Models are Few-Shot Learners, appendix B (packing without padding).
 """
 
@@ -19,6 +20,7 @@ import torch
 
 from primechat.errors import ConfigError, DataError
 from primechat.records import OnEvent
+from primechat.text.packing import BLOCK_DOCUMENTS, pack_best_fit, pack_groups
 from primechat.text.shards import ShardFeed
 from primechat.text.tokenizer import Tokenizer
 from primechat.text.tokens import Group, TokenCache, read_groups
@@ -137,6 +139,63 @@ class PackedBatches(Iterator[Batch]):
         return np.arange(position, position + count) + shifts
 
 
+class BestFitBatches(PackedBatches):
+    """Endless batches whose rows begin with a document each, packed by best fit in blocks of 1,024 documents.
+
+    The documents are shuffled each epoch, and so are its rows. The cursor counts rows of an epoch.
+    """
+
+    def __init__(self, cache: TokenCache, *, sequence_len: int, rows: int, **kind: Any) -> None:
+        """Begin as `PackedBatches` does; arguments are the same.
+
+        Raises:
+            DataError: The text fills no row.
+        """
+        super().__init__(cache, sequence_len=sequence_len, rows=rows, **kind)
+        self._rows: dict[int, list[list[tuple[int, int]]]] = {}
+        self.waste = 1 - len(self._list_rows(self._epoch)) * (sequence_len + 1) / cache.tokens
+
+    def __next__(self) -> Batch:
+        """Return ids and targets, int64 (R, T)."""
+        epoch, position = self._carry(self._epoch, self._position + self.first)
+        parts = []
+        for _ in range(self.share):
+            pieces = self._list_rows(epoch)[position]
+            parts.append(np.concatenate([self.cache.ids[a : a + n] for a, n in pieces]))
+            epoch, position = self._carry(epoch, position + 1)
+        self._epoch, self._position = self._carry(self._epoch, self._position + self.rows)
+        self._rows = {e: rows for e, rows in self._rows.items() if e >= self._epoch}
+        tokens = np.stack(parts).astype(np.int64)  # (R, T + 1)
+        return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
+
+    def _carry(self, epoch: int, position: int) -> tuple[int, int]:
+        """Return the epoch and row that a place beyond an epoch's end is."""
+        while position >= len(self._list_rows(epoch)):
+            position -= len(self._list_rows(epoch))
+            epoch += 1
+        return epoch, position
+
+    def _list_rows(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """Return the rows of an epoch: of each piece where it begins in the cache, and its tokens."""
+        if epoch not in self._rows:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.cache.documents)
+            begins = self.cache.offsets[order]
+            lengths = self.cache.offsets[order + 1] - begins
+            found: list[list[tuple[int, int]]] = []
+            for first in range(0, len(order), BLOCK_DOCUMENTS):
+                block = lengths[first : first + BLOCK_DOCUMENTS].tolist()
+                for row in pack_best_fit(block, self.sequence_len + 1):
+                    found.append([(int(begins[first + i]), taken) for i, taken in row])
+            if not found:
+                raise DataError(
+                    f"this text of {self.cache.tokens:,} tokens fills no row of {self.sequence_len + 1:,}; "
+                    "lower model.sequence_len, or set rows to stream."
+                )
+            shuffled = np.random.default_rng([self.seed, epoch, 1]).permutation(len(found))
+            self._rows[epoch] = [found[i] for i in shuffled]
+        return self._rows[epoch]
+
+
 class PaddedBatches(PackedBatches):
     """Endless batches whose rows hold one conversation each, or a piece of T tokens of a longer one.
 
@@ -245,7 +304,8 @@ class ShardBatches(Iterator[Batch]):
     """Endless batches of parquet shards, tokenised as read: one stream, and each step takes its rows of it.
 
     Every rank tokenises the whole stream and keeps its own rows: a thread does some 15 MB of text a second,
-    8 H200 training a d20 eat 5, and in return the order is the same on any number of ranks.
+    8 H200 training a d20 eat 5, and in return the order is the same on any number of ranks. By best fit a row
+    group is laid out as whole rows, and the cursor's document is such a row.
     """
 
     waste = 0.0
@@ -263,6 +323,7 @@ class ShardBatches(Iterator[Batch]):
         skip_bad: bool = False,
         on_event: OnEvent | None = None,
         threads: int = 4,
+        best_fit: bool = False,
     ) -> None:
         """Begin at the first shard, or where a cursor stands.
 
@@ -272,6 +333,7 @@ class ShardBatches(Iterator[Batch]):
             rows: Rows of one optimizer step over all ranks; this rank yields R of them, an even share.
             cursor: What `cursor` gave earlier, of any rank and number of ranks.
             skip_bad: Name a shard that cannot be read and go on behind it.
+            best_fit: Begin each row with a document, instead of cutting one stream.
 
         Raises:
             ConfigError: There are fewer rows than ranks.
@@ -279,6 +341,10 @@ class ShardBatches(Iterator[Batch]):
         """
         self.first, self.share = share_rows(rows, rank, world_size)
         self.sequence_len, self.rows = sequence_len, rows
+        self.best_fit = best_fit
+        self.stride = (
+            sequence_len + best_fit
+        )  # a row of the stream shares its last token with the next
         start = {**dict(epoch=0, shard=0, row_group=0, document=0, offset=0), **(cursor or {})}
         if not 0 <= start["shard"] < len(feed):
             raise DataError(
@@ -286,9 +352,9 @@ class ShardBatches(Iterator[Batch]):
             )
         feed.begin(start["shard"])
         self._feed, self._stop = feed, threading.Event()
-        self._source = read_groups(
-            feed, tokenizer, threads, start, self._stop, skip_bad, on_event or (lambda event: None)
-        )
+        tell = on_event or (lambda event: None)
+        groups = read_groups(feed, tokenizer, threads, start, self._stop, skip_bad, tell)
+        self._source = pack_groups(groups, self.stride) if best_fit else groups
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(
             1, thread_name_prefix="primechat-shards"
         )
@@ -324,19 +390,23 @@ class ShardBatches(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         """Return ids and targets, int64 (R, T)."""
-        T = self.sequence_len
-        self._fill(self.rows * T + 1)
-        parts, skip, need = [], self._used + self.first * T, self.share * T + 1
+        stride = self.stride
+        self._fill(self.rows * stride + 1)
+        parts, skip = [], self._used + self.first * stride
+        need = self.share * stride + (not self.best_fit)
         for group in self._groups:
             parts.append(group.ids[skip : skip + need])
             skip, need = max(0, skip - len(group.ids)), need - len(parts[-1])
             if not need:
                 break
         tokens = np.concatenate(parts)
-        self._used += self.rows * T
+        self._used += self.rows * stride
         while self._used >= len(self._groups[0].ids):
             self._used -= len(self._groups.popleft().ids)
-        shape = (self.share, T)
+        shape = (self.share, stride)
+        if self.best_fit:
+            whole = torch.from_numpy(tokens.reshape(shape))
+            return whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
         targets = torch.from_numpy(tokens[1:].reshape(shape).copy())
         return torch.from_numpy(tokens[:-1].reshape(shape)), targets
 

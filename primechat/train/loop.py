@@ -31,7 +31,10 @@ def lr_ratio(step: int, steps: int, config: OptimConfig) -> float:
     >>> [lr_ratio(s, 10, OptimConfig(warmdown_ratio=0.5)) for s in (0, 5, 6, 9)]
     [1.0, 1.0, 0.8, 0.2]
     """
-    up, down = config.warmup_ratio * steps, config.warmdown_ratio * steps
+    down = count_warmdown(steps, config)
+    if config.warmup_steps and step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    up = config.warmup_ratio * steps
     if step < up:
         return (step + 1) / (up + 1)
     if step <= steps - down:
@@ -40,10 +43,51 @@ def lr_ratio(step: int, steps: int, config: OptimConfig) -> float:
     return round(share + (1 - share) * config.final_lr_ratio, 12)
 
 
+def count_warmdown(steps: int, config: OptimConfig) -> float:
+    """Return the steps, at the end of a run, in which the learning rate falls."""
+    down = config.warmdown_ratio * steps
+    return round(down) if config.whole_steps else down
+
+
 def muon_momentum(step: int, steps: int, config: OptimConfig) -> float:
-    """Return Muon's momentum: from 0.85 up to its full value in 300 steps or a quarter of the run."""
-    share = min(1.0, step / max(1.0, min(300.0, steps / 4)))
-    return 0.85 + (config.momentum - 0.85) * share if config.momentum > 0.85 else config.momentum
+    """Return Muon's momentum: up from its start to its full value, level, down while the rate falls.
+
+    >>> muon_momentum(0, 4000, OptimConfig()), muon_momentum(300, 4000, OptimConfig())
+    (0.85, 0.95)
+    """
+    start, full, end = config.momentum_start, config.momentum, config.momentum_end
+    limit = config.momentum_share * steps if config.momentum_share else float("inf")
+    rise = max(1.0, min(float(config.momentum_steps), limit))
+
+    down = count_warmdown(steps, config)
+    if end and down and step >= rise and step >= steps - down:
+        share = (step - (steps - down)) / down
+        return full * (1 - share) + end * share
+
+    risen = min(1.0, step / rise)
+    return start + (full - start) * risen if full > start else full
+
+
+def decay_ratio(step: int, steps: int, config: OptimConfig) -> float:
+    """Return the matrices' weight decay of a step as a share of its peak.
+
+    Source: nanochat HEAD, base_train.py, for the cosine; a step's decay is this times its learning rate.
+
+    >>> [round(decay_ratio(s, 10, OptimConfig(decay_schedule="cosine")), 3) for s in (0, 5, 10)]
+    [1.0, 0.5, 0.0]
+    """
+    if config.decay_schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * step / steps))
+    return lr_ratio(step, steps, config)
+
+
+def read_schedule(step: int, steps: int, config: OptimConfig) -> tuple[float, float, float]:
+    """Return a step's learning rate (of its peak), Muon's momentum, and weight decay (of its peak)."""
+    return (
+        lr_ratio(step, steps, config),
+        muon_momentum(step, steps, config),
+        decay_ratio(step, steps, config),
+    )
 
 
 def fit(
@@ -112,8 +156,8 @@ def fit(
                 f"The loss of step {step} is {mean_nats}, it must be a number; lower the learning rates "
                 "and resume from the last checkpoint."
             )
-        ratio = lr_ratio(step, steps, optimizer.config)
-        grad_norm, update_norm = optimizer.step(ratio, muon_momentum(step, steps, optimizer.config))
+        ratio, momentum, decay = read_schedule(step, steps, optimizer.config)
+        grad_norm, update_norm = optimizer.step(ratio, momentum, decay)
         step += 1
         spent_s = time.perf_counter() - t_start
         elapsed_s += spent_s

@@ -18,9 +18,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from primechat.config.model import STUDENT_SIZES
+from primechat.config.model import MATRICES, STUDENT_SIZES
+from primechat.config.optim import DECAY_SCHEDULES, ORTHOGONALIZE
+from primechat.config.recipes import FULL_RECIPES
 from primechat.config.runtime import COMPILE, DEVICES, DTYPES
-from primechat.config.stages import DISTANCES, LAYOUTS, LEARN
+from primechat.config.stages import COUNTED, DISTANCES, LAYOUTS, LEARN, ROWS
 from primechat.errors import ConfigError
 from primechat.views.widgets.runs import SettingsForm
 from primechat.views.words import name_field
@@ -29,6 +31,7 @@ SECTIONS = {
     "": "More settings",
     "base": "The run itself",
     "model": "The model's shape and switches",
+    "init": "The first weights",
     "optim": "The optimizer",
     "look": "How often it is measured and saved",
     "runtime": "The machine",
@@ -45,6 +48,12 @@ CHOICES = {
     "loss": DISTANCES,
     "layout": LAYOUTS,
     "learn": LEARN,
+    "recipe": FULL_RECIPES,
+    "params_counted": COUNTED,
+    "rows": ROWS,
+    "init.matrices": MATRICES,
+    "optim.orthogonalize": ORTHOGONALIZE,
+    "optim.decay_schedule": DECAY_SCHEDULES,
 }
 
 

@@ -33,6 +33,7 @@ from primechat.cloud.export import (
 from primechat.cloud.plan import Plan, describe_plan, find_machine, full_config, make_plan
 from primechat.cloud.templates import POD_BASE
 from primechat.config import AutochatConfig, PretrainConfig, encode_config
+from primechat.config.recipes import RECIPE_OF_ARCH
 from primechat.config.runtime import check_number
 from primechat.errors import ConfigError, PrimechatError
 from primechat.model.runlog import read_metrics
@@ -55,7 +56,7 @@ class PlanFlags:
     json: bool = False
     """Print JSON instead of text."""
     run: PretrainConfig = field(default_factory=lambda: full_config(20))
-    """The run; --depth and --arch set its shape."""
+    """The run; --recipe october2025|nanochat2026 names it, --depth its size."""
 
     def __post_init__(self) -> None:
         for name, high in (("disk_gb", 1e9), ("dollars_per_hour", 1e6), ("mfu", 1.0)):
@@ -119,11 +120,15 @@ def run_cloud(verb: str, argv: list[str]) -> int:
 
 
 def full_run(argv: list[str]) -> PretrainConfig:
-    """Return the run that --depth, --arch and --config name, a full one; takes them out of the words."""
-    file, (depth, arch) = take_option(argv, "--config"), take_shape(argv)
+    """Return the run that --recipe (or --arch), --depth and --config name; takes them out of the words."""
+    file, (depth, arch, recipe) = take_option(argv, "--config"), take_shape(argv)
+    if recipe and (file or arch):
+        raise ConfigError(
+            f"--recipe {recipe} sets all of a run, {'--config' if file else '--arch'} too; drop one."
+        )
     if file:
         return read_config(Path(file), PretrainConfig)
-    return full_config(20 if depth is None else depth, arch or "classic")
+    return full_config(depth, recipe or RECIPE_OF_ARCH[arch or "classic"])
 
 
 def run_plan(flags: PlanFlags) -> int:

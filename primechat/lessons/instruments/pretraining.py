@@ -223,8 +223,8 @@ class FolderConfig:
 
     depth: int = 20
     """Number of blocks; the width is 64 times as much."""
-    modern: bool = False
-    """Take the architecture of the run above, that of 2026, not the one of October 2025."""
+    recipe: str = "october2025"
+    """october2025, whose cost was measured, or nanochat2026."""
     gpus: str = "8xH200"
     """Machine: 8xH200, 8xH100, 4090 or another count of these."""
     output: str = "runs/d20"
@@ -255,7 +255,7 @@ def write_folder(lab: str = "05") -> Callable[..., FolderResult]:
     ) -> FolderResult:
         from primechat.desk.pods.verbs import rehearse
 
-        run = full_config(config.depth, "modern" if config.modern else "classic")
+        run = full_config(config.depth, config.recipe)
         plan = make_plan(run, find_machine(config.gpus))
         folder = Path(config.output).expanduser()
         export_lab(find_lab(lab), run, plan, folder, base_dir=store.base_dir(), force=config.force)

@@ -1,0 +1,74 @@
+"""What a setting meant before there was a field for it, so that old runs resume as they trained.
+
+A config.json of schema 1 knows none of the fields below. Each takes the value that computes what the code of
+then computed, whatever the defaults are today.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+SCALAR_FACTOR = 0.01  # schema 1 had one `scalar_lr`, of which every learned scalar took a hundredth
+SCALAR_RATES = ("residual_lr", "x0_lr", "smear_lr")
+
+SCHEMA_1: dict[str, dict[str, Any]] = {
+    "OptimConfig": {
+        "value_embedding_ratio": 1.0,
+        "adam_beta1": 0.8,
+        "x0_beta1": 0.8,
+        "adam_beta2": 0.95,
+        "embedding_beta2": 0.95,
+        "unembedding_beta2": 0.95,
+        "adam_eps": 1e-10,
+        "embedding_decay": 0.0,
+        "value_embedding_decay": 0.0,
+        "unembedding_decay": 0.0,
+        "residual_decay": 0.0,
+        "cautious_decay": False,
+        "decay_schedule": "rate",
+        "orthogonalize": "polar-damped",
+        "equalize_rows": False,
+        "restore_norm": False,
+        "row_beta2": 0.95,
+        "momentum_start": 0.85,
+        "momentum_steps": 300,
+        "momentum_share": 0.25,
+        "momentum_end": 0.0,
+        "warmup_steps": 0,
+        "whole_steps": False,
+    },
+    "PretrainConfig": {
+        "params_counted": "all",
+        "rows": "stream",
+        "init": {
+            "embedding_std": 0.8,
+            "head_std": 0.001,
+            "matrices": "uniform",
+            "mlp_gain": 1.0,
+            "residual_first": 1.0,
+            "residual_last": 1.0,
+            "x0_first": 0.1,
+            "x0_last": 0.1,
+            "backout": 0.2,
+            "gate_max": 0.0,
+        },
+    },
+}
+
+
+def upgrade_settings(data: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return the settings of a schema 1 file with what was not named then.
+
+    Args:
+        data: one object of the file, as JSON gives it.
+        kind: name of the config's class.
+
+    >>> upgrade_settings({"scalar_lr": 0.5}, "OptimConfig")["x0_lr"]
+    0.005
+    """
+    new = {**SCHEMA_1.get(kind, {}), **data}
+    rate = new.get("scalar_lr")
+    if kind == "OptimConfig" and isinstance(rate, (int, float)) and not isinstance(rate, bool):
+        del new["scalar_lr"]
+        new = {**dict.fromkeys(SCALAR_RATES, rate * SCALAR_FACTOR), **new}
+    return new

@@ -1,0 +1,81 @@
+"""Fresh weights, by the numbers of an InitConfig.
+
+Every block starts as nothing: what it writes back into the stream passes a matrix of zeros. The order of the
+draws is that of the parameters, so that a seed gives the same weights as ever.
+Reference: nanochat of October 2025 and of July 2026, gpt.py; Yang et al. 2023 (the spectral condition).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from primechat.config import InitConfig
+
+
+def draw_weights(
+    parameters: Iterable[tuple[str, Tensor]],
+    n_embd: int,
+    init: InitConfig,
+    generator: torch.Generator,
+) -> None:
+    """Fill the parameters of a GPT, named as in its state_dict, in place.
+
+    Args:
+        n_embd: width of the model, by which uniform matrices scale.
+    """
+    for name, p in parameters:
+        if name == "resid_lambdas":
+            p.copy_(lay_on_line(init.residual_first, init.residual_last, len(p)))
+        elif name == "x0_lambdas":
+            p.copy_(lay_on_line(init.x0_first, init.x0_last, len(p)))
+        elif name == "backout_lambda":
+            p.fill_(init.backout)
+        elif name == "smear_lambda" or name.endswith("c_proj.weight"):
+            p.zero_()
+        elif name == "transformer.wte.weight":
+            p.normal_(std=init.embedding_std, generator=generator)
+        elif name == "lm_head.weight":
+            draw_normal(p, init.head_std, generator)
+        elif name.endswith("gate.weight"):
+            draw_uniform(p, 0.0, init.gate_max, generator)
+        elif init.matrices == "normal" and name.startswith("value_embeds"):
+            p.normal_(std=init.embedding_std, generator=generator)
+        else:
+            gain = init.mlp_gain if name.endswith("c_fc.weight") else 1.0
+            draw_matrix(p, n_embd, init.matrices, gain, generator)
+
+
+def draw_matrix(
+    p: Tensor, n_embd: int, kind: str, gain: float, generator: torch.Generator
+) -> None:
+    """Draw a matrix (out, in) of one of the two kinds, its standard deviation times `gain`."""
+    if kind == "normal":
+        n_out, n_in = p.shape
+        draw_normal(p, gain * min(1.0, (n_out / n_in) ** 0.5) / n_in**0.5, generator)
+    else:
+        bound = gain * (3 / n_embd) ** 0.5  # of a uniform with a standard deviation of 1 / sqrt(n_embd)
+        draw_uniform(p, -bound, bound, generator)
+
+
+def draw_normal(p: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill a tensor with normal numbers; with a deviation of 0 nothing is drawn."""
+    if std:
+        p.normal_(std=std, generator=generator)
+    else:
+        p.zero_()
+
+
+def draw_uniform(p: Tensor, low: float, high: float, generator: torch.Generator) -> None:
+    """Fill a tensor with uniform numbers; where low and high are one nothing is drawn."""
+    if high > low:
+        p.uniform_(low, high, generator=generator)
+    else:
+        p.fill_(low)
+
+
+def lay_on_line(first: float, last: float, n: int) -> Tensor:
+    """Return n numbers on a line, (n,); of one number the first."""
+    return torch.tensor([first + (last - first) * i / max(n - 1, 1) for i in range(n)])
