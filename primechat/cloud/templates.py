@@ -83,9 +83,11 @@ RECIPE = """\
 
 This is not the small run that the lab has set up for your own machine. It is the recipe `@NAMED@` at depth
 @DEPTH@: a vocabulary of @VOCAB@ instead of 2,048, rows of @ROWS@ tokens, the text of @CORPUS@, and all rates,
-schedules and first weights of nanochat at that time. `october2025` is its speedrun of October 2025,
-whose cost has been measured; `nanochat2026` is its code of July 2026, which reads 12 tokens for each parameter
-of the blocks and the head. The other one: `primechat export 05 --depth @DEPTH@ --recipe @OTHER@ -o FOLDER`."""
+schedules and first weights of nanochat at that time. `october2025` is its speedrun of that month,
+whose cost has been measured; `nanochat2026` is its code of July 2026, which reads 12 tokens for each
+parameter of the blocks and the head.
+
+The other one: `primechat export 05 --depth @DEPTH@ --recipe @OTHER@ -o FOLDER`."""
 READ_ME = """\
 # @JOB@: from @LAB@ to @GPUS@
 

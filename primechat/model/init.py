@@ -48,15 +48,15 @@ def draw_weights(
             draw_matrix(p, n_embd, init.matrices, gain, generator)
 
 
-def draw_matrix(
-    p: Tensor, n_embd: int, kind: str, gain: float, generator: torch.Generator
-) -> None:
+def draw_matrix(p: Tensor, n_embd: int, kind: str, gain: float, generator: torch.Generator) -> None:
     """Draw a matrix (out, in) of one of the two kinds, its standard deviation times `gain`."""
     if kind == "normal":
         n_out, n_in = p.shape
         draw_normal(p, gain * min(1.0, (n_out / n_in) ** 0.5) / n_in**0.5, generator)
     else:
-        bound = gain * (3 / n_embd) ** 0.5  # of a uniform with a standard deviation of 1 / sqrt(n_embd)
+        bound = (
+            gain * (3 / n_embd) ** 0.5
+        )  # of a uniform with a standard deviation of 1 / sqrt(n_embd)
         draw_uniform(p, -bound, bound, generator)
 
 
