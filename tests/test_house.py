@@ -79,7 +79,7 @@ MAX_DOC_LINES = 12
 MAX_FUNCTION_LINES = 60
 # Python's tokens without comments, docstrings and line ends: layout never pays. What was reached plus 3 %;
 # whoever needs more raises it knowingly.
-TOKEN_BUDGET = 205_000
+TOKEN_BUDGET = 211_000
 # Longer than a function should be; each is to be split, and none may grow or join them.
 TOO_LONG = {
     "cloud.export.fill_in": 77,
@@ -87,10 +87,8 @@ TOO_LONG = {
     "desk.convert.export_model": 62,
     "desk.convert.describe_tokenizer": 66,
     "stages.distill.distill": 61,
-    "stages.pretrain.pretrain": 66,
-    "stages.quickstart.quickstart": 63,
     "store.open_model": 77,
-    "train.loop.fit": 94,
+    "train.loop.fit": 92,
     "train.tune.tune_runtime": 147,
 }
 VAGUE = {"utils", "util", "helpers", "helper", "misc", "common", "manager"}
