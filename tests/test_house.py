@@ -88,7 +88,7 @@ TOO_LONG = {
     "desk.convert.describe_tokenizer": 66,
     "stages.distill.distill": 61,
     "store.open_model": 77,
-    "train.loop.fit": 92,
+    "train.loop.fit": 94,
     "train.tune.tune_runtime": 147,
 }
 VAGUE = {"utils", "util", "helpers", "helper", "misc", "common", "manager"}
