@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import inspect
 import sys
+import textwrap
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from primechat import store
-from primechat.desk.labs import runner
+from primechat.desk.labs import memory, runner
 from primechat.desk.labs.forms import build_form, read_command
 from primechat.desk.labs.runner import in_marimo, open_control, show
 from primechat.lessons import Broken, Exercise, is_stub
 from primechat.records import count_noun
 from primechat.store import ModelEntry
-from primechat.views.widgets.controls import ExerciseCard, Live, ModelPicker, Notice, Prediction
+from primechat.views.widgets.controls import ExerciseCard, Live, ModelPicker, Notice
+from primechat.views.widgets.controls import Prediction as Prediction
 from primechat.views.widgets.runs import (
     RunLog,
     StageControl,
@@ -131,7 +132,8 @@ def predict(
     within: float = 0.0,
     unit: str = "",
 ) -> Any:
-    """Return a question to answer before the lab does; the page keeps the score.
+    """Return a question to answer before the lab does; the page keeps the score, and a lab that is opened
+    again has the guesses of before.
 
     Args:
         options: what can be answered, or two numbers: the ends of a scale.
@@ -141,17 +143,23 @@ def predict(
         why: what is read after the reveal.
         within: how far from the number a guess may be; 0 is a twentieth of the scale.
     """
-    return show(Prediction(question, options, answer, why=why, within=within, unit=unit))
+    card = Prediction(question, options, answer, why=why, within=within, unit=unit)
+    memory.follow_guess(card, memory.name_lab(sys._getframe(1).f_globals))
+    return show(card)
 
 
 def exercise(task: Exercise, attempt: Any = None) -> Any:
-    """Check an attempt (None, `...` or a stub is none); return a card that names the first rule it breaks."""
+    """Check an attempt (None, `...` or a stub is none); return a card that names the first rule it breaks.
+    It remembers what was solved when the lab was open before.
+    """
     card = ExerciseCard(
         title=task.title, task=task.task, hint=task.hint, solution=task.solution_text
     )
+    number = memory.name_lab(sys._getframe(1).f_globals)
     if is_stub(attempt) and (runner.in_app() or runner.still):
-        number = Path(sys._getframe(1).f_globals.get("__file__") or "NN").name[:2]
-        card.message = f"To try it, open the lab for editing: `primechat lab {number} --edit`"
+        card.message = (
+            f"To try it, open the lab for editing: `primechat lab {number or 'NN'} --edit`"
+        )
     elif not is_stub(attempt):
         card.state, card.message = "passed", task.praise
         try:
@@ -160,7 +168,18 @@ def exercise(task: Exercise, attempt: Any = None) -> Any:
             card.state, card.rule, card.message = "broken", error.rule, str(error)
         except Exception as error:  # of the learner's code: told, not raised
             card.state, card.message = "failed", f"It raised {type(error).__name__}: {error}"
+    memory.follow_exercise(card, number, read_source(attempt))
     return show(card)
+
+
+def read_source(attempt: Any) -> str:
+    """Return the code of an attempt as it was typed, a value as its repr, else ""."""
+    if not inspect.isfunction(attempt):
+        return repr(attempt)
+    try:
+        return textwrap.dedent(inspect.getsource(attempt)).strip()
+    except (OSError, TypeError):
+        return ""
 
 
 _models: OrderedDict[tuple[Any, ...], tuple[Any, Any, dict[str, Any]]] = OrderedDict()

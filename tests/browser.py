@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from primechat.desk.labs.memory import find_file
 from primechat.desk.labs.twins import LabConfig, build_words, write_twin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -263,7 +264,8 @@ def hosts(
         def start(host: str) -> tuple[Server, Path]:
             folder = tmp_path_factory.getbasetemp() / "shared"
             if not folder.exists():
-                shutil.copytree(ROOT / "labs", folder / "labs")
+                not_mine = shutil.ignore_patterns("mine")
+                shutil.copytree(ROOT / "labs", folder / "labs", ignore=not_mine)
                 shutil.copytree(SMALL_LABS, folder / "labs", dirs_exist_ok=True)
                 shutil.copy(ROOT / "pyproject.toml", folder)
             if host not in found:
@@ -285,6 +287,8 @@ def shared(hosts: Callable[[str], tuple[Server, Path]]) -> Iterator[Callable[[st
     def find(host: str, path: Path) -> str:
         nonlocal kernels
         server, labs = hosts(host)
+        # what another test has guessed
+        (server.base_dir / find_file().name).unlink(missing_ok=True)
         name = f"notebooks/{path.stem}.ipynb" if host == "jupyter" else path.name
         if host == "jupyter":  # anew: JupyterLab may have saved what another test saw
             twin = (

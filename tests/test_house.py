@@ -547,7 +547,7 @@ def list_texts() -> Iterator[tuple[Path, str]]:
     roots = [ROOT / name for name in (*sorted(TOP_LEVEL), ".ci", ".gitignore")]
     for root in roots:
         for path in [root] if root.is_file() else sorted(root.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts and "fixtures" not in path.parts:
+            if path.is_file() and not {"__pycache__", "fixtures", "mine"} & set(path.parts):
                 try:
                     yield path, path.read_text(encoding="utf-8")
                 except UnicodeDecodeError:

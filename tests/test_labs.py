@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 from browser import HOSTS, end_group, find_port, run_all_cells, wait_for
 
 from primechat import cli
-from primechat.desk.labs import twins
+from primechat.desk.labs import copies, twins
 from primechat.desk.labs.twins import (
     LabConfig,
     build_words,
@@ -81,16 +82,20 @@ def test_answers_wait_for_their_guess() -> None:
     )
 
 
-def test_commands_that_open_a_lab() -> None:
+def test_commands_that_open_a_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "labs" / "notebooks", tmp_path / "labs" / "notebooks")
+    for module in (copies, twins):
+        monkeypatch.setattr(module, "LABS", tmp_path / "labs")
     words, places = build_words(LabConfig(), LABS[0])
     assert "--MarimoProxyConfig.no_sandbox=True" in words
-    assert f"--LabApp.default_url=/lab/tree/notebooks/{LABS[0].stem}.ipynb" in words
+    assert f"--LabApp.default_url=/lab/tree/{LABS[0].stem}.ipynb" in words
     assert places["PATH"].startswith(str(Path(sys.executable).parent))
     app, _ = build_words(LabConfig(app=True, headless=True, port=4321), LABS[0])
     assert app[1:4] == ["-m", "primechat.desk.labs.app", "run"]
     assert app[4:] == [str(LABS[0]), "--port", "4321", "--headless"]
     editor, _ = build_words(LabConfig(edit=True), LABS[0])
-    assert editor[1:6] == ["-m", "marimo", "edit", str(LABS[0]), "--port"] and int(editor[6]) > 1023
+    own = tmp_path / "labs" / "mine" / LABS[0].name
+    assert editor[1:6] == ["-m", "marimo", "edit", str(own), "--port"] and int(editor[6]) > 1023
 
 
 READ_AHEAD = """

@@ -21,11 +21,11 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from primechat.cloud.export import is_folded
+from primechat.desk.labs import copies
 from primechat.desk.streams import require_output
 from primechat.errors import ConfigError, DataError
 
-ROOT = Path(__file__).resolve().parents[3]
-LABS = ROOT / "labs"
+ROOT, LABS = copies.ROOT, copies.LABS
 FIRST_CELL = """\
 # The Jupyter twin of labs/{name}.py; `primechat lab sync` writes it anew.
 import sys
@@ -40,7 +40,9 @@ except ImportError:
     ) from None
 print(f"primechat {{primechat.__version__}}, Python {{sys.version.split()[0]}}: {{sys.executable}}")"""
 HOW_TO_BEGIN = (
-    "*In JupyterLab: press ⏩ (restart the kernel and run all cells) to bring the lab to life.*"
+    "*In JupyterLab: press ⏩ (restart the kernel and run all cells) to bring the lab to life. "
+    "`primechat lab {number}` opens a copy of your own to edit; `primechat lab reset {number}` brings the "
+    "original back.*"
 )
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
@@ -49,20 +51,23 @@ KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": 
 class LabConfig:
     """Open the labs: `primechat lab` starts JupyterLab, `primechat lab 01` opens a lab in it.
 
+    What is opened for editing is a copy of your own in labs/mine; `primechat lab reset 01` brings the lab
+    back as it ships, keeps yours as a backup and forgets its guesses.
+
     `primechat lab sync` writes the Jupyter twins of the labs anew, `primechat lab render OUT` writes each lab
     as a page that needs neither Python nor a network, `primechat lab render OUT 05 09` only these.
     """
 
     lab: Positional[str] = ""
-    """Number of a lab, or sync, or render."""
+    """Number of a lab, or reset, or sync, or render."""
     out: Positional[str] = ""
-    """Of render: the folder to write."""
+    """Of reset: the number of the lab. Of render: the folder to write."""
     only: Positional[tuple[str, ...]] = ()
     """Of render: numbers of the labs to write; none means all."""
     app: bool = False
     """Open it as an app, without code: `marimo run`."""
     edit: bool = False
-    """Open it in marimo's own editor: `marimo edit`."""
+    """Open your copy of it in marimo's own editor: `marimo edit`."""
     list: bool = False
     """List the labs and open none."""
     check: bool = False
@@ -119,6 +124,8 @@ def run_lab(config: LabConfig) -> int:
     require_output(False)  # what follows writes files, or opens a server
     if config.lab == "sync":
         return sync_twins(check=config.check)
+    if config.lab == "reset":
+        return reset_lab(config.out)
     missing = [name for name in ("marimo", "jupyterlab", "anywidget") if not find_spec(name)]
     if missing:
         raise ConfigError(
@@ -139,10 +146,10 @@ def run_lab(config: LabConfig) -> int:
 
 
 def build_words(config: LabConfig, path: Path | None) -> tuple[list[str], dict[str, str]]:
-    """Return the command that opens a lab, and its environment.
+    """Return the command that opens a lab, and its environment; make the learner's copies that it opens.
 
     Raises:
-        ConfigError: --app or --edit without a lab.
+        ConfigError: --app or --edit without a lab, or labs/mine cannot be written.
     """
     # marimo's server finds `marimo` on the path, also where the environment is not activated.
     places = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
@@ -152,18 +159,27 @@ def build_words(config: LabConfig, path: Path | None) -> tuple[list[str], dict[s
             raise ConfigError(
                 "--app and --edit open one lab; name it, for example `primechat lab 01 --app`."
             )
-        kind = ["primechat.desk.labs.app", "run"] if config.app else ["marimo", "edit"]
+        kind = ["primechat.desk.labs.app", "run"]
+        if config.edit:
+            kind = ["marimo", "edit"]
+            say_copy(path, ".py")
+            path, said = copies.open_copy(path)
+            say_conflict(said)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = config.port or probe.getsockname()[1]
         words = [sys.executable, "-m", *kind, str(path), "--port", str(port)]
         return words + ["--headless"] * config.headless, environment
-    where = f"/notebooks/{path.stem}.ipynb" if path else ""
+    for one in list_labs():  # the others are at hand too, in JupyterLab's list of files
+        say_conflict(copies.open_copy(LABS / "notebooks" / f"{one.stem}.ipynb")[1])
+    if path:
+        say_copy(path, ".ipynb")
+    where = f"/{path.stem}.ipynb" if path else ""
     words = [
         sys.executable,
         "-m",
         "jupyterlab",
-        f"--ServerApp.root_dir={LABS}",
+        f"--ServerApp.root_dir={LABS / 'mine'}",
         f"--LabApp.default_url=/lab/tree{where}",
         "--MarimoProxyConfig.no_sandbox=True",  # else labs run in an empty environment and are changed
     ]
@@ -173,6 +189,37 @@ def build_words(config: LabConfig, path: Path | None) -> tuple[list[str], dict[s
     )  # in a container; Jupyter refuses otherwise
     words += [f"--ServerApp.port={config.port}"] if config.port else []
     return words, environment
+
+
+def say_copy(lab: Path, suffix: str) -> None:
+    """Print which copy is opened, and how to be rid of what was changed in it."""
+    copy = copies.name_path(copies.find_copy(lab.with_suffix(suffix)))
+    reset = f"`primechat lab reset {lab.stem[:2]}`"
+    print(f"Opening {copy}, a copy of your own: edit it freely. {reset} brings the original back.")
+
+
+def say_conflict(sentence: str) -> None:
+    """Print that an edited copy stays, where that is so."""
+    if sentence:
+        print(sentence)
+
+
+def reset_lab(name: str) -> int:
+    """Bring a lab back as it ships, and forget what was guessed and solved in it; return 0.
+
+    Raises:
+        ConfigError: no lab is named, or there is no such lab.
+    """
+    from primechat.desk.labs import memory
+
+    if not name:
+        raise ConfigError("reset needs a lab; for example `primechat lab reset 02`.")
+    lab = find_lab(name)
+    said = list(copies.reset_lab(lab))
+    if memory.forget(lab.stem[:2]):
+        said.append("Its guesses and solved exercises are forgotten.")
+    print("\n".join(said or [f"There is no copy of lab {lab.stem[:2]} yet."]))
+    return 0
 
 
 def sync_twins(*, check: bool = False) -> int:
@@ -221,7 +268,8 @@ def write_twin(path: Path) -> str:
     for cell in cells:
         if cell["cell_type"] == "markdown":
             title, _, rest = "".join(cell["source"]).partition("\n")
-            cell["source"] = f"{title}\n\n{HOW_TO_BEGIN}\n{rest}".rstrip().splitlines(keepends=True)
+            begin = HOW_TO_BEGIN.format(number=path.stem[:2])
+            cell["source"] = f"{title}\n\n{begin}\n{rest}".rstrip().splitlines(keepends=True)
             break
     first = {
         "cell_type": "code",

@@ -35,6 +35,7 @@ from primechat.cloud.templates import POD_BASE
 from primechat.config import AutochatConfig, PretrainConfig, encode_config
 from primechat.config.recipes import RECIPE_OF_ARCH
 from primechat.config.runtime import check_number
+from primechat.desk.labs import copies
 from primechat.errors import ConfigError, PrimechatError
 from primechat.model.runlog import read_metrics
 from primechat.names import FOLDERS
@@ -148,7 +149,9 @@ def run_export(flags: ExportFlags, stage: Any = None) -> int:
 
     `stage` are the settings of the stage of labs 06 to 09; None are those of a full run.
     """
-    lab, plan = find_lab(flags.lab), flags.plan()
+    lab, plan = copies.choose_source(find_lab(flags.lab)), flags.plan()
+    if lab.parent.name == "mine":
+        print(f"The cells are those of your own copy, {copies.name_path(lab)}.")
     config = stage or full_stage(lab, flags.run)
     folder = Path(flags.output or f"runs/{name_job(config)}").expanduser()
     for path in export_lab(lab, config, plan, folder, base_dir=base_dir(), force=flags.force):

@@ -253,13 +253,17 @@ def write_folder(lab: str = "05") -> Callable[..., FolderResult]:
         on_event: OnEvent | None = None,
         stop: threading.Event | None = None,
     ) -> FolderResult:
+        from primechat.desk.labs import copies
         from primechat.desk.pods.verbs import rehearse
 
         run = full_config(config.depth, config.recipe)
         plan = make_plan(run, find_machine(config.gpus))
         folder = Path(config.output).expanduser()
-        export_lab(find_lab(lab), run, plan, folder, base_dir=store.base_dir(), force=config.force)
         tell = on_event or (lambda event: None)
+        source = copies.choose_source(find_lab(lab))
+        if source.parent.name == "mine":
+            tell(NoteEvent(text=f"The cells are those of {copies.name_path(source)}."))
+        export_lab(source, run, plan, folder, base_dir=store.base_dir(), force=config.force)
         if config.rehearse and rehearse(folder, say=lambda text: tell(NoteEvent(text=text))):
             raise PrimechatError(
                 "The rehearsal failed, see the notes; the folder is written all the same."

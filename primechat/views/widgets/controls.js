@@ -166,27 +166,24 @@ function drawPrediction({ model, root, listen, later }) {
       ),
     );
   }
-  const reveal = button(
-    "Show the answer",
-    async () => {
-      if (model.get("answer") === null) {
-        reveal.disabled = true;
-        result.replaceChildren(h("p", { class: "pc-muted", text: "Being measured …" }));
-        try {
-          const { answer, why } = await ask("settle", {}, 300000);
-          model.set("answer", answer);
-          model.set("why", why);
-        } catch (error) {
-          refresh();
-          result.append(h("p", { class: "pc-error", text: error.message }));
-          return;
-        }
+  const settle = async () => {
+    if (model.get("answer") === null) {
+      reveal.disabled = true;
+      result.replaceChildren(h("p", { class: "pc-muted", text: "Being measured …" }));
+      try {
+        const { answer, why } = await ask("settle", {}, 300000);
+        model.set("answer", answer);
+        model.set("why", why);
+      } catch (error) {
+        refresh();
+        result.append(h("p", { class: "pc-error", text: error.message }));
+        return;
       }
-      commit(model, { revealed: true });
-      refresh();
-    },
-    { primary: true },
-  );
+    }
+    commit(model, { revealed: true });
+    refresh();
+  };
+  const reveal = button("Show the answer", settle, { primary: true });
   const count = () => {
     const done = [...scores.values()].filter((entry) => entry.done),
       right = done.filter((entry) => entry.right).length;
@@ -195,7 +192,7 @@ function drawPrediction({ model, root, listen, later }) {
       : "";
   };
   const refresh = () => {
-    const shown = model.get("revealed"),
+    const shown = model.get("revealed") && model.get("answer") !== null,
       guess = model.get("guess");
     reveal.disabled = guess === null || guess === undefined;
     reveal.hidden = shown;
@@ -259,6 +256,8 @@ function drawPrediction({ model, root, listen, later }) {
     ),
   );
   refresh();
+  // A guess that was made when the lab was open before, of something that has to be measured again.
+  if (model.get("revealed") && model.get("answer") === null) whenSeen(root, settle, later);
 }
 
 const STATES = {
@@ -266,6 +265,7 @@ const STATES = {
   broken: ["Not yet", ""],
   failed: ["It stopped", ""],
   passed: ["Solved", ""],
+  solved: ["Solved before", ""],
 };
 
 function drawExercise({ model, root, listen }) {
@@ -295,6 +295,10 @@ function drawExercise({ model, root, listen }) {
     task,
     verdict,
   );
+  if (model.get("kept"))
+    card.append(
+      more("What you wrote then", h("pre", { class: "pc-mono pc-code", text: model.get("kept") })),
+    );
   if (model.get("hint")) card.append(more("Hint", ...prose(model.get("hint"))));
   if (model.get("solution"))
     card.append(

@@ -108,6 +108,16 @@ class Prediction(Widget):
         if not callable(answer):
             self.answer_settle()
 
+    def recall(self, guess: Any) -> None:
+        """Take up a guess that was made and answered before, if it still is one of those to choose from."""
+        if self.options:
+            is_one = guess in self.options
+        else:
+            is_number = isinstance(guess, (int, float)) and not isinstance(guess, bool)
+            is_one = is_number and self.scale[0] <= guess <= self.scale[1]
+        if is_one:
+            self.guess, self.revealed = guess, True
+
     def answer_settle(self) -> dict[str, Any]:
         """Find the answer, where it is not known yet."""
         found = self.find()
@@ -125,7 +135,8 @@ class Prediction(Widget):
 class ExerciseCard(Widget):
     """What an exercise asks, how the attempt did, a hint and a solution.
 
-    `state` is untried, broken (the rule that does not hold is named), failed (the attempt raised) or passed.
+    `state` is untried, broken (the rule that does not hold is named), failed (the attempt raised), passed, or
+    solved, where nothing is tried yet that was solved before, by the code in `kept`.
     """
 
     kind = traitlets.Unicode("exercise").tag(sync=True)
@@ -134,6 +145,7 @@ class ExerciseCard(Widget):
     state = traitlets.Unicode("untried").tag(sync=True)
     rule = traitlets.Unicode("").tag(sync=True)
     message = traitlets.Unicode("").tag(sync=True)
+    kept = traitlets.Unicode("").tag(sync=True)
     hint = traitlets.Unicode("").tag(sync=True)
     solution = traitlets.Unicode("").tag(sync=True)
 
