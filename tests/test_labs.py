@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from browser import HOSTS, end_group, find_port, run_all_cells, wait_for
+from test_runner import wait_until
 
 from primechat import cli
 from primechat.desk.labs import copies, twins
@@ -272,33 +275,89 @@ def test_lab_opens_without_errors(
     found.check()
 
 
-@pytest.mark.slow
-def test_command_opens_a_lab_in_jupyter(tmp_path: Path, lab_page: Callable[..., Any]) -> None:
-    """JupyterLab comes up at the lab's twin, with marimo's extension out of its sandbox."""
-    port, log = find_port(), tmp_path / "log"
-    words = [sys.executable, "-m", "primechat.cli", "lab", "01", "--headless", "--port", str(port)]
-    folders = {
+@pytest.fixture
+def open_lab(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """`open_lab("04", "--edit")` runs `primechat lab` in a clone and returns the address of its page."""
+    clone = tmp_path / "clone"
+    leave = shutil.ignore_patterns("__pycache__", "mine")
+    for name in ("primechat", "labs"):
+        shutil.copytree(ROOT / name, clone / name, ignore=leave)
+    shutil.copy(ROOT / "pyproject.toml", clone)
+    (clone / "data").symlink_to(ROOT / "data")
+    places = {
         "JUPYTER_CONFIG_DIR": "config",
         "JUPYTER_RUNTIME_DIR": "runtime",
         "IPYTHONDIR": "ipython",
+        "JUPYTERLAB_WORKSPACES_DIR": "spaces",
+        "XDG_CONFIG_HOME": "config",
     }
-    places = {name: str(tmp_path / folder) for name, folder in folders.items()}
-    extra = {"JUPYTER_TOKEN": "abc", "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "spaces")}
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            words,
-            env={**environment(tmp_path / "base"), **places, **extra},
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            wait_for(f"http://127.0.0.1:{port}/api?token=abc", process, log)
-            found = lab_page(f"http://127.0.0.1:{port}/?token=abc")
-            found.page.locator(".jp-NotebookPanel h1", has_text="tokens?").wait_for(timeout=90_000)
-            # JupyterLab interrupts its kernels when it ends, and one that is still starting complains.
-            found.page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for(timeout=90_000)
-        finally:
-            end_group(process)
-    assert "Traceback" not in log.read_text()
+    env = environment(tmp_path / "base") | {k: str(tmp_path / v) for k, v in places.items()}
+    env |= {"JUPYTER_TOKEN": "abc", "PYTHONPATH": str(clone)}
+    logs: list[Path] = []
+    with contextlib.ExitStack() as stack:
+
+        def start(*words: str) -> str:
+            port, log = find_port(), tmp_path / f"log-{len(logs)}"
+            command = [sys.executable, "-m", "primechat.cli", "lab", *words]
+            command += ["--headless", "--port", str(port)]
+            out = stack.enter_context(log.open("w"))
+            process = subprocess.Popen(
+                command,
+                env=env,
+                cwd=clone,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+            stack.callback(end_group, process)
+            logs.append(log)
+            if "--edit" not in words:
+                wait_for(f"http://127.0.0.1:{port}/api?token=abc", process, log)
+                return f"http://127.0.0.1:{port}/?token=abc"
+            wait_for(f"http://127.0.0.1:{port}/health", process, log)
+            wait_until(lambda: "access_token" in log.read_text())
+            return re.findall(r"http://\S+", log.read_text())[0]
+
+        yield start
+    assert not any("Traceback" in log.read_text() for log in logs)
+
+
+@pytest.mark.slow
+def test_a_learners_copy_in_jupyter(
+    tmp_path: Path, open_lab: Callable[..., str], lab_page: Callable[..., Any]
+) -> None:
+    """JupyterLab opens the copy; what is typed and saved there touches nothing that git tracks, and a guess
+    is there when the lab is opened again.
+    """
+    labs = tmp_path / "clone" / "labs"
+    shipped = {path: path.read_bytes() for path in labs.rglob("*") if path.is_file()}
+    url, copy = open_lab("04"), labs / "mine" / "04_plan_a_run.ipynb"
+    for visit in range(2):
+        found = lab_page(url)
+        page = found.page
+        page.locator(".jp-NotebookPanel h1", has_text="pay for it?").wait_for()
+        run_all_cells(page)
+        guess = page.locator(".pc-prediction").first
+        if not visit:
+            guess.get_by_label("3.4 times").check()
+            guess.get_by_role("button", name="Show the answer").click()
+        guess.locator(".pc-mark", has_text="your guess").wait_for()
+        page.keyboard.press("Control+s")
+        wait_until(lambda: '"output_type"' in copy.read_text())
+        # JupyterLab interrupts its kernels when it ends, and one that is still starting complains.
+        page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()
+        page.close()
+    assert {path: path.read_bytes() for path in shipped} == shipped
+
+
+@pytest.mark.slow
+def test_a_learners_copy_in_marimo(
+    tmp_path: Path, open_lab: Callable[..., str], lab_page: Callable[..., Any]
+) -> None:
+    """`--edit` opens the copy with the settings and looks of pyproject.toml: cells run by themselves."""
+    found = lab_page(open_lab("04", "--edit"))
+    found.page.locator(".pc-prediction").first.wait_for()
+    own = tmp_path / "clone" / "labs" / "mine" / "04_plan_a_run.py"
+    assert own.is_file() and str(Path("mine", own.name)) in found.page.content()
+    found.check()
