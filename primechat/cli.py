@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import importlib
 import inspect
 import io
@@ -31,6 +32,7 @@ import primechat
 from primechat import records
 from primechat.desk import streams
 from primechat.errors import ConfigError, PrimechatError, StoppedError
+from primechat.files import explain_refusal, is_clone, resolve_path
 
 CLOUD = "pods.verbs"  # each of its verbs parses its flags itself
 STAGES = {  # verb: (public name of the stage, of its config, its sentence)
@@ -92,6 +94,11 @@ DESK = {  # verb: (module of the desk, whose `run_VERB` it is, its config, its s
 }
 # Verbs that leave something behind: they do their work whether or not anybody reads what they print.
 LASTING = {*STAGES, "download", "convert", "export", "pull", "report"} - {"evaluate"}
+REFUSALS = (  # what a disk, and not the program, is to blame for
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENXIO, errno.ESTALE),
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EMFILE, errno.ENFILE),
+)
 FEW_STEPS = 40  # of a quickstart: fewer leave a model that has not found words yet
 SHORTCUTS = {
     "--device": "--device cpu|mps|cuda stands for --runtime.device.",
@@ -151,6 +158,8 @@ def explain_end(error: Exception) -> int:
     """
     alone, rank = os.environ.get("WORLD_SIZE", "1") == "1", os.environ.get("RANK", "0")
     who = "primechat" if rank == "0" else f"primechat (rank {rank})"
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        error = explain_refusal(error)
     if isinstance(error, PrimechatError):
         if alone or claim_report():
             print(f"{who}: {error}", file=sys.stderr, flush=True)
@@ -320,6 +329,7 @@ def read_config(path: Path, cls: type[Config]) -> Config:
     """Read a config from a JSON file or a run's folder."""
     from primechat.config import decode_config
 
+    path = resolve_path(path, "--config")
     path = path / "config.json" if path.is_dir() else path
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -511,8 +521,11 @@ def describe_quickstart(result: records.QuickstartResult) -> Iterator[str]:
     steps = {
         f"primechat chat {chat}": "talk to it yourself",
         "primechat quickstart --seconds 600": "a better one: ten minutes of training",
-        "primechat chat shipped/sft": "one that ships, trained for longer",
-        "primechat lab 00": "the labs: look inside it",
+    }
+    if is_clone():  # a copy of the library alone has neither
+        steps["primechat chat shipped/sft"] = "one that ships, trained for longer"
+        steps["primechat lab 00"] = "the labs: look inside it"
+    steps |= {
         f"primechat evaluate --model base/{tag}": "how well the base model predicts new text",
         "primechat pretrain --help": "every knob",
     }

@@ -24,7 +24,14 @@ from typing import TYPE_CHECKING, Any
 from primechat.config import GPTConfig, decode_config
 from primechat.config.stages import check_tag
 from primechat.errors import CheckpointError, ConfigError
-from primechat.files import measure_file, write_whole
+from primechat.files import (
+    explain_copy,
+    is_clone,
+    make_folder,
+    measure_file,
+    resolve_path,
+    write_file,
+)
 from primechat.hub import count_gguf, count_params, find_package, list_cached
 from primechat.model.checkpoint import (
     explain_steps,
@@ -83,8 +90,13 @@ class ModelEntry:
 
 
 def base_dir() -> Path:
-    """Return the folder of all models: $NANOCHAT_BASE_DIR, read at each call, else ~/.cache/nanochat."""
-    return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
+    """Return the folder of all models: $NANOCHAT_BASE_DIR, read at each call, else ~/.cache/nanochat.
+
+    Raises:
+        ConfigError: it is a file, or can be no folder.
+    """
+    given = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
+    return resolve_path(given, "NANOCHAT_BASE_DIR", folder=True)
 
 
 def run_dir(family: str, tag: str) -> Path:
@@ -130,8 +142,7 @@ def is_by_product(folder: Path) -> bool:
 
 def mark_by_product(folder: Path, origin: str) -> None:
     """Mark a run's folder, which may not exist yet, as a by-product of `origin`, in words."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / MARK, f"{origin}\n".encode())
+    write_file(make_folder(folder) / MARK, f"{origin}\n")
 
 
 def choose_tag(root: Path, family: str) -> Path | None:
@@ -163,6 +174,8 @@ def locate_model(name: ModelName) -> tuple[Path, ModelName]:
         raise CheckpointError(
             f"{name} is another project's, to talk to and to look into; for this name one of primechat's own."
         )
+    if name.shipped and not is_clone():
+        raise CheckpointError(explain_copy("The models that ship"))
     root = SHIPPED if name.shipped else base_dir()
     if name.tag:
         folder = root / FAMILIES[name.family] / name.tag
@@ -185,8 +198,9 @@ def locate_model(name: ModelName) -> tuple[Path, ModelName]:
     if faults:
         raise CheckpointError(f"No {name.family} model can be used: {faults[-1]}")
     maker = f"run `{MAKERS[name.family]}`" if name.family in MAKERS else "copy one there"
+    also = "" if is_clone() else f" {explain_copy('The models that ship')}"
     raise CheckpointError(
-        f"{root / FAMILIES[name.family]} holds no checkpoint; {maker} or see `primechat models`."
+        f"{root / FAMILIES[name.family]} holds no checkpoint; {maker} or see `primechat models`.{also}"
     )
 
 
@@ -328,7 +342,7 @@ def find_tokenizer(folder: Path, given: Any = None) -> Tokenizer:
     if isinstance(given, Tokenizer):
         return given
     if given:
-        return Tokenizer.load(Path(given))
+        return Tokenizer.load(resolve_path(given, "tokenizer"))
     run = folder.parent if folder.name == "snapshots" else folder
     beside = run / "tokenizer"
     return Tokenizer.load(
@@ -474,7 +488,7 @@ def load_run(path: str | Path) -> TrainResult:
     Raises:
         CheckpointError: there is no run, or a file of it is damaged.
     """
-    run = base_dir() / Path(path).expanduser()
+    run = resolve_path(base_dir() / os.path.expanduser(path), "run")
     if not run.is_dir() and IDENTIFIER.fullmatch(str(path)):
         run, _ = locate_model(replace(parse_identifier(str(path)), step=None, snapshot=False))
     run, root = run.resolve(), base_dir().resolve()

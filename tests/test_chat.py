@@ -215,7 +215,7 @@ def test_save(tmp_path: Path) -> None:
     assert (
         err.count("needs a file name") == 2
         and "Saved 4 messages" in err
-        and "cannot be written" in err
+        and f"{tmp_path} is there already" in err
     )
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 and "é" in lines[0]
@@ -226,7 +226,7 @@ def test_save(tmp_path: Path) -> None:
         for r, c in (("user", c), ("assistant", "hello"))
     ]
     _, err = talk("hi", f"/save {path}")
-    assert "File exists" in err and path.read_text(encoding="utf-8").splitlines() == lines
+    assert "is not overwritten" in err and path.read_text(encoding="utf-8").splitlines() == lines
 
 
 def test_save_half_a_character(tmp_path: Path) -> None:

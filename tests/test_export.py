@@ -466,7 +466,7 @@ def test_export_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["export", "05", "-o"]) == 2
     assert "-o stands alone, a value must follow it; try -o FOLDER." in capsys.readouterr().err
     assert cli.main(["export", "05", "-o", str(tmp_path / "file" / "x")]) == 2
-    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+    assert "cannot be used (a part of it is a file, not a folder)" in capsys.readouterr().err
     assert cli.main(["plan", "--gpus", "00xH100"]) == 2 and "try 8xH200" in capsys.readouterr().err
     text, folder = f'{tmp_path}/a "b" $(touch {tmp_path}/run).jsonl', tmp_path / "d2"
     run = replace(full_config(2), corpus=text)

@@ -33,6 +33,7 @@ from primechat.config import (
 )
 from primechat.config.recipes import FULL_RECIPES
 from primechat.errors import ConfigError
+from primechat.files import explain_copy
 from primechat.names import FOLDERS, parse_identifier
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +65,8 @@ def find_lab(number: str) -> Path:
     """
     number = number.zfill(2)
     found = sorted((ROOT / "labs").glob(f"{number}_*.py")) if number in ("05", *STAGE_OF) else []
+    if not found and not [*(ROOT / "labs").glob("05_*.py")]:
+        raise ConfigError(explain_copy("The labs"))
     if not found:
         raise ConfigError(f"lab={number!r} cannot be exported, only labs 05 to 09 can; try 05.")
     return found[0]

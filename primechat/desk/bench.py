@@ -23,6 +23,8 @@ import tyro
 from primechat.config import GPTConfig, OptimConfig, PretrainConfig, RuntimeConfig
 from primechat.config.runtime import check_number
 from primechat.desk.pods.ranks import bench_ranks
+from primechat.errors import PrimechatError
+from primechat.files import make_folder, write_file
 
 if TYPE_CHECKING:
     from primechat.infer.engine import Engine
@@ -86,8 +88,10 @@ def keep_speed(row: dict[str, Any]) -> None:
         "memory_bytes": memory,
         "tokens_per_s": row["tokens_per_s"],
     }
-    base_dir().mkdir(parents=True, exist_ok=True)
-    (base_dir() / BENCH_FILE).write_text(json.dumps(found), encoding="utf-8")
+    try:
+        write_file(make_folder(base_dir()) / BENCH_FILE, json.dumps(found))
+    except PrimechatError as error:  # the figures are printed all the same
+        say(str(error))
 
 
 def describe_machine() -> dict[str, str]:

@@ -23,6 +23,7 @@ from primechat.desk.progress import ProgressView, clean_text
 from primechat.desk.streams import ERRORS, set_errors
 from primechat.desk.tree import Advice, ChatSettings, is_base, write_line
 from primechat.errors import ConfigError, PrimechatError
+from primechat.files import resolve_path, write_file
 from primechat.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -383,15 +384,13 @@ class ChatTalk:
             raise ConfigError(
                 "/save needs a file name and something said before; try /save talk.jsonl."
             )
-        path = Path(name).expanduser()
-        try:
-            with path.open("w" if path.resolve() in self.saved else "x", encoding="utf-8") as file:
-                self.saved.add(path.resolve())
-                file.write(write_line(self.messages) + "\n")
-        except OSError as error:
+        path = resolve_path(name, "/save")
+        if path.exists() and path.resolve() not in self.saved:
             raise ConfigError(
-                f"{path} cannot be written ({error.strerror}); choose another name."
-            ) from None
+                f"{path} is there already, and is not overwritten; choose another name."
+            )
+        write_file(path, write_line(self.messages) + "\n")
+        self.saved.add(path.resolve())
         self.say(f"Saved {len(self.messages)} messages to {path}.")
 
     def clear(self, _: str) -> None:

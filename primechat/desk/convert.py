@@ -23,6 +23,7 @@ from primechat import store
 from primechat.config import GPTConfig, decode_config
 from primechat.config.model import NORM_EPS, classic_switches
 from primechat.errors import CheckpointError, ConfigError, DataError
+from primechat.files import resolve_path
 from primechat.hub import fetch_model
 from primechat.model.checkpoint import find_steps, load_checkpoint, save_checkpoint
 from primechat.model.era import list_shapes, read_shape
@@ -104,7 +105,7 @@ def export_model(identifier: str, folder: str) -> Path:
         CheckpointError: the model cannot be read, or computes what transformers' NanoChat does not.
         ConfigError: the folder exists.
     """
-    out = Path(folder).expanduser()
+    out = resolve_path(folder, "out")
     if out.exists():
         raise ConfigError(f"{out} exists, and nothing is overwritten; name a new folder.")
     run, place = store.locate_model(parse_plain(identifier))
@@ -268,7 +269,8 @@ def import_model(source: str, out: str) -> Path:
         CheckpointError: the source is another kind of model, or the target has checkpoints.
         DataError: its tokenizer is of another kind.
     """
-    folder = fetch_model(source[3:]) if FOREIGN.fullmatch(source) else Path(source).expanduser()
+    is_foreign = FOREIGN.fullmatch(source)
+    folder = fetch_model(source[3:]) if is_foreign else resolve_path(source, "model")
     data, state = read_json(folder / "config.json"), dict[str, Any]()
     try:
         config = read_network(data, folder)
@@ -291,7 +293,7 @@ def import_model(source: str, out: str) -> Path:
         )
     name = IDENTIFIER.fullmatch(out)
     is_run = name and name[3] and not (name[1] or name[5])
-    target = store.run_dir(name[2], name[3]) if name and is_run else Path(out).expanduser()
+    target = store.run_dir(name[2], name[3]) if name and is_run else resolve_path(out, "out")
     noted = read_noted(data)
     meta = {
         "val_bpb": noted.get("val_bpb"),

@@ -13,6 +13,7 @@ from tyro.conf import Positional
 
 from primechat.desk.progress import clean_text
 from primechat.errors import ConfigError
+from primechat.files import explain_copy, is_clone
 from primechat.records import count_noun
 from primechat.store import ModelEntry, base_dir, list_models
 
@@ -71,6 +72,8 @@ def run_models(flags: ModelsFlags) -> int:
             verb = "is" if hidden == 1 else "are"
             print(f"{count_noun(hidden, 'by-product')} of labs {verb} not shown; --all lists them.")
         print(f"In {base_dir()}{os.sep}")
+    if not flags.json and not is_clone():
+        print(explain_copy("The models that ship"))
     return 0
 
 

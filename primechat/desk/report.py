@@ -20,6 +20,7 @@ import numpy as np
 
 from primechat.desk.progress import format_seconds
 from primechat.errors import PrimechatError
+from primechat.files import make_folder, resolve_path, write_file
 from primechat.model.weights import read_json
 from primechat.records import TrainResult
 from primechat.store import base_dir, load_run
@@ -80,14 +81,16 @@ def run_report(flags: ReportFlags) -> int:
         raise PrimechatError("report needs a run; name one, as in `primechat report base/d4`.")
     run = load_run(flags.model)
     folder = base_dir() / run.path
-    target = Path(flags.output).expanduser() if flags.output else folder / "report"
-    target.mkdir(parents=True, exist_ok=True)
+    target = folder / "report"
+    if flags.output:
+        target = resolve_path(flags.output, "output", folder=True)
+    make_folder(target)
     pictures = {name: draw_curve(run, title, lines) for name, title, lines in CURVES}
     drawn = {name: data for name, data in pictures.items() if data}
     for name, data in drawn.items():
-        (target / f"{name}.png").write_bytes(data)
+        write_file(target / f"{name}.png", data)
     path = target / "index.html"
-    path.write_text(write_page(run, folder, drawn), encoding="utf-8")
+    write_file(path, write_page(run, folder, drawn))
     print(f"{path} and {len(drawn)} pictures beside it")
     return 0
 

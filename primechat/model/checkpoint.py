@@ -18,7 +18,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,18 +110,24 @@ def commit_step(folder: Path, step: int, parts: Mapping[str, Any], meta: dict[st
         raise CheckpointError(
             f"{path} was not written by primechat, which never replaces others' steps; choose another tag."
         )
-    files = {name: write_part(folder / f"{name}.tmp", part) for name, part in parts.items()}
-    whole = {**meta, "schema": SCHEMA, "writer": WRITER, "torch": torch.__version__, "files": files}
-    temporary = folder / f"{path.name}.tmp"
-    write_synced(temporary, json.dumps(whole, indent=2).encode())
-    if old is not None and old.get("files") != files:
-        os.unlink(path)  # from here on the old step is gone: it must not vouch for the new files
+    try:
+        files = {name: write_part(folder / f"{name}.tmp", part) for name, part in parts.items()}
+        noted = {"schema": SCHEMA, "writer": WRITER, "torch": torch.__version__, "files": files}
+        temporary = folder / f"{path.name}.tmp"
+        write_synced(temporary, json.dumps({**meta, **noted}, indent=2).encode())
+        if old is not None and old.get("files") != files:
+            # from here on the old step is gone: it must not vouch for the new files
+            os.unlink(path)
+            sync_folder(folder)
+        for name in files:
+            os.replace(folder / f"{name}.tmp", folder / name)
         sync_folder(folder)
-    for name in files:
-        os.replace(folder / f"{name}.tmp", folder / name)
-    sync_folder(folder)
-    os.replace(temporary, path)
-    sync_folder(folder)
+        os.replace(temporary, path)
+        sync_folder(folder)
+    except (OSError, RuntimeError):  # torch tells of a full disk by the latter
+        with suppress(OSError, CheckpointError):  # on a full disk, each byte that goes back counts
+            clean_folder(folder)
+        raise
 
 
 class HashingFile(io.BufferedWriter):

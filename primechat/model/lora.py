@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from primechat.errors import CheckpointError, ConfigError
-from primechat.files import write_whole
+from primechat.files import make_folder, write_file
 from primechat.model.gpt import GPT, Linear
 from primechat.model.weights import read_json
 
@@ -234,8 +234,7 @@ def save_adapter(
     """Write an adapter as PEFT's two files; base and labels (in its header) tell where it is from."""
     from safetensors.torch import save
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(Path(folder))
     state = {
         key: tensor.float().cpu().contiguous() for key, tensor in read_state(model, name).items()
     }
@@ -251,10 +250,10 @@ def save_adapter(
         "bias": "none",
         "inference_mode": True,
     }
-    write_whole(
+    write_file(
         folder / "adapter_model.safetensors", save(state, metadata={"format": "pt", **labels})
     )
-    write_whole(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
+    write_file(folder / "adapter_config.json", json.dumps(config, indent=2))
 
 
 def open_adapter(

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from primechat.config import decode_config, find_difference
 from primechat.errors import CheckpointError, ConfigError
-from primechat.files import write_whole
+from primechat.files import write_file
 
 LOG_SCHEMA = 1
 OPEN_FIELDS = ("resume", "steps")  # what a resumed run may leave out: it takes the frozen value
@@ -152,7 +152,9 @@ class MetricsLog:
             if event.get("step", 0) > step:
                 break
             lines.append(line)
-        write_whole(self.path, b"".join(lines))
+        kept = b"".join(lines)
+        if len(kept) != self.path.stat().st_size:
+            write_file(self.path, kept)
 
 
 def append_line(file: io.FileIO, line: bytes) -> None:
@@ -167,9 +169,8 @@ def append_line(file: io.FileIO, line: bytes) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError:
         with contextlib.suppress(OSError):
-            file.truncate(
-                end
-            )  # else the next line would stand in the same line as its torn beginning
+            # else the next line would stand behind its torn beginning
+            file.truncate(end)
         raise
 
 

@@ -22,7 +22,7 @@ from primechat import store
 from primechat.config import FinetuneConfig, LookConfig, encode_config, find_difference
 from primechat.config.talk import AutochatConfig
 from primechat.errors import ConfigError, DataError
-from primechat.files import write_whole
+from primechat.files import resolve_path, write_file
 from primechat.infer.cpu import settle_threads
 from primechat.infer.engine import Engine
 from primechat.model.runlog import RunLock, read_frozen
@@ -86,7 +86,7 @@ def learn_talks(
     path = store.base_dir() / said.path / "learned.jsonl"
     mixed = [messages for messages in [*human, *own] if len(messages) > 1]
     lines = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in mixed]
-    write_whole(path, ("\n".join(lines) + "\n").encode())
+    write_file(path, ("\n".join(lines) + "\n").encode())
     tag = f"{config.tag}-g{generation}"
     look = LookConfig(
         snapshots=False,
@@ -264,7 +264,7 @@ def read_openings(openings: str, count: int) -> list[str]:
         firsts = (talk["messages"][0]["content"] for talk in read_conversations("chitchat", "val"))
         return list(islice((text for text in firsts if 8 <= len(text) <= 200), max(count, 64)))
     try:
-        found = Path(os.path.expanduser(openings)).read_text(encoding="utf-8").splitlines()
+        found = resolve_path(openings, "openings").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"openings={openings!r} cannot be read ({error}); give chitchat or a .txt file."
@@ -296,13 +296,13 @@ def open_folder(config: AutochatConfig, folder: Path) -> list[list[Turn]]:
             for turns in group:
                 del turns[whole:]
     else:
-        write_whole(path, json.dumps(encode_config(given), indent=2).encode())
+        write_file(path, json.dumps(encode_config(given), indent=2).encode())
     lines = [
         json.dumps({"talk": i, "turn": turn, **vars(one)})
         for i, turns in enumerate(talks)
         for turn, one in enumerate(turns)
     ]
-    write_whole(folder / "talks.jsonl", "".join(line + "\n" for line in lines).encode())
+    write_file(folder / "talks.jsonl", "".join(line + "\n" for line in lines).encode())
     return talks
 
 

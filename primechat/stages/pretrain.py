@@ -17,6 +17,7 @@ from torch import Tensor
 from primechat import store
 from primechat.config import PretrainConfig, TokenizerConfig
 from primechat.errors import ConfigError
+from primechat.files import resolve_path
 from primechat.model.checkpoint import find_steps, read_meta
 from primechat.records import OnEvent, TrainResult
 from primechat.stages.job import Batches, Windows
@@ -158,7 +159,7 @@ def choose_tokenizer(
     """
     own = store.run_dir("base", config.tag) / "tokenizer"
     wanted, shared = config.model.vocab_size, store.base_dir() / "tokenizer"
-    folder = Path(config.tokenizer) if config.tokenizer else own
+    folder = resolve_path(config.tokenizer, "tokenizer") if config.tokenizer else own
     # that file is written last: a folder that a kill left without it holds no tokenizer yet
     if not config.tokenizer and not (own / "tokenizer.pkl").exists():
         if (shared / "tokenizer.pkl").exists() and Tokenizer.load(shared).vocab_size == wanted:

@@ -24,6 +24,7 @@ from torch import Tensor
 from primechat import store
 from primechat.config import FinetuneConfig, PretrainConfig, encode_config
 from primechat.errors import ConfigError, DataError
+from primechat.files import write_file, write_whole
 from primechat.infer.engine import Engine
 from primechat.metrics.bits import Bits, measure_bits
 from primechat.model.checkpoint import (
@@ -34,7 +35,7 @@ from primechat.model.checkpoint import (
     save_snapshot,
 )
 from primechat.model.gpt import GPT
-from primechat.model.runlog import MetricsLog, RunLock, read_metrics, take_frozen, write_whole
+from primechat.model.runlog import MetricsLog, RunLock, read_metrics, take_frozen
 from primechat.records import (
     CheckpointEvent,
     DoneEvent,
@@ -136,7 +137,7 @@ def write_open_time(folder: Path, open_s: float) -> None:
     """Keep the training time that a run's steps are to fill; 0 is for steps that are settled."""
     path = folder / OPEN_FILE
     if open_s:
-        write_whole(path, json.dumps({"seconds": open_s}).encode())
+        write_file(path, json.dumps({"seconds": open_s}))
     else:
         path.unlink(missing_ok=True)
 
@@ -414,7 +415,7 @@ class TrainingRun:
         """Write config.json, the run's own copy of the tokenizer, and the time that its steps are to fill."""
         self.job.tokenizer.save(self.folder / "tokenizer")
         text = json.dumps(encode_config(replace(self.config, resume=False)), indent=2)
-        write_whole(self.folder / "config.json", text.encode())
+        write_file(self.folder / "config.json", text)
         write_open_time(self.folder, self.open_s)
 
     def look(self, step: int, last: bool) -> None:

@@ -13,6 +13,7 @@ from itertools import islice
 from primechat import store
 from primechat.config import TokenizerConfig
 from primechat.errors import DataError, StoppedError
+from primechat.model.runlog import RunLock
 from primechat.records import NoteEvent, OnEvent, PhaseEvent, ProgressEvent, TokenizerResult
 from primechat.text.corpora import read_documents
 from primechat.text.tokenizer import Tokenizer
@@ -28,6 +29,7 @@ def train_tokenizer(
 
     Raises:
         DataError: the text is too small for the vocabulary, or another tokenizer is there.
+        CheckpointError: another process is saving one there.
         StoppedError: it was stopped while its text was read.
     """
     t_start = time.perf_counter()
@@ -58,7 +60,8 @@ def train_tokenizer(
     tell(PhaseEvent(name="tokenizer: which pieces the words are made of", unit="characters"))
     tokenizer = Tokenizer.train(read_texts(), config.vocab_size)
     try:
-        tokenizer.save(folder)
+        with RunLock(folder):  # of two that were started at once, the second finds the first one's
+            tokenizer.save(folder)
     except DataError as error:
         raise DataError(f"{error} Or give this one a --tag of its own.") from error
     texts = read_documents(config.corpus, "val", base_dir=store.base_dir(), on_event=on_event)

@@ -23,7 +23,7 @@ import numpy as np
 import tiktoken
 
 from primechat.errors import DataError
-from primechat.files import write_whole
+from primechat.files import make_folder, write_file
 from primechat.protocols import Conversation
 from primechat.text import conversation as talk
 from primechat.text.pickles import read_bounded, read_encoding, read_lengths
@@ -152,6 +152,7 @@ class Tokenizer:
 
         Raises:
             DataError: The folder holds another tokenizer, or one that cannot be read.
+            PrimechatError: The disk refuses.
         """
         folder = Path(folder)
         path = folder / "tokenizer.pkl"
@@ -166,7 +167,7 @@ class Tokenizer:
             return
         import torch
 
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         pickled = pickle.dumps(self._encoding, protocol=4)
         note = {
             "schema": SCHEMA,
@@ -179,10 +180,10 @@ class Tokenizer:
         }
         lengths = io.BytesIO()
         torch.save(torch.from_numpy(self.byte_lengths().copy()), lengths)
-        write_whole(folder / "token_bytes.pt", lengths.getvalue())
+        write_file(folder / "token_bytes.pt", lengths.getvalue())
         text = json.dumps(note, indent=2, ensure_ascii=False) + "\n"
-        write_whole(folder / "primechat_tokenizer.json", text.encode())
-        write_whole(path, pickled)
+        write_file(folder / "primechat_tokenizer.json", text)
+        write_file(path, pickled)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens written in it are plain text.

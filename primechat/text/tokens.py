@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from primechat.errors import DataError
+from primechat.files import make_folder
 from primechat.records import NoteEvent, OnEvent, PhaseEvent, ProgressEvent
 from primechat.text.shards import ShardFeed
 from primechat.text.tokenizer import Tokenizer
@@ -78,7 +79,7 @@ def build_cache(
     cache = open_cache(target, identity)
     if cache:
         return cache
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder(Path(folder))
     for torn in Path(folder).glob(".building-*"):  # left by a kill, and as large as a cache
         if torn.stat().st_mtime < time.time() - 2 * 86_400:
             shutil.rmtree(torn, ignore_errors=True)

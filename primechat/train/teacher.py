@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from primechat.files import make_folder
 from primechat.model.attention import Documents
 from primechat.model.gpt import GPT
 from primechat.model.losses import bucket_top, chunk_rows, diverge
@@ -50,7 +51,7 @@ class TeacherCache:
 
     def __init__(self, folder: Path, k: int, sequence_len: int) -> None:
         self.k, self.sequence_len = k, sequence_len
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.paths = folder / "rows.bin", folder / "ids.bin", folder / "logprobs.bin"
         self.places, self.rows, self.hits, self.misses = dict[bytes, int](), 0, 0, 0
         self.add((), (), ())

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from primechat.desk.labs import runner, twins
+from primechat.files import make_folder, write_file
 from primechat.views.theme import write_variables
 from primechat.views.widgets.kit import Widget
 
@@ -218,7 +219,7 @@ def write_pages(
     """Write labs and an index into a folder, where pages of other labs keep their links; return 1 where a lab
     could not be run. With `own` they show the reader's own models and runs, not only those that ship.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     failed, rows = 0, []
     pages = {path: folder / f"{path.stem}.html" for path in twins.list_labs()}
     shown = [path for path, page in pages.items() if path in labs or page.is_file()]
@@ -227,7 +228,7 @@ def write_pages(
             with nullcontext("") if own else hide_models() as hidden:
                 text = write_lab(path, shown, train=train)
             text = text.replace(hidden, "~/.cache/nanochat") if hidden else text
-            pages[path].write_text(text, encoding="utf-8")
+            write_file(pages[path], text)
         except Exception as error:  # one lab's fault must not keep the others from being written
             failed += 1
             print(f"{path.name}: {type(error).__name__}: {error}", file=sys.stderr)
@@ -242,7 +243,5 @@ def write_pages(
         )
         rows.append(f'<li><a href="{page.name}"><span>{number}</span>{title}</a></li>')
     body = f"<h1>How is a small ChatGPT made?</h1><ol class=labs>{''.join(rows)}</ol>"
-    (folder / "index.html").write_text(
-        PageWriter().write_page("primechat", body, ""), encoding="utf-8"
-    )
+    write_file(folder / "index.html", PageWriter().write_page("primechat", body, ""))
     return int(failed > 0)

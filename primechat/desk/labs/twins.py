@@ -24,6 +24,7 @@ from primechat.cloud.export import is_folded
 from primechat.desk.labs import copies
 from primechat.desk.streams import require_output
 from primechat.errors import ConfigError, DataError
+from primechat.files import explain_copy, make_folder, resolve_path, write_file
 
 ROOT, LABS = copies.ROOT, copies.LABS
 FIRST_CELL = """\
@@ -83,8 +84,14 @@ class LabConfig:
 
 
 def list_labs() -> list[Path]:
-    """Return the labs, by number."""
-    return sorted(LABS.glob("[0-9][0-9]_*.py"))
+    """Return the labs, by number.
+
+    Raises:
+        ConfigError: primechat was installed without its clone, where they are.
+    """
+    if labs := sorted(LABS.glob("[0-9][0-9]_*.py")):
+        return labs
+    raise ConfigError(explain_copy("The labs"))
 
 
 def find_lab(name: str) -> Path:
@@ -121,6 +128,7 @@ def run_lab(config: LabConfig) -> int:
         for path in list_labs():
             print(f"{path.stem[:2]}  {path.stem[3:]:24}{read_title(path)}")
         return 0
+    list_labs()  # first of all, as nothing goes without them
     require_output(False)  # what follows writes files, or opens a server
     if config.lab == "sync":
         return sync_twins(check=config.check)
@@ -140,7 +148,8 @@ def run_lab(config: LabConfig) -> int:
                 "render needs a folder to write to; for example `primechat lab render pages`."
             )
         chosen = [find_lab(name) for name in config.only] or list_labs()
-        return write_pages(Path(config.out), chosen, train=config.train, own=config.own)
+        out = resolve_path(config.out, "out", folder=True)
+        return write_pages(out, chosen, train=config.train, own=config.own)
     words, environment = build_words(config, find_lab(config.lab) if config.lab else None)
     os.execve(words[0], words, environment)  # Ctrl-C and the exit code are the server's own
 
@@ -233,8 +242,7 @@ def sync_twins(*, check: bool = False) -> int:
         stale += 1
         print(f"{'out of date' if check else 'written'}: {twin.relative_to(ROOT)}")
         if not check:
-            folder.mkdir(exist_ok=True)
-            twin.write_text(text, encoding="utf-8")
+            write_file(make_folder(folder) / twin.name, text)
     for twin in sorted(set(folder.glob("*.ipynb")) - set(twins)):
         stale += 1
         print(f"{'has no lab' if check else 'removed'}: {twin.relative_to(ROOT)}")

@@ -20,6 +20,7 @@ from primechat.config import PretrainConfig
 from primechat.desk.pods.ranks import run_job
 from primechat.desk.pods.verbs import PlanFlags
 from primechat.errors import PrimechatError
+from primechat.files import make_folder
 from primechat.store import base_dir
 from primechat.text.shards import HUB_CORPORA, list_shards, probe_sizes
 
@@ -72,8 +73,7 @@ def check_machine(flags: PreflightFlags) -> Iterator[Finding]:
     name = torch.cuda.get_device_name(0) if found else "none"
     enough = bool(flags.cpu_ranks) or found >= wanted
     yield Finding("GPUs", enough, f"{found} of {wanted} wanted ({name}), torch {torch.__version__}")
-    folder = base_dir()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(base_dir())
     free, need = shutil.disk_usage(folder).free, plan.disk_bytes
     yield Finding(
         "disk",

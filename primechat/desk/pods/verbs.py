@@ -37,6 +37,7 @@ from primechat.config.recipes import RECIPE_OF_ARCH
 from primechat.config.runtime import check_number
 from primechat.desk.labs import copies
 from primechat.errors import ConfigError, PrimechatError
+from primechat.files import make_folder, resolve_path, write_file
 from primechat.model.runlog import read_metrics
 from primechat.names import FOLDERS
 from primechat.store import base_dir, run_dir
@@ -153,7 +154,7 @@ def run_export(flags: ExportFlags, stage: Any = None) -> int:
     if lab.parent.name == "mine":
         print(f"The cells are those of your own copy, {copies.name_path(lab)}.")
     config = stage or full_stage(lab, flags.run)
-    folder = Path(flags.output or f"runs/{name_job(config)}").expanduser()
+    folder = resolve_path(flags.output or f"runs/{name_job(config)}", "output", folder=True)
     for path in export_lab(lab, config, plan, folder, base_dir=base_dir(), force=flags.force):
         print(path)
     if not plan.fits and config is flags.run:
@@ -173,7 +174,7 @@ def rehearse(
     Returns 1 where something did not go as it must, else 0.
     """
     config = shrink_config(read_config(folder / "config.json", kind))
-    (folder / "rehearsal.json").write_text(json.dumps(encode_config(config), indent=2))
+    write_file(folder / "rehearsal.json", json.dumps(encode_config(config), indent=2))
     say(
         f"Rehearsal: 20 steps of a tiny model with {ranks} processes, by {folder / 'launch.sh'} ..."
     )
@@ -257,7 +258,7 @@ def run_pull(flags: PullFlags) -> int:
         raise PrimechatError(
             "rsync is not installed here, it must be on both machines; install it."
         )
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     done = subprocess.run(command)
     if done.returncode:
         raise PrimechatError(

@@ -27,6 +27,7 @@ from primechat.cloud.plan import (
 from primechat.config import PretrainConfig
 from primechat.config.runtime import check_number
 from primechat.errors import ConfigError, PrimechatError
+from primechat.files import resolve_path
 from primechat.records import NoteEvent, OnEvent
 from primechat.views.theme import SERIES, open_figure, push_apart
 
@@ -258,7 +259,9 @@ def write_folder(lab: str = "05") -> Callable[..., FolderResult]:
 
         run = full_config(config.depth, config.recipe)
         plan = make_plan(run, find_machine(config.gpus))
+        export_lab(find_lab(lab), run, plan, folder, base_dir=store.base_dir(), force=config.force)
         folder = Path(config.output).expanduser()
+        folder = resolve_path(config.output, "output", folder=True)
         tell = on_event or (lambda event: None)
         source = copies.choose_source(find_lab(lab))
         if source.parent.name == "mine":

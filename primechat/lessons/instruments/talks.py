@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from primechat.config import AutochatConfig, RuntimeConfig
+from primechat.files import make_folder, resolve_path
 from primechat.metrics.diversity import bootstrap_mean, measure_drift, measure_kappa, measure_texts
 from primechat.metrics.loops import (
     MEASURES,
@@ -234,15 +235,14 @@ class Study:
         if not fresh:
             return "Take the tick away and set it again to write into this folder."
         return "Written: " + ", ".join(
-            str(file) for file in self.export(Path(folder.strip()).expanduser())
+            str(file) for file in self.export(resolve_path(folder.strip(), "folder", folder=True))
         )
 
     def export(self, folder: str | Path) -> list[Path]:
         """Write every turn as CSV and the first strip as PNG and SVG; return the files."""
         from primechat.views.talk import save_strip
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(Path(folder))
         table = folder / "turns.csv"
         with table.open("w", newline="", encoding="utf-8") as file:
             out = csv.writer(file)
