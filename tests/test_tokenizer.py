@@ -16,7 +16,7 @@ import pytest
 import tiktoken
 
 from primechat.config import TokenizerConfig
-from primechat.errors import DataError
+from primechat.errors import DataError, PrimechatError
 from primechat.stages.tokenizer import train_tokenizer
 from primechat.text import pickles
 from primechat.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
@@ -426,7 +426,7 @@ def test_save_leaves_no_part(
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(PrimechatError, match="disk full"):
         small.save(tmp_path / "t")
     assert list((tmp_path / "t").iterdir()) == []
     monkeypatch.undo()
