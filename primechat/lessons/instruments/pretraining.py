@@ -259,8 +259,6 @@ def write_folder(lab: str = "05") -> Callable[..., FolderResult]:
 
         run = full_config(config.depth, config.recipe)
         plan = make_plan(run, find_machine(config.gpus))
-        export_lab(find_lab(lab), run, plan, folder, base_dir=store.base_dir(), force=config.force)
-        folder = Path(config.output).expanduser()
         folder = resolve_path(config.output, "output", folder=True)
         tell = on_event or (lambda event: None)
         source = copies.choose_source(find_lab(lab))
