@@ -19,12 +19,13 @@ import torch
 from primechat import store
 from primechat.cli import main
 from primechat.config import GPTConfig, LookConfig, PretrainConfig, RuntimeConfig, TokenizerConfig
+from primechat.config.model import list_shapes
 from primechat.desk.check import check_model
 from primechat.errors import CheckpointError, ConfigError
 from primechat.infer import admission
 from primechat.infer.admission import KNOWN_TEXT, describe_memory, find_memory, read_text
 from primechat.infer.engine import Engine
-from primechat.model.era import SHAPE_KEYS, list_shapes
+from primechat.model.era import SHAPE_KEYS
 from primechat.model.lora import LoraSpec, attach, list_targets, save_adapter
 from primechat.records import NoteEvent
 from primechat.stages.pretrain import pretrain

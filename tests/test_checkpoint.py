@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from primechat.config import GPTConfig
+from primechat.config.model import list_shapes
 from primechat.errors import CheckpointError
 from primechat.model import checkpoint, runlog
 from primechat.model.checkpoint import (
@@ -30,7 +31,6 @@ from primechat.model.checkpoint import (
     save_checkpoint,
     save_snapshot,
 )
-from primechat.model.era import list_shapes
 from primechat.model.runlog import MetricsLog, read_metrics
 
 NANOCHAT = Path(__file__).parent / "fixtures" / "nanochat"

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from primechat.config import GPTConfig
+from primechat.config.model import list_shapes
 from primechat.errors import CheckpointError
-from primechat.model.era import detect_era, encode_model, list_shapes
+from primechat.model.era import detect_era, encode_model
 from primechat.model.gpt import GPT
 from primechat.model.weights import inspect_model
 

@@ -19,7 +19,6 @@ from primechat.cloud.forecast import SmallRun, forecast_bpb
 from primechat.cloud.plan import (
     choose_rows,
     count_flops,
-    count_params,
     count_shards,
     describe_plan,
     estimate_disk,
@@ -29,6 +28,7 @@ from primechat.cloud.plan import (
     make_plan,
 )
 from primechat.config import GPTConfig, PretrainConfig, RuntimeConfig, encode_config
+from primechat.config.model import count_parts
 from primechat.errors import ConfigError
 from primechat.lessons.instruments import forecasts
 from primechat.model.gpt import GPT
@@ -97,7 +97,7 @@ def test_counts_are_the_built_models(shape: GPTConfig) -> None:
         built[
             next((kind for kind, part in kinds.items() if part in name), "scalars and gates")
         ] += p.numel()
-    assert count_params(shape) == built
+    assert count_parts(shape) == built
     assert shape.n_params == sum(built.values())
 
 

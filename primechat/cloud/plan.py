@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from primechat.config import GPTConfig, PretrainConfig
+from primechat.config.model import count_parts
 from primechat.config.recipes import RECIPES, make_recipe
 from primechat.errors import ConfigError
 from primechat.records import count_noun
@@ -105,25 +106,6 @@ def read_bench(base_dir: Path | None) -> Machine:
     )
 
 
-def count_params(model: GPTConfig) -> dict[str, int]:
-    """Return the parameters by kind; they sum to `model.n_params`.
-
-    >>> count_params(GPTConfig.classic(20))["mlp"], sum(count_params(GPTConfig.classic(20)).values())
-    (262144000, 560988160)
-    """
-    rows, width, kv = model.padded_vocab, model.n_embd, model.kv_dim
-    n_tables = sum(model.has_value_embedding(i) for i in range(model.n_layer))
-    counts = {
-        "token embedding": rows * width,
-        "value embeddings": n_tables * rows * kv,
-        "attention": model.n_layer * (2 * width * width + 2 * width * kv)
-        + n_tables * 12 * model.n_kv_head,
-        "mlp": model.n_layer * 8 * width * width,
-        "output head": rows * width,
-    }
-    return {**counts, "scalars and gates": model.n_params - sum(counts.values())}
-
-
 def count_flops(model: GPTConfig) -> int:
     """Return the FLOPs of one training token, forward and backward.
 
@@ -133,7 +115,7 @@ def count_flops(model: GPTConfig) -> int:
     >>> count_flops(GPTConfig.classic(20))
     3491758080
     """
-    counts = count_params(model)
+    counts = count_parts(model)
     matrices = sum(counts.values()) - counts["token embedding"] - counts["value embeddings"]
     seen = sum(
         min(model.window(i) or model.sequence_len, model.sequence_len) for i in range(model.n_layer)
@@ -173,7 +155,7 @@ def estimate_memory(
     """
     model, T = config.model, config.model.sequence_len
     C, kv, L = model.n_embd, model.kv_dim, model.n_layer
-    counts, size = count_params(model), 4 if dtype == "float32" else 2
+    counts, size = count_parts(model), 4 if dtype == "float32" else 2
     blocks = counts["attention"] + counts["mlp"]
     tables = model.n_params - blocks
     tokens = rows * T
@@ -244,7 +226,7 @@ def estimate_disk(config: PretrainConfig) -> dict[str, float]:
     While a checkpoint is written, the `keep_checkpoints` before it are still there.
     """
     model, look = config.model, config.look
-    counts = count_params(model)
+    counts = count_parts(model)
     blocks = counts["attention"] + counts["mlp"]
     n = look.keep_checkpoints + 1
     needed = count_shards(config)
@@ -320,7 +302,7 @@ def make_plan(
     return Plan(
         config=config,
         machine=machine,
-        params=count_params(config.model),
+        params=count_parts(config.model),
         flops_per_token=flops,
         tokens=tokens,
         steps=steps,

@@ -15,9 +15,9 @@ from primechat.errors import ConfigError
 
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 ROPE_DTYPES = ("float32", "bfloat16", "compute")
-NORM_EPS = (
-    2**-23
-)  # what nanochat's eps=None comes to in every dtype (measured on a CPU, torch 2.13)
+NORM_EPS = 2**-23  # nanochat's eps=None in every dtype (measured on a CPU, torch 2.13)
+SMEAR_CHANNELS = 24  # nanochat: the smear's gate reads the first 24 channels
+GATE_CHANNELS = 12  # nanochat: a value embedding's gate reads the first 12
 MATRICES = ("uniform", "normal")
 
 
@@ -75,9 +75,11 @@ class GPTConfig:
             raise ConfigError(
                 f"model.n_kv_head={self.n_kv_head} must divide model.n_head={self.n_head}; try {self.n_head}."
             )
-        if self.smear and self.n_embd < 24 or self.value_embeddings and self.n_embd < 12:
+        read = max(SMEAR_CHANNELS * self.smear, GATE_CHANNELS * self.value_embeddings)
+        if self.n_embd < read:
             raise ConfigError(
-                f"model.n_embd={self.n_embd} must be at least 24 for smear, 12 for value embeddings; try 64."
+                f"model.n_embd={self.n_embd} must be at least {SMEAR_CHANNELS} for smear, {GATE_CHANNELS} "
+                "for value embeddings; try 64."
             )
         if self.rope_dtype not in ROPE_DTYPES:
             raise ConfigError(
@@ -144,13 +146,7 @@ class GPTConfig:
         >>> GPTConfig.classic(20).n_params
         560988160
         """
-        rows, width, kv = self.padded_vocab, self.n_embd, self.kv_dim
-        blocks = self.n_layer * (2 * width * width + 2 * width * kv + 8 * width * width)
-        total = 2 * rows * width + blocks
-        if self.value_embeddings:
-            n_tables = sum(self.has_value_embedding(i) for i in range(self.n_layer))
-            total += n_tables * (rows * kv + 12 * self.n_kv_head)
-        return total + 2 * self.n_layer * self.residual_scalars + 25 * self.smear + self.backout
+        return sum(count_parts(self).values())
 
     @property
     def n_matrix_params(self) -> int:
@@ -161,12 +157,8 @@ class GPTConfig:
         >>> GPTConfig.modern(20).n_matrix_params
         477103280
         """
-        tables = self.padded_vocab * self.n_embd
-        if self.value_embeddings:
-            n_tables = sum(self.has_value_embedding(i) for i in range(self.n_layer))
-            tables += n_tables * self.padded_vocab * self.kv_dim
-        scalars = 2 * self.n_layer * self.residual_scalars + 25 * self.smear + self.backout
-        return self.n_params - tables - scalars
+        counts = count_parts(self)
+        return counts["attention"] + counts["mlp"] + counts["output head"]
 
     @classmethod
     def classic(
@@ -192,6 +184,67 @@ class GPTConfig:
         switches = {**modern_switches(), "window_pattern": "SSSL"}
         plain = cls(vocab_size=vocab_size, sequence_len=sequence_len, **switches)
         return set_shape(plain, depth, n_head * head_dim, n_head)
+
+
+def list_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every parameter of a model: the one table that counts, formats and loaders
+    read.
+
+    Source: the keys of nanochat's state_dict; linear maps are (out, in).
+
+    >>> list_shapes(GPTConfig.classic(20))["transformer.h.0.mlp.c_fc.weight"]
+    (5120, 1280)
+    """
+    rows, C, kv = config.padded_vocab, config.n_embd, config.kv_dim
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    if config.residual_scalars:
+        shapes["resid_lambdas"] = (config.n_layer,)
+        shapes["x0_lambdas"] = (config.n_layer,)
+    if config.smear:
+        shapes["smear_lambda"] = (1,)
+        shapes["smear_gate.weight"] = (1, SMEAR_CHANNELS)
+    if config.backout:
+        shapes["backout_lambda"] = (1,)
+
+    shapes["transformer.wte.weight"] = (rows, C)
+    for layer in range(config.n_layer):
+        block = f"transformer.h.{layer}"
+        shapes[f"{block}.attn.c_q.weight"] = (C, C)
+        shapes[f"{block}.attn.c_k.weight"] = (kv, C)
+        shapes[f"{block}.attn.c_v.weight"] = (kv, C)
+        shapes[f"{block}.attn.c_proj.weight"] = (C, C)
+        shapes[f"{block}.mlp.c_fc.weight"] = (4 * C, C)
+        shapes[f"{block}.mlp.c_proj.weight"] = (C, 4 * C)
+        if config.has_value_embedding(layer):
+            shapes[f"{block}.attn.ve_gate.weight"] = (config.n_kv_head, GATE_CHANNELS)
+            shapes[f"value_embeds.{layer}.weight"] = (rows, kv)
+    shapes["lm_head.weight"] = (rows, C)
+    return shapes
+
+
+# The parts of a model that its parameters are counted by, and what a name of each begins with or has in it.
+PARTS = {
+    "token embedding": "transformer.wte.",
+    "value embeddings": "value_embeds.",
+    "attention": ".attn.",
+    "mlp": ".mlp.",
+    "output head": "lm_head.",
+}
+OTHER_PART = "scalars and gates"
+
+
+def count_parts(config: GPTConfig) -> dict[str, int]:
+    """Return the number of parameters by part; they sum to `n_params`.
+
+    >>> count_parts(GPTConfig.classic(20))["mlp"], sum(count_parts(GPTConfig.classic(20)).values())
+    (262144000, 560988160)
+    """
+    counts = dict.fromkeys([*PARTS, OTHER_PART], 0)
+    for name, shape in list_shapes(config).items():
+        part = next((part for part, mark in PARTS.items() if mark in name), OTHER_PART)
+        counts[part] += math.prod(shape)
+    return counts
 
 
 @dataclass(frozen=True, kw_only=True)

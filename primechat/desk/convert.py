@@ -21,12 +21,12 @@ from tyro.conf import Positional
 
 from primechat import store
 from primechat.config import GPTConfig, decode_config
-from primechat.config.model import NORM_EPS, classic_switches
+from primechat.config.model import NORM_EPS, classic_switches, list_shapes
 from primechat.errors import CheckpointError, ConfigError, DataError
 from primechat.files import resolve_path
 from primechat.hub import fetch_model
 from primechat.model.checkpoint import find_steps, load_checkpoint, save_checkpoint
-from primechat.model.era import list_shapes, read_shape
+from primechat.model.era import read_shape
 from primechat.model.foreign import list_characters
 from primechat.model.runlog import RunLock
 from primechat.model.weights import read_json

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from primechat.config import GPTConfig
+from primechat.config.model import list_shapes
 from primechat.errors import CheckpointError
 from primechat.files import hash_file, measure_file, sync_folder, write_synced
-from primechat.model.era import detect_era, encode_model, list_shapes
+from primechat.model.era import detect_era, encode_model
 from primechat.model.runlog import RunLock as RunLock
 from primechat.model.weights import inspect_model, load_model, load_tensors, read_json
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from primechat.config import GPTConfig, decode_config
-from primechat.config.model import classic_switches, modern_switches
+from primechat.config.model import GATE_CHANNELS, classic_switches, list_shapes, modern_switches
 from primechat.errors import CheckpointError, ConfigError
 
 LIMITS = dict(
@@ -83,34 +83,6 @@ def read_config(meta: Mapping[str, Any]) -> GPTConfig | None:
     return config
 
 
-def list_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every tensor of a model.
-
-    >>> sum(rows * columns for rows, columns in list_shapes(GPTConfig.classic(20)).values())
-    560988160
-    """
-    rows, width, kv = config.padded_vocab, config.n_embd, config.kv_dim
-    shapes: dict[str, tuple[int, ...]] = {}
-    if config.residual_scalars:
-        shapes |= {"resid_lambdas": (config.n_layer,), "x0_lambdas": (config.n_layer,)}
-    if config.smear:
-        shapes |= {"smear_lambda": (1,), "smear_gate.weight": (1, 24)}
-    if config.backout:
-        shapes["backout_lambda"] = (1,)
-    shapes["transformer.wte.weight"] = (rows, width)
-    for i in range(config.n_layer):
-        block = f"transformer.h.{i}."
-        outputs = {"attn.c_q": width, "attn.c_k": kv, "attn.c_v": kv, "attn.c_proj": width}
-        outputs["mlp.c_fc"] = 4 * width
-        shapes |= {f"{block}{name}.weight": (n, width) for name, n in outputs.items()}
-        shapes[f"{block}mlp.c_proj.weight"] = (width, 4 * width)
-        if config.has_value_embedding(i):
-            shapes[f"{block}attn.ve_gate.weight"] = (config.n_kv_head, 12)
-            shapes[f"value_embeds.{i}.weight"] = (rows, kv)
-    shapes["lm_head.weight"] = (rows, width)
-    return shapes
-
-
 def detect_era(shapes: Shapes, meta: Mapping[str, Any]) -> GPTConfig:
     """Return the complete config of a checkpoint from the shapes of its tensors, by name, and its metadata.
 
@@ -151,8 +123,9 @@ def guess_config(shapes: Shapes, meta: Mapping[str, Any]) -> GPTConfig:
         odd = "a window_pattern in its metadata"
     elif not has and lm_rows == padded != sizes["vocab_size"]:
         odd = f"a vocabulary padded to {padded} rows"
-    elif len(has) == len(MODERN_KEYS) and gates != {12}:
-        odd = f"value-embedding gates of {name_some(str(n) for n in gates)} channels instead of 12"
+    elif len(has) == len(MODERN_KEYS) and gates != {GATE_CHANNELS}:
+        widths = name_some(str(n) for n in gates)
+        odd = f"value-embedding gates of {widths} channels instead of {GATE_CHANNELS}"
     if odd or 0 < len(has) < len(MODERN_KEYS):
         found = [odd] if odd else []
         raise CheckpointError(

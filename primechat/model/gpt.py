@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from primechat.config.model import NORM_EPS, GPTConfig, InitConfig
+from primechat.config.model import GATE_CHANNELS, NORM_EPS, SMEAR_CHANNELS, GPTConfig, InitConfig
 from primechat.model import fast_cpu
 from primechat.model.attention import Documents, Rows, attend, attention_weights
 from primechat.model.init import draw_weights
@@ -35,8 +35,6 @@ from primechat.protocols import Hook
 if TYPE_CHECKING:
     from primechat.model.lora import Adapter
 
-SMEAR_CHANNELS = 24  # nanochat: the smear's gate reads the first 24 channels
-GATE_CHANNELS = 12  # nanochat: a value embedding's gate reads the first 12
 TABLE_FACTOR = 10  # nanochat: the rotary table reaches 10 x sequence_len
 Rotary = tuple[Tensor, Tensor]  # cos and sin, (T, 1, D) or (B, T, 1, D)
 

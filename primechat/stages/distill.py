@@ -19,14 +19,13 @@ from torch import Tensor
 
 from primechat import store
 from primechat.config import DistillConfig, GPTConfig, RuntimeConfig
-from primechat.config.model import set_shape, shrink_model
+from primechat.config.model import list_shapes, set_shape, shrink_model
 from primechat.config.stages import check_rows
 from primechat.errors import ConfigError
 from primechat.infer.engine import Engine
 from primechat.infer.sampling import draw_floats
 from primechat.metrics.retention import judge_writing, measure_retention, write_texts
 from primechat.model.checkpoint import Loaded, load_checkpoint, save_checkpoint
-from primechat.model.era import list_shapes
 from primechat.model.gpt import GPT
 from primechat.names import parse_plain
 from primechat.records import NoteEvent, OnEvent, TrainResult
