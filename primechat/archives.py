@@ -30,7 +30,12 @@ ITEM_BYTES = {
     "CharStorage": 1,
     "BoolStorage": 1,
 }
-FLOATS = {"FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16"}
+FLOATS = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+}
 ORDERED_DICT, REBUILD = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
 NAMES = {ORDERED_DICT, REBUILD, *(f"torch {kind}" for kind in ITEM_BYTES)}
 DAMAGE = (  # what zipfile stumbles over
@@ -71,7 +76,7 @@ class TensorSpec:
 
     @property
     def dtype(self) -> str:
-        """float32, float16 or bfloat16; other kinds keep the storage's name."""
+        """float64, float32, float16 or bfloat16; other kinds keep the storage's name."""
         return FLOATS.get(self.storage.kind, self.storage.kind)
 
 

@@ -14,7 +14,6 @@ import errno
 import importlib
 import inspect
 import io
-import json
 import os
 import re
 import shlex
@@ -328,13 +327,14 @@ def build_default(verb: str, cls: Any, argv: list[str], device: str | None) -> A
 def read_config(path: Path, cls: type[Config]) -> Config:
     """Read a config from a JSON file or a run's folder."""
     from primechat.config import decode_config
+    from primechat.files import parse_json
 
     path = resolve_path(path, "--config")
     path = path / "config.json" if path.is_dir() else path
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no JSON"
+        reason = error.strerror if isinstance(error, OSError) else f"no JSON: {error!s:.80}"
         raise ConfigError(
             f"--config {path} must be a readable JSON file ({reason}); correct the path."
         ) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-import json
 import math
 import os
 import re
@@ -26,7 +25,7 @@ from typing import Any, TypeVar
 
 from primechat.config.runtime import SAMPLING, check_number
 from primechat.errors import CheckpointError, ConfigError, DataError, HubError, PrimechatError
-from primechat.files import hash_file
+from primechat.files import hash_file, parse_json
 from primechat.records import OnEvent, PhaseEvent, ProgressEvent
 
 PROBE_S = 4.0  # an offline machine is told so within five seconds
@@ -345,7 +344,7 @@ def read_sampling(name: str, folder: Path) -> tuple[dict[str, float], str]:
     """
     found = dict[str, float]()
     with suppress(*FAULTS):
-        said = json.loads((folder / "generation_config.json").read_bytes())
+        said = parse_json((folder / "generation_config.json").read_bytes())
         for key, (low, high, whole) in SAMPLING.items() if said.get("do_sample", True) else ():
             with suppress(ConfigError):
                 check_number(key, said.get(key), low=low, high=high, whole=whole)
@@ -363,7 +362,7 @@ def count_params(folder: Path) -> int:
     total = 0
     for path in folder.glob("*.safetensors"):
         with suppress(*FAULTS), path.open("rb") as file:
-            head = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER)))
+            head = parse_json(file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER)))
             total += sum(
                 math.prod(spec["shape"]) for name, spec in head.items() if name != "__metadata__"
             )
@@ -423,7 +422,7 @@ def list_cached() -> Iterator[tuple[str, Path]]:
         try:
             commit = (place / "refs" / "main").read_text(encoding="ascii").strip()
             folder = place / "snapshots" / commit
-            kind = str(json.loads((folder / "config.json").read_bytes())["architectures"][0])
+            kind = str(parse_json((folder / "config.json").read_bytes())["architectures"][0])
         except FAULTS:
             continue  # no model of transformers, or a damaged one
         files = list(folder.glob("*.safetensors"))  # links, whose files may have been cleared away

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from primechat.config import GPTConfig, decode_config
+from primechat.config.options import name_options
 from primechat.config.stages import check_tag
 from primechat.errors import CheckpointError, ConfigError
 from primechat.files import (
@@ -227,6 +228,7 @@ def read_name(text: str) -> ModelName:
     return parse_identifier(text) if text else choose_model()
 
 
+@name_options
 def open_model(
     identifier: str = "",
     *,
@@ -306,6 +308,7 @@ def open_model(
     return model, found, {**loaded.meta, **known, "sampling": advice}
 
 
+@name_options
 def load_model(
     source: str,
     device: str = "cpu",

@@ -180,8 +180,8 @@ def test_flags(base_dir: Path) -> None:
 
     d20 = "base_checkpoints/diego-d20-base"
     tokens = [(D32, f"{d20}/tokenizer", None), (D32, "tokenizer", None)]
-    assert places() == [*tokens, (DIEGO, d20, None)]
-    assert places(revision="v1") == [*tokens, (DIEGO, d20, "v1")]
+    assert places() == [(DIEGO, d20, None), *tokens], "what is named comes first"
+    assert places(revision="v1") == [(DIEGO, d20, "v1"), *tokens]
     assert places(skip_tokenizer=True) == [(DIEGO, d20, None)]
     assert places(skip_diego_base=True, revision="v1") == [(D32, "tokenizer", "v1")]
     assert places(skip_diego_base=True, skip_tokenizer=True) == []

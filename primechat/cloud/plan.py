@@ -8,7 +8,7 @@ parameter and token); Chowdhery et al. 2022, appendix B (MFU).
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,6 +18,7 @@ from primechat.config import GPTConfig, PretrainConfig
 from primechat.config.model import count_parts
 from primechat.config.recipes import RECIPES, make_recipe
 from primechat.errors import ConfigError
+from primechat.files import parse_json
 from primechat.records import count_noun
 from primechat.text.packing import KEPT_SHARE
 from primechat.text.shards import HUB_CORPORA
@@ -90,10 +91,15 @@ def read_bench(base_dir: Path | None) -> Machine:
     """Return this machine, as fast as `primechat bench train` found it on the depth-4 model."""
     path = (base_dir or Path()) / BENCH_FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_bytes())
         speed, memory = float(found["flops_per_s"]), float(found["memory_bytes"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
         raise ConfigError(f"gpus='here' needs {path}; run `primechat bench train` once.") from None
+    if not (0 < speed < math.inf and 0 < memory < math.inf):
+        raise ConfigError(
+            f"{path} says {speed:g} FLOP/s and {memory:g} bytes of memory, both must be above 0; run "
+            "`primechat bench train` again."
+        )
     return Machine(
         name="here",
         n_gpus=1,

@@ -11,6 +11,7 @@ import typing
 from typing import Any, TypeVar
 
 from primechat.config.history import upgrade_settings
+from primechat.config.runtime import show_value
 from primechat.errors import ConfigError
 
 SCHEMA_VERSION = 2
@@ -73,15 +74,21 @@ def decode_value(value: Any, kind: Any, where: str, schema: int = SCHEMA_VERSION
         return decode_config(value, typing.cast(type, kind), where, schema)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where}={value!r} must be a list; write [ ] around it.")
+            raise ConfigError(f"{where}={show_value(value)} must be a list; write [ ] around it.")
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(
+                f"{where}={show_value(value)} is too large for a number; correct it."
+            ) from None
     if kind in (int, float, str, bool) and (
         not isinstance(value, kind) or (kind is int and isinstance(value, bool))
     ):
         raise ConfigError(
-            f"{where}={value!r} is a {type(value).__name__}, it must be a {kind.__name__}; correct it."
+            f"{where}={show_value(value)} is a {type(value).__name__}, it must be a {kind.__name__}; "
+            "correct it."
         )
     return value
 

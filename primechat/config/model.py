@@ -13,7 +13,15 @@ from typing import Any
 from primechat.config.runtime import check_choice, check_number
 from primechat.errors import ConfigError
 
-SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+MOST = {  # of each size: far beyond what any machine trains, so that a slip is refused at once
+    "sequence_len": 2**20,
+    "vocab_size": 2**20,
+    "n_layer": 256,
+    "n_head": 1024,
+    "n_kv_head": 1024,
+    "n_embd": 65_536,
+}
+SIZES = tuple(MOST)
 ROPE_DTYPES = ("float32", "bfloat16", "compute")
 NORM_EPS = 2**-23  # nanochat's eps=None in every dtype (measured on a CPU, torch 2.13)
 SMEAR_CHANNELS = 24  # nanochat: the smear's gate reads the first 24 channels
@@ -59,8 +67,15 @@ class GPTConfig:
     """Embedding tables are padded to a multiple of this many rows."""
 
     def __post_init__(self) -> None:
-        for name in (*SIZES, "vocab_multiple"):
-            check_number(f"model.{name}", getattr(self, name), low=1, whole=True)
+        for name, most in (*MOST.items(), ("vocab_multiple", 65_536)):
+            check_number(f"model.{name}", getattr(self, name), low=1, high=most, whole=True)
+        # A gain of 0 would make all tokens equal, and the loss sums exp(softcap) in float32.
+        for name, low, high in (
+            ("qk_gain", 1e-3, 1000),
+            ("rope_base", 1, 1e12),
+            ("logit_softcap", 0, 70),
+        ):
+            check_number(f"model.{name}", getattr(self, name), low=low, high=high)
         if self.n_embd % self.n_head:
             near = max(1, round(self.n_embd / self.n_head)) * self.n_head
             raise ConfigError(
@@ -89,12 +104,6 @@ class GPTConfig:
             raise ConfigError(
                 f"model.window_pattern={self.window_pattern!r} must be made of S and L; try 'SSSL', or '' "
                 "for none."
-            )
-        if (
-            not 0 <= self.logit_softcap <= 70
-        ):  # the loss sums exp(cap) over the vocabulary in float32
-            raise ConfigError(
-                f"model.logit_softcap={self.logit_softcap} must be 0 (off) to 70; try 15."
             )
 
     @property

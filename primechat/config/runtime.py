@@ -122,12 +122,28 @@ def check_drawing(config: Any, most_tokens: float | None = None) -> None:
 def check_number(
     name: str, value: object, *, low: float, high: float | None = None, whole: bool = False
 ) -> None:
-    """Refuse a setting that is no number, not finite, or out of bounds."""
-    kind = "a whole number" if whole else "a number"
-    top = float("1e18") if high is None else high
+    """Refuse a setting that is no number, not finite, or out of bounds; without `high`, 1e18 is the most."""
+    top = 10**18 if high is None else high
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value <= top:  # type: ignore[operator]
-        bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise ConfigError(
-            f"{name}={value!r} must be {kind} {bounds}; try {min(max(low, 1), top):g}."
-        )
+    if number and low <= value <= top:  # type: ignore[operator]
+        return
+    beyond = number and value > top  # type: ignore[operator]
+    most = f"{top:,}" if whole else f"{top:g}"
+    bounds = f"of at least {low}" if high is None and not beyond else f"from {low} to {most}"
+    kind = "a whole number" if whole else "a number"
+    raise ConfigError(
+        f"{name}={show_value(value)} must be {kind} {bounds}; try {min(max(low, 1), top):g}."
+    )
+
+
+def show_value(value: object) -> str:
+    """Return a value as an error names it, on one line: a long one is cut, an endless number only described.
+
+    >>> show_value(10**400), show_value("x" * 90)[-1]
+    ('1000000000... (a number of about 400 digits)', '…')
+    """
+    if isinstance(value, int) and abs(value) >= 10**40:
+        digits = int(value.bit_length() * 0.30103)  # Python writes at most 4,300 digits out
+        return f"{value // 10 ** (digits - 9)}... (a number of about {digits} digits)"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "…"

@@ -69,24 +69,13 @@ class DownloadConfig:
 
 
 def build_parcels(config: DownloadConfig) -> Iterator[Parcel]:
-    """Yield what a config asks for.
+    """Yield what a config asks for, what it names first: offline, an error is about the first of them.
 
     Raises:
         ConfigError: an --extra of another form, or one that leaves the base directory.
     """
     revision, base = config.revision or None, base_dir()
     bundles = dict.fromkeys(config.bundle or (() if config.skip_diego_base else (DEFAULT,)))
-    if not config.skip_tokenizer and (DEFAULT in bundles or not config.bundle):
-        for folder in [*(run_dir("base", name) for name in bundles if name == DEFAULT), base]:
-            lone = None if bundles else revision
-            folder = folder / "tokenizer"
-            yield Parcel(
-                repo=TOKENIZER_REPO, folder=folder, patterns=TOKENIZER_FILES, revision=lone
-            )
-    for name in bundles:
-        repo, family, patterns = BUNDLES[name]
-        folder = run_dir(family, name)
-        yield Parcel(repo=repo, folder=folder, patterns=patterns, revision=revision, beside=True)
     for text in (text for group in config.extra for text in group):
         repo, place, names = [*(part.strip() for part in text.split("::")), "", ""][:3]
         patterns = tuple(name.strip() for name in names.split(",") if name.strip())
@@ -96,6 +85,17 @@ def build_parcels(config: DownloadConfig) -> Iterator[Parcel]:
         yield Parcel(
             repo=repo, folder=base / place, patterns=patterns, revision=revision, beside=is_run
         )
+    for name in bundles:
+        repo, family, patterns = BUNDLES[name]
+        folder = run_dir(family, name)
+        yield Parcel(repo=repo, folder=folder, patterns=patterns, revision=revision, beside=True)
+    if not config.skip_tokenizer and (DEFAULT in bundles or not config.bundle):
+        for folder in [*(run_dir("base", name) for name in bundles if name == DEFAULT), base]:
+            lone = None if bundles else revision
+            folder = folder / "tokenizer"
+            yield Parcel(
+                repo=TOKENIZER_REPO, folder=folder, patterns=TOKENIZER_FILES, revision=lone
+            )
 
 
 def run_download(config: DownloadConfig) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 from primechat.config.runtime import SAMPLING, check_drawing, check_number
 from primechat.errors import ConfigError, DataError, PrimechatError
+from primechat.files import parse_json
 from primechat.records import Token
 from primechat.text.conversation import read_messages
 
@@ -207,10 +208,11 @@ def read_jsonl(text: str) -> list[list[dict[str, Any]]]:
     ):  # str.splitlines would cut at U+2028 in a message
         if line.strip():
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 found.append(read_messages({"messages": row} if isinstance(row, list) else row))
-            except (ValueError, RecursionError, PrimechatError) as error:
-                reason = str(error) if isinstance(error, PrimechatError) else "it is no JSON"
+            except (ValueError, PrimechatError) as error:
+                told = isinstance(error, PrimechatError)
+                reason = str(error) if told else f"it is no JSON ({error!s:.80})"
                 raise DataError(f"Line {number} of the file cannot be used: {reason}") from None
     if not found:
         raise DataError("The file holds no conversation; give JSON lines with a list of messages.")

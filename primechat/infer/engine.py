@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
+from primechat.config.options import OptionError, check_options
 from primechat.config.runtime import check_number
 from primechat.errors import CheckpointError, ConfigError
 from primechat.infer.cpu import keep_freed_memory
@@ -76,6 +77,19 @@ class Settings:
     def cancelled(self) -> bool:
         """Tell whether the caller has asked to stop."""
         return self.cancel is not None and self.cancel.is_set()
+
+
+def read_options(options: Mapping[str, Any], method: str, *others: str) -> Settings:
+    """Return the checked options of a method of Engine, which all take the same, some `others` besides.
+
+    Raises:
+        ConfigError: there is no such option, max_new_tokens is missing, or one breaks its rule.
+    """
+    method = f"Engine.{method}"
+    check_options(options, [*others, *(item.name for item in fields(Settings))], method)
+    if "max_new_tokens" not in options:
+        raise OptionError(f"{method} needs max_new_tokens; try max_new_tokens=100.")
+    return Settings(**options)
 
 
 @dataclass(eq=False)
@@ -148,7 +162,7 @@ class Engine:
         Raises:
             ConfigError: an option or the prompt breaks its rule, at once.
         """
-        settings = Settings(**options)
+        settings = read_options(options, "generate")
         row = self._open_row(ids, settings.seed, settings)
         return (row.tokens[-1] for _ in self._write([row], settings))
 
@@ -174,7 +188,7 @@ class Engine:
             ConfigError: an option or a prompt breaks its rule.
         """
         check_number("num_samples", num_samples, low=1, whole=True)
-        settings = Settings(**options)
+        settings = read_options(options, "generate_batch", "num_samples", "seeds")
         places = [prompt for prompt in prompts for _ in range(num_samples)]
         rows = self._open_rows(places, settings, seeds)
         for _ in self._write(rows, settings):
@@ -198,7 +212,7 @@ class Engine:
         Raises:
             ConfigError: an option or a prompt breaks its rule.
         """
-        settings = Settings(**options)
+        settings = read_options(options, "measure_batch", "seeds")
         rows = self._open_rows(prompts, settings, seeds)
         found: list[list[Token]] = [[] for _ in rows]
         for _ in self._write(rows, settings, 0):
@@ -220,7 +234,7 @@ class Engine:
         Raises:
             ConfigError: an option or the prompt breaks its rule, at once.
         """
-        settings = Settings(**options)
+        settings = read_options(options, "stream", "n_alternatives")
         row = self._open_row(ids, settings.seed, settings)
         steps = self._write([row], settings, n_alternatives)
         return (row.measures for _ in steps if row.measures is not None)
@@ -262,7 +276,7 @@ class Engine:
         Raises:
             ConfigError: an option or the prompt breaks its rule, at once.
         """
-        settings = Settings(**{"max_new_tokens": 256, **options})  # type: ignore[arg-type]
+        settings = read_options({"max_new_tokens": 256, **options}, "chat", "n_alternatives")
         row = self._open_row([*ids, *prefix], settings.seed, settings)
         if row.tool:
             for token in prefix:  # an expression that was begun goes on; one just ended is answered

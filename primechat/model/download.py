@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from primechat.errors import ConfigError, DataError, HubError
-from primechat.files import hash_file, measure_file, write_whole
+from primechat.files import hash_file, measure_file, parse_json, write_whole
 from primechat.hub import HubFile, ask_hub, explain, fetch_files
 from primechat.model.checkpoint import list_files
 from primechat.model.runlog import RunLock
@@ -200,7 +200,7 @@ def run_plan(plan: Plan, base: Path, on_event: OnEvent, *, token: str | None = N
 def read_record(folder: Path) -> dict[str, dict[str, object]]:
     """Return what earlier downloads noted in a folder, by name; a damaged note counts for nothing."""
     try:
-        return {row["name"]: row for row in json.loads((folder / RECORD).read_bytes())["files"]}
+        return {row["name"]: row for row in parse_json((folder / RECORD).read_bytes())["files"]}
     except (OSError, ValueError, LookupError, TypeError):
         return {}
 

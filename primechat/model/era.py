@@ -12,13 +12,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from primechat.config import GPTConfig, decode_config
-from primechat.config.model import GATE_CHANNELS, classic_switches, list_shapes, modern_switches
+from primechat.config.model import (
+    GATE_CHANNELS,
+    MOST,
+    classic_switches,
+    list_shapes,
+    modern_switches,
+)
 from primechat.errors import CheckpointError, ConfigError
 
-LIMITS = dict(
-    sequence_len=2**20, vocab_size=2**20, n_layer=256, n_head=1024, n_kv_head=1024, n_embd=65_536
-)
-SHAPE_KEYS = tuple(LIMITS)
+SHAPE_KEYS = tuple(MOST)
 MAX_TABLE_BYTES = 2**30  # of the rotary table: 10 x sequence_len rows of head_dim numbers
 MODERN_KEYS = (
     "resid_lambdas",
@@ -53,8 +56,8 @@ def read_shape(meta: Mapping[str, Any]) -> dict[str, Any]:
         raise refuse_meta("has no model_config, which nanochat always writes")
     for name in SHAPE_KEYS:
         value = shape.get(name)
-        if type(value) is not int or not 1 <= value <= LIMITS[name]:
-            rule = f"must be a whole number from 1 to {LIMITS[name]:,}"
+        if type(value) is not int or not 1 <= value <= MOST[name]:
+            rule = f"must be a whole number from 1 to {MOST[name]:,}"
             raise refuse_meta(f"says model_config.{name}={str(value)[:40]}, which {rule}")
     table = 40 * shape["sequence_len"] * shape["n_embd"] // shape["n_head"]
     if table > MAX_TABLE_BYTES:

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from primechat.errors import CheckpointError, ConfigError, DataError, PrimechatError
+from primechat.files import parse_json
 from primechat.hub import count_gguf, count_params, fetch_model, find_package, read_sampling
 from primechat.protocols import Conversation
 
@@ -95,7 +96,7 @@ def open_foreign(
     transformers.utils.logging.disable_progress_bar()
     safe: dict[str, Any] = {**kind, "trust_remote_code": False, "local_files_only": True}
     with explain_failure(name), parse_once():
-        if not kind and names_kernel(json.loads((folder / "config.json").read_bytes())):
+        if not kind and names_kernel(parse_json((folder / "config.json").read_bytes())):
             raise ValueError("its config.json names an attention on the Hub, which is code")
         config = transformers.AutoConfig.from_pretrained(folder, **safe)
         on_size(count_gguf(folder / kind["gguf_file"]) if kind else count_params(folder))

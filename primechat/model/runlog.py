@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from primechat.config import decode_config, find_difference
 from primechat.errors import CheckpointError, ConfigError
-from primechat.files import write_file
+from primechat.files import parse_json, write_file
 
 LOG_SCHEMA = 1
 OPEN_FIELDS = ("resume", "steps")  # what a resumed run may leave out: it takes the frozen value
@@ -87,7 +87,7 @@ class RunLock:
     def read_owner(self) -> dict[str, Any]:
         """Return pid, host and since of the present or last owner, or nothing."""
         try:
-            owner = json.loads(self.path.read_bytes()[:1000])
+            owner = parse_json(self.path.read_bytes()[:1000])
         except (OSError, ValueError):
             return {}
         return owner if isinstance(owner, dict) else {}
@@ -179,8 +179,8 @@ def parse_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     with path.open("rb") as f:
         for line in f:
             try:
-                event = json.loads(line) if line.endswith(b"\n") else None
-            except (ValueError, RecursionError):
+                event = parse_json(line) if line.endswith(b"\n") else None
+            except ValueError:
                 event = None
             sound = isinstance(event, dict) and isinstance(event.get("step", 0), (int, float))
             yield line, event if sound else None
@@ -212,7 +212,7 @@ def read_frozen(folder: Path, kind: type[Config]) -> Config:
     """
     path = folder / "config.json"
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path} cannot be read ({error}); restore it, or start under another tag."

@@ -7,12 +7,12 @@ Reference: torch.load with weights_only.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from primechat.archives import FLOATS, TensorSpec, cut_reason, inspect_tensors
 from primechat.errors import CheckpointError
+from primechat.files import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,13 +37,15 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise CheckpointError(f"{path} has {size:,} bytes, too many for settings; restore it.")
-        data = json.loads(path.read_bytes())
+        data = parse_json(path.read_bytes())
     except OSError as e:
         raise CheckpointError(
             f"{path} cannot be read ({e.strerror}); restore it from a backup."
         ) from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is not JSON; restore it from a backup.") from None
+    except ValueError as e:
+        raise CheckpointError(
+            f"{path} is not JSON ({e!s:.80}); restore it from a backup."
+        ) from None
     if not isinstance(data, dict):
         raise CheckpointError(
             f"{path} holds a {type(data).__name__}, it must hold an object; restore it."
@@ -124,7 +126,8 @@ def load_model(path: Path, specs: dict[str, TensorSpec], dtype: str = "") -> dic
 
     Args:
         dtype: float32 or bfloat16 to cast to; most tensors that have it already, and all where it is empty,
-            stay mapped from the file. Of what is copied, the file's pages are let go: at most a sixteenth
+            stay mapped from the file, but for those of float64, which no model computes in: they become
+            float32. Of what is copied, the file's pages are let go: at most a sixteenth
             of the file, 16 MB or one tensor of them are in memory at a time.
 
     Raises:
@@ -137,7 +140,7 @@ def load_model(path: Path, specs: dict[str, TensorSpec], dtype: str = "") -> dic
     todo = [
         key
         for key, spec in specs.items()
-        if dtype and (spec.dtype != dtype or key.endswith(MERGED))
+        if spec.dtype == "float64" or (dtype and (spec.dtype != dtype or key.endswith(MERGED)))
     ]
     for key in sorted(
         todo, key=lambda key: -tensors[key].nbytes
@@ -148,7 +151,7 @@ def load_model(path: Path, specs: dict[str, TensorSpec], dtype: str = "") -> dic
                 map_model(path, specs),
                 0,
             )  # the pages read so far go with the old mapping
-        cast[key] = tensors[key].to(getattr(torch, dtype), copy=True)
+        cast[key] = tensors[key].to(getattr(torch, dtype or "float32"), copy=True)
         mapped += n_bytes
     return {**(map_model(path, specs) if cast else tensors), **cast}
 

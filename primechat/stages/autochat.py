@@ -22,7 +22,7 @@ from primechat import store
 from primechat.config import FinetuneConfig, LookConfig, encode_config, find_difference
 from primechat.config.talk import AutochatConfig
 from primechat.errors import ConfigError, DataError
-from primechat.files import resolve_path, write_file
+from primechat.files import parse_json, resolve_path, write_file
 from primechat.infer.cpu import settle_threads
 from primechat.infer.engine import Engine
 from primechat.model.runlog import RunLock, read_frozen
@@ -321,7 +321,7 @@ def read_talks(path: str | Path, n_talks: int = 0) -> list[list[Turn]]:
         ) from None
     for line in lines:
         try:
-            row: dict[str, Any] = json.loads(line)
+            row: dict[str, Any] = parse_json(line)
             talk, turn = row.pop("talk"), row.pop("turn")
             turns = talks.setdefault(talk, [])
             if turn == len(turns):  # a line written twice, or after a hole, is left out

@@ -24,7 +24,7 @@ from torch import Tensor
 from primechat import store
 from primechat.config import FinetuneConfig, PretrainConfig, encode_config
 from primechat.errors import ConfigError, DataError
-from primechat.files import write_file, write_whole
+from primechat.files import parse_json, write_file, write_whole
 from primechat.infer.engine import Engine
 from primechat.metrics.bits import Bits, measure_bits
 from primechat.model.checkpoint import (
@@ -113,7 +113,7 @@ def describe_compiler() -> str:
 def recall_compiling() -> dict[str, float]:
     """Return what compiling took and brought on this machine before, as `tune_runtime` wants it."""
     try:
-        known = json.loads((store.base_dir() / COMPILE_FILE).read_bytes())
+        known = parse_json((store.base_dir() / COMPILE_FILE).read_bytes())
         figures = {key: float(known[key]) for key in COMPILE_GUESS if key in known}
         fits = known["machine"] == describe_compiler() and all(
             0 < n < 1e6 for n in figures.values()
@@ -145,7 +145,7 @@ def write_open_time(folder: Path, open_s: float) -> None:
 def read_open_time(folder: Path) -> float:
     """Return the training time that the steps of a run without a checkpoint are to fill, else 0."""
     try:
-        return float(json.loads((folder / OPEN_FILE).read_bytes())["seconds"])
+        return float(parse_json((folder / OPEN_FILE).read_bytes())["seconds"])
     except (OSError, ValueError, TypeError, LookupError):
         return 0.0
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from primechat.errors import DataError
+from primechat.files import parse_json
 from primechat.protocols import Conversation
 from primechat.records import OnEvent
 from primechat.text.shards import HUB_CORPORA, list_shards, shard_paths
@@ -241,8 +242,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
+                yield number, parse_json(line)
+            except ValueError as error:
                 raise DataError(
                     f"{path} line {number} is no JSON ({error}); mend or remove it."
                 ) from None

@@ -23,7 +23,7 @@ import numpy as np
 import tiktoken
 
 from primechat.errors import DataError
-from primechat.files import make_folder, write_file
+from primechat.files import make_folder, parse_json, write_file
 from primechat.protocols import Conversation
 from primechat.text import conversation as talk
 from primechat.text.pickles import read_bounded, read_encoding, read_lengths
@@ -349,8 +349,8 @@ def read_note(path: Path, pkl_sha256: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        note = json.loads(read_bounded(path))
-    except (ValueError, RecursionError):
+        note = parse_json(read_bounded(path))
+    except ValueError:
         return {}
     ours = (
         isinstance(note, dict)

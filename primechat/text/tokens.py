@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from primechat.errors import DataError
-from primechat.files import make_folder
+from primechat.files import make_folder, parse_json
 from primechat.records import NoteEvent, OnEvent, PhaseEvent, ProgressEvent
 from primechat.text.shards import ShardFeed
 from primechat.text.tokenizer import Tokenizer
@@ -153,7 +153,7 @@ def write_cache(
 def open_cache(folder: Path, identity: str) -> TokenCache | None:
     """Return a cache if it stands whole and is the one asked for, else None."""
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = parse_json((folder / "meta.json").read_bytes())
         ids = np.memmap(folder / "ids.bin", dtype=np.dtype(meta["dtype"]), mode="r")
         mask = np.memmap(folder / "mask.bin", dtype=np.uint8, mode="r") if meta["masked"] else None
         offsets = np.load(folder / "offsets.npy")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from primechat.errors import ConfigError, DataError
-from primechat.files import write_whole
+from primechat.files import parse_json, write_whole
 
 ROOT = Path(__file__).resolve().parents[3]
 LABS = ROOT / "labs"
@@ -131,10 +131,10 @@ def identify_code(path: Path) -> str:
     text = data.decode("utf-8", "replace")
     if path.suffix == ".ipynb":
         try:
-            cells = json.loads(text)["cells"]
+            cells = parse_json(text)["cells"]
             parts = [[cell["cell_type"], "".join(cell["source"])] for cell in cells]
             text = json.dumps(parts)
-        except (ValueError, LookupError, TypeError, RecursionError):
+        except (ValueError, LookupError, TypeError):
             pass  # no notebook: all of it counts
     else:
         text = re.sub(r"^__generated_with = .*$", "", text, flags=re.M)
@@ -144,8 +144,8 @@ def identify_code(path: Path) -> str:
 def read_ledger() -> dict[str, str]:
     """Return the hash of the code that each copy began with, by the copy's name."""
     try:
-        found = json.loads((LABS / "mine" / LEDGER).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = parse_json((LABS / "mine" / LEDGER).read_bytes())
+    except (OSError, ValueError):
         return {}
     pairs = found.items() if isinstance(found, dict) else ()
     return {name: code for name, code in pairs if isinstance(code, str)}

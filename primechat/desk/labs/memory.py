@@ -16,7 +16,7 @@ from typing import Any
 
 from primechat import store
 from primechat.desk.labs import runner
-from primechat.files import write_whole
+from primechat.files import parse_json, write_whole
 from primechat.views.widgets.controls import ExerciseCard, Prediction
 
 _lock = threading.Lock()
@@ -41,8 +41,8 @@ def name_lab(variables: Mapping[str, Any]) -> str:
 def read_all() -> dict[str, Any]:
     """Return what is remembered, by lab; nothing where the file is missing or damaged."""
     try:
-        found = json.loads(find_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = parse_json(find_file().read_bytes())
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

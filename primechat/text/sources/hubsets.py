@@ -9,7 +9,6 @@ lmsys/lmsys-chat-1m, argilla/magpie-ultra-v1.0, HuggingFaceTB/smol-smoltalk.
 from __future__ import annotations
 
 import csv
-import json
 import re
 import zipfile
 from collections import Counter
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from primechat.errors import DataError
+from primechat.files import parse_json
 
 MARKER = re.compile(r"^[ \t]*User ([12])[ \t]*:[ \t]*", re.M)
 NAME_SLOT = re.compile(
@@ -80,7 +80,7 @@ def read_dailydialog(folder: Path, counts: Counter[str]) -> Iterator[Raw]:
                 names = [n for n in archive.namelist() if n.rpartition("/")[2] == "dialogues.json"]
                 if not names:
                     raise DataError(f"{path} holds no dialogues.json; fetch it again.")
-                rows = json.loads(archive.read(names[0]))
+                rows = parse_json(archive.read(names[0]))
         except (zipfile.BadZipFile, ValueError, OSError) as error:
             raise DataError(
                 f"{path} is damaged or no zip of JSON ({error!s:.60}); fetch it again."
