@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import primechat as pc
-from primechat import cli, lab
-from primechat.config import DistillConfig, PretrainConfig
+from primechat import cli, lab, store
+from primechat.config import (
+    DistillConfig,
+    FinetuneConfig,
+    LoRAConfig,
+    PretrainConfig,
+    encode_config,
+)
 from primechat.desk.labs import runner as desk_runner
 from primechat.desk.labs.forms import (
     build_config,
@@ -140,9 +147,8 @@ def test_failure_is_told_and_resume_offered() -> None:
     runner, control = start_runner(break_down, PretrainConfig())
     runner.act("start")
     wait_until(lambda: control.state == "failed")
-    assert control.message == "RuntimeError: out of ink" and control.actions == [
-        ["again", "Run again"]
-    ]
+    assert control.message.startswith("RuntimeError: out of ink. Run again makes a new run, base/")
+    assert control.actions == [["again", "Run again"]]
 
 
 def test_run_of_an_earlier_day_is_taken_up(base_dir: Path) -> None:
@@ -160,7 +166,10 @@ def test_run_of_an_earlier_day_is_taken_up(base_dir: Path) -> None:
         return make_result()
 
     runner, control = start_runner(go_on, PretrainConfig(tag="lab05"))
-    assert (control.state, control.message) == ("stopped", "base/lab05 is here already.")
+    assert control.state == "stopped" and control.message == (
+        "base/lab05 is here already, stopped after 2 steps. Go on continues base/lab05. Start afresh makes a "
+        "new run, base/lab05."
+    )
     assert [word for word, _ in control.actions] == [
         "resume",
         "afresh",
@@ -172,6 +181,63 @@ def test_run_of_an_earlier_day_is_taken_up(base_dir: Path) -> None:
         "the curve goes on"
     )
     assert start_runner(go_on, PretrainConfig(tag="other"))[1].state == "ready"
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (PretrainConfig(tag="lab05", steps=40), "base/lab05"),
+        (FinetuneConfig(tag="my-mix", steps=40), "sft/my-mix"),
+        (LoRAConfig(tag="pirate", steps=40), "lora:pirate"),
+        (DistillConfig(tag="student", steps=40), "base/student"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_second_start_is_continued_or_numbered_and_that_is_said(
+    config: Any, name: str, base_dir: Path
+) -> None:
+    """What a stage would refuse, as a run of this name is here, is not asked of it."""
+    asked: list[Any] = []
+
+    def train(config: Any, **_: Any) -> TrainResult:
+        asked.append(config)
+        return make_result()
+
+    runner, control = start_runner(train, config)
+    assert control.message == f"Start makes a new run, {name}."
+    folder = store.run_dir(desk_runner.RUNS[type(config).__name__], config.tag)
+    shutil.copytree(store.SHIPPED / "base_checkpoints" / "d4", folder)
+    frozen = encode_config(config)
+    (folder / "config.json").write_text(json.dumps(frozen))
+    runner.act("start")  # the page was open when another one made the run
+    wait_until(lambda: control.state == "done")
+    assert asked.pop().tag == f"{config.tag}-2"
+    done = [asdict(make_step(40)), asdict(DoneEvent(step=40, elapsed_s=1.0, stopped=True))]
+
+    def write_log() -> None:
+        text = "".join(json.dumps(line) + "\n" for line in done)
+        (folder / "metrics.jsonl").write_text(text)
+
+    write_log()
+    _, control = start_runner(train, config)
+    assert f"Go on continues {name}." in control.message
+    assert f"Start afresh makes a new run, {name}-2." in control.message
+    _, control = start_runner(train, replace(config, steps=60))
+    assert "Steps of training: 40 then, 60 now" in control.message and "--" not in control.message
+    assert control.actions == [["again", "Run again"]]
+    assert f"Run again makes a new run, {name}-2." in control.message
+    done[-1]["stopped"] = False
+    write_log()
+    _, control = start_runner(train, config)
+    assert control.state == "done" and f"Run again makes a new run, {name}-2." in control.message
+
+
+def test_what_start_does_follows_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = build_form(PretrainConfig(tag="one"), ("tag",), "")
+    _, control = start_runner(train_slowly, form.config)
+    assert "base/one" in control.message
+    form.answer_change({"tag": "two"})
+    assert control.message == "Start makes a new run, base/two."
 
 
 def test_run_ends_with_its_cell_and_at_exit(monkeypatch: pytest.MonkeyPatch) -> None:

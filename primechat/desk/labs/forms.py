@@ -14,7 +14,7 @@ import sys
 import textwrap
 import typing
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ _taken: list[str] = []
 _forms: weakref.WeakKeyDictionary[SettingsForm, list[Any]] = (
     weakref.WeakKeyDictionary()
 )  # and what each gave
+_followers: weakref.WeakKeyDictionary[SettingsForm, list[Callable[[], None]]] = (
+    weakref.WeakKeyDictionary()
+)  # called when a form has other settings
 CHOICES = {
     "runtime.device": DEVICES,
     "runtime.dtype": DTYPES,
@@ -84,6 +87,8 @@ def build_form(config: Any, simple: Sequence[str], title: str) -> SettingsForm:
             return {"fault": str(error), "field": find_field(str(error), list(start))}
         form.config = new
         _forms[form].append(new)
+        for follower in list(_followers.get(form, ())):
+            follower()
         values = {name: value for name, value, _, _ in list_fields(new)}
         return {"values": values, "command": write_command(new)}
 
@@ -104,6 +109,13 @@ def renew_config(config: Any) -> Any:
     """Return what the form that gave this very config has in force now; a config of no form is returned."""
     forms = (form for form, given in list(_forms.items()) if any(one is config for one in given))
     return next((form.config for form in forms), config)
+
+
+def follow_form(config: Any, follower: Callable[[], None]) -> None:
+    """Call something whenever the form that gave this very config has other settings in force."""
+    for form, given in list(_forms.items()):
+        if any(one is config for one in given):
+            _followers.setdefault(form, []).append(follower)
 
 
 def name_form(name: str, kind: Any) -> str:

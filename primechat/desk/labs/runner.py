@@ -17,17 +17,25 @@ from contextlib import suppress
 from typing import Any
 
 from primechat import store
-from primechat.desk.labs.forms import renew_config
+from primechat.desk.labs.forms import follow_form, renew_config
 from primechat.errors import PrimechatError, explain_error
+from primechat.model.runlog import take_frozen
+from primechat.names import FOLDERS
 from primechat.records import Event, TrainResult, count_noun
 from primechat.views.widgets.figure import WaitingFigure
 from primechat.views.widgets.kit import Widget
 from primechat.views.widgets.runs import RunLog, StageControl
+from primechat.views.words import name_field
 
 SEND_EVERY_S, BEAT_EVERY_S = 0.3, 1.0
 END_WAIT_S = 20.0  # for a run to save when the kernel exits
 AHEAD_S = 60.0  # until the cell of a run that began with newer settings than its own has been given them too
-RUNS = {"PretrainConfig": "base", "FinetuneConfig": "sft", "LoRAConfig": "lora"}  # settings: family
+RUNS = {  # settings: family of the run that they make
+    "PretrainConfig": "base",
+    "FinetuneConfig": "sft",
+    "LoRAConfig": "lora",
+    "DistillConfig": "base",
+}
 still = False  # while a lab is made into a page: its stages wait for a Start that nobody presses
 
 
@@ -103,12 +111,25 @@ class Runner:
         self.stop = StopWish(self.is_over)
         self.thread: threading.Thread | None = None
         self.state: dict[str, Any] = {}
-        self.offer("ready")
-        if (old := find_earlier(config)) is not None:
+        self.survey()
+        if not in_marimo():  # there the cell runs again, and there is a new one of these
+            follow_form(config, self.follow)
+
+    def survey(self, result: Any = None) -> None:
+        """Offer what the settings in force can do: begin, or take up a run of their name that is here."""
+        self.offer("ready", result=result)
+        if (old := find_earlier(self.config)) is not None:
             self.log.take_up(old.identifier, old.events)
             self.offer(
-                "stopped" if old.stopped else "done", f"{old.identifier} is here already.", old
+                "stopped" if old.stopped else "done", describe_earlier(self.config, old), old
             )
+
+    def follow(self) -> None:
+        """Say what Start does with the settings that a form has now; what a run has made stays."""
+        with self.lock:
+            if not self.is_busy:
+                self.config = renew_config(self.given)
+                self.survey(self.state["result"])
 
     @property
     def is_busy(self) -> bool:
@@ -143,7 +164,7 @@ class Runner:
                     setattr(control, name, value)
 
     def offer(self, state: str, message: str = "", result: Any = None) -> None:
-        """Tell the pages how things stand, and what can be done now."""
+        """Tell the pages how things stand, what can be done now, and under which name it would run."""
         start, go_on, afresh = ("start", "Start"), ("resume", "Go on"), ("afresh", "Start afresh")
         has_resume = hasattr(self.config, "resume") and hasattr(self.config, "tag")
         actions = {"ready": [start], "running": [("stop", "Stop and save")], "stopping": []}.get(
@@ -151,7 +172,12 @@ class Runner:
         )
         if actions is None:
             is_there = state == "stopped" or (state == "failed" and "resume" in message)
-            actions = [go_on, afresh] if has_resume and is_there else [("again", "Run again")]
+            can_go_on = has_resume and is_there and not find_change(self.config)
+            actions = [go_on, afresh] if can_go_on else [("again", "Run again")]
+        if name_model(self.config):
+            said = [foretell_run(word, label, self.config) for word, label in actions]
+            ended = message if not message or message.endswith((".", "!", "?")) else f"{message}."
+            message = " ".join(filter(None, [ended, *said]))
         listed = [list(action) for action in actions]
         self.state = {"result": result, "actions": listed, "message": message, "state": state}
         self.tell(**self.state)
@@ -173,13 +199,11 @@ class Runner:
                 self.t_ahead = (
                     time.monotonic() if in_marimo() and config is not self.given else -AHEAD_S
                 )
-            if word in ("afresh", "again") and hasattr(config, "tag"):  # under a name of its own
+            is_new = word in ("afresh", "again") or (word == "start" and is_taken(config))
+            if is_new and hasattr(config, "tag"):  # under a name of its own
                 config = dataclasses.replace(config, tag=find_free(config.tag))
-                config = (
-                    dataclasses.replace(config, resume=False)
-                    if hasattr(config, "resume")
-                    else config
-                )
+                if hasattr(config, "resume"):
+                    config = dataclasses.replace(config, resume=False)
             self.config, self.stop = config, StopWish(self.is_over)
             self.log = self.log if word == "resume" else RunLog()  # so a resumed run's curves go on
             self.offer("running")
@@ -208,6 +232,8 @@ class Runner:
             return "done", ""
         steps = self.log.saved if self.log.saved is not None else 0
         kept = f"Stopped and saved after {count_noun(steps, 'step')}."
+        if name_model(self.config):
+            return "stopped", kept
         return "stopped", f"{kept} Go on where it stopped, or start afresh."
 
     def hear(self, event: Event) -> None:
@@ -262,6 +288,71 @@ def find_earlier(config: Any) -> TrainResult | None:
     return None
 
 
+def name_model(config: Any) -> str:
+    """Return the identifier of the model that settings make, "" where they make none under a name.
+
+    >>> from primechat.config import DistillConfig
+    >>> name_model(DistillConfig(tag="student"))
+    'base/student'
+    """
+    family, tag = RUNS.get(type(config).__name__, ""), getattr(config, "tag", "")
+    return "" if not family or not tag else f"lora:{tag}" if family == "lora" else f"{family}/{tag}"
+
+
+def is_taken(config: Any) -> bool:
+    """Return whether there is a run already of the name in a config, which starting it would refuse."""
+    family = RUNS.get(type(config).__name__, "")
+    if not family or getattr(config, "resume", False):
+        return False
+    with suppress(PrimechatError):
+        return bool(store.find_steps(store.run_dir(family, config.tag)))
+    return False
+
+
+def find_change(config: Any) -> str:
+    """Return how settings differ from those of the run that bears their name, "" where it can go on."""
+    family = RUNS.get(type(config).__name__, "")
+    if not family:
+        return ""
+    try:
+        folder = store.run_dir(family, config.tag)
+        if (folder / "config.json").is_file():
+            take_frozen(dataclasses.replace(config, resume=True), folder)
+    except PrimechatError as error:
+        return explain_change(str(error).partition(" (the run's, then yours)")[0])
+    return ""
+
+
+def explain_change(difference: str) -> str:
+    """Return a difference of two configs in the words of the form.
+
+    >>> explain_change("steps: 40 != 60")
+    'Steps of training: 40 then, 60 now'
+    """
+    found = re.fullmatch(r"([\w.]+): (.+) != (.+)", difference)
+    return f"{name_field(found[1])}: {found[2]} then, {found[3]} now" if found else difference
+
+
+def describe_earlier(config: Any, old: TrainResult) -> str:
+    """Return the sentence that tells of a run that bears the name in a config."""
+    ended = f", stopped after {count_noun(old.step, 'step')}" if old.stopped else ""
+    change = find_change(config)
+    other = f" It was made with other settings ({change})." if change else ""
+    return f"{old.identifier} is here already{ended}.{other}"
+
+
+def foretell_run(word: str, label: str, config: Any) -> str:
+    """Return what a button will do, by the name of the run: continue one, or make a new one."""
+    if word == "resume":
+        return f"{label} continues {name_model(config)}."
+    if word == "start" and not is_taken(config):
+        return f"{label} makes a new run, {name_model(config)}."
+    if word in ("start", "afresh", "again"):
+        new = dataclasses.replace(config, tag=find_free(config.tag))
+        return f"{label} makes a new run, {name_model(new)}."
+    return ""
+
+
 def name_run(function: Callable[..., Any], config: Any) -> tuple[Any, str]:
     """Return what tells runs apart; a lab's own function is made anew for each page, from the same code."""
     return getattr(function, "__code__", function), str(getattr(config, "tag", ""))
@@ -306,7 +397,10 @@ def end_runs() -> None:
 
 def find_free(tag: str) -> str:
     """Return a tag that no model has: d4, d4-2, d4-3 ..."""
-    taken = {entry.tag for entry in store.list_models() if not entry.shipped}
+    parents = [store.base_dir() / name for name in FOLDERS.values()]
+    folders = [folder for parent in parents if parent.is_dir() for folder in parent.iterdir()]
+    taken = {f.name for f in folders if store.is_run(f) and store.find_steps(f)}
+    taken |= {entry.tag for entry in store.walk_adapters(store.base_dir() / FOLDERS["lora"])}
     stem = re.sub(r"-\d+$", "", tag)
     names = [tag, *(f"{stem}-{n}" for n in range(2, 10_000))]
     return next(name for name in names if name not in taken)

@@ -76,7 +76,35 @@ export function frame({ model, el }, name, { partly = false } = {}) {
     el.prepend(gate);
     undo.push(() => gate.remove());
   }
-  return { root, listen, later, end: () => undo.forEach((work) => work()) };
+  const looks = model.get("_css");
+  const end = () => {
+    undo.forEach((work) => work());
+    outlive(root, looks);
+  };
+  return { root, listen, later, end };
+}
+
+const ALONE_MS = 4000; // for which a widget stands there without Python before it says so
+
+/**
+ * Keep a widget in its looks that Python has let go of while its cell, or one before it, runs again: marimo leaves
+ * it there until the new one comes, and takes its style away. Where a cell of imports alone runs again, marimo
+ * closes the widgets of the cells that use them and does not run those: then nothing comes by itself.
+ */
+function outlive(root, looks) {
+  if (!root.isConnected) return;
+  root.prepend(h("style", { text: looks ?? "" }));
+  root.dataset.over = "true";
+  setTimeout(() => {
+    if (root.isConnected)
+      root.prepend(
+        h("p", {
+          class: "pc-muted",
+          role: "status",
+          text: "This waits for its cell to run again. If nothing moves, run the cell yourself.",
+        }),
+      );
+  }, ALONE_MS);
 }
 
 /** A widget of several kinds: what draws each, by the trait `kind`. */

@@ -346,16 +346,21 @@ function drawStage({ model, root, listen, later }) {
     if (presses.get(place) === press) presses.delete(place);
   };
   const takeUp = () => {
-    const kept = presses.get(place),
-      first = actions.querySelector("button");
+    const kept = presses.get(place);
     presses.delete(place);
-    if (
-      kept &&
-      Date.now() - kept.time < PRESS_MS &&
-      !["stop", "resume"].includes(kept.word) &&
-      model.get("actions")[0]?.[0] === "start"
-    )
-      act("start", first);
+    if (!kept || Date.now() - kept.time > PRESS_MS) return;
+    const offered = model.get("actions").map(([word]) => word);
+    // What was to begin anew begins also where the new control has nothing to begin anew yet.
+    const begins = ["start", "afresh", "again"].includes(kept.word) && offered.includes("start");
+    const at = offered.indexOf(begins ? "start" : kept.word);
+    if (at >= 0) act(offered[at], actions.querySelectorAll("button")[at]);
+    else
+      message.append(
+        h("div", {
+          class: "pc-note",
+          text: "Its cell ran again when you pressed the button, and what can be done has changed: press again.",
+        }),
+      );
   };
   const drawState = () => {
     const state = model.get("state");
