@@ -159,6 +159,80 @@ def test_own_words_learn_from_the_teacher_alone() -> None:
     assert a.item() == pytest.approx(b.item(), rel=1e-5)
 
 
+def plain_divergence(q: np.ndarray, p: np.ndarray, kind: str, beta: float) -> float:
+    """How far a student's q is from a teacher's p, from the definitions."""
+    if kind == "forward":
+        return float((p * np.log(p / q)).sum())
+    if kind == "reverse":
+        return float((q * np.log(q / p)).sum())
+    m = beta * p + (1 - beta) * q
+    return float(beta * (p * np.log(p / m)).sum() + (1 - beta) * (q * np.log(q / m)).sum())
+
+
+def plain_loss(z: np.ndarray, t: np.ndarray, goals: list[int], mix: Mix, top: bool) -> float:
+    """The distillation loss of logits (n, V), in float64, a place at a time."""
+    total, V, T = 0.0, z.shape[1], mix.temperature
+    for place, goal in enumerate(goals):
+        if goal < 0:
+            continue  # not learned from
+
+        def soften(logits: np.ndarray, temperature: float) -> np.ndarray:
+            e = np.exp((logits - logits.max()) / temperature)
+            return e / e.sum()
+
+        q, p = soften(z[place], T), soften(t[place], T)
+        if top:  # the teacher's likeliest by themselves, the rest in one bucket
+            best = np.argsort(-p)[: mix.top_k]
+            q, p = (np.append(d[best], 1 - d[best].sum()) for d in (q, p))
+        far = T * T * plain_divergence(q, p, mix.kind, mix.beta)
+        own = goal >= V  # the student's own word: the teacher alone judges it
+        word = -math.log(soften(z[place], 1.0)[goal % V])
+        total += far if own else mix.alpha * word + (1 - mix.alpha) * far
+    return total
+
+
+@pytest.mark.parametrize("top", [False, True], ids=["whole", "top"])
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_masks_against_plain_float64(kind: str, top: bool, tmp_path: Path) -> None:
+    """Text, the student's own words and what does not count, side by side; the first and the last token of
+    the vocabulary stand on both sides of the border between text and own words.
+    """
+    student, teacher = make_model(SMALL, 1, train=True), make_model(SHAPE, 2)
+    targets = TARGETS.clone()
+    targets[0, :8] = torch.tensor([0, 299, 300, 599, -1, 7, 307, -1])
+    targets[1] = mark_own(TARGETS[1], 300)
+    mix = Mix(alpha=0.3, temperature=1.7, kind=kind, beta=0.4, top_k=25 if top else 0)
+    cache = TeacherCache(tmp_path, 25, 20) if top else None
+    got = DistillLoss(student, teacher, mix, cache)(IDS, targets).item()
+    z, t = (m(IDS).detach().double().numpy().reshape(60, 300) for m in (student, teacher))
+    goals = targets.flatten().tolist()
+    # a file keeps the teacher's log-probabilities in 16 bit
+    assert got == pytest.approx(plain_loss(z, t, goals, mix, top), rel=5e-3 if top else 1e-6)
+    for place in (
+        0,
+        1,
+        2,
+        3,
+        4,
+    ):  # each of the first five alone, so that none hides behind the others
+        alone = torch.full_like(targets, -1)
+        alone[0, place] = targets[0, place]
+        got = DistillLoss(student, teacher, mix, cache)(IDS, alone).item()
+        want = plain_loss(z, t, alone.flatten().tolist(), mix, top)
+        assert got == pytest.approx(want, rel=5e-3 if top else 1e-5, abs=1e-7), goals[place]
+
+
+def test_own_words_cost_nothing_without_a_teacher() -> None:
+    """The control, alpha 1, learns from the text alone: own words, token 0 too, are no text."""
+    student, teacher = make_model(SMALL, 1, train=True), make_model(SHAPE, 2)
+    loss = DistillLoss(student, teacher, Mix(alpha=1.0))
+    text, own = torch.full((2, 3, 20), -1)
+    text[0, 0], own[1, :3] = 0, torch.tensor([300, 450, 599])
+    assert loss(IDS, own).item() == 0.0
+    both = torch.where(own >= 0, own, text)
+    assert loss(IDS, both).item() == pytest.approx(loss(IDS, text).item(), rel=1e-6) != 0
+
+
 def test_hidden_term_needs_a_projector() -> None:
     student, teacher = make_model(SMALL, 1, train=True), make_model(SHAPE, 2)
     student.add_module("projector", make_projector(24, 32, 0))
