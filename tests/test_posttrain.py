@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from primechat import store
 from primechat.config import GPTConfig, LookConfig, PretrainConfig, RuntimeConfig
 from primechat.errors import ConfigError
-from primechat.lessons.instruments import posttrain, pretraining, series
+from primechat.lessons.instruments import ablation, posttrain, pretraining, series
+from primechat.model.runlog import read_frozen
 from primechat.records import Event
 from primechat.views.training import draw_lines, draw_tradeoff
 
@@ -199,8 +201,45 @@ def test_an_ablation_runs_anew_with_other_settings(base_dir: Path) -> None:
     }
     assert pretraining.ablate(plan, on_event=heard.append) == first
     assert {event.kind for event in heard[n_heard:]} == {"note"}, "nothing is trained twice"
+    frozen = [read_frozen(folder, PretrainConfig) for folder in list_runs(base_dir)]
+    assert len(frozen) == 4 and {(c.optim.x0_lr, c.optim.smear_lr) for c in frozen} == {(0.5, 0.2)}
+    assert {(c.optim.residual_lr, c.optim.x0_beta1) for c in frozen} == {(0.005, 0.96)}
     longer = pretraining.ablate(replace(plan, steps=3))
     assert not longer.stopped and longer.bpb != first.bpb
+
+
+def list_runs(base_dir: Path) -> list[Path]:
+    return sorted((base_dir / "base_checkpoints").glob("ablation*"))
+
+
+def test_the_ablation_as_a_command(
+    base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rates of the scalars compared at equal tokens; a second call runs nothing again."""
+    model = GPTConfig.modern(1, vocab_size=512, sequence_len=32, head_dim=32)
+    look = LookConfig(eval_tokens=64, last_eval_tokens=64, sample_every=-1)
+    base = PretrainConfig(model=model, batch_tokens=64, look=look, runtime=FIXED)
+    monkeypatch.setattr(ablation, "build_base", lambda flags: base)
+    words = ["rates", "--tokens", "128", "--batch_tokens", "64", "--seeds", "3"]
+    words += ["--output", str(base_dir / "rates.json")]
+    assert ablation.main(words) == 0
+    found = json.loads((base_dir / "rates.json").read_text())
+    assert found["complete"] and set(found["bpb"]) == {
+        "everything on",
+        "nanochat2026",
+        "nanochat2026+init",
+    }
+    assert all(len(values) == 3 for values in found["bpb"].values())
+    runs = [read_frozen(folder, PretrainConfig) for folder in list_runs(base_dir)]
+    assert {c.steps for c in runs} == {2} and len(runs) == 9
+    assert sorted({c.optim.x0_lr for c in runs}) == [0.005, 0.5]
+    assert {c.init.residual_first for c in runs if c.optim.x0_lr == 0.5} == {1.0, 1.15}
+    said = capsys.readouterr().out
+    assert "nanochat2026+init: everything on, seed 2" in said and "Complete: " in said
+    assert ablation.main(words) == 0 and "after" not in capsys.readouterr().out
+    monkeypatch.setattr("threading.Timer.start", lambda timer: timer.function())
+    assert ablation.main([*words, "--seeds", "4"]) == 1, "the time was up at once"
+    assert "The time is up; the same command goes on" in capsys.readouterr().out
 
 
 def test_the_dial_holds_one_model_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ CHOICES = {
     "layout": LAYOUTS,
     "learn": LEARN,
     "recipe": FULL_RECIPES,
+    "rates": ("nanochat2026", "nanochat2026+init", "quickstart"),
     "params_counted": COUNTED,
     "rows": ROWS,
     "init.matrices": MATRICES,

@@ -25,7 +25,8 @@ from primechat.cloud.plan import (
     make_plan,
 )
 from primechat.config import PretrainConfig
-from primechat.config.runtime import check_number
+from primechat.config.recipes import INIT_2026, scalar_rates_2026
+from primechat.config.runtime import check_choice, check_number
 from primechat.errors import ConfigError, PrimechatError
 from primechat.files import resolve_path
 from primechat.records import NoteEvent, OnEvent
@@ -38,6 +39,18 @@ SWITCHES: dict[str, dict[str, Any]] = {  # trick: what takes it away
     "backout": {"backout": False},
     "qk_gain": {"qk_gain": 1.0},
     "logit_softcap": {"logit_softcap": 0.0},
+}
+
+
+def take_rates(base: PretrainConfig) -> PretrainConfig:
+    """Return a run with the rates that nanochat gives the scalars and gates, at whatever batch."""
+    return replace(base, optim=replace(base.optim, **scalar_rates_2026()))
+
+
+RATES: dict[str, Callable[[PretrainConfig], PretrainConfig]] = {
+    "quickstart": lambda base: base,
+    "nanochat2026": take_rates,
+    "nanochat2026+init": lambda base: replace(take_rates(base), init=INIT_2026),
 }
 
 
@@ -126,12 +139,17 @@ class AblationConfig:
     """Runs of each, which differ in their first weights and the order of the text."""
     steps: int = 60
     """Optimizer steps of each run."""
+    rates: str = "nanochat2026"
+    """Rates of the learned scalars and gates: nanochat2026's own, these with its first weights
+    (nanochat2026+init), or quickstart's, 0.005 for all.
+    """
     base: PretrainConfig = field(default_factory=PretrainConfig)
     """The run with every trick on."""
 
     def __post_init__(self) -> None:
         check_number("seeds", self.seeds, low=2, high=9, whole=True)
         check_number("steps", self.steps, low=2, whole=True)
+        check_choice("rates", self.rates, tuple(RATES))
         unknown = [name for name in self.list_switches() if name not in SWITCHES]
         if unknown:
             raise ConfigError(
@@ -162,6 +180,7 @@ def ablate(
     from primechat.stages.pretrain import pretrain
 
     stop = stop or threading.Event()
+    config = replace(config, base=RATES[config.rates](config.base))
     found: dict[str, list[float]] = {}
     variants: dict[str, dict[str, Any]] = {"everything on": {}}
     variants |= {f"without {name}": dict(SWITCHES[name]) for name in config.list_switches()}
