@@ -202,7 +202,9 @@ def test_an_ablation_runs_anew_with_other_settings(base_dir: Path) -> None:
     assert pretraining.ablate(plan, on_event=heard.append) == first
     assert {event.kind for event in heard[n_heard:]} == {"note"}, "nothing is trained twice"
     frozen = [read_frozen(folder, PretrainConfig) for folder in list_runs(base_dir)]
-    assert len(frozen) == 2 * plan.seeds and {(c.optim.x0_lr, c.optim.smear_lr) for c in frozen} == {(0.5, 0.2)}
+    assert len(frozen) == 2 * plan.seeds and {
+        (c.optim.x0_lr, c.optim.smear_lr) for c in frozen
+    } == {(0.5, 0.2)}
     assert {(c.optim.residual_lr, c.optim.x0_beta1) for c in frozen} == {(0.005, 0.96)}
     longer = pretraining.ablate(replace(plan, steps=3))
     assert not longer.stopped and longer.bpb != first.bpb
@@ -212,6 +214,7 @@ def list_runs(base_dir: Path) -> list[Path]:
     return sorted((base_dir / "base_checkpoints").glob("ablation*"))
 
 
+@pytest.mark.slow
 def test_the_ablation_as_a_command(
     base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
