@@ -193,34 +193,6 @@ def test_mtld_of_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(sizes) > 100 and sum(sizes) < 20 * 20_000, "each factor read on to the end"
 
 
-def test_intervals_and_kappa_by_hand() -> None:
-    mean, low, high = d.bootstrap_mean([1, 2, 3, 4, 5, float("nan")])
-    assert mean == 3 and 1.5 < low < 2.2 and 3.8 < high < 4.5
-    assert d.bootstrap_mean([2, 2, 2]) == (2, 2, 2)
-    assert d.bootstrap_mean([1, 5, 9]) == d.bootstrap_mean([1, 5, 9])
-    mean, low, high = d.estimate_mean([1, 2, 3])  # s = 1, t = 4.303 with two degrees of freedom
-    assert (
-        mean == 2
-        and high - 2 == pytest.approx(4.303 / 3**0.5)
-        and 2 - low == pytest.approx(high - 2)
-    )
-    assert d.estimate_mean([7.0])[0] == 7 and math.isnan(d.estimate_mean([7.0])[1])
-    for n, t in (
-        (10, 2.262),
-        (11, 2.228),
-        (21, 2.086),
-        (61, 2.0),
-    ):  # textbook quantiles, n - 1 degrees
-        values = [0.0] * (n - 1) + [1.0]
-        s = (1 / n) ** 0.5  # of one in n
-        assert d.estimate_mean(values)[2] - 1 / n == pytest.approx(t * s / n**0.5, rel=5e-4)
-    # 20 yes-yes, 15 no-no, 5 and 10 apart: agreement 0.7, chance 0.5 (a classic example)
-    first = ["y"] * 25 + ["n"] * 25
-    second = ["y"] * 20 + ["n"] * 5 + ["y"] * 10 + ["n"] * 15
-    assert d.measure_kappa(first, second) == pytest.approx(0.4)
-    assert math.isnan(d.measure_kappa("aa", "aa")) and d.measure_kappa("ab", "ab") == 1
-
-
 def test_groups_differ_from_their_controls() -> None:
     varied = [
         f"I saw {a} near the {b} while it was {c}."

@@ -227,14 +227,14 @@ def reach(floor: float, n_params: int, tokens: int) -> float:
 def test_forecast(floor: float) -> None:
     """Nine of ten intervals hold the outcome, the middle is not biased, farther is less certain."""
     target, hits, gaps = (5_200_000, 8_000_000), 0, []
-    for seed in range(30):
+    for seed in range(200):
         noise = 1 + 0.005 * np.random.default_rng(seed).standard_normal(10)
         came = reach(floor, *target) * float(noise[9])
         (told,) = forecast_bpb(make_runs(floor, noise), [target])
         hits += told.low <= came <= told.high
         gaps.append(told.bpb - came)
         assert told.low < told.bpb < told.high < min(run.bpb for run in make_runs(floor, noise))
-    assert hits >= 24 and abs(np.mean(gaps)) < 0.012
+    assert 0.88 <= hits / 200 <= 0.98 and abs(np.mean(gaps)) < 0.012
     near, far = forecast_bpb(make_runs(floor, noise), [(3_000_000, 2_500_000), target])
     assert near.high - near.low < far.high - far.low
 

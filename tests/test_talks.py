@@ -17,7 +17,7 @@ from primechat import store
 from primechat.desk.labs import runner
 from primechat.lab import borrow_model
 from primechat.lessons.instruments import talks
-from primechat.metrics.diversity import measure_kappa
+from primechat.metrics.intervals import measure_kappa
 from primechat.metrics.loops import MEASURES, find_loop, measure_turns, read_talk
 from primechat.records import Turn
 from primechat.views import talk
@@ -55,6 +55,19 @@ def test_turns_are_measured_by_hand() -> None:
     assert (
         found["entropy"][1] == 2 and found["surprise"][1] == 1.5 and np.isnan(found["entropy"][2])
     )
+    ended = Turn(
+        speaker=0,
+        model="x",
+        text="Yes.",
+        ids=[1, 2, 9],
+        entropy=[1, 3, 8],
+        logprob=[-1, -2, -6],
+        stopped=True,
+    )
+    silent = Turn(speaker=1, model="x", text="", ids=[9], entropy=[8], logprob=[-6], stopped=True)
+    spoken = measure_turns([ended, silent])
+    assert spoken["entropy"][0] == 2 and spoken["surprise"][0] == 1.5, "the end is not a word"
+    assert np.isnan(spoken["entropy"][1]) and np.isnan(spoken["surprise"][1])
     # i-like-red was said, like-red-dogs and red-dogs-! were not
     assert found["said before"][1] == pytest.approx(1 / 3) and found["said before"][2] == 1
     assert found["new words"][1] == pytest.approx(2 / 5) and found["new words"][2] == 0
@@ -148,7 +161,7 @@ def test_detector_agrees_with_labels_as_published() -> None:
         name: sum(x)
         for name, x in zip("ab", zip(*(row["labels"] for row in rows), strict=True), strict=True)
     }
-    kappas, shares = talks.judge_detector(200)
+    kappas, shares = talks.judge_detector()
     lines = (ROOT / "labs" / "experiments.md").read_text(encoding="utf-8").splitlines()
     told = [line for line in lines if "kappa of each pair" in line][-1]
     for name, spread in kappas.items():

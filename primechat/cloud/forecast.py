@@ -37,7 +37,12 @@ class SmallRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """Predicted bits per byte of a run: the middle, and the bounds of 90 % of the outcomes."""
+    """Predicted bits per byte of a run: the middle, and bounds that hold about 90 % of the outcomes.
+
+    By simulation on curves of that form, nine runs each, the bounds hold 88 to 98 % of the outcomes, on
+    average 93 %; 86 to 91 % where runs vary twice as much as supposed, and nearly all where they vary
+    half as much. Where the curve has another form, they promise nothing.
+    """
 
     bpb: float
     low: float

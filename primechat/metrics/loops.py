@@ -186,16 +186,21 @@ MEASURES = {  # of a turn: (what it says, the value at which the heat strip is f
 
 
 def measure_turns(turns: Sequence[Turn]) -> dict[str, np.ndarray]:
-    """Return MEASURES of each turn of a conversation, (T,) each; nan where there is nothing to measure."""
+    """Return MEASURES of each turn of a conversation, (T,) each; nan where there is nothing to measure.
+
+    Only what was said is measured: people's turns, which a model reads (`read_talk`), have no token that ends
+    them, so that of a model's own turns does not count either.
+    """
     found = {name: np.full(len(turns), np.nan) for name in MEASURES}
     words = [split_words(turn.text) for turn in turns]
     seen_words, seen_grams = set[str](), set[tuple[str, ...]]()
     for t, (turn, own) in enumerate(zip(turns, words, strict=True)):
         grams = [tuple(own[i : i + 3]) for i in range(len(own) - 2)]
         found["words"][t] = len(own)
-        if turn.entropy:
-            found["entropy"][t] = np.mean(turn.entropy)
-            found["surprise"][t] = -np.mean(turn.logprob)
+        spoken = len(turn.entropy) - turn.stopped  # the token that ends a turn is no word of it
+        if spoken > 0:
+            found["entropy"][t] = np.mean(turn.entropy[:spoken])
+            found["surprise"][t] = -np.mean(turn.logprob[:spoken])
         if grams and t:
             found["said before"][t] = np.mean([gram in seen_grams for gram in grams])
         if own and t:

@@ -203,7 +203,7 @@ def judge_forecast(name: str, run: SmallRun, told: Forecast) -> dict[str, str]:
         "held out": name,
         "tokens": f"{run.tokens / 1e6:.1f} million",
         "forecast, bits per byte": f"{told.bpb:.3f}",
-        "90 % of chances": f"{told.low:.3f} to {told.high:.3f}",
+        "90 % interval": f"{told.low:.3f} to {told.high:.3f}",
         "outcome": f"{run.bpb:.3f}",
         "so the forecast": "held" if inside else f"missed, by {abs(beyond):.3f}",
     }

@@ -23,7 +23,8 @@ from primechat.lessons.instruments.series import compare_ranks as compare_ranks
 from primechat.lessons.instruments.series import compare_sets as compare_sets
 from primechat.lessons.instruments.series import compare_sizes as compare_sizes
 from primechat.lessons.instruments.series import sum_rows
-from primechat.metrics.diversity import estimate_mean, measure_distinct, split_words
+from primechat.metrics.diversity import measure_distinct, split_words
+from primechat.metrics.intervals import estimate_mean
 from primechat.records import TrainResult
 from primechat.seeds import derive_seed
 from primechat.text.corpora import read_chats

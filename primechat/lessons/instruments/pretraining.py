@@ -29,9 +29,11 @@ from primechat.config.recipes import INIT_2026, scalar_rates_2026
 from primechat.config.runtime import check_choice, check_number
 from primechat.errors import ConfigError, PrimechatError
 from primechat.files import resolve_path
-from primechat.records import NoteEvent, OnEvent
+from primechat.metrics.intervals import adjust_holm, compare_pairs, estimate_mean
+from primechat.records import NoteEvent, OnEvent, TrainResult
 from primechat.views.theme import SERIES, open_figure, push_apart
 
+MIN_SEEDS = 3  # fewer give no verdict: of two, the spread is hardly known
 SWITCHES: dict[str, dict[str, Any]] = {  # trick: what takes it away
     "value_embeddings": {"value_embeddings": False},
     "residual_scalars": {"residual_scalars": False},
@@ -135,8 +137,8 @@ class AblationConfig:
     """Go on with a bench that was stopped."""
     switches: str = "value_embeddings, smear, backout"
     """Which tricks, with commas between."""
-    seeds: int = 2
-    """Runs of each, which differ in their first weights and the order of the text."""
+    seeds: int = 3
+    """Runs of each, which differ in their first weights and the order of the text; below 3 no verdict."""
     steps: int = 60
     """Optimizer steps of each run."""
     rates: str = "nanochat2026"
@@ -206,35 +208,68 @@ def ablate(
 
 
 def judge_ablation(result: AblationResult | None, state: str = "") -> Any:
-    """Return a table: what each trick brings, against the spread that chance alone makes."""
+    """Return a table: what each trick brings, and whether chance alone could have brought it.
+
+    A trick's gap is the mean, over seeds, of bits per byte without it less those with everything on, of the
+    same seed; beside it stands its 95 % interval by Student's t. The verdict is a paired t-test, corrected by
+    Holm for the number of tricks: where no trick matters, the table names one in at most 5 % of the cases.
+
+    Three seeds find large effects only. Of three tricks, one that shifts the mean by 3 standard deviations of
+    its gaps is found in 37 % of the cases, by 6 in 84 %; with five seeds, by 2 in 69 % and by 3 in 95 %.
+
+    Source: Student 1908; Holm 1979. The percentages are simulated, with normal noise.
+    """
     if result is None or "everything on" not in result.bpb:
         if state in ("running", "stopping"):
             return "The runs are under way above. The table comes when they are done."
         return "Nothing has run yet: press Start above."
-    whole = np.array(result.bpb["everything on"])
+    whole = result.bpb["everything on"]
+    gaps = {
+        name: [x - y for x, y in zip(values, whole, strict=False)]  # of the same seeds
+        for name, values in result.bpb.items()
+    }
+    verdicts = judge_gaps({name: gap for name, gap in gaps.items() if name != "everything on"})
     rows = []
     for name, values in result.bpb.items():
-        n = min(len(values), len(whole))
-        gap = np.array(values[:n]) - whole[:n]  # of the same seeds
-        error = float(gap.std(ddof=1) / n**0.5) if n > 1 else float("nan")
-        clear = n > 1 and abs(gap.mean()) > 3 * max(error, 1e-4)
-        said = (
-            ""
-            if name == "everything on"
-            else "helps"
-            if clear and gap.mean() > 0
-            else ("hurts" if clear else "lost in the noise")
-        )
+        mean, low, _ = estimate_mean(gaps[name])
+        margin = f" ± {mean - low:.4f}" if len(gaps[name]) >= MIN_SEEDS else ""
+        compared = name != "everything on"
         rows.append(
             {
                 "variant": name,
                 "bits per byte": f"{np.mean(values):.4f}",
                 "spread over seeds": f"{np.ptp(values):.4f}",
-                "against everything on": f"{gap.mean():+.4f}",
-                "so the trick": said,
+                "against everything on": f"{mean:+.4f}{margin}" if compared else "",
+                "so the trick": verdicts.get(name, ""),
             }
         )
     return rows
+
+
+def judge_gaps(gaps: dict[str, list[float]]) -> dict[str, str]:
+    """Return for each trick whether it helps, hurts, or neither is shown, from its gaps over seeds."""
+    ready = {name: compare_pairs(gap) for name, gap in gaps.items() if len(gap) >= MIN_SEEDS}
+    corrected = adjust_holm(ready)
+    verdicts = dict[str, str]()
+    for name, gap in gaps.items():
+        if name not in ready:
+            verdicts[name] = f"too few seeds: {len(gap)} of {MIN_SEEDS}"
+        elif corrected[name] >= 0.05:
+            verdicts[name] = "not shown to matter"
+        else:
+            verdicts[name] = "helps" if np.mean(gap) > 0 else "hurts"
+    return verdicts
+
+
+def describe_ablation(config: AblationConfig, run: TrainResult | None = None) -> dict[str, str]:
+    """Return how many runs an ablation takes, and how long, if a step takes as long as in a run made here."""
+    variants, steps = 1 + len(set(config.list_switches())), config.steps
+    n_runs = variants * config.seeds
+    work = f"{variants} variants x {config.seeds} seeds = {n_runs} runs of {steps} steps"
+    if run is None or not run.step or not run.train_s:
+        return {"work": work, "time here": "known once the run above has ended"}
+    seconds = n_runs * steps * run.train_s / run.step
+    return {"work": work, "time here": f"about {format_hours(seconds)}, checks not counted"}
 
 
 @dataclass(frozen=True, kw_only=True)

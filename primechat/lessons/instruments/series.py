@@ -18,7 +18,7 @@ from primechat.config import DistillConfig, FinetuneConfig, LookConfig, LoRAConf
 from primechat.config.model import SHARES
 from primechat.config.runtime import check_number
 from primechat.errors import ConfigError
-from primechat.metrics.diversity import estimate_mean
+from primechat.metrics.intervals import estimate_mean
 from primechat.model.checkpoint import find_steps, read_meta
 from primechat.model.runlog import read_frozen, read_metrics
 from primechat.records import NoteEvent, OnEvent, TrainResult

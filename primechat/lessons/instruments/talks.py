@@ -23,7 +23,8 @@ import numpy as np
 
 from primechat.config import AutochatConfig, RuntimeConfig
 from primechat.files import make_folder, resolve_path
-from primechat.metrics.diversity import bootstrap_mean, measure_drift, measure_kappa, measure_texts
+from primechat.metrics.diversity import measure_drift, measure_texts
+from primechat.metrics.intervals import Interval, estimate_kappa, estimate_mean, estimate_share
 from primechat.metrics.loops import (
     MEASURES,
     embed_texts,
@@ -40,7 +41,7 @@ from primechat.store import list_models
 from primechat.text.corpora import read_conversations
 
 Talks = list[list[Turn]]
-Spreads = dict[str, dict[str, tuple[float, float, float]]]
+Spreads = dict[str, dict[str, Interval]]
 SURE = "always the likeliest"
 ABOUT = {
     "the model": "The model talks to itself at temperature 0.8; only the first turn is a person's.",
@@ -198,14 +199,18 @@ class Study:
         return "Fewer" if chance < sure else "More" if chance > sure else "As many"
 
     def tell_trend(self) -> tuple[str, str]:
-        """Return whether the model's entropy rises, falls or stays over a conversation, and the figures."""
+        """Return whether the model's entropy rises, falls or stays over a conversation, and the figures.
+
+        It stays where the interval of the change, over conversations, holds 0.
+        """
         x = np.array([measure_turns(turns)["entropy"] for turns in self.talks])
         third = max(1, (x.shape[1] - 1) // 3)
-        early, late = float(np.nanmean(x[:, 1 : 1 + third])), float(np.nanmean(x[:, -third:]))
-        word = (
-            "It falls" if late < 0.95 * early else "It rises" if late > 1.05 * early else "It stays"
-        )
-        return word, f"{early:.2f} nats a token in the first third, {late:.2f} in the last"
+        thirds = (x[:, 1 : 1 + third], x[:, -third:])
+        early, late = (np.array([estimate_mean(row)[0] for row in part]) for part in thirds)
+        change, low, high = estimate_mean(late - early)  # of each conversation
+        word = "It falls" if high < 0 else "It rises" if low > 0 else "It stays"
+        told = f"{np.nanmean(early):.2f} nats a token, then {np.nanmean(late):.2f}"
+        return word, f"{told}; a change of {change:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}"
 
     @cached_property
     def spreads(self) -> Spreads:
@@ -267,13 +272,12 @@ def find_people(turns: int, count: int) -> list[list[str]]:
     return [talk[:turns] for talk in islice((talk for talk in texts if len(talk) >= turns), count)]
 
 
-def measure_spread(
-    *seeds: Talks, names: Sequence[str] = KEPT
-) -> dict[str, tuple[float, float, float]]:
-    """Return each measure's mean over conversations and its 95 % bootstrap interval.
+def measure_spread(*seeds: Talks, names: Sequence[str] = KEPT) -> dict[str, Interval]:
+    """Return each measure's mean over conversations and its 95 % interval by Student's t.
 
-    Where there are several seeds, seeds are drawn first, and then the conversations of each that was drawn:
-    conversations of one training run are more alike than those of two.
+    The conversations of one seed are independent. Where there are several seeds, each counts once, with the
+    mean of its conversations, and the seeds are what the interval is over: conversations of one training run
+    are more alike than those of two.
     """
     found = [
         [
@@ -282,18 +286,12 @@ def measure_spread(
         ]
         for talks in seeds
     ]
-    if len(found) == 1:
-        return {name: bootstrap_mean([one[name] for one in found[0]]) for name in names}
-    spreads, rng = dict[str, tuple[float, float, float]](), np.random.default_rng(0)
-    for name in names:
-        values = [np.array([one[name] for one in group]) for group in found]
-        means = [
-            np.nanmean([np.nanmean(rng.choice(values[i], len(values[i]))) for i in drawn])
-            for drawn in rng.integers(0, len(values), (1000, len(values)))
-        ]
-        low, high = np.quantile(means, [0.025, 0.975])
-        spreads[name] = float(np.nanmean(np.concatenate(values))), float(low), float(high)
-    return spreads
+
+    def list_units(name: str) -> list[float]:
+        groups = [[one[name] for one in group] for group in found]
+        return groups[0] if len(groups) == 1 else [estimate_mean(group)[0] for group in groups]
+
+    return {name: estimate_mean(list_units(name)) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,9 +301,7 @@ class Comparison:
     paths: dict[str, tuple[tuple[str, ...], ...]]
     stopped: bool = False
 
-    def measure(
-        self, names: Sequence[str] = KEPT
-    ) -> dict[str, list[dict[str, tuple[float, float, float]]]]:
+    def measure(self, names: Sequence[str] = KEPT) -> dict[str, list[dict[str, Interval]]]:
         """Return the measures of each name, one entry a generation."""
         return {
             name: [measure_spread(*map(read_talks, seeds), names=names) for seeds in paths]
@@ -314,7 +310,7 @@ class Comparison:
 
 
 @cache
-def judge_detector(draws: int = 500) -> tuple[Spreads, Spreads]:
+def judge_detector() -> tuple[Spreads, Spreads]:
     """Compare the loop detector with labels that were given without knowing its verdict.
 
     Two language models, not people, read 100 transcripts and a page of rules, and said of each whether it is
@@ -322,13 +318,13 @@ def judge_detector(draws: int = 500) -> tuple[Spreads, Spreads]:
     number; those of even number judge it.
 
     Returns:
-        Cohen's kappa of each pair, and by origin the share that is called stuck; each with a 95 % bootstrap
-        interval over the transcripts.
+        Cohen's kappa of each pair, and by origin the share that is called stuck; each with a 95 % interval
+        over the transcripts.
     """
     rows = [json.loads(line) for line in LABELLED.read_text(encoding="utf-8").splitlines()]
     first, second = np.array([row["labels"] for row in rows]).T
     found = np.array([int(find_loop(row["turns"]) is not None) for row in rows])
-    odd, rng = np.array([row["number"] % 2 == 1 for row in rows]), np.random.default_rng(0)
+    odd = np.array([row["number"] % 2 == 1 for row in rows])
     pairs = {
         "the two labellers": (first, second),
         "unseen half, first labeller": (found[~odd], first[~odd]),
@@ -336,22 +332,18 @@ def judge_detector(draws: int = 500) -> tuple[Spreads, Spreads]:
         "tuned half, first labeller": (found[odd], first[odd]),
         "tuned half, second labeller": (found[odd], second[odd]),
     }
-    kappas, shares = Spreads(), Spreads()
-    for name, (x, y) in pairs.items():
-        places = rng.integers(0, len(x), (draws, len(x)))
-        low, high = np.nanquantile([measure_kappa(x[i], y[i]) for i in places], [0.025, 0.975])
-        kappas[name] = {"Cohen's kappa": (measure_kappa(x, y), float(low), float(high))}
-    groups = np.array([row["group"] for row in rows])
+    kappas = {name: {"Cohen's kappa": estimate_kappa(x, y)} for name, (x, y) in pairs.items()}
+    groups, shares = np.array([row["group"] for row in rows]), Spreads()
     for group in sorted(
         set(groups), key=lambda group: ((first + second)[groups == group].mean(), group)
     ):
         own = groups == group
         both = {"the labellers": (first + second)[own] / 2, "the detector": found[own]}
-        shares[f"{group} ({own.sum()})"] = {name: bootstrap_mean(x) for name, x in both.items()}
+        shares[f"{group} ({own.sum()})"] = {name: estimate_share(x) for name, x in both.items()}
     return kappas, shares
 
 
-Generations = dict[str, list[dict[str, tuple[float, float, float]]]]
+Generations = dict[str, list[dict[str, Interval]]]
 
 
 def read_recorded() -> Generations:
@@ -363,9 +355,15 @@ def read_recorded() -> Generations:
     }
 
 
+def describe_recorded() -> str:
+    """Return what the intervals of the recorded study are."""
+    return str(json.loads(RECORDED.read_text(encoding="utf-8"))["intervals"])
+
+
 def tell_change(found: Generations, name: str, measure: str) -> tuple[str, str]:
-    """Return whether a measure rose, fell or stayed from the first generation to the last, by intervals that
-    do not overlap, and the figures.
+    """Return whether a measure rose, fell or stayed from the first generation to the last, and the figures.
+
+    It rose or fell where the two intervals do not overlap, which asks for more than a change beyond chance.
     """
     (first, low, high), (last, later_low, later_high) = (found[name][i][measure] for i in (0, -1))
     word = "It falls" if later_high < low else "It rises" if later_low > high else "It stays"
