@@ -124,11 +124,12 @@ def main(argv: list[str] | None = None) -> int:
     with streams.guard_streams():
         streams.require_output()
         try:
-            code = run_verb(list(sys.argv[1:] if argv is None else argv))
+            try:
+                code = run_verb(list(sys.argv[1:] if argv is None else argv))
+            except SystemExit as error:  # tyro's, after a help text or a wrong flag
+                code = error.code if isinstance(error.code, int) else 0
             sys.stdout.flush()
             return code
-        except SystemExit as error:  # tyro's, after a help text or a wrong flag
-            return error.code if isinstance(error.code, int) else 0
         except KeyboardInterrupt:
             print(file=sys.stderr)
             return 130

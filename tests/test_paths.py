@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,16 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_streams import corpus, make_config  # noqa: F401  # a fixture
 
 from primechat import cli, store
-from primechat.config import PretrainConfig, TokenizerConfig, encode_config
-from primechat.errors import ConfigError, PrimechatError
+from primechat.config import GPTConfig, PretrainConfig, TokenizerConfig, encode_config
+from primechat.errors import CheckpointError, ConfigError, PrimechatError
 from primechat.files import explain_refusal, make_folder, resolve_path, write_file
-from primechat.model.checkpoint import find_steps
+from primechat.model.checkpoint import find_steps, save_checkpoint
+from primechat.model.gpt import GPT
 from primechat.stages.pretrain import pretrain
 from primechat.stages.tokenizer import train_tokenizer
 from primechat.text.tokenizer import Tokenizer
+from primechat.train.teacher import TeacherCache
 
 
 def make_long(place: Path) -> Path:
@@ -134,8 +138,6 @@ def classic(corpus: Path, tmp_path: Path) -> Path:  # noqa: F811
     """A classic base model of this base directory, and its Hugging Face folder, which is returned."""
     config = make_config(corpus, steps=1)
     shape = config.model
-    from primechat.config import GPTConfig
-
     model = replace(
         GPTConfig.classic(1, vocab_size=280, sequence_len=16), n_embd=32, n_head=2, n_kv_head=2
     )
@@ -343,6 +345,42 @@ def test_a_save_that_fails_leaves_nothing_and_is_told_again_on_resuming(
         pretrain(replace(config, resume=True))
     fill(False)
     assert pretrain(replace(config, resume=True)).step == config.steps
+
+
+def test_a_full_disk_is_told_by_its_own_reason(tmp_path: Path) -> None:
+    """Torch tells of a full disk by a line number of its own."""
+    shape = GPTConfig.modern(1, vocab_size=280, sequence_len=16, head_dim=64)
+    state = GPT(shape).state_dict()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # bytes of a file
+    try:
+        with pytest.raises(CheckpointError, match=r"Step 3 .*\(File too large\)") as end:
+            save_checkpoint(tmp_path, 3, model_state=state, config=shape, optim_state=None, meta={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "enforce" not in str(end.value) and [*tmp_path.iterdir()] == []
+
+
+def test_a_teachers_cache_on_a_full_disk_is_done_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = torch.arange(48).reshape(6, 8)
+    tokens = torch.arange(6 * 8 * 4).reshape(6, 8, 4)
+    cache = TeacherCache(tmp_path / "cache", k=4, sequence_len=8)
+    cache.add(ids[:2], tokens[:2], -tokens[:2].float())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * 8 * 4 * 4, hard))  # room for one row more
+    try:
+        cache.add(ids[2:], tokens[2:], -tokens[2:].float())
+        cache.add(ids[2:], tokens[2:], -tokens[2:].float())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caplog.text.count("the training goes on and asks the teacher each time") == 1
+    assert cache.find(ids[2:3]) is None and torch.equal(cache.find(ids[:2])[0], tokens[:2])
+    again = TeacherCache(tmp_path / "cache", k=4, sequence_len=8)
+    again.add(ids, tokens, -tokens.float())
+    found = again.find(ids)
+    assert found is not None and torch.equal(found[0], tokens)
 
 
 def test_of_two_tokenizers_of_a_tag_one_is_refused(

@@ -332,28 +332,56 @@ def list_verbs() -> dict[str, list[str]]:
     }
 
 
+@contextlib.contextmanager
+def closed_streams() -> Iterator[io.BytesIO]:
+    """Let the process have no streams, as after `<&- >&- 2>&-`; yield what is written: nothing."""
+    before = sys.stdin, sys.stdout, sys.stderr
+    sys.stdin = sys.stdout = sys.stderr = None  # type: ignore[assignment]
+    try:
+        yield io.BytesIO()
+    finally:
+        sys.stdin, sys.stdout, sys.stderr = before
+
+
+@contextlib.contextmanager
+def unread_streams() -> Iterator[io.BytesIO]:
+    """Let the reader of stdout have gone; yield what is written to stderr."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with narrow_streams(), open(writer, "w") as unread:
+        before, sys.stdout = sys.stdout, unread
+        yield sys.stderr.buffer  # type: ignore[misc]
+        sys.stdout = before
+
+
+CODES = {"download": 2, "pull": 2, "check": 1}  # no network here; two steps make a poor model
+PRINTED = {"chat", "check", "models", "plan", "lab", "evaluate", "bench", "preflight"}
+
+
 @pytest.mark.slow
-def test_every_verb_runs_under_ascii(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("streams", [narrow_streams, closed_streams, unread_streams])
+def test_every_verb_runs_whatever_its_streams(
+    streams: Any, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
     verbs = list_verbs()
     assert {*re.findall(r"^\| `primechat ([\w-]+)", readme, re.M)} == {*verbs}
     monkeypatch.setitem(vars(primechat), "speedrun", lambda config, **rest: None)
     monkeypatch.setitem(vars(primechat), "quickstart", lambda config, **rest: None)
-    codes = {"download": 2, "pull": 2, "check": 1}  # no network; two steps make a poor model
     for verb, rest in verbs.items():
-        words = [
-            str(corpus)
-            if word == "FILE"
-            else str(tmp_path / f"{verb}-out") * (word == "FOLDER") or word
-            for word in rest
-        ]
-        with narrow_streams() as raw:
-            code = cli.main([verb, *words])
-            said = sys.stderr
-            said.flush()
-            text = raw.getvalue() + said.buffer.getvalue()
-        assert code == codes.get(verb, 0), (verb, text.decode())
-        assert text or verb in ("quickstart", "speedrun"), verb
+        out = str(tmp_path / f"{verb}-out")
+        places = {"FILE": str(corpus), "FOLDER": out}
+        with streams() as raw:
+            code = cli.main([verb, *(places.get(word, word) for word in rest)])
+            if streams is narrow_streams:
+                sys.stdout.flush()
+                raw.write(sys.stderr.buffer.getvalue())  # type: ignore[attr-defined]
+            text = raw.getvalue()
+        gone = streams is unread_streams and verb in PRINTED
+        assert code == (141 if gone else CODES.get(verb, 0)), (verb, text.decode())
         assert b"Traceback" not in text and text.isascii(), verb
+        if streams is narrow_streams:
+            assert text or verb in ("quickstart", "speedrun"), verb
+    made = [store.run_dir(family, tag) for family, tag in (("base", "d4"), ("lora", "pirate"))]
+    made += [tmp_path / "convert-out", tmp_path / "export-out", made[0] / "report" / "index.html"]
+    assert all(path.exists() for path in made), "what is made does not depend on its output"

@@ -137,12 +137,17 @@ class HashingFile(io.BufferedWriter):
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "wb"))
         self.hash, self.n_bytes = hashlib.sha256(), 0
+        self.refusal: OSError | None = None  # of the disk, which torch's own error does not name
 
     def write(self, data: Any) -> int:
         """Write and hash."""
         self.hash.update(data)
         self.n_bytes += memoryview(data).nbytes
-        return super().write(data)
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.refusal = error
+            raise
 
 
 def write_part(path: Path, part: Any) -> dict[str, Any]:
@@ -150,7 +155,10 @@ def write_part(path: Path, part: Any) -> dict[str, Any]:
     import torch
 
     with HashingFile(path) as f:
-        torch.save(settle_state(part, set()), f)
+        try:
+            torch.save(settle_state(part, set()), f)
+        except RuntimeError as error:
+            raise f.refusal or error from None
         f.flush()
         os.fsync(f.fileno())
     return {"bytes": f.n_bytes, "sha256": f.hash.hexdigest()}

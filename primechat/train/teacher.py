@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from primechat.files import make_folder
 from primechat.model.attention import Documents
 from primechat.model.gpt import GPT
 from primechat.model.losses import bucket_top, chunk_rows, diverge
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,8 @@ class TeacherCache:
         make_folder(folder)
         self.paths = folder / "rows.bin", folder / "ids.bin", folder / "logprobs.bin"
         self.places, self.rows, self.hits, self.misses = dict[bytes, int](), 0, 0, 0
-        self.add((), (), ())
+        self.is_full = False  # the disk; the teacher is asked again then
+        self.append((), (), ())
 
     def find(self, ids: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return token ids (B, T, k) and their log-probabilities, or None where a row is new."""
@@ -70,9 +74,28 @@ class TeacherCache:
         return found[0].to(ids.device), found[1].to(ids.device)
 
     def add(self, ids: Iterable[Tensor], tokens: Iterable[Tensor], logs: Iterable[Tensor]) -> None:
-        """Note rows (B, T) with what the teacher says of them (B, T, k).
+        """Note rows (B, T) with what the teacher says of them (B, T, k), as long as the disk has room."""
+        known = self.rows
+        try:
+            if not self.is_full:
+                self.append(ids, tokens, logs)
+        except OSError as error:
+            # of these rows nobody knows how much was written; the next run cuts off what is torn
+            self.places = {name: place for name, place in self.places.items() if place < known}
+            self.rows, self.is_full = known, True
+            logger.warning(
+                "%s cannot be written (%s): the training goes on and asks the teacher each time",
+                self.paths[0].parent,
+                error.strerror,
+            )
 
-        Before that, the rows that other runs and ranks wrote are read, and a torn last row is cut off.
+    def append(
+        self, ids: Iterable[Tensor], tokens: Iterable[Tensor], logs: Iterable[Tensor]
+    ) -> None:
+        """Read the rows that other runs and ranks wrote, cut off a torn last one, and write new ones.
+
+        Raises:
+            OSError: the disk refuses.
         """
         widths = 16, self.sequence_len * self.k * 4, self.sequence_len * self.k * 2
         with ExitStack() as stack:  # the first file is closed last: its lock outlives all writing

@@ -8,6 +8,7 @@ Reference: primechat.stages.autochat, primechat.metrics.loops.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import threading
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from primechat.config import AutochatConfig, RuntimeConfig
-from primechat.files import make_folder, resolve_path
+from primechat.files import make_folder, resolve_path, write_file
 from primechat.metrics.diversity import measure_drift, measure_texts
 from primechat.metrics.intervals import Interval, estimate_kappa, estimate_mean, estimate_share
 from primechat.metrics.loops import (
@@ -248,16 +249,16 @@ class Study:
         from primechat.views.talk import save_strip
 
         folder = make_folder(Path(folder))
-        table = folder / "turns.csv"
-        with table.open("w", newline="", encoding="utf-8") as file:
-            out = csv.writer(file)
-            out.writerow(["group", "talk", "turn", "model", "text", *MEASURES])
-            for name, talks in self.groups.items():
-                for i, turns in enumerate(talks):
-                    values = measure_turns(turns)
-                    for t, turn in enumerate(turns):
-                        figures = [f"{v[t]:.4f}" for v in values.values()]
-                        out.writerow([name, i, t, turn.model, turn.text, *figures])
+        table, text = folder / "turns.csv", io.StringIO()
+        out = csv.writer(text)
+        out.writerow(["group", "talk", "turn", "model", "text", *MEASURES])
+        for name, talks in self.groups.items():
+            for i, turns in enumerate(talks):
+                values = measure_turns(turns)
+                for t, turn in enumerate(turns):
+                    figures = [f"{v[t]:.4f}" for v in values.values()]
+                    out.writerow([name, i, t, turn.model, turn.text, *figures])
+        write_file(table, text.getvalue())
         values = measure_turns(self.sure[0])
         scales = {name: full for name, (_, full) in MEASURES.items()}
         return [table, *save_strip(values, scales, folder / "strip")]
