@@ -24,11 +24,12 @@ from primechat.text.corpora import (
     read_documents,
 )
 from primechat.text.shards import shard_paths
+from primechat.text.tokens import list_groups
 
 REPO = "datasets/karpathy/climbmix-400b-shuffle"
 
 
-def write_parquet(path: Path, texts: list[Any], *, column: str = "text", group: int = 3) -> Path:
+def write_parquet(path: Path, texts: Any, *, column: str = "text", group: int = 3) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -124,13 +125,14 @@ def test_folder_of_files(tmp_path: Path) -> None:
         '{"text": "two"}\n\n{"text": " ", "id": 3}\n{"text": "three"}\n'
     )
     (tmp_path / "a.txt").write_text("one\n")
-    write_parquet(tmp_path / "z.parquet", ["four", None, "", *[f"n{i}" for i in range(36)]])
+    numbers = [f"n{i}" + "." * 100 for i in range(36)]
+    write_parquet(tmp_path / "z.parquet", ["four", None, "", *numbers])
     train, val = (
         list(read_documents(str(tmp_path), "train")),
         list(read_documents(str(tmp_path), "val")),
     )
-    assert train == ["one", "two", "three", "four", *[f"n{i}" for i in range(34)]]
-    assert val == ["n34", "n35"]
+    assert train == ["one", "two", "three", "four", *numbers[:34]]
+    assert val == numbers[34:]
     before = corpus_identity(str(tmp_path), "val")
     assert corpus_identity(str(tmp_path), "val") == before
     (tmp_path / "a.txt").write_text("one more\n")
@@ -142,11 +144,20 @@ def test_folder_of_files(tmp_path: Path) -> None:
     [
         ("a.txt", b"", "holds 0 document"),
         ("a.txt", b"only one", "holds 1 document"),
-        ("a.txt", b"abc\xff\xfe", "is not UTF-8 text"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": 3}', "line 2 must be an object with a text"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"texts', "line 3 is no JSON"),
-        ("a.jsonl", b"[" * 100_000, "line 1 is no JSON"),
-        ("a.jsonl", b'["text"]', "line 1 must be an object"),
+        ("a.txt", b"abc\xff\xfe", r"byte 0xff at offset 3 \(line 1\)"),
+        (
+            "a.txt",
+            "ä\n".encode() * 9_999 + b"\xe4\n",
+            r"byte 0xe4 at offset 29,997 \(line 10,000\)",
+        ),
+        ("a.txt", "aä".encode()[:-1], r"byte 0xc3 at offset 1 \(line 1\)"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', r"byte 0xe9 at offset 24 \(line 2\)"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 3}', "line 2 has a int in `text`; it must be"),
+        ("a.jsonl", b'{"body": "a", "id": 1}', "line 1 is an object with body, id; it must be"),
+        ("a.jsonl", b'{"messages": []}', "line 1 is a conversation, which `primechat finetune"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"texts', "line 3 is not JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("a.jsonl", b'["text"]', "line 1 is a list; it must be an object"),
         ("a.parquet", b"PAR1 no parquet PAR1", "is damaged or no parquet file"),
         ("a.parquet", b"", "is damaged or no parquet file"),
         ("a.csv", b"text", r"is no .txt, .jsonl, .parquet file"),
@@ -159,6 +170,43 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, words: str) -> Non
         path.write_bytes(content)
     with pytest.raises(DataError, match=words):
         list(read_documents(str(path), "train"))
+
+
+def test_too_little_is_held_out(tmp_path: Path) -> None:
+    """Bits per byte of nine characters say nothing."""
+    path = tmp_path / "a.txt"
+    path.write_text(("word " * 450 + "\n\n") * 3 + "only nine")
+    for split in ("train", "val"):
+        with pytest.raises(DataError, match=r"holds out 9 characters .*\(its last document of 4\)"):
+            next(read_documents(str(path), split))
+    path.write_text(path.read_text() + " " + "more " * 40)
+    assert len(list(read_documents(str(path), "val"))) == 1
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\n' * 400)
+    with pytest.raises(DataError, match="holds out 20 characters .* last 20 documents of 400"):
+        next(read_documents(str(path), "train"))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [([1, 2], "int64"), ([b"a", b"b"], "binary"), ([["a"], ["b"]], "list"), ([{"a": 1}], "struct")],
+)
+def test_a_column_of_another_type(tmp_path: Path, values: list[Any], kind: str) -> None:
+    path = write_parquet(tmp_path / "a.parquet", values)
+    message = f"column `text` of type {kind}.*must be string"
+    with pytest.raises(DataError, match=message):
+        next(read_documents(str(path), "train"))
+    with pytest.raises(DataError, match=message):
+        list_groups(path)
+
+
+def test_text_in_codes_is_text(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    texts = ["long " * 50, "longer " * 50]
+    for kind in (pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        path = write_parquet(tmp_path / "a.parquet", pa.array(texts).cast(kind))
+        assert [*read_documents(str(path), "train"), *read_documents(str(path), "val")] == texts
 
 
 def test_bad_corpora(tmp_path: Path) -> None:

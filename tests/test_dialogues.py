@@ -266,7 +266,9 @@ def test_own_file_is_cleaned(tmp_path: Path) -> None:
     }
     assert [say(c) for c in take(str(path), "val")[0]] == [["u:last", "a:one"]]
     path.write_text('{"messages": "x"}\n[]\n')
-    with pytest.raises(DataError, match="line 1 must be a list of messages"):
+    with pytest.raises(
+        DataError, match="line 1 has a str in `messages`; a conversation is `messages`"
+    ):
         take(str(path), "train")
     path.write_text("[]\n")
     with pytest.raises(DataError, match="fewer than 2"):

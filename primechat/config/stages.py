@@ -35,6 +35,10 @@ class TokenizerConfig:
     """Accept a tokenizer that is there already, if it was trained with these settings."""
     corpus: str = "chitchat"
     """chitchat (ships with primechat), fineweb-edu, climbmix, or a path to .txt, .jsonl or .parquet files."""
+    corpus_separator: str = "auto"
+    """Mark between the documents of a .txt: auto splits at <|endoftext|>, <|bos|> and </s> where they stand
+    between documents, none splits at no mark, anything else is the mark itself; marks are left out.
+    """
     vocab_size: int = 4096
     """Number of token ids, the nine special tokens included."""
     max_chars: int = 2_000_000_000
@@ -47,6 +51,7 @@ class TokenizerConfig:
         check_number("vocab_size", self.vocab_size, low=265, high=1_000_000, whole=True)
         check_number("max_chars", self.max_chars, low=1, whole=True)
         check_number("max_doc_chars", self.max_doc_chars, low=1, whole=True)
+        check_separator(self.corpus_separator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,10 @@ class PretrainConfig:
     """Shape and switches of the model."""
     corpus: str = "chitchat"
     """chitchat (ships with primechat), fineweb-edu, climbmix, or a path to .txt, .jsonl or .parquet files."""
+    corpus_separator: str = "auto"
+    """Mark between the documents of a .txt: auto splits at <|endoftext|>, <|bos|> and </s> where they stand
+    between documents, none splits at no mark, anything else is the mark itself; marks are left out.
+    """
     n_shards: int = 8
     """Shards of fineweb-edu or climbmix to use (about 100 MB and 52 M tokens each)."""
     keep_shards: int = 0
@@ -101,6 +110,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         check_tag(self.tag)
         check_training(self, self.model.sequence_len)
+        check_separator(self.corpus_separator)
         check_number("n_shards", self.n_shards, low=1, whole=True)
         check_number("keep_shards", self.keep_shards, low=0, whole=True)
         if self.keep_shards == 1:
@@ -136,8 +146,8 @@ class FinetuneConfig:
     """Model to start from, for example base/d4 or base/d4@600; empty is base/<tag>."""
     dialogues: str = "chitchat"
     """Sets with weights and caps, for example `chitchat, persona*0.5, talk.jsonl@2000`. Sets: chitchat
-    (ships with primechat), persona, dailydialog, lmsys, magpie, smol-smoltalk, a .jsonl of your own;
-    recipes: topic:music, style:pirate, faq.
+    (ships with primechat), persona, dailydialog, lmsys, magpie, smol-smoltalk; files of your own: .jsonl or
+    .json in the form of OpenAI, ShareGPT or Alpaca, .txt in ChatML; recipes: topic:music, style:pirate, faq.
     """
     language: str = "English"
     """Language of the conversations, for sets that have several; empty takes all."""
@@ -245,6 +255,10 @@ class DistillConfig(FinetuneConfig):
     """The student's heads; 0 takes what `size` gives."""
     corpus: str = "chitchat"
     """Text to learn on: chitchat, fineweb-edu, climbmix or a path; unused where dialogues are given."""
+    corpus_separator: str = "auto"
+    """Mark between the documents of a .txt: auto splits at <|endoftext|>, <|bos|> and </s> where they stand
+    between documents, none splits at no mark, anything else is the mark itself; marks are left out.
+    """
     n_shards: int = 8
     """Shards of fineweb-edu or climbmix to use."""
     dialogues: str = ""
@@ -289,6 +303,7 @@ class DistillConfig(FinetuneConfig):
                 f"top_k={self.top_k} must be 0 with on_policy={self.on_policy}: what the student writes is "
                 "never seen again; drop one of them."
             )
+        check_separator(self.corpus_separator)
         check_choice("size", self.size, STUDENT_SIZES)
         check_choice("loss", self.loss, DISTANCES)
 
@@ -305,6 +320,10 @@ class EvaluateConfig:
     """Model to measure, for example base/d4, sft/d4@600 or base/d4@snap:64; empty is the default model."""
     corpus: str = "chitchat"
     """Text to measure on: its validation split."""
+    corpus_separator: str = "auto"
+    """Mark between the documents of a .txt: auto splits at <|endoftext|>, <|bos|> and </s> where they stand
+    between documents, none splits at no mark, anything else is the mark itself; marks are left out.
+    """
     max_tokens: int = 0
     """Tokens to score, in windows spread evenly over the split; 0 is all of it."""
     stride: int = 0
@@ -324,6 +343,7 @@ class EvaluateConfig:
         for name in ("max_tokens", "stride", "window"):
             check_number(name, getattr(self, name), low=0, whole=True)
         check_number("batch_rows", self.batch_rows, low=1, whole=True)
+        check_separator(self.corpus_separator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,6 +402,15 @@ def check_tag(tag: object, *, empty: bool = False) -> None:
     ):
         raise ConfigError(
             f"tag={tag!r} must be a plain name of letters, digits, '.', '_' and '-'; try d4."
+        )
+
+
+def check_separator(separator: object) -> None:
+    """Refuse a mark between documents that could not be found in a line of text."""
+    if not isinstance(separator, str) or not separator.strip() or len(separator.splitlines()) > 1:
+        raise ConfigError(
+            f"corpus_separator={separator!r} must be auto, none or a mark within one line; "
+            "try '<|endoftext|>'."
         )
 
 

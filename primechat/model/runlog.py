@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from primechat.config import decode_config, find_difference
+from primechat.config import DistillConfig, PretrainConfig, decode_config, find_difference
 from primechat.errors import CheckpointError, ConfigError
 from primechat.files import parse_json, write_file
 
@@ -217,7 +217,18 @@ def read_frozen(folder: Path, kind: type[Config]) -> Config:
         raise ConfigError(
             f"{path} cannot be read ({error}); restore it, or start under another tag."
         ) from error
+    if isinstance(data, dict) and "corpus" in data:
+        data.setdefault("corpus_separator", "none")  # a run from before there were marks goes on so
     return decode_config(data, kind, str(path))
+
+
+def recall_separator(config: Config, folder: Path) -> Config:
+    """Return a config that is to be resumed with the mark between documents that its run was started with."""
+    if not isinstance(config, (PretrainConfig, DistillConfig)) or not config.resume:
+        return config
+    if config.corpus_separator != "auto" or not (folder / "config.json").exists():
+        return config
+    return replace(config, corpus_separator=read_frozen(folder, type(config)).corpus_separator)
 
 
 def take_frozen(config: Any, folder: Path) -> Any:
@@ -228,7 +239,7 @@ def take_frozen(config: Any, folder: Path) -> Any:
     """
     frozen = read_frozen(folder, type(config))
     given = replace(
-        config,
+        recall_separator(config, folder),
         runtime=fill_open(config.runtime, frozen.runtime),
         look=fill_open(config.look, frozen.look),
     )

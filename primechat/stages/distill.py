@@ -27,15 +27,22 @@ from primechat.infer.sampling import draw_floats
 from primechat.metrics.retention import judge_writing, measure_retention, write_texts
 from primechat.model.checkpoint import Loaded, load_checkpoint, save_checkpoint
 from primechat.model.gpt import GPT
+from primechat.model.runlog import recall_separator
 from primechat.names import parse_plain
 from primechat.records import NoteEvent, OnEvent, TrainResult
 from primechat.seeds import derive_seed
 from primechat.stages.finetune import make_job
 from primechat.stages.job import Batches, Job
-from primechat.stages.pretrain import CHAT_PROMPTS, TEXT_PROMPTS, cache_text, open_cache, pack_rows
+from primechat.stages.pretrain import (
+    CHAT_PROMPTS,
+    TEXT_PROMPTS,
+    cache_corpus,
+    identify_text,
+    open_cache,
+    pack_rows,
+)
 from primechat.stages.run import TrainingRun, pick_device, write_continuation
 from primechat.text.batches import share_rows
-from primechat.text.corpora import corpus_identity
 from primechat.text.tokenizer import Tokenizer
 from primechat.train.loop import SumLoss
 from primechat.train.parallel import join_ranks, wait_turn
@@ -144,10 +151,10 @@ def make_text_job(
     config: DistillConfig, shape: GPTConfig, tokenizer: Tokenizer, on_event: OnEvent | None
 ) -> Job:
     """Return a job on plain text."""
+    config = recall_separator(config, store.run_dir("base", config.tag))
     with wait_turn(join_ranks(pick_device(config.runtime.device))):
         train, val = (
-            cache_text(config.corpus, s, tokenizer, config.n_shards, on_event)
-            for s in ("train", "val")
+            cache_corpus(config, split, tokenizer, on_event) for split in ("train", "val")
         )
     T = shape.sequence_len
     check_rows(config.batch_tokens, T, "")
@@ -162,7 +169,7 @@ def make_text_job(
         default_steps=max(1, round(train.tokens / config.batch_tokens)),
         prompts=CHAT_PROMPTS if config.corpus == "chitchat" else TEXT_PROMPTS,
         write_sample=write_continuation,
-        meta={"corpus": corpus_identity(config.corpus, "train", n_shards=config.n_shards)},
+        meta={"corpus": identify_text(config)},
     )
 
 

@@ -46,7 +46,8 @@ def evaluate(
             f"window={window} and stride={stride} must obey stride <= window <= {model.max_context}; try "
             f"window={model.sequence_len}."
         )
-    cache = cache_text(config.corpus, "val", tokenizer, 1, on_event)
+    separator = config.corpus_separator
+    cache = cache_text(config.corpus, "val", tokenizer, 1, on_event, separator=separator)
     batches = validation_windows(
         cache, window, stride, rows=config.batch_rows, max_tokens=config.max_tokens
     )
@@ -87,4 +88,7 @@ def find_overlap(config: EvaluateConfig, on_event: OnEvent | None) -> OverlapRes
     said = (
         "\n".join(str(m["content"]) for m in conversation["messages"]) for conversation in training
     )
-    return measure_overlap(read_documents(config.corpus, "val", base_dir=store.base_dir()), said)
+    evaluation = read_documents(
+        config.corpus, "val", base_dir=store.base_dir(), separator=config.corpus_separator
+    )
+    return measure_overlap(evaluation, said)

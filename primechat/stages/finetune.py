@@ -20,6 +20,7 @@ from primechat.errors import DataError, PrimechatError
 from primechat.infer.engine import Engine
 from primechat.model.checkpoint import Loaded, load_checkpoint
 from primechat.names import parse_plain
+from primechat.protocols import Conversation
 from primechat.records import NoteEvent, OnEvent, TrainResult
 from primechat.stages.job import Windows
 from primechat.stages.pretrain import cache_text, open_cache, pack_rows
@@ -37,6 +38,7 @@ from primechat.text.dialogues import (
 from primechat.text.tokenizer import Tokenizer
 from primechat.train.parallel import join_ranks, wait_turn
 
+MIN_VAL_CHARS = 20  # of replies that are held out: bits per byte of less say nothing
 PROMPTS = ("Hi! How was your day?", "Do you like music?")
 MAX_TOKENS = 2048  # of one conversation
 
@@ -100,11 +102,13 @@ def open_general(
     corpus: str, loaded: Loaded, tokenizer: Tokenizer, on_event: OnEvent | None
 ) -> Windows | None:
     """Return what opens the windows of the text on which forgetting shows; None where there is none."""
-    named = corpus or str((loaded.meta.get("user_config") or {}).get("corpus") or "chitchat")
+    made_with = loaded.meta.get("user_config") or {}
+    named = corpus or str(made_with.get("corpus") or "chitchat")
+    separator = "auto" if corpus else str(made_with.get("corpus_separator") or "none")
     if named == "none" or (not corpus and not is_local(named)):
         return None
     try:
-        cache = cache_text(named, "val", tokenizer, 1, on_event)
+        cache = cache_text(named, "val", tokenizer, 1, on_event, separator=separator)
     except PrimechatError as error:
         if corpus:
             raise
@@ -133,6 +137,13 @@ def read_options(config: FinetuneConfig, split: str = "train") -> DialogueOption
     )
 
 
+def count_replies(conversation: Conversation) -> int:
+    """Return the characters that the assistant says in a conversation."""
+    said = [m["content"] for m in conversation["messages"] if m["role"] == "assistant"]
+    parts = [[c] if isinstance(c, str) else [part["text"] for part in c] for c in said]
+    return sum(len(text) for texts in parts for text in texts)
+
+
 def cache_dialogues(
     config: FinetuneConfig, split: str, tokenizer: Tokenizer, on_event: OnEvent | None = None
 ) -> TokenCache:
@@ -142,18 +153,25 @@ def cache_dialogues(
         prepare_set(part.name, options, on_event)
 
     def render() -> Iterator[tuple[list[int], list[int]]]:
-        found = False
+        found, chars = False, 0
         for conversation in stream_dialogues(config.dialogues, split, options):
             ids, mask = tokenizer.render_conversation(conversation, max_tokens=MAX_TOKENS)
             if any(
                 mask
             ):  # else a question alone fills it: there would be nothing to learn or to score
                 found = True
+                chars += count_replies(conversation)
                 yield ids, mask
         if not found:
             why = f"a weight takes no conversation, or none answers within {MAX_TOKENS} tokens"
             raise DataError(
                 f"dialogues={config.dialogues!r} leaves nothing in {split}: {why}; add others."
+            )
+
+        if split == "val" and chars < MIN_VAL_CHARS:
+            raise DataError(
+                f"dialogues={config.dialogues!r} holds out {chars} characters of replies for validation, it "
+                f"must be at least {MIN_VAL_CHARS}; add conversations, or longer ones at the end."
             )
 
     key = f"chat-{split}-{READING}-{identify_mixture(config.dialogues, split, options)}"

@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from primechat import store
-from primechat.config import PretrainConfig, TokenizerConfig
+from primechat.config import DistillConfig, PretrainConfig, TokenizerConfig
 from primechat.errors import ConfigError
 from primechat.files import resolve_path
 from primechat.model.checkpoint import find_steps, read_meta
+from primechat.model.runlog import recall_separator
 from primechat.records import OnEvent, TrainResult
 from primechat.stages.job import Batches, Windows
 from primechat.stages.run import Job, TrainingRun, pick_device, write_continuation
@@ -52,15 +53,14 @@ def pretrain(
         ConfigError: settings contradict each other, the tokenizer or the run that is there.
         PrimechatError: text, tokenizer or checkpoints cannot be used.
     """
+    config = recall_separator(config, store.run_dir("base", config.tag))
     model, T = config.model, config.model.sequence_len
     local, note = is_local(config.corpus), on_event
     ranks = join_ranks(pick_device(config.runtime.device))
     with wait_turn(ranks):
         tokenizer = choose_tokenizer(config, on_event, stop)
-        val = cache_text(config.corpus, "val", tokenizer, config.n_shards, note)
-        train = (
-            cache_text(config.corpus, "train", tokenizer, config.n_shards, note) if local else None
-        )
+        val = cache_corpus(config, "val", tokenizer, note)
+        train = cache_corpus(config, "train", tokenizer, note) if local else None
     feed = (
         None
         if local
@@ -89,7 +89,7 @@ def pretrain(
         default_steps=config.default_steps,
         prompts=CHAT_PROMPTS if config.corpus == "chitchat" else TEXT_PROMPTS,
         write_sample=write_continuation,
-        meta={"corpus": corpus_identity(config.corpus, "train", n_shards=config.n_shards)},
+        meta={"corpus": identify_text(config)},
         init=config.init,
     )
     try:
@@ -167,7 +167,12 @@ def choose_tokenizer(
         elif (shipped := find_shipped(config)) is not None:
             folder = shipped
         else:
-            made = TokenizerConfig(tag=config.tag, corpus=config.corpus, vocab_size=wanted)
+            made = TokenizerConfig(
+                tag=config.tag,
+                corpus=config.corpus,
+                corpus_separator=config.corpus_separator,
+                vocab_size=wanted,
+            )
             train_tokenizer(made, on_event=on_event, stop=stop)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size != wanted:
@@ -184,22 +189,54 @@ def find_shipped(config: PretrainConfig) -> Path | None:
     steps = find_steps(folder) if folder else []
     if not folder or not steps:
         return None
-    found, corpus = (
-        folder / "tokenizer",
-        corpus_identity(config.corpus, "train", n_shards=config.n_shards),
-    )
-    same = read_meta(folder, steps[-1]).get("corpus") == corpus
+    found = folder / "tokenizer"
+    same = read_meta(folder, steps[-1]).get("corpus") == identify_text(config)
     return found if same and Tokenizer.load(found).vocab_size == config.model.vocab_size else None
 
 
+def identify_text(config: PretrainConfig | DistillConfig) -> str:
+    """Return the identity of the text that a config trains on."""
+    return corpus_identity(
+        config.corpus, "train", n_shards=config.n_shards, separator=config.corpus_separator
+    )
+
+
+def cache_corpus(
+    config: PretrainConfig | DistillConfig,
+    split: str,
+    tokenizer: Tokenizer,
+    on_event: OnEvent | None,
+) -> TokenCache:
+    """Return the cache of a split of the text that a config trains on."""
+    return cache_text(
+        config.corpus,
+        split,
+        tokenizer,
+        config.n_shards,
+        on_event,
+        separator=config.corpus_separator,
+    )
+
+
 def cache_text(
-    corpus: str, split: str, tokenizer: Tokenizer, n_shards: int, on_event: OnEvent | None
+    corpus: str,
+    split: str,
+    tokenizer: Tokenizer,
+    n_shards: int,
+    on_event: OnEvent | None,
+    *,
+    separator: str = "auto",
 ) -> TokenCache:
     """Tokenize a split once and return its memory-mapped cache; of a shard for validation its beginning."""
     documents: Iterable[str] = read_documents(
-        corpus, split, n_shards=n_shards, base_dir=store.base_dir(), on_event=on_event
+        corpus,
+        split,
+        n_shards=n_shards,
+        base_dir=store.base_dir(),
+        separator=separator,
+        on_event=on_event,
     )
-    key = f"{split}-{corpus_identity(corpus, split, n_shards=n_shards)}"
+    key = f"{split}-{corpus_identity(corpus, split, n_shards=n_shards, separator=separator)}"
     if not is_local(corpus) and split == "val":
         documents, key = islice(documents, SHARD_EVAL_DOCUMENTS), f"{key}-{SHARD_EVAL_DOCUMENTS}"
     return build_cache(

@@ -124,6 +124,7 @@ def speedrun(
     measured = EvaluateConfig(
         model=f"base/{tag}",
         corpus=config.pretrain.corpus,
+        corpus_separator=config.pretrain.corpus_separator,
         max_tokens=config.eval_tokens,
         runtime=replace(config.pretrain.runtime, checkpoint_blocks=False),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 
 from primechat import store
@@ -34,17 +35,20 @@ def train_tokenizer(
     """
     t_start = time.perf_counter()
     tell = on_event or (lambda event: None)
-    folder = (
-        store.run_dir("base", config.tag) / "tokenizer"
-        if config.tag
-        else store.base_dir() / "tokenizer"
+    home = store.run_dir("base", config.tag) if config.tag else store.base_dir()
+    folder = home / "tokenizer"
+    read = partial(
+        read_documents,
+        config.corpus,
+        base_dir=store.base_dir(),
+        separator=config.corpus_separator,
+        on_event=on_event,
     )
     chars = 0
 
     def read_texts() -> Iterator[str]:
         nonlocal chars
-        texts = read_documents(config.corpus, "train", base_dir=store.base_dir(), on_event=on_event)
-        for n, text in enumerate(texts):
+        for n, text in enumerate(read("train")):
             if stop is not None and stop.is_set():
                 raise StoppedError(
                     "The tokenizer was stopped before it was trained, nothing is saved; start it again."
@@ -64,8 +68,7 @@ def train_tokenizer(
             tokenizer.save(folder)
     except DataError as error:
         raise DataError(f"{error} Or give this one a --tag of its own.") from error
-    texts = read_documents(config.corpus, "val", base_dir=store.base_dir(), on_event=on_event)
-    held_out = list(islice(texts, SAMPLE_DOCUMENTS))
+    held_out = list(islice(read("val"), SAMPLE_DOCUMENTS))
     n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(held_out))
     bytes_per_token = sum(len(text.encode("utf-8", "surrogatepass")) for text in held_out) / max(
         1, n_tokens

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import islice
@@ -20,14 +21,12 @@ from typing import Any
 from primechat.errors import DataError
 from primechat.files import parse_json
 from primechat.protocols import Conversation
-from primechat.records import OnEvent
+from primechat.records import NoteEvent, OnEvent
+from primechat.text.plain import MarkCounts, describe_marks, read_lines, read_plain
 from primechat.text.shards import HUB_CORPORA, list_shards, shard_paths
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-PARAGRAPH_CHARS, LINE_CHARS = (
-    2_000,
-    20_000,
-)  # a .txt is cut at a blank line, or else at any line end
+MIN_VAL_CHARS = 50  # held out of a local corpus: bits per byte of less say nothing
 CHITCHAT_INSTALL = "pip install --force-reinstall chitchat-dataset==0.9.0"
 CHITCHAT_FIGURES = (7_168, 358, 699_021)  # conversations, those held out, bytes of these
 
@@ -47,19 +46,21 @@ def read_documents(
     *,
     n_shards: int = 8,
     base_dir: Path | None = None,
+    separator: str = "auto",
     on_event: OnEvent | None = None,
 ) -> Iterator[str]:
     """Yield the documents of a corpus.
 
     Args:
         corpus: chitchat, fineweb-edu, climbmix, or the path of a .txt, .jsonl (field text), .parquet
-            (column text) file or of a folder of them. A .txt is cut into documents at the first blank
-            line after 2,000 characters, or else at the first line end after 20,000.
+            (column text) file or of a folder of them; `text.plain` says how a .txt is cut into documents.
         n_shards: Shards that the train split of a Hub corpus takes, about 100 MB each.
         base_dir: Where the Hub's shards are kept, in base_data or base_data_climbmix.
+        separator: Mark between the documents of a .txt, as `text.plain.read_plain` takes it.
+        on_event: Called with what the marks of a corpus did, for the train split.
 
     Raises:
-        DataError: There is no such text, or it cannot be read.
+        DataError: There is no such text, it cannot be read, or it is too short to hold a part of it out.
         HubError: A shard is neither here nor to be had.
     """
     check_split(split)
@@ -70,14 +71,13 @@ def read_documents(
         for path in shard_paths(corpus, split, n_shards, on_event, base_dir=base_dir):
             yield from read_parquet(path)
     else:
-        files = find_files(corpus)
-        total = sum(1 for _ in read_files(files))
-        if total < 2:
-            rule = "must hold at least 2, one of them for validation; add some"
-            raise DataError(f"{corpus} holds {total} document(s) and {rule}.")
-        held_out = max(1, total // 20)
+        files, marks = find_files(corpus), Counter[tuple[str, bool]]()
+        total, held_out = measure_split(corpus, read_files(files, separator, marks))
+        said = describe_marks(corpus, separator, marks)
+        if said and on_event and split == "train":
+            on_event(NoteEvent(text=said))
         cut = (total - held_out, None) if split == "val" else (0, total - held_out)
-        yield from islice(read_files(files), *cut)
+        yield from islice(read_files(files, separator), *cut)
 
 
 def read_conversations(dialogues: str, split: str) -> Iterator[Conversation]:
@@ -93,13 +93,43 @@ def read_conversations(dialogues: str, split: str) -> Iterator[Conversation]:
             yield {"messages": messages}
 
 
-def corpus_identity(corpus: str, split: str, *, n_shards: int = 8) -> str:
-    """Return a hex SHA-256 that changes when a corpus does: names, and sizes and times of local files."""
+def measure_split(corpus: str, documents: Iterable[str]) -> tuple[int, int]:
+    """Return how many documents a local corpus has, and how many of them, at its end, are held out.
+
+    Raises:
+        DataError: There are fewer than two, or what is held out is too short to measure anything by.
+    """
+    total = 0
+    lengths: deque[int] = deque(maxlen=MIN_VAL_CHARS)  # of the last ones; as many are long enough
+    for text in documents:
+        total += 1
+        lengths.append(len(text))
+    if total < 2:
+        rule = "must hold at least 2, one of them for validation; add some"
+        raise DataError(f"{corpus} holds {total} document(s) and {rule}.")
+
+    held_out = max(1, total // 20)
+    chars = sum(list(lengths)[-held_out:])
+    if chars < MIN_VAL_CHARS:
+        part = "last document" if held_out == 1 else f"last {held_out} documents"
+        raise DataError(
+            f"{corpus} holds out {chars} characters for validation (its {part} of {total}), it must be at "
+            f"least {MIN_VAL_CHARS}; add text, or put a longer document at the end."
+        )
+    return total, held_out
+
+
+def corpus_identity(corpus: str, split: str, *, n_shards: int = 8, separator: str = "auto") -> str:
+    """Return a hex SHA-256 that changes when a corpus does: names, sizes and times of local files, and the
+    mark between documents where there is a .txt.
+    """
     if corpus == "chitchat":
         facts: list[Any] = [chitchat_path().stat().st_size, "turns 1"]
     elif is_local(corpus):
         stats = [(path, path.stat()) for path in find_files(corpus)]
         facts = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+        if separator != "none" and any(path.suffix == ".txt" for path, _ in stats):
+            facts.append(["separator", separator])
     else:
         facts = list_shards(corpus, split, n_shards)
     return hashlib.sha256(json.dumps([corpus, split, facts]).encode()).hexdigest()
@@ -206,35 +236,16 @@ def find_files(corpus: str) -> list[Path]:
     )
 
 
-def read_files(files: list[Path]) -> Iterator[str]:
-    """Yield the documents of text files that are not blank."""
-    readers = {".txt": read_plain, ".jsonl": read_texts, ".parquet": read_parquet}
+def read_files(
+    files: list[Path], separator: str = "auto", marks: MarkCounts | None = None
+) -> Iterator[str]:
+    """Yield the documents of text files that are not blank; `marks` counts the marks between documents."""
     for path in files:
-        yield from (text for text in readers[path.suffix](path) if text.strip())
-
-
-def read_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file."""
-    try:
-        with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it.") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); make it readable.") from None
-
-
-def read_plain(path: Path) -> Iterator[str]:
-    """Yield the documents of a .txt file."""
-    lines: list[str] = []
-    size = 0
-    for line in read_lines(path):
-        lines.append(line)
-        size += len(line)
-        if size >= LINE_CHARS or (size >= PARAGRAPH_CHARS and not line.strip()):
-            yield "".join(lines).strip("\n")
-            lines, size = [], 0
-    yield "".join(lines).strip("\n")
+        if path.suffix == ".txt":
+            documents = read_plain(path, separator, marks)
+        else:
+            documents = read_texts(path) if path.suffix == ".jsonl" else read_parquet(path)
+        yield from (text for text in documents if text.strip())
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -245,7 +256,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, parse_json(line)
             except ValueError as error:
                 raise DataError(
-                    f"{path} line {number} is no JSON ({error}); mend or remove it."
+                    f"{path} line {number} is not JSON ({error}); fix or remove it."
                 ) from None
 
 
@@ -254,10 +265,43 @@ def read_texts(path: Path) -> Iterator[str]:
     for number, row in read_rows(path):
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
-            raise DataError(
-                f"{path} line {number} must be an object with a text in `text`; mend it."
-            )
+            rule = "must be an object with the document's text in `text`"
+            raise DataError(f"{path} line {number} {describe_row(row)}; it {rule}.")
         yield text
+
+
+def describe_row(row: Any) -> str:
+    """Return what a line of a .jsonl file is, as a message names it.
+
+    >>> describe_row({"content": "a", "id": 3})
+    'is an object with content, id'
+    """
+    if isinstance(row, dict):
+        if "text" in row:
+            return f"has a {type(row['text']).__name__} in `text`"
+        if row.keys() & {"messages", "conversations", "conversation"}:
+            return "is a conversation, which `primechat finetune --dialogues` reads"
+        names = ", ".join(map(str, row))
+        return f"is an object with {names:.80}" if row else "is an empty object"
+    return f"is a {type(row).__name__}"
+
+
+def check_column(path: Path, schema: Any) -> None:
+    """Refuse a parquet file whose column text is missing, or holds something else than text."""
+    if "text" not in schema.names:
+        names = ", ".join(schema.names[:8])
+        raise DataError(f"{path} has no column `text` (it has {names}); rename the right one.")
+    kind = schema.field("text").type
+    value = str(getattr(kind, "value_type", kind))  # of a dictionary, what its codes stand for
+    if str(kind).startswith("list") or value not in (
+        "string",
+        "large_string",
+        "string_view",
+        "null",
+    ):
+        raise DataError(
+            f"{path} has a column `text` of type {kind}, it must be string; convert the column."
+        )
 
 
 def read_parquet(path: Path) -> Iterator[str]:
@@ -266,11 +310,7 @@ def read_parquet(path: Path) -> Iterator[str]:
 
     try:
         with pq.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                names = ", ".join(file.schema_arrow.names[:8])
-                raise DataError(
-                    f"{path} has no column `text` (it has {names}); rename the right one."
-                )
+            check_column(path, file.schema_arrow)
             for batch in file.iter_batches(batch_size=1024, columns=["text"]):
                 yield from (
                     text for text in batch.column(0).to_pylist() if isinstance(text, str) and text

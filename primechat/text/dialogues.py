@@ -5,7 +5,7 @@ Every stream is in file order and takes the same memory however long it is: dupl
 filter of 16 MB, which takes about one new conversation in a million for one that it has seen. A mixture is
 written `chitchat, persona*0.5, talk.jsonl@2000`: `*0.5` reads half of a set an epoch and `*2` all of it
 twice, `@2000` takes its first 2,000 conversations. Benchmark training sets are not offered.
-Reference: Bloom 1970; `text.sources.hubsets` for the sets, `text.sources.recipes` for recipes.
+Reference: Bloom 1970; `text.sources`: hubsets for the sets, own for your files, recipes for recipes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from primechat.files import measure_file
 from primechat.hub import HubFile, ask_hub, explain, fetch_files
 from primechat.protocols import Conversation
 from primechat.records import NoteEvent, OnEvent
-from primechat.text.corpora import check_split, chitchat_path, read_chats, read_rows
+from primechat.text.corpora import check_split, chitchat_path, read_chats
 from primechat.text.sources.hubsets import (
     Raw,
     read_dailydialog,
@@ -36,15 +36,9 @@ from primechat.text.sources.hubsets import (
     read_messages,
     read_personas,
 )
+from primechat.text.sources.own import ROLES, SUFFIXES, read_own, read_values
 from primechat.text.sources.recipes import read_recipe
 
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "system": "system",
-}
 PART = re.compile(r"(?P<name>.+?)(?:\s*\*\s*(?P<weight>\d+(?:\.\d+)?))?(?:\s*@\s*(?P<cap>\d+))?")
 READING = 5  # raised when a new version makes other conversations of the same files
 RECIPES = ("topic:", "style:", "faq")
@@ -312,10 +306,10 @@ def open_set(
     elif is_file(name):
         path = Path(name)
         last = count_rows(path)
-        for i, (number, row) in enumerate(read_rows(path)):
+        for i, (messages, language) in enumerate(read_own(path)):
             place = "val" if i >= last - max(1, last // HOLD_OUT) else "train"
-            if place == split:
-                yield Raw(read_row(path, number, row), split, language=read_language(row, options))
+            if place == split:  # a conversation that names no language has the one that is wanted
+                yield Raw(messages, split, language=language or options.language or "unknown")
     else:
         yield from read_recipe(name, split)
 
@@ -323,7 +317,7 @@ def open_set(
 def is_own(name: str) -> bool:
     """Return whether a part of a mixture is a file of one's own that is there."""
     path = Path(os.path.expanduser(name))
-    return path.suffix == ".jsonl" and os.path.isfile(path) and not name.startswith("faq:")
+    return path.suffix in SUFFIXES and os.path.isfile(path) and not name.startswith("faq:")
 
 
 def is_file(name: str) -> bool:
@@ -332,35 +326,26 @@ def is_file(name: str) -> bool:
         return True
     if name in SETS or name == "chitchat" or name.startswith(RECIPES):
         return False
-    rest = "a recipe (topic:, style:, faq) or the path of a .jsonl file"
+    kinds = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file"
+    if os.path.isfile(os.path.expanduser(name)):
+        kind = Path(name).suffix or "file without an ending"
+        raise DataError(
+            f"dialogues={name!r} is a {kind}, conversations are read from a {kinds}; convert it."
+        )
+    rest = f"a recipe (topic:, style:, faq) or the path of a {kinds}"
     raise DataError(f"dialogues={name!r} must be chitchat, {', '.join(SETS)}, {rest}; correct it.")
 
 
 def count_rows(path: Path) -> int:
-    """Return the lines of a file that are not blank, by `read_rows`' own count: its line ends and its blanks.
+    """Return how many conversations a file has, by the reader's own count: its line ends and its blanks.
 
     Raises:
         DataError: there are fewer than two, so that none can be held out.
     """
-    total = sum(1 for _ in read_rows(path))
+    total = sum(1 for _ in read_values(path))
     if total < 2:
         raise DataError(f"{path} holds {total} conversation(s), fewer than 2; add some.")
     return total
-
-
-def read_row(path: Path, number: int, row: Any) -> list[tuple[str, Any]]:
-    """Return the turns of one line of a .jsonl file: `{"messages": [...]}` or the bare list."""
-    messages = row.get("messages", row.get("conversation")) if isinstance(row, dict) else row
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        rule = "must be a list of messages, or an object with one in `messages`"
-        raise DataError(f"{path} line {number} {rule}; mend it.")
-    return [(str(m.get("role")), m.get("content")) for m in messages]
-
-
-def read_language(row: Any, options: DialogueOptions) -> str:
-    """Return the language that a line names; one that names none is taken as wanted."""
-    named = row.get("language") if isinstance(row, dict) else None
-    return named if isinstance(named, str) else options.language or "unknown"
 
 
 def flip_turns(raw: Raw) -> Raw:

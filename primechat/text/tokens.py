@@ -25,6 +25,7 @@ import numpy as np
 from primechat.errors import DataError
 from primechat.files import make_folder, parse_json
 from primechat.records import NoteEvent, OnEvent, PhaseEvent, ProgressEvent
+from primechat.text.corpora import check_column
 from primechat.text.shards import ShardFeed
 from primechat.text.tokenizer import Tokenizer
 
@@ -222,8 +223,7 @@ def list_groups(path: Path) -> list[int]:
 
     try:
         with pq.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise DataError(f"{path} has no column `text`; give shards that have.")
+            check_column(path, file.schema_arrow)
             return [i for i in range(file.num_row_groups) if file.metadata.row_group(i).num_rows]
     except (OSError, ValueError) as error:
         raise DataError(

@@ -10,6 +10,7 @@ TITLES = {  # by the whole name where one word means several things
     "tag": "Name of the run",
     "resume": "Go on with the run of this name",
     "corpus": "Text to learn from",
+    "corpus_separator": "Mark between the documents of a text file",
     "n_shards": "Files of text to fetch",
     "keep_shards": "Files of text to keep on disk",
     "skip_bad_shards": "Go on without a broken file",

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from primechat.errors import DataError
-from primechat.text.corpora import read_chats, read_lines
+from primechat.text.corpora import read_chats
+from primechat.text.plain import read_lines
 from primechat.text.sources.hubsets import Raw
 
 TOPICS = {
