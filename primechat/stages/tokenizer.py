@@ -35,8 +35,7 @@ def train_tokenizer(
     """
     t_start = time.perf_counter()
     tell = on_event or (lambda event: None)
-    home = store.run_dir("base", config.tag) if config.tag else store.base_dir()
-    folder = home / "tokenizer"
+    folder = (store.run_dir("base", config.tag) if config.tag else store.base_dir()) / "tokenizer"
     read = partial(
         read_documents,
         config.corpus,
