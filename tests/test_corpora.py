@@ -182,8 +182,8 @@ def test_too_little_is_held_out(tmp_path: Path) -> None:
     path.write_text(path.read_text() + " " + "more " * 40)
     assert len(list(read_documents(str(path), "val"))) == 1
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "x"}\n' * 400)
-    with pytest.raises(DataError, match="holds out 20 characters .* last 20 documents of 400"):
+    path.write_text('{"text": "x"}\n' * 380)
+    with pytest.raises(DataError, match="holds out 19 characters .* last 19 documents of 380"):
         next(read_documents(str(path), "train"))
 
 

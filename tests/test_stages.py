@@ -433,7 +433,7 @@ def test_one_rank_prepares_the_text(
     pretrain(make_config(corpus, steps=1))
     for name in ("finetune.wait_turn", "distill.wait_turn"):
         monkeypatch.setattr(f"primechat.stages.{name}", refuse)
-    for name in ("finetune.cache_dialogues", "distill.cache_text"):
+    for name in ("finetune.cache_dialogues", "distill.cache_corpus"):
         monkeypatch.setattr(f"primechat.stages.{name}", lambda *_: pytest.fail("out of turn"))
     small: Any = dict(batch_tokens=128, steps=1, runtime=FIXED)
     with pytest.raises(DataError, match="not my turn"):
@@ -442,11 +442,21 @@ def test_one_rank_prepares_the_text(
         distill(DistillConfig(teacher="base/d3", corpus=corpus, **small))
 
 
+def test_too_few_words_are_held_out(corpus: str, tmp_path: Path) -> None:
+    path = tmp_path / "short.jsonl"
+    talk = [{"role": "user", "content": "cat?"}, {"role": "assistant", "content": "a mat"}]
+    path.write_text(
+        "\n".join(json.dumps([*talk, {**talk[0], "content": f"{i}"}]) for i in range(9))
+    )
+    with pytest.raises(DataError, match="holds out 5 characters of replies .* at least 10; add"):
+        cache_dialogues(FinetuneConfig(dialogues=str(path)), "val", load_small(corpus))
+
+
 def test_question_longer_than_a_conversation_may_be(corpus: str, tmp_path: Path) -> None:
     """Its answer is cut off: it is left out, as a validation on such alone would be of nothing, and nan."""
     tokenizer = load_small(corpus)
     talk = [
-        [{"role": "user", "content": f"cat {i}"}, {"role": "assistant", "content": "a mat"}]
+        [{"role": "user", "content": f"cat {i}"}, {"role": "assistant", "content": "on the mat"}]
         for i in range(40)
     ]
     path, long = (

@@ -38,7 +38,7 @@ from primechat.text.dialogues import (
 from primechat.text.tokenizer import Tokenizer
 from primechat.train.parallel import join_ranks, wait_turn
 
-MIN_VAL_CHARS = 20  # of replies that are held out: bits per byte of less say nothing
+MIN_VAL_CHARS = 10  # of replies that are held out: bits per byte of a word say nothing
 PROMPTS = ("Hi! How was your day?", "Do you like music?")
 MAX_TOKENS = 2048  # of one conversation
 

@@ -26,7 +26,7 @@ from primechat.text.plain import MarkCounts, describe_marks, read_lines, read_pl
 from primechat.text.shards import HUB_CORPORA, list_shards, shard_paths
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-MIN_VAL_CHARS = 50  # held out of a local corpus: bits per byte of less say nothing
+MIN_VAL_CHARS = 20  # held out of a local corpus: bits per byte of a few words say nothing
 CHITCHAT_INSTALL = "pip install --force-reinstall chitchat-dataset==0.9.0"
 CHITCHAT_FIGURES = (7_168, 358, 699_021)  # conversations, those held out, bytes of these
 

@@ -109,6 +109,9 @@ def cut_at_marks(
     held = ""  # the end of a piece of a long line: a mark may be cut in two there
     before = ""  # what came before it in the same line and the same document
     for piece in chain(pieces, [""]):
+        if not (held or before) and piece.endswith("\n") and not pattern.search(piece):
+            yield piece, False  # nearly every line of most texts
+            continue
         text, held = held + piece, ""
         line_is_whole = text.endswith("\n") or not piece
         safe = len(text) if line_is_whole else max(0, len(text) - CONTEXT_CHARS)
