@@ -11,6 +11,7 @@ import torch.distributed as dist
 from test_train import make_batches, make_model
 
 from primechat.config import OptimConfig
+from primechat.config.recipes import make_recipe
 from primechat.records import StepEvent
 from primechat.text.batches import share_rows
 from primechat.train.loop import fit
@@ -18,7 +19,7 @@ from primechat.train.optim import Optimizer
 from primechat.train.parallel import SpreadLoss, join_ranks
 
 
-def main(folder: Path, end: int, half: bool, start: str) -> None:
+def main(folder: Path, end: int, half: bool, start: str, recipe: str = "") -> None:
     """Train to a step of the 50, from a state where one is named."""
     torch.set_num_threads(1)
     ranks = join_ranks("cpu")
@@ -30,7 +31,8 @@ def main(folder: Path, end: int, half: bool, start: str) -> None:
         state = torch.load(start, weights_only=True)
         model.load_state_dict(state["model"])
         begin = state["step"]
-    optimizer = Optimizer(model, OptimConfig(), 32, half=half)
+    optim = make_recipe(recipe).optim if recipe else OptimConfig()
+    optimizer = Optimizer(model, optim, 32, half=half)
     if start:
         optimizer.load_state_dict(state["optimizer"])
     losses: list[float] = []
@@ -66,4 +68,4 @@ def main(folder: Path, end: int, half: bool, start: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "half", sys.argv[4])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "half", *sys.argv[4:])

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from primechat.config import GPTConfig, OptimConfig, RuntimeConfig
+from primechat.config.recipes import make_recipe
 from primechat.errors import ConfigError, PrimechatError
 from primechat.model.gpt import GPT
 from primechat.records import StepEvent
@@ -297,7 +298,7 @@ def test_missing_device() -> None:
 
 
 def run_ranks(
-    folder: Path, world: int, end: int, half: bool = False, start: str = ""
+    folder: Path, world: int, end: int, half: bool = False, start: str = "", recipe: str = ""
 ) -> list[dict[str, Any]]:
     """Train on `world` gloo ranks; return what each of them wrote."""
     with socket.socket() as probe:
@@ -305,7 +306,7 @@ def run_ranks(
         port = probe.getsockname()[1]
     script = Path(__file__).with_name("rank_main.py")
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    words = [str(folder), str(end), "half" if half else "float", start]
+    words = [str(folder), str(end), "half" if half else "float", start, recipe]
     ranks = [
         subprocess.Popen(
             [sys.executable, str(script), *words],
@@ -344,6 +345,27 @@ def test_ranks_learn_as_one(
         assert all(torch.equal(rank["model"][name], ranks[0]["model"][name]) for rank in ranks), (
             name
         )
+        assert_same_move(ranks[0]["model"][name], p, fresh[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["october2025", "nanochat2026"])
+def test_ranks_follow_a_recipe(tmp_path: Path, recipe: str) -> None:
+    """Each kind's own rate, betas and decay, and clipping, on shares of the rows as on all of them."""
+    model, losses = make_model(), []
+    fit(
+        Optimizer(model, make_recipe(recipe).optim, 32),
+        make_batches(),
+        lambda x, y: model.loss(x, y, "sum"),
+        steps=50,
+        micro_batch_rows=1,
+        stop=stop_after(6),
+        on_step=lambda e: (losses.append(e.loss_nats), stopper(6)(e)),
+    )
+    ranks, fresh = run_ranks(tmp_path, 2, 6, recipe=recipe), make_model().state_dict()
+    np.testing.assert_allclose(ranks[0]["losses"], losses, rtol=0, atol=1e-4)
+    for name, p in model.state_dict().items():
+        assert torch.equal(ranks[0]["model"][name], ranks[1]["model"][name]), name
         assert_same_move(ranks[0]["model"][name], p, fresh[name])
 
 
