@@ -86,7 +86,7 @@ def test_answers_wait_for_their_guess() -> None:
 
 
 def test_commands_that_open_a_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(ROOT / "labs" / "notebooks", tmp_path / "labs" / "notebooks")
+    shutil.copytree(ROOT / "labs", tmp_path / "labs", ignore=shutil.ignore_patterns("mine"))
     for module in (copies, twins):
         monkeypatch.setattr(module, "LABS", tmp_path / "labs")
     words, places = build_words(LabConfig(), LABS[0])

@@ -35,6 +35,9 @@ class HistoryCache:
     def select(self, rows: Sequence[int]) -> HistoryCache:
         return HistoryCache([list(self.rows[i]) for i in rows], self.capacity)
 
+    def keep(self, rows: Sequence[int]) -> HistoryCache:
+        return self.select(rows)
+
     def join(self, others: Sequence[HistoryCache]) -> HistoryCache:
         caches = [self, *others]
         return HistoryCache(

@@ -275,7 +275,7 @@ def import_model(source: str, out: str) -> Path:
     try:
         config = read_network(data, folder)
         read_shape({"model_config": asdict(config)})
-    except (TypeError, AttributeError, ArithmeticError) as error:
+    except (TypeError, AttributeError, ArithmeticError, ConfigError) as error:
         raise CheckpointError(
             f"{folder / 'config.json'} is damaged ({error}); fetch it again."
         ) from None

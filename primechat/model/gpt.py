@@ -531,6 +531,9 @@ class GPT(nn.Module):
         return self.lm_head.weight.device
 
 
+@torch.inference_mode(
+    False
+)  # the weights become views of what is made here, and may be changed later
 @torch.no_grad()
 def lay_out_weights(model: GPT, block: Block) -> fast_cpu.LayerWeights:
     """Return a frozen block's weights as `fast_cpu.run_layers` wants them; only adapted ones are copied."""

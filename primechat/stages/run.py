@@ -329,7 +329,9 @@ class TrainingRun:
 
     def describe_result(self, step: int, stopped: bool, loaded: Loaded | None) -> TrainResult:
         """Return what came of the run."""
-        measured = bool(self.last_bits.n_bytes) or loaded is None
+        val_bpb = self.last_bits.bpb
+        if loaded is not None and not self.last_bits.n_bytes:
+            val_bpb = loaded.meta["val_bpb"]
         events = read_metrics(self.folder / "metrics.jsonl") if self.ranks.is_main else []
         return TrainResult(
             identifier=self.job.identify(self.config.tag),
@@ -338,7 +340,7 @@ class TrainingRun:
             stopped=stopped,
             n_params=self.job.count_params(self.model),
             tokens=self.tokens,
-            val_bpb=self.last_bits.bpb if measured else loaded.meta["val_bpb"],
+            val_bpb=val_bpb,
             tokens_per_s=self.tokens / self.trained_s if self.trained_s else 0.0,
             train_s=self.trained_s,
             total_s=time.perf_counter() - self.t_start,
