@@ -305,7 +305,7 @@ def test_refusals(
         ({"rope_parameters": [1]}, "config.json is damaged"),
         ({"rope_parameters": {"rope_theta": None}, "primechat": None}, "config.json is damaged"),
         ({"final_logit_softcapping": "x", "primechat": None}, "config.json is damaged"),
-        ({"num_hidden_layers": 10**12, "primechat": None}, "n_layer=1000000000000, which must be"),
+        ({"num_hidden_layers": 10**12, "primechat": None}, "n_layer=1000000000000 must be"),
     ):
         (folder / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(CheckpointError, match=match):

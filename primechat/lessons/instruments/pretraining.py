@@ -46,7 +46,8 @@ SWITCHES: dict[str, dict[str, Any]] = {  # trick: what takes it away
 
 def take_rates(base: PretrainConfig) -> PretrainConfig:
     """Return a run with the rates that nanochat gives the scalars and gates, at whatever batch."""
-    return replace(base, optim=replace(base.optim, **scalar_rates_2026()))
+    rates: dict[str, Any] = scalar_rates_2026()
+    return replace(base, optim=replace(base.optim, **rates))
 
 
 RATES: dict[str, Callable[[PretrainConfig], PretrainConfig]] = {
