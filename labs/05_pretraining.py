@@ -43,10 +43,10 @@ def _(announce):
 @app.cell
 def _():
     from primechat import PretrainConfig, pretrain
-    from primechat.config import GPTConfig, LookConfig
+    from primechat.config import GPTConfig
     from primechat.lab import settings, stage, summary
 
-    return GPTConfig, LookConfig, PretrainConfig, pretrain, settings, stage, summary
+    return GPTConfig, PretrainConfig, pretrain, settings, stage, summary
 
 
 @app.cell(hide_code=True)
@@ -61,13 +61,12 @@ def _(mo):
 
 
 @app.cell
-def _(GPTConfig, LookConfig, PretrainConfig, settings):
+def _(GPTConfig, PretrainConfig, settings):
     start = PretrainConfig(
         tag="lab05",
         model=GPTConfig.modern(2, vocab_size=2048, sequence_len=128, head_dim=64),
         batch_tokens=2048,
         seconds=30,
-        look=LookConfig(eval_tokens=8192),
     )
     form = settings(start, ("tag", "seconds", "model.n_layer", "batch_tokens"), title="The run")
     form

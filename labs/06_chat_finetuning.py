@@ -106,7 +106,7 @@ def _(FinetuneConfig, LookConfig, RuntimeConfig, settings, shelf):
         steps=20,
         batch_tokens=2048,
         runtime=RuntimeConfig(compile="off"),
-        look=LookConfig(eval_tokens=8192, last_eval_tokens=8192, snapshots=False),
+        look=LookConfig(snapshots=False),
     )
     form = settings(start, ("tag", "dialogues", "steps"), title="Settings")
     form

@@ -62,7 +62,7 @@ def _(LoRAConfig, LookConfig, RuntimeConfig, settings):
         steps=40,
         batch_tokens=2048,
         runtime=RuntimeConfig(compile="off"),
-        look=LookConfig(eval_tokens=8192, last_eval_tokens=8192, snapshots=False),
+        look=LookConfig(snapshots=False),
     )
     form = settings(start, ("tag", "dialogues", "rank", "steps"), title="Adapter")
     form

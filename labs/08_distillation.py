@@ -94,7 +94,7 @@ def _(DistillConfig, LookConfig, RuntimeConfig, settings):
         steps=40,
         batch_tokens=2048,
         runtime=RuntimeConfig(compile="off"),
-        look=LookConfig(eval_tokens=8192, last_eval_tokens=8192, snapshots=False),
+        look=LookConfig(snapshots=False),
     )
     form = settings(
         start, ("tag", "size", "steps", "alpha", "temperature", "loss"), title="Student"

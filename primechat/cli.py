@@ -472,7 +472,8 @@ def describe_result(result: object) -> str:
         )
         return "\n".join([measured, *(describe_overlap(result.overlap) if result.overlap else ())])
     if isinstance(result, records.TrainResult):
-        quality = f"{result.n_params:,} parameters, {result.val_bpb:.4f} bits per byte"
+        measured = records.describe_bpb(result.val_bpb, result.val_tokens)
+        quality = f"{result.n_params:,} parameters, {measured}"
         speed = f"{result.tokens:,} tokens at {result.tokens_per_s:,.0f} a second"
         return f"{result.identifier}: {quality}, {speed}; in {result.path}"
     if isinstance(result, records.AutochatResult):

@@ -23,7 +23,7 @@ from primechat.desk.labs import memory, runner
 from primechat.desk.labs.forms import build_form, read_command
 from primechat.desk.labs.runner import in_marimo, open_control, show
 from primechat.lessons import Broken, Exercise, is_stub
-from primechat.records import count_noun
+from primechat.records import count_noun, describe_bpb
 from primechat.store import ModelEntry
 from primechat.views.widgets.controls import ExerciseCard, Live, ModelPicker, Notice
 from primechat.views.widgets.controls import Prediction as Prediction
@@ -113,7 +113,7 @@ def describe_entry(entry: ModelEntry) -> str:
     if steps:  # a model of other people's has none
         parts.append(f"{count_noun(max(steps), 'step')} of training")
     if entry.val_bpb is not None:
-        parts.append(f"{entry.val_bpb:.2f} bits per byte")
+        parts.append(describe_bpb(entry.val_bpb, entry.val_tokens, 2))
     if entry.shipped:
         parts.append("ships with primechat")
     elif entry.family == "hf":

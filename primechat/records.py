@@ -6,7 +6,7 @@ view.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,22 @@ def count_noun(n: int, noun: str) -> str:
     ('1 step', '1,200 steps')
     """
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def describe_bpb(bpb: float, tokens: int, digits: int = 4) -> str:
+    """Return bits per byte with the number of tokens that were scored, where that is known.
+
+    >>> describe_bpb(1.64831, 100_096), describe_bpb(1.5, 0, 2)
+    ('1.6483 bits per byte on 100,096 tokens', '1.50 bits per byte')
+    """
+    scored = f" on {count_noun(tokens, 'token')}" if tokens else ""
+    return f"{bpb:.{digits}f} bits per byte{scored}"
+
+
+def pair_bpb(event: Mapping[str, Any]) -> float | None:
+    """Return bits per byte of a logged validation, on the tokens of those before it where that is known."""
+    paired = event.get("paired_bpb")
+    return event.get("val_bpb") if paired is None else paired
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +64,7 @@ class ProgressEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class StepEvent:
-    """One optimizer step."""
+    """One optimizer step; `left_s` is what the run still takes, validations included, where that is known."""
 
     step: int
     steps: int
@@ -59,14 +75,19 @@ class StepEvent:
     tokens: int
     tokens_per_s: float
     elapsed_s: float
+    left_s: float | None = None
     kind: str = "step"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossEvent:
-    """One validation; `whole` tells whether the whole split was scored, `general_bpb` is on a general text,
-    where a stage that could forget it measures that; a student's retention, agreement and KL are against
-    its teacher, distinct-2 and repetition are of what it writes.
+    """One validation on `tokens` tokens; `whole` tells whether they are the whole split, `cut_short` whether
+    Stop left some of them out.
+
+    The paired figures are on the tokens that the run's earlier validations scored, so that they can be
+    compared with those. `general_bpb` is on a general text, where a stage that could forget it measures that;
+    a student's retention, agreement and KL are against its teacher, distinct-2 and repetition are of what it
+    writes.
     """
 
     step: int
@@ -74,6 +95,10 @@ class LossEvent:
     val_loss_nats: float
     whole: bool
     elapsed_s: float
+    tokens: int = 0
+    cut_short: bool = False
+    paired_bpb: float | None = None
+    paired_loss_nats: float | None = None
     general_bpb: float | None = None
     retention: float | None = None
     agreement: float | None = None
@@ -205,7 +230,9 @@ class TokenizerResult:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """A trained model; `path` is its run directory, relative to the base directory."""
+    """A trained model; `path` is its run directory, relative to the base directory. `val_tokens` were scored
+    for `val_bpb`; 0 is not known.
+    """
 
     identifier: str
     path: str
@@ -217,6 +244,7 @@ class TrainResult:
     tokens_per_s: float
     train_s: float
     total_s: float
+    val_tokens: int = 0
     events: tuple[dict[str, Any], ...] = field(default=(), repr=False)
 
 

@@ -88,6 +88,7 @@ class ModelEntry:
     path: str
     shipped: bool = False
     by_product: bool = False
+    val_tokens: int = 0  # that were scored for val_bpb; 0 is not known
 
 
 def base_dir() -> Path:
@@ -446,6 +447,7 @@ def walk_models(root: Path, shipped: bool) -> Iterator[ModelEntry]:
                 architecture=config.architecture if config else "unreadable",
                 n_params=config.n_params if config else 0,
                 val_bpb=None if math.isnan(bpb) else bpb,
+                val_tokens=int(take_number(meta, "val_tokens")),
                 tokenizer_identity=identity if isinstance(identity, str) else None,
             )
 
@@ -520,6 +522,9 @@ def load_run(path: str | Path) -> TrainResult:
         step=steps[-1] if steps else int(take_number((trained or [{}])[-1], "step")),
         stopped=bool(end.get("stopped")),
         val_bpb=take_number((losses or [meta])[-1], "val_bpb", math.nan),
+        val_tokens=int(
+            take_number(losses[-1], "tokens") if losses else take_number(meta, "val_tokens")
+        ),
         n_params=config.n_params if config else adapter.n_params if adapter else 0,
         tokens=tokens,
         tokens_per_s=tokens / train_s if train_s else 0.0,

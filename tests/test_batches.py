@@ -1,12 +1,14 @@
 """Batches: every token a target once an epoch, for any number of ranks, and resumed at the next one."""
 
 import gc
+import itertools
 import json
 import os
 import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -165,21 +167,38 @@ def test_windows_score_every_target_once(window: int, stride: int, rows: int, to
     assert Counter(seen) == Counter(range(1, tokens))
 
 
-def test_windows_of_a_part_lie_all_over_the_split() -> None:
-    cache = make_cache([60], masked=True)
-    batches = list(validation_windows(cache, 8, max_tokens=21, rows=1))
-    assert [ids[0, 0].item() for ids, _ in batches] == [0, 16, 40], (
-        "3 windows of 8, at an even distance"
-    )
-    goals = [t for _, targets in batches for t in targets.flatten().tolist() if t >= 0]
-    assert goals == [1, 2, 4, 5, 7, 8, 17, 19, 20, 22, 23, 41, 43, 44, 46, 47]
-    parts = [
-        validation_windows(cache, 8, max_tokens=21, rows=1, rank=rank, world_size=2)
-        for rank in range(2)
-    ]
-    assert sorted(ids[0, 0].item() for part in parts for ids, _ in part) == [0, 16, 40]
-    whole = list(validation_windows(cache, 8, max_tokens=1000))
-    assert len(torch.cat([ids for ids, _ in whole])) == 8, "more than there is, is all"
+def first_tokens(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[int]:
+    return [int(row[0]) for ids, _ in batches for row in ids]
+
+
+def test_parts_are_nested_and_lie_all_over_the_split() -> None:
+    """Each larger part begins with the windows of the smaller ones, whatever the batch size."""
+    cache = make_cache([8 * 500 + 1])
+    whole = first_tokens(validation_windows(cache, 8))
+    assert sorted(whole) == list(range(0, 4000, 8)), "each window once"
+    for tokens in (8, 40, 400, 2000):
+        for rows in (1, 3, 16):
+            part = first_tokens(validation_windows(cache, 8, rows=rows, max_tokens=tokens))
+            assert part == whole[: tokens // 8]
+        ends = [-1, *sorted(part), 4000]
+        widest = max(b - a for a, b in itertools.pairwise(ends))
+        assert widest <= 2.7 * 4000 / len(part) + 8, "no large gap in it"
+    assert len(first_tokens(validation_windows(cache, 8, max_tokens=9999))) == 500
+
+
+def test_ranks_share_the_batches_of_one() -> None:
+    """Each batch is made of the same windows for any number of ranks, so its sums are the same too."""
+    cache = make_cache([8 * 100 + 1])
+    alone = [first_tokens([batch]) for batch in validation_windows(cache, 8, rows=3)]
+    for world in (2, 3):
+        shares = [
+            [
+                first_tokens([batch])
+                for batch in validation_windows(cache, 8, rows=3, rank=rank, world_size=world)
+            ]
+            for rank in range(world)
+        ]
+        assert [shares[i % world][i // world] for i in range(len(alone))] == alone
 
 
 # The cache

@@ -420,6 +420,7 @@ class Entry:
     val_bpb: float | None = None
     path: str = "chatsft_checkpoints/d4"
     shipped: bool = False
+    val_tokens: int = 0
     by_product: bool = False
 
 

@@ -65,11 +65,17 @@ class LookConfig:
     """How often a run is measured, sampled and saved."""
 
     eval_every: int = 0
-    """Steps between validations; 0 spreads ten over the run. The last step is always validated."""
-    eval_tokens: int = 20_480
-    """Validation tokens of each validation but the last; 0 is the whole split."""
-    last_eval_tokens: int = 0
-    """Validation tokens of the last validation; 0 is the whole split, of shards the first 10,485,760."""
+    """Steps between validations; 0 spreads ten over the run, fewer over a short one. The last step is always
+    validated.
+    """
+    eval_tokens: int = -1
+    """Validation tokens of each validation but the last: -1 chooses 4,000, 20,000, 100,000, 400,000 or all,
+    so that together they take at most a tenth of the training time; 0 is the whole split.
+    """
+    last_eval_tokens: int = -1
+    """Validation tokens of the last validation: -1 chooses so that it takes at most a quarter of the training
+    time; 0 is the whole split, of shards 10,485,760 tokens.
+    """
     sample_every: int = 0
     """Steps between samples; 0 takes them with the validations, -1 never."""
     save_every: int = 0
@@ -86,8 +92,8 @@ class LookConfig:
     def __post_init__(self) -> None:
         for name, low in (
             ("eval_every", 0),
-            ("eval_tokens", 0),
-            ("last_eval_tokens", 0),
+            ("eval_tokens", -1),
+            ("last_eval_tokens", -1),
             ("sample_every", -1),
             ("save_every", 0),
             ("keep_checkpoints", 1),

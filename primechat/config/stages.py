@@ -85,8 +85,8 @@ class PretrainConfig:
     steps: int = 0
     """Optimizer steps; 0 derives them from `seconds`, else from `tokens_per_param`."""
     seconds: float = 0.0
-    """Training time to fill, compilation included, validation not; steps are counted before the first one,
-    and once more after a tenth of the time.
+    """Training time to fill, compilation included, validation apart, which takes up to a third more. Steps
+    are counted before the first one, and once more after a tenth of the time.
     """
     tokens_per_param: float = 20.0
     """Training tokens for each parameter, where neither steps nor seconds is given."""

@@ -25,7 +25,7 @@ from primechat.infer.engine import Engine, Options
 from primechat.model.checkpoint import Loaded, load_checkpoint
 from primechat.model.gpt import GPT
 from primechat.model.lora import open_adapter
-from primechat.records import NoteEvent, OnEvent, count_noun
+from primechat.records import NoteEvent, OnEvent, count_noun, describe_bpb
 
 ERAS = dict(
     classic="nanochat of October 2025", modern="nanochat of 2026", custom="switches of neither era"
@@ -190,9 +190,10 @@ def describe_design(loaded: Loaded) -> Iterator[tuple[str, str]]:
     yield "numerics", f"RoPE base {c.rope_base:,.0f}, softcap {cap}"
     yield "parameters", f"{c.n_params:,}, {count_noun(loaded.step, 'step')} of training"
     if isinstance(bpb, float):
+        measured = describe_bpb(bpb, int(loaded.meta.get("val_tokens") or 0))
         yield (
             "val_bpb",
-            f"{bpb:.4f} as stored; comparable only with models measured on the same text",
+            f"{measured}, as stored; comparable only with models measured on the same text",
         )
 
 

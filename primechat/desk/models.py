@@ -88,8 +88,8 @@ def print_table(entries: list[ModelEntry]) -> None:
     wide = console.width >= 110  # where a terminal is narrow, the names and figures go first
     table = Table(box=None, pad_edge=False)
     table.add_column("model", no_wrap=True)
-    titles = ("step", "snaps", "parameters", "bits/byte", "MB")
-    for title in titles if wide else (titles[0], *titles[2:]):
+    titles = ("step", "snaps", "parameters", "bits/byte", "of tokens", "MB")
+    for title in titles if wide else (titles[0], *titles[2:4], titles[5]):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("kind", no_wrap=True)
     if wide:
@@ -98,7 +98,8 @@ def print_table(entries: list[ModelEntry]) -> None:
         step, snaps = str(max(entry.steps, default="")), str(len(entry.snapshots) or "")
         bpb = "" if entry.val_bpb is None else f"{entry.val_bpb:.4f}"
         count = f"{entry.n_params:,}" if entry.n_params else ""
-        figures = (step, snaps, count, bpb, f"{entry.n_bytes / 1e6:,.1f}")
+        scored = f"{entry.val_tokens:,}" if entry.val_tokens else ""
+        figures = (step, snaps, count, bpb, scored, f"{entry.n_bytes / 1e6:,.1f}")
         where = "ships with primechat" if entry.shipped else entry.path.removeprefix(base)
         if entry.architecture == "foreign":
             where = (
@@ -109,7 +110,7 @@ def print_table(entries: list[ModelEntry]) -> None:
         shown = (
             (*figures, entry.architecture, where)
             if wide
-            else (step, *figures[2:], entry.architecture)
+            else (step, *figures[2:4], figures[5], entry.architecture)
         )
         # an adapter's file says what it is for: no markup, no control characters
         table.add_row(*(Text(clean_text(cell)) for cell in (entry.identifier, *shown)))

@@ -21,6 +21,7 @@ from primechat.records import (
     ProgressEvent,
     SampleEvent,
     StepEvent,
+    describe_bpb,
 )
 
 SAMPLE_CHARS = 240
@@ -86,10 +87,9 @@ class ProgressView:
             self.show_step(event)
         elif isinstance(event, LossEvent):
             self.val_bpb = event.val_bpb
-            part = "" if event.whole else " on a part of the split"
-            self.write_line(
-                f"step {event.step}: validation {event.val_bpb:.3f} bits per byte{part}"
-            )
+            measured = describe_bpb(event.val_bpb, event.tokens, 3)
+            part = ", the whole split" if event.whole else ""
+            self.write_line(f"step {event.step}: validation {measured}{part}")
         elif isinstance(event, SampleEvent):
             room = max(80, SAMPLE_CHARS - len(event.prompt))
             gap = " " if event.prompt[-1:].isspace() or event.text[:1].isspace() else ""
@@ -158,6 +158,7 @@ class ProgressView:
     def show_step(self, event: StepEvent) -> None:
         if self.is_due() or event.step == event.steps:
             left = event.elapsed_s / max(1, event.step) * (event.steps - event.step)
+            left = left if event.left_s is None else event.left_s
             line = (
                 f"{self.phase.name}: step {event.step}/{event.steps} · {self.describe_step(event)}"
             )

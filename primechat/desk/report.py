@@ -22,14 +22,14 @@ from primechat.desk.progress import format_seconds
 from primechat.errors import PrimechatError
 from primechat.files import make_folder, resolve_path, write_file
 from primechat.model.weights import read_json
-from primechat.records import TrainResult
+from primechat.records import TrainResult, describe_bpb, pair_bpb
 from primechat.store import base_dir, load_run
 from primechat.views.theme import DARK, FONT, LIGHT, SERIES, open_figure
 
 SMOOTH = 0.03  # of the run: the width over which a step's loss is averaged
 CURVES = (  # file, title, what is drawn: event, field, label
     ("loss", "Training loss, nats a token", (("step", "loss_nats"),)),
-    ("bpb", "Validation, bits per byte", (("loss", "val_bpb"), ("loss", "general_bpb"))),
+    ("bpb", "Validation, bits per byte", (("loss", "paired_bpb"), ("loss", "general_bpb"))),
     ("kept", "What the student has of its teacher", (("loss", "retention"), ("loss", "agreement"))),
     ("writing", "What it writes, in word pairs", (("loss", "distinct_2"), ("loss", "repetition"))),
     ("speed", "Tokens a second", (("step", "tokens_per_s"),)),
@@ -39,7 +39,7 @@ CURVES = (  # file, title, what is drawn: event, field, label
 LABELS = {
     "grad_norm": "gradient",
     "update_norm": "update",
-    "val_bpb": "validation",
+    "paired_bpb": "validation",
     "general_bpb": "text it knew",
     "distinct_2": "different ones",
     "repetition": "said before",
@@ -97,7 +97,11 @@ def run_report(flags: ReportFlags) -> int:
 
 def read_series(run: TrainResult, kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return steps and values of one field of a run's events, where it has numbers."""
-    pairs = [(e["step"], e.get(name)) for e in run.events if e.get("kind") == kind]
+    events = [event for event in run.events if event.get("kind") == kind]
+    if name == "paired_bpb":  # runs of earlier versions have one figure alone
+        pairs = [(event["step"], pair_bpb(event)) for event in events]
+    else:
+        pairs = [(event["step"], event.get(name)) for event in events]
     found = [(step, value) for step, value in pairs if isinstance(value, (int, float))]
     return np.array([s for s, _ in found], float), np.array([v for _, v in found], float)
 
@@ -174,7 +178,7 @@ def write_style() -> str:
 def list_figures(run: TrainResult) -> Iterator[tuple[str, str]]:
     """Yield the numbers of a run with their names."""
     yield "parameters", f"{run.n_params:,}"
-    yield "validation", f"{run.val_bpb:.4f} bits per byte"
+    yield "validation", describe_bpb(run.val_bpb, run.val_tokens)
     yield "steps", f"{run.step:,}" + (", stopped" if run.stopped else "")
     yield "tokens", f"{run.tokens:,}"
     yield "training time", format_seconds(run.train_s)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Bits:
-    """The sums behind a measurement; two of them add up."""
+    """The sums behind a measurement."""
 
     nats: float = 0.0
     tokens: int = 0
@@ -44,7 +44,7 @@ def measure_bits(
     on_batch: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
 ) -> Bits:
-    """Score windows of text.
+    """Return the sums of the windows of a text; `.bpb` is their quotient.
 
     Args:
         token_loss: (ids, targets) -> nats (B, T), 0 where the target is ignored.
@@ -52,24 +52,43 @@ def measure_bits(
         byte_lengths: (V,) bytes of each token; 0 (special tokens) is not scored.
         device: where the model is.
         on_batch: called with the tokens scored so far.
-        stop: when set, ends early with what has been scored.
-
-    Returns:
-        The sums; `.bpb` is their quotient.
+        stop: when set, ends after the present batch with what has been scored.
 
     Source: bpb = sum of nats / (ln 2 * sum of target bytes).
     """
-    lengths = torch.from_numpy(np.asarray(byte_lengths, dtype=np.int64))
-    nats, tokens, n_bytes = 0.0, 0, 0
-    for ids, targets in windows:
-        if stop is not None and stop.is_set():
-            break
-        sizes = torch.where(targets >= 0, lengths[targets.clamp(min=0)], 0)
-        with torch.no_grad():
-            losses = token_loss(ids.to(device), targets.to(device)).cpu()
-        nats += float(losses[sizes > 0].double().sum())
-        tokens += int((sizes > 0).sum())
-        n_bytes += int(sizes.sum())
+    rows: list[np.ndarray] = []
+    tokens = 0
+    for scored in score_windows(token_loss, windows, byte_lengths, device=device, stop=stop):
+        rows.append(scored)
+        tokens += int(scored[:, 1].sum())
         if on_batch:
             on_batch(tokens)
-    return Bits(nats=nats, tokens=tokens, n_bytes=n_bytes)
+    return sum_windows(rows)
+
+
+def score_windows(
+    token_loss: Callable[[Tensor, Tensor], Tensor],
+    windows: Iterable[tuple[Tensor, Tensor]],
+    byte_lengths: np.ndarray,
+    *,
+    device: torch.device | str = "cpu",
+    stop: threading.Event | None = None,
+) -> Iterator[np.ndarray]:
+    """Yield nats, tokens and bytes of each window of a batch, float64 (B, 3); called as `measure_bits` is."""
+    lengths = torch.from_numpy(np.asarray(byte_lengths, dtype=np.int64))
+    for ids, targets in windows:
+        sizes = torch.where(targets >= 0, lengths[targets.clamp(min=0)], 0)  # (B, T)
+        with torch.no_grad():
+            losses = token_loss(ids.to(device), targets.to(device)).cpu()
+        nats = torch.where(sizes > 0, losses.double(), 0.0)
+        columns = (nats.sum(1), (sizes > 0).sum(1), sizes.sum(1))
+        yield torch.stack([column.double() for column in columns], dim=1).numpy()
+        if stop is not None and stop.is_set():
+            return
+
+
+def sum_windows(scored: Iterable[np.ndarray]) -> Bits:
+    """Return the sums over windows (B, 3); rounded once, so that they do not depend on the order."""
+    rows = np.concatenate([np.zeros((0, 3)), *scored])
+    nats, tokens, n_bytes = (math.fsum(column) for column in rows.T)
+    return Bits(nats=nats, tokens=int(tokens), n_bytes=int(n_bytes))

@@ -27,6 +27,7 @@ from primechat.files import parse_json, write_file
 
 LOG_SCHEMA = 1
 OPEN_FIELDS = ("resume", "steps")  # what a resumed run may leave out: it takes the frozen value
+WHOLE_AT_0 = ("eval_tokens", "last_eval_tokens")
 BUDGET = ("max_hours", "max_dollars", "dollars_per_hour")  # what it may change
 Config = TypeVar("Config")
 NO_FLOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
@@ -256,9 +257,13 @@ def take_frozen(config: Any, folder: Path) -> Any:
 
 
 def fill_open(given: Any, frozen: Any) -> Any:
-    """Return the given settings with the frozen ones where they were left open (auto or 0)."""
+    """Return the given settings with the frozen ones where they were left open: auto or 0, but -1 where 0
+    stands for all.
+    """
     names = [
-        item.name for item in dataclasses.fields(given) if getattr(given, item.name) in ("auto", 0)
+        item.name
+        for item in dataclasses.fields(given)
+        if getattr(given, item.name) in ((-1,) if item.name in WHOLE_AT_0 else ("auto", 0))
     ]
     kept = {n: getattr(frozen, n) for n in names if not isinstance(getattr(given, n), bool)}
     return replace(given, **kept)

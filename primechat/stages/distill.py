@@ -165,7 +165,7 @@ def make_text_job(
         tokenizer=tokenizer,
         open_batches=pack_rows(train, T, config.seed),
         open_windows=open_cache(val, T),
-        last_eval_tokens=config.look.last_eval_tokens,
+        val_tokens=val.tokens,
         default_steps=max(1, round(train.tokens / config.batch_tokens)),
         prompts=CHAT_PROMPTS if config.corpus == "chitchat" else TEXT_PROMPTS,
         write_sample=write_continuation,
@@ -245,6 +245,10 @@ class DistillJob(Job):
             optim_state={**optim_state, "projector": extra},
             meta=meta,
         )
+
+    def weigh_scoring(self) -> float:
+        """Return the passes over each token: student and teacher are compared on it once more."""
+        return super().weigh_scoring() + 1 + self.teacher.config.n_params / self.model.n_params
 
     def measure_more(self, model: GPT, tokens: int) -> dict[str, Any]:
         """Return how the student does on the beginning of the validation text, and how it writes on."""

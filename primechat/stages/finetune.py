@@ -85,7 +85,7 @@ def make_job(
         tokenizer=tokenizer,
         open_batches=pack_rows(train, T, config.seed, kind),
         open_windows=open_cache(val, T),
-        last_eval_tokens=config.look.last_eval_tokens,
+        val_tokens=val.tokens,
         default_steps=max(1, round(train.tokens / config.batch_tokens)),
         prompts=PROMPTS,
         write_sample=write_reply,

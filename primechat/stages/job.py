@@ -52,14 +52,14 @@ class Job:
     tokenizer: Tokenizer
     open_batches: Callable[[int, int, int, dict[str, Any] | None], Batches]
     open_windows: Windows
-    last_eval_tokens: int
+    val_tokens: int  # of the whole validation split
     default_steps: int
     prompts: tuple[str, ...]
     write_sample: Callable[[Engine, str, int], str]
     meta: dict[str, Any]
     open_general: Windows | None = None
     bos_id: int = -1
-    val_tokens: int = 0  # of the whole validation text, where that is known
+    most_eval_tokens: int = 0  # of them to score where the whole split is asked for; 0 is all
     init: InitConfig = field(default_factory=InitConfig)  # of fresh weights
 
     def identify(self, tag: str) -> str:
@@ -85,6 +85,10 @@ class Job:
     def make_loss(self, model: GPT, runtime: RuntimeConfig) -> SumLoss:
         """Return the summed loss of a micro-batch."""
         return make_loss(model, runtime, self.bos_id)
+
+    def weigh_scoring(self) -> float:
+        """Return how many passes of the model a validation makes over each token that it scores."""
+        return 2.0 if self.open_general else 1.0
 
     def measure_more(self, model: GPT, tokens: int) -> dict[str, Any]:
         """Return further fields of a validation's event; 0 tokens stands for the whole split."""

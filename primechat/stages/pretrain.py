@@ -85,7 +85,7 @@ def pretrain(
         else read_shards(feed, tokenizer, config, on_event),
         open_windows=open_cache(val, T),
         val_tokens=val.tokens,
-        last_eval_tokens=config.look.last_eval_tokens or (0 if local else SHARD_EVAL_TOKENS),
+        most_eval_tokens=0 if local else SHARD_EVAL_TOKENS,
         default_steps=config.default_steps,
         prompts=CHAT_PROMPTS if config.corpus == "chitchat" else TEXT_PROMPTS,
         write_sample=write_continuation,

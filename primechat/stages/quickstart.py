@@ -38,7 +38,7 @@ FAST_SECONDS = 22.0  # of pretraining: with everything around it, a minute on a 
 FAST_LOOK = LookConfig(
     eval_every=10**6, eval_tokens=4096, last_eval_tokens=20_480
 )  # at the ends only
-CHAT_LOOK = LookConfig(eval_tokens=8192, last_eval_tokens=40_960)
+CHAT_LOOK = LookConfig()  # a tenth of the time along the way, a quarter at the end
 CHAT_SHARE = 0.25  # of the pretraining time goes to finetuning
 
 

@@ -15,18 +15,20 @@ import threading
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from primechat import store
-from primechat.config import FinetuneConfig, PretrainConfig, encode_config
+from primechat.config import FinetuneConfig, LookConfig, PretrainConfig, encode_config
 from primechat.errors import ConfigError, DataError
 from primechat.files import parse_json, write_file, write_whole
 from primechat.infer.engine import Engine
-from primechat.metrics.bits import Bits, measure_bits
+from primechat.metrics.bits import Bits, score_windows, sum_windows
 from primechat.model.checkpoint import (
     Loaded,
     find_steps,
@@ -49,10 +51,12 @@ from primechat.records import (
     StepEvent,
     TrainResult,
     count_noun,
+    describe_bpb,
 )
 from primechat.seeds import derive_seed
 from primechat.stages.job import Batches, Windows
 from primechat.stages.job import Job as Job
+from primechat.stages.looks import CHOSEN, LADDER, MOST_LOOKS, Cost, plan_looks
 from primechat.train.loop import SumLoss, fit
 from primechat.train.optim import Optimizer
 from primechat.train.parallel import (
@@ -62,9 +66,8 @@ from primechat.train.parallel import (
     gather_objects,
     join_ranks,
     share_object,
-    sum_numbers,
 )
-from primechat.train.tune import COMPILE_GUESS, Tuning, tune_runtime
+from primechat.train.tune import COMPILE_GUESS, Tuning, time_call, tune_runtime
 
 logger = logging.getLogger(__name__)
 SAMPLE_TOKENS = 48
@@ -75,7 +78,8 @@ LAST_CHECK = "last check: the loss on text that it has not seen"
 GENERAL = "general text: how much of it is forgotten"
 COMPILE_FILE = "compiling.json"  # in the base directory
 OPEN_FILE = "steps_to_settle.json"  # in the run's folder, as long as its steps are a guess
-GENERAL_TOKENS = 100_000  # where the whole validation split is scored at the end
+GENERAL_TOKENS = 100_000  # where validations are on the whole split
+TIMED_ROWS = 4  # windows on which the speed of scoring is measured
 
 
 def write_continuation(engine: Engine, prompt: str, seed: int) -> str:
@@ -173,13 +177,11 @@ class TrainingRun:
                 "all of them share."
             )
         self.log: MetricsLog | None = None
-        self.last_bits, self.saved_step, self.t_saved, self.save_s = (
-            Bits(),
-            -1,
-            time.monotonic(),
-            0.0,
-        )
+        self.saved_step, self.t_saved, self.save_s = -1, time.monotonic(), 0.0
         self.trained_s, self.tokens, self.tokens_per_s = 0.0, 0, 0.0
+        # Of the newest validation: its sums, its seconds with what comes with it, those of scoring alone.
+        self.last_bits, self.look_s, self.score_s = Bits(), 0.0, 0.0
+        self.n_looks = MOST_LOOKS
 
     def tell(self, event: Event) -> None:
         """Pass an event on, and log it where it belongs to the run's history."""
@@ -266,6 +268,7 @@ class TrainingRun:
             every = {name: saved["look"][name] for name in ("eval_every", "sample_every")}
             look = replace(self.config.look, **every)
             self.config = replace(self.config, steps=saved["steps"], look=look)
+            self.n_looks = math.ceil(saved["steps"] / look.eval_every)
         return loaded
 
     def choose_settings(self, model: GPT) -> SumLoss | None:
@@ -319,7 +322,7 @@ class TrainingRun:
         """Take in a step that is done; the run stops where its budget is spent."""
         self.trained_s, self.tokens_per_s = event.elapsed_s, event.tokens_per_s
         self.tokens += event.tokens
-        self.tell(event)
+        self.tell(replace(event, left_s=self.estimate_left(event)))
         spent_s = time.perf_counter() - self.t_start
         if spent_s > self.config.runtime.budget_s and not self.stop.is_set():
             self.stop.set()
@@ -344,6 +347,7 @@ class TrainingRun:
             tokens_per_s=self.tokens / self.trained_s if self.trained_s else 0.0,
             train_s=self.trained_s,
             total_s=time.perf_counter() - self.t_start,
+            val_tokens=self.last_bits.tokens if measured else loaded.meta.get("val_tokens") or 0,
             events=tuple(events),
         )
 
@@ -379,11 +383,49 @@ class TrainingRun:
         if not steps and config.seconds:
             self.open_s = config.seconds - tuning.compile_s
             steps = max(1, int(self.open_s / tuning.step_s))
-        return self.plan_steps(config, share_object(steps or self.job.default_steps))
+        steps = share_object(steps or self.job.default_steps)
+        train_s = share_object(self.open_s or steps * tuning.step_s)
+        config = replace(config, look=self.choose_looks(config, steps, train_s))
+        return self.plan_steps(config, steps)
+
+    def choose_looks(self, config: Any, steps: int, train_s: float) -> LookConfig:
+        """Return how often and on how much text the run is validated, from the measured speed."""
+        if CHOSEN not in (config.look.eval_tokens, config.look.last_eval_tokens):
+            return config.look
+        whole = self.whole_tokens
+        cost = share_object(self.time_validation(config.runtime.device))
+        look, self.n_looks = plan_looks(
+            config.look, steps=steps, train_s=train_s, cost=cost, whole=whole
+        )
+        during, last = (look.eval_tokens or whole, look.last_eval_tokens or whole)
+        said = f"Validation: about {min(during, whole):,} tokens each time, {min(last, whole):,} at the end"
+        self.tell(NoteEvent(text=f"{said}, of {whole:,}: as many as the run's time allows."))
+        return look
+
+    @property
+    def whole_tokens(self) -> int:
+        """Validation tokens that stand for the whole split."""
+        whole, most = self.job.val_tokens, self.job.most_eval_tokens
+        return min(whole, most) if most else whole
+
+    def time_validation(self, device: str) -> Cost:
+        """Return what a validation takes here, measured on a few windows."""
+        ids, targets = next(iter(self.job.open_windows(LADDER[0], 0, 1)))
+        ids, targets = ids[:TIMED_ROWS].to(device), targets[:TIMED_ROWS].to(device)
+
+        def score() -> None:
+            with torch.no_grad():
+                self.model.loss(ids, targets, "none")
+
+        pass_s = time_call(score, device) / ids.numel() / self.ranks.world_size
+        t_start = time.perf_counter()
+        self.job.measure_more(self.model, LADDER[0])
+        more_s = time.perf_counter() - t_start
+        return Cost(token_s=pass_s * self.job.weigh_scoring(), fixed_s=more_s)
 
     def plan_steps(self, config: Any, steps: int) -> Any:
         """Return the config for so many steps, its looks spread over them."""
-        every = self.asked_look.eval_every or max(1, math.ceil(steps / 10))
+        every = self.asked_look.eval_every or max(1, math.ceil(steps / self.n_looks))
         look = replace(
             config.look, eval_every=every, sample_every=self.asked_look.sample_every or every
         )
@@ -422,50 +464,108 @@ class TrainingRun:
 
     def look(self, step: int, last: bool) -> None:
         """Validate and sample where it is time to."""
-        config = self.config
-        if last or step % config.look.eval_every == 0:
-            tokens = self.job.last_eval_tokens if last else config.look.eval_tokens
-            self.last_bits = self.measure(
-                LAST_CHECK if last else VALIDATION, self.job.open_windows, tokens
-            )
-            general = None
-            if self.job.open_general:
-                few = tokens or GENERAL_TOKENS
-                general = self.measure(GENERAL, self.job.open_general, few).bpb
-            more = self.job.measure_more(self.model, tokens)
-            self.tell(
-                LossEvent(
-                    step=step,
-                    val_bpb=self.last_bits.bpb,
-                    val_loss_nats=self.last_bits.loss_nats,
-                    whole=tokens == 0,
-                    elapsed_s=self.trained_s,
-                    general_bpb=general,
-                    **more,
-                )
-            )
-        every = config.look.sample_every
-        if self.ranks.is_main and every > 0 and (last or step % every == 0):
+        t_start = time.perf_counter()
+        look = self.config.look
+        validates = last or step % look.eval_every == 0
+        if validates:
+            self.validate(step, last)
+
+        due = look.sample_every > 0 and (last or step % look.sample_every == 0)
+        if due and self.ranks.is_main and not self.stop.is_set():
             for i, prompt in enumerate(self.job.prompts):
-                seed = derive_seed(config.seed, "sample", step, i)
+                seed = derive_seed(self.config.seed, "sample", step, i)
                 text = self.job.write_sample(self.engine, prompt, seed)
                 self.tell(SampleEvent(step=step, prompt=prompt, text=text))
+        if validates:
+            self.look_s = time.perf_counter() - t_start
 
-    def measure(self, name: str, opened: Windows, tokens: int) -> Bits:
-        """Score a text over all ranks."""
-        self.tell(PhaseEvent(name=name, total=tokens or self.job.val_tokens, unit="tokens"))
-        windows = opened(tokens, self.ranks.rank, self.ranks.world_size)
-        bits = measure_bits(
+    def validate(self, step: int, last: bool) -> None:
+        """Score the validation text and tell the figures; one that Stop ends counts only at the end."""
+        look, whole = self.config.look, self.whole_tokens
+        tokens = (look.last_eval_tokens if last else look.eval_tokens) or self.job.most_eval_tokens
+        t_start = time.perf_counter()
+        scored, cut_short = self.score(
+            LAST_CHECK if last else VALIDATION, self.job.open_windows, tokens
+        )
+        self.score_s = time.perf_counter() - t_start
+        if cut_short and not last:
+            return
+
+        bits = self.last_bits = sum_windows([scored])
+        n_paired = -(-(look.eval_tokens or whole) // self.job.model.sequence_len)
+        paired = sum_windows([scored[:n_paired]]) if len(scored) >= n_paired else None
+        more: dict[str, Any] = {}
+        if not any_rank(self.stop.is_set(), self.model.device):
+            more = self.measure_more(tokens)
+        event = LossEvent(
+            step=step,
+            val_bpb=bits.bpb,
+            val_loss_nats=bits.loss_nats,
+            whole=not cut_short and (not tokens or tokens >= self.job.val_tokens),
+            elapsed_s=self.trained_s,
+            tokens=bits.tokens,
+            cut_short=cut_short,
+            paired_bpb=paired.bpb if paired else None,
+            paired_loss_nats=paired.loss_nats if paired else None,
+            **more,
+        )
+        self.tell(event)
+        if cut_short:
+            said = describe_bpb(bits.bpb, bits.tokens)
+            self.tell(NoteEvent(text=f"The last check was stopped: {said} of about {whole:,}."))
+
+    def measure_more(self, tokens: int) -> dict[str, Any]:
+        """Return what a validation tells besides: of a general text, and what the stage adds.
+
+        The general text is scored on as many tokens each time, as only the change counts.
+        """
+        general = None
+        if self.job.open_general:
+            few = self.config.look.eval_tokens or GENERAL_TOKENS
+            general = sum_windows([self.score(GENERAL, self.job.open_general, few)[0]]).bpb
+        return {"general_bpb": general, **self.job.measure_more(self.model, tokens)}
+
+    def score(self, name: str, opened: Windows, tokens: int) -> tuple[np.ndarray, bool]:
+        """Score a text over all ranks until it ends or Stop is pressed, at least one batch of windows.
+
+        Returns:
+            nats, tokens and bytes of each window, (N, 3) in the order of the windows, and whether some are
+            missing.
+        """
+        total = tokens or self.whole_tokens
+        self.tell(PhaseEvent(name=name, total=total, unit="tokens"))
+        windows = iter(opened(tokens, self.ranks.rank, self.ranks.world_size))
+        batches: list[np.ndarray] = []
+        done = 0
+        for scored in score_windows(
             lambda x, y: self.model.loss(x, y, "none"),
             windows,
             self.job.tokenizer.byte_lengths(),
             device=self.model.device,
-            on_batch=lambda n: self.tell(ProgressEvent(done=n)),
+            stop=self.stop,
+        ):
+            batches.append(scored)
+            done += len(scored) * self.job.model.sequence_len * self.ranks.world_size
+            self.tell(ProgressEvent(done=min(done, total)))
+        cut_short = self.stop.is_set() and next(windows, None) is not None
+
+        # Batch i is of rank i modulo the number of ranks, so the sums are the same for any number of them.
+        everyone = gather_objects((batches, cut_short))
+        turns = zip_longest(*(theirs for theirs, _ in everyone))
+        rows = [batch for turn in turns for batch in turn if batch is not None]
+        return np.concatenate([np.zeros((0, 3)), *rows]), any(cut for _, cut in everyone)
+
+    def estimate_left(self, event: StepEvent) -> float:
+        """Return the seconds that the run still takes, validations as they took so far included."""
+        look = self.config.look
+        training_s = event.elapsed_s / event.step * (event.steps - event.step)
+        looks = max(0, (event.steps - 1) // look.eval_every - event.step // look.eval_every)
+        few, many = (
+            min(n or self.whole_tokens, self.whole_tokens)
+            for n in (look.eval_tokens, look.last_eval_tokens)
         )
-        nats, count, n_bytes = sum_numbers(
-            [bits.nats, bits.tokens, bits.n_bytes], self.model.device
-        )
-        return Bits(nats=nats, tokens=int(count), n_bytes=int(n_bytes))
+        last_s = self.look_s + self.score_s * (many / max(1, few) - 1)
+        return training_s + looks * self.look_s + last_s
 
     def save(self, step: int, last: bool) -> None:
         """Write a snapshot and a checkpoint where it is time to."""
@@ -512,6 +612,7 @@ class TrainingRun:
         return {
             **self.job.meta,
             "val_bpb": self.last_bits.bpb if known else None,
+            "val_tokens": self.last_bits.tokens if known else None,
             "tokenizer_identity": self.job.tokenizer.identity,
             "tokens": self.tokens,
             "train_s": self.trained_s,

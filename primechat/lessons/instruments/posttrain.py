@@ -25,7 +25,7 @@ from primechat.lessons.instruments.series import compare_sizes as compare_sizes
 from primechat.lessons.instruments.series import sum_rows
 from primechat.metrics.diversity import measure_distinct, split_words
 from primechat.metrics.intervals import estimate_mean
-from primechat.records import TrainResult
+from primechat.records import TrainResult, pair_bpb
 from primechat.seeds import derive_seed
 from primechat.text.corpora import read_chats
 from primechat.text.dialogues import SETS, DialogueOptions, set_folder, stream_dialogues
@@ -291,7 +291,8 @@ def trace_losses(
     result: TrainResult | None, names: dict[str, str]
 ) -> dict[str, list[tuple[float, float]]]:
     """Return fields of a run's validations over its steps, under other names."""
-    losses = [e for e in (result.events if result else ()) if e.get("kind") == "loss"]
+    events = [e for e in (result.events if result else ()) if e.get("kind") == "loss"]
+    losses = [e | {"val_bpb": pair_bpb(e)} for e in events]  # of the same tokens at each step
     return {
         name: [(e["step"], e[key]) for e in losses if e.get(key) is not None]
         for name, key in names.items()

@@ -30,7 +30,9 @@ from primechat.config.runtime import check_choice, check_number
 from primechat.errors import ConfigError, PrimechatError
 from primechat.files import resolve_path
 from primechat.metrics.intervals import adjust_holm, compare_pairs, estimate_mean
-from primechat.records import NoteEvent, OnEvent, TrainResult
+from primechat.model.runlog import read_frozen
+from primechat.records import NoteEvent, OnEvent, TrainResult, pair_bpb
+from primechat.stages.looks import LAST_SHARE, RUN_SHARE
 from primechat.views.theme import SERIES, open_figure, push_apart
 
 MIN_SEEDS = 3  # fewer give no verdict: of two, the spread is hardly known
@@ -66,9 +68,15 @@ def describe_plan(config: PretrainConfig) -> dict[str, str]:
         here = find_machine("here", store.base_dir())
         tokens = count_steps(config, here.flops_per_s) * config.batch_tokens
         figures["tokens"] = f"about {tokens:,}"
-        figures["time here"] = format_hours(tokens * flops / here.flops_per_s)
+        train_s = tokens * flops / here.flops_per_s
+        more_s = (RUN_SHARE + LAST_SHARE) * train_s
+        figures["time here"] = (
+            f"{format_hours(train_s)}, and validation up to {format_hours(more_s)}"
+        )
     except ConfigError:
-        known = format_hours(config.seconds) if config.seconds else ""
+        more_s = (RUN_SHARE + LAST_SHARE) * config.seconds
+        known = f"{format_hours(config.seconds)}, and validation up to {format_hours(more_s)}"
+        known = known if config.seconds else ""
         figures["time here"] = known or "`primechat bench train` tells"
     cloud = make_plan(full_config(20), find_machine("8xH200"))
     return {
@@ -102,7 +110,7 @@ def overlay_runs(runs: str) -> Any:
             (
                 name,
                 [total[e["step"] - 1] if e["step"] else 0 for e in events],
-                [e["val_bpb"] for e in events],
+                [pair_bpb(e) for e in events],
             )
         )
     return paint_lines(curves, "tokens read", "bits per byte on new text")
@@ -179,11 +187,12 @@ def ablate(
     """Train the model with every trick, and without each, over several seeds; what has run with the same
     settings is kept, and other settings make other runs.
     """
-    from primechat.lessons.instruments.series import run_once
+    from primechat.lessons.instruments.series import run_once, share_looks
     from primechat.stages.pretrain import pretrain
 
     stop = stop or threading.Event()
     config = replace(config, base=RATES[config.rates](config.base))
+    look = replace(config.base.look, snapshots=False)
     found: dict[str, list[float]] = {}
     variants: dict[str, dict[str, Any]] = {"everything on": {}}
     variants |= {f"without {name}": dict(SWITCHES[name]) for name in config.list_switches()}
@@ -197,7 +206,7 @@ def ablate(
                 steps=config.steps,
                 seconds=0.0,
                 model=replace(config.base.model, **change),
-                look=replace(config.base.look, snapshots=False),
+                look=look,
             )
             if on_event:
                 on_event(NoteEvent(text=f"{name}, seed {seed}"))
@@ -205,6 +214,8 @@ def ablate(
             if run.stopped:
                 return AblationResult(identifier=config.tag, bpb=found, stopped=True)
             found.setdefault(name, []).append(run.val_bpb)
+            folder = store.base_dir() / run.path
+            look = share_looks(look, read_frozen(folder, PretrainConfig).look)
     return AblationResult(identifier=config.tag, bpb=found, stopped=False)
 
 

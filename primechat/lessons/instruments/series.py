@@ -21,7 +21,8 @@ from primechat.errors import ConfigError
 from primechat.metrics.intervals import estimate_mean
 from primechat.model.checkpoint import find_steps, read_meta
 from primechat.model.runlog import read_frozen, read_metrics
-from primechat.records import NoteEvent, OnEvent, TrainResult
+from primechat.records import NoteEvent, OnEvent, TrainResult, pair_bpb
+from primechat.stages.looks import CHOSEN
 from primechat.text.dialogues import READING
 
 QUICK = RuntimeConfig(compile="off")  # the rest is measured by the first run of a series
@@ -29,7 +30,8 @@ COLUMNS = {
     "val_bpb": "bits per byte",
     "kl_nats": "KL, nats",
 }  # of tables, where the figure's name is no word
-QUIET = LookConfig(eval_tokens=8192, last_eval_tokens=8192, sample_every=-1, snapshots=False)
+QUIET = LookConfig(sample_every=-1, snapshots=False)
+COMMON_TOKENS = 8192  # of all sets compared, on which a model is scored
 
 
 def run_once(
@@ -41,9 +43,11 @@ def run_once(
 ) -> TrainResult:
     """Return what a run of a comparison made, running it only where it has not ended before.
 
-    What an older version made of other conversations of the same name is not remembered.
+    What an older version made of other conversations of the same name is not remembered; what the first run
+    of a series has measured for the others does not count as a setting.
     """
-    settings = repr(replace(config, runtime=RuntimeConfig()))
+    look = replace(config.look, eval_every=0, eval_tokens=CHOSEN, last_eval_tokens=CHOSEN)
+    settings = repr(replace(config, runtime=RuntimeConfig(), look=look))
     if isinstance(config, FinetuneConfig) and config.dialogues:
         settings += f" {READING}"
     name = hashlib.sha256(settings.encode()).hexdigest()[:6]
@@ -103,7 +107,6 @@ def compare_sets(
             seed=seed,
             steps=config.steps,
             batch_tokens=config.batch_tokens,
-            look=QUIET,
             runtime=runtime,
         )
         return finetune, made, "sft"
@@ -123,7 +126,7 @@ def score_together(identifier: str, config: SeriesConfig) -> float:
     from primechat.text.batches import validation_windows
 
     model, tokenizer, _ = borrow_model(identifier)
-    total, tokens = Bits(), QUIET.eval_tokens // len(config.list_names())
+    total, tokens = Bits(), COMMON_TOKENS // len(config.list_names())
     for name in config.list_names():
         cache = cache_dialogues(FinetuneConfig(dialogues=name), "val", tokenizer)
         windows = validation_windows(cache, model.sequence_len, max_tokens=tokens)
@@ -149,7 +152,6 @@ def compare_ranks(
             seed=seed,
             steps=config.steps,
             batch_tokens=config.batch_tokens,
-            look=QUIET,
             runtime=runtime,
         )
         if name != "full" and not (name.isdigit() and int(name)):
@@ -181,7 +183,6 @@ def compare_sizes(
             alpha=0.1 if kind == "taught" else 1.0,
             steps=config.steps,
             batch_tokens=config.batch_tokens,
-            look=QUIET,
             runtime=runtime,
         )
         return distill, made, "base"
@@ -195,21 +196,29 @@ def work_series(
     on_event: OnEvent | None,
     stop: threading.Event | None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row a run; the machine is measured once."""
+    """Yield a row a run; the first one measures the machine and chooses how much text all are scored on."""
     stop, tell = stop or threading.Event(), on_event or (lambda event: None)
-    runtime = QUICK
+    runtime, look = QUICK, QUIET
     for seed in range(config.seeds):
         for name in config.list_names():
             if stop.is_set():
                 return
             tell(NoteEvent(text=f"{name}, seed {seed}"))
             function, made, family = build(name, seed, runtime)
+            made = replace(made, look=look)
             result = run_once(function, made, family, on_event, stop)
             if not result.stopped:
                 folder = store.base_dir() / result.path
                 if (folder / "config.json").is_file():
-                    runtime = read_frozen(folder, type(made)).runtime
+                    frozen = read_frozen(folder, type(made))
+                    runtime, look = frozen.runtime, share_looks(look, frozen.look)
                 yield describe_run(name, seed, result, family, config.model)
+
+
+def share_looks(asked: LookConfig, frozen: LookConfig) -> LookConfig:
+    """Return the looks of the runs to come: as often and on as many tokens as the one that froze its own."""
+    names = ("eval_every", "eval_tokens", "last_eval_tokens")
+    return replace(asked, **{name: getattr(frozen, name) for name in names})
 
 
 def describe_run(
@@ -227,13 +236,14 @@ def describe_run(
         "name": name,
         "seed": seed,
         "identifier": opened,
-        "gain": first["val_bpb"] - last["val_bpb"],
+        "gain": pair_bpb(first) - pair_bpb(last),  # of the same tokens
         "val_bpb": last["val_bpb"],
+        "scored tokens": int(last.get("tokens") or 0),
         "seconds": result.train_s,
         "optimizer MB": state / 1e6,
         "parameters": n_params,
     }
-    if first.get("general_bpb") is not None:
+    if first.get("general_bpb") is not None and last.get("general_bpb") is not None:
         row["forgotten"] = last["general_bpb"] - first["general_bpb"]
     for key in ("retention", "agreement", "kl_nats", "distinct_2", "repetition"):
         if last.get(key) is not None:

@@ -25,6 +25,7 @@ from primechat.records import (
     ProgressEvent,
     SampleEvent,
     StepEvent,
+    count_noun,
 )
 from primechat.views.widgets.kit import Widget
 
@@ -103,10 +104,11 @@ class RunLog:
         """Return the state as plain data; times are in seconds."""
         last, phase, done, left = self.last, self.phase, self.done, None
         is_training, total = phase is self.training, phase.total
-        # also while a check interrupts; at the end the last check comes, of unknown length
+        # also while a check interrupts; the last check has a bar of its own
         if last and self.training and (is_training or last.step < last.steps):
             done, total = (float(last.step), last.steps) if is_training else (done, total)
-            left = last.elapsed_s / max(1, last.step) * (last.steps - last.step) or None
+            left = last.elapsed_s / max(1, last.step) * (last.steps - last.step)
+            left = (left if last.left_s is None else last.left_s) or None
         elif phase.unit == "s" and phase.total:  # nobody tells of seconds that pass
             done = min(phase.total, float(int(time.monotonic() - self.t_phase)))
             left = phase.total - done or None
@@ -126,7 +128,9 @@ class RunLog:
                 [f"{last.tokens_per_s:,.0f}", "tokens per second"],
             ]
         if self.losses:
-            figures.insert(1, [f"{self.losses[-1].val_bpb:.3f}", "bits per byte on new text"])
+            newest = self.losses[-1]
+            scored = f" ({count_noun(newest.tokens, 'token')})" if newest.tokens else ""
+            figures.insert(1, [f"{newest.val_bpb:.3f}", f"bits per byte on new text{scored}"])
             if self.losses[-1].retention is not None:
                 figures.insert(2, [f"{self.losses[-1].retention:.1%}", "of the teacher kept"])
         return {
@@ -142,12 +146,19 @@ class RunLog:
             "train": train,
             "steps": last.steps if last else 0,
             "gauges": gauges,
-            "val": [[event.step, event.val_loss_nats, event.val_bpb] for event in self.losses],
+            "val": [pair_point(event) for event in self.losses],
         }
 
     def thin(self, name: str, limit: int) -> list[list[float]]:
         """Return a figure of the steps as a curve of at most `limit` points."""
         return thin_points([(event.step, getattr(event, name)) for event in self.steps], limit)
+
+
+def pair_point(event: LossEvent) -> list[float]:
+    """Return a validation's step, nats and bits per byte, on the same tokens for each point of a curve."""
+    if event.paired_bpb is None or event.paired_loss_nats is None:
+        return [event.step, event.val_loss_nats, event.val_bpb]
+    return [event.step, event.paired_loss_nats, event.paired_bpb]
 
 
 def thin_points(points: list[tuple[int, float]], limit: int = MAX_POINTS) -> list[list[float]]:
@@ -247,6 +258,7 @@ NAMES = {
     "step": "steps of training",
     "tokens": "tokens read",
     "n_talks": "conversations",
+    "val_tokens": "tokens of new text scored",
 }
 
 
@@ -258,7 +270,8 @@ def describe_figures(record: Mapping[str, Any]) -> list[list[str]]:
     """
     figures = []
     for name, value in record.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        known = value or name != "val_tokens"  # runs of earlier versions do not know it
+        if known and isinstance(value, (int, float)) and not isinstance(value, bool):
             end = next((end for end in UNITS if name.endswith(end)), "")
             stem = name.removesuffix(end).replace("_", " ")
             said = "tokens said" if name == "tokens" and "n_talks" in record else NAMES.get(name)
