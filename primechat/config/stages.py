@@ -72,6 +72,10 @@ class PretrainConfig:
     """Mark between the documents of a .txt: auto splits at <|endoftext|>, <|bos|> and </s> where they stand
     between documents, none splits at no mark, anything else is the mark itself; marks are left out.
     """
+    allow_changed_corpus: bool = False
+    """Resume with another text than the run has read so far, or with one that was edited; it is read from its
+    beginning.
+    """
     n_shards: int = 8
     """Shards of fineweb-edu or climbmix to use (about 100 MB and 52 M tokens each)."""
     keep_shards: int = 0
@@ -258,6 +262,10 @@ class DistillConfig(FinetuneConfig):
     corpus_separator: str = "auto"
     """Mark between the documents of a .txt: auto splits at <|endoftext|>, <|bos|> and </s> where they stand
     between documents, none splits at no mark, anything else is the mark itself; marks are left out.
+    """
+    allow_changed_corpus: bool = False
+    """Resume with another text than the run has read so far, or with one that was edited; it is read from its
+    beginning.
     """
     n_shards: int = 8
     """Shards of fineweb-edu or climbmix to use."""

@@ -27,6 +27,8 @@ from primechat.files import parse_json, write_file
 
 LOG_SCHEMA = 1
 OPEN_FIELDS = ("resume", "steps")  # what a resumed run may leave out: it takes the frozen value
+# which the stages compare by what the text holds: it may have moved
+TEXT = ("corpus", "allow_changed_corpus")
 WHOLE_AT_0 = ("eval_tokens", "last_eval_tokens")
 BUDGET = ("max_hours", "max_dollars", "dollars_per_hour")  # what it may change
 Config = TypeVar("Config")
@@ -246,6 +248,7 @@ def take_frozen(config: Any, folder: Path) -> Any:
     )
     ignore = (
         *(OPEN_FIELDS if not config.steps else OPEN_FIELDS[:1]),
+        *TEXT,
         *(f"runtime.{n}" for n in BUDGET),
     )
     difference = find_difference(frozen, given, ignore)
@@ -253,6 +256,8 @@ def take_frozen(config: Any, folder: Path) -> Any:
         rule = "a resumed run must keep its settings; drop that flag, or start under another tag"
         raise ConfigError(f"{difference} (the run's, then yours): {rule}.")
     budget = {name: getattr(given.runtime, name) for name in BUDGET}
+    if hasattr(config, "corpus"):
+        frozen = replace(frozen, corpus=config.corpus)
     return replace(frozen, resume=True, runtime=replace(frozen.runtime, **budget))
 
 

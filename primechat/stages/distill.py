@@ -41,6 +41,7 @@ from primechat.stages.pretrain import (
     open_cache,
     pack_rows,
 )
+from primechat.stages.reading import check_resumed_text, describe_text
 from primechat.stages.run import TrainingRun, pick_device, write_continuation
 from primechat.text.batches import share_rows
 from primechat.text.tokenizer import Tokenizer
@@ -153,6 +154,13 @@ def make_text_job(
     """Return a job on plain text."""
     config = recall_separator(config, store.run_dir("base", config.tag))
     with wait_turn(join_ranks(pick_device(config.runtime.device))):
+        fresh_text = check_resumed_text(
+            config,
+            tokenizer,
+            lambda: identify_text(config),
+            lambda: cache_corpus(config, "train", tokenizer, on_event),
+            on_event,
+        )
         train, val = (
             cache_corpus(config, split, tokenizer, on_event) for split in ("train", "val")
         )
@@ -169,7 +177,8 @@ def make_text_job(
         default_steps=max(1, round(train.tokens / config.batch_tokens)),
         prompts=CHAT_PROMPTS if config.corpus == "chitchat" else TEXT_PROMPTS,
         write_sample=write_continuation,
-        meta={"corpus": identify_text(config)},
+        meta=describe_text(config.corpus, identify_text(config)),
+        fresh_text=fresh_text,
     )
 
 

@@ -60,6 +60,7 @@ class Job:
     open_general: Windows | None = None
     bos_id: int = -1
     most_eval_tokens: int = 0  # of them to score where the whole split is asked for; 0 is all
+    fresh_text: bool = False  # resumed with another text, which is read from its beginning
     init: InitConfig = field(default_factory=InitConfig)  # of fresh weights
 
     def identify(self, tag: str) -> str:

@@ -22,6 +22,7 @@ from primechat.model.checkpoint import find_steps, read_meta
 from primechat.model.runlog import recall_separator
 from primechat.records import OnEvent, TrainResult
 from primechat.stages.job import Batches, Windows
+from primechat.stages.reading import check_resumed_text, describe_text
 from primechat.stages.run import Job, TrainingRun, pick_device, write_continuation
 from primechat.stages.tokenizer import train_tokenizer
 from primechat.text.batches import (
@@ -59,6 +60,13 @@ def pretrain(
     ranks = join_ranks(pick_device(config.runtime.device))
     with wait_turn(ranks):
         tokenizer = choose_tokenizer(config, on_event, stop)
+        fresh_text = check_resumed_text(
+            config,
+            tokenizer,
+            lambda: identify_text(config),
+            lambda: cache_corpus(config, "train", tokenizer, note),
+            note,
+        )
         val = cache_corpus(config, "val", tokenizer, note)
         train = cache_corpus(config, "train", tokenizer, note) if local else None
     feed = (
@@ -89,7 +97,8 @@ def pretrain(
         default_steps=config.default_steps,
         prompts=CHAT_PROMPTS if config.corpus == "chitchat" else TEXT_PROMPTS,
         write_sample=write_continuation,
-        meta={"corpus": identify_text(config)},
+        meta=describe_text(config.corpus, identify_text(config)),
+        fresh_text=fresh_text,
         init=config.init,
     )
     try:

@@ -309,7 +309,7 @@ class TrainingRun:
         self.trained_s, self.tokens = float(loaded.meta["train_s"]), int(loaded.meta["tokens"])
         self.t_start -= float(loaded.meta.get("spent_s", 0))
         self.tell(NoteEvent(text=f"Going on from step {loaded.step} of {self.config.steps}."))
-        return loaded.step, loaded.meta["cursors"][0]
+        return loaded.step, None if self.job.fresh_text else loaded.meta["cursors"][0]
 
     def open_log(self, start_step: int, loaded: Loaded | None) -> None:
         """Open the run's history, cut off behind the step to go on from."""

@@ -75,7 +75,7 @@ def build_cache(
     Raises:
         DataError: There are no documents, or the disk refuses.
     """
-    identity = hashlib.sha256(json.dumps([SCHEMA, key, tokenizer.identity]).encode()).hexdigest()
+    identity = name_cache(key, tokenizer)
     target = Path(folder) / identity[:24]
     cache = open_cache(target, identity)
     if cache:
@@ -107,6 +107,17 @@ def build_cache(
     cache = open_cache(target, identity)
     assert cache, "a cache that was just written must open"
     return cache
+
+
+def name_cache(key: str, tokenizer: Tokenizer) -> str:
+    """Return the identity of a cache, which names its folder too."""
+    return hashlib.sha256(json.dumps([SCHEMA, key, tokenizer.identity]).encode()).hexdigest()
+
+
+def find_cache(folder: Path, key: str, tokenizer: Tokenizer) -> TokenCache | None:
+    """Return the cache of a key if it stands in a folder, else None; nothing is built."""
+    identity = name_cache(key, tokenizer)
+    return open_cache(Path(folder) / identity[:24], identity)
 
 
 def write_cache(

@@ -11,6 +11,7 @@ TITLES = {  # by the whole name where one word means several things
     "resume": "Go on with the run of this name",
     "corpus": "Text to learn from",
     "corpus_separator": "Mark between the documents of a text file",
+    "allow_changed_corpus": "Resume on another text",
     "n_shards": "Files of text to fetch",
     "keep_shards": "Files of text to keep on disk",
     "skip_bad_shards": "Go on without a broken file",
