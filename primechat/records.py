@@ -38,10 +38,13 @@ def describe_bpb(bpb: float, tokens: int, digits: int = 4) -> str:
     return f"{bpb:.{digits}f} bits per byte{scored}"
 
 
-def pair_bpb(event: Mapping[str, Any]) -> float | None:
-    """Return bits per byte of a logged validation, on the tokens of those before it where that is known."""
+def pair_bpb(event: Mapping[str, Any]) -> float:
+    """Return bits per byte of a logged validation, on the tokens of those before it where that is known; nan
+    where nothing was scored.
+    """
     paired = event.get("paired_bpb")
-    return event.get("val_bpb") if paired is None else paired
+    found = event.get("val_bpb") if paired is None else paired
+    return float("nan") if found is None else float(found)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,7 @@ MAX_DOC_LINES = 12
 MAX_FUNCTION_LINES = 60
 # Python's tokens without comments, docstrings and line ends: layout never pays. What was reached plus 3 %;
 # whoever needs more raises it knowingly.
-TOKEN_BUDGET = 220_600
+TOKEN_BUDGET = 230_000
 # Longer than a function should be; each is to be split, and none may grow or join them.
 TOO_LONG = {
     "cloud.export.fill_in": 77,

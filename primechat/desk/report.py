@@ -98,6 +98,7 @@ def run_report(flags: ReportFlags) -> int:
 def read_series(run: TrainResult, kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return steps and values of one field of a run's events, where it has numbers."""
     events = [event for event in run.events if event.get("kind") == kind]
+    pairs: list[tuple[Any, Any]]
     if name == "paired_bpb":  # runs of earlier versions have one figure alone
         pairs = [(event["step"], pair_bpb(event)) for event in events]
     else:

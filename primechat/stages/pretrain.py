@@ -69,18 +69,7 @@ def pretrain(
         )
         val = cache_corpus(config, "val", tokenizer, note)
         train = cache_corpus(config, "train", tokenizer, note) if local else None
-    feed = (
-        None
-        if local
-        else open_feed(
-            config.corpus,
-            config.n_shards,
-            store.base_dir(),
-            fetches=ranks.local_rank == 0,
-            keep=config.keep_shards,
-            on_event=note,
-        )
-    )
+    feed = None if local else open_shards(config, ranks.local_rank == 0, note)
 
     layout = BestFitBatches if config.rows == "best-fit" else PackedBatches
     job = Job(
@@ -106,6 +95,18 @@ def pretrain(
     finally:
         if feed is not None:
             feed.close()
+
+
+def open_shards(config: PretrainConfig, fetches: bool, on_event: OnEvent | None) -> ShardFeed:
+    """Return the shards of a corpus on the Hub; one process of each machine fetches them."""
+    return open_feed(
+        config.corpus,
+        config.n_shards,
+        store.base_dir(),
+        fetches=fetches,
+        keep=config.keep_shards,
+        on_event=on_event,
+    )
 
 
 def read_shards(

@@ -332,9 +332,9 @@ class TrainingRun:
 
     def describe_result(self, step: int, stopped: bool, loaded: Loaded | None) -> TrainResult:
         """Return what came of the run."""
-        val_bpb = self.last_bits.bpb
+        val_bpb, val_tokens = self.last_bits.bpb, self.last_bits.tokens
         if loaded is not None and not self.last_bits.n_bytes:
-            val_bpb = loaded.meta["val_bpb"]
+            val_bpb, val_tokens = loaded.meta["val_bpb"], loaded.meta.get("val_tokens") or 0
         events = read_metrics(self.folder / "metrics.jsonl") if self.ranks.is_main else []
         return TrainResult(
             identifier=self.job.identify(self.config.tag),
@@ -347,7 +347,7 @@ class TrainingRun:
             tokens_per_s=self.tokens / self.trained_s if self.trained_s else 0.0,
             train_s=self.trained_s,
             total_s=time.perf_counter() - self.t_start,
-            val_tokens=self.last_bits.tokens if measured else loaded.meta.get("val_tokens") or 0,
+            val_tokens=val_tokens,
             events=tuple(events),
         )
 

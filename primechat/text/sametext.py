@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from primechat.errors import DataError
-from primechat.files import write_whole
+from primechat.files import parse_json, write_whole
 from primechat.text.corpora import find_files, is_local
 from primechat.text.tokens import TokenCache
 
@@ -36,7 +36,7 @@ def content_identity(corpus: str, stamp: str, folder: Path) -> str:
         return stamp
     kept = folder / f"content-{stamp[:24]}.json"
     try:
-        known = json.loads(kept.read_bytes())
+        known = parse_json(kept.read_bytes())
         if known["stamp"] == stamp:
             return str(known["content"])
     except (OSError, ValueError, TypeError, LookupError):
