@@ -102,7 +102,7 @@ def _(FinetuneConfig, LookConfig, RuntimeConfig, settings, shelf):
     start = FinetuneConfig(
         tag="my-mix",
         base="shipped/base",
-        dialogues=shelf.mixture or "chitchat",
+        dialogues=shelf.mixture,
         steps=20,
         batch_tokens=2048,
         runtime=RuntimeConfig(compile="off"),

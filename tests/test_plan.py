@@ -303,3 +303,25 @@ def test_small_runs(base_dir: Path) -> None:
     assert whole.held_out[0][1].tokens == 10 * 2048
     with pytest.raises(ConfigError, match="depths='x' must be whole numbers"):
         forecasts.SmallRunsConfig(depths="1, x")
+
+
+def test_lab_04_prices_no_run_that_does_not_fit() -> None:
+    """A d40 on a 4090 was priced all the same; now the page says what is missing and what would do."""
+    figures, said, *_ = budget.describe_run(40, "4090", 20, True)
+    assert figures["cost"] == figures["time"] == "does not fit"
+    assert said.startswith("It does not fit") and "4090" in said
+    plan = make_plan(full_config(40), find_machine("4090"))
+    assert f"{sum(plan.memory.values()) / 1e9:,.0f} GB of each GPU" in said
+    depth = int(said.partition("a depth of ")[2].partition(" ")[0])
+    fits = [
+        make_plan(full_config(n), find_machine("4090")).micro_batch_rows > 0 for n in range(1, 41)
+    ]
+    assert fits[depth - 1] and not any(fits[depth:]), "the largest that fits"
+    assert "H100" in said
+    figures, said, *_ = budget.describe_run(20, "8xH200", 20, True)
+    assert figures["cost"].startswith("$") and said.startswith("It fits")
+    *_, said, _ = budget.describe_run(32, "8xH200", 20, False)
+    assert "GB of disk" in said and "shards" in said
+    rows = {row["machine"]: row for row in budget.compare_machines(40)}
+    alone = find_machine("4090").name
+    assert rows[alone]["time"] == "does not fit" and rows[alone]["dollars"] == ""

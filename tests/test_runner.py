@@ -27,6 +27,7 @@ from primechat.config import (
     encode_config,
 )
 from primechat.desk.labs import runner as desk_runner
+from primechat.desk.labs import twins
 from primechat.desk.labs.forms import (
     build_config,
     build_form,
@@ -230,6 +231,22 @@ def test_a_second_start_is_continued_or_numbered_and_that_is_said(
     write_log()
     _, control = start_runner(train, config)
     assert control.state == "done" and f"Run again makes a new run, {name}-2." in control.message
+
+
+def test_nothing_to_learn_from_is_refused_before_start() -> None:
+    """Lab 06 with every slider at zero trained on chitchat all the same."""
+    form = build_form(FinetuneConfig(dialogues=""), ("dialogues",), "")
+    runner, control = start_runner(train_slowly, form.config)
+    assert control.state == "refused" and control.actions == []
+    assert "nothing to learn from" in control.message and "Start" not in control.message
+    runner.act("start")
+    assert runner.thread is None and control.state == "refused"
+    form.answer_change({"dialogues": "faq*0"})
+    assert "weight above 0" in control.message and control.actions == []
+    form.answer_change({"dialogues": "faq"})
+    assert control.state == "ready" and control.actions == [["start", "Start"]]
+    lab06 = (twins.LABS / "06_chat_finetuning.py").read_text(encoding="utf-8")
+    assert "dialogues=shelf.mixture," in lab06, "the lab passes on what the sliders say"
 
 
 def test_what_start_does_follows_the_form(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,9 @@ class Runner:
 
     def survey(self, result: Any = None) -> None:
         """Offer what the settings in force can do: begin, or take up a run of their name that is here."""
+        if fault := find_fault(self.config):
+            self.offer("refused", fault, result)
+            return
         self.offer("ready", result=result)
         if (old := find_earlier(self.config)) is not None:
             self.log.take_up(old.identifier, old.events)
@@ -167,9 +170,12 @@ class Runner:
         """Tell the pages how things stand, what can be done now, and under which name it would run."""
         start, go_on, afresh = ("start", "Start"), ("resume", "Go on"), ("afresh", "Start afresh")
         has_resume = hasattr(self.config, "resume") and hasattr(self.config, "tag")
-        actions = {"ready": [start], "running": [("stop", "Stop and save")], "stopping": []}.get(
-            state
-        )
+        actions = {
+            "ready": [start],
+            "running": [("stop", "Stop and save")],
+            "stopping": [],
+            "refused": [],
+        }.get(state)
         if actions is None:
             is_there = state == "stopped" or (state == "failed" and "resume" in message)
             can_go_on = has_resume and is_there and not find_change(self.config)
@@ -195,7 +201,11 @@ class Runner:
             if word == "resume":
                 config = dataclasses.replace(self.config, resume=True)
             else:
-                config = self.asked = renew_config(self.given)
+                config = renew_config(self.given)
+                if fault := find_fault(config):
+                    self.offer("refused", fault, self.state["result"])
+                    return
+                self.asked = config
                 self.t_ahead = (
                     time.monotonic() if in_marimo() and config is not self.given else -AHEAD_S
                 )
@@ -297,6 +307,24 @@ def name_model(config: Any) -> str:
     """
     family, tag = RUNS.get(type(config).__name__, ""), getattr(config, "tag", "")
     return "" if not family or not tag else f"lora:{tag}" if family == "lora" else f"{family}/{tag}"
+
+
+def find_fault(config: Any) -> str:
+    """Return why a stage cannot begin with these settings, where that can be known at once, else ""."""
+    if type(config).__name__ not in ("FinetuneConfig", "LoRAConfig"):
+        return ""
+    from primechat.text.dialogues import parse_mixture
+
+    if not config.dialogues.strip(" ,"):
+        return (
+            "There is nothing to learn from: no set of conversations is in the mixture. Give one a weight "
+            "above zero, or name one in the settings, for example chitchat."
+        )
+    try:
+        parse_mixture(config.dialogues)
+    except PrimechatError as error:
+        return str(error)
+    return ""
 
 
 def is_taken(config: Any) -> bool:

@@ -12,15 +12,20 @@ from primechat.cloud.plan import (
     GPUS,
     USABLE,
     Machine,
+    Plan,
+    choose_rows,
     estimate_memory,
     find_machine,
     format_hours,
     full_config,
     make_plan,
 )
+from primechat.config import PretrainConfig
 from primechat.views.theme import INK, SERIES, open_figure
 
 MACHINES = ["8xH200", "8xH100", "1xH100", "4090"]
+# What to rent instead, the cheapest per hour first.
+LARGER = ("8x4090", "1xH100", "8xH100", "8xH200")
 
 
 def describe_run(depth: int, machine: str, tokens_per_parameter: int, evict: bool) -> list[Any]:
@@ -28,16 +33,47 @@ def describe_run(depth: int, machine: str, tokens_per_parameter: int, evict: boo
     config = replace(full_config(depth), tokens_per_param=float(tokens_per_parameter))
     config = replace(config, keep_shards=24 if evict else 0, n_shards=1822)
     plan = make_plan(config, find_machine(machine))
-    room = "fits" if plan.fits else "does not fit"
     figures = {
         "parameters": f"{config.model.n_params / 1e6:,.0f} million",
         "tokens to read": f"{plan.tokens / 1e9:,.1f} billion",
         "work: sums and products": f"{plan.total_flops:.2g} FLOPs",
-        "time": format_hours(plan.train_s),
-        "cost": f"${plan.dollars:,.0f}",
-        "on this machine and 80 GB of disk": room,
+        "time": format_hours(plan.train_s) if plan.fits else "does not fit",
+        "cost": f"${plan.dollars:,.0f}" if plan.fits else "does not fit",
     }
-    return [figures, draw_parts(plan.memory, plan.disk, plan.machine)]
+    return [figures, *judge_room(plan), draw_parts(plan.memory, plan.disk, plan.machine)]
+
+
+def judge_room(plan: Plan) -> list[str]:
+    """Return whether a run fits its machine and disk; where it does not, by how much, and what would."""
+    said = []
+    name = plan.machine.name
+    if not plan.micro_batch_rows:
+        need, room = sum(plan.memory.values()) / 1e9, USABLE * plan.machine.memory_bytes / 1e9
+        said.append(
+            f"It does not fit {name}: with one row at a time it needs {need:,.0f} GB of each GPU, which "
+            f"has {room:,.0f} GB for it. {find_room(plan.config, plan.machine)}"
+        )
+    if plan.disk_bytes > plan.disk_limit_bytes:
+        need, room = plan.disk_bytes / 1e9, plan.disk_limit_bytes / 1e9
+        remedy = (
+            "a larger disk" if plan.config.keep_shards else "removing shards that have been read"
+        )
+        said.append(
+            f"It needs {need:,.0f} GB of disk, and there are {room:,.0f} GB: {remedy} helps."
+        )
+    return said or [f"It fits {name} and {plan.disk_limit_bytes / 1e9:,.0f} GB of disk."]
+
+
+def find_room(config: PretrainConfig, machine: Machine) -> str:
+    """Return, in a sentence, what would hold a run that does not fit: less depth, or other machines."""
+    depths = range(config.model.n_layer - 1, 0, -1)
+    depth = next((n for n in depths if choose_rows(full_config(n), machine)), 0)
+    roomy = [name for name in LARGER if choose_rows(config, find_machine(name))]
+    ways = [f"a depth of {depth} here"] if depth else []
+    ways += [f"this depth on {find_machine(name).name}" for name in roomy]
+    return (
+        f"What fits: {', or '.join(ways)}." if ways else "No machine of this list is large enough."
+    )
 
 
 def draw_parts(memory: dict[str, float], disk: dict[str, float], machine: Machine) -> Any:
@@ -96,8 +132,8 @@ def compare_machines(depth: int = 20) -> list[dict[str, str]]:
         rows.append(
             {
                 "machine": plan.machine.name,
-                "time": format_hours(plan.train_s),
-                "dollars": f"{plan.dollars:,.0f}",
+                "time": format_hours(plan.train_s) if plan.micro_batch_rows else "does not fit",
+                "dollars": f"{plan.dollars:,.0f}" if plan.micro_batch_rows else "",
                 "share of its peak": f"{plan.machine.mfu:.0%}",
                 "which is": plan.machine.mfu_source,
             }

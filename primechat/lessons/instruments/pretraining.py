@@ -337,7 +337,9 @@ def write_folder(lab: str = "05") -> Callable[..., FolderResult]:
             )
         return FolderResult(
             identifier=str(folder),
-            cost=f"{format_hours(plan.train_s)}, ${plan.dollars:,.0f}",
+            cost=f"{format_hours(plan.train_s)}, ${plan.dollars:,.0f}"
+            if plan.fits
+            else f"it does not fit on {plan.machine.name}; `primechat plan` tells why",
             next_step=f"read {folder / 'README.md'}",
         )
 

@@ -304,6 +304,7 @@ const WORDS = {
   stopped: "Stopped",
   done: "Done",
   failed: "It ended early",
+  refused: "Not ready",
 };
 
 function drawStage({ model, root, listen, later }) {
@@ -376,7 +377,7 @@ function drawStage({ model, root, listen, later }) {
     );
     const text = model.get("message");
     message.replaceChildren(
-      ...(text ? [h("div", { class: state === "failed" ? "pc-error" : "pc-note", text })] : []),
+      ...(text ? [h("div", { class: ["failed", "refused"].includes(state) ? "pc-error" : "pc-note", text })] : []),
     );
     // marimo re-runs the cells that use the result once the page itself has changed something.
     if (model.get("seen") !== state) commit(model, { seen: state });
