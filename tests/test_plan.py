@@ -30,7 +30,7 @@ from primechat.cloud.plan import (
 from primechat.config import GPTConfig, PretrainConfig, RuntimeConfig, encode_config
 from primechat.config.model import count_parts
 from primechat.errors import ConfigError
-from primechat.lessons.instruments import forecasts
+from primechat.lessons.instruments import budget, forecasts
 from primechat.model.gpt import GPT
 from primechat.records import Event, StepEvent
 

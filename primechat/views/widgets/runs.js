@@ -377,7 +377,14 @@ function drawStage({ model, root, listen, later }) {
     );
     const text = model.get("message");
     message.replaceChildren(
-      ...(text ? [h("div", { class: ["failed", "refused"].includes(state) ? "pc-error" : "pc-note", text })] : []),
+      ...(text
+        ? [
+            h("div", {
+              class: ["failed", "refused"].includes(state) ? "pc-error" : "pc-note",
+              text,
+            }),
+          ]
+        : []),
     );
     // marimo re-runs the cells that use the result once the page itself has changed something.
     if (model.get("seen") !== state) commit(model, { seen: state });
