@@ -177,9 +177,9 @@ class StageControl(Widget):
 
     `state` is ready, running, stopping, stopped, done, failed or refused; `actions` are what the page offers,
     each a word for `answer_act` and a label. `beat` changes every second while a run is alive, so that a page
-    that hears no more of it can say so. `seen` is the page's echo of the state: it lets marimo re-run what depends
-    on the result, which stands in `result`. `place` is the same for the control that takes this one's place
-    when its cell runs again: a press that Python has not answered is then made on that one.
+    that hears no more of it can say so. `seen` is the page's echo of the state: it lets marimo re-run what
+    depends on the result, which stands in `result`. `place` is the same for the control that takes this one's
+    place when its cell runs again: a press that Python has not answered is then made on that one.
     """
 
     kind = traitlets.Unicode("stage").tag(sync=True)
