@@ -362,9 +362,6 @@ def _(mo):
       read the three together.
     - **Vendi**: how many really different turns there are, by their words.
 
-    The bars of self-BLEU and self-repetition are somewhat too short, as a few conversations have far more of
-    them than the rest: of 100 such bars 86 to 93 hold the true mean, of the others 93 to 96.
-
     *What these cannot show:* all depend on length, so compare conversations of like length only, and none of
     them knows nonsense from sense: shuffled talk scores as well as people's.
 

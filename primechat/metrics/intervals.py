@@ -2,8 +2,8 @@
 
 The unit of an interval is what was drawn independently: a seed where there are several training runs, else
 a conversation or a transcript. Values within a unit, as of the conversations of one run, are averaged first.
-References: Student 1908 for means; Wilson 1927 for shares; Donner and Eliasziw 1992 for kappa; Holm 1979 for
-several comparisons.
+References: Student 1908 and Hall 1992 for means; Wilson 1927 for shares; Donner and Eliasziw 1992 for kappa;
+Holm 1979 for several comparisons.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from primechat.errors import DataError
 
+MIN_SKEWED = 6  # values from which their skewness tells more than it misleads
 Interval = tuple[float, float, float]  # a figure, and the lower and the upper end
 
 
@@ -57,27 +58,45 @@ def find_t(level: float, degrees: int) -> float:
     return math.sqrt(degrees) * math.tan(low)
 
 
-def estimate_mean(values: Sequence[float], level: float = 0.95) -> Interval:
+def estimate_mean(
+    values: Sequence[float], level: float = 0.95, *, skewed: bool = False
+) -> Interval:
     """Return the mean of independent values and the ends of its interval by Student's t; nan is left out.
 
-    Exact for values that are normally distributed. Of 6, 8 and 20 conversations of the model that ships, its
-    95 % hold the true mean of distinct-2, compression, MTLD and Vendi in 93 to 96 % of the cases, but that of
-    self-BLEU in 88 to 93 % and of self-repetition in 86 to 90 %: these are strongly skewed (1.6 and 2.4), and
-    no interval over so few values is good there. Of values that are nearly all alike, such as 0 and 1, it
-    says nothing: see `estimate_share`. One value has no interval.
+    Exact for values that are normally distributed. Measures of conversations are skewed: of 6, 8 and 20
+    conversations of the model that ships, 95 % intervals hold the true mean of self-BLEU and self-repetition
+    in 86 to 93 % of the cases. With `skewed` it is 93 to 97 %, as for all other measures, but for self-BLEU
+    of 6 conversations 91 %. Of values that are nearly all alike, such as 0 and 1, neither form says anything:
+    see `estimate_share`. One value has no interval.
 
     Args:
         values: one for each independent unit: a seed, or a conversation.
         level: share of such intervals that hold the true mean.
+        skewed: correct for the skewness of the values, where they are 6 or more: of fewer it is not known.
 
-    Source: Student 1908; mean -+ t s / sqrt(n).
+    Source: Student 1908, mean -+ t s / sqrt(n); Hall 1992, On the removal of skewness by transformation.
     """
     x = np.asarray(values, float)
     x = x[~np.isnan(x)]
     if x.size < 2:
         return (float(x[0]) if x.size else math.nan), math.nan, math.nan
-    half = find_t(level, x.size - 1) * float(x.std(ddof=1)) / math.sqrt(x.size)
-    return float(x.mean()), float(x.mean()) - half, float(x.mean()) + half
+    mean, error = float(x.mean()), float(x.std(ddof=1)) / math.sqrt(x.size)
+    t = find_t(level, x.size - 1)
+    if not skewed or x.size < MIN_SKEWED or error == 0:
+        return mean, mean - t * error, mean + t * error
+    return mean, mean - unskew(t, x) * error, mean - unskew(-t, x) * error
+
+
+def unskew(t: float, x: np.ndarray) -> float:
+    """Return the standardised mean that Hall's cubic transformation, which removes skewness, maps to t."""
+    n = x.size
+    skewness = (
+        float(((x - x.mean()) ** 3).sum()) * n / ((n - 1) * (n - 2) * float(x.std(ddof=1)) ** 3)
+    )
+    if abs(skewness) < 1e-6:
+        return t
+    slope = skewness / math.sqrt(n)
+    return 3 / slope * (float(np.cbrt(1 + slope * (t - slope / 6))) - 1)
 
 
 def estimate_share(values: Sequence[float], level: float = 0.95) -> Interval:

@@ -276,9 +276,9 @@ def find_people(turns: int, count: int) -> list[list[str]]:
 def measure_spread(*seeds: Talks, names: Sequence[str] = KEPT) -> dict[str, Interval]:
     """Return each measure's mean over conversations and its 95 % interval by Student's t.
 
-    The conversations of one seed are independent. Where there are several seeds, each counts once, with the
-    mean of its conversations, and the seeds are what the interval is over: conversations of one training run
-    are more alike than those of two.
+    The conversations of one seed are independent, and their measures skewed. Where there are several seeds,
+    each counts once, with the mean of its conversations, and the seeds are what the interval is over:
+    conversations of one training run are more alike than those of two.
     """
     found = [
         [
@@ -288,11 +288,14 @@ def measure_spread(*seeds: Talks, names: Sequence[str] = KEPT) -> dict[str, Inte
         for talks in seeds
     ]
 
-    def list_units(name: str) -> list[float]:
+    spreads = dict[str, Interval]()
+    for name in names:
         groups = [[one[name] for one in group] for group in found]
-        return groups[0] if len(groups) == 1 else [estimate_mean(group)[0] for group in groups]
-
-    return {name: estimate_mean(list_units(name)) for name in names}
+        if len(groups) == 1:
+            spreads[name] = estimate_mean(groups[0], skewed=True)
+        else:
+            spreads[name] = estimate_mean([estimate_mean(group)[0] for group in groups])
+    return spreads
 
 
 @dataclass(frozen=True, kw_only=True)
