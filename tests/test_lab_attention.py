@@ -91,7 +91,8 @@ def check_switches(page: Page, truth: Any) -> None:
     shown = board.locator('.pc-switch[data-part="layer.3.mlp"]').inner_text().replace("−", "-")
     assert float(shown) == pytest.approx(float(alone), abs=0.011)
     board.get_by_role("tab", name="its words shuffled, twice").click()
-    expect(board.get_by_text("copying saves now")).to_be_visible(timeout=60_000)
+    expect(board.get_by_text("same order saves now")).to_be_visible(timeout=60_000)
+    expect(board.get_by_text("in other orders now")).to_be_visible()
     board.get_by_role("tab", name="your text").click()
     expect(stats.nth(0)).to_have_text(f"{whole:.2f}", timeout=60_000)
 

@@ -17,7 +17,8 @@ from primechat.lessons.instruments import scene as scenes
 from primechat.lessons.instruments import survey
 from primechat.lessons.instruments.microscope import Microscope, Trial, patch_prompts
 from primechat.lessons.instruments.scene import Scene, pool_weights, save_copying
-from primechat.metrics.circuits import list_parts
+from primechat.metrics.circuits import list_parts, scan_ablations, score_heads
+from primechat.metrics.diversity import estimate_mean
 from primechat.model.gpt import GPT
 from primechat.views.widgets.controls import Prediction
 
@@ -276,21 +277,91 @@ def test_time_machine(scope: Microscope, monkeypatch: pytest.MonkeyPatch) -> Non
     )
 
 
-def test_survey_is_measured(scope: Microscope) -> None:
-    answer, said = survey.find_favourite(scope.scene)
-    assert answer in survey.PLACES and said.count("%") == 4
-    w = capture(scope.model, scope.scene.ids, points=["*.weights"]).stack("attn.weights")[:, :, 3:]
-    own = np.mean([w[:, :, t, t + 3].mean() for t in range(w.shape[2])])
-    assert f"itself {own:.0%}" in said
-    effect, said = survey.find_worst(scope.scene)
-    assert effect in survey.EFFECTS and "nats" in said
-    stage, said = survey.find_settling(scope.scene)
-    assert stage in survey.STAGES and said.count("%") == 4
-    guess = Prediction(
-        "?", survey.PLACES, lambda: survey.find_favourite(scope.scene), why="Measured: {}."
+def test_guesses_are_about_passages_and_told_beside_chance(scope: Microscope) -> None:
+    passages = scope.passages
+    assert passages.shape == (30, 48) and len({tuple(row) for row in passages}) == 30
+    assert (passages[:, 0] == scope.tokenizer.bos_id).all()
+    answer, said = survey.find_favourite(scope.scene, passages)
+    shares = []
+    for row in passages:
+        w = capture(scope.model, row, points=["*.weights"]).stack("attn.weights")[:, :, 3:]
+        shares.append(np.mean([w[:, :, t, t + 2].mean() for t in range(w.shape[2])]))
+    mean, low, _ = estimate_mean(shares)
+    assert answer in survey.PLACES and f"the token before it {mean:.1%} ± {mean - low:.1%}" in said
+    alike = np.mean([1 / (t + 1) for t in range(3, 48)])
+    assert f"({alike:.1%})" in said and f"({1 - 3 * alike:.1%})" in said, "what counting gives"
+
+    effect, said = survey.find_worst(scope.scene, passages)
+    changes = dict(scan_ablations(scope.model, scope.scene.ids))
+    head = max((part for part in changes if "head" in part), key=lambda part: changes[part])
+    whole = np.array([capture(scope.model, row).losses.mean() for row in passages])
+    cut = np.array([capture(scope.model, row, ablate=[head]).losses.mean() for row in passages])
+    mean, low, _ = estimate_mean(cut - whole)
+    assert f"the loss grows by {mean:+.2f} ± {mean - low:.2f} without it" in said
+    bounds = [-np.inf, 0.02, 0.1, 0.5, np.inf]
+    place = survey.EFFECTS.index(effect)
+    assert bounds[place] <= mean < bounds[place + 1], "the passages decide, not the text"
+    assert "of all heads" in said or "They miss another head most" in said
+    assert "of all heads" not in survey.find_worst(scope.scene, passages, search=False)[1]
+
+    stage, said = survey.find_settling(scope.scene, passages)
+    assert stage in survey.STAGES and said.count("±") == said.count("%") / 2 == 4
+
+
+def test_a_model_that_reads_all_alike_has_no_favourite() -> None:
+    """With equal weights each place gets what counting gives it: most lies in between by itself."""
+    n = 27
+    even = np.tril(np.ones((n, n))) / np.arange(1, n + 1)[:, None]
+    scene: Any = SimpleNamespace(
+        ids=np.zeros(n),
+        body=SimpleNamespace(n_layer=1, n_head=1),
+        walk_weights=lambda: iter([(0, even[None, None])]),
     )
-    scope.prompt.text = (
-        "I like the dog. The dog likes me."  # what the answer is about, once it is asked for
-    )
-    answer, said = survey.find_favourite(scope.scene)
+    np.testing.assert_allclose(survey.measure_places(scene), survey.count_places(n))
+    assert survey.count_places(n)[3] == pytest.approx(0.743, abs=0.001)
+
+
+def test_an_answer_is_about_the_text_at_the_time_of_the_guess(scope: Microscope) -> None:
+    find = survey.find_favourite
+    why = "Measured: {}."
+    guess = Prediction("?", survey.PLACES, lambda: find(scope.scene, scope.passages), why=why)
+    scope.prompt.text = "I like the dog. The dog likes me."
+    answer, said = find(scope.scene, scope.passages)
     assert guess.answer_settle() == {"answer": answer, "why": f"Measured: {said}."}
+
+
+def test_copying_stands_beside_words_in_other_orders(scope: Microscope) -> None:
+    view = scope.ablate()
+    assert "mixed" not in view.data
+    view.test = "copy"
+    rows = scope.mixed_rows
+    n = (rows.shape[1] - 1) // 2
+    for row in rows:
+        assert np.array_equal(row[: n + 1], scope.copy_scene.ids[: n + 1])
+        assert sorted(row[n + 1 :]) == sorted(row[1 : n + 1])
+    assert any(not np.array_equal(row, scope.copy_scene.ids) for row in rows)
+    view.off = ["layer.1.head.2"]
+    for name, off in (("mixed_base", []), ("mixed", view.off)):
+        saved = [save_copying(capture(scope.model, row, ablate=off).losses) for row in rows]
+        assert view.data[name] == pytest.approx(np.mean(saved), abs=1e-4)
+
+
+def test_strips_are_means_over_passages(scope: Microscope) -> None:
+    view = scope.scores()
+    view.opened = True
+    strips = {strip["name"]: strip for strip in view.data["strips"]}
+    assert view.data["passages"] == 30
+    found = []
+    for row in scope.passages:
+        weights = capture(scope.model, row, points=["*.weights"]).stack("attn.weights")
+        found.append(score_heads(weights, row).previous)
+    back = strips["Looks one back"]
+    np.testing.assert_allclose(back["values"], np.mean(found, axis=0))
+    mean, low, _ = estimate_mean([scores[1, 2] for scores in found])
+    assert back["halves"][1][2] == pytest.approx(mean - low)
+    assert strips["Looks for what came next last time"]["values"][0][0] is not None
+    before = view.data["strips"]
+    scope.prompt.text = "another text"
+    assert view.data["strips"] == before, "they are about the model, not about one text"
+    scope.picker.identifier = "base/two"
+    assert view.data["strips"] != before

@@ -21,6 +21,8 @@ from primechat.metrics.circuits import (
     STREAM,
     attribute,
     list_parts,
+    measure_losses,
+    mix_second,
     patch_grid,
     read_lens,
     repeat_text,
@@ -300,6 +302,25 @@ def test_scan_and_controls() -> None:
     assert not torch.equal(a, b) and float(a.std()) == pytest.approx(float(b.std()), rel=0.05)
     twice = repeat_text([5, 5, 6, 7, 8], seed=1, n_tokens=3)
     assert len(twice) == 6 and len(set(twice[:3])) == 3 and np.array_equal(twice[:3], twice[3:])
+
+
+def test_losses_of_many_rows_are_those_of_each() -> None:
+    for model in (make_model("modern"), make_model("classic")):
+        rows = np.array([IDS, IDS[::-1], np.roll(IDS, 3)])
+        for cut in ((), ("layer.1.head.3", "layer.0.mlp")):
+            together = measure_losses(model, rows, cut)
+            alone = np.stack([capture(model, row, ablate=cut).losses for row in rows])
+            np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
+def test_the_control_of_copying_keeps_the_words_and_loses_their_order() -> None:
+    twice = repeat_text(range(20, 44), seed=3)
+    mixed = mix_second(twice, 5)
+    assert mixed.shape == (5, 48) and len({tuple(row) for row in mixed}) == 5
+    for row in mixed:
+        assert np.array_equal(row[:24], twice[:24]), "the first half is the same"
+        assert sorted(row[24:]) == sorted(twice[24:]) and not np.array_equal(row, twice)
+    assert np.array_equal(mix_second(twice, 5), mixed), "the same ones each time"
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from primechat.errors import ConfigError
 from primechat.metrics.anatomy import GPTBody, dissect
-from primechat.metrics.probes import Capture, capture, check_ids
+from primechat.metrics.probes import Capture, Recorder, capture, check_ids, cut_parts, to_numpy
 from primechat.model.gpt import GPT, NoHook
 
 Ids = Sequence[int] | np.ndarray
@@ -234,6 +235,17 @@ def repeat_text(ids: Ids, seed: int = 0, n_tokens: int = 24) -> np.ndarray:
     return np.concatenate([order, order])
 
 
+def mix_second(twice: Ids, n_orders: int = 8) -> np.ndarray:
+    """Return a text said twice (2K,) with its second half in other orders (n_orders, 2K): the control.
+
+    The second half still says which tokens occur, but not what follows what, so whatever helps there is no
+    copying.
+    """
+    first, second = np.split(np.asarray(twice, dtype=np.int64), 2)
+    orders = [np.random.default_rng(seed).permutation(second) for seed in range(n_orders)]
+    return np.stack([np.concatenate([first, order]) for order in orders])
+
+
 def list_parts(body: GPTBody) -> list[str]:
     """Return all that can be switched off: each head and each MLP, layer by layer."""
     return [
@@ -260,6 +272,23 @@ def scan_ablations(
     whole = measure(capture(model, ids).losses)
     for part in list_parts(dissect(model)) if parts is None else parts:
         yield part, measure(capture(model, ids, ablate=(part,)).losses) - whole
+
+
+def measure_losses(model: Any, rows: np.ndarray, ablate: Sequence[str] = ()) -> np.ndarray:
+    """Return the losses in nats (N, T - 1) of texts of one length, read together.
+
+    Args:
+        model: the model.
+        rows: (N, T) token ids, T of at least two.
+        ablate: parts whose output becomes zero, as in `capture`.
+    """
+    body = dissect(model)
+    batch = torch.from_numpy(np.stack([check_ids(body, row) for row in rows])).to(body.device)
+    with torch.inference_mode():
+        logits = body.trace(batch, Recorder((), cut_parts(body, ablate)))
+        flat = logits[:, :-1].flatten(0, 1)
+        losses = F.cross_entropy(flat, batch[:, 1:].flatten(), reduction="none")
+    return to_numpy(losses.view(len(rows), -1))
 
 
 def patch_grid(

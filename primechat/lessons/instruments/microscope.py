@@ -16,6 +16,7 @@ import numpy as np
 
 from primechat.desk.labs import runner
 from primechat.errors import ConfigError, PrimechatError
+from primechat.lessons.instruments import survey
 from primechat.lessons.instruments.scene import Scene, save_copying, spell_tokens
 from primechat.metrics import circuits
 from primechat.metrics.probes import capture
@@ -51,6 +52,8 @@ class Microscope:
 
         self.model, self.tokenizer, self.meta = borrow_model(identifier)
         self._control: Any = None
+        self._passages: np.ndarray | None = None
+        self._strips: list[dict[str, Any]] | None = None
         self.head = [0, 0]
 
     def encode_text(self, text: str) -> np.ndarray:
@@ -103,6 +106,37 @@ class Microscope:
         return self._control_scene
 
     @property
+    def is_small(self) -> bool:
+        """Whether every part of the model can be tried on many passages in a few seconds."""
+        return bool(self.scene.body.n_params <= SMALL)
+
+    @property
+    def passages(self) -> np.ndarray:
+        """Held-out passages (N, T): what is said of a head is said of all of them."""
+        if self._passages is None:
+            self._passages = survey.draw_passages(self.model, self.tokenizer)
+        return self._passages
+
+    @property
+    def strips(self) -> list[dict[str, Any]]:
+        """What every head is like, means over the passages, beside random numbers."""
+        if self._strips is None:
+            control = self.control.model
+            copies = [repeat_passage(row) for row in self.passages]
+            pairs = (
+                (survey.average_scores(self.model, texts), survey.average_scores(control, texts))
+                for texts in (self.passages, copies)
+            )
+            self._strips = list(list_strips(*pairs, n_tokens=self.passages.shape[1]))
+        return self._strips
+
+    @property
+    def mixed_rows(self) -> np.ndarray:
+        """The control of copying (N, T): as `copy_scene`, but each second half in an order of its own."""
+        bos, words = self.copy_scene.ids[:1], self.copy_scene.ids[1:]
+        return np.stack([np.concatenate([bos, row]) for row in circuits.mix_second(words)])
+
+    @property
     def copy_scene(self) -> Scene:
         """The text's words in a random order, and once more."""
         if self._copy is None:
@@ -112,6 +146,15 @@ class Microscope:
                 self.model, self.tokenizer, np.concatenate([self.scene.ids[:1], words])
             )
         return self._copy
+
+    def save_mixed(self, off: list[str]) -> dict[str, float]:
+        """Return what words said again in another order save, with everything on and with parts off."""
+
+        def save(parts: list[str]) -> float:
+            losses = circuits.measure_losses(self.model, self.mixed_rows, parts)
+            return float(np.mean([save_copying(row) for row in losses]))
+
+        return {"mixed_base": save([]), "mixed": save(off)}
 
     # ---- the views
 
@@ -198,6 +241,7 @@ class Microscope:
                     "deltas": [0.0, *(cut.losses - scene.seen.losses).astype(float).tolist()],
                     "saved_base": save_copying(scene.seen.losses),
                     "saved": save_copying(cut.losses),
+                    **(self.save_mixed(view.off) if view.test == "copy" else {}),
                     "guesses": [
                         {"label": name, "value": float(after[i]), "before": float(before[i])}
                         for i, name in zip(places, names, strict=True)
@@ -252,19 +296,13 @@ class Microscope:
         return view
 
     def scores(self) -> ScoreView:
-        """Return the strips of head scores, with those of random numbers."""
+        """Return the strips of head scores over held-out passages, with those of random numbers."""
         view = ScoreView(head=self.head)
 
         def refresh() -> None:
-            copies = [
-                self.copy_scene,
-                Scene(self.control.model, self.tokenizer, self.copy_scene.ids),
-            ]
-            plain = [scene.overview[1] for scene in (self.scene, self.control)]
-            copied = [scene.overview[1] for scene in copies]
             with view.hold_sync():
                 view.head = list(self.head)
-                view.data = {"strips": list(list_strips(plain, copied, len(self.scene.ids)))}
+                view.data = {"strips": self.strips, "passages": len(self.passages)}
 
         self.follow(view, refresh, [], "head")
         self.link(view, "head")
@@ -391,61 +429,48 @@ def say_part(part: str) -> str:
     return f"layer {layer}, {'head ' + head[0] if head else kind.upper()}"
 
 
+def repeat_passage(ids: np.ndarray) -> np.ndarray:
+    """Return a passage (T,) as its words in a random order, twice, behind its first mark: at most T long."""
+    words = circuits.repeat_text(ids[1:], n_tokens=(len(ids) - 1) // 2)
+    return np.concatenate([ids[:1], words])
+
+
+Averages = tuple[circuits.HeadScores, circuits.HeadScores]  # means over passages, half intervals
+
+
 def list_strips(
-    plain: list[circuits.HeadScores], copied: list[circuits.HeadScores], n_tokens: int
+    plain: tuple[Averages, Averages], copied: tuple[Averages, Averages], n_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield the strips: what is measured on the text, and copying on its words said twice."""
+    """Yield the strips: what is measured on passages, and copying on their words said twice; each of the
+    model and of random numbers.
+    """
     bits = math.log2(max(2, n_tokens))
+    text = "share of attention on"
+    again = f"{text} tokens that followed the same word before, on shuffled words said twice"
+    far = "mean distance of what it reads"
+    spread = "entropy: 0 is one token, the right end all alike"
     rows = [
-        ("previous", "Looks one back", "share of attention on the token before", "%", plain, 1.0),
-        (
-            "first",
-            "Rests on the first token",
-            "share of attention on the mark that begins the text",
-            "%",
-            plain,
-            1.0,
-        ),
-        (
-            "induction",
-            "Looks for what came next last time",
-            "share on tokens that followed the same word "
-            "before, on your words shuffled and said twice",
-            "%",
-            copied,
-            1.0,
-        ),
-        (
-            "distance",
-            "Looks far back",
-            "mean distance of what it reads",
-            "tokens",
-            plain,
-            n_tokens / 2,
-        ),
-        (
-            "entropy",
-            "Spreads its attention",
-            "entropy: 0 is one token, the right end all alike",
-            "bits",
-            plain,
-            bits,
-        ),
+        ("previous", "Looks one back", f"{text} the token before", "%", plain, 1.0),
+        ("first", "Rests on the first token", f"{text} the mark that begins a text", "%", plain, 1),
+        ("induction", "Looks for what came next last time", again, "%", copied, 1.0),
+        ("distance", "Looks far back", far, "tokens", plain, n_tokens / 2),
+        ("entropy", "Spreads its attention", spread, "bits", plain, bits),
     ]
-    for field, name, meaning, unit, pair, hi in rows:
-        values, control = (getattr(scores, field) for scores in pair)
-        clean = [
-            [[None if math.isnan(v) else float(v) for v in row] for row in x]
-            for x in (values, control)
-        ]
+
+    def clean(scores: circuits.HeadScores, field: str) -> list[list[float | None]]:
+        values = getattr(scores, field).tolist()
+        return [[None if math.isnan(v) else v for v in row] for row in values]
+
+    for field, name, meaning, unit, ((means, halves), (control, _)), hi in rows:
         yield {
             "name": name,
             "meaning": meaning,
             "unit": unit,
             "lo": 0.0,
             "hi": hi,
-            "values": clean[0],
-            "control": clean[1],
+            "values": clean(means, field),
+            "halves": clean(halves, field),
+            "control": clean(control, field),
         }
 
 

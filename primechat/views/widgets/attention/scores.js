@@ -17,14 +17,14 @@ function showScores({ model, el }) {
     say = h("p", {
       class: "pc-muted pc-tight",
       "aria-live": "polite",
-      text: "A number such as 2.3 is layer 2, head 3. Point at a dot for its name; click it to enlarge that head at the top.",
+      text: "Each dot is a mean over held-out passages, not of your text alone. A number such as 2.3 is layer 2, head 3. Point at a dot for its name; click it to enlarge that head at the top.",
     });
   card({ model, root }, "More: what every head is like, beside random numbers", strips, say);
   const W = 640,
     H = 74,
     L = 118,
     R = 24;
-  function strip({ name, meaning, unit, values, control, lo, hi }) {
+  function strip({ name, meaning, unit, values, halves, control, lo, hi }, passages) {
     const x = (v) => L + ((v - lo) / (hi - lo || 1)) * (W - L - R);
     const show = (v) => (unit === "%" ? percent(v) : `${number(v, 1)} ${unit}`);
     const picture = s("svg", {
@@ -61,7 +61,7 @@ function showScores({ model, el }) {
           "aria-label": `layer ${i}, head ${j}: ${show(v)}`,
         });
         const tell = () => {
-          say.textContent = `Layer ${i}, head ${j}: ${name.toLowerCase()} ${show(v)}; with random numbers ${control ? show(control[i][j]) : "not computed"}.`;
+          say.textContent = `Layer ${i}, head ${j}: ${name.toLowerCase()} ${show(v)} ± ${show(halves[i][j])} (mean over ${passages} held-out passages, 95 % interval); with random numbers ${control ? show(control[i][j]) : "not computed"}.`;
         };
         dot.addEventListener("pointerenter", tell);
         dot.addEventListener("focus", tell);
@@ -96,7 +96,7 @@ function showScores({ model, el }) {
   }
   const draw = soon(() => {
     const d = model.get("data");
-    if (!complain(root, d)) strips.replaceChildren(...(d.strips ?? []).map(strip));
+    if (!complain(root, d)) strips.replaceChildren(...(d.strips ?? []).map((x) => strip(x, d.passages)));
   });
   listen(["data", "head"], draw);
   draw();

@@ -147,13 +147,15 @@ function render({ model, el }) {
     state.textContent = d.scanning
       ? d.scanning
       : d.scan
-        ? `Each number: ${model.get("test") === "copy" ? "how many nats of copying are lost" : "how much the loss grows"} with that part alone off.${d.control === null ? "" : model.get("test") === "copy" ? ` With random numbers in the blocks copying saves ${d.control > 0.15 ? signed(d.control) : `nothing (${signed(d.control)})`}.` : ` With random numbers in the blocks: at most ${d.control.toFixed(2)}.`}`
+        ? `Each number: ${model.get("test") === "copy" ? "how many nats less the same order saves" : "how much the loss grows"} with that part alone off.${d.control === null ? "" : model.get("test") === "copy" ? ` With random numbers in the blocks the same order saves ${d.control > 0.15 ? signed(d.control) : `nothing (${signed(d.control)})`}.` : ` With random numbers in the blocks: at most ${d.control.toFixed(2)}.`}`
         : "Click a head or an MLP to switch it off; its output becomes zero.";
     running = running && Boolean(d.scanning);
     scan.textContent = d.scanning ? "Stop" : "Try each one alone";
     if (running && d.turn === model.get("wish")) commit(model, { wish: d.turn + 1 }); // the next slice
     reset.disabled = !off.length;
-    const change = d.loss - d.base;
+    const change = d.loss - d.base,
+      copied = d.saved_base - d.mixed_base,
+      copiedNow = d.saved - d.mixed;
     const rows = [
       stat(number(d.base, 2), "everything on"),
       stat(number(d.loss, 2), "with your switches"),
@@ -161,13 +163,15 @@ function render({ model, el }) {
     ];
     if (model.get("test") === "copy")
       rows.push(
-        stat(number(d.saved_base, 2), "copying saves, all on"),
-        stat(number(d.saved, 2), "copying saves now"),
+        stat(number(d.saved_base, 2), "same order saves, all on"),
+        stat(number(d.saved, 2), "same order saves now"),
+        stat(number(d.mixed_base, 2), "in other orders, all on"),
+        stat(number(d.mixed, 2), "in other orders now"),
       );
     sums.replaceChildren(...rows);
     say.textContent =
       model.get("test") === "copy"
-        ? `The same words come twice, so the second half is easy for whoever looks back. ${d.saved_base < 0.15 ? "This model hardly copies even with everything on." : d.saved < 0.5 * d.saved_base ? "With these switches its copying has mostly stopped." : off.length ? "It still copies." : "Which head does the copying?"}`
+        ? `The same words come twice, so the second half is easy for whoever looks back. In other orders (the mean of several) nothing can be copied: what they save comes from knowing which words occur. Only the rest is copying: ${signed(copied)} nats with everything on${off.length ? `, ${signed(copiedNow)} now` : ""}. ${copied < 0.15 ? "This model hardly copies even with everything on." : copiedNow < 0.5 * copied ? "With these switches its copying has mostly stopped." : off.length ? "It still copies." : "Which head does the copying?"}`
         : !off.length
           ? "Everything is on: this is the model as it is."
           : Math.abs(change) < 0.02
