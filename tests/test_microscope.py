@@ -18,7 +18,7 @@ from primechat.lessons.instruments import survey
 from primechat.lessons.instruments.microscope import Microscope, Trial, patch_prompts
 from primechat.lessons.instruments.scene import Scene, pool_weights, save_copying
 from primechat.metrics.circuits import list_parts, scan_ablations, score_heads
-from primechat.metrics.diversity import estimate_mean
+from primechat.metrics.intervals import estimate_mean
 from primechat.model.gpt import GPT
 from primechat.views.widgets.controls import Prediction
 
@@ -360,6 +360,10 @@ def test_strips_are_means_over_passages(scope: Microscope) -> None:
     mean, low, _ = estimate_mean([scores[1, 2] for scores in found])
     assert back["halves"][1][2] == pytest.approx(mean - low)
     assert strips["Looks for what came next last time"]["values"][0][0] is not None
+    n = scope.passages.shape[1]
+    even = np.tril(np.ones((n, n))) / np.arange(1, n + 1)[:, None]
+    alike = score_heads(even[None, None], scope.passages[0])
+    assert strips["Spreads its attention"]["hi"] == pytest.approx(alike.entropy[0, 0])
     before = view.data["strips"]
     scope.prompt.text = "another text"
     assert view.data["strips"] == before, "they are about the model, not about one text"

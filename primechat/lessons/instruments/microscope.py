@@ -444,11 +444,11 @@ def list_strips(
     """Yield the strips: what is measured on passages, and copying on their words said twice; each of the
     model and of random numbers.
     """
-    bits = math.log2(max(2, n_tokens))
+    bits = float(np.log2(np.arange(2, n_tokens + 1)).mean())  # of reading all that is visible alike
     text = "share of attention on"
     again = f"{text} tokens that followed the same word before, on shuffled words said twice"
     far = "mean distance of what it reads"
-    spread = "entropy: 0 is one token, the right end all alike"
+    spread = "entropy: 0 is one token, the right end all that it sees alike"
     rows = [
         ("previous", "Looks one back", f"{text} the token before", "%", plain, 1.0),
         ("first", "Rests on the first token", f"{text} the mark that begins a text", "%", plain, 1),

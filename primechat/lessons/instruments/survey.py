@@ -14,7 +14,7 @@ import numpy as np
 from primechat.errors import DataError
 from primechat.lessons.instruments.scene import Scene
 from primechat.metrics.circuits import HeadScores, measure_losses, scan_ablations, score_heads
-from primechat.metrics.diversity import estimate_mean
+from primechat.metrics.intervals import estimate_mean
 from primechat.metrics.probes import capture
 from primechat.text.corpora import read_documents
 
