@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from primechat import store
-from primechat.config import GPTConfig, LookConfig, PretrainConfig, RuntimeConfig
+from primechat.config import GPTConfig, LookConfig, OptimConfig, PretrainConfig, RuntimeConfig
 from primechat.errors import ConfigError
-from primechat.lessons.instruments import ablation, posttrain, pretraining, series
+from primechat.lessons.instruments import ablation, posttrain, pretraining, series, spectra
+from primechat.model.gpt import GPT
 from primechat.model.runlog import read_frozen
 from primechat.records import Event
+from primechat.train.optim import Optimizer
 from primechat.views.training import draw_lines, draw_tradeoff
 
 FIXED = RuntimeConfig(device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=4)
@@ -85,8 +88,17 @@ def test_series_of_adapters_is_remembered() -> None:
     assert (
         series.sum_rows(three, ("gain",))[0]["gain"] == f"{first + 0.1:.3f} ± 0.248"
     )  # 4.303 x 0.1 / 3^0.5
-    spectra = posttrain.find_spectra(rows, "shipped/sft")
-    assert len(spectra["adapter"]) == 2 and len(spectra["full fine-tuning"]) > 32
+    found = posttrain.find_spectra(rows, plan)
+    assert list(found) == ["adapter, rank 2", "full, by AdamW", "full, by Muon", "random numbers"]
+    held = {name: points[7][1] for name, points in found.items()}  # by the first eight
+    assert (
+        found["adapter, rank 2"][1][1] == pytest.approx(100)
+        and found["adapter, rank 2"][0][1] < 100
+    )
+    assert held["full, by AdamW"] > 2 * held["full, by Muon"] > held["random numbers"]
+    compared = str(posttrain.compare_with_full(rows).output)
+    share = 100 * rows[0]["gain"] / rows[1]["gain"]
+    assert f"Rank 2, as a share of full fine-tuning: {share:.0f} % of the gain" in compared
     axes = posttrain.name_axes(rows)
     assert [row["name"] for row in axes] == ["rank 2", "full"]
     assert len(draw_tradeoff(axes, *list(axes[0])[1:]).data) == 2
@@ -176,7 +188,10 @@ def test_nothing_has_run_yet() -> None:
         .output["parts"][0]["rows"][0][0]
         .startswith("nothing yet")
     )
-    assert posttrain.find_spectra(None, "shipped/sft") == {} and posttrain.list_by_size(None) == {}
+    assert (
+        posttrain.find_spectra(None, posttrain.SeriesConfig()) == {}
+        and posttrain.list_by_size(None) == {}
+    )
     assert "No student yet" in str(
         posttrain.open_heat(posttrain.pick_student(None), "shipped/base").output
     )
@@ -184,6 +199,64 @@ def test_nothing_has_run_yet() -> None:
         "when the run above is done"
         in posttrain.open_breakdown(None, "shipped/base").output["parts"][0]["text"]
     )
+
+
+def test_shares_of_singular_values_and_their_control() -> None:
+    change = torch.diag(torch.tensor([4.0, 2.0, 2.0, 1.0, 0.0]))
+    assert spectra.add_up(change) == [(1, 64), (2, 80), (3, 96), (4, 100), (5, 100)]
+    assert [point[1] for point in spectra.add_up(7 * change, 2)] == [64, 80], "size does not count"
+    noise = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    shares = [share for _, share in spectra.add_up(noise)]
+    edge = 100 * (64**0.5 + 256**0.5) ** 2 / (64 * 256)  # Marchenko and Pastur 1967
+    assert shares[0] == pytest.approx(edge, rel=0.1) and shares[-1] == pytest.approx(100)
+
+
+def test_muon_spreads_a_change_and_adamw_does_not() -> None:
+    """On equal batches: Muon's change has nearly equal singular values, AdamW's a few large ones."""
+    shape: dict[str, Any] = dict(vocab_size=96, sequence_len=32, head_dim=32)
+    config = replace(GPTConfig.modern(1, **shape), n_embd=64, n_head=2, n_kv_head=2)
+    model = GPT(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # as after some training: an untrained head passes no gradient on
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.normal_(std=0.1, generator=generator)
+    ids = torch.randint(0, 96, (1, 33), generator=generator).expand(8, 33)  # one text to learn
+    batches = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())] * 6
+    before = model.get_parameter(f"{spectra.PATH}.weight").detach().clone()
+
+    by_adamw = spectra.tune_by_adamw(model, batches)
+    assert torch.equal(model.get_parameter(f"{spectra.PATH}.weight"), before), "left as it was"
+
+    optimizer = Optimizer(model, OptimConfig(), config.n_embd)
+    for x, y in batches:
+        model.loss(x, y).backward()
+        optimizer.step(1.0, 0.95)
+    by_muon = model.get_parameter(f"{spectra.PATH}.weight").detach() - before
+    held = {name: spectra.add_up(d)[7][1] for name, d in (("AdamW", by_adamw), ("Muon", by_muon))}
+    random = spectra.add_up(torch.randn(before.shape, generator=generator))[7][1]
+    assert held["AdamW"] > 1.5 * random > 1.5 * held["Muon"]
+
+
+def test_shares_of_full_fine_tuning_are_told_seed_by_seed() -> None:
+    def row(name: str, seed: int, gain: float, forgotten: float) -> dict[str, Any]:
+        return {"name": name, "seed": seed, "gain": gain, "forgotten": forgotten}
+
+    rows = [row("8", 0, 0.9, 0.11), row("full", 0, 1.0, 0.1), row("1", 0, 0.5, 0.02)]
+    rows += [row("8", 1, 0.8, 0.05), row("full", 1, 1.0, 0.1)]
+
+    def read(found: list[dict[str, Any]]) -> str:
+        return str(posttrain.compare_with_full(found).output["parts"][0]["text"])
+
+    said = (
+        "Rank 8, as a share of full fine-tuning: 90 % and 80 % of the gain, 110 % and 50 % of what"
+    )
+    assert read(rows).startswith(said)
+    rows += [row("8", 2, 1.0, 0.08), row("full", 2, 1.0, 0.1)]
+    assert "90 % ± 25 of the gain, 80 % ± 75 of what it forgot" in read(rows)  # 4.303 s / 3^0.5
+    rows += [row("8", 3, 1.0, 0.08), row("full", 3, 1.0, -0.01)]
+    assert "forgot" not in read(rows), "a share of a loss that is none says nothing"
+    assert posttrain.compare_with_full(None).output["parts"] == []
 
 
 def test_an_ablation_runs_anew_with_other_settings(base_dir: Path) -> None:

@@ -23,6 +23,7 @@ from primechat.lessons.instruments.series import compare_ranks as compare_ranks
 from primechat.lessons.instruments.series import compare_sets as compare_sets
 from primechat.lessons.instruments.series import compare_sizes as compare_sizes
 from primechat.lessons.instruments.series import sum_rows
+from primechat.lessons.instruments.spectra import find_spectra as find_spectra
 from primechat.metrics.diversity import measure_distinct, split_words
 from primechat.metrics.intervals import estimate_mean
 from primechat.records import TrainResult, pair_bpb
@@ -327,6 +328,29 @@ def open_table(
     return Live(lambda: sum_rows(found, keys))
 
 
+def compare_with_full(rows: Sequence[dict[str, Any]] | None) -> Live:
+    """Return in words what share of full fine-tuning's gain and forgetting the widest adapter has: the means
+    of the seeds' own shares with their 95 % intervals; of fewer than three seeds, each share.
+    """
+    table = {(row["name"], row["seed"]): row for row in rows or ()}
+    ranks = [name for name, _ in table if name.isdigit()]
+    widest = max(ranks, key=int, default="")
+    seeds = [seed for name, seed in table if name == widest and ("full", seed) in table]
+    said = []
+    for key, words in (("gain", "of the gain"), ("forgotten", "of what it forgot")):
+        pairs = [
+            (table[widest, seed].get(key), table["full", seed].get(key, 0.0)) for seed in seeds
+        ]
+        if not pairs or any(mine is None or full <= 0 for mine, full in pairs):
+            continue  # a share of nothing says nothing
+        shares = [100 * mine / full for mine, full in pairs]
+        mean, low, _ = estimate_mean(shares)
+        several = " and ".join(f"{share:.0f} %" for share in shares)
+        said.append(f"{several if len(shares) < 3 else f'{mean:.0f} % ± {mean - low:.0f}'} {words}")
+    text = f"Rank {widest}, as a share of full fine-tuning: {', '.join(said)}." if said else None
+    return Live(lambda: text)
+
+
 def name_axes(rows: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
     """Return a series' rows under the titles of the picture's axes; what has a common gain is put there."""
     found = []
@@ -360,36 +384,6 @@ def measure_share(config: LoRAConfig) -> float:
     maps = list_targets(model, config.targets).values()
     added = sum(config.rank * (m.in_features + m.out_features) for m in maps)
     return round(100 * added / model.config.n_params, 1)
-
-
-def find_spectra(
-    rows: Sequence[dict[str, Any]] | None, base: str, path: str = "transformer.h.0.mlp.c_fc"
-) -> dict[str, list[tuple[float, float]]]:
-    """Return singular values of what the widest adapter and full fine-tuning of a series added."""
-    found = {row["name"]: row["identifier"] for row in rows or ()}
-    ranks = sorted((name for name in found if name.isdigit()), key=int)
-    if not ranks or "full" not in found:
-        return {}
-    import torch
-
-    from primechat.model.lora import weight_changes
-
-    changes = {"adapter": weight_changes(borrow_model(found[ranks[-1]])[0])[path]}
-    full, plain = (
-        borrow_model(name)[0].get_parameter(f"{path}.weight") for name in (found["full"], base)
-    )
-    changes["full fine-tuning"] = full - plain
-    changes["random, same size"] = torch.randn(
-        full.shape, generator=torch.Generator().manual_seed(0)
-    )
-    changes["random, same size"] *= (
-        changes["full fine-tuning"].norm() / changes["random, same size"].norm()
-    )
-    spectra: dict[str, list[tuple[float, float]]] = {}
-    for name, change in changes.items():
-        values = torch.linalg.svdvals(change.detach().float())
-        spectra[name] = [(float(i + 1), float(v)) for i, v in enumerate(values[:64]) if v > 1e-6]
-    return spectra
 
 
 def open_sizes(teacher: str) -> Live:
