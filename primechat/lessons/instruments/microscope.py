@@ -123,11 +123,11 @@ class Microscope:
         if self._strips is None:
             control = self.control.model
             copies = [repeat_passage(row) for row in self.passages]
-            pairs = (
+            plain, copied = (
                 (survey.average_scores(self.model, texts), survey.average_scores(control, texts))
-                for texts in (self.passages, copies)
+                for texts in (list(self.passages), copies)
             )
-            self._strips = list(list_strips(*pairs, n_tokens=self.passages.shape[1]))
+            self._strips = list(list_strips(plain, copied, self.passages.shape[1]))
         return self._strips
 
     @property

@@ -341,9 +341,9 @@ def compare_with_full(rows: Sequence[dict[str, Any]] | None) -> Live:
         pairs = [
             (table[widest, seed].get(key), table["full", seed].get(key, 0.0)) for seed in seeds
         ]
-        if not pairs or any(mine is None or full <= 0 for mine, full in pairs):
+        shares = [100 * mine / full for mine, full in pairs if mine is not None and full > 0]
+        if not pairs or len(shares) < len(pairs):
             continue  # a share of nothing says nothing
-        shares = [100 * mine / full for mine, full in pairs]
         mean, low, _ = estimate_mean(shares)
         several = " and ".join(f"{share:.0f} %" for share in shares)
         said.append(f"{several if len(shares) < 3 else f'{mean:.0f} % ± {mean - low:.0f}'} {words}")

@@ -6,7 +6,7 @@ interval by Student's t over these passages. Reference: primechat.metrics.circui
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -173,7 +173,7 @@ def find_settling(scene: Scene, passages: np.ndarray) -> tuple[str, str]:
 # ---- what heads are like
 
 
-def average_scores(model: Any, texts: Sequence[np.ndarray]) -> tuple[HeadScores, HeadScores]:
+def average_scores(model: Any, texts: Iterable[np.ndarray]) -> tuple[HeadScores, HeadScores]:
     """Return what each head scores on texts (T,) of at least two tokens: the means over the texts, and half
     the widths of their 95 % intervals.
     """
@@ -184,6 +184,7 @@ def average_scores(model: Any, texts: Sequence[np.ndarray]) -> tuple[HeadScores,
     means, halves = {}, {}
     for name in HeadScores.__dataclass_fields__:
         values = np.stack([getattr(score, name) for score in scores])  # (N, L, H)
-        ends = np.apply_along_axis(lambda one: estimate_mean(one)[:2], 0, values)  # (2, L, H)
+        found = [estimate_mean(one)[:2] for one in values.reshape(len(values), -1).T]
+        ends = np.array(found).T.reshape(2, *values.shape[1:])  # mean and low end, (2, L, H)
         means[name], halves[name] = ends[0], ends[0] - ends[1]
     return HeadScores(**means), HeadScores(**halves)
