@@ -42,7 +42,7 @@ FLAGS = [
     "--disable-sync",
     "--disable-dev-shm-usage",
 ]
-expect.set_options(timeout=60_000)  # a busy machine is slow, not wrong
+expect.set_options(timeout=120_000)  # a busy machine is slow, not wrong
 HOSTS = ("run", "edit", "jupyter")
 # What hosts themselves say of things that no lab can help; anything else is a fault.
 HARMLESS = re.compile(
@@ -331,7 +331,7 @@ def lab_page(browser: Browser) -> Iterator[Callable[..., LabPage]]:
             size: Any = {"width": 1280, "height": 900}
             context = browser.new_context(viewport=size, color_scheme=theme, **settings)  # type: ignore[arg-type]
             stack.callback(context.close)
-            context.set_default_timeout(90_000)  # a busy machine is slow, not wrong
+            context.set_default_timeout(120_000)  # a busy machine is slow, not wrong
             found = LabPage(context.new_page(), url)
 
             def hear(text: str, where: str = "") -> None:
@@ -356,11 +356,11 @@ def lab_page(browser: Browser) -> Iterator[Callable[..., LabPage]]:
 
 def run_all_cells(page: Page, timeout_s: float = 120) -> None:
     """In JupyterLab: restart the kernel, run all cells and wait until it is idle."""
-    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=120_000)
     idle = page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
-    idle.wait_for(state="attached", timeout=60_000)
+    idle.wait_for(state="attached", timeout=120_000)
     # The notebook is idle also while there is no kernel yet, and then nothing can be restarted.
-    page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for(timeout=60_000)
+    page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for(timeout=120_000)
     t_end = time.monotonic() + timeout_s
     while time.monotonic() < t_end:
         press_restart(page)

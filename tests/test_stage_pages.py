@@ -23,12 +23,12 @@ def test_press_while_cells_run_again_is_kept(
     start = page.get_by_role("button", name="Start", exact=True)
     steps = page.locator(".pc-setting", has_text="steps").locator("input").first
     for delay_ms in (0, 300, 1000):
-        start.wait_for(timeout=60_000)
+        start.wait_for(timeout=120_000)
         wanted = 500 + delay_ms
         steps.fill(str(wanted))
         page.wait_for_timeout(delay_ms)
         start.click()
-        page.locator(".pc-stage .pc-stat", has_text=f"of {wanted:,}").wait_for(timeout=60_000)
+        page.locator(".pc-stage .pc-stat", has_text=f"of {wanted:,}").wait_for(timeout=120_000)
         page.wait_for_timeout(3000)  # every cell has run again: nothing has stopped the run
         page.locator(".pc-stage .pc-badge", has_text="Running").wait_for(timeout=5000)
         page.get_by_role("button", name="Stop and save").click()
@@ -58,7 +58,7 @@ def test_state_is_true_after_the_tab_was_closed(
     if host == "jupyter":
         run_all_cells(found.page)
     page = found.page
-    page.locator(".pc-stage").wait_for(timeout=60_000)
+    page.locator(".pc-stage").wait_for(timeout=120_000)
     seed = page.locator(".pc-setting", has_text="seed").locator("input").first
     seed.fill("-3")
     page.locator(".pc-fault", has_text="seed=-3 must be").wait_for()
@@ -69,14 +69,14 @@ def test_state_is_true_after_the_tab_was_closed(
     page.get_by_role(
         "button", name="Start", exact=True
     ).click()  # before Python has heard of the steps
-    page.locator(".pc-stage .pc-stat", has_text="of 600").wait_for(timeout=90_000)
+    page.locator(".pc-stage .pc-stat", has_text="of 600").wait_for(timeout=120_000)
     if host == "jupyter":
         page.keyboard.press("Control+s")
         page.wait_for_timeout(1500)
     page.close()
     again = lab_page(url)
     page = again.page
-    page.locator(".pc-stage .pc-badge", has_text="Running").wait_for(timeout=60_000)
+    page.locator(".pc-stage .pc-badge", has_text="Running").wait_for(timeout=120_000)
     page.locator(".pc-stage .pc-stat", has_text="of 600").wait_for()
     stop = page.get_by_role("button", name="Stop and save")
     stop.click()
