@@ -24,9 +24,9 @@ def _():
 
 @app.cell(hide_code=True)
 def _():
-    from primechat.desk.session import open_chat
-    from primechat.lab import exercise, predict, show
-    from primechat.lessons.start_here import EXERCISES
+    from primechat.chat.session import open_chat
+    from primechat.exercises.start_here import EXERCISES
+    from primechat.labkit.lab import exercise, predict, show
 
     return EXERCISES, exercise, open_chat, predict, show
 
@@ -55,7 +55,7 @@ def _(mo):
 
 @app.cell(hide_code=True)
 def _():
-    from primechat.lessons.instruments.firststeps import (
+    from primechat.labkit.instruments.firststeps import (
         READING,
         measure_reading,
         open_check,

@@ -29,9 +29,9 @@ def _():
 
 @app.cell(hide_code=True)
 def _():
-    from primechat.lab import exercise, predict, show
-    from primechat.lessons.instruments.tokenizers import Tokenizers
-    from primechat.lessons.tokenizer_playground import EXERCISES
+    from primechat.exercises.tokenizer_playground import EXERCISES
+    from primechat.labkit.instruments.tokenizers import Tokenizers
+    from primechat.labkit.lab import exercise, predict, show
 
     return EXERCISES, Tokenizers, exercise, predict, show
 

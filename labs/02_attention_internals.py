@@ -30,8 +30,8 @@ def _():
 
 @app.cell(hide_code=True)
 def _():
-    from primechat.lab import exercise, offer_model, predict, show
-    from primechat.lessons.attention_internals import EXERCISES
+    from primechat.exercises.attention_internals import EXERCISES
+    from primechat.labkit.lab import exercise, offer_model, predict, show
 
     return EXERCISES, exercise, offer_model, predict, show
 
@@ -45,8 +45,8 @@ def _(offer_model):
 
 @app.cell(hide_code=True)
 def _(choice):
-    from primechat.lessons.instruments import survey
-    from primechat.lessons.instruments.microscope import Microscope
+    from primechat.labkit.instruments import survey
+    from primechat.labkit.instruments.microscope import Microscope
 
     scope = Microscope(choice)
     choice.end()

@@ -29,8 +29,8 @@ def _():
 
 @app.cell(hide_code=True)
 def _():
-    from primechat.lab import exercise, offer_model, predict, show
-    from primechat.lessons.embedding_atlas import EXERCISES
+    from primechat.exercises.embedding_atlas import EXERCISES
+    from primechat.labkit.lab import exercise, offer_model, predict, show
 
     return EXERCISES, exercise, offer_model, predict, show
 
@@ -44,7 +44,7 @@ def _(offer_model):
 
 @app.cell(hide_code=True)
 def _(choice):
-    from primechat.lessons.instruments.explorer import TRENDS, Explorer
+    from primechat.labkit.instruments.explorer import TRENDS, Explorer
 
     explorer = Explorer(choice)
     choice.end()

@@ -20,9 +20,9 @@ def _(mo):
 def _():
     import marimo as mo
 
-    from primechat.lab import Live, exercise, in_notebook, predict, settings, show, stage
-    from primechat.lessons.instruments import budget, forecasts
-    from primechat.lessons.plan_a_run import EXERCISES
+    from primechat.exercises.plan_a_run import EXERCISES
+    from primechat.labkit.instruments import budget, forecasts
+    from primechat.labkit.lab import Live, exercise, in_notebook, predict, settings, show, stage
 
     return (
         EXERCISES,

@@ -26,9 +26,9 @@ def _():
 
 @app.cell(hide_code=True)
 def _():
-    from primechat.lab import Live, announce, exercise, in_notebook, predict, show
-    from primechat.lessons.instruments import pretraining as bench
-    from primechat.lessons.pretraining import EXERCISES
+    from primechat.exercises.pretraining import EXERCISES
+    from primechat.labkit.instruments import pretraining as bench
+    from primechat.labkit.lab import Live, announce, exercise, in_notebook, predict, show
 
     return EXERCISES, Live, announce, bench, exercise, in_notebook, predict, show
 
@@ -44,7 +44,7 @@ def _(announce):
 def _():
     from primechat import PretrainConfig, pretrain
     from primechat.config import GPTConfig
-    from primechat.lab import settings, stage, summary
+    from primechat.labkit.lab import settings, stage, summary
 
     return GPTConfig, PretrainConfig, pretrain, settings, stage, summary
 

@@ -23,9 +23,9 @@ def _():
     import marimo as mo
 
     from primechat import load_tokenizer
-    from primechat.lab import exercise, predict, show
-    from primechat.lessons.chat_finetuning import EXERCISES
-    from primechat.lessons.instruments import posttrain
+    from primechat.exercises.chat_finetuning import EXERCISES
+    from primechat.labkit.instruments import posttrain
+    from primechat.labkit.lab import exercise, predict, show
     from primechat.views.training import draw_lines, draw_tradeoff
 
     return (
@@ -45,7 +45,7 @@ def _():
 def _():
     from primechat import FinetuneConfig, finetune
     from primechat.config import LookConfig, RuntimeConfig
-    from primechat.lab import settings, stage, summary
+    from primechat.labkit.lab import settings, stage, summary
 
     return FinetuneConfig, LookConfig, RuntimeConfig, finetune, settings, stage, summary
 

@@ -22,9 +22,9 @@ def _(mo):
 def _():
     import marimo as mo
 
-    from primechat.lab import exercise, predict, show
-    from primechat.lessons.instruments import posttrain
-    from primechat.lessons.lora_adapters import EXERCISES
+    from primechat.exercises.lora_adapters import EXERCISES
+    from primechat.labkit.instruments import posttrain
+    from primechat.labkit.lab import exercise, predict, show
     from primechat.views.training import draw_lines, draw_tradeoff
 
     return EXERCISES, draw_lines, draw_tradeoff, exercise, mo, posttrain, predict, show
@@ -34,7 +34,7 @@ def _():
 def _():
     from primechat import LoRAConfig, train_lora
     from primechat.config import LookConfig, RuntimeConfig
-    from primechat.lab import settings, stage, summary
+    from primechat.labkit.lab import settings, stage, summary
 
     return LoRAConfig, LookConfig, RuntimeConfig, settings, stage, summary, train_lora
 

@@ -21,9 +21,9 @@ def _(mo):
 def _():
     import marimo as mo
 
-    from primechat.lab import exercise, predict, show
-    from primechat.lessons.distillation import EXERCISES
-    from primechat.lessons.instruments import posttrain
+    from primechat.exercises.distillation import EXERCISES
+    from primechat.labkit.instruments import posttrain
+    from primechat.labkit.lab import exercise, predict, show
     from primechat.views.training import draw_lines
 
     return EXERCISES, draw_lines, exercise, mo, posttrain, predict, show
@@ -33,7 +33,7 @@ def _():
 def _():
     from primechat import DistillConfig, distill
     from primechat.config import LookConfig, RuntimeConfig
-    from primechat.lab import settings, stage, summary
+    from primechat.labkit.lab import settings, stage, summary
 
     return DistillConfig, LookConfig, RuntimeConfig, distill, settings, stage, summary
 

@@ -25,8 +25,10 @@ def _(mo):
 def _():
     import marimo as mo
 
-    from primechat.desk.chat import choose_talker
-    from primechat.lab import (
+    from primechat.chat.terminal import choose_talker
+    from primechat.exercises.autochat_entropy import EXERCISES
+    from primechat.labkit.instruments import talks
+    from primechat.labkit.lab import (
         Live,
         announce,
         borrow_model,
@@ -36,8 +38,6 @@ def _():
         predict,
         show,
     )
-    from primechat.lessons.autochat_entropy import EXERCISES
-    from primechat.lessons.instruments import talks
     from primechat.views import talk
 
     return (
@@ -60,8 +60,8 @@ def _():
 @app.cell
 def _():
     from primechat import AutochatConfig
-    from primechat.lab import settings, stage, summary
-    from primechat.lessons.instruments.talks import run_many
+    from primechat.labkit.instruments.talks import run_many
+    from primechat.labkit.lab import settings, stage, summary
 
     return AutochatConfig, run_many, settings, stage, summary
 

@@ -20,9 +20,9 @@ def _(mo):
 def _():
     import marimo as mo
 
-    from primechat.desk.session import open_chat
-    from primechat.lab import borrow_model, exercise, predict, show
-    from primechat.lessons.chat import EXERCISES, RankStudy
+    from primechat.chat.session import open_chat
+    from primechat.exercises.chat import EXERCISES, RankStudy
+    from primechat.labkit.lab import borrow_model, exercise, predict, show
     from primechat.views.talk import draw_ranks
 
     return EXERCISES, RankStudy, borrow_model, draw_ranks, exercise, mo, open_chat, predict, show

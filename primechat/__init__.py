@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from primechat.checkpoint.registry import (
+        list_models,
+        load_model,
+        load_run,
+        load_tokenizer,
+        open_model,
+    )
     from primechat.config import (
         AutochatConfig,
         DistillConfig,
@@ -24,7 +31,7 @@ if TYPE_CHECKING:
         TokenizerConfig,
     )
     from primechat.infer.engine import Engine
-    from primechat.metrics.probes import capture
+    from primechat.interp.hooks import capture
     from primechat.model.gpt import GPT
     from primechat.stages.autochat import autochat
     from primechat.stages.distill import distill
@@ -34,14 +41,13 @@ if TYPE_CHECKING:
     from primechat.stages.pretrain import pretrain
     from primechat.stages.quickstart import quickstart, speedrun
     from primechat.stages.tokenizer import train_tokenizer
-    from primechat.store import list_models, load_model, load_run, load_tokenizer, open_model
     from primechat.text.tokenizer import Tokenizer
 
 _OFFERS = {  # room: its public names
     "config": "AutochatConfig DistillConfig EvaluateConfig FinetuneConfig GPTConfig LoRAConfig "
     "PretrainConfig QuickstartConfig SpeedrunConfig TokenizerConfig",
     "infer.engine": "Engine",
-    "metrics.probes": "capture",
+    "interp.hooks": "capture",
     "model.gpt": "GPT",
     "stages.autochat": "autochat",
     "stages.distill": "distill",
@@ -51,7 +57,7 @@ _OFFERS = {  # room: its public names
     "stages.pretrain": "pretrain",
     "stages.quickstart": "quickstart speedrun",
     "stages.tokenizer": "train_tokenizer",
-    "store": "list_models load_model load_run load_tokenizer open_model",
+    "checkpoint.registry": "list_models load_model load_run load_tokenizer open_model",
     "text.tokenizer": "Tokenizer",
 }
 _ROOMS = {name: room for room, names in _OFFERS.items() for name in names.split()}

@@ -2,6 +2,6 @@
 
 import sys
 
-from primechat.cli import main
+from primechat.cli.main import main
 
 sys.exit(main())

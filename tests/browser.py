@@ -27,8 +27,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from primechat.desk.labs.memory import find_file
-from primechat.desk.labs.twins import LabConfig, build_words, write_twin
+from primechat.labkit.memory import find_file
+from primechat.labkit.twins import LabConfig, build_words, write_twin
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_LABS = ROOT / "tests" / "labs"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tiny import HistoryModel, byte_tokenizer
 
-from primechat.desk.session import ChatSettings, open_chat
+from primechat.chat.session import ChatSettings, open_chat
 
 TOKENIZER = byte_tokenizer()
 START, END = TOKENIZER.special("<|user_start|>"), TOKENIZER.special("<|user_end|>")

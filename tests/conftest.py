@@ -93,7 +93,7 @@ def base_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(autouse=True)
 def nothing_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave other people's models out of the list; tests/test_foreign.py lists them."""
-    monkeypatch.setattr("primechat.store.walk_foreign", lambda: iter(()))
+    monkeypatch.setattr("primechat.checkpoint.registry.walk_foreign", lambda: iter(()))
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 The server is up before the clock starts; its process is new, so torch, the model and the lab are opened on
 the clock, as for somebody who opens a lab for the first time, and what the app reads ahead, it reads then too
-(primechat/desk/labs/app.py). The clock starts with the navigation and stops
+(primechat/labkit/app.py). The clock starts with the navigation and stops
 when the page has drawn what the lab is about and it answers. CPU seconds are those of server and browser.
 """
 

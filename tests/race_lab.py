@@ -23,7 +23,7 @@ from typing import Any
 from browser import FLAGS, ROOT, Server, start_host
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from primechat.model.runlog import read_metrics
+from primechat.checkpoint.run_dir import read_metrics
 
 LAB = ROOT / "labs" / "05_pretraining.py"
 
@@ -75,7 +75,7 @@ def race(browser: Browser, seconds: float, seed: int) -> dict[str, float]:
         def run_command(command: str) -> None:
             words = [*shlex.split(command)[1:], "--tag", "command"]
             subprocess.run(
-                [sys.executable, "-m", "primechat.cli", *words],
+                [sys.executable, "-m", "primechat.cli.main", *words],
                 env=env,
                 check=True,
                 capture_output=True,

@@ -12,7 +12,7 @@ from test_train import make_batches, make_model
 
 from primechat.config import OptimConfig
 from primechat.config.recipes import make_recipe
-from primechat.records import StepEvent
+from primechat.events import StepEvent
 from primechat.text.batches import share_rows
 from primechat.train.loop import fit
 from primechat.train.optim import Optimizer

@@ -13,8 +13,8 @@ import pytest
 import torch
 from tiny import VOCAB_SIZE, HistoryCache, HistoryModel, byte_tokenizer, measure_prediction
 
-from primechat import store
-from primechat.cli import main
+from primechat.checkpoint import registry
+from primechat.cli.main import main
 from primechat.config import (
     AutochatConfig,
     FinetuneConfig,
@@ -24,10 +24,10 @@ from primechat.config import (
 )
 from primechat.config.model import GPTConfig
 from primechat.errors import ConfigError, DataError
+from primechat.events import Event, ProgressEvent, Turn
 from primechat.infer.engine import Engine
 from primechat.metrics import loops
 from primechat.model.gpt import GPT
-from primechat.records import Event, ProgressEvent, Turn
 from primechat.stages import autochat as stage
 from primechat.stages.autochat import HUMAN, Speaker, autochat, build_messages, read_talks
 from primechat.stages.finetune import finetune
@@ -89,7 +89,7 @@ def test_turns_alternate_and_are_measured(base: Path) -> None:
     assert [len(turns) for turns in talks] == [4, 4, 4] and not result.stopped
     assert {turns[0].model for turns in talks} == {HUMAN} and talks[0][1].model == "sft/d2@2"
     assert [turn.speaker for turn in talks[0]] == [0, 1, 0, 1]
-    model, tokenizer, _ = store.open_model("sft/d2")
+    model, tokenizer, _ = registry.open_model("sft/d2")
     turn = talks[1][2]
     speaker = Speaker(build(), "sft/d2")
     prompt = speaker.render(talks[1][:2], 0, "You are A.", 122)
@@ -165,7 +165,7 @@ class UniformModel(HistoryModel):
 def write_uniform(tag: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[list[Turn]]:
     """Let the model of uniform logits talk to itself; return the turns of each conversation."""
     found = (UniformModel(), byte_tokenizer(), {"identifier": "uniform"})
-    monkeypatch.setattr(store, "open_model", lambda *names, **options: found)
+    monkeypatch.setattr(registry, "open_model", lambda *names, **options: found)
     small: Any = dict(top_k=0, temperature=1.0, max_new_tokens=8, batch_rows=32)
     return read_talks(autochat(build(tag=tag, **{**small, **changes})).path)
 
@@ -367,7 +367,7 @@ def test_shuffling_keeps_the_turns() -> None:
 
 
 def test_repeats_and_embeddings() -> None:
-    model, tokenizer, _ = store.open_model("shipped/sft")
+    model, tokenizer, _ = registry.open_model("shipped/sft")
     found = loops.measure_repeats(model, tokenizer, "I like to eat pizza with my friends.", 6)
     assert len(found) == 6 and all(0 < p < 1 for p in found)
     unit = tokenizer.encode(" I like to eat pizza with my friends.")

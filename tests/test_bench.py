@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from primechat import cli
+from primechat.cli import bench
+from primechat.cli import main as cli
+from primechat.cloud import ranks
 from primechat.config import GPTConfig, PretrainConfig, RuntimeConfig
-from primechat.desk import bench
-from primechat.desk.pods import ranks
 from primechat.errors import PrimechatError
-from primechat.train import tune
+from primechat.train import autotune
 
 TINY = GPTConfig.modern(1, vocab_size=300, sequence_len=32, head_dim=16)
 
@@ -36,7 +36,7 @@ def test_training_candidates_take_turns(monkeypatch: pytest.MonkeyPatch) -> None
 
     order: list[str] = []
     monkeypatch.setattr(bench, "prepare_runner", make_runner)
-    monkeypatch.setattr(tune, "half_pays", lambda: True)
+    monkeypatch.setattr(autotune, "half_pays", lambda: True)
     rows = bench.bench_train(bench.BenchConfig(seconds=0.1), TINY)
     assert [row["ratio"] for row in rows] == [
         1.0,
@@ -47,7 +47,7 @@ def test_training_candidates_take_turns(monkeypatch: pytest.MonkeyPatch) -> None
     ]  # of medians: one fast step is no speed
     assert rows[0]["best"] == 1000.0 and rows[0]["steps"] >= 6
     assert order[:10] == order[5:10] * 2  # first all warm up, then they take turns
-    monkeypatch.setattr(tune, "half_pays", lambda: False)
+    monkeypatch.setattr(autotune, "half_pays", lambda: False)
     rows = bench.bench_train(bench.BenchConfig(seconds=0.1), TINY)
     assert [row["ratio"] for row in rows] == [1.0, 2.0, 3.0]
 
@@ -68,7 +68,7 @@ def test_engine_figures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "NEW_TOKENS", 4)
-    monkeypatch.setattr(tune, "count_cores", lambda: 1)
+    monkeypatch.setattr(autotune, "count_cores", lambda: 1)
     (row,) = bench.bench_infer(bench.BenchConfig(seconds=0.2), TINY)
     assert row["model"] == "random depth 1" and row["threads"] == 1
     assert set(row) >= {"ttft_ms", "prefill_tok_s", "decode_tok_s", "decode_tok_s_batch_32"}
@@ -152,7 +152,7 @@ def test_repeats_are_bounded() -> None:
 def test_ranks_take_turns_with_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both kinds really train; the ratio is that of the medians."""
     monkeypatch.setattr(ranks, "ROUNDS", 1)
-    monkeypatch.setattr(tune, "count_cores", lambda: 2)
+    monkeypatch.setattr(autotune, "count_cores", lambda: 2)
     rows = ranks.bench_ranks(0.5, depth=1)
     assert [row["run"] for row in rows[:2]] == ["1 x 2 threads, float32", "2 x 1 threads, float32"]
     for alone, spread in zip(rows[::2], rows[1::2], strict=True):

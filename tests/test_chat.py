@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from tiny import HistoryModel, ScriptModel, byte_tokenizer
 
-from primechat import store
-from primechat.desk import chat
-from primechat.desk.chat import ChatConfig, run_chat
+from primechat.chat import terminal
+from primechat.chat.terminal import ChatConfig, run_chat
+from primechat.checkpoint import registry
 from primechat.errors import CheckpointError, ConfigError
 from primechat.infer.engine import Engine
 from primechat.seeds import derive_seed
-from primechat.text.conversation import read_messages
+from primechat.text.chat_format import read_messages
 
 TOKENIZER = byte_tokenizer()
 BOS, END = TOKENIZER.stop_ids
@@ -41,7 +41,7 @@ def open_fake(identifier: str) -> tuple[Any, Any, dict[str, Any]]:
     return MODELS[identifier], TOKENIZER, {"identifier": f"{identifier}@9", "skipped": []}
 
 
-def talk(*lines: str, opener: chat.Opener = open_fake, **settings: Any) -> tuple[str, str]:
+def talk(*lines: str, opener: terminal.Opener = open_fake, **settings: Any) -> tuple[str, str]:
     """Pipe lines into a chat; return what it wrote to stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     stdin = io.StringIO("".join(f"{line}\n" for line in lines))
@@ -57,7 +57,7 @@ class Terminal(io.StringIO):
 def talk_in_terminal(
     monkeypatch: pytest.MonkeyPatch,
     *steps: str | type[BaseException],
-    opener: chat.Opener = open_fake,
+    opener: terminal.Opener = open_fake,
 ) -> str:
     """Chat as in a terminal, by lines and by what is raised while one is typed; return the screen."""
     screen, todo = Terminal(), list(steps)
@@ -241,7 +241,7 @@ def test_save_half_a_character(tmp_path: Path) -> None:
 def test_unknown_and_help() -> None:
     out, err = talk("/frobnicate now", "/help", "/")
     assert out == "" and "/frobnicate is no command; /help lists them, /quit leaves." in err
-    assert all(f"/{name}" in err for name in [*chat.COMMANDS, "quit", "exit"])
+    assert all(f"/{name}" in err for name in [*terminal.COMMANDS, "quit", "exit"])
 
 
 def test_ends_are_told() -> None:
@@ -257,7 +257,7 @@ def test_failed_turn_leaves_no_trace() -> None:
     assert out == "hello\n" and "504 tokens where 400 is the most" in err
 
 
-def interrupting(after: int, times: int = 1) -> chat.Opener:
+def interrupting(after: int, times: int = 1) -> terminal.Opener:
     """Return an opener of a model that sends Ctrl-C to this process in its pass number `after`."""
     model = HistoryModel(sequence_len=200, max_context=2000)
 
@@ -328,7 +328,9 @@ def test_config_refusals(settings: dict[str, Any]) -> None:
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys, primechat.desk.chat as c; c.ChatConfig(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, primechat.chat.terminal as c; c.ChatConfig(); sys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
 
 
@@ -336,22 +338,22 @@ def test_a_chat_begins_with_a_model_that_can_talk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    assert chat.choose_talker() == ("shipped/sft", "")
-    own, ready = tmp_path / "chatsft_checkpoints" / "mine", store.SHIPPED / "chatsft_checkpoints"
+    assert terminal.choose_talker() == ("shipped/sft", "")
+    own, ready = tmp_path / "chatsft_checkpoints" / "mine", registry.SHIPPED / "chatsft_checkpoints"
     shutil.copytree(next(ready.iterdir()), own)
-    assert chat.choose_talker() == ("sft", ""), "as good as what ships: one's own"
+    assert terminal.choose_talker() == ("sft", ""), "as good as what ships: one's own"
     (path,) = own.glob("meta_*.json")
     meta = json.loads(path.read_text())
     path.write_text(json.dumps({**meta, "val_bpb": 1.5 * meta["val_bpb"]}))
-    name, why = chat.choose_talker()
+    name, why = terminal.choose_talker()
     assert name == "shipped/sft" and f"your sft/mine {1.5 * meta['val_bpb']:.2f}" in why
     assert "replies of chitchat" in why, "the text is named"
     other = {**meta["user_config"], "dialogues": "mine.jsonl"}
     path.write_text(json.dumps({**meta, "val_bpb": 1.5 * meta["val_bpb"], "user_config": other}))
-    assert chat.choose_talker() == ("sft", ""), "figures of other text are not compared"
+    assert terminal.choose_talker() == ("sft", ""), "figures of other text are not compared"
     path.write_text(json.dumps({**meta, "val_bpb": None}))
-    assert chat.choose_talker()[0] == "sft", "nothing is recorded: no reason to prefer another"
+    assert terminal.choose_talker()[0] == "sft", "nothing is recorded: no reason to prefer another"
     (tmp_path / "base_checkpoints").mkdir()
     own.rename(tmp_path / "base_checkpoints" / "mine")
-    name, why = chat.choose_talker()
+    name, why = terminal.choose_talker()
     assert name == "shipped/sft" and "base/mine has not learned to chat" in why

@@ -16,18 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from primechat import store
-from primechat.cli import main
+from primechat.checkpoint import registry
+from primechat.checkpoint.nanochat_format import SHAPE_KEYS
+from primechat.cli.check import check_model
+from primechat.cli.main import main
 from primechat.config import GPTConfig, LookConfig, PretrainConfig, RuntimeConfig, TokenizerConfig
 from primechat.config.model import list_shapes
-from primechat.desk.check import check_model
 from primechat.errors import CheckpointError, ConfigError
+from primechat.events import NoteEvent
 from primechat.infer import admission
 from primechat.infer.admission import KNOWN_TEXT, describe_memory, find_memory, read_text
 from primechat.infer.engine import Engine
-from primechat.model.era import SHAPE_KEYS
 from primechat.model.lora import LoraSpec, attach, list_targets, save_adapter
-from primechat.records import NoteEvent
 from primechat.stages.pretrain import pretrain
 from primechat.stages.tokenizer import train_tokenizer
 from primechat.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
@@ -140,13 +140,13 @@ def test_suspicious(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     shutil.move(tmp_path / "wrong", run / "tokenizer")
     assert check_model("base/mine").verdict == "suspicious"
     assert check_model("base/mine", tokenizer=str(tmp_path / "right")).verdict == "ok"
-    assert read_text(*store.open_model("base/mine", tokenizer=right)[:2]).is_good
+    assert read_text(*registry.open_model("base/mine", tokenizer=right)[:2]).is_good
 
 
 def test_untrained_with_its_tokenizer(own: Path) -> None:
     """A run that records its tokenizer and is hardly trained gets other advice."""
     path = own / "base_checkpoints" / "mine" / "snapshots"
-    first = check_model(f"base/mine@snap:{min(store.list_snapshots(path.parent))}")
+    first = check_model(f"base/mine@snap:{min(registry.list_snapshots(path.parent))}")
     assert first.verdict == "suspicious" and "train it longer" in first.advice
     assert first.bpb == pytest.approx(first.noise_bpb, rel=0.02)
 
@@ -180,7 +180,7 @@ def test_an_adapter_is_checked_too(own: Path) -> None:
     result = check_model("lora:none+base/mine")
     assert result.verdict == "broken" and "lora_checkpoints/none is missing" in result.reasons[0]
     spec, folder = LoraSpec(rank=2, targets=("c_fc",)), own / "lora_checkpoints" / "loud"
-    model, tokenizer, _ = store.open_model("base/mine")
+    model, tokenizer, _ = registry.open_model("base/mine")
     attach(model, "loud", spec)
     for linear in list_targets(model, ("c_fc",)).values():
         linear.adapter.b["loud"].normal_(std=20.0)
@@ -228,8 +228,8 @@ def test_unrecorded_tokenizer_is_warned_about_once(
 ) -> None:
     before = read_files(own)
     for _ in range(2):
-        store.open_model("base/d20")
-        store.open_model("base/mine")
+        registry.open_model("base/d20")
+        registry.open_model("base/mine")
     (said,) = [
         record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
     ]
@@ -240,7 +240,7 @@ def test_unrecorded_tokenizer_is_warned_about_once(
     assert read_files(own) == before
     forget_identity(own / "base_checkpoints" / "mine")
     caplog.clear()
-    model, tokenizer, _ = store.open_model("base/mine")
+    model, tokenizer, _ = registry.open_model("base/mine")
     assert "they go together" in caplog.text and not model.training
     found = read_text(model, tokenizer, limit=admission.QUICK_TOKENS)
     assert f"{found.bpb:.2f} bits per byte" in caplog.text
@@ -250,7 +250,7 @@ def test_reading_is_that_of_evaluate(own: Path, tmp_path: Path) -> None:
     """The figure is evaluate's: the same text, the same windows."""
     lines = [{"text": KNOWN_TEXT}] * 20
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    model, tokenizer, _ = store.open_model("base/mine")
+    model, tokenizer, _ = registry.open_model("base/mine")
     ids = [tokenizer.bos_id, *tokenizer.encode(KNOWN_TEXT)]
     nats = 0.0
     for start in range(0, len(ids) - 1, 64):
@@ -263,12 +263,12 @@ def test_reading_is_that_of_evaluate(own: Path, tmp_path: Path) -> None:
 
 def test_two_tokenizers_side_by_side(own: Path) -> None:
     """Two models of one base directory each talk through their own tokenizer."""
-    entries = {entry.identifier: entry for entry in store.list_models()}
+    entries = {entry.identifier: entry for entry in registry.list_models()}
     own_ones = {name for name, entry in entries.items() if not entry.shipped}
     assert own_ones == {"base/d20", "base/mine"} and entries["base/mine"].snapshots
     replies = {}
     for identifier in ("base/d20", "base/mine", "base/d20"):
-        model, tokenizer, _ = store.open_model(identifier)
+        model, tokenizer, _ = registry.open_model(identifier)
         said = [{"role": "user", "content": "Hello there"}]
         text = Engine(model, tokenizer).chat(said, max_new_tokens=8, temperature=0.0).read()
         assert replies.setdefault(identifier, (text, tokenizer.identity)) == (
@@ -284,18 +284,18 @@ def test_memory_is_told_before_loading(own: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
         with pytest.raises(ConfigError, match=f"device='{device}' is not on this machine; try cpu"):
-            store.open_model("shipped/base", device=device)
+            registry.open_model("shipped/base", device=device)
     free, total = find_memory()
     assert 0 < free <= total
     events: list[object] = []
-    store.open_model("base/mine", on_event=events.append)  # type: ignore[arg-type]
-    store.open_model("base/mine", dtype="bfloat16", on_event=events.append)  # type: ignore[arg-type]
+    registry.open_model("base/mine", on_event=events.append)  # type: ignore[arg-type]
+    registry.open_model("base/mine", dtype="bfloat16", on_event=events.append)  # type: ignore[arg-type]
     sizes = [
         float(e.text.split(" needs ")[1].split(" MB")[0])
         for e in events
         if isinstance(e, NoteEvent)
     ]
-    n_params = store.list_models()[1].n_params
+    n_params = registry.list_models()[1].n_params
     assert sizes == [
         pytest.approx(4e-6 * n_params, abs=0.06),
         pytest.approx(2e-6 * n_params, abs=0.06),
@@ -311,16 +311,16 @@ def test_memory_is_told_before_loading(own: Path, monkeypatch: pytest.MonkeyPatc
         describe_memory("m", 2 * 10**9)
     monkeypatch.setattr(admission, "find_memory", lambda device: (10**5, 10**5))
     with pytest.raises(CheckpointError, match="needs .* MB of memory"):
-        store.open_model("base/mine")
+        registry.open_model("base/mine")
 
 
 MEASURE = """
 import re, sys, torch
-from primechat import store
+from primechat.checkpoint import registry
 def read(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 def use(name):
-    model = store.open_model(name, dtype=sys.argv[1])[0]
+    model = registry.open_model(name, dtype=sys.argv[1])[0]
     with torch.inference_mode():
         model(torch.arange(32)[None])  # every weight is touched
     return model

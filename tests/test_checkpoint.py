@@ -16,11 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from primechat.config import GPTConfig
-from primechat.config.model import list_shapes
-from primechat.errors import CheckpointError
-from primechat.model import checkpoint, runlog
-from primechat.model.checkpoint import (
+from primechat.checkpoint import checkpoint, run_dir
+from primechat.checkpoint.checkpoint import (
     RunLock,
     explain_steps,
     find_steps,
@@ -31,7 +28,10 @@ from primechat.model.checkpoint import (
     save_checkpoint,
     save_snapshot,
 )
-from primechat.model.runlog import MetricsLog, read_metrics
+from primechat.checkpoint.run_dir import MetricsLog, read_metrics
+from primechat.config import GPTConfig
+from primechat.config.model import list_shapes
+from primechat.errors import CheckpointError
 
 NANOCHAT = Path(__file__).parent / "fixtures" / "nanochat"
 CONFIG = GPTConfig.modern(2, vocab_size=100, sequence_len=32, head_dim=64)
@@ -397,7 +397,7 @@ def test_one_writer(tmp_path: Path) -> None:
 
 def test_killed_owner_frees_the_lock(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from primechat.model.runlog import RunLock\n"
+        "import sys, time; from primechat.checkpoint.run_dir import RunLock\n"
         "lock = RunLock(sys.argv[1]).__enter__()\n"
         "print('held', flush=True); time.sleep(600)"
     )
@@ -422,7 +422,7 @@ def test_disk_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*_: Any) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(runlog.fcntl, "flock", refuse)
+    monkeypatch.setattr(run_dir.fcntl, "flock", refuse)
     with RunLock(tmp_path), pytest.raises(CheckpointError, match="this very process"):
         RunLock(tmp_path).__enter__()
     dead = subprocess.Popen([sys.executable, "-c", ""])

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 import primechat
-from primechat import cli
+from primechat.cli import main as cli
+from primechat.cli.progress import BarView, ProgressView, clean_text, open_view
 from primechat.config import (
     FinetuneConfig,
     GPTConfig,
@@ -24,9 +25,8 @@ from primechat.config import (
     encode_config,
     recipes,
 )
-from primechat.desk.progress import BarView, ProgressView, clean_text, open_view
 from primechat.errors import CheckpointError
-from primechat.records import (
+from primechat.events import (
     CheckpointEvent,
     DoneEvent,
     Event,
@@ -92,7 +92,7 @@ def run_python(code: str, **settings: Any) -> subprocess.CompletedProcess[str]:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys, primechat; from primechat.cli import main; code = main(['--help'])\n"
+        "import sys, primechat; from primechat.cli.main import main; code = main(['--help'])\n"
         "heavy = {'torch', 'tyro', 'rich', 'numpy', 'tiktoken', 'primechat.config'}\n"
         "print(code, sorted(heavy & set(sys.modules)))"
     )
@@ -106,7 +106,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_stage_help_comes_from_the_config_without_torch(
     verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = f"import sys; from primechat.cli import main; main(['{verb}', '--help'])"
+    code = f"import sys; from primechat.cli.main import main; main(['{verb}', '--help'])"
     done = run_python(f"{code}; print('torch' in sys.modules)")
     assert done.stdout.splitlines()[-1] == "False", done.stderr
 
@@ -128,7 +128,7 @@ def test_help_starts_with_what_a_newcomer_types(capsys: pytest.CaptureFixture[st
     assert cli.main([]) == 0
     text = capsys.readouterr().out
     assert text.index("primechat quickstart") < text.index("Verbs:")
-    verbs = [*cli.STAGES, *cli.DESK]
+    verbs = [*cli.STAGES, *cli.PROGRAMS]
     table = text[text.index("Verbs:") :].splitlines()[1 : len(verbs) + 1]
     assert [line.split()[0] for line in table] == verbs
     assert all(len(line) <= 80 and line[17] == " " and line[19] != " " for line in table)
@@ -364,8 +364,8 @@ def test_quickstart_ends_in_a_dialogue(
 
 STOPPER = """
 import sys, time, primechat
-from primechat import cli
-from primechat.records import TrainResult
+from primechat.cli import main as cli
+from primechat.events import TrainResult
 def stage(config, *, on_event, stop):
     print("ready", flush=True)
     for _ in range(6000):
@@ -428,7 +428,7 @@ def test_models(
     base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def list_entries(*entries: Entry) -> None:
-        monkeypatch.setattr("primechat.desk.models.list_models", lambda: list(entries))
+        monkeypatch.setattr("primechat.cli.models.list_models", lambda: list(entries))
 
     list_entries()
     assert cli.main(["models"]) == 0
@@ -454,10 +454,10 @@ def test_models(
 
 
 def test_chat_takes_a_model_by_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    from primechat.desk import chat
+    from primechat.chat import terminal
 
-    seen: list[chat.ChatConfig] = []
-    monkeypatch.setattr(chat, "run_chat", lambda config: seen.append(config) or 0)
+    seen: list[terminal.ChatConfig] = []
+    monkeypatch.setattr(terminal, "run_chat", lambda config: seen.append(config) or 0)
     assert cli.main(["chat", "sft/d4@600", "--temperature", "0"]) == 0
     assert cli.main(["chat", "--model", "base/d4", "--device", "cpu"]) == 0
     assert cli.main(["chat"]) == 0
@@ -556,7 +556,7 @@ def test_model_text_cannot_steer_the_terminal() -> None:
 
 
 def test_broken_pipe_is_no_traceback() -> None:
-    code = "import sys; from primechat.cli import main; sys.exit(main(['--help']))"
+    code = "import sys; from primechat.cli.main import main; sys.exit(main(['--help']))"
     command = f'{sys.executable} -c "{code}" | true'
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
     assert "Traceback" not in done.stderr, done.stderr

@@ -18,12 +18,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from primechat import store
-from primechat.cli import main
-from primechat.desk.convert import export_model, import_model, rename_tensor
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import load_checkpoint
+from primechat.cli.convert import export_model, import_model, rename_tensor
+from primechat.cli.main import main
 from primechat.errors import CheckpointError, ConfigError, DataError
 from primechat.infer.engine import Engine
-from primechat.model.checkpoint import load_checkpoint
 from primechat.model.gpt import GPT
 from primechat.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
@@ -80,7 +80,7 @@ def open_float(home: Path) -> GPT:
 
 def test_transformers_computes_the_same(home: Path, theirs: Any) -> None:
     assert type(theirs).__name__ == "NanoChatForCausalLM"
-    ours, rounded = open_float(home), store.open_model("base/d2")[0]
+    ours, rounded = open_float(home), registry.open_model("base/d2")[0]
     assert theirs.config.num_key_value_heads == 2 and theirs.config.intermediate_size == 256
     for prompt in EXPECTED["prompts"]:
         ids = torch.tensor([prompt["ids"]])
@@ -129,7 +129,7 @@ def test_any_vocabulary_encodes_the_same(seed: int) -> None:
     tokenizers = pytest.importorskip(
         "tokenizers", reason="needs the extra hf: pip install -e '.[hf]'"
     )
-    from primechat.desk.convert import describe_tokenizer
+    from primechat.cli.convert import describe_tokenizer
 
     draw, words = random.Random(seed), set[bytes]()
     while len(words) < 60:
@@ -155,7 +155,7 @@ def test_chat_template_renders_the_same(their_tokenizer: Any) -> None:
             messages, add_generation_prompt=ask, return_dict=False
         )
 
-    ours = store.load_tokenizer("base/d2")
+    ours = registry.load_tokenizer("base/d2")
     for case in EXPECTED["conversations"]:
         talk = case["conversation"]
         assert render(talk["messages"], False) == case["ids"]
@@ -208,7 +208,7 @@ def test_back_again_is_identical(home: Path, tmp_path: Path, told: bool) -> None
     assert tokenizer.identity == Tokenizer.load(home / "tokenizer").identity
     again = import_model(str(folder), "sft/back" if told else "sft/other")
     assert again == home / "chatsft_checkpoints" / ("back" if told else "other")
-    model, found, meta = store.open_model(f"sft/{again.name}")
+    model, found, meta = registry.open_model(f"sft/{again.name}")
     assert found.identity == tokenizer.identity and meta["architecture"] == "classic"
     with pytest.raises(CheckpointError, match="has checkpoints, which nothing overwrites"):
         import_model(str(folder), f"sft/{again.name}")
@@ -284,7 +284,7 @@ def test_refusals(
     assert set(tmp_path.iterdir()) == files, "nothing is left of it"
 
     with monkeypatch.context() as patch:
-        patch.setattr("primechat.desk.convert.save_file", refuse)
+        patch.setattr("primechat.cli.convert.save_file", refuse)
         with pytest.raises(CheckpointError, match="cannot be written .No space left"):
             export_model("base/d2", str(tmp_path / "out"))
     assert set(tmp_path.iterdir()) == files, "nothing is left of it"

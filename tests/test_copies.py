@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from primechat import cli, lab
-from primechat.desk.labs import copies, memory, runner, twins
-from primechat.desk.labs.twins import LabConfig, build_words
+from primechat.cli import main as cli
 from primechat.errors import ConfigError
-from primechat.lessons.start_here import EXERCISES
+from primechat.exercises.start_here import EXERCISES
+from primechat.labkit import copies, lab, memory, start_stop, twins
+from primechat.labkit.twins import LabConfig, build_words
 
 CODE = "import marimo\n\napp = marimo.App()\n\n\n@app.cell\ndef _():\n    {}\n    return\n"
 NAME = "02_little"
@@ -158,7 +158,7 @@ def test_export_takes_the_learners_own_cells(labs: Path) -> None:
 def test_guesses_and_solutions_are_remembered(
     base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "in_notebook", lambda: True)
+    monkeypatch.setattr(start_stop, "in_notebook", lambda: True)
     monkeypatch.setitem(globals(), "__file__", "/labs/mine/02_little.ipynb")
 
     def guess() -> list[lab.Prediction]:
@@ -201,7 +201,7 @@ def test_memory_survives_damage_and_stays_out_of_scripts(
     card.guess = "one"
     card.revealed = True
     assert not memory.find_file().exists(), "a script remembers nothing"
-    monkeypatch.setattr(runner, "in_notebook", lambda: True)
+    monkeypatch.setattr(start_stop, "in_notebook", lambda: True)
     base_dir.mkdir()
     for text in ("{", "[]", '{"02": 3}', '{"test_copies": {"guesses": {"How many?": {}}}}'):
         memory.find_file().write_text(text)
@@ -210,5 +210,5 @@ def test_memory_survives_damage_and_stays_out_of_scripts(
     card.guess = "one"
     card.revealed = True
     assert lab.predict("How many?", ["one", "two"], "two").guess == "one"
-    monkeypatch.setattr(runner, "still", True)
+    monkeypatch.setattr(start_stop, "still", True)
     assert lab.predict("How many?", ["one", "two"], "two").guess is None, "nor a page to be read"

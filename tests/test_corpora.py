@@ -12,9 +12,9 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from primechat import hub as hub_room
 from primechat.errors import DataError, HubError
-from primechat.records import PhaseEvent, ProgressEvent
+from primechat.events import PhaseEvent, ProgressEvent
+from primechat.files import hub as hub_room
 from primechat.text import corpora, shards
 from primechat.text.corpora import (
     corpus_identity,

@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from primechat.errors import ConfigError, DataError, HubError
-from primechat.records import Event
+from primechat.events import Event
 from primechat.text import dialogues
-from primechat.text.conversation import read_messages
+from primechat.text.chat_format import read_messages
 from primechat.text.corpora import read_conversations, read_documents
+from primechat.text.datasets.recipes import ASKING, FAQ, list_recipes
 from primechat.text.dialogues import (
     SETS,
     DialogueOptions,
@@ -29,7 +30,6 @@ from primechat.text.dialogues import (
     parse_mixture,
     stream_dialogues,
 )
-from primechat.text.sources.recipes import ASKING, FAQ, list_recipes
 
 
 def make_options(folder: Path, **kind: Any) -> DialogueOptions:

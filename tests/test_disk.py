@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 from test_store import CONFIG, make_run, make_state
 
-from primechat import cli, store
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import save_snapshot
+from primechat.checkpoint.run_dir import RunLock
+from primechat.cli import main as cli
 from primechat.errors import ConfigError
-from primechat.model.checkpoint import save_snapshot
-from primechat.model.runlog import RunLock
 
 
 @pytest.fixture
 def models(base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A base directory with a base model, a chat model, two by-products, an adapter and caches."""
-    monkeypatch.setattr(store, "SHIPPED", tmp_path / "data" / "nanochat")
-    make_run(store.SHIPPED, "chatsft_checkpoints/d4")
+    monkeypatch.setattr(registry, "SHIPPED", tmp_path / "data" / "nanochat")
+    make_run(registry.SHIPPED, "chatsft_checkpoints/d4")
     mine = make_run(base_dir, "base_checkpoints/mine", (1, 5))
     save_snapshot(mine, 2, make_state(), CONFIG, {})
     (mine / "optim_000005_rank0.pt").write_bytes(b"x" * 3_000_000)

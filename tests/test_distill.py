@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from tiny import VOCAB_SIZE, byte_tokenizer
 from torch import Tensor
 
-from primechat import store
+from primechat.checkpoint import registry
+from primechat.cli.report import ReportFlags, run_report
 from primechat.config import (
     DistillConfig,
     GPTConfig,
@@ -25,7 +26,6 @@ from primechat.config import (
     TokenizerConfig,
 )
 from primechat.config.model import SHARES, STUDENTS, shrink_model
-from primechat.desk.report import ReportFlags, run_report
 from primechat.errors import CheckpointError, ConfigError
 from primechat.metrics.retention import judge_writing, measure_retention, name_kind, write_texts
 from primechat.model.gpt import GPT
@@ -33,7 +33,7 @@ from primechat.model.losses import bucket_top, diverge
 from primechat.stages.distill import OwnBatches, distill, open_teacher_cache
 from primechat.stages.pretrain import pretrain
 from primechat.stages.tokenizer import train_tokenizer
-from primechat.train.teacher import DistillLoss, Mix, TeacherCache, make_projector, mark_own
+from primechat.train.distill import DistillLoss, Mix, TeacherCache, make_projector, mark_own
 
 SHAPE = replace(
     GPTConfig.modern(3, vocab_size=300, sequence_len=32, head_dim=16),
@@ -98,7 +98,7 @@ def test_tail_bucket_is_a_distribution() -> None:
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
 def test_loss_is_the_formula(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("primechat.train.teacher.chunk_rows", lambda *_: 7)  # several chunks
+    monkeypatch.setattr("primechat.train.distill.chunk_rows", lambda *_: 7)  # several chunks
     student, teacher = make_model(SMALL, 1, train=True), make_model(SHAPE, 2)
     mix = Mix(alpha=0.3, temperature=2.5, kind=kind, beta=0.4)
     loss = DistillLoss(student, teacher, mix)(IDS, TARGETS)
@@ -427,7 +427,7 @@ def corpus(tmp_path: Path) -> str:
 
 
 def read_weights(identifier: str) -> dict[str, Tensor]:
-    return store.open_model(identifier)[0].state_dict()
+    return registry.open_model(identifier)[0].state_dict()
 
 
 @pytest.mark.parametrize(
@@ -459,7 +459,7 @@ def test_stage_resumes_to_the_bit(corpus: str, change: dict[str, Any]) -> None:
     assert all(0 < e["distinct_2"] <= 1 and 0 <= e["repetition"] < 1 for e in losses)
     whole = read_weights("base/small@8")
     assert "projector.weight" not in whole
-    folder = store.run_dir("base", "small")
+    folder = registry.run_dir("base", "small")
     for name in ("model_000008.pt", "optim_000008_rank0.pt", "meta_000008.json"):
         (folder / name).unlink()
     assert distill(replace(config, resume=True)).step == 8

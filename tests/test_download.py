@@ -23,15 +23,15 @@ from hub_server import COMMIT, Hub, open_hub
 from tiny import byte_tokenizer
 
 import primechat
-from primechat import cli
-from primechat import hub as hub_room
-from primechat.desk import download as desk
-from primechat.desk.download import DownloadConfig, build_parcels
-from primechat.desk.progress import BarView, ProgressView
+from primechat.checkpoint import download
+from primechat.checkpoint.download import Parcel, is_safe, plan_download, run_plan
+from primechat.cli import download as desk
+from primechat.cli import main as cli
+from primechat.cli.download import DownloadConfig, build_parcels
+from primechat.cli.progress import BarView, ProgressView
 from primechat.errors import ConfigError, DataError, HubError, PrimechatError
-from primechat.model import download
-from primechat.model.download import Parcel, is_safe, plan_download, run_plan
-from primechat.records import Event, NoteEvent, PhaseEvent, ProgressEvent
+from primechat.events import Event, NoteEvent, PhaseEvent, ProgressEvent
+from primechat.files import hub as hub_room
 
 FIXTURES = Path(__file__).parent / "fixtures" / "nanochat"
 DIEGO, D32, OTHER = "shiptoday101/nanochat-d20-base", "karpathy/nanochat-d32", "someone/nanochat-d3"
@@ -472,7 +472,7 @@ CHILD = """
 import sys
 from pathlib import Path
 import huggingface_hub.constants
-from primechat.model.download import Parcel, plan_download, run_plan
+from primechat.checkpoint.download import Parcel, plan_download, run_plan
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 50_000
 base = Path(sys.argv[1])
 def tell(event):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from primechat.checkpoint.checkpoint import save_snapshot
+from primechat.checkpoint.registry import open_model
 from primechat.errors import ConfigError
-from primechat.metrics.embeddings import maps, tables
-from primechat.metrics.embeddings.atlas import TextAtlas, TimeAtlas, TokenAtlas
-from primechat.metrics.probes import capture
-from primechat.model.checkpoint import save_snapshot
-from primechat.store import open_model
+from primechat.interp.embeddings import maps, tables
+from primechat.interp.embeddings.atlas import TextAtlas, TimeAtlas, TokenAtlas
+from primechat.interp.hooks import capture
 from primechat.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from primechat.views.widgets.atlas import AtlasView
 
@@ -117,7 +117,7 @@ def test_bad_vectors_get_a_sentence() -> None:
 
 WATCH = """
 import runpy, sys
-runpy.run_module("primechat.metrics.embeddings.umap_child", run_name="__main__")
+runpy.run_module("primechat.interp.embeddings.umap_child", run_name="__main__")
 assert "torch" not in sys.modules and "umap" in sys.modules
 """
 
@@ -167,7 +167,7 @@ def test_umap_that_dies_leaves_pca(monkeypatch: pytest.MonkeyPatch) -> None:
         and "it was stopped" in stopped.note
         and stopped.places.shape[1] == 3
     )
-    monkeypatch.setattr(maps, "CHILD", "primechat.metrics.embeddings.nothing")
+    monkeypatch.setattr(maps, "CHILD", "primechat.interp.embeddings.nothing")
     failed = maps.UmapJob(x).wait(60)
     assert failed.method == "PCA" and "No module named" in failed.note
 

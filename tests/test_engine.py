@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny import VOCAB_SIZE, HistoryModel, ScriptModel, byte_tokenizer
 
+from primechat.checkpoint.registry import open_model
 from primechat.config import GPTConfig
 from primechat.errors import CheckpointError, ConfigError
 from primechat.infer import engine as engine_module
@@ -22,7 +23,6 @@ from primechat.infer.engine import PREFILL_CHUNK, Engine
 from primechat.infer.sampling import draw_floats, sample_logits, seed_row
 from primechat.model.gpt import GPT
 from primechat.protocols import ChatTokenizer, LanguageModel
-from primechat.store import open_model
 
 TOKENIZER = byte_tokenizer()
 BOS, END = TOKENIZER.stop_ids

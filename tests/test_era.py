@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from primechat.checkpoint.nanochat_format import detect_era, encode_model
 from primechat.config import GPTConfig
 from primechat.config.model import list_shapes
 from primechat.errors import CheckpointError
-from primechat.model.era import detect_era, encode_model
+from primechat.files.weights import inspect_model
 from primechat.model.gpt import GPT
-from primechat.model.weights import inspect_model
 
 NANOCHAT = Path(__file__).parent / "fixtures" / "nanochat"
 SIZES = dict(sequence_len=64, vocab_size=100, n_layer=3, n_head=4, n_kv_head=2, n_embd=64)

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from primechat import capture, lab
+from primechat import capture
 from primechat.errors import ConfigError
-from primechat.lessons.instruments.explorer import TRENDS, Explorer
-from primechat.metrics.embeddings import maps, tables
+from primechat.interp.embeddings import maps, tables
+from primechat.labkit import lab
+from primechat.labkit.instruments.explorer import TRENDS, Explorer
 from primechat.views.widgets.controls import Live
 
 
@@ -86,7 +87,7 @@ def test_rows_of_tokens_never_seen_are_short_coming_in_and_long_going_out(
 
 
 def test_no_snapshots_is_a_sentence(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("primechat.lessons.instruments.timelapse.list_models", lambda: [])
+    monkeypatch.setattr("primechat.labkit.instruments.timelapse.list_models", lambda: [])
     told, course = explorer.travel()
     assert (
         isinstance(told, Live)

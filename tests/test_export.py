@@ -18,7 +18,10 @@ import pytest
 import yaml
 
 import primechat
-from primechat import cli, store
+from primechat.checkpoint import registry
+from primechat.checkpoint.run_dir import read_metrics
+from primechat.cli import main as cli
+from primechat.cli.cloud import PullFlags, plan_pull, rehearse
 from primechat.cloud.export import (
     STAGE_OF,
     export_lab,
@@ -32,10 +35,8 @@ from primechat.cloud.export import (
 from primechat.cloud.plan import find_machine, full_config, make_plan
 from primechat.cloud.templates import IMAGE, POD_BASE
 from primechat.config import PretrainConfig, decode_config, encode_config
-from primechat.desk.pods.verbs import PullFlags, plan_pull, rehearse
+from primechat.config.names import FAMILIES
 from primechat.errors import ConfigError
-from primechat.model.runlog import read_metrics
-from primechat.names import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = "import marimo\n\napp = marimo.App()\n\n\n"
@@ -55,7 +56,7 @@ PROSE = (
 )
 HIDDEN = "@app.cell(hide_code=True)\ndef _():\n    import marimo as mo\n    return (mo,)"
 PROGRAM = (
-    "@app.cell\ndef _():\n    import math\n    from primechat.lab import settings, show\n"
+    "@app.cell\ndef _():\n    import math\n    from primechat.labkit.lab import settings, show\n"
     "    return math, settings, show",
     "@app.cell\ndef _(math, show):\n    # a comment\n    x = [\n        math.pi,\n    ]\n"
     "    show(x)\n    x\n    return (x,)",
@@ -68,7 +69,7 @@ def test_cells_and_script(tmp_path: Path) -> None:
     assert kinds == ["display", "prose", "program", "program"]
     script = write_script(lab)
     assert "# # Why?\n#\n# Because." in script and "marimo" not in script.replace("labs", "")
-    assert "from primechat.desk.pods.script import settings\n" in script and "show" not in script
+    assert "from primechat.cli.script import settings\n" in script and "show" not in script
     assert script.rstrip().endswith("x = [\n    math.pi,\n]")
     given = (
         "@app.cell\ndef _(hidden):\n    z = dict(\n        a=1,\n        b=hidden.text,\n    )\n"
@@ -88,8 +89,10 @@ def test_script_refuses(tmp_path: Path) -> None:
         write_script(write_lab(tmp_path, makes, needs))
     with pytest.raises(ConfigError, match="nothing to export"):
         write_script(write_lab(tmp_path, PROSE, makes))
-    tools = "@app.cell\ndef _():\n    from primechat.lab import predict\n    return (predict,)"
-    with pytest.raises(ConfigError, match="imports predict from primechat.lab"):
+    tools = (
+        "@app.cell\ndef _():\n    from primechat.labkit.lab import predict\n    return (predict,)"
+    )
+    with pytest.raises(ConfigError, match="imports predict from primechat.labkit.lab"):
         write_script(write_lab(tmp_path, tools))
     for number in ("77", "03", "02", "055", "x"):
         with pytest.raises(ConfigError, match="only labs 05 to 09"):
@@ -278,7 +281,7 @@ def test_stage_script_runs(number: str, tmp_path: Path, base_dir: Path) -> None:
     losses = [
         [
             e["loss_nats"]
-            for e in read_metrics(store.run_dir(family, tag) / "metrics.jsonl")
+            for e in read_metrics(registry.run_dir(family, tag) / "metrics.jsonl")
             if e["kind"] == "step"
         ]
         for tag in ("script", "library")
@@ -319,7 +322,7 @@ def test_talk_study(tmp_path: Path, base_dir: Path) -> None:
     asked = run_script(folder, base_dir, "--help")
     assert asked.returncode == 0 and "--repetition_penalty" in asked.stdout, asked.stderr
     shutil.copytree(
-        store.SHIPPED / "chatsft_checkpoints" / "d4", base_dir / "chatsft_checkpoints" / "d4"
+        registry.SHIPPED / "chatsft_checkpoints" / "d4", base_dir / "chatsft_checkpoints" / "d4"
     )
     words = ["--model", "sft/d4", "--n_talks", "2", "--turns", "3", "--max_new_tokens", "4"]
     done = run_script(folder, base_dir, *words, "--generations", "0", "--tag", "script")
@@ -443,13 +446,13 @@ def test_what_was_edited_stays(tmp_path: Path) -> None:
     assert script.read_text() == "# mine\n"
     write(force=True)
     assert script.read_text() == first
-    module = tmp_path / "d2" / "src" / "primechat" / "names.py"
+    module = tmp_path / "d2" / "src" / "primechat" / "seeds.py"
     module.write_text("# mine\n")
     with pytest.raises(ConfigError, match=r"holds src/primechat with changes.*--force"):
         write()
     assert module.read_text() == "# mine\n"
     write(force=True)
-    assert module.read_text() == (ROOT / "primechat" / "names.py").read_text()
+    assert module.read_text() == (ROOT / "primechat" / "seeds.py").read_text()
 
 
 def test_export_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -495,9 +498,11 @@ def test_pull(
     command, target = plan_pull(
         PullFlags(source="me@pod:/data/x/chatsft_checkpoints/mine/", optim=True)
     )
-    assert target == store.run_dir("sft", "mine") and "--exclude=optim_*" not in command
+    assert target == registry.run_dir("sft", "mine") and "--exclude=optim_*" not in command
     command, target = plan_pull(PullFlags(source="root@pod:lora/pirate"))
-    assert target == store.run_dir("lora", "pirate") and command[command.index("-e") + 1] == "ssh"
+    assert (
+        target == registry.run_dir("lora", "pirate") and command[command.index("-e") + 1] == "ssh"
+    )
     assert plan_pull(PullFlags(source="root@pod:/x/autochat"))[1] == base_dir / "autochat"
     for wrong in ("", "base/d20", "pod:base/d20", "-oX@h:base/d20", "a@b:"):
         with pytest.raises(ConfigError, match="must be USER@HOST:RUN"):
@@ -516,7 +521,7 @@ def test_pull(
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{bin_}{os.pathsep}{os.environ['PATH']}")
     assert cli.main(["pull", "me@pod:base/d9", "--base_dir", str(tmp_path / "far")]) == 0
-    assert sorted(p.name for p in store.run_dir("base", "d9").iterdir()) == [
+    assert sorted(p.name for p in registry.run_dir("base", "d9").iterdir()) == [
         "metrics.jsonl",
         "model_000001.pt",
     ]

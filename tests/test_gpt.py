@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from primechat.checkpoint.checkpoint import load_checkpoint
 from primechat.config import GPTConfig
 from primechat.metrics.bits import measure_bits
 from primechat.model.attention import Documents, attend, attention_weights, may_read
-from primechat.model.checkpoint import load_checkpoint
 from primechat.model.fast_cpu import QUERY_BLOCK
 from primechat.model.gpt import GPT
 from primechat.model.losses import sum_cross_entropy, token_cross_entropy

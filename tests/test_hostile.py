@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import torch
 
-from primechat import store
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import explain_steps, load_checkpoint, save_checkpoint
+from primechat.checkpoint.nanochat_format import list_shapes
 from primechat.config import GPTConfig
 from primechat.errors import CheckpointError, PrimechatError
-from primechat.model.checkpoint import explain_steps, load_checkpoint, save_checkpoint
-from primechat.model.era import list_shapes
-from primechat.model.weights import inspect_archive, inspect_model, load_tensors, read_json
+from primechat.files.weights import inspect_archive, inspect_model, load_tensors, read_json
 from primechat.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 CONFIG = GPTConfig(sequence_len=32, vocab_size=265, n_layer=1, n_head=1, n_kv_head=1, n_embd=64)
@@ -120,7 +120,7 @@ def tensor_pickle(
 def run(base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Give a sound run to spoil; afterwards no canary may exist and little memory may have been taken."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(store, "SHIPPED", tmp_path / "nothing")
+    monkeypatch.setattr(registry, "SHIPPED", tmp_path / "nothing")
     ranks = {bytes([i]): i for i in range(256)}
     Tokenizer(SPLIT_PATTERN, ranks, {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}).save(
         base_dir / "tokenizer"
@@ -130,7 +130,7 @@ def run(base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     optim = {"step": 1, "exp_avg": torch.ones(4)}
     save_checkpoint(folder, 1, model_state=state, config=CONFIG, optim_state=optim, meta={})
     assert load_checkpoint(folder, want_optim=True).step == 1
-    assert store.open_model("base/d1@1")[2]["step"] == 1
+    assert registry.open_model("base/d1@1")[2]["step"] == 1
     tracemalloc.start()
     yield folder
     peak = tracemalloc.get_traced_memory()[1]
@@ -168,15 +168,15 @@ def refuse_run(folder: Path, monkeypatch: pytest.MonkeyPatch, match: str | None 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", seen)
         for call in (
-            lambda: store.open_model("base/d1@1"),
-            lambda: store.open_model("base/d1"),
-            lambda: store.load_model("base"),
+            lambda: registry.open_model("base/d1@1"),
+            lambda: registry.open_model("base/d1"),
+            lambda: registry.load_model("base"),
             lambda: load_checkpoint(folder, 1),
             lambda: load_checkpoint(folder),
-            lambda: store.open_model(""),
+            lambda: registry.open_model(""),
         ):
             refuse(call, match)
-        assert all(entry.architecture == "unreadable" for entry in store.list_models())
+        assert all(entry.architecture == "unreadable" for entry in registry.list_models())
         explain_steps(folder)
 
 
@@ -198,7 +198,7 @@ def test_harmful_pickles(
     refuse(lambda: Tokenizer.load(folder))
     (run / "tokenizer").mkdir()
     (run / "tokenizer" / "tokenizer.pkl").write_bytes(data)
-    refuse(lambda: store.load_tokenizer("base/d1"))
+    refuse(lambda: registry.load_tokenizer("base/d1"))
 
 
 @pytest.mark.parametrize("name", harmful_pickles())
@@ -490,11 +490,11 @@ def test_tags_stay_in_the_root(tag: str, run: Path, base_dir: Path) -> None:
     for path in run.iterdir():
         (outside / path.name).write_bytes(path.read_bytes())
     before = sorted(base_dir.rglob("*"))
-    refuse(lambda: store.load_model("base", model_tag=tag))
-    refuse(lambda: store.run_dir("base", tag))
-    refuse(lambda: store.run_dir("../base", "d1"))
+    refuse(lambda: registry.load_model("base", model_tag=tag))
+    refuse(lambda: registry.run_dir("base", tag))
+    refuse(lambda: registry.run_dir("../base", "d1"))
     if tag not in ("", "d1@1"):
-        refuse(lambda: store.open_model(f"base/{tag}"))
+        refuse(lambda: registry.open_model(f"base/{tag}"))
     assert sorted(base_dir.rglob("*")) == before
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from primechat.errors import DataError
-from primechat.lessons.instruments import pretraining, series, talks
+from primechat.events import Turn
+from primechat.labkit.instruments import pretraining, series, talks
 from primechat.metrics import intervals as iv
-from primechat.records import Turn
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 

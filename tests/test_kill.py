@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from primechat import store
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import find_steps, load_checkpoint
+from primechat.checkpoint.run_dir import read_metrics
 from primechat.config import (
     GPTConfig,
     LookConfig,
@@ -27,8 +29,6 @@ from primechat.config import (
     TokenizerConfig,
     encode_config,
 )
-from primechat.model.checkpoint import find_steps, load_checkpoint
-from primechat.model.runlog import read_metrics
 from primechat.stages.tokenizer import train_tokenizer
 
 STEPS = 160
@@ -36,12 +36,12 @@ MAIN = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from primechat import store
+from primechat.checkpoint import registry
 from primechat.config import PretrainConfig, decode_config
 from primechat.stages.pretrain import pretrain
 import json
 config = decode_config(json.loads(Path(sys.argv[1]).read_text()), PretrainConfig)
-resume = (store.run_dir("base", config.tag) / "config.json").exists()
+resume = (registry.run_dir("base", config.tag) / "config.json").exists()
 pretrain(replace(config, resume=resume))
 """
 
@@ -85,7 +85,7 @@ def test_kill_resume(tmp_path: Path) -> None:
     assert start(write_config(tmp_path / "whole.json", "whole", corpus)).wait(timeout=300) == 0
     path, folder = (
         write_config(tmp_path / "broken.json", "broken", corpus),
-        store.run_dir("base", "broken"),
+        registry.run_dir("base", "broken"),
     )
     log, resumed_at = folder / "metrics.jsonl", []
     for _ in range(int(os.environ.get("PRIMECHAT_KILLS", "10"))):
@@ -105,13 +105,13 @@ def test_kill_resume(tmp_path: Path) -> None:
         if steps:
             load_checkpoint(folder, steps[-1], want_optim=True, verify=True)
             resumed_at.append(steps[-1])
-            assert store.list_models()
+            assert registry.list_models()
         if steps and steps[-1] == STEPS:
             break
     assert len(set(resumed_at)) > 2, "the kills must fall at different steps"
     assert start(path).wait(timeout=300) == 0
     a, b = (
-        load_checkpoint(store.run_dir("base", tag), STEPS, want_optim=True)
+        load_checkpoint(registry.run_dir("base", tag), STEPS, want_optim=True)
         for tag in ("whole", "broken")
     )
     for name, tensor in a.model_state.items():
@@ -119,7 +119,7 @@ def test_kill_resume(tmp_path: Path) -> None:
     losses = [
         [
             e["loss_nats"]
-            for e in read_metrics(store.run_dir("base", tag) / "metrics.jsonl")
+            for e in read_metrics(registry.run_dir("base", tag) / "metrics.jsonl")
             if e["kind"] == "step"
         ]
         for tag in ("whole", "broken")

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from primechat import lab, store
-from primechat.desk.labs import runner
-from primechat.lessons import Exercise, is_stub, require
-from primechat.lessons.instruments import firststeps
-from primechat.lessons.instruments.tokenizers import list_own
+from primechat.checkpoint import registry
+from primechat.exercises import Exercise, is_stub, require
+from primechat.labkit import lab, start_stop
+from primechat.labkit.instruments import firststeps
+from primechat.labkit.instruments.tokenizers import list_own
 from primechat.model import lora
 from primechat.views.widgets.controls import (
     Live,
@@ -35,7 +35,7 @@ DOUBLE = Exercise(
 
 
 def test_lab_starts_without_torch() -> None:
-    code = "import sys, primechat.lab as lab; lab.pick_model(); assert 'torch' not in sys.modules"
+    code = "import sys, primechat.labkit.lab as lab; lab.pick_model(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
@@ -47,7 +47,7 @@ def test_show_is_plain_outside_marimo() -> None:
 def test_picker_offers_what_is_here(base_dir: Path) -> None:
     every = lab.pick_model()
     assert [model["identifier"] for model in every.models] == [
-        e.identifier for e in store.list_models()
+        e.identifier for e in registry.list_models()
     ]
     assert every.identifier == "shipped/sft" and "million parameters" in every.models[0]["about"]
     chat = lab.pick_model(("sft", "rl"))
@@ -69,8 +69,8 @@ def test_picker_never_begins_with_a_by_product(base_dir: Path) -> None:
     assert ModelPicker(lambda: found).identifier == "sft/mine"
     assert ModelPicker(lambda: found[:1]).identifier == ""
     assert ModelPicker(lambda: found, found[0]["identifier"]).identifier == found[0]["identifier"]
-    run = store.run_dir("sft", "lab07-full-0-6cc07e")
-    shutil.copytree(store.SHIPPED / "chatsft_checkpoints" / "d4", run)
+    run = registry.run_dir("sft", "lab07-full-0-6cc07e")
+    shutil.copytree(registry.SHIPPED / "chatsft_checkpoints" / "d4", run)
     listed = lab.find_models(("sft",))
     assert [model["by_product"] for model in listed] == [False, True]
     assert "by-product of a lab" in listed[1]["about"]
@@ -88,7 +88,7 @@ def test_models_are_opened_once(base_dir: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_adapter_that_was_trained_on_is_opened_anew(base_dir: Path) -> None:
-    model, tokenizer, _ = store.open_model("shipped/sft")
+    model, tokenizer, _ = registry.open_model("shipped/sft")
     spec, name = lora.LoraSpec(rank=2), "lora:mine+shipped/sft"
     lora.attach(model, "mine", spec)
 
@@ -96,7 +96,7 @@ def test_an_adapter_that_was_trained_on_is_opened_anew(base_dir: Path) -> None:
         for _, matrix in sorted(lora.read_state(model, "mine").items()):
             matrix.fill_(value)
         labels = {"base": "shipped/sft", "tokenizer_identity": tokenizer.identity}
-        lora.save_adapter(model, "mine", spec, store.run_dir("lora", "mine"), **labels)
+        lora.save_adapter(model, "mine", spec, registry.run_dir("lora", "mine"), **labels)
 
     save(0.01)
     first = lab.borrow_model(name)[0]
@@ -173,7 +173,7 @@ def test_exercise_names_the_broken_rule(monkeypatch: pytest.MonkeyPatch) -> None
     failed = lab.exercise(DOUBLE, fail)
     assert failed.state == "failed" and failed.message == "It raised KeyError: 'a'"
     assert lab.exercise(DOUBLE, lambda x: 2 * x).state == "passed"
-    monkeypatch.setattr(runner, "in_app", lambda: True)
+    monkeypatch.setattr(start_stop, "in_app", lambda: True)
     monkeypatch.setitem(globals(), "__file__", "/labs/05_pretraining.py")
     assert "`primechat lab 05 --edit`" in lab.exercise(DOUBLE, stub).message
     assert lab.exercise(DOUBLE, lambda x: 2 * x).message == DOUBLE.praise
@@ -218,7 +218,7 @@ def test_results_become_parts() -> None:
 
 
 def test_a_model_without_steps_is_described() -> None:
-    foreign = store.ModelEntry(
+    foreign = registry.ModelEntry(
         identifier="hf:x",
         family="hf",
         tag="x",

@@ -16,9 +16,9 @@ from browser import ROOT, SMALL_LABS, LabPage, Server, measure_load, run_all_cel
 from matplotlib.image import imread
 from playwright.sync_api import Locator, Page, expect
 
-from primechat.metrics.embeddings.atlas import TokenAtlas
-from primechat.model.checkpoint import save_snapshot
-from primechat.store import open_model
+from primechat.checkpoint.checkpoint import save_snapshot
+from primechat.checkpoint.registry import open_model
+from primechat.interp.embeddings.atlas import TokenAtlas
 
 LAB = ROOT / "labs" / "03_embedding_atlas.py"
 SCATTER = 'e => e.closest(".pc-atlas").scatter'

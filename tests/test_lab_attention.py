@@ -11,7 +11,8 @@ import pytest
 from browser import HOSTS, ROOT, LabPage, run_all_cells
 from playwright.sync_api import Locator, Page, expect
 
-from primechat import capture, lab
+from primechat import capture
+from primechat.labkit import lab
 
 LAB = ROOT / "labs" / "02_attention_internals.py"
 TEXT = "My sister has a small dog. My sister has a big cat. I like the dog, but I love the cat."

@@ -15,8 +15,8 @@ pytest.importorskip("playwright.sync_api", reason="needs playwright (in the extr
 
 from browser import ROOT, LabPage, measure_load, run_all_cells  # noqa: E402
 
-from primechat.lessons.instruments.passages import ENGLISH  # noqa: E402
-from primechat.lessons.instruments.tokenizers import Tokenizers  # noqa: E402
+from primechat.labkit.instruments.passages import ENGLISH  # noqa: E402
+from primechat.labkit.instruments.tokenizers import Tokenizers  # noqa: E402
 
 pytestmark = pytest.mark.slow
 LAB = ROOT / "labs" / "01_tokenizer_playground.py"

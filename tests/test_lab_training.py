@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from primechat.model.runlog import read_metrics
-from primechat.records import LossEvent, PhaseEvent, SampleEvent, StepEvent
+from primechat.checkpoint.run_dir import read_metrics
+from primechat.events import LossEvent, PhaseEvent, SampleEvent, StepEvent
 from primechat.views.widgets.runs import MAX_SAMPLES, RunLog
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,8 +11,8 @@ from browser import ROOT, LabPage, Server, run_all_cells
 from playwright.sync_api import Page, expect
 
 from primechat import capture
-from primechat.metrics.embeddings.atlas import TimeAtlas
-from primechat.store import list_models, open_model
+from primechat.checkpoint.registry import list_models, open_model
+from primechat.interp.embeddings.atlas import TimeAtlas
 
 pytestmark = pytest.mark.slow
 TEXT = "My sister has a small dog. My sister has a big cat. I like the dog, but I love the cat."

@@ -18,9 +18,10 @@ import pytest
 from browser import HOSTS, end_group, find_port, run_all_cells, wait_for
 from test_runner import wait_until
 
-from primechat import cli
-from primechat.desk.labs import copies, twins
-from primechat.desk.labs.twins import (
+from primechat.cli import main as cli
+from primechat.errors import ConfigError, DataError
+from primechat.labkit import copies, twins
+from primechat.labkit.twins import (
     LabConfig,
     build_words,
     find_lab,
@@ -28,7 +29,6 @@ from primechat.desk.labs.twins import (
     read_title,
     write_twin,
 )
-from primechat.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 LABS = list_labs()
@@ -94,7 +94,7 @@ def test_commands_that_open_a_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert f"--LabApp.default_url=/lab/tree/{LABS[0].stem}.ipynb" in words
     assert places["PATH"].startswith(str(Path(sys.executable).parent))
     app, _ = build_words(LabConfig(app=True, headless=True, port=4321), LABS[0])
-    assert app[1:4] == ["-m", "primechat.desk.labs.app", "run"]
+    assert app[1:4] == ["-m", "primechat.labkit.app", "run"]
     assert app[4:] == [str(LABS[0]), "--port", "4321", "--headless"]
     editor, _ = build_words(LabConfig(edit=True), LABS[0])
     own = tmp_path / "labs" / "mine" / LABS[0].name
@@ -104,19 +104,20 @@ def test_commands_that_open_a_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 READ_AHEAD = """
 import socket, sys, threading
 from pathlib import Path
-from primechat.desk.labs import app
+from primechat.labkit import app
 
 server = socket.create_server(("127.0.0.1", 0))
 finders, begun, given = list(sys.meta_path), set(), app.importlib.import_module
 app.importlib.import_module = lambda name: begun.add(name) or given(name)
 for path in sys.argv[1:]:
     app.read_ahead(Path(path), server.getsockname()[1])
-assert {"ipywidgets", "numpy", "primechat.lab", "primechat.lessons.attention_internals"} <= set(sys.modules)
+lesson = "primechat.exercises.attention_internals"
+assert {"ipywidgets", "numpy", "primechat.labkit.lab", lesson} <= set(sys.modules)
 assert "torch" not in sys.modules and sys.meta_path == finders
 kept = {name for name in sys.modules if name.startswith("primechat") and app.needs_torch(name)}
 heavy = {"microscope", "explorer", "talks"}
 assert not kept and not heavy & {name.rpartition(".")[2] for name in begun}, kept
-from primechat.lessons.instruments.microscope import Microscope
+from primechat.labkit.instruments.microscope import Microscope
 assert "torch" in sys.modules
 """
 
@@ -298,7 +299,7 @@ def open_lab(tmp_path: Path) -> Iterator[Callable[..., str]]:
 
         def start(*words: str) -> str:
             port, log = find_port(), tmp_path / f"log-{len(logs)}"
-            command = [sys.executable, "-m", "primechat.cli", "lab", *words]
+            command = [sys.executable, "-m", "primechat.cli.main", "lab", *words]
             command += ["--headless", "--port", str(port)]
             out = stack.enter_context(log.open("w"))
             process = subprocess.Popen(

@@ -8,11 +8,11 @@ import pkgutil
 
 import pytest
 
-import primechat.lessons as lessons
-from primechat.lessons import Broken, Exercise, is_stub
+import primechat.exercises as lessons
+from primechat.exercises import Broken, Exercise, is_stub
 
 FOUND = {
-    name: getattr(importlib.import_module(f"primechat.lessons.{name}"), "EXERCISES", ())
+    name: getattr(importlib.import_module(f"primechat.exercises.{name}"), "EXERCISES", ())
     for _, name, _ in pkgutil.iter_modules(lessons.__path__)
 }
 EXERCISES = [

@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from primechat import cli, store
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import find_steps, read_meta
+from primechat.checkpoint.run_dir import read_frozen, read_metrics
+from primechat.cli import main as cli
 from primechat.config import (
     EvaluateConfig,
     GPTConfig,
@@ -22,14 +25,12 @@ from primechat.config import (
     encode_config,
 )
 from primechat.errors import ConfigError
-from primechat.lessons.instruments import pretraining
-from primechat.lessons.instruments.pretraining import AblationConfig, ablate
-from primechat.model.checkpoint import find_steps, read_meta
-from primechat.model.runlog import read_frozen, read_metrics
-from primechat.records import Event, LossEvent, NoteEvent, OnEvent, ProgressEvent, StepEvent
-from primechat.stages import run
+from primechat.events import Event, LossEvent, NoteEvent, OnEvent, ProgressEvent, StepEvent
+from primechat.labkit.instruments import pretraining
+from primechat.labkit.instruments.pretraining import AblationConfig, ablate
+from primechat.stages import trainer
+from primechat.stages.eval_budget import LADDER, Cost, plan_looks
 from primechat.stages.evaluate import evaluate
-from primechat.stages.looks import LADDER, Cost, plan_looks
 from primechat.stages.pretrain import pretrain
 
 FIXED = RuntimeConfig(device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=4)
@@ -62,9 +63,11 @@ def make_config(corpus: str, **changes: Any) -> PretrainConfig:
 
 def fake_cost(monkeypatch: pytest.MonkeyPatch, step_s: float, token_s: float) -> None:
     """Let every run find the same speed."""
-    real = run.tune_runtime
-    monkeypatch.setattr(run, "tune_runtime", lambda *a, **k: replace(real(*a, **k), step_s=step_s))
-    monkeypatch.setattr(run.TrainingRun, "time_validation", lambda *_: Cost(token_s=token_s))
+    real = trainer.tune_runtime
+    monkeypatch.setattr(
+        trainer, "tune_runtime", lambda *a, **k: replace(real(*a, **k), step_s=step_s)
+    )
+    monkeypatch.setattr(trainer.TrainingRun, "time_validation", lambda *_: Cost(token_s=token_s))
 
 
 def stop_after(step: int, stop: threading.Event) -> OnEvent:
@@ -78,7 +81,7 @@ def stop_after(step: int, stop: threading.Event) -> OnEvent:
 
 
 def read_losses(tag: str) -> list[dict[str, Any]]:
-    events = read_metrics(store.run_dir("base", tag) / "metrics.jsonl")
+    events = read_metrics(registry.run_dir("base", tag) / "metrics.jsonl")
     return [event for event in events if event["kind"] == "loss"]
 
 
@@ -108,7 +111,7 @@ def test_chosen_once_and_frozen(corpus: str, monkeypatch: pytest.MonkeyPatch) ->
     fake_cost(monkeypatch, step_s=1.0, token_s=1e-4)  # 0.12 s a look: 1,200 tokens; 3 s at the end
     stop, config = threading.Event(), make_config(corpus)
     pretrain(config, on_event=stop_after(6, stop), stop=stop)
-    look = read_frozen(store.run_dir("base", "d1"), PretrainConfig).look
+    look = read_frozen(registry.run_dir("base", "d1"), PretrainConfig).look
     assert (look.eval_tokens, look.last_eval_tokens, look.eval_every) == (4000, 20_000, 4)
 
     fake_cost(monkeypatch, step_s=1.0, token_s=1e-9)
@@ -117,7 +120,7 @@ def test_chosen_once_and_frozen(corpus: str, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ConfigError, match="look.eval_tokens: 4000 != 0"):
         pretrain(replace(config, resume=True, look=replace(QUIET, eval_tokens=0)))
     pretrain(replace(config, resume=True))
-    assert read_frozen(store.run_dir("base", "d1"), PretrainConfig).look == look
+    assert read_frozen(registry.run_dir("base", "d1"), PretrainConfig).look == look
     losses = read_losses("d1")
     assert [loss["step"] for loss in losses] == [0, 4, 8, 12]
     assert len({loss["tokens"] for loss in losses[:3]}) == 1 and losses[0]["tokens"] <= 4000
@@ -129,7 +132,7 @@ def test_settings_of_an_earlier_version(corpus: str) -> None:
     look = replace(QUIET, eval_tokens=20_480, last_eval_tokens=0)
     stop = threading.Event()
     pretrain(make_config(corpus, look=look), on_event=stop_after(3, stop), stop=stop)
-    run_folder = store.run_dir("base", "d1")
+    run_folder = registry.run_dir("base", "d1")
     old = json.loads((run_folder / "config.json").read_text())
     assert (old["look"]["eval_tokens"], old["look"]["last_eval_tokens"]) == (20_480, 0)
     result = pretrain(make_config(corpus, resume=True))
@@ -148,11 +151,11 @@ def test_every_figure_says_its_tokens(
     assert cli.main(["pretrain", "--config", str(file)]) == 0
     out = capsys.readouterr().out
     assert "bits per byte on 320 tokens\n" in out and "bits per byte on 640 tokens, " in out
-    folder = store.run_dir("base", "d1")
+    folder = registry.run_dir("base", "d1")
     meta = read_meta(folder, find_steps(folder)[-1])
     losses = read_losses("d1")
-    assert meta["val_tokens"] == losses[-1]["tokens"] == store.load_run(folder).val_tokens == 640
-    entry = next(entry for entry in store.list_models() if entry.identifier == "base/d1")
+    assert meta["val_tokens"] == losses[-1]["tokens"] == registry.load_run(folder).val_tokens == 640
+    entry = next(entry for entry in registry.list_models() if entry.identifier == "base/d1")
     assert entry.val_tokens == 640
     assert cli.main(["report", "base/d1", "--output", str(tmp_path / "page")]) == 0
     assert "bits per byte on 640 tokens" in (tmp_path / "page" / "index.html").read_text()
@@ -197,7 +200,7 @@ def test_stop_ends_the_last_validation(corpus: str, batches: int) -> None:
     assert batches * 16 * 32 * 0.9 < event.tokens <= batches * 16 * 32
     assert not result.stopped and result.step == 12 and result.val_tokens == event.tokens
     assert result.val_bpb == event.val_bpb and np.isfinite(event.val_bpb)
-    folder = store.run_dir("base", "d1")
+    folder = registry.run_dir("base", "d1")
     assert read_meta(folder, 12)["val_tokens"] == event.tokens
     assert any(isinstance(e, NoteEvent) and "last check was stopped" in e.text for e in after)
     assert not [e for e in after if e.kind == "sample"], "nothing more is written"
@@ -247,7 +250,7 @@ def test_the_seeds_of_a_comparison_share_the_choice(
             fake_cost(monkeypatch, step_s=1.0, token_s=1e-9)  # the next run would be faster
 
     first = ablate(config, on_event=hear)
-    folders = sorted(store.run_dir("base", "x").parent.glob("ablation-*"))
+    folders = sorted(registry.run_dir("base", "x").parent.glob("ablation-*"))
     looks = {read_frozen(folder, PretrainConfig).look for folder in folders}
     assert len(folders) == 6 and len(looks) == 1 and looks.pop().eval_tokens == 4000
     told.clear()

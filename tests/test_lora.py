@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from primechat import store
+from primechat.checkpoint import registry
+from primechat.cli.convert import export_model
 from primechat.config import (
     DistillConfig,
     EvaluateConfig,
@@ -26,7 +27,6 @@ from primechat.config import (
     RuntimeConfig,
     TokenizerConfig,
 )
-from primechat.desk.convert import export_model
 from primechat.errors import CheckpointError, ConfigError
 from primechat.model import lora
 from primechat.model.gpt import GPT
@@ -336,20 +336,20 @@ def test_stage_and_identifiers(base: str) -> None:
     )
     result = train_lora(config)
     assert result.identifier == "lora:loud+sft/d3@3" and result.path == "lora_checkpoints/loud"
-    again = store.load_run(
+    again = registry.load_run(
         result.path
     )  # a lab that is opened again shows the same, and its dial opens it
     assert (again.identifier, again.n_params) == (result.identifier, result.n_params)
     assert result.train_s < again.total_s <= result.total_s
     losses = [e for e in result.events if e["kind"] == "loss"]
     assert losses[-1]["val_bpb"] < losses[0]["val_bpb"] and losses[-1]["general_bpb"] > 0
-    folder = store.base_dir() / result.path
+    folder = registry.base_dir() / result.path
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer"} < set(
         os.listdir(folder)
     )
     assert (folder / "model_000008.pt").stat().st_size < result.n_params * 4 + 20_000
-    plain, tokenizer, _ = store.open_model("sft/d3")
-    model, _, meta = store.open_model("lora:loud*0.5+sft/d3")
+    plain, tokenizer, _ = registry.open_model("sft/d3")
+    model, _, meta = registry.open_model("lora:loud*0.5+sft/d3")
     assert meta["identifier"] == "lora:loud*0.5+sft/d3@3" and lora.list_adapters(model) == {
         "loud": 0.5
     }
@@ -358,21 +358,21 @@ def test_stage_and_identifiers(base: str) -> None:
     lora.turn_dial(model, "loud", 0.0)
     assert torch.equal(model(IDS), plain(IDS))  # a dial of 0 is the base, exactly
     # resumed at step 4, it ends in the unbroken run's matrices
-    whole = store.open_model("lora:loud+sft/d3")[0](IDS)
+    whole = registry.open_model("lora:loud+sft/d3")[0](IDS)
     for name in ("model_000008.pt", "optim_000008_rank0.pt", "meta_000008.json"):
         (folder / name).unlink()
     assert train_lora(replace(config, resume=True)).step == 8
-    assert torch.equal(store.open_model("lora:loud+sft/d3")[0](IDS), whole)
-    alone, _, meta = store.open_model("lora:loud*0.5")  # on the base that it records
+    assert torch.equal(registry.open_model("lora:loud+sft/d3")[0](IDS), whole)
+    alone, _, meta = registry.open_model("lora:loud*0.5")  # on the base that it records
     assert meta["identifier"] == "lora:loud*0.5+sft/d3@3" and lora.list_adapters(alone) == {
         "loud": 0.5
     }
     with pytest.raises(CheckpointError, match=r"was made for sft/d3@3: use lora:loud\+sft/d3@3\."):
-        store.open_model("lora:loud+shipped/sft")
+        registry.open_model("lora:loud+shipped/sft")
     train_lora(replace(config, tag="other", seed=1, steps=2))
-    both = store.open_model("lora:loud+lora:other+sft/d3")[0]
+    both = registry.open_model("lora:loud+lora:other+sft/d3")[0]
     assert list(lora.list_adapters(both)) == ["loud", "other"]
-    entries = {e.identifier: e for e in store.list_models()}
+    entries = {e.identifier: e for e in registry.list_models()}
     assert entries["lora:loud+sft/d3@3"].steps == (4, 8)
     assert evaluate(
         EvaluateConfig(model="lora:loud+sft/d3", corpus=str(Path(base).parent / "words.jsonl"))
@@ -403,8 +403,8 @@ def test_a_kill_at_the_last_step(base: str, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(KeyboardInterrupt):
         train_lora(config)
     result = train_lora(replace(config, resume=True))
-    newest = torch.load(store.base_dir() / result.path / "model_000004.pt")
-    opened = lora.read_state(store.open_model("lora:cut+sft/d3")[0], "cut")
+    newest = torch.load(registry.base_dir() / result.path / "model_000004.pt")
+    opened = lora.read_state(registry.open_model("lora:cut+sft/d3")[0], "cut")
     assert result.step == 4 and all(torch.equal(newest[key], opened[key]) for key in opened)
 
 
@@ -421,7 +421,7 @@ def test_harm_to_a_run(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
         runtime=FIXED,
         look=look,
     )
-    folder = store.base_dir() / train_lora(config).path
+    folder = registry.base_dir() / train_lora(config).path
     path = folder / "model_000004.pt"
     sound, file = path.read_bytes(), bytearray(path.read_bytes())
     file[len(file) // 2] ^= 255
@@ -430,7 +430,7 @@ def test_harm_to_a_run(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     train_lora(replace(config, resume=True), on_event=lambda e: said.append(getattr(e, "text", "")))
     assert any("Skipped step 4" in text for text in said) and "Going on from step 2 of 4." in said
     assert path.read_bytes() == sound
-    monkeypatch.setattr("primechat.model.checkpoint.write_part", refuse_to_write)
+    monkeypatch.setattr("primechat.checkpoint.checkpoint.write_part", refuse_to_write)
     with pytest.raises(CheckpointError, match="could not be written to .*No space"):
         train_lora(replace(config, tag="full"))
 
@@ -441,10 +441,10 @@ def refuse_to_write(*_: Any) -> None:
 
 def test_stage_refuses(base: str) -> None:
     with pytest.raises(CheckpointError, match="the adapters are: none"):
-        store.open_model("lora:none")
+        registry.open_model("lora:none")
     for name in ("lora:+sft", "lora:a+", "lora:a*x+sft", "lora:a.b+sft"):
         with pytest.raises(ConfigError, match="must be like"):
-            store.open_model(name)
+            registry.open_model(name)
     for wrong, said in ((dict(rank=0), "rank=0"), (dict(learn="all"), "learn='all'")):
         with pytest.raises(ConfigError, match=said):
             train_lora(LoRAConfig(base="sft/d3", dialogues=base, runtime=FIXED, **wrong))

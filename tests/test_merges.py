@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from primechat.text import encodings
-from primechat.text.merges import PairLearner, merge_piece, replay_merges, split_pieces
+from primechat.text.bpe import PairLearner, merge_piece, replay_merges, split_pieces
 from primechat.text.tokenizer import SPLIT_PATTERN, Tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures" / "nanochat"

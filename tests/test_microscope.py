@@ -11,13 +11,14 @@ import torch
 from tiny import VOCAB_SIZE, byte_tokenizer
 from traitlets import HasTraits, Unicode
 
-from primechat import capture, lab
+from primechat import capture
 from primechat.config import GPTConfig
-from primechat.lessons.instruments import scene as scenes
-from primechat.lessons.instruments import survey
-from primechat.lessons.instruments.microscope import Microscope, Trial, patch_prompts
-from primechat.lessons.instruments.scene import Scene, pool_weights, save_copying
-from primechat.metrics.circuits import list_parts, scan_ablations, score_heads
+from primechat.interp.circuits import list_parts, scan_ablations, score_heads
+from primechat.labkit import lab
+from primechat.labkit.instruments import scene as scenes
+from primechat.labkit.instruments import survey
+from primechat.labkit.instruments.microscope import Microscope, Trial, patch_prompts
+from primechat.labkit.instruments.scene import Scene, pool_weights, save_copying
 from primechat.metrics.intervals import estimate_mean
 from primechat.model.gpt import GPT
 from primechat.views.widgets.controls import Prediction
@@ -117,7 +118,7 @@ def test_switches_show_what_is_lost(scope: Microscope) -> None:
 
 
 def test_trial_goes_on_slice_by_slice(scope: Microscope, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("primechat.lessons.instruments.microscope.SLICE_S", -1.0)
+    monkeypatch.setattr("primechat.labkit.instruments.microscope.SLICE_S", -1.0)
     view, parts = scope.ablate(), list_parts(scope.scene.body)
     for turn in range(1, len(parts) + 1):
         view.wish = turn
@@ -234,7 +235,7 @@ def test_patching_in_words(scope: Microscope) -> None:
 
 
 def test_time_machine(scope: Microscope, monkeypatch: pytest.MonkeyPatch) -> None:
-    from primechat.lessons.instruments import timelapse
+    from primechat.labkit.instruments import timelapse
 
     entries: list[Any] = []
     opened: list[str] = []

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from primechat.errors import DataError
+from primechat.text.datasets.own import read_own
 from primechat.text.dialogues import stream_dialogues
-from primechat.text.sources.own import read_own
 
 SAID = [("user", "Hi?"), ("assistant", "Yes.")]
 SHAREGPT = {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes."}]}

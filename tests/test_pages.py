@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from primechat import cli, lab
-from primechat.desk.labs import pages, runner, twins
-from primechat.desk.session import open_chat
-from primechat.lessons.start_here import EXERCISES
+from primechat.chat.session import open_chat
+from primechat.cli import main as cli
+from primechat.exercises.start_here import EXERCISES
+from primechat.labkit import lab, pages, start_stop, twins
 
 LAB = """
 import marimo
@@ -34,7 +34,7 @@ def _():
     import matplotlib.pyplot as plt
     import plotly.graph_objects as go
 
-    from primechat.lab import Live, predict, show, stage
+    from primechat.labkit.lab import Live, predict, show, stage
     from primechat.config import PretrainConfig
     return Live, PretrainConfig, go, mo, plt, predict, show, stage
 
@@ -98,7 +98,7 @@ def test_page_holds_the_whole_lab(
 ) -> None:
     out = tmp_path / "out"
     assert cli.main(["lab", "render", str(out)]) == 0
-    assert not runner.still and {path.name for path in out.iterdir()} == {
+    assert not start_stop.still and {path.name for path in out.iterdir()} == {
         "index.html",
         "07_little.html",
     }
@@ -163,7 +163,7 @@ def test_fault_of_one_lab_is_told(
 
 def test_a_page_opens_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that opens one would still be at it when the pages are written, and torch aborts then."""
-    monkeypatch.setattr(runner, "still", True)
+    monkeypatch.setattr(start_stop, "still", True)
     before = threading.active_count()
     view = open_chat("shipped/sft")
     assert threading.active_count() == before and view.first["chosen"] == ["shipped/sft"]

@@ -22,16 +22,17 @@ import pytest
 import torch
 from test_streams import corpus, make_config  # noqa: F401  # a fixture
 
-from primechat import cli, store
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import find_steps, save_checkpoint
+from primechat.cli import main as cli
 from primechat.config import GPTConfig, PretrainConfig, TokenizerConfig, encode_config
 from primechat.errors import CheckpointError, ConfigError, PrimechatError
-from primechat.files import explain_refusal, make_folder, resolve_path, write_file
-from primechat.model.checkpoint import find_steps, save_checkpoint
+from primechat.files.paths import explain_refusal, make_folder, resolve_path, write_file
 from primechat.model.gpt import GPT
 from primechat.stages.pretrain import pretrain
 from primechat.stages.tokenizer import train_tokenizer
 from primechat.text.tokenizer import Tokenizer
-from primechat.train.teacher import TeacherCache
+from primechat.train.distill import TeacherCache
 
 
 def make_long(place: Path) -> Path:
@@ -289,14 +290,14 @@ def test_what_the_disk_refuses_anywhere_is_a_sentence(
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "there/it.bin")
 
-    monkeypatch.setattr("primechat.desk.models.list_models", refuse)
+    monkeypatch.setattr("primechat.cli.models.list_models", refuse)
     said = run_refused(["models"], capsys)
     assert "there/it.bin cannot be used (No space left on device); free some space" in said
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_save_that_fails_keeps_the_talk(kind: str, tmp_path: Path) -> None:
-    from primechat.desk.chat import ChatConfig, run_chat
+    from primechat.chat.terminal import ChatConfig, run_chat
 
     bad = KINDS[kind](tmp_path)
     good = tmp_path / "talk.jsonl"
@@ -318,7 +319,7 @@ def test_a_save_that_fails_leaves_nothing_and_is_told_again_on_resuming(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = make_config(corpus)
-    folder = store.run_dir("base", "tiny")
+    folder = registry.run_dir("base", "tiny")
     whole = os.fsync
 
     def refuse(descriptor: int) -> None:
@@ -418,7 +419,7 @@ def test_of_two_tokenizers_of_a_tag_one_is_refused(
     refused = [end for end in ends if isinstance(end, PrimechatError)]
     (made,) = [end for end in ends if not isinstance(end, PrimechatError)]
     assert len(refused) == 1, ends
-    there = Tokenizer.load(store.run_dir("base", "two") / "tokenizer")
+    there = Tokenizer.load(registry.run_dir("base", "two") / "tokenizer")
     assert there.identity == made.identity
     assert "is being written by" in str(refused[0])
 
@@ -434,7 +435,7 @@ def test_a_copy_without_its_clone_says_so(tmp_path: Path) -> None:
         tmp_path / "site" / "primechat",
         ignore=shutil.ignore_patterns("__pycache__"),
     )
-    code = "import sys; from primechat.cli import main\n"
+    code = "import sys; from primechat.cli.main import main\n"
     code += "for line in sys.stdin: print(main(line.split()), flush=True, file=sys.stderr)"
     lines = [
         "lab",

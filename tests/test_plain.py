@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from primechat import store
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import read_meta
 from primechat.config import (
     EvaluateConfig,
     GPTConfig,
@@ -23,8 +24,7 @@ from primechat.config import (
     TokenizerConfig,
 )
 from primechat.errors import ConfigError
-from primechat.model.checkpoint import read_meta
-from primechat.records import Event
+from primechat.events import Event
 from primechat.stages.evaluate import evaluate
 from primechat.stages.pretrain import pretrain
 from primechat.text.corpora import corpus_identity, read_documents
@@ -187,7 +187,7 @@ def test_runs_know_the_separator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     heard: list[Event] = []
     result = pretrain(config, on_event=heard.append)
     assert any("39 <|endoftext|> between" in getattr(event, "text", "") for event in heard)
-    tokenizer = store.load_tokenizer(result.identifier)
+    tokenizer = registry.load_tokenizer(result.identifier)
     assert not any(b"<|" in tokenizer.token_bytes(i) for i in range(290))
 
     frozen = tmp_path / "base" / result.path / "config.json"

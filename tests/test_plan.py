@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from primechat.cli import main
+from primechat.cli.main import main
 from primechat.cloud.forecast import SmallRun, forecast_bpb
 from primechat.cloud.plan import (
     choose_rows,
@@ -30,9 +30,9 @@ from primechat.cloud.plan import (
 from primechat.config import GPTConfig, PretrainConfig, RuntimeConfig, encode_config
 from primechat.config.model import count_parts
 from primechat.errors import ConfigError
-from primechat.lessons.instruments import budget, forecasts
+from primechat.events import Event, StepEvent
+from primechat.labkit.instruments import budget, forecasts
 from primechat.model.gpt import GPT
-from primechat.records import Event, StepEvent
 
 
 def test_known_runs() -> None:

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from primechat import store
+from primechat.checkpoint import registry
+from primechat.checkpoint.run_dir import read_frozen
 from primechat.config import GPTConfig, LookConfig, OptimConfig, PretrainConfig, RuntimeConfig
 from primechat.errors import ConfigError
-from primechat.lessons.instruments import ablation, posttrain, pretraining, series, spectra
+from primechat.events import Event
+from primechat.labkit.instruments import ablation, posttrain, pretraining, series, spectra
 from primechat.model.gpt import GPT
-from primechat.model.runlog import read_frozen
-from primechat.records import Event
 from primechat.train.optim import Optimizer
 from primechat.views.training import draw_lines, draw_tradeoff
 
@@ -133,7 +133,9 @@ def test_students(tmp_path: Path) -> None:
     plan = posttrain.SeriesConfig(names="eighth taught", seeds=1, steps=2, batch_tokens=1024)
     rows = posttrain.compare_sizes(plan)
     assert rows[0]["retention"] > 0 and 0 <= rows[0]["agreement"] <= 1
-    result: Any = store.load_run(store.run_dir("base", rows[0]["identifier"].partition("/")[2]))
+    result: Any = registry.load_run(
+        registry.run_dir("base", rows[0]["identifier"].partition("/")[2])
+    )
     assert [name for name, points in posttrain.list_retention(result).items() if points] == [
         "retention",
         "agreement",
@@ -330,7 +332,7 @@ def test_the_dial_holds_one_model_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
         seen.append(weakref.ref(model))
         return model, None, {}
 
-    monkeypatch.setattr(store, "open_model", open_model)
+    monkeypatch.setattr(registry, "open_model", open_model)
     monkeypatch.setattr("primechat.infer.engine.Engine", lambda model, tokenizer: None)
     monkeypatch.setattr("primechat.model.lora.turn_dial", lambda *_: None)
     monkeypatch.setattr(posttrain, "answer", lambda engine, prompt: prompt)

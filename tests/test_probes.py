@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from primechat import capture
+from primechat.checkpoint.checkpoint import load_checkpoint
 from primechat.config import GPTConfig
 from primechat.errors import ConfigError
-from primechat.metrics.anatomy import dissect
-from primechat.metrics.circuits import (
+from primechat.interp.anatomy import dissect
+from primechat.interp.circuits import (
     READABLE,
     STREAM,
     attribute,
@@ -30,9 +31,8 @@ from primechat.metrics.circuits import (
     score_heads,
     shuffle_blocks,
 )
-from primechat.metrics.probes import Patch, list_points
+from primechat.interp.hooks import Patch, list_points
 from primechat.model.attention import attend
-from primechat.model.checkpoint import load_checkpoint
 from primechat.model.gpt import GPT
 from primechat.model.lora import LoraSpec, attach
 

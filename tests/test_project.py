@@ -20,7 +20,8 @@ from packaging.specifiers import SpecifierSet
 from test_house import read_house
 
 import primechat
-from primechat import cli, store
+from primechat.checkpoint import registry
+from primechat.cli import main as cli
 from primechat.views.theme import DARK, FONT, LIGHT
 
 if sys.version_info >= (3, 11):
@@ -81,7 +82,7 @@ def test_dependencies_are_the_agreed_ones() -> None:
     assert {item.name for item in extras["labs"]} == LABS
     assert {item.name for item in extras["hf"]} == HF
     assert all(item.specifier for item in [*core, *extras["labs"], *extras["test"], *extras["hf"]])
-    assert project["scripts"] == {"primechat": "primechat.cli:main"}
+    assert project["scripts"] == {"primechat": "primechat.cli.main:main"}
     allowed = SpecifierSet(project["requires-python"])
     assert all(version in allowed for version in PYTHONS) and "3.9" not in allowed
 
@@ -139,7 +140,7 @@ def test_readme_commands_are_what_is_checked() -> None:
 
 def test_readme_names_every_verb_and_only_those() -> None:
     text = (ROOT / "README.md").read_text()
-    verbs = {*cli.STAGES, *cli.DESK}
+    verbs = {*cli.STAGES, *cli.PROGRAMS}
     table = set(re.findall(r"^\| `primechat ([\w-]+)", text, re.MULTILINE))
     assert table == verbs
     assert set(re.findall(r"primechat ([a-z][\w-]+) ", "\n".join(read_commands()))) <= verbs
@@ -184,7 +185,9 @@ def test_version_and_licence() -> None:
 
 def test_tests_are_hermetic(base_dir: Path, tmp_path: Path) -> None:
     assert (
-        store.base_dir() == base_dir and base_dir.is_relative_to(tmp_path) and not base_dir.exists()
+        registry.base_dir() == base_dir
+        and base_dir.is_relative_to(tmp_path)
+        and not base_dir.exists()
     )
     for address in (("192.0.2.1", 80), ("example.org", 443)):  # both are reserved for examples
         with pytest.raises(RuntimeError, match="tests use no network"):
@@ -197,7 +200,7 @@ def test_tests_are_hermetic(base_dir: Path, tmp_path: Path) -> None:
 
 def test_labs_are_not_rewritten_on_opening() -> None:
     """And they follow the system's light or dark, which `marimo run` does only where it is told to."""
-    looks = "primechat/desk/labs/marimo.css"
+    looks = "primechat/labkit/marimo.css"
     runs, dark = {"auto_instantiate": True}, {"theme": "system", "custom_css": [looks]}
     assert read_project()["tool"]["marimo"] == {
         "runtime": runs,

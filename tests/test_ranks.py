@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from primechat import store
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import find_steps, load_checkpoint
+from primechat.checkpoint.run_dir import read_metrics
 from primechat.cloud.export import shrink_config
 from primechat.cloud.plan import full_config
 from primechat.config import PretrainConfig, RuntimeConfig, encode_config
-from primechat.model.checkpoint import find_steps, load_checkpoint
-from primechat.model.runlog import read_metrics
-from primechat.records import NoteEvent
+from primechat.events import NoteEvent
 from primechat.stages.pretrain import pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +45,7 @@ def launch(
             "--standalone",
             f"--nproc_per_node={ranks}",
             "-m",
-            "primechat.cli",
+            "primechat.cli.main",
             "pretrain",
             "--config",
             str(file),
@@ -60,7 +60,7 @@ def launch(
 
 
 def read_losses(tag: str) -> list[float]:
-    log = read_metrics(store.run_dir("base", tag) / "metrics.jsonl")
+    log = read_metrics(registry.run_dir("base", tag) / "metrics.jsonl")
     return [event["loss_nats"] for event in log if event["kind"] == "step"]
 
 
@@ -81,7 +81,7 @@ def test_budget_stops(base_dir: Path) -> None:
     assert (
         run.stopped
         and 0 < run.step < 30
-        and find_steps(store.run_dir("base", "poor"))[-1] == run.step
+        and find_steps(registry.run_dir("base", "poor"))[-1] == run.step
     )
     assert any(isinstance(e, NoteEvent) and "The budget is spent" in e.text for e in told)
     again = pretrain(replace(config, resume=True))
@@ -96,20 +96,22 @@ def test_two_ranks_write_one_run(base_dir: Path, tmp_path: Path) -> None:
     pretrain(make_config("alone"))
     job = launch(tmp_path, make_config("both"), 2)
     limit = time.monotonic() + 120
-    log = store.run_dir("base", "both") / "metrics.jsonl"
+    log = registry.run_dir("base", "both") / "metrics.jsonl"
     while not (log.exists() and log.read_text().count('"step"') > 6) and time.monotonic() < limit:
         time.sleep(0.05)
     os.kill(job.pid, signal.SIGTERM)
     out, err = job.communicate(timeout=120)
-    steps = find_steps(store.run_dir("base", "both"))
+    steps = find_steps(registry.run_dir("base", "both"))
     assert steps and 'Traceback (most recent call last):\n  File "' + str(ROOT) not in err
     done = launch(tmp_path, make_config("both"), 3, "--resume")
     out, err = done.communicate(timeout=180)
     assert done.returncode == 0, err
     np.testing.assert_allclose(read_losses("both"), read_losses("alone"), rtol=0, atol=1e-5)
-    assert out.count("; in base_checkpoints") == 1 and out.count("Going on from step") == 1, "one log"
+    assert out.count("; in base_checkpoints") == 1 and out.count("Going on from step") == 1, (
+        "one log"
+    )
     whole, parts = (
-        load_checkpoint(store.run_dir("base", t), 30, want_optim=True) for t in ("alone", "both")
+        load_checkpoint(registry.run_dir("base", t), 30, want_optim=True) for t in ("alone", "both")
     )
     assert [m.shape for m in whole.optim_state["optimizer"]["momenta"]] == [
         m.shape for m in parts.optim_state["optimizer"]["momenta"]
@@ -119,7 +121,7 @@ def test_two_ranks_write_one_run(base_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_rank_ends_the_job(base_dir: Path, tmp_path: Path) -> None:
     job = launch(tmp_path, make_config("broken", steps=100_000), 2)
-    folder, limit = store.run_dir("base", "broken"), time.monotonic() + 120
+    folder, limit = registry.run_dir("base", "broken"), time.monotonic() + 120
     while not find_steps(folder) and time.monotonic() < limit:
         time.sleep(0.05)
     ranks = subprocess.run(
@@ -151,7 +153,7 @@ def test_machines_share_a_disk(base_dir: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps(encode_config(make_config("far", steps=5))))
     script.write_text(
         "import os, sys\n"
-        "from primechat.cli import main\n"
+        "from primechat.cli.main import main\n"
         "here = os.environ['RANK'] == '0'  # the other's disk has no run\n"
         "if not here: os.environ['NANOCHAT_BASE_DIR'] += '-of-another'\n"
         f"sys.exit(main(['pretrain', '--config', {str(file)!r}, *(['--resume'] if here else [])]))\n"

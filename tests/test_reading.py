@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from primechat import cli, store
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import find_steps, read_meta
+from primechat.checkpoint.run_dir import read_frozen, read_metrics
+from primechat.cli import main as cli
 from primechat.config import (
     DistillConfig,
     GPTConfig,
@@ -22,9 +25,7 @@ from primechat.config import (
     encode_config,
 )
 from primechat.errors import ConfigError, DataError
-from primechat.model.checkpoint import find_steps, read_meta
-from primechat.model.runlog import read_frozen, read_metrics
-from primechat.records import Event, NoteEvent, StepEvent, TrainResult
+from primechat.events import Event, NoteEvent, StepEvent, TrainResult
 from primechat.stages.distill import distill
 from primechat.stages.pretrain import pretrain
 
@@ -70,7 +71,7 @@ def train(config: PretrainConfig, until: int = 0) -> tuple[TrainResult, list[str
 
 
 def read_run(tag: str) -> list[float]:
-    events = read_metrics(store.run_dir("base", tag) / "metrics.jsonl")
+    events = read_metrics(registry.run_dir("base", tag) / "metrics.jsonl")
     return [event["loss_nats"] for event in events if event["kind"] == "step"]
 
 
@@ -120,7 +121,7 @@ def test_moved(stopped: PretrainConfig, tmp_path: Path) -> None:
     result, notes = train(replace(stopped, resume=True, corpus=str(moved)))
     assert result.step == 12 and any("it is the same" in note for note in notes)
     assert read_run("d1") == read_run("whole")
-    assert read_frozen(store.run_dir("base", "d1"), PretrainConfig).corpus == str(moved)
+    assert read_frozen(registry.run_dir("base", "d1"), PretrainConfig).corpus == str(moved)
 
 
 def test_another_text_by_name(stopped: PretrainConfig, tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_another_text_by_name(stopped: PretrainConfig, tmp_path: Path) -> None:
 
 def forget_content(tag: str) -> None:
     """Make a run's checkpoints like those of an earlier version, which kept paths, sizes and times."""
-    folder = store.run_dir("base", tag)
+    folder = registry.run_dir("base", tag)
     for step in find_steps(folder):
         path = folder / f"meta_{step:06d}.json"
         meta = json.loads(path.read_text())
@@ -144,7 +145,7 @@ def forget_content(tag: str) -> None:
 def test_runs_of_an_earlier_version(stopped: PretrainConfig, tmp_path: Path) -> None:
     """They go on where the files are untouched, or their tokens are those in the cache."""
     forget_content("d1")
-    assert "corpus_content" not in read_meta(store.run_dir("base", "d1"), 5)
+    assert "corpus_content" not in read_meta(registry.run_dir("base", "d1"), 5)
     assert train(replace(stopped, resume=True), until=7)[0].step == 7
     forget_content("d1")
     moved = tmp_path / "words.jsonl"

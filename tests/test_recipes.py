@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from primechat import store
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import load_checkpoint
+from primechat.checkpoint.run_dir import read_metrics
 from primechat.config import (
     GPTConfig,
     InitConfig,
@@ -33,9 +35,7 @@ from primechat.config.history import SCHEMA_1
 from primechat.config.recipes import RECIPES, make_recipe, nanochat2026, october2025, quickstart
 from primechat.errors import ConfigError
 from primechat.model import lora
-from primechat.model.checkpoint import load_checkpoint
 from primechat.model.gpt import GPT
-from primechat.model.runlog import read_metrics
 from primechat.stages.pretrain import pretrain
 from primechat.train.loop import decay_ratio, lr_ratio, muon_momentum
 from primechat.train.optim import Optimizer, find_kind
@@ -485,7 +485,7 @@ def as_schema_1(config: PretrainConfig) -> dict[str, Any]:
 
 
 def test_old_settings_mean_what_they_meant() -> None:
-    file = next(Path(store.SHIPPED).glob("base_checkpoints/d4/meta_*.json"))
+    file = next(Path(registry.SHIPPED).glob("base_checkpoints/d4/meta_*.json"))
     old = json.loads(file.read_text())["user_config"]
     assert old["schema"] == 1 and old["optim"]["scalar_lr"] == 0.5
     optim = decode_config(old, PretrainConfig).optim
@@ -527,13 +527,13 @@ def test_old_run_resumes(base_dir: Path) -> None:
     pretrain(replace(config, tag="whole"))
     stop = threading.Event()
     pretrain(config, stop=stop, on_event=lambda e: e.kind == "step" and e.step == 3 and stop.set())
-    file = store.run_dir("base", "old") / "config.json"
+    file = registry.run_dir("base", "old") / "config.json"
     frozen = decode_config(json.loads(file.read_text()), PretrainConfig)
     file.write_text(json.dumps(as_schema_1(frozen)))
 
     pretrain(replace(config, resume=True))
-    log = read_metrics(store.run_dir("base", "old") / "metrics.jsonl")
+    log = read_metrics(registry.run_dir("base", "old") / "metrics.jsonl")
     assert [e["step"] for e in log if e["kind"] == "step"] == list(range(1, 9))
-    one, two = (load_checkpoint(store.run_dir("base", tag), 8) for tag in ("whole", "old"))
+    one, two = (load_checkpoint(registry.run_dir("base", tag), 8) for tag in ("whole", "old"))
     for key, tensor in one.model_state.items():
         assert torch.equal(tensor, two.model_state[key]), key

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 import primechat as pc
-from primechat import cli, lab, store
+from primechat.checkpoint import registry
+from primechat.cli import main as cli
 from primechat.config import (
     DistillConfig,
     FinetuneConfig,
@@ -26,18 +27,8 @@ from primechat.config import (
     PretrainConfig,
     encode_config,
 )
-from primechat.desk.labs import runner as desk_runner
-from primechat.desk.labs import twins
-from primechat.desk.labs.forms import (
-    build_config,
-    build_form,
-    list_fields,
-    renew_config,
-    write_command,
-)
-from primechat.desk.labs.runner import Runner, find_free
 from primechat.errors import ConfigError
-from primechat.records import (
+from primechat.events import (
     CheckpointEvent,
     DoneEvent,
     LossEvent,
@@ -48,6 +39,16 @@ from primechat.records import (
     StepEvent,
     TrainResult,
 )
+from primechat.labkit import lab, twins
+from primechat.labkit import start_stop as desk_runner
+from primechat.labkit.forms import (
+    build_config,
+    build_form,
+    list_fields,
+    renew_config,
+    write_command,
+)
+from primechat.labkit.start_stop import Runner, find_free
 from primechat.views.widgets.runs import RunLog, StageControl, thin_points
 
 
@@ -206,8 +207,8 @@ def test_a_second_start_is_continued_or_numbered_and_that_is_said(
 
     runner, control = start_runner(train, config)
     assert control.message == f"Start makes a new run, {name}."
-    folder = store.run_dir(desk_runner.RUNS[type(config).__name__], config.tag)
-    shutil.copytree(store.SHIPPED / "base_checkpoints" / "d4", folder)
+    folder = registry.run_dir(desk_runner.RUNS[type(config).__name__], config.tag)
+    shutil.copytree(registry.SHIPPED / "base_checkpoints" / "d4", folder)
     frozen = encode_config(config)
     (folder / "config.json").write_text(json.dumps(frozen))
     runner.act("start")  # the page was open when another one made the run
@@ -338,9 +339,9 @@ def test_press_takes_the_newest_settings(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_free_tag(base_dir: Path) -> None:
     assert find_free("d4") == "d4" and find_free("d4-2") == "d4-2"
     (base_dir / "base_checkpoints").mkdir(parents=True)
-    from primechat import store
+    from primechat.checkpoint import registry
 
-    (base_dir / "base_checkpoints" / "d4").symlink_to(store.SHIPPED / "base_checkpoints" / "d4")
+    (base_dir / "base_checkpoints" / "d4").symlink_to(registry.SHIPPED / "base_checkpoints" / "d4")
     assert find_free("d4") == "d4-2" and find_free("d4-2") == "d4-2"
 
 
@@ -451,7 +452,7 @@ SCRIPT = """
     @app.cell
     def _():
         import primechat as pc
-        from primechat.lab import settings, stage, summary
+        from primechat.labkit.lab import settings, stage, summary
 
         def count(config, *, on_event=None, stop=None):
             return config

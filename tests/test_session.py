@@ -13,8 +13,8 @@ from chat_pages import MODELS, TOKENIZER, EchoModel, open_echo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from primechat.desk.session import ChatSession
-from primechat.desk.tree import ChatSettings
+from primechat.chat.session import ChatSession
+from primechat.chat.tree import ChatSettings
 from primechat.errors import ConfigError, DataError
 from primechat.text.dialogues import stream_dialogues
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import primechat as pc
-from primechat import store
+from primechat.checkpoint import registry
 from primechat.config import (
     EvaluateConfig,
     GPTConfig,
@@ -38,7 +38,7 @@ def read_card(name: str) -> float:
 
 
 def test_small_and_listed() -> None:
-    entries = {entry.identifier: entry for entry in store.list_models() if entry.shipped}
+    entries = {entry.identifier: entry for entry in registry.list_models() if entry.shipped}
     pair = [entry for entry in entries.values() if entry.tag == "d4"]
     assert {entry.family for entry in pair} == {"base", "sft"}
     assert sum(entry.n_bytes for entry in pair) < LIMIT_BYTES

@@ -17,7 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from primechat import cli, store
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import find_steps, list_snapshots, load_checkpoint
+from primechat.checkpoint.run_dir import RunLock, read_frozen, read_metrics
+from primechat.cli import main as cli
 from primechat.config import (
     DistillConfig,
     EvaluateConfig,
@@ -31,17 +34,15 @@ from primechat.config import (
     TokenizerConfig,
 )
 from primechat.errors import ConfigError, DataError
-from primechat.model.checkpoint import find_steps, list_snapshots, load_checkpoint
-from primechat.model.runlog import RunLock, read_frozen, read_metrics
-from primechat.records import Event, StepEvent
-from primechat.stages import run
+from primechat.events import Event, StepEvent
+from primechat.stages import trainer
 from primechat.stages.distill import distill
 from primechat.stages.evaluate import evaluate
 from primechat.stages.finetune import cache_dialogues, finetune
 from primechat.stages.pretrain import cache_text, choose_tokenizer, pretrain
 from primechat.stages.quickstart import quickstart, speedrun
-from primechat.stages.run import COMPILE_FILE, recall_compiling, remember_compiling
 from primechat.stages.tokenizer import train_tokenizer
+from primechat.stages.trainer import COMPILE_FILE, recall_compiling, remember_compiling
 from primechat.text.tokenizer import Tokenizer
 
 WORDS = (
@@ -105,7 +106,7 @@ def read_losses(path: Path) -> list[float]:
 def test_tokenizer_torn_by_a_kill(corpus: str) -> None:
     """Of a tokenizer that was being saved the main file is missing: it is made again, not asked for."""
     made = load_small(corpus)
-    own = store.run_dir("base", "d3") / "tokenizer"
+    own = registry.run_dir("base", "d3") / "tokenizer"
     own.mkdir(parents=True)
     (own / "token_bytes.pt").write_bytes(b"torn")
     assert choose_tokenizer(make_config(corpus)) == made
@@ -116,7 +117,7 @@ def test_tokenizer_torn_by_a_kill(corpus: str) -> None:
 def test_a_shard_to_train_on_is_taken_whole(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only of the validation shard the beginning will do: distillation learns from all that it asks for."""
     monkeypatch.setattr("primechat.stages.pretrain.SHARD_EVAL_DOCUMENTS", 5)
-    folder, tokenizer = store.base_dir() / "base_data", load_small(corpus)
+    folder, tokenizer = registry.base_dir() / "base_data", load_small(corpus)
     folder.mkdir()
     for name in ("shard_00000", "shard_00001", "shard_01822"):
         pq.write_table(
@@ -136,7 +137,7 @@ def test_pretrain_run(corpus: str) -> None:
     )
     events: list[Event] = []
     result = pretrain(make_config(corpus), on_event=events.append)
-    folder = store.base_dir() / result.path
+    folder = registry.base_dir() / result.path
     assert (
         result.identifier == "base/d3"
         and result.step == 12
@@ -155,7 +156,7 @@ def test_pretrain_run(corpus: str) -> None:
     assert losses[-1].val_bpb < losses[0].val_bpb  # type: ignore[union-attr]
     samples = [e for e in events if e.kind == "sample"]
     assert samples and all(isinstance(e.text, str) for e in samples)  # type: ignore[union-attr]
-    again = store.load_run(folder)
+    again = registry.load_run(folder)
     assert (again.step, again.val_bpb, again.tokens) == (12, result.val_bpb, result.tokens)
     measured = evaluate(EvaluateConfig(model="base/d3", corpus=corpus))
     assert measured.bpb == pytest.approx(result.val_bpb, rel=1e-5)
@@ -183,7 +184,7 @@ def test_resume_exact(corpus: str) -> None:
         )
         assert broken.stopped and broken.step == step
     broken = pretrain(make_config(corpus, tag="broken", resume=True, steps=0))
-    a, b = (store.base_dir() / r.path for r in (whole, broken))
+    a, b = (registry.base_dir() / r.path for r in (whole, broken))
     assert not broken.stopped and read_losses(a) == read_losses(b)
     states = [load_checkpoint(folder, 12, want_optim=True) for folder in (a, b)]
     for name, tensor in states[0].model_state.items():
@@ -223,7 +224,7 @@ def test_resume_refusals(corpus: str) -> None:
 def test_run_locked(corpus: str) -> None:
     train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
     with (
-        RunLock(store.run_dir("base", "d3")),
+        RunLock(registry.run_dir("base", "d3")),
         pytest.raises(Exception, match="is being written by"),
     ):
         pretrain(make_config(corpus))
@@ -248,7 +249,7 @@ def test_seconds_fill(corpus: str) -> None:
         on_event=stop_at(2, stop, []),
         stop=stop,
     )
-    frozen = json.loads((store.run_dir("base", "d3") / "config.json").read_text())
+    frozen = json.loads((registry.run_dir("base", "d3") / "config.json").read_text())
     assert frozen["steps"] > 10 and frozen["seconds"] == 30.0
     assert (
         frozen["runtime"]["dtype"] in ("float32", "bfloat16") and frozen["runtime"]["threads"] >= 1
@@ -263,8 +264,10 @@ def test_the_first_tenth_settles_the_steps(
     the settled number.
     """
     train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
-    real = run.tune_runtime
-    monkeypatch.setattr(run, "tune_runtime", lambda *a, **k: replace(real(*a, **k), step_s=guess_s))
+    real = trainer.tune_runtime
+    monkeypatch.setattr(
+        trainer, "tune_runtime", lambda *a, **k: replace(real(*a, **k), step_s=guess_s)
+    )
     told: list[int] = []
 
     def hear(event: Event) -> None:
@@ -279,8 +282,8 @@ def test_the_first_tenth_settles_the_steps(
     first = max(1, int(1 / guess_s))
     assert told[-1] == result.step and result.step != first and not result.stopped
     assert sum(1 for a, b in itertools.pairwise([first, *told]) if a != b) == 1, "settled once"
-    assert read_frozen(store.run_dir("base", "d3"), PretrainConfig).steps == result.step
-    events = read_metrics(store.run_dir("base", "d3") / "metrics.jsonl")
+    assert read_frozen(registry.run_dir("base", "d3"), PretrainConfig).steps == result.step
+    events = read_metrics(registry.run_dir("base", "d3") / "metrics.jsonl")
     assert len([e for e in events if e["kind"] == "loss"]) <= 14, "the looks are spread anew"
     assert pretrain(replace(config, resume=True)).step == result.step
 
@@ -303,14 +306,14 @@ def run_broken(
     """
     told: list[tuple[int, int]] = []
     wish = threading.Event()
-    monkeypatch.setattr(run, "SETTLE_SHARE", 0.1)
+    monkeypatch.setattr(trainer, "SETTLE_SHARE", 0.1)
 
     def hear(event: Event) -> None:
         if event.kind != "step":
             return
         told.append((event.step, event.steps))
         if event.step == settle - 1:
-            monkeypatch.setattr(run, "SETTLE_SHARE", 0.0)
+            monkeypatch.setattr(trainer, "SETTLE_SHARE", 0.0)
         if event.step == kill:
             raise Killed
         if event.step == stop:
@@ -327,15 +330,17 @@ def test_killed_in_its_first_tenth_a_run_still_settles_its_steps(
 ) -> None:
     """Resumed from a checkpoint, or from none, the first tenth of the time settles the steps."""
     train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
-    real = run.tune_runtime
-    monkeypatch.setattr(run, "tune_runtime", lambda *a, **k: replace(real(*a, **k), step_s=0.01))
+    real = trainer.tune_runtime
+    monkeypatch.setattr(
+        trainer, "tune_runtime", lambda *a, **k: replace(real(*a, **k), step_s=0.01)
+    )
     look = LookConfig(eval_every=10**6, eval_tokens=64, save_every=save_every)
     config = make_config(corpus, steps=0, seconds=60.0, look=look)
     told = run_broken(config, monkeypatch, kill=6)
     assert told == [(i, 6000) for i in range(1, 7)], "the first guess"
     told = run_broken(replace(config, resume=True), monkeypatch, settle=7, stop=8)
     assert told[0] == (5 if save_every == 4 else 1, 6000) and dict(told)[7] != 6000
-    assert read_frozen(store.run_dir("base", "d3"), PretrainConfig).steps == dict(told)[8]
+    assert read_frozen(registry.run_dir("base", "d3"), PretrainConfig).steps == dict(told)[8]
 
 
 @pytest.mark.parametrize("kill", [6, 7])
@@ -346,8 +351,10 @@ def test_early_steps_are_replayed_with_the_number_that_they_had(
     not be taken again with the new one. Killed at the very step that settles it, or right after.
     """
     train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
-    real = run.tune_runtime
-    monkeypatch.setattr(run, "tune_runtime", lambda *a, **k: replace(real(*a, **k), step_s=0.01))
+    real = trainer.tune_runtime
+    monkeypatch.setattr(
+        trainer, "tune_runtime", lambda *a, **k: replace(real(*a, **k), step_s=0.01)
+    )
     look = LookConfig(eval_every=10**6, eval_tokens=64, save_every=4)
     config = make_config(corpus, steps=0, seconds=60.0, look=look)
     first = dict(run_broken(config, monkeypatch, settle=6, kill=kill))
@@ -384,8 +391,8 @@ def test_compiled_run_follows_the_eager_one(corpus: str) -> None:
     )
     assert any("Compilation on: as you asked; compiled in" in note for note in notes), notes
     assert set(recall_compiling()) == {"compile_s", "gain_float32"}
-    losses = read_losses(store.base_dir() / result.path)
-    plain = read_losses(store.base_dir() / "base_checkpoints" / "eager")
+    losses = read_losses(registry.base_dir() / result.path)
+    plain = read_losses(registry.base_dir() / "base_checkpoints" / "eager")
     assert losses[0] == pytest.approx(plain[0], abs=1e-5) and losses[-1] < losses[0] - 1
     assert losses == pytest.approx(plain, abs=5e-3), "Muon makes rounding larger from step to step"
 
@@ -393,10 +400,10 @@ def test_compiled_run_follows_the_eager_one(corpus: str) -> None:
 def test_finetune_run(corpus: str, dialogues: str) -> None:
     train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
     pretrain(make_config(corpus))
-    base = load_checkpoint(store.run_dir("base", "d3"))
+    base = load_checkpoint(registry.run_dir("base", "d3"))
     config = FinetuneConfig(tag="d3", dialogues=dialogues, batch_tokens=128, steps=8, runtime=FIXED)
     result = finetune(config)
-    folder = store.base_dir() / result.path
+    folder = registry.base_dir() / result.path
     assert result.identifier == "sft/d3" and result.step == 8
     losses = [e["val_bpb"] for e in result.events if e["kind"] == "loss"]
     assert losses[-1] < losses[0]
@@ -406,7 +413,7 @@ def test_finetune_run(corpus: str, dialogues: str) -> None:
         and tuned.meta["tokenizer_identity"] == base.meta["tokenizer_identity"]
     )
     assert not torch.equal(tuned.model_state["lm_head.weight"], base.model_state["lm_head.weight"])
-    model, tokenizer, meta = store.open_model("sft/d3")
+    model, tokenizer, meta = registry.open_model("sft/d3")
     assert (
         meta["identifier"] == "sft/d3@8" and tokenizer.identity == base.meta["tokenizer_identity"]
     )
@@ -417,7 +424,7 @@ def test_finetune_run(corpus: str, dialogues: str) -> None:
 
 def load_small(corpus: str) -> Tokenizer:
     return Tokenizer.load(
-        store.base_dir() / train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300)).path
+        registry.base_dir() / train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300)).path
     )
 
 
@@ -539,11 +546,11 @@ def test_finetune_mixture(corpus: str, dialogues: str) -> None:
     )
     mid = finetune(replace(config, learn="all", layout="packed", general="none"))
     assert mid.identifier == "mid/mix" and mid.events[0]["general_bpb"] is None
-    assert store.open_model("mid/mix")[2]["step"] == 3
+    assert registry.open_model("mid/mix")[2]["step"] == 3
     wide = replace(config, learn="all", batch_tokens=2048, steps=1)
     runs = [finetune(replace(wide, tag=kind, layout=kind)) for kind in ("packed", "masked")]
     # of the same tokens and weights: what a talk costs depends on whether it sees the one before it
-    first = [e["loss_nats"] for run in runs for e in run.events if e["kind"] == "step"]
+    first = [e["loss_nats"] for trainer in runs for e in trainer.events if e["kind"] == "step"]
     assert len(first) == 2 and first[0] != first[1] and first[0] == pytest.approx(first[1], rel=0.2)
     for wrong in (dict(layout="loose"), dict(learn="user"), dict(dialogue_shards=0)):
         with pytest.raises(ConfigError, match=next(iter(wrong))):

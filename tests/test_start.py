@@ -12,15 +12,16 @@ import pytest
 from playwright.sync_api import Browser, expect
 from test_runner import wait_until
 
-import primechat.desk.download as desk_download
-import primechat.model.download as model_download
-from primechat import lab, store
-from primechat.desk.labs.twins import find_lab
+import primechat.checkpoint.download as model_download
+import primechat.cli.download as desk_download
+from primechat.checkpoint import registry
+from primechat.checkpoint.download import Plan
 from primechat.errors import HubError
-from primechat.hub import HubFile
-from primechat.lessons.instruments import firststeps
-from primechat.model.download import Plan
-from primechat.records import PhaseEvent, ProgressEvent
+from primechat.events import PhaseEvent, ProgressEvent
+from primechat.files.hub import HubFile
+from primechat.labkit import lab
+from primechat.labkit.instruments import firststeps
+from primechat.labkit.twins import find_lab
 from primechat.text.corpora import read_documents
 from primechat.views.widgets.start import CheckCard
 
@@ -37,7 +38,7 @@ def test_machine_card_tells_what_is_here(base_dir: Path) -> None:
         "not installed",
     ]
     assert [model["identifier"] for model in card.models] == [
-        e.identifier for e in store.list_models()
+        e.identifier for e in registry.list_models()
     ]
     card.models = []
     assert card.answer_find() == {} and card.models and card.place == str(base_dir)

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from primechat import cli, store
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import save_checkpoint, save_snapshot
+from primechat.checkpoint.nanochat_format import list_shapes
+from primechat.checkpoint.run_dir import MetricsLog
+from primechat.cli import main as cli
 from primechat.config import GPTConfig
 from primechat.errors import CheckpointError, ConfigError, DataError
-from primechat.hub import count_params, list_cached
-from primechat.model.checkpoint import save_checkpoint, save_snapshot
-from primechat.model.era import list_shapes
-from primechat.model.runlog import MetricsLog
+from primechat.files.hub import count_params, list_cached
 from primechat.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 NANOCHAT = Path(__file__).parent / "fixtures" / "nanochat"
@@ -29,7 +30,7 @@ CONFIG = GPTConfig.modern(1, vocab_size=265, sequence_len=32, head_dim=64)
 @pytest.fixture(autouse=True)
 def nothing_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Put the shipped models in a folder of the test's own."""
-    monkeypatch.setattr(store, "SHIPPED", tmp_path / "data" / "nanochat")
+    monkeypatch.setattr(registry, "SHIPPED", tmp_path / "data" / "nanochat")
     return tmp_path / "data" / "nanochat"
 
 
@@ -65,12 +66,12 @@ def make_run(root: Path, run: str, steps: tuple[int, ...] = (1,), **meta: Any) -
 def test_base_dir_is_read_at_each_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / name))
-        assert store.base_dir() == tmp_path / name
-    assert store.run_dir("sft", "d4") == tmp_path / "b" / "chatsft_checkpoints" / "d4"
+        assert registry.base_dir() == tmp_path / name
+    assert registry.run_dir("sft", "d4") == tmp_path / "b" / "chatsft_checkpoints" / "d4"
     monkeypatch.setenv("NANOCHAT_BASE_DIR", "")
-    assert store.base_dir() == Path.home() / ".cache" / "nanochat"
+    assert registry.base_dir() == Path.home() / ".cache" / "nanochat"
     with pytest.raises(ConfigError, match="source='hf' must be one of base, mid, sft, rl"):
-        store.run_dir("hf", "d4")
+        registry.run_dir("hf", "d4")
 
 
 def test_identifiers() -> None:
@@ -86,7 +87,7 @@ def test_identifiers() -> None:
         "shipped/base/timelapse@snap:64",
         "lora:pirate*0.5+lora:music+sft/d4@600",
     ):
-        assert str(store.parse_identifier(text)) == text
+        assert str(registry.parse_identifier(text)) == text
     wrong = [
         "",
         "d4",
@@ -112,19 +113,19 @@ def test_identifiers() -> None:
     ]
     for text in (*wrong, "base/d4@5\n"):
         with pytest.raises(ConfigError):
-            store.parse_identifier(text)
+            registry.parse_identifier(text)
     with pytest.raises(ConfigError, match="must be like base/d4, base/d4@600.*primechat models"):
-        store.open_model("hf:smollm")
+        registry.open_model("hf:smollm")
 
 
 @pytest.mark.parametrize("name", ["oct2025", "head", "head_d3"])
 def test_opens_nanochat(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(NANOCHAT / name))
     expected = json.loads((NANOCHAT / name / "expected.json").read_text())["prompts"][0]
-    tags = [entry.tag for entry in store.list_models()]
+    tags = [entry.tag for entry in registry.list_models()]
     assert tags == (["d3"] if name == "head_d3" else ["d2", "d2-compiled"])
     for tag in (None, *tags):
-        model, tokenizer, meta = store.load_model("base", model_tag=tag)
+        model, tokenizer, meta = registry.load_model("base", model_tag=tag)
         assert meta["identifier"] == f"base/{tag or tags[0]}@10" and meta["skipped"] == []
         assert tokenizer.vocab_size == model.vocab_size == 600
         assert not any(p.requires_grad for p in model.parameters()) and not model.training
@@ -133,7 +134,7 @@ def test_opens_nanochat(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.allclose(
             logits, torch.tensor(expected[f"logits_last_{kind}_rotary"]), atol=error
         )
-    assert store.load_tokenizer("base").identity == store.load_tokenizer().identity
+    assert registry.load_tokenizer("base").identity == registry.load_tokenizer().identity
 
 
 def test_default_tag_and_step(base_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -143,20 +144,20 @@ def test_default_tag_and_step(base_dir: Path, caplog: pytest.LogCaptureFixture) 
     for path in old.iterdir():
         os.utime(path, (1e9, 1e9))
     make_run(base_dir, "base_checkpoints/d10-x", (5,))
-    assert store.open_model("base")[2]["identifier"] == "base/d9@3", "d<number> comes first"
+    assert registry.open_model("base")[2]["identifier"] == "base/d9@3", "d<number> comes first"
     make_run(base_dir, "base_checkpoints/d10", (2,))
-    assert store.open_model("base")[2]["identifier"] == "base/d10@2"
-    assert store.load_model("base", step=2)[2]["identifier"] == "base/d10@2"
-    assert store.load_model("base", model_tag="d9", step=1)[2]["identifier"] == "base/d9@1"
+    assert registry.open_model("base")[2]["identifier"] == "base/d10@2"
+    assert registry.load_model("base", step=2)[2]["identifier"] == "base/d10@2"
+    assert registry.load_model("base", model_tag="d9", step=1)[2]["identifier"] == "base/d9@1"
     make_run(base_dir, "chatsft_checkpoints/alpha", (7,))
     newest = make_run(base_dir, "chatsft_checkpoints/beta", (8,))
     for path in newest.iterdir():
         os.utime(path, (3e9, 3e9))
-    assert store.open_model("sft")[2]["identifier"] == "sft/beta@8"
-    assert store.open_model("")[2]["identifier"] == "sft/beta@8", "the chat model is the default"
+    assert registry.open_model("sft")[2]["identifier"] == "sft/beta@8"
+    assert registry.open_model("")[2]["identifier"] == "sft/beta@8", "the chat model is the default"
     (newest / "meta_000008.json").unlink()
     caplog.clear()
-    assert store.open_model("sft")[2]["identifier"] == "sft/alpha@7", (
+    assert registry.open_model("sft")[2]["identifier"] == "sft/alpha@7", (
         "an incomplete run is no model"
     )
     assert "beta/meta_000008.json is missing" in caplog.text
@@ -164,58 +165,58 @@ def test_default_tag_and_step(base_dir: Path, caplog: pytest.LogCaptureFixture) 
     with pytest.raises(
         CheckpointError, match="No sft model can be used: .*meta_000008.json is missing"
     ):
-        store.open_model("sft")
+        registry.open_model("sft")
     make_run(base_dir, "base_checkpoints/d10", (4,))
     os.truncate(base_dir / "base_checkpoints/d10/model_000004.pt", 99)
-    meta = store.open_model("base/d10")[2]
+    meta = registry.open_model("base/d10")[2]
     assert meta["identifier"] == "base/d10@2" and "99 bytes" in meta["skipped"][0]
     for call, match in (
-        (lambda: store.open_model("base/d10@4"), "99 bytes"),
-        (lambda: store.open_model("base/d10@77"), "no step 77, there are 2 to 4"),
-        (lambda: store.open_model("base/d77"), "the tags of base are: d10, d10-x, d9, zebra"),
-        (lambda: store.open_model("rl"), "chatrl_checkpoints holds no checkpoint"),
-        (lambda: store.load_model("rl", step=3), "no step 3"),
-        (lambda: store.open_model("shipped/sft"), "holds no checkpoint"),
+        (lambda: registry.open_model("base/d10@4"), "99 bytes"),
+        (lambda: registry.open_model("base/d10@77"), "no step 77, there are 2 to 4"),
+        (lambda: registry.open_model("base/d77"), "the tags of base are: d10, d10-x, d9, zebra"),
+        (lambda: registry.open_model("rl"), "chatrl_checkpoints holds no checkpoint"),
+        (lambda: registry.load_model("rl", step=3), "no step 3"),
+        (lambda: registry.open_model("shipped/sft"), "holds no checkpoint"),
     ):
         with pytest.raises(CheckpointError, match=match):
             call()
     for options in ({"dtype": "int8"}, {"phase": "sleep"}):
         with pytest.raises(ConfigError):
-            store.open_model("base", **options)
+            registry.open_model("base", **options)
     with pytest.raises(ConfigError, match="source='all'"):
-        store.load_model("all")
+        registry.load_model("all")
 
 
 def test_dtype_and_phase(base_dir: Path) -> None:
     make_tokenizer().save(base_dir / "tokenizer")
     make_run(base_dir, "base_checkpoints/d1")
-    model = store.load_model("base", phase="train")[0]
+    model = registry.load_model("base", phase="train")[0]
     assert model.training and all(p.requires_grad for p in model.parameters())
     assert all(
         torch.equal(model.state_dict()[key], tensor) for key, tensor in make_state(1).items()
     )
-    assert {p.dtype for p in store.load_model("base", dtype="bfloat16")[0].parameters()} == {
+    assert {p.dtype for p in registry.load_model("base", dtype="bfloat16")[0].parameters()} == {
         torch.bfloat16
     }
-    assert {p.dtype for p in store.load_model("base", dtype="auto")[0].parameters()} == {
+    assert {p.dtype for p in registry.load_model("base", dtype="auto")[0].parameters()} == {
         torch.float32
     }
     with torch.no_grad():
         model.lm_head.weight.zero_()  # a mapped weight is the reader's own copy
-    assert store.load_model("base")[0].lm_head.weight.abs().sum() > 0
+    assert registry.load_model("base")[0].lm_head.weight.abs().sum() > 0
 
 
 def test_snapshots_open(base_dir: Path) -> None:
     make_tokenizer().save(base_dir / "base_checkpoints/d1/tokenizer")
     run = make_run(base_dir, "base_checkpoints/d1", (9,))
     save_snapshot(run, 4, make_state(4), CONFIG, {})
-    model, _, meta = store.open_model("base/d1@snap:4")
+    model, _, meta = registry.open_model("base/d1@snap:4")
     assert meta["identifier"] == "base/d1@snap:4"
     assert torch.equal(model.lm_head.weight, make_state(4)["lm_head.weight"].bfloat16().float())
     with pytest.raises(CheckpointError, match="no step 4"):
-        store.open_model("base/d1@4")
+        registry.open_model("base/d1@4")
     with pytest.raises(CheckpointError, match="no step 9"):
-        store.open_model("base/d1@snap:9")
+        registry.open_model("base/d1@snap:9")
 
 
 def test_tokenizer_rules(base_dir: Path, tmp_path: Path) -> None:
@@ -225,32 +226,34 @@ def test_tokenizer_rules(base_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=f"{mine.identity[:12]}, this is {other.identity[:12]}.*--tokenizer"
     ):
-        store.open_model("base")
-    assert store.open_model("base", tokenizer=mine)[1] is mine
+        registry.open_model("base")
+    assert registry.open_model("base", tokenizer=mine)[1] is mine
     mine.save(tmp_path / "mine")
-    assert store.open_model("base", tokenizer=str(tmp_path / "mine"))[1].identity == mine.identity
+    assert (
+        registry.open_model("base", tokenizer=str(tmp_path / "mine"))[1].identity == mine.identity
+    )
     mine.save(run / "tokenizer")
-    assert store.open_model("base")[1].identity == mine.identity, "the one beside the model wins"
-    assert store.load_tokenizer("base/d1").identity == mine.identity
-    assert store.load_tokenizer().identity == other.identity
+    assert registry.open_model("base")[1].identity == mine.identity, "the one beside the model wins"
+    assert registry.load_tokenizer("base/d1").identity == mine.identity
+    assert registry.load_tokenizer().identity == other.identity
     with pytest.raises(CheckpointError, match="vocab_size=265, its tokenizer 266"):
-        store.open_model("base", tokenizer=larger)
+        registry.open_model("base", tokenizer=larger)
     with pytest.raises(CheckpointError, match="was trained with"):
-        store.open_model("base", tokenizer=other)
+        registry.open_model("base", tokenizer=other)
     make_run(base_dir, "sft_none")
     make_run(base_dir, "chatsft_checkpoints/d1")
-    assert store.open_model("sft")[1].identity == other.identity, (
+    assert registry.open_model("sft")[1].identity == other.identity, (
         "one that records no tokenizer is loaded"
     )
     (base_dir / "tokenizer" / "tokenizer.pkl").unlink()
     with pytest.raises(DataError, match="tokenizer.pkl is missing"):
-        store.open_model("sft")
-    assert store.load_tokenizer("base").identity == mine.identity
+        registry.open_model("sft")
+    assert registry.load_tokenizer("base").identity == mine.identity
 
 
 def test_shipped_stands_in(base_dir: Path, nothing_shipped: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint; run `primechat pretrain`"):
-        store.open_model()
+        registry.open_model()
     make_tokenizer().save(nothing_shipped / "tokenizer")
     for family in ("base", "chatsft"):
         make_run(nothing_shipped, f"{family}_checkpoints/small")
@@ -259,31 +262,35 @@ def test_shipped_stands_in(base_dir: Path, nothing_shipped: Path) -> None:
         ("base", "shipped/base"),
         ("shipped/sft", "shipped/sft"),
     ):
-        model, _, meta = store.open_model(text)
+        model, _, meta = registry.open_model(text)
         assert meta["identifier"] == identifier and str(nothing_shipped) in meta["path"]
-    assert store.load_model("sft")[2]["identifier"] == "shipped/sft"
-    assert store.load_tokenizer().vocab_size == 265
+    assert registry.load_model("sft")[2]["identifier"] == "shipped/sft"
+    assert registry.load_tokenizer().vocab_size == 265
     for call in (
-        lambda: store.load_model("sft", step=1),
-        lambda: store.load_model("sft", model_tag="small"),
+        lambda: registry.load_model("sft", step=1),
+        lambda: registry.load_model("sft", model_tag="small"),
     ):
         with pytest.raises(CheckpointError):
             call()
-    entries = store.list_models()
+    entries = registry.list_models()
     assert [(e.identifier, e.shipped, e.steps) for e in entries] == [
         ("shipped/base", True, (1,)),
         ("shipped/sft", True, (1,)),
     ]
-    assert store.open_model("shipped/sft")[2]["sampling"] == store.ADVICE
+    assert registry.open_model("shipped/sft")[2]["sampling"] == registry.ADVICE
     make_tokenizer().save(base_dir / "tokenizer")
     make_run(
         base_dir, "base_checkpoints/d1", sampling=[{"rm": 1}, "a file that somebody gave away"]
     )
-    own = store.open_model("")[2]
+    own = registry.open_model("")[2]
     assert own["identifier"] == "base/d1@1", "one's own comes before what ships"
     assert own["sampling"] == ({}, "")
-    assert store.open_model("shipped/base")[2]["identifier"] == "shipped/base"
-    assert [e.identifier for e in store.list_models()] == ["base/d1", "shipped/base", "shipped/sft"]
+    assert registry.open_model("shipped/base")[2]["identifier"] == "shipped/base"
+    assert [e.identifier for e in registry.list_models()] == [
+        "base/d1",
+        "shipped/base",
+        "shipped/sft",
+    ]
 
 
 def test_each_shipped_tag_has_a_name(base_dir: Path, nothing_shipped: Path) -> None:
@@ -294,7 +301,7 @@ def test_each_shipped_tag_has_a_name(base_dir: Path, nothing_shipped: Path) -> N
     movie = nothing_shipped / "base_checkpoints" / "timelapse"
     for step in (0, 64):
         save_snapshot(movie, step, make_state(step), CONFIG, {})
-    entries = store.list_models()
+    entries = registry.list_models()
     assert {e.identifier: (e.tag, e.steps, e.snapshots) for e in entries} == {
         "shipped/base": ("d10", (2,), ()),
         "shipped/base/d9": ("d9", (1,), ()),
@@ -302,23 +309,23 @@ def test_each_shipped_tag_has_a_name(base_dir: Path, nothing_shipped: Path) -> N
         "shipped/base/zebra": ("zebra", (3,), ()),
     }
     for entry in entries:
-        model, _, meta = store.open_model(entry.identifier)
+        model, _, meta = registry.open_model(entry.identifier)
         path = Path(entry.path) / ("snapshots" if entry.tag == "timelapse" else "")
         assert Path(meta["path"]) == path and meta["step"] == max(entry.steps or entry.snapshots)
         weights = make_state(meta["step"])["lm_head.weight"].to(
             torch.bfloat16 if not entry.steps else None
         )
         assert torch.equal(model.lm_head.weight, weights.float())
-        again = store.open_model(meta["identifier"])[2]
+        again = registry.open_model(meta["identifier"])[2]
         assert again["identifier"] == meta["identifier"] and again["path"] == meta["path"]
-    first = store.open_model("shipped/base/timelapse@snap:0")[2]
+    first = registry.open_model("shipped/base/timelapse@snap:0")[2]
     assert (first["identifier"], first["step"]) == ("shipped/base/timelapse@snap:0", 0)
-    assert store.load_run("shipped/base/d9").identifier == "shipped/base/d9"
+    assert registry.load_run("shipped/base/d9").identifier == "shipped/base/d9"
     make_run(base_dir, "base_checkpoints/d9", (7,))
     make_tokenizer().save(base_dir / "tokenizer")
     assert (
-        store.open_model("base/d9")[2]["step"] == 7
-        and store.open_model("shipped/base/d9")[2]["step"] == 1
+        registry.open_model("base/d9")[2]["step"] == 7
+        and registry.open_model("shipped/base/d9")[2]["step"] == 1
     )
     for name, match in (
         ("shipped/base/d4", "tags of shipped/base are: d10, d9, timelapse, zebra"),
@@ -326,11 +333,11 @@ def test_each_shipped_tag_has_a_name(base_dir: Path, nothing_shipped: Path) -> N
         ("shipped/base/d9@5", "no step 5"),
     ):
         with pytest.raises(CheckpointError, match=match):
-            store.open_model(name)
+            registry.open_model(name)
 
 
 def test_list_models(base_dir: Path) -> None:
-    assert store.list_models() == []
+    assert registry.list_models() == []
     run = make_run(base_dir, "base_checkpoints/d1", (1, 5), val_bpb=1.25, tokenizer_identity="cafe")
     save_snapshot(run, 2, make_state(), CONFIG, {})
     save_snapshot(base_dir / "base_checkpoints" / "only", 3, make_state(), CONFIG, {})
@@ -340,8 +347,8 @@ def test_list_models(base_dir: Path) -> None:
     (broken / "model_000001.pt").write_bytes(b"x" * size)
     (base_dir / "base_checkpoints" / "empty").mkdir()
     (base_dir / "base_checkpoints" / "file").touch()
-    first, only, last = store.list_models()
-    assert first == store.ModelEntry(
+    first, only, last = registry.list_models()
+    assert first == registry.ModelEntry(
         identifier="base/d1",
         family="base",
         tag="d1",
@@ -360,12 +367,12 @@ def test_list_models(base_dir: Path) -> None:
 
 def test_a_damaged_adapter_hides_no_model(base_dir: Path) -> None:
     make_run(base_dir, "base_checkpoints/d1")
-    folder = store.run_dir("lora", "torn")
+    folder = registry.run_dir("lora", "torn")
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_bytes(b"")
     for text in ('{"r": 4', "[]", "{}"):
         (folder / "adapter_config.json").write_text(text)
-        assert [entry.identifier for entry in store.list_models()] == ["base/d1"]
+        assert [entry.identifier for entry in registry.list_models()] == ["base/d1"]
 
 
 def test_strange_files_hide_no_model(
@@ -377,7 +384,7 @@ def test_strange_files_hide_no_model(
     """Damaged or foreign data, and a folder of another user, neither end the list nor the default model."""
     make_run(base_dir, "base_checkpoints/d1", val_bpb=10**400)
     closed = make_run(base_dir, "base_checkpoints/d2")
-    adapter = store.run_dir("lora", "odd")
+    adapter = registry.run_dir("lora", "odd")
     adapter.mkdir(parents=True)
     (adapter / "adapter_model.safetensors").write_bytes(b"")
     (adapter / "adapter_config.json").write_text(
@@ -391,18 +398,18 @@ def test_strange_files_hide_no_model(
         return usual(path)
 
     monkeypatch.setattr(Path, "iterdir", look)
-    assert [(e.identifier, e.val_bpb) for e in store.list_models()] == [
+    assert [(e.identifier, e.val_bpb) for e in registry.list_models()] == [
         ("base/d1", None),
         ("lora:odd+[/x]", None),
     ]
     assert cli.main(["models"]) == 0
     said = capsys.readouterr().out
     assert "lora:odd+[/x]" in said and "\x1b" not in said
-    assert store.locate_model(store.parse_identifier("base"))[1].tag == "d1"
+    assert registry.locate_model(registry.parse_identifier("base"))[1].tag == "d1"
     with pytest.raises(
         CheckpointError, match="d2 cannot be read .Permission denied.; correct its rights"
     ):
-        store.open_model("base/d2")
+        registry.open_model("base/d2")
 
     place = tmp_path / "hub" / "models--owner--name"
     folder = place / "snapshots" / "abc"
@@ -437,12 +444,12 @@ def test_numbers_that_are_none(base_dir: Path) -> None:
     (run / "metrics.jsonl").write_text(
         '{"kind": "step", "step": NaN, "tokens": NaN, "tokens_per_s": 1}\n'
     )
-    assert store.load_run("base/d1").tokens == 0
+    assert registry.load_run("base/d1").tokens == 0
 
 
 def test_load_run(base_dir: Path, tmp_path: Path) -> None:
     run = make_run(base_dir, "base_checkpoints/d1", (2,), val_bpb=2.5)
-    result = store.load_run("base/d1")
+    result = registry.load_run("base/d1")
     assert (result.identifier, result.path, result.step) == ("base/d1", "base_checkpoints/d1", 2)
     assert (result.val_bpb, result.n_params, result.stopped, result.tokens) == (
         2.5,
@@ -457,7 +464,7 @@ def test_load_run(base_dir: Path, tmp_path: Path) -> None:
         )
     log.append({"kind": "loss", "step": 2, "val_bpb": 1.5})
     log.append({"kind": "done", "step": 2, "elapsed_s": 9.0, "stopped": False})
-    result = store.load_run(run)
+    result = registry.load_run(run)
     assert (result.tokens, result.train_s, result.tokens_per_s, result.total_s) == (
         200,
         4.0,
@@ -471,19 +478,19 @@ def test_load_run(base_dir: Path, tmp_path: Path) -> None:
     (away / "config.json").write_text(
         json.dumps({"model": {"n_layer": 2, "n_embd": 64, "n_head": 1, "n_kv_head": 1}})
     )
-    result = store.load_run(away)
+    result = registry.load_run(away)
     assert (result.identifier, result.path, result.step) == ("run/from-the-cloud", str(away), 2)
     assert result.n_params == GPTConfig(n_layer=2, n_embd=64, n_head=1, n_kv_head=1).n_params
     (away / "metrics.jsonl").write_text('{"kind": "step", "step": 3, "tokens": "many"}\n')
-    assert math.isnan(store.load_run(away).val_bpb)
+    assert math.isnan(registry.load_run(away).val_bpb)
     (away / "metrics.jsonl").write_text('{"kind": "step", "step": 3, "tokens": 5}\n')
-    assert (store.load_run(away).tokens, store.load_run(away).train_s) == (5, 0.0), (
+    assert (registry.load_run(away).tokens, registry.load_run(away).train_s) == (5, 0.0), (
         "no speed, no time"
     )
     with pytest.raises(CheckpointError, match="neither checkpoint nor metrics"):
-        store.load_run(tmp_path)
+        registry.load_run(tmp_path)
     with pytest.raises(CheckpointError, match="neither checkpoint nor metrics"):
-        store.load_run("nothing/here")
+        registry.load_run("nothing/here")
 
 
 OLD_BY_PRODUCTS = (
@@ -502,12 +509,12 @@ OWN_NAMES = ("d4", "lab05", "lab07", "student", "small", "my-mix", "run-1-202611
 def test_by_products_are_known_by_mark_or_name(base_dir: Path) -> None:
     """Runs of a lab's comparison carry a mark; those of before the mark are known by their names."""
     for name in OLD_BY_PRODUCTS:
-        assert store.is_by_product(store.run_dir(*name.split("/"))), name
+        assert registry.is_by_product(registry.run_dir(*name.split("/"))), name
     for tag in OWN_NAMES:
-        assert not store.is_by_product(store.run_dir("base", tag)), tag
-    folder = store.run_dir("base", "study-4")
-    store.mark_by_product(folder, "lab 04's series `study`")
-    assert store.is_by_product(folder)
+        assert not registry.is_by_product(registry.run_dir("base", tag)), tag
+    folder = registry.run_dir("base", "study-4")
+    registry.mark_by_product(folder, "lab 04's series `study`")
+    assert registry.is_by_product(folder)
 
 
 def test_a_by_product_is_never_chosen(base_dir: Path, nothing_shipped: Path) -> None:
@@ -515,17 +522,17 @@ def test_a_by_product_is_never_chosen(base_dir: Path, nothing_shipped: Path) -> 
     make_run(base_dir, "base_checkpoints/mine")
     old = make_run(base_dir, "chatsft_checkpoints/lab07-full-0-6cc07e")
     marked = make_run(base_dir, "base_checkpoints/study-1", (1, 9))
-    store.mark_by_product(marked, "a series")
-    assert str(store.choose_model()) == "base", (
+    registry.mark_by_product(marked, "a series")
+    assert str(registry.choose_model()) == "base", (
         "one's own base model, not the by-product that chats"
     )
 
     def locate(text: str) -> str:
-        return str(store.locate_model(store.parse_identifier(text))[1])
+        return str(registry.locate_model(registry.parse_identifier(text))[1])
 
     assert locate("base") == "base/mine" and locate("sft") == "shipped/sft"
     assert locate(f"sft/{old.name}") == f"sft/{old.name}", "it is opened by its name"
-    marks = {entry.identifier: entry.by_product for entry in store.list_models()}
+    marks = {entry.identifier: entry.by_product for entry in registry.list_models()}
     assert marks == {
         "base/mine": False,
         "base/study-1": True,

@@ -20,7 +20,12 @@ from typing import Any
 import pytest
 
 import primechat
-from primechat import cli, store
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import find_steps
+from primechat.checkpoint.run_dir import MetricsLog, read_metrics
+from primechat.cli import main as cli
+from primechat.cli.output import SafeStream, guard_streams
+from primechat.cli.progress import ProgressView
 from primechat.config import (
     GPTConfig,
     LookConfig,
@@ -29,11 +34,7 @@ from primechat.config import (
     TokenizerConfig,
     encode_config,
 )
-from primechat.desk.progress import ProgressView
-from primechat.desk.streams import SafeStream, guard_streams
-from primechat.model.checkpoint import find_steps
-from primechat.model.runlog import MetricsLog, read_metrics
-from primechat.records import NoteEvent, PhaseEvent
+from primechat.events import NoteEvent, PhaseEvent
 from primechat.stages.pretrain import pretrain
 from primechat.stages.tokenizer import train_tokenizer
 
@@ -75,7 +76,7 @@ def words(corpus: Path, tmp_path: Path) -> list[str]:
 
 
 def list_saved() -> list[int]:
-    return find_steps(store.run_dir("base", "tiny"))
+    return find_steps(registry.run_dir("base", "tiny"))
 
 
 @pytest.mark.slow
@@ -98,7 +99,7 @@ def test_a_training_saves_with_its_output_full_or_closed(
     line = f'exec "$@" {redirection}'
     done = subprocess.run(["sh", "-c", line, "sh", *words], capture_output=True, text=True)
     assert done.returncode == 0 and list_saved()[-1] == STEPS, done.stderr
-    events = read_metrics(store.run_dir("base", "tiny") / "metrics.jsonl")
+    events = read_metrics(registry.run_dir("base", "tiny") / "metrics.jsonl")
     assert [e["step"] for e in events if e["kind"] == "step"] == [*range(1, STEPS + 1)], (
         "nothing that is printed may land in a file that took a closed stream's number"
     )
@@ -116,8 +117,8 @@ def test_a_training_prints_in_any_encoding(encoding: str, words: list[str]) -> N
 
 WAITER = """
 import sys, time, primechat
-from primechat import cli
-from primechat.records import TrainResult
+from primechat.cli import main as cli
+from primechat.events import TrainResult
 def stage(config, *, on_event, stop):
     print("ready", flush=True)
     while not stop.is_set():
@@ -182,7 +183,7 @@ def test_a_full_disk_under_the_log(corpus: Path, monkeypatch: pytest.MonkeyPatch
         calls[0] += 1
         with monkeypatch.context() as patch:
             if 4 <= calls[0] < 8:
-                patch.setattr("primechat.model.runlog.append_line", refuse)
+                patch.setattr("primechat.checkpoint.run_dir.append_line", refuse)
             return whole(self, event)
 
     monkeypatch.setattr(MetricsLog, "append", append)
@@ -208,7 +209,7 @@ class TinyDisk(io.BytesIO):
 
 
 def test_a_line_of_the_log_is_whole_or_absent() -> None:
-    from primechat.model.runlog import append_line
+    from primechat.checkpoint.run_dir import append_line
 
     disk: Any = TinyDisk()
     append_line(disk, b"x" * 19 + b"\n")
@@ -251,7 +252,7 @@ def test_a_tokenizer_stopped_in_a_pretraining_saves_nothing(
     said = capfd.readouterr().err
     assert "finished and saved" not in said and said.count("nothing is saved") == 2, said
     assert signal.getsignal(signal.SIGINT) == before
-    assert not (store.run_dir("base", "fresh") / "tokenizer").exists()
+    assert not (registry.run_dir("base", "fresh") / "tokenizer").exists()
 
 
 # verbs that print
@@ -382,6 +383,6 @@ def test_every_verb_runs_whatever_its_streams(
         assert b"Traceback" not in text and text.isascii(), verb
         if streams is narrow_streams:
             assert text or verb in ("quickstart", "speedrun"), verb
-    made = [store.run_dir(family, tag) for family, tag in (("base", "d4"), ("lora", "pirate"))]
+    made = [registry.run_dir(family, tag) for family, tag in (("base", "d4"), ("lora", "pirate"))]
     made += [tmp_path / "convert-out", tmp_path / "export-out", made[0] / "report" / "index.html"]
     assert all(path.exists() for path in made), "what is made does not depend on its output"

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from primechat import store
-from primechat.desk.labs import runner
-from primechat.lab import borrow_model
-from primechat.lessons.instruments import talks
+from primechat.checkpoint import registry
+from primechat.events import Turn
+from primechat.labkit import start_stop
+from primechat.labkit.instruments import talks
+from primechat.labkit.lab import borrow_model
 from primechat.metrics.intervals import measure_kappa
 from primechat.metrics.loops import MEASURES, find_loop, measure_turns, read_talk
-from primechat.records import Turn
 from primechat.views import talk
 from primechat.views.widgets.controls import Live
 
@@ -80,7 +80,7 @@ def test_turns_are_measured_by_hand() -> None:
 
 
 def test_reading_measures_what_the_engine_would() -> None:
-    model, tokenizer, _ = store.open_model("shipped/sft")
+    model, tokenizer, _ = registry.open_model("shipped/sft")
     texts = ["Hi there!", "Hello, how are you?", "Fine."]
     turns = read_talk(model, tokenizer, texts)
     prompt = tokenizer.render_for_completion(
@@ -198,7 +198,7 @@ def test_collapse_is_as_published() -> None:
 
 
 def test_a_figures_numbers_are_all_that_is_sent() -> None:
-    shown = runner.show(talk.draw_repeats({"this model": [0.1, 0.2]}, "x"))
+    shown = start_stop.show(talk.draw_repeats({"this model": [0.1, 0.2]}, "x"))
     assert shown.figure == {}, "and not before it is wanted"
     shown.answer_settle()
     assert (
@@ -206,7 +206,7 @@ def test_a_figures_numbers_are_all_that_is_sent() -> None:
         and len(json.dumps(shown.get_state("figure"))) < 50_000
     )
     widget = plotly.graph_objects.FigureWidget()
-    assert runner.show(widget) is widget, "what changes later stays plotly's own"
+    assert start_stop.show(widget) is widget, "what changes later stays plotly's own"
 
 
 def test_export(study: talks.Study, tmp_path: Path) -> None:

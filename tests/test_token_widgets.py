@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import traitlets
 
-from primechat.lessons.instruments import passages, tokenizers
-from primechat.lessons.instruments.tokenizers import Tokenizers, begin_learning, play_merges
+from primechat.labkit.instruments import passages, tokenizers
+from primechat.labkit.instruments.tokenizers import Tokenizers, begin_learning, play_merges
 from primechat.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from primechat.views.widgets.tokens.choices import Choice, Opened
 from primechat.views.widgets.tokens.playground import Playground, find_change
@@ -290,8 +290,8 @@ def test_passages_are_parallel() -> None:
 
 def test_lab_needs_no_torch() -> None:
     code = (
-        "import sys; from primechat.lab import show, predict, exercise;"
-        "from primechat.lessons.instruments.tokenizers import Tokenizers; kit = Tokenizers();"
+        "import sys; from primechat.labkit.lab import show, predict, exercise;"
+        "from primechat.labkit.instruments.tokenizers import Tokenizers; kit = Tokenizers();"
         "[getattr(kit, n)() for n in ('playground', 'replay', 'trainer', 'fertility', 'chat', 'vocabulary')];"
         "assert 'torch' not in sys.modules"
     )

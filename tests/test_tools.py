@@ -6,8 +6,8 @@ import tracemalloc
 import pytest
 from tiny import byte_tokenizer
 
-from primechat.infer import tools
-from primechat.infer.tools import TOOL_TOKENS, ToolCall, calculate, find_tool
+from primechat.infer import calculator
+from primechat.infer.calculator import TOOL_TOKENS, ToolCall, calculate, find_tool
 
 
 @pytest.mark.parametrize(
@@ -141,4 +141,4 @@ def test_foreign_tokenizers_have_no_tool() -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(tools).failed == 0
+    assert doctest.testmod(calculator).failed == 0

@@ -19,13 +19,13 @@ import torch
 from primechat.config import GPTConfig, OptimConfig, RuntimeConfig
 from primechat.config.recipes import make_recipe
 from primechat.errors import ConfigError, PrimechatError
+from primechat.events import StepEvent
 from primechat.model.gpt import GPT
-from primechat.records import StepEvent
-from primechat.train import tune
+from primechat.train import autotune
+from primechat.train.autotune import Candidate, decide_compile, list_devices, tune_runtime
 from primechat.train.loop import fit, lr_ratio, muon_momentum
 from primechat.train.optim import Adam, AdamRule, Muon, Optimizer, orthogonalize
 from primechat.train.parallel import Ranks, is_echo
-from primechat.train.tune import Candidate, decide_compile, list_devices, tune_runtime
 
 # three layers: with fewer, backout changes nothing and its gradient is a rounding error
 SHAPE = replace(
@@ -397,9 +397,9 @@ def test_search_is_short(monkeypatch: pytest.MonkeyPatch, half: bool) -> None:
     run is measured for a short time.
     """
     said: list[tuple[str, float]] = []
-    monkeypatch.setattr(tune, "threads_pay", lambda threads: False)
-    monkeypatch.setattr(tune, "half_pays", lambda: half)
-    monkeypatch.setattr(tune, "count_cores", lambda: 4)
+    monkeypatch.setattr(autotune, "threads_pay", lambda threads: False)
+    monkeypatch.setattr(autotune, "half_pays", lambda: half)
+    monkeypatch.setattr(autotune, "count_cores", lambda: 4)
     model = make_model()
     ids, targets = make_batches()[0]
     tuning = tune_runtime(
@@ -418,12 +418,12 @@ def test_search_is_short(monkeypatch: pytest.MonkeyPatch, half: bool) -> None:
     tried = {note.split(",")[0] for note in tuning.notes if note.endswith("tokens/s")}
     assert tried == ({"cpu float32", "cpu bfloat16"} if half else {"cpu float32"})
     assert any("bfloat16 was not tried" in note for note in tuning.notes) != half
-    assert said == [(tune.MEASURING, 3.0)]
+    assert said == [(autotune.MEASURING, 3.0)]
 
 
 def test_units_are_found_out() -> None:
     """The two short measurements before the search leave the threads as the search expects them."""
-    assert isinstance(tune.half_pays(), bool) and isinstance(tune.threads_pay(2), bool)
+    assert isinstance(autotune.half_pays(), bool) and isinstance(autotune.threads_pay(2), bool)
 
 
 def test_optimizer_loads_no_compiler() -> None:

@@ -12,19 +12,20 @@ import torch
 from tiny import HistoryModel, byte_tokenizer
 
 import primechat
-from primechat import cli, store
+from primechat.chat.tree import read_jsonl
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from primechat.cli import main as cli
+from primechat.cli.download import DownloadConfig, build_parcels
 from primechat.cloud.plan import read_bench
 from primechat.config import GPTConfig, decode_config, encode_config
+from primechat.config.autochat import AutochatConfig
 from primechat.config.model import list_shapes
 from primechat.config.runtime import check_number
-from primechat.config.talk import AutochatConfig
-from primechat.desk.download import DownloadConfig, build_parcels
-from primechat.desk.tree import read_jsonl
 from primechat.errors import CheckpointError, ConfigError, DataError
-from primechat.files import parse_json
+from primechat.files.paths import parse_json
+from primechat.files.weights import read_json
 from primechat.infer.engine import Engine
-from primechat.model.checkpoint import load_checkpoint, save_checkpoint
-from primechat.model.weights import read_json
 from primechat.text.corpora import read_rows
 
 DEEP = "[" * 100_000
@@ -138,13 +139,13 @@ def test_json_that_cannot_be_read(
 def test_nobody_parses_by_himself() -> None:
     """Files from outside go through `parse_json`; what the rest reads, primechat or a tool has written."""
     own = {
-        "files.py": "is parse_json",
-        "lessons/instruments/forecasts.py": "a record that ships",
-        "lessons/instruments/talks.py": "records that ship",
+        "files/paths.py": "is parse_json",
+        "labkit/instruments/forecasts.py": "a record that ships",
+        "labkit/instruments/talks.py": "records that ship",
         "views/widgets/figure.py": "of Plotly, in this process",
-        "desk/labs/twins.py": "of marimo's export",
-        "desk/pods/ranks.py": "of a process of ours",
-        "model/foreign.py": "of a tokenizer that is open",
+        "labkit/twins.py": "of marimo's export",
+        "cloud/ranks.py": "of a process of ours",
+        "model/huggingface.py": "of a tokenizer that is open",
         "text/corpora.py": "of the package chitchat-dataset",
     }
     house = Path(primechat.__file__).parent
@@ -210,9 +211,9 @@ def test_weights_of_float64_are_loaded_as_float32(base_dir: Path) -> None:
     loaded = load_checkpoint(folder, 1).model_state
     for key, tensor in state.items():
         assert torch.equal(loaded[key], tensor.float()), key
-    model, _, _ = store.open_model("base/d1")
+    model, _, _ = registry.open_model("base/d1")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    half = store.open_model("base/d1", dtype="bfloat16")[0]
+    half = registry.open_model("base/d1", dtype="bfloat16")[0]
     assert torch.equal(
         half.transformer.wte.weight, state["transformer.wte.weight"].to(torch.bfloat16)
     )

@@ -11,8 +11,8 @@ import pytest
 from browser import SMALL_LABS, run_all_cells
 from playwright.sync_api import Browser, expect
 
-from primechat.desk.labs import pages
-from primechat.desk.labs.runner import show
+from primechat.labkit import pages
+from primechat.labkit.start_stop import show
 from primechat.views.widgets.controls import Live, Prediction
 from primechat.views.widgets.figure import WaitingFigure
 

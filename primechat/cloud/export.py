@@ -31,13 +31,13 @@ from primechat.config import (
     RuntimeConfig,
     encode_config,
 )
+from primechat.config.names import FOLDERS, parse_identifier
 from primechat.config.recipes import FULL_RECIPES
 from primechat.errors import ConfigError
-from primechat.files import explain_copy
-from primechat.names import FOLDERS, parse_identifier
+from primechat.files.paths import explain_copy
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT_NAMES = {"settings", "stage", "summary"}  # what desk/pods/script.py offers of a lab's tools
+SCRIPT_NAMES = {"settings", "stage", "summary"}  # what cli/script.py offers of a lab's tools
 STAGE_OF = {
     "06": FinetuneConfig,
     "07": LoRAConfig,
@@ -127,16 +127,16 @@ def write_program(body: list[ast.stmt], text: str) -> str:
             called = ast.unparse(part.value.func) if isinstance(part.value, ast.Call) else ""
             if not called or called.partition(".")[0] in ("mo", "show"):
                 continue
-        if isinstance(part, ast.ImportFrom) and part.module == "primechat.lab":
+        if isinstance(part, ast.ImportFrom) and part.module == "primechat.labkit.lab":
             names = [alias.name for alias in part.names]
             strange = sorted(set(names) - SCRIPT_NAMES - {"show"})
             if strange:
                 raise ConfigError(
-                    f"a shown cell imports {', '.join(strange)} from primechat.lab, a script has "
+                    f"a shown cell imports {', '.join(strange)} from primechat.labkit.lab, a script has "
                     f"{', '.join(sorted(SCRIPT_NAMES))}; import it in a cell with hidden code."
                 )
             kept.append(
-                f"from primechat.desk.pods.script import {', '.join(n for n in names if n in SCRIPT_NAMES)}"
+                f"from primechat.cli.script import {', '.join(n for n in names if n in SCRIPT_NAMES)}"
             )
             continue
         kept.append(textwrap.dedent("\n".join(lines[part.lineno - 1 : part.end_lineno])))

@@ -18,8 +18,8 @@ from primechat.config import GPTConfig, PretrainConfig
 from primechat.config.model import count_parts
 from primechat.config.recipes import RECIPES, make_recipe
 from primechat.errors import ConfigError
-from primechat.files import parse_json
-from primechat.records import count_noun
+from primechat.events import count_noun
+from primechat.files.paths import parse_json
 from primechat.text.packing import KEPT_SHARE
 from primechat.text.shards import HUB_CORPORA
 

@@ -59,8 +59,10 @@ start)
 esac
 """
 # verbs of the launcher: of a pretraining run, and of a stage that goes on from a model
-PREFLIGHT = 'python -m primechat.cli preflight --gpus "${GPUS:-@GPUS@}" --config "$config" "$@"'
-DATA = "python -m primechat.cli download --shards @CORPUS@:@SHARDS@"
+PREFLIGHT = (
+    'python -m primechat.cli.main preflight --gpus "${GPUS:-@GPUS@}" --config "$config" "$@"'
+)
+DATA = "python -m primechat.cli.main download --shards @CORPUS@:@SHARDS@"
 TRY = """\
 python -m torch.distributed.run "${place[@]}" --nproc_per_node="${RANKS:-@RANKS@}" \\
         run.py --config "$config" --tag "preflight-$$" --steps 4 \\

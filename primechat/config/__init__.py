@@ -1,5 +1,6 @@
 """Every knob of primechat, as frozen dataclasses; nothing here imports torch."""
 
+from primechat.config.autochat import AutochatConfig
 from primechat.config.codec import decode_config, encode_config, find_difference
 from primechat.config.model import GPTConfig, InitConfig
 from primechat.config.optim import OptimConfig
@@ -14,7 +15,6 @@ from primechat.config.stages import (
     SpeedrunConfig,
     TokenizerConfig,
 )
-from primechat.config.talk import AutochatConfig
 
 __all__ = [
     "DistillConfig",

@@ -20,6 +20,8 @@ import torch
 from primechat.config.options import OptionError, check_options
 from primechat.config.runtime import check_number
 from primechat.errors import CheckpointError, ConfigError
+from primechat.events import Token
+from primechat.infer.calculator import ToolCall, find_tool
 from primechat.infer.cpu import keep_freed_memory
 from primechat.infer.reply import Reply
 from primechat.infer.sampling import (
@@ -30,9 +32,7 @@ from primechat.infer.sampling import (
     sample_logits,
     seed_row,
 )
-from primechat.infer.tools import ToolCall, find_tool
 from primechat.protocols import Cache, ChatTokenizer, LanguageModel, ReadsPadded
-from primechat.records import Token
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -13,8 +13,8 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from primechat.errors import PrimechatError
+from primechat.events import ReplyStats, Token
 from primechat.protocols import ChatTokenizer
-from primechat.records import ReplyStats, Token
 from primechat.text.tokenizer import SPECIAL_TOKENS
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch
 
 from primechat.config.runtime import check_number
 from primechat.errors import ConfigError
-from primechat.records import Token
+from primechat.events import Token
 from primechat.seeds import derive_seed
 
 GREEDY_BELOW = 1e-5  # a lower temperature is argmax: dividing by it would overflow float32

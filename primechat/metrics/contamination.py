@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from primechat.records import OverlapResult
+from primechat.events import OverlapResult
 
 WORD = re.compile(r"\w+")
 N_GRAM = 13

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from primechat.events import Turn
 from primechat.metrics.diversity import split_words
-from primechat.records import Turn
 
 if TYPE_CHECKING:
     from primechat.protocols import ChatTokenizer

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from primechat.events import PlaceGroup, RetentionResult
 from primechat.infer.engine import Engine
 from primechat.metrics.diversity import measure_distinct, measure_repetition, split_words
 from primechat.protocols import ChatTokenizer, LanguageModel
-from primechat.records import PlaceGroup, RetentionResult
 
 FREQUENCIES = (
     (0.5, "most frequent half"),

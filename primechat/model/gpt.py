@@ -282,7 +282,7 @@ class GPT(nn.Module):
         Args:
             ids: (B, T) int64.
             cache: what was read before; ids go behind it, and are kept there.
-            hook: sees, and may change, what passes the points that `metrics.probes` names.
+            hook: sees, and may change, what passes the points that `interp.hooks` names.
             documents: in packed rows, what keeps their documents apart.
 
         Raises:

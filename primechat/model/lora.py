@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from primechat.errors import CheckpointError, ConfigError
-from primechat.files import make_folder, write_file
+from primechat.files.paths import make_folder, write_file
+from primechat.files.weights import read_json
 from primechat.model.gpt import GPT, Linear
-from primechat.model.weights import read_json
 
 TARGETS = ("c_q", "c_k", "c_v", "attn.c_proj", "c_fc", "mlp.c_proj")
 PREFIX = "base_model.model."

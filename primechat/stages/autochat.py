@@ -18,18 +18,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from primechat import store
+from primechat.checkpoint import registry
+from primechat.checkpoint.run_dir import RunLock, read_frozen
 from primechat.config import FinetuneConfig, LookConfig, encode_config, find_difference
-from primechat.config.talk import AutochatConfig
+from primechat.config.autochat import AutochatConfig
 from primechat.errors import ConfigError, DataError
-from primechat.files import parse_json, resolve_path, write_file
+from primechat.events import AutochatResult, OnEvent, PhaseEvent, ProgressEvent, Turn
+from primechat.files.paths import parse_json, resolve_path, write_file
 from primechat.infer.cpu import settle_threads
 from primechat.infer.engine import Engine
-from primechat.model.runlog import RunLock, read_frozen
-from primechat.records import AutochatResult, OnEvent, PhaseEvent, ProgressEvent, Turn
 from primechat.seeds import derive_seed
 from primechat.stages.finetune import finetune
-from primechat.stages.run import pick_device
+from primechat.stages.trainer import pick_device
 from primechat.text.corpora import read_conversations
 
 HUMAN = "human"  # stands where a model's name stands
@@ -49,7 +49,7 @@ def autochat(
         PrimechatError: a model or text cannot be used.
     """
     t_start, results = time.perf_counter(), list[AutochatResult]()
-    model = config.model or str(store.choose_model())
+    model = config.model or str(registry.choose_model())
     for generation in range(config.generations + 1):
         tag = f"{config.tag}-g{generation}" if config.generations else config.tag
         part = replace(config, tag=tag, model=model, generations=0)
@@ -83,7 +83,7 @@ def learn_talks(
     own = [build_messages(turns) for turns in talks]
     n_human = round(len(own) * config.human_share / (1 - config.human_share))
     human = [talk["messages"] for talk in islice(read_conversations("chitchat", "train"), n_human)]
-    path = store.base_dir() / said.path / "learned.jsonl"
+    path = registry.base_dir() / said.path / "learned.jsonl"
     mixed = [messages for messages in [*human, *own] if len(messages) > 1]
     lines = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in mixed]
     write_file(path, ("\n".join(lines) + "\n").encode())
@@ -99,9 +99,11 @@ def learn_talks(
     if runtime.compile == "auto":
         runtime = replace(runtime, compile="off")  # it takes longer than so few steps
     there = (
-        store.run_dir("sft", tag) / "config.json"
+        registry.run_dir("sft", tag) / "config.json"
     ).exists()  # else it was killed before its first step
-    store.mark_by_product(store.run_dir("sft", tag), f"generation {generation} of {config.tag}")
+    registry.mark_by_product(
+        registry.run_dir("sft", tag), f"generation {generation} of {config.tag}"
+    )
     result = finetune(
         FinetuneConfig(
             tag=tag,
@@ -132,7 +134,7 @@ def run_talks(
     Turns that an earlier version wrote are kept; the rest is drawn from this version's streams.
     """
     t_start, tell = time.perf_counter(), on_event or (lambda event: None)
-    folder = store.base_dir() / "autochat" / config.tag
+    folder = registry.base_dir() / "autochat" / config.tag
     with RunLock(folder):
         openings = read_openings(config.openings, config.n_talks)
         speakers = [
@@ -165,7 +167,7 @@ def run_talks(
     done = sum(map(len, lines))
     return AutochatResult(
         tag=config.tag,
-        path=str(folder.relative_to(store.base_dir())),
+        path=str(folder.relative_to(registry.base_dir())),
         n_talks=config.n_talks,
         turns=config.turns,
         stopped=done < config.n_talks * config.turns,
@@ -180,7 +182,7 @@ class Speaker:
 
     def __init__(self, config: AutochatConfig, identifier: str) -> None:
         device = pick_device(config.runtime.device)
-        model, tokenizer, meta = store.open_model(
+        model, tokenizer, meta = registry.open_model(
             identifier, device=device, dtype=config.runtime.dtype
         )
         settle_threads(model, min(config.batch_rows, config.n_talks))
@@ -312,7 +314,7 @@ def read_talks(path: str | Path, n_talks: int = 0) -> list[list[Turn]]:
     Raises:
         DataError: there are none.
     """
-    file, talks = store.base_dir() / path / "talks.jsonl", dict[int, list[Turn]]()
+    file, talks = registry.base_dir() / path / "talks.jsonl", dict[int, list[Turn]]()
     try:
         lines = file.read_bytes().splitlines()
     except OSError as error:

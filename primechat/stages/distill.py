@@ -3,7 +3,7 @@
 Hides: where the student's text comes from. It is a corpus, or conversations, cut into rows as in the other
 stages; a share of the rows may be the student's own, written on from the beginning of a text, so that it
 learns where its own mistakes lead. The control is the same run with alpha=1: no teacher.
-Reference: Hinton et al. 2015; Agarwal et al. 2024 (on-policy distillation); `train.teacher` for the loss.
+Reference: Hinton et al. 2015; Agarwal et al. 2024 (on-policy distillation); `train.distill` for the loss.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from primechat import store
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import Loaded, load_checkpoint, save_checkpoint
+from primechat.checkpoint.run_dir import recall_separator
 from primechat.config import DistillConfig, GPTConfig, RuntimeConfig
 from primechat.config.model import list_shapes, set_shape, shrink_model
+from primechat.config.names import parse_plain
 from primechat.config.stages import check_rows
 from primechat.errors import ConfigError
+from primechat.events import NoteEvent, OnEvent, TrainResult
 from primechat.infer.engine import Engine
 from primechat.infer.sampling import draw_floats
 from primechat.metrics.retention import judge_writing, measure_retention, write_texts
-from primechat.model.checkpoint import Loaded, load_checkpoint, save_checkpoint
 from primechat.model.gpt import GPT
-from primechat.model.runlog import recall_separator
-from primechat.names import parse_plain
-from primechat.records import NoteEvent, OnEvent, TrainResult
 from primechat.seeds import derive_seed
 from primechat.stages.finetune import make_job
 from primechat.stages.job import Batches, Job
@@ -42,13 +42,13 @@ from primechat.stages.pretrain import (
     pack_rows,
 )
 from primechat.stages.reading import check_resumed_text, describe_text
-from primechat.stages.run import TrainingRun, pick_device, write_continuation
+from primechat.stages.trainer import TrainingRun, pick_device, write_continuation
 from primechat.text.batches import share_rows
 from primechat.text.tokenizer import Tokenizer
+from primechat.train.autotune import list_devices
+from primechat.train.distill import DistillLoss, Mix, TeacherCache, make_projector, mark_own
 from primechat.train.loop import SumLoss
 from primechat.train.parallel import join_ranks, wait_turn
-from primechat.train.teacher import DistillLoss, Mix, TeacherCache, make_projector, mark_own
-from primechat.train.tune import list_devices
 
 PROMPT_SHARE = 4  # a row that the student writes itself begins with a quarter of a row of text
 COMPARED_TOKENS = 16_384  # of each validation, for agreement and KL
@@ -64,7 +64,7 @@ def distill(
         CheckpointError: teacher or student cannot be opened, or their tokenizers differ.
     """
     device = list_devices(config.runtime.device)[0]
-    teacher, tokenizer, meta = store.open_model(config.teacher, device=device, on_event=on_event)
+    teacher, tokenizer, meta = registry.open_model(config.teacher, device=device, on_event=on_event)
     if not isinstance(teacher, GPT):
         raise ConfigError(
             f"teacher={config.teacher!r} must be a model of this program's kind; try base/d20."
@@ -135,9 +135,9 @@ def choose_student(
         CheckpointError: that checkpoint has another tokenizer than the teacher.
     """
     if config.base:
-        folder, name = store.locate_model(parse_plain(config.base))
+        folder, name = registry.locate_model(parse_plain(config.base))
         loaded = load_checkpoint(folder, name.step)
-        store.check_pair(loaded.config, loaded.meta, tokenizer, config.base)
+        registry.check_pair(loaded.config, loaded.meta, tokenizer, config.base)
         return loaded.config, loaded
     given = (config.n_layer, config.n_embd, config.n_head)
     if any(given):
@@ -152,7 +152,7 @@ def make_text_job(
     config: DistillConfig, shape: GPTConfig, tokenizer: Tokenizer, on_event: OnEvent | None
 ) -> Job:
     """Return a job on plain text."""
-    config = recall_separator(config, store.run_dir("base", config.tag))
+    config = recall_separator(config, registry.run_dir("base", config.tag))
     with wait_turn(join_ranks(pick_device(config.runtime.device))):
         fresh_text = check_resumed_text(
             config,
@@ -199,7 +199,9 @@ def open_teacher_cache(
     sha = hashlib.sha256(key.encode())
     for tensor in teacher.state_dict().values():
         sha.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return TeacherCache(store.base_dir() / "teacher_cache" / sha.hexdigest()[:24], config.top_k, T)
+    return TeacherCache(
+        registry.base_dir() / "teacher_cache" / sha.hexdigest()[:24], config.top_k, T
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,17 +10,17 @@ import time
 
 import torch
 
-from primechat import store
+from primechat.checkpoint import registry
 from primechat.config import EvaluateConfig
 from primechat.errors import ConfigError
+from primechat.events import EvaluateResult, OnEvent, OverlapResult, PhaseEvent, ProgressEvent
 from primechat.metrics.bits import measure_bits
 from primechat.metrics.contamination import measure_overlap
-from primechat.records import EvaluateResult, OnEvent, OverlapResult, PhaseEvent, ProgressEvent
 from primechat.stages.pretrain import cache_text
 from primechat.text.batches import validation_windows
 from primechat.text.corpora import read_documents
 from primechat.text.dialogues import DialogueOptions, stream_dialogues
-from primechat.train.tune import count_cores, list_devices
+from primechat.train.autotune import count_cores, list_devices
 
 
 def evaluate(
@@ -36,7 +36,7 @@ def evaluate(
     t_start, tell = time.perf_counter(), on_event or (lambda event: None)
     device = list_devices(config.runtime.device)[0]
     dtype = config.runtime.dtype
-    model, tokenizer, _ = store.open_model(
+    model, tokenizer, _ = registry.open_model(
         config.model, device=device, dtype=dtype, on_event=on_event
     )
     window = config.window or model.sequence_len
@@ -68,7 +68,7 @@ def evaluate(
     finally:
         torch.set_num_threads(threads)
     return EvaluateResult(
-        identifier=config.model or str(store.choose_model()),
+        identifier=config.model or str(registry.choose_model()),
         corpus=config.corpus,
         bpb=bits.bpb,
         loss_nats=bits.loss_nats,
@@ -83,12 +83,12 @@ def evaluate(
 
 def find_overlap(config: EvaluateConfig, on_event: OnEvent | None) -> OverlapResult:
     """Return what the evaluation text shares with the training part of a mixture of dialogues."""
-    options = DialogueOptions(language="", base_dir=store.base_dir())
+    options = DialogueOptions(language="", base_dir=registry.base_dir())
     training = stream_dialogues(config.contamination, "train", options, on_event=on_event)
     said = (
         "\n".join(str(m["content"]) for m in conversation["messages"]) for conversation in training
     )
     evaluation = read_documents(
-        config.corpus, "val", base_dir=store.base_dir(), separator=config.corpus_separator
+        config.corpus, "val", base_dir=registry.base_dir(), separator=config.corpus_separator
     )
     return measure_overlap(evaluation, said)

@@ -13,18 +13,18 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
-from primechat import store
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import Loaded, load_checkpoint
 from primechat.config import FinetuneConfig
+from primechat.config.names import parse_plain
 from primechat.config.stages import check_rows
 from primechat.errors import DataError, PrimechatError
+from primechat.events import NoteEvent, OnEvent, TrainResult
 from primechat.infer.engine import Engine
-from primechat.model.checkpoint import Loaded, load_checkpoint
-from primechat.names import parse_plain
 from primechat.protocols import Conversation
-from primechat.records import NoteEvent, OnEvent, TrainResult
 from primechat.stages.job import Windows
 from primechat.stages.pretrain import cache_text, open_cache, pack_rows
-from primechat.stages.run import SAMPLE_TOKENS, Job, TrainingRun, pick_device
+from primechat.stages.trainer import SAMPLE_TOKENS, Job, TrainingRun, pick_device
 from primechat.text.batches import PackedBatches, PaddedBatches, TokenCache, build_cache
 from primechat.text.corpora import is_local
 from primechat.text.dialogues import (
@@ -54,8 +54,8 @@ def finetune(
         PrimechatError: text, tokenizer or checkpoints cannot be used.
     """
     base = config.base or f"base/{config.tag}"
-    folder, name = store.locate_model(parse_plain(base))
-    tokenizer, loaded = store.load_tokenizer(base), load_checkpoint(folder, name.step)
+    folder, name = registry.locate_model(parse_plain(base))
+    tokenizer, loaded = registry.load_tokenizer(base), load_checkpoint(folder, name.step)
     job = make_job(config, loaded, tokenizer, f"{base}@{loaded.step}", on_event)
     return TrainingRun(config, job, on_event, stop).work()
 
@@ -132,7 +132,7 @@ def read_options(config: FinetuneConfig, split: str = "train") -> DialogueOption
         language=config.language,
         personas=config.personas,
         mirrored=split == "train",
-        base_dir=store.base_dir(),
+        base_dir=registry.base_dir(),
         shards=config.dialogue_shards,
     )
 
@@ -175,4 +175,4 @@ def cache_dialogues(
             )
 
     key = f"chat-{split}-{READING}-{identify_mixture(config.dialogues, split, options)}"
-    return build_cache(render(), tokenizer, store.base_dir() / "token_cache", key)
+    return build_cache(render(), tokenizer, registry.base_dir() / "token_cache", key)

@@ -14,14 +14,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from primechat.checkpoint.checkpoint import Loaded, load_checkpoint, save_checkpoint
 from primechat.config import GPTConfig, InitConfig, RuntimeConfig
 from primechat.infer.engine import Engine
-from primechat.model.checkpoint import Loaded, load_checkpoint, save_checkpoint
 from primechat.model.gpt import GPT
 from primechat.seeds import fold_seed
 from primechat.text.tokenizer import Tokenizer
+from primechat.train.autotune import make_loss
 from primechat.train.loop import SumLoss
-from primechat.train.tune import make_loss
 
 Windows = Callable[[int, int, int], Iterable[tuple[Tensor, Tensor]]]
 

@@ -14,19 +14,19 @@ from typing import Any
 
 import torch
 
-from primechat import store
+from primechat.checkpoint import checkpoint, registry
+from primechat.checkpoint.checkpoint import Loaded, load_checkpoint, read_meta
 from primechat.config import LoRAConfig
+from primechat.config.names import parse_plain
 from primechat.errors import CheckpointError, ConfigError
-from primechat.model import checkpoint, lora
-from primechat.model.checkpoint import Loaded, load_checkpoint, read_meta
+from primechat.events import OnEvent, TrainResult
+from primechat.files.weights import load_tensors
+from primechat.model import lora
 from primechat.model.gpt import GPT
-from primechat.model.weights import load_tensors
-from primechat.names import parse_plain
-from primechat.records import OnEvent, TrainResult
 from primechat.seeds import derive_seed
 from primechat.stages.finetune import make_job
 from primechat.stages.job import Job
-from primechat.stages.run import TrainingRun
+from primechat.stages.trainer import TrainingRun
 
 
 def train_lora(
@@ -42,9 +42,9 @@ def train_lora(
         raise ConfigError(f"learn={config.learn!r} must be assistant for an adapter; leave it out.")
     if not config.rank:
         raise ConfigError("rank=0 has nothing to train; try 8.")
-    folder, name = store.locate_model(parse_plain(config.base))
-    loaded, tokenizer = load_checkpoint(folder, name.step), store.load_tokenizer(config.base)
-    base = str(store.pin_step(name, loaded.step))
+    folder, name = registry.locate_model(parse_plain(config.base))
+    loaded, tokenizer = load_checkpoint(folder, name.step), registry.load_tokenizer(config.base)
+    base = str(registry.pin_step(name, loaded.step))
     plain = make_job(config, loaded, tokenizer, base, on_event)
     spec = lora.LoraSpec(
         rank=config.rank,

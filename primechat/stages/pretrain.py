@@ -14,17 +14,17 @@ from typing import Any
 
 from torch import Tensor
 
-from primechat import store
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import find_steps, read_meta
+from primechat.checkpoint.run_dir import recall_separator
 from primechat.config import DistillConfig, PretrainConfig, TokenizerConfig
 from primechat.errors import ConfigError
-from primechat.files import resolve_path
-from primechat.model.checkpoint import find_steps, read_meta
-from primechat.model.runlog import recall_separator
-from primechat.records import OnEvent, TrainResult
+from primechat.events import OnEvent, TrainResult
+from primechat.files.paths import resolve_path
 from primechat.stages.job import Batches, Windows
 from primechat.stages.reading import check_resumed_text, describe_text
-from primechat.stages.run import Job, TrainingRun, pick_device, write_continuation
 from primechat.stages.tokenizer import train_tokenizer
+from primechat.stages.trainer import Job, TrainingRun, pick_device, write_continuation
 from primechat.text.batches import (
     BestFitBatches,
     PackedBatches,
@@ -54,7 +54,7 @@ def pretrain(
         ConfigError: settings contradict each other, the tokenizer or the run that is there.
         PrimechatError: text, tokenizer or checkpoints cannot be used.
     """
-    config = recall_separator(config, store.run_dir("base", config.tag))
+    config = recall_separator(config, registry.run_dir("base", config.tag))
     model, T = config.model, config.model.sequence_len
     local, note = is_local(config.corpus), on_event
     ranks = join_ranks(pick_device(config.runtime.device))
@@ -102,7 +102,7 @@ def open_shards(config: PretrainConfig, fetches: bool, on_event: OnEvent | None)
     return open_feed(
         config.corpus,
         config.n_shards,
-        store.base_dir(),
+        registry.base_dir(),
         fetches=fetches,
         keep=config.keep_shards,
         on_event=on_event,
@@ -167,8 +167,8 @@ def choose_tokenizer(
     Raises:
         ConfigError: the vocabulary of one that is named, or the tag's own, is not the model's.
     """
-    own = store.run_dir("base", config.tag) / "tokenizer"
-    wanted, shared = config.model.vocab_size, store.base_dir() / "tokenizer"
+    own = registry.run_dir("base", config.tag) / "tokenizer"
+    wanted, shared = config.model.vocab_size, registry.base_dir() / "tokenizer"
     folder = resolve_path(config.tokenizer, "tokenizer") if config.tokenizer else own
     # that file is written last: a folder that a kill left without it holds no tokenizer yet
     if not config.tokenizer and not (own / "tokenizer.pkl").exists():
@@ -195,7 +195,7 @@ def choose_tokenizer(
 
 def find_shipped(config: PretrainConfig) -> Path | None:
     """Return the shipped tokenizer if training gives the very same: from this text, with as many tokens."""
-    folder = store.choose_tag(store.SHIPPED, "base")
+    folder = registry.choose_tag(registry.SHIPPED, "base")
     steps = find_steps(folder) if folder else []
     if not folder or not steps:
         return None
@@ -242,7 +242,7 @@ def cache_text(
         corpus,
         split,
         n_shards=n_shards,
-        base_dir=store.base_dir(),
+        base_dir=registry.base_dir(),
         separator=separator,
         on_event=on_event,
     )
@@ -250,5 +250,5 @@ def cache_text(
     if not is_local(corpus) and split == "val":
         documents, key = islice(documents, SHARD_EVAL_DOCUMENTS), f"{key}-{SHARD_EVAL_DOCUMENTS}"
     return build_cache(
-        documents, tokenizer, store.base_dir() / "token_cache", key, on_event=on_event
+        documents, tokenizer, registry.base_dir() / "token_cache", key, on_event=on_event
     )

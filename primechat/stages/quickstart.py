@@ -10,7 +10,8 @@ import threading
 import time
 from dataclasses import replace
 
-from primechat import store
+from primechat.checkpoint import registry
+from primechat.checkpoint.run_dir import read_frozen
 from primechat.config import (
     EvaluateConfig,
     FinetuneConfig,
@@ -22,10 +23,9 @@ from primechat.config import (
     recipes,
 )
 from primechat.errors import ConfigError
+from primechat.events import OnEvent, QuickstartResult, SpeedrunResult
 from primechat.infer.cpu import settle_threads
 from primechat.infer.engine import Engine
-from primechat.model.runlog import read_frozen
-from primechat.records import OnEvent, QuickstartResult, SpeedrunResult
 from primechat.seeds import derive_seed
 from primechat.stages.evaluate import evaluate
 from primechat.stages.finetune import finetune
@@ -58,7 +58,7 @@ def quickstart(
     tag = choose_tag(config)
     stop = stop or threading.Event()
     seconds = FAST_SECONDS if config.fast else config.seconds
-    folder = store.run_dir("base", tag)
+    folder = registry.run_dir("base", tag)
     tokenizer = train_tokenizer(
         TokenizerConfig(tag=tag, resume=config.resume, vocab_size=config.vocab_size),
         on_event=on_event,
@@ -88,7 +88,7 @@ def quickstart(
         batch_tokens=base_config.batch_tokens,
         look=replace(FAST_LOOK if config.fast else CHAT_LOOK, snapshots=False),
     )
-    resume = config.resume and (store.run_dir("sft", tag) / "config.json").exists()
+    resume = config.resume and (registry.run_dir("sft", tag) / "config.json").exists()
     chat = finetune(replace(chat_config, resume=resume), on_event=on_event, stop=stop)
     dialogue = () if chat.stopped else hold_dialogue(chat.identifier, config.seed)
     return QuickstartResult(
@@ -112,7 +112,7 @@ def speedrun(
     tag, stop = config.pretrain.tag, stop or threading.Event()
 
     def goes_on(family: str) -> bool:
-        return config.resume and (store.run_dir(family, tag) / "config.json").exists()
+        return config.resume and (registry.run_dir(family, tag) / "config.json").exists()
 
     base = pretrain(replace(config.pretrain, resume=goes_on("base")), on_event=on_event, stop=stop)
     if base.stopped:
@@ -142,7 +142,7 @@ def choose_tag(config: QuickstartConfig) -> str:
     if config.tag:
         return config.tag
     names = ["quickstart", *(f"quickstart-{n}" for n in range(2, 1000))]
-    free = next(i for i, name in enumerate(names) if not store.run_dir("base", name).exists())
+    free = next(i for i, name in enumerate(names) if not registry.run_dir("base", name).exists())
     if not config.resume:
         return names[free]
     if free == 0:
@@ -154,7 +154,7 @@ def choose_tag(config: QuickstartConfig) -> str:
 
 def hold_dialogue(identifier: str, seed: int) -> tuple[dict[str, str], ...]:
     """Ask a model a few questions, each reply in the light of what was said before."""
-    model, tokenizer, _ = store.open_model(identifier)
+    model, tokenizer, _ = registry.open_model(identifier)
     settle_threads(model)
     engine, messages = Engine(model, tokenizer), []
     for i, question in enumerate(QUESTIONS):

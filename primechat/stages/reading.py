@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from primechat import store
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import find_steps, read_meta
+from primechat.checkpoint.run_dir import read_frozen
 from primechat.config import DistillConfig, PretrainConfig
 from primechat.errors import ConfigError, DataError
-from primechat.model.checkpoint import find_steps, read_meta
-from primechat.model.runlog import read_frozen
-from primechat.records import NoteEvent, OnEvent
+from primechat.events import NoteEvent, OnEvent
 from primechat.text.sametext import content_identity, same_tokens
 from primechat.text.tokenizer import Tokenizer
 from primechat.text.tokens import TokenCache, find_cache
@@ -22,7 +22,7 @@ from primechat.text.tokens import TokenCache, find_cache
 
 def describe_text(corpus: str, stamp: str) -> dict[str, str]:
     """Return what a checkpoint records of the text that its run reads; `stamp` is its `corpus_identity`."""
-    content = content_identity(corpus, stamp, store.base_dir() / "token_cache")
+    content = content_identity(corpus, stamp, registry.base_dir() / "token_cache")
     return {"corpus": stamp, "corpus_content": content}
 
 
@@ -43,7 +43,7 @@ def check_resumed_text(
         ConfigError: it is another text, and the config does not allow that.
         DataError: there is no such text.
     """
-    folder = store.run_dir("base", config.tag)
+    folder = registry.run_dir("base", config.tag)
     steps = find_steps(folder) if config.resume else []
     if not steps:
         return False
@@ -90,5 +90,7 @@ def is_known_text(
         return bool(meta["corpus_content"] == text["corpus_content"])
     if meta.get("corpus") == text["corpus"]:
         return True
-    before = find_cache(store.base_dir() / "token_cache", f"train-{meta.get('corpus')}", tokenizer)
+    before = find_cache(
+        registry.base_dir() / "token_cache", f"train-{meta.get('corpus')}", tokenizer
+    )
     return before is not None and same_tokens(before, open_train())

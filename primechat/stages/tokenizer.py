@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 
-from primechat import store
+from primechat.checkpoint import registry
+from primechat.checkpoint.run_dir import RunLock
 from primechat.config import TokenizerConfig
 from primechat.errors import DataError, StoppedError
-from primechat.model.runlog import RunLock
-from primechat.records import NoteEvent, OnEvent, PhaseEvent, ProgressEvent, TokenizerResult
+from primechat.events import NoteEvent, OnEvent, PhaseEvent, ProgressEvent, TokenizerResult
 from primechat.text.corpora import read_documents
 from primechat.text.tokenizer import Tokenizer
 
@@ -35,11 +35,13 @@ def train_tokenizer(
     """
     t_start = time.perf_counter()
     tell = on_event or (lambda event: None)
-    folder = (store.run_dir("base", config.tag) if config.tag else store.base_dir()) / "tokenizer"
+    folder = (
+        registry.run_dir("base", config.tag) if config.tag else registry.base_dir()
+    ) / "tokenizer"
     read = partial(
         read_documents,
         config.corpus,
-        base_dir=store.base_dir(),
+        base_dir=registry.base_dir(),
         separator=config.corpus_separator,
         on_event=on_event,
     )
@@ -68,17 +70,21 @@ def train_tokenizer(
     except DataError as error:
         raise DataError(f"{error} Or give this one a --tag of its own.") from error
     held_out = list(islice(read("val"), SAMPLE_DOCUMENTS))
-    n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(held_out))
-    bytes_per_token = sum(len(text.encode("utf-8", "surrogatepass")) for text in held_out) / max(
-        1, n_tokens
-    )
+    bytes_per_token = measure_tokens(tokenizer, held_out)
     found = f"{tokenizer.vocab_size:,} tokens, {bytes_per_token:.2f} bytes a token on text it has not seen."
     tell(NoteEvent(text=found))
     return TokenizerResult(
-        path=str(folder.relative_to(store.base_dir())),
+        path=str(folder.relative_to(registry.base_dir())),
         identity=tokenizer.identity,
         vocab_size=tokenizer.vocab_size,
         trained_chars=chars,
         elapsed_s=time.perf_counter() - t_start,
         bytes_per_token=bytes_per_token,
     )
+
+
+def measure_tokens(tokenizer: Tokenizer, texts: list[str]) -> float:
+    """Return the mean number of UTF-8 bytes that a token of these texts stands for."""
+    n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
+    n_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    return n_bytes / max(1, n_tokens)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from primechat.errors import ConfigError, DataError
-from primechat.records import OnEvent
+from primechat.events import OnEvent
 from primechat.text.packing import BLOCK_DOCUMENTS, pack_best_fit, pack_groups
 from primechat.text.shards import ShardFeed
 from primechat.text.tokenizer import Tokenizer

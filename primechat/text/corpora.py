@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from primechat.errors import DataError
-from primechat.files import parse_json
+from primechat.events import NoteEvent, OnEvent
+from primechat.files.paths import parse_json
 from primechat.protocols import Conversation
-from primechat.records import NoteEvent, OnEvent
 from primechat.text.plain import MarkCounts, describe_marks, read_lines, read_plain
 from primechat.text.shards import HUB_CORPORA, list_shards, shard_paths
 

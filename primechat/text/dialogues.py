@@ -24,20 +24,20 @@ from pathlib import Path
 from typing import Any
 
 from primechat.errors import ConfigError, DataError, HubError
-from primechat.files import measure_file
-from primechat.hub import HubFile, ask_hub, explain, fetch_files
+from primechat.events import NoteEvent, OnEvent
+from primechat.files.hub import HubFile, ask_hub, explain, fetch_files
+from primechat.files.paths import measure_file
 from primechat.protocols import Conversation
-from primechat.records import NoteEvent, OnEvent
 from primechat.text.corpora import check_split, chitchat_path, read_chats
-from primechat.text.sources.hubsets import (
+from primechat.text.datasets.hubsets import (
     Raw,
     read_dailydialog,
     read_lmsys,
     read_messages,
     read_personas,
 )
-from primechat.text.sources.own import ROLES, SUFFIXES, read_own, read_values
-from primechat.text.sources.recipes import read_recipe
+from primechat.text.datasets.own import ROLES, SUFFIXES, read_own, read_values
+from primechat.text.datasets.recipes import read_recipe
 
 PART = re.compile(r"(?P<name>.+?)(?:\s*\*\s*(?P<weight>\d+(?:\.\d+)?))?(?:\s*@\s*(?P<cap>\d+))?")
 READING = 5  # raised when a new version makes other conversations of the same files

@@ -2,7 +2,7 @@
 
 Hides: what `pickle.dump(tiktoken.Encoding)` and `torch.save` write. Only what these need is admitted, as
 inert values; anything else is refused by name, and the files' size is bounded.
-Reference: tiktoken.core.Encoding.__getstate__; `primechat.pickles`.
+Reference: tiktoken.core.Encoding.__getstate__; `primechat.files.safe_load`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from primechat.archives import TensorSpec, inspect_tensors, read_storage
 from primechat.errors import DataError
-from primechat.pickles import PickleReader
+from primechat.files.archives import TensorSpec, inspect_tensors, read_storage
+from primechat.files.safe_load import PickleReader
 
 MAX_FILE_BYTES = 32 * 2**20  # a 65,536-token file is 1.3 MB, a million tokens are 20
 

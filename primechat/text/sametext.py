@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from primechat.errors import DataError
-from primechat.files import parse_json, write_whole
+from primechat.files.paths import parse_json, write_whole
 from primechat.text.corpora import find_files, is_local
 from primechat.text.tokens import TokenCache
 

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from primechat.errors import DataError, HubError
-from primechat.hub import HubFile, ask_hub, explain, fetch_files
-from primechat.records import NoteEvent, OnEvent
+from primechat.events import NoteEvent, OnEvent
+from primechat.files.hub import HubFile, ask_hub, explain, fetch_files
 
 # corpus: (repository, folder in the base directory, number of the last shard, which is validation)
 HUB_CORPORA = {

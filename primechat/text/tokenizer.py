@@ -23,9 +23,9 @@ import numpy as np
 import tiktoken
 
 from primechat.errors import DataError
-from primechat.files import make_folder, parse_json, write_file
+from primechat.files.paths import make_folder, parse_json, write_file
 from primechat.protocols import Conversation
-from primechat.text import conversation as talk
+from primechat.text import chat_format as talk
 from primechat.text.pickles import read_bounded, read_encoding, read_lengths
 from primechat.text.pieces import (
     SPLIT_PATTERN,
@@ -281,7 +281,7 @@ class Tokenizer:
     def render_conversation(
         self, conversation: Conversation, max_tokens: int = 2048
     ) -> tuple[list[int], list[int]]:
-        """Return ids and loss mask of a conversation; see `primechat.text.conversation.render`."""
+        """Return ids and loss mask of a conversation; see `primechat.text.chat_format.render`."""
         return talk.render(self, conversation, max_tokens)
 
     def render_for_completion(self, conversation: Conversation) -> list[int]:

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from primechat.errors import DataError
-from primechat.files import make_folder, parse_json
-from primechat.records import NoteEvent, OnEvent, PhaseEvent, ProgressEvent
+from primechat.events import NoteEvent, OnEvent, PhaseEvent, ProgressEvent
+from primechat.files.paths import make_folder, parse_json
 from primechat.text.corpora import check_column
 from primechat.text.shards import ShardFeed
 from primechat.text.tokenizer import Tokenizer

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from primechat.config import OptimConfig
 from primechat.errors import PrimechatError
-from primechat.records import StepEvent
+from primechat.events import StepEvent
 from primechat.train.optim import Optimizer
 from primechat.train.parallel import SpreadLoss, any_rank, sum_numbers
 

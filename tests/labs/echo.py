@@ -7,7 +7,7 @@ app = marimo.App(width="full")
 def _():
     from chat_pages import open_page
 
-    from primechat.lab import show
+    from primechat.labkit.lab import show
 
     show(open_page())
     return

@@ -7,9 +7,9 @@ app = marimo.App(width="medium")
 def _():
     import numpy as np
 
-    from primechat import lab
-    from primechat.metrics.embeddings.atlas import Atlas
-    from primechat.records import Channel
+    from primechat.events import Channel
+    from primechat.interp.embeddings.atlas import Atlas
+    from primechat.labkit import lab
     from primechat.views.widgets.atlas import AtlasView
 
     class Big(Atlas):

@@ -8,8 +8,8 @@ def _():
     import time
 
     from primechat.config import FinetuneConfig
-    from primechat.lab import settings, stage, summary
-    from primechat.records import CheckpointEvent, DoneEvent, PhaseEvent, StepEvent, TrainResult
+    from primechat.events import CheckpointEvent, DoneEvent, PhaseEvent, StepEvent, TrainResult
+    from primechat.labkit.lab import settings, stage, summary
 
     return (
         CheckpointEvent,

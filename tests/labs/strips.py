@@ -5,7 +5,7 @@ app = marimo.App()
 
 @app.cell
 def _():
-    from primechat.lab import predict, show
+    from primechat.labkit.lab import predict, show
     from primechat.views.widgets.strips import TalkStrips
 
     def turn(text, a, b):

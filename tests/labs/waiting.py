@@ -7,7 +7,7 @@ app = marimo.App()
 def _():
     import plotly.graph_objects as go
 
-    from primechat.lab import predict, show
+    from primechat.labkit.lab import predict, show
 
     def find():
         print("COMPUTED")

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import traitlets
 
-from primechat.records import Cloud, Nearby
+from primechat.events import Cloud, Nearby
 from primechat.views.widgets.kit import Widget
 
 

@@ -2,7 +2,7 @@
 
 Hides: nothing of the model. Everything that the page wants done goes to `act`, and what is written comes by
 `push`; the page keeps no state that it could not ask for again. Model text is drawn by `markdown.js`, which
-makes nodes and never HTML. Reference: primechat.desk.session, which answers.
+makes nodes and never HTML. Reference: primechat.chat.session, which answers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A running stage as a page shows it: Start and Stop, figures, curves, samples; its settings; its summary.
 
 Hides: how events become one state that is sent at most a few times a second. A control never runs anything
-itself: it calls what it is given. Reference: primechat.records, whose events these are.
+itself: it calls what it is given. Reference: primechat.events, whose events these are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import traitlets
 
-from primechat.records import (
+from primechat.events import (
     CheckpointEvent,
     DoneEvent,
     Event,

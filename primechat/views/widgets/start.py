@@ -1,7 +1,7 @@
 """The cards of the first lab: this machine and its models, whether a model is sound, bringing one in.
 
 Hides: nothing is computed here. A card shows what it is given and calls what it is given; answers come on
-other threads and are set as traits. Reference: primechat.desk.check, primechat.desk.download.
+other threads and are set as traits. Reference: primechat.cli.check, primechat.cli.download.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Models on disk: nanochat's formats, checkpoints, a run's directory, the registry of models."""

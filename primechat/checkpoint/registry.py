@@ -1,0 +1,542 @@
+"""The registry of models: which models and runs exist, and opening them by name.
+
+An identifier (`primechat.config.names`) names a model; the empty text names the default one, sft before rl,
+mid and base. What ships with primechat is `shipped/sft`, `shipped/base` and what else `list_models` shows; it
+stands in where no checkpoint exists and neither tag nor step is given. A tag is a plain name, so that none
+leaves the root; a symbolic link that the owner put there is followed, as large checkpoints often live on
+another disk. `hf:` names are opened by model.huggingface.
+Reference: nanochat's layout below $NANOCHAT_BASE_DIR.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from primechat.checkpoint.checkpoint import (
+    explain_steps,
+    find_steps,
+    list_snapshots,
+    load_checkpoint,
+    read_meta,
+)
+from primechat.checkpoint.nanochat_format import detect_era
+from primechat.checkpoint.run_dir import read_metrics
+from primechat.config import GPTConfig, decode_config
+from primechat.config.names import (
+    ADAPTER,
+    BY_PRODUCT,
+    FAMILIES,
+    FOLDERS,
+    IDENTIFIER,
+    ModelName,
+    parse_identifier,
+)
+from primechat.config.options import name_options
+from primechat.config.stages import check_tag
+from primechat.errors import CheckpointError, ConfigError
+from primechat.events import NoteEvent, OnEvent, TrainResult
+from primechat.files.hub import count_gguf, count_params, find_package, list_cached
+from primechat.files.paths import (
+    CLONE,
+    explain_copy,
+    is_clone,
+    make_folder,
+    measure_file,
+    resolve_path,
+    write_file,
+)
+from primechat.files.weights import inspect_model, read_json
+
+if TYPE_CHECKING:
+    from primechat.model.gpt import GPT
+    from primechat.text.tokenizer import Tokenizer
+
+MAKERS = {"base": "primechat pretrain", "sft": "primechat finetune"}
+ADVICE = (
+    {"temperature": 0.6},
+    "primechat",
+)  # on the chat model that ships; data/README.md tells why
+MARK = "by_product"  # a file in the folder of a by-product: one line that says what it is part of
+SHIPPED = CLONE / "data" / "nanochat"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEntry:
+    """One model on this disk; `identifier` opens its newest step. A `by_product` is one of many small runs
+    that a lab trained to compare them: it is opened by its name and never chosen.
+    """
+
+    identifier: str
+    family: str
+    tag: str
+    steps: tuple[int, ...]
+    snapshots: tuple[int, ...]
+    n_bytes: int
+    architecture: str
+    n_params: int
+    val_bpb: float | None
+    tokenizer_identity: str | None
+    path: str
+    shipped: bool = False
+    by_product: bool = False
+    val_tokens: int = 0  # that were scored for val_bpb; 0 is not known
+
+
+def base_dir() -> Path:
+    """Return the folder of all models: $NANOCHAT_BASE_DIR, read at each call, else ~/.cache/nanochat.
+
+    Raises:
+        ConfigError: it is a file, or can be no folder.
+    """
+    given = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
+    return resolve_path(given, "NANOCHAT_BASE_DIR", folder=True)
+
+
+def run_dir(family: str, tag: str) -> Path:
+    """Return the folder of a run; it may not exist yet.
+
+    Raises:
+        ConfigError: an unknown family, or a tag that is no plain name.
+    """
+    if family not in FOLDERS:
+        raise ConfigError(f"source={family!r} must be one of {', '.join(FOLDERS)}; try base.")
+    check_tag(tag)
+    return base_dir() / FOLDERS[family] / tag
+
+
+def list_tags(root: Path, family: str) -> list[Path]:
+    """Return the run folders of a family that hold a usable checkpoint or snapshot, by name."""
+    parent = root / FAMILIES[family]
+    folders = sorted(parent.iterdir()) if parent.is_dir() else []
+    return [f for f in folders if is_run(f) and (find_steps(f) or list_snapshots(f))]
+
+
+def explain_tags(root: Path, family: str) -> list[str]:
+    """Return what is wrong with the run folders of a family that hold steps, but no complete one."""
+    parent = root / FAMILIES[family]
+    folders = [f for f in sorted(parent.iterdir()) if is_run(f)] if parent.is_dir() else []
+    return [fault for f in folders if not find_steps(f) for _, fault in explain_steps(f)[-1:]]
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder's name can be a tag, and this user may look into it."""
+    try:
+        check_tag(folder.name)
+        next(folder.iterdir(), None)
+    except (ConfigError, OSError):
+        return False
+    return True
+
+
+def is_by_product(folder: Path) -> bool:
+    """Return whether a run's folder holds a by-product of a lab, by its mark or its name."""
+    return (folder / MARK).is_file() or BY_PRODUCT.fullmatch(folder.name) is not None
+
+
+def mark_by_product(folder: Path, origin: str) -> None:
+    """Mark a run's folder, which may not exist yet, as a by-product of `origin`, in words."""
+    write_file(make_folder(folder) / MARK, f"{origin}\n")
+
+
+def choose_tag(root: Path, family: str) -> Path | None:
+    """Return the run folder of the largest `d<number>`, else the most recently written one, else None. A
+    by-product of a lab is never chosen.
+    """
+    steps = {folder: find_steps(folder) for folder in list_tags(root, family)}
+    folders = [folder for folder in steps if steps[folder] and not is_by_product(folder)]
+    if not folders:
+        return None
+    depths = {
+        folder: int(folder.name[1:]) for folder in folders if re.fullmatch(r"d\d{1,9}", folder.name)
+    }
+    if depths:
+        return max(depths, key=lambda folder: depths[folder])
+    newest = {
+        folder: folder / f"meta_{steps[folder][-1]:06d}.json" for folder in folders
+    }  # never pruned
+    return max(folders, key=lambda folder: newest[folder].stat().st_mtime_ns)
+
+
+def locate_model(name: ModelName) -> tuple[Path, ModelName]:
+    """Return the folder of checkpoints that a name means, and the name with its tag.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if name.family == "hf":
+        raise CheckpointError(
+            f"{name} is another project's, to talk to and to look into; for this name one of primechat's own."
+        )
+    if name.shipped and not is_clone():
+        raise CheckpointError(explain_copy("The models that ship"))
+    root = SHIPPED if name.shipped else base_dir()
+    if name.tag:
+        folder = root / FAMILIES[name.family] / name.tag
+        if not folder.is_dir():
+            there = ", ".join(f.name for f in list_tags(root, name.family)[:8]) or "none yet"
+            kind = f"shipped/{name.family}" if name.shipped else name.family
+            raise CheckpointError(
+                f"{folder} is missing, the tags of {kind} are: {there}; name one of those or train it."
+            )
+        return (folder / "snapshots" if name.snapshot else folder), name
+    own = None if name.shipped else choose_tag(base_dir(), name.family)
+    faults = explain_tags(root, name.family)
+    for fault in faults:
+        logger.warning("skipped %s", fault)
+    if own is not None:
+        return own, replace(name, tag=own.name)
+    shipped = choose_tag(SHIPPED, name.family)
+    if shipped is not None:
+        return shipped, replace(name, shipped=True)
+    if faults:
+        raise CheckpointError(f"No {name.family} model can be used: {faults[-1]}")
+    maker = f"run `{MAKERS[name.family]}`" if name.family in MAKERS else "copy one there"
+    also = "" if is_clone() else f" {explain_copy('The models that ship')}"
+    raise CheckpointError(
+        f"{root / FAMILIES[name.family]} holds no checkpoint; {maker} or see `primechat models`.{also}"
+    )
+
+
+def pin_step(name: ModelName, step: int) -> ModelName:
+    """Return the name of the step that was opened; the shipped default stays short."""
+    return replace(name, step=step) if name.tag else name
+
+
+def choose_model() -> ModelName:
+    """Return the default model's name: sft before base, one's own before what ships."""
+    for root in (base_dir(), SHIPPED):
+        for family in ("sft", "rl", "mid", "base"):
+            if choose_tag(root, family) is not None:
+                return ModelName(family=family, shipped=root is SHIPPED)
+    return ModelName(family="base")
+
+
+def read_name(text: str) -> ModelName:
+    """Take an identifier apart; empty is the default model, an adapter alone is on the base it records."""
+    if alone := ADAPTER.fullmatch(text):
+        from primechat.model.lora import read_base
+
+        text = f"{text}+{read_base(run_dir('lora', alone[1])) or 'sft'}"
+    return parse_identifier(text) if text else choose_model()
+
+
+@name_options
+def open_model(
+    identifier: str = "",
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    tokenizer: Any = None,
+    phase: str = "eval",
+    on_event: OnEvent | None = None,
+) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """Open a model with its tokenizer.
+
+    Args:
+        identifier: see the head of this module; empty is the default model.
+        dtype: of the parameters: float32, bfloat16, or auto (bfloat16 on CUDA, float32 elsewhere).
+        tokenizer: a Tokenizer or its folder, instead of the one beside the model or in the base directory.
+        on_event: hears, before the weights are read, of the memory that they need; None logs it.
+
+    Returns:
+        Model, tokenizer, and the checkpoint's metadata with `identifier`, `path`, `skipped` and `sampling`
+        (how its makers advise to sample, and who they are) added.
+
+    Raises:
+        CheckpointError: there is no such model, it does not go with its tokenizer, or is too large.
+        ConfigError: a setting has no such value.
+    """
+    import torch
+
+    from primechat.infer.admission import describe_memory, warn_unrecorded
+    from primechat.model.gpt import GPT
+
+    if dtype not in ("float32", "bfloat16", "auto"):
+        raise ConfigError(f"dtype={dtype!r} must be float32, bfloat16 or auto; try float32.")
+    if phase not in ("eval", "train"):
+        raise ConfigError(f"phase={phase!r} must be eval or train; try eval.")
+    name = read_name(identifier)
+    kind = (
+        "float32"
+        if dtype == "float32" or (dtype == "auto" and "cuda" not in device)
+        else "bfloat16"
+    )
+
+    def tell(text: str) -> None:
+        on_event(NoteEvent(text=text)) if on_event else logger.info("%s", text)
+
+    def tell_memory(name: ModelName, n_params: int) -> None:
+        tell(describe_memory(str(name), n_params * (4 if kind == "float32" else 2), device))
+
+    if name.family == "hf" and phase == "eval":
+        from primechat.model.huggingface import open_foreign
+
+        if tokenizer:
+            raise ConfigError(f"{name} has a tokenizer of its own; leave out --tokenizer.")
+        parts: Any = open_foreign(
+            name.tag, device, getattr(torch, kind), partial(tell_memory, name), tell
+        )
+        return parts  # they offer what the protocols ask for
+    folder, name = locate_model(name)
+    loaded = load_checkpoint(folder, name.step)  # mapped: nothing of the weights is in memory yet
+    found = find_tokenizer(folder, tokenizer)
+    check_pair(loaded.config, loaded.meta, found, str(name))
+    full = pin_step(name, loaded.step)
+    tell_memory(full, loaded.config.n_params)
+    state = load_checkpoint(folder, loaded.step, dtype=kind).model_state
+    model = GPT.from_state(loaded.config, state, device=device, dtype=getattr(torch, kind))
+    for adapter, dial in name.adapters:
+        from primechat.model.lora import open_adapter
+
+        open_adapter(model, adapter, run_dir("lora", adapter), found.identity, dial)
+    if not loaded.meta.get("tokenizer_identity"):
+        warn_unrecorded(str(full), folder, model, found)
+    if phase == "train":
+        model.requires_grad_(True).train()
+    known = {"identifier": str(full), "path": str(folder), "skipped": loaded.skipped}
+    advice = (
+        ADVICE if name.shipped and name.family == "sft" else ({}, "")
+    )  # nobody else's meta is heeded
+    return model, found, {**loaded.meta, **known, "sampling": advice}
+
+
+@name_options
+def load_model(
+    source: str,
+    device: str = "cpu",
+    phase: str = "eval",
+    model_tag: str | None = None,
+    step: int | None = None,
+    dtype: str = "float32",
+) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """Open a model as nanochat does: without a tag the largest d<number>, else the most recently written
+    folder; without a step the newest complete one.
+
+    Raises:
+        CheckpointError: there is no such model, or it does not go with its tokenizer.
+        ConfigError: a setting has no such value.
+    """
+    if source not in FAMILIES:
+        raise ConfigError(f"source={source!r} must be one of {', '.join(FAMILIES)}; try base.")
+    if model_tag is None and step is not None:
+        if (own := choose_tag(base_dir(), source)) is None:
+            raise CheckpointError(
+                f"{FAMILIES[source]} holds no step {step}; see `primechat models`."
+            )
+        model_tag = own.name
+    if model_tag is not None:
+        check_tag(model_tag)
+    name = ModelName(family=source, tag=model_tag or "", step=step)
+    return open_model(str(name), device=device, phase=phase, dtype=dtype)
+
+
+def find_tokenizer(folder: Path, given: Any = None) -> Tokenizer:
+    """Return the tokenizer of a checkpoint: the given one, the one beside it, or its base directory's."""
+    from primechat.text.tokenizer import Tokenizer
+
+    if isinstance(given, Tokenizer):
+        return given
+    if given:
+        return Tokenizer.load(resolve_path(given, "tokenizer"))
+    run = folder.parent if folder.name == "snapshots" else folder
+    beside = run / "tokenizer"
+    return Tokenizer.load(
+        beside if (beside / "tokenizer.pkl").is_file() else run.parent.parent / "tokenizer"
+    )
+
+
+def check_pair(config: GPTConfig, meta: dict[str, Any], tokenizer: Tokenizer, name: str) -> None:
+    """Refuse a model and a tokenizer that do not belong together."""
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            f"{name} has vocab_size={config.vocab_size}, its tokenizer {tokenizer.vocab_size}; give the "
+            "folder of the tokenizer that it was trained with by --tokenizer."
+        )
+    identity = meta.get("tokenizer_identity")
+    if identity and identity != tokenizer.identity:
+        raise CheckpointError(
+            f"{name} was trained with the tokenizer {str(identity)[:12]}, this is {tokenizer.identity[:12]}; "
+            "give the folder of its own by --tokenizer."
+        )
+
+
+def load_tokenizer(identifier: str = "") -> Tokenizer:
+    """Return the tokenizer of a model; empty takes the base directory's, else the default model's.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+        CheckpointError: there is no such model.
+    """
+    from primechat.text.tokenizer import Tokenizer
+
+    if not identifier and (base_dir() / "tokenizer" / "tokenizer.pkl").is_file():
+        return Tokenizer.load(base_dir() / "tokenizer")
+    name = read_name(identifier)
+    if name.family == "hf":
+        from primechat.model.huggingface import open_tokenizer
+
+        other: Any = open_tokenizer(name.tag)
+        return other
+    return find_tokenizer(locate_model(name)[0])
+
+
+def list_models() -> list[ModelEntry]:
+    """Return every model on this disk, one's own first, foreign ones last, without importing torch."""
+    own = [*walk_models(base_dir(), shipped=False), *walk_adapters(base_dir() / FOLDERS["lora"])]
+    return [*own, *walk_models(SHIPPED, shipped=True), *walk_foreign()]
+
+
+def walk_adapters(parent: Path) -> Iterator[ModelEntry]:
+    """Yield an entry for each adapter that is there; its identifier names the base that it was trained on."""
+    for path in sorted(parent.glob("*/adapter_model.safetensors")):
+        folder, facts = path.parent, dict[str, Any]()
+        with suppress(CheckpointError):
+            facts = read_json(folder / "adapter_config.json")
+        if is_run(folder) and facts:
+            yield ModelEntry(
+                identifier=f"lora:{folder.name}+{facts.get('base_model_name_or_path') or 'sft'}",
+                family="lora",
+                tag=folder.name,
+                steps=tuple(find_steps(folder)) or (0,),
+                snapshots=(),
+                n_bytes=measure_file(path),
+                architecture=f"rank {facts.get('r')}",
+                n_params=count_params(folder),
+                val_bpb=None,
+                tokenizer_identity=None,
+                path=str(folder),
+                by_product=is_by_product(folder),
+            )
+
+
+def walk_models(root: Path, shipped: bool) -> Iterator[ModelEntry]:
+    """Yield an entry for each run folder below a base directory that holds a model."""
+    for family in FAMILIES:
+        default = choose_tag(root, family) if shipped else None  # `shipped/sft` alone
+        for folder in list_tags(root, family):
+            steps, snapshots = find_steps(folder), list_snapshots(folder)
+            if not steps and not snapshots:
+                continue  # removed just now
+            where = folder if steps else folder / "snapshots"
+            tag = "" if folder == default else folder.name
+            name = ModelName(family=family, tag=tag, shipped=shipped)
+            if not steps:
+                name = replace(name, step=snapshots[-1], snapshot=True)
+            step = (steps or snapshots)[-1]
+            config, meta = read_design(where, step)
+            bpb, identity = take_number(meta, "val_bpb", math.nan), meta.get("tokenizer_identity")
+            yield ModelEntry(
+                identifier=str(name),
+                family=family,
+                tag=folder.name,
+                path=str(folder),
+                shipped=shipped,
+                by_product=is_by_product(folder),
+                steps=tuple(steps),
+                snapshots=tuple(snapshots),
+                n_bytes=sum(max(0, measure_file(path)) for path in folder.rglob("*.pt")),
+                architecture=config.architecture if config else "unreadable",
+                n_params=config.n_params if config else 0,
+                val_bpb=None if math.isnan(bpb) else bpb,
+                val_tokens=int(take_number(meta, "val_tokens")),
+                tokenizer_identity=identity if isinstance(identity, str) else None,
+            )
+
+
+def walk_foreign() -> Iterator[ModelEntry]:
+    """Yield an entry for each model of others that opens without a network, where transformers is here."""
+    if not find_spec("transformers"):
+        return
+    packed = find_package() if find_spec("gguf") and find_spec("accelerate") else None
+    places = [("smollm2", packed.parent)] if packed else []
+    for tag, folder in [*places, *list_cached()]:
+        kind = "gguf" if tag == "smollm2" else "safetensors"
+        count = count_gguf(packed) if packed and tag == "smollm2" else count_params(folder)
+        yield ModelEntry(
+            identifier=f"hf:{tag}",
+            family="hf",
+            tag=tag,
+            path=str(folder),
+            steps=(),
+            snapshots=(),
+            n_bytes=sum(measure_file(path) for path in folder.glob(f"*.{kind}")),
+            architecture="foreign",
+            n_params=count,
+            val_bpb=None,
+            tokenizer_identity=None,
+        )
+
+
+def read_design(folder: Path, step: int) -> tuple[GPTConfig | None, dict[str, Any]]:
+    """Return the config and metadata of a step without its weights; None for what is no readable model."""
+    meta: dict[str, Any] = {}
+    with suppress(CheckpointError):
+        meta = read_meta(folder, step)
+        specs = inspect_model(folder / f"model_{step:06d}.pt")
+        return detect_era({key: spec.shape for key, spec in specs.items()}, meta), meta
+    return None, meta
+
+
+def load_run(path: str | Path) -> TrainResult:
+    """Rebuild the result of a run from its folder (absolute or relative to the base directory, perhaps one
+    that came back from another machine) or an identifier such as base/d4.
+
+    Raises:
+        CheckpointError: there is no run, or a file of it is damaged.
+    """
+    run = resolve_path(base_dir() / os.path.expanduser(path), "run")
+    if not run.is_dir() and IDENTIFIER.fullmatch(str(path)):
+        run, _ = locate_model(replace(parse_identifier(str(path)), step=None, snapshot=False))
+    run, root = run.resolve(), base_dir().resolve()
+    events, steps = read_metrics(run / "metrics.jsonl"), find_steps(run)
+    if not steps and not events:
+        raise CheckpointError(
+            f"{run} holds neither checkpoint nor metrics.jsonl; name a run, for example base/d4."
+        )
+    config, meta = read_design(run, steps[-1]) if steps else (None, {})
+    if config is None and (run / "config.json").is_file():
+        model = read_json(run / "config.json").get("model")
+        config = decode_config(model, GPTConfig, f"{run / 'config.json'}: model") if model else None
+    kinds = ("step", "loss", "done")
+    trained, losses, done = ([e for e in events if e.get("kind") == kind] for kind in kinds)
+    seconds = [
+        take_number(e, "tokens") / (take_number(e, "tokens_per_s") or math.inf) for e in trained
+    ]
+    tokens, train_s = int(sum(take_number(e, "tokens") for e in trained)), sum(seconds)
+    end: dict[str, Any] = done[-1] if done else {"stopped": True}
+    family = next((family for family, name in FAMILIES.items() if name == run.parent.name), "run")
+    adapter = next((entry for entry in walk_adapters(run.parent) if entry.path == str(run)), None)
+    place = "shipped/" if run.is_relative_to(SHIPPED.resolve()) else ""
+    return TrainResult(
+        identifier=adapter.identifier if adapter else f"{place}{family}/{run.name}",
+        path=str(run.relative_to(root)) if run.is_relative_to(root) else str(run),
+        step=steps[-1] if steps else int(take_number((trained or [{}])[-1], "step")),
+        stopped=bool(end.get("stopped")),
+        val_bpb=take_number((losses or [meta])[-1], "val_bpb", math.nan),
+        val_tokens=int(
+            take_number(losses[-1], "tokens") if losses else take_number(meta, "val_tokens")
+        ),
+        n_params=config.n_params if config else adapter.n_params if adapter else 0,
+        tokens=tokens,
+        tokens_per_s=tokens / train_s if train_s else 0.0,
+        train_s=train_s,
+        total_s=take_number(meta, "spent_s", take_number(end, "elapsed_s", train_s)),
+        events=tuple(events),
+    )
+
+
+def take_number(event: dict[str, Any], key: str, otherwise: float = 0.0) -> float:
+    """Return a field of an event or of metadata, if it is a finite number."""
+    value = event.get(key)
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else otherwise

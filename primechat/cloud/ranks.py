@@ -1,0 +1,163 @@
+"""Jobs on random tokens under torchrun: what it costs to spread a run over processes, and whether it works.
+
+Hides: how they take turns. Each turn is a job of its own, one kind after the other, so that what else the
+machine does falls on both. Run as a module it is one rank. Reference: primechat.train.parallel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import repeat
+from typing import Any
+
+from primechat.config import GPTConfig, PretrainConfig, RuntimeConfig, decode_config, encode_config
+from primechat.errors import PrimechatError
+from primechat.files.paths import CLONE
+
+ROUNDS, WARM_STEPS = 4, 2
+BATCH_TOKENS, MICRO_ROWS = 8192, 8
+
+
+def bench_ranks(seconds: float, *, depth: int = 0) -> list[dict[str, Any]]:
+    """Return tokens a second of one process with all threads and of as many ranks with one thread each: two
+    rows a number format, `ratio` to the single process's median. Each is measured for `seconds`, the start of
+    the jobs apart; a `depth` of 0 is the depth-4 model.
+    """
+    from primechat.train.autotune import count_cores, half_pays
+
+    job = PretrainConfig(batch_tokens=BATCH_TOKENS)
+    if depth:
+        job = replace(
+            job, model=GPTConfig.modern(depth, vocab_size=300, sequence_len=32, head_dim=16)
+        )
+    cores, rows = max(2, count_cores()), []
+    for dtype in ("float32", "bfloat16") if half_pays() else ("float32",):
+        speeds: dict[int, list[float]] = {1: [], cores: []}
+        runtime = RuntimeConfig(device="cpu", dtype=dtype, micro_batch_rows=MICRO_ROWS)
+        for _ in range(ROUNDS):
+            for ranks in speeds:
+                one = replace(job, runtime=replace(runtime, threads=cores // ranks))
+                speeds[ranks] += run_job(one, ranks, seconds=seconds / ROUNDS)["speeds"]
+        alone = statistics.median(speeds[1])
+        for ranks, found in speeds.items():
+            speed = statistics.median(found)
+            row = {
+                "run": f"{ranks} x {cores // ranks} threads, {dtype}",
+                "tokens_per_s": round(speed, 1),
+            }
+            rows.append(row | {"ratio": round(speed / alone, 3), "steps": len(found)})
+    return rows
+
+
+def run_job(
+    config: PretrainConfig,
+    ranks: int,
+    *,
+    steps: int = 10_000,
+    seconds: float = 1e6,
+    limit_s: float = 1e6,
+) -> dict[str, Any]:
+    """Train on random tokens, for so many steps or seconds, and return what rank 0 found.
+
+    Returns:
+        `speeds`, tokens a second of each step over all ranks, the first two left out; `together`, whether the
+        ranks can sum; `backend`, `attention`, `memory_bytes`.
+
+    Raises:
+        PrimechatError: it failed, or took longer than `limit_s`.
+    """
+    words = [
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        "-m",
+        __name__,
+        json.dumps(encode_config(config)),
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", *words, str(steps), str(seconds)]
+    env = {**os.environ, "PYTHONPATH": str(CLONE)}
+    if config.runtime.threads:
+        env["OMP_NUM_THREADS"] = str(config.runtime.threads)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env) as job:
+        try:
+            out, err = job.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            raise PrimechatError(
+                f"{ranks} ranks did not do {steps} steps in {limit_s:.0f} s"
+            ) from None
+        finally:
+            job.terminate()  # killed, torchrun would leave its ranks behind, on the GPUs
+    lines = [line for line in out.splitlines() if line.startswith("{")]
+    if job.returncode or not lines:
+        raise PrimechatError(f"{ranks} ranks did not train: {err.strip()[-400:]}")
+    return dict(json.loads(lines[-1]))
+
+
+def train_rank(config: PretrainConfig, steps: int, seconds: float) -> None:
+    """Be one rank; the first prints what it found as a line of JSON."""
+    import threading
+    import time
+
+    import torch
+    import torch.distributed as dist
+
+    from primechat.events import StepEvent
+    from primechat.model.attention import describe_attention
+    from primechat.model.gpt import GPT
+    from primechat.text.batches import share_rows
+    from primechat.train.loop import fit
+    from primechat.train.optim import Optimizer
+    from primechat.train.parallel import SpreadLoss, join_ranks, sum_numbers
+
+    shape, runtime, device = config.model, config.runtime, config.runtime.device
+    ranks = join_ranks(device)
+    place = torch.device(device, ranks.local_rank) if device == "cuda" else torch.device(device)
+    torch.set_num_threads(runtime.threads or torch.get_num_threads())
+    total = sum_numbers([float(ranks.rank)], place)[0]
+    with place:
+        model = GPT(shape)
+    model.init_weights(torch.Generator(place).manual_seed(0))
+    dtype = model.compute_dtype = getattr(torch, runtime.dtype)
+    _, rows = share_rows(config.batch_tokens // shape.sequence_len, ranks.rank, ranks.world_size)
+    draw = torch.Generator(place).manual_seed(ranks.rank)
+    text = torch.randint(
+        shape.vocab_size, (rows, shape.sequence_len + 1), generator=draw, device=place
+    )
+    speeds: list[float] = []
+    stop, t_start = threading.Event(), time.perf_counter()
+
+    def note(event: StepEvent) -> None:
+        speeds.append(event.tokens_per_s)
+        if len(speeds) > WARM_STEPS and time.perf_counter() - t_start > seconds:
+            stop.set()
+
+    fit(
+        Optimizer(model, config.optim, shape.n_embd, half=dtype == torch.bfloat16),
+        repeat((text[:, :-1].contiguous(), text[:, 1:].contiguous())),
+        SpreadLoss(model, lambda x, y: model.loss(x, y, "sum")),
+        steps=steps,
+        device=place,
+        micro_batch_rows=runtime.micro_batch_rows,
+        on_step=note,
+        stop=stop,
+    )
+    if ranks.is_main:
+        found = {
+            "speeds": speeds[WARM_STEPS:],
+            "together": total == sum(range(ranks.world_size)),
+            "backend": dist.get_backend() if dist.is_initialized() else "one process alone",
+            "attention": describe_attention(device, dtype),
+            "memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
+        }
+        sys.stdout.write(json.dumps(found) + "\n")  # for `run_job`, which reads the last line
+
+
+if __name__ == "__main__":
+    train_rank(
+        decode_config(json.loads(sys.argv[1]), PretrainConfig), int(sys.argv[2]), float(sys.argv[3])
+    )

@@ -1,1 +1,0 @@
-"""The desk: small programs that a person runs at a terminal."""

@@ -1,1 +1,0 @@
-"""Runs elsewhere: plan, export, rehearse, preflight, pull; and what a script has there."""

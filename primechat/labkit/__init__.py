@@ -1,0 +1,1 @@
+"""What labs are made of: settings, stages behind Start and Stop, guesses, exercises, twins, pages."""

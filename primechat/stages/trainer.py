@@ -1,0 +1,627 @@
+"""What every training stage does around the loop: one run directory, frozen settings, events, checkpoints,
+resuming.
+
+Hides: the order in which things become durable. A run's folder holds config.json (the settings with nothing
+left open), metrics.jsonl (one event a line), the checkpoints and a tokenizer of its own. Only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import threading
+import time
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from primechat.checkpoint import registry
+from primechat.checkpoint.checkpoint import (
+    Loaded,
+    find_steps,
+    measure_snapshots,
+    prune_checkpoints,
+    save_snapshot,
+)
+from primechat.checkpoint.run_dir import MetricsLog, RunLock, read_metrics, take_frozen
+from primechat.config import FinetuneConfig, LookConfig, PretrainConfig, encode_config
+from primechat.errors import ConfigError, DataError
+from primechat.events import (
+    CheckpointEvent,
+    DoneEvent,
+    Event,
+    LossEvent,
+    NoteEvent,
+    OnEvent,
+    PhaseEvent,
+    ProgressEvent,
+    SampleEvent,
+    StepEvent,
+    TrainResult,
+    count_noun,
+    describe_bpb,
+)
+from primechat.files.paths import parse_json, write_file, write_whole
+from primechat.infer.engine import Engine
+from primechat.metrics.bits import Bits, score_windows, sum_windows
+from primechat.model.gpt import GPT
+from primechat.seeds import derive_seed
+from primechat.stages.eval_budget import CHOSEN, LADDER, MOST_LOOKS, Cost, plan_looks
+from primechat.stages.job import Batches, Windows
+from primechat.stages.job import Job as Job
+from primechat.train.autotune import COMPILE_GUESS, Tuning, time_call, tune_runtime
+from primechat.train.loop import SumLoss, fit
+from primechat.train.optim import Optimizer
+from primechat.train.parallel import (
+    Ranks,
+    SpreadLoss,
+    any_rank,
+    gather_objects,
+    join_ranks,
+    share_object,
+)
+
+logger = logging.getLogger(__name__)
+SAMPLE_TOKENS = 48
+SAVE_EVERY_S = 60.0
+SETTLE_SHARE = 0.1
+VALIDATION = "validation: the loss on text that it does not learn from"
+LAST_CHECK = "last check: the loss on text that it has not seen"
+GENERAL = "general text: how much of it is forgotten"
+COMPILE_FILE = "compiling.json"  # in the base directory
+OPEN_FILE = "steps_to_settle.json"  # in the run's folder, as long as its steps are a guess
+GENERAL_TOKENS = 100_000  # where validations are on the whole split
+TIMED_ROWS = 4  # windows on which the speed of scoring is measured
+
+
+def write_continuation(engine: Engine, prompt: str, seed: int) -> str:
+    """Return what the model writes after a prompt."""
+    return engine.complete(
+        prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=seed
+    ).read()
+
+
+def open_folder(config: PretrainConfig | FinetuneConfig, family: str) -> Path:
+    """Return the run's folder.
+
+    Raises:
+        ConfigError: it holds steps and the config does not say resume, or says resume and there is nothing.
+    """
+    folder = registry.run_dir(family, config.tag)
+    steps = find_steps(folder)
+    if steps and not config.resume:
+        raise ConfigError(
+            f"tag={config.tag!r} has a {family} model of {count_noun(steps[-1], 'step')} in {folder}; "
+            "resume it (--resume) or choose another tag."
+        )
+    if config.resume and not (folder / "config.json").exists():
+        raise ConfigError(
+            f"tag={config.tag!r} has no {family} run to resume in {folder}; leave out --resume to start it."
+        )
+    return folder
+
+
+def describe_compiler() -> str:
+    """Return what the gain of compiling depends on."""
+    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
+
+
+def recall_compiling() -> dict[str, float]:
+    """Return what compiling took and brought on this machine before, as `tune_runtime` wants it."""
+    try:
+        known = parse_json((registry.base_dir() / COMPILE_FILE).read_bytes())
+        figures = {key: float(known[key]) for key in COMPILE_GUESS if key in known}
+        fits = known["machine"] == describe_compiler() and all(
+            0 < n < 1e6 for n in figures.values()
+        )
+        return figures if fits else {}
+    except (OSError, ValueError, TypeError, LookupError):
+        return {}  # there is none, or it is damaged: a guess will do
+
+
+def remember_compiling(learned: dict[str, float]) -> None:
+    """Keep what compiling took and brought; of the times the longest, as torch keeps what it compiled."""
+    known = recall_compiling()
+    longest = max(known.get("compile_s", 0.0), learned["compile_s"])
+    figures = {"machine": describe_compiler(), **known, **learned, "compile_s": longest}
+    with suppress(OSError):  # the next run will measure it again
+        registry.base_dir().mkdir(parents=True, exist_ok=True)
+        write_whole(registry.base_dir() / COMPILE_FILE, json.dumps(figures).encode())
+
+
+def write_open_time(folder: Path, open_s: float) -> None:
+    """Keep the training time that a run's steps are to fill; 0 is for steps that are settled."""
+    path = folder / OPEN_FILE
+    if open_s:
+        write_file(path, json.dumps({"seconds": open_s}))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_open_time(folder: Path) -> float:
+    """Return the training time that the steps of a run without a checkpoint are to fill, else 0."""
+    try:
+        return float(parse_json((folder / OPEN_FILE).read_bytes())["seconds"])
+    except (OSError, ValueError, TypeError, LookupError):
+        return 0.0
+
+
+class TrainingRun:
+    """One run from its folder to its result; `work` does it."""
+
+    def __init__(
+        self,
+        config: PretrainConfig | FinetuneConfig,
+        job: Job,
+        on_event: OnEvent | None,
+        stop: threading.Event | None,
+    ) -> None:
+        self.config, self.job, self.stop = config, job, stop or threading.Event()
+        self.asked_look, self.t_start, self.on_event = config.look, time.perf_counter(), on_event
+        # While the steps that fill a time are a guess: that time, steps of this process, time of the first.
+        self.open_s, self.timed_steps, self.first_s, self.just_settled = 0.0, 0, 0.0, False
+        self.folder = open_folder(config, job.family)
+        self.ranks: Ranks = join_ranks(pick_device(config.runtime.device))
+        seen = gather_objects((config.resume, find_steps(self.folder)))
+        if any(one != seen[0] for one in seen):
+            raise ConfigError(
+                f"the machines find different steps in {self.folder}; set NANOCHAT_BASE_DIR to a disk that "
+                "all of them share."
+            )
+        self.log: MetricsLog | None = None
+        self.saved_step, self.t_saved, self.save_s = -1, time.monotonic(), 0.0
+        self.trained_s, self.tokens, self.tokens_per_s = 0.0, 0, 0.0
+        # Of the newest validation: its sums, its seconds with what comes with it, those of scoring alone.
+        self.last_bits, self.look_s, self.score_s = Bits(), 0.0, 0.0
+        self.n_looks = MOST_LOOKS
+
+    def tell(self, event: Event) -> None:
+        """Pass an event on, and log it where it belongs to the run's history."""
+        if not self.ranks.is_main:
+            return
+        if self.log and event.kind in ("step", "loss", "sample", "checkpoint", "done"):
+            if not self.log.append(asdict(event)) and self.log.lost == 1:
+                reason = f"{self.log.path} cannot be written ({self.log.refusal})"
+                self.show(NoteEvent(text=f"{reason}; training goes on, its history has gaps."))
+        self.show(event)
+
+    def show(self, event: Event) -> None:
+        """Pass an event on to who watches; a stream that cannot take it must not end a training."""
+        try:
+            if self.on_event:
+                self.on_event(event)
+        except (OSError, UnicodeError) as error:
+            self.on_event = None
+            logger.warning("the training goes on unwatched: %s", error)
+
+    def work(self) -> TrainResult:
+        """Do the run, holding its lock."""
+        threads = torch.get_num_threads()
+        try:
+            with RunLock(self.folder) if self.ranks.is_main else nullcontext():
+                return self.train()
+        finally:
+            torch.set_num_threads(threads)
+
+    def train(self) -> TrainResult:
+        """Set up, train, and return the result."""
+        loaded = self.take_up() if self.config.resume else None
+
+        model = self.model = GPT(self.job.model)
+        model.checkpoint_blocks = self.config.runtime.checkpoint_blocks
+        self.job.prepare(model)
+        loss = None if self.config.resume else self.choose_settings(model)
+        if self.ranks.is_main:
+            self.write_config()
+
+        self.fill_model(loaded)
+        start_step, cursor = self.restore(loaded)
+        self.open_log(start_step, loaded)
+
+        self.batches = self.open_batches(cursor)
+        self.engine = Engine(model, self.job.tokenizer)
+        name = f"training {self.job.identify(self.config.tag)}"
+        self.tell(PhaseEvent(name=name, total=self.config.steps, unit="steps"))
+        step = fit(
+            self.optimizer,
+            self.batches,
+            loss or SpreadLoss(model, self.job.make_loss(model, self.config.runtime)),
+            steps=self.config.steps,
+            start_step=start_step,
+            micro_batch_rows=self.config.runtime.micro_batch_rows,
+            device=self.config.runtime.device,
+            elapsed_s=self.trained_s,
+            count_steps=self.count_steps,
+            on_step=self.note_step,
+            on_eval=self.look,
+            on_save=self.save,
+            stop=self.stop,
+        )
+
+        stopped = step < self.config.steps
+        self.tell(DoneEvent(step=step, elapsed_s=self.trained_s, stopped=stopped))
+        return self.describe_result(step, stopped, loaded)
+
+    def take_up(self) -> Loaded | None:
+        """Take the settings that the run froze; return its newest checkpoint, None where there is none."""
+        self.config = take_frozen(self.config, self.folder)
+        if not find_steps(self.folder):
+            self.open_s = read_open_time(self.folder)
+            return None
+
+        loaded = self.job.load_step(self.folder)
+        for reason in loaded.skipped:
+            self.tell(NoteEvent(text=f"Skipped {reason}"))
+
+        # The checkpoint knows the steps with which its own were taken; config.json may be older or newer.
+        if "open_s" in loaded.meta:
+            self.open_s = float(loaded.meta["open_s"])
+            saved = loaded.meta["user_config"]
+            every = {name: saved["look"][name] for name in ("eval_every", "sample_every")}
+            look = replace(self.config.look, **every)
+            self.config = replace(self.config, steps=saved["steps"], look=look)
+            self.n_looks = math.ceil(saved["steps"] / look.eval_every)
+        return loaded
+
+    def choose_settings(self, model: GPT) -> SumLoss | None:
+        """Freeze what is left open in the settings; return the loss to train with, if it is made already."""
+        batches = self.open_batches(None)
+        tuning = self.tune(model, *next(iter(batches)))
+        getattr(batches, "close", lambda: None)()
+        self.config = self.freeze(tuning)
+        return tuning.loss if self.ranks.world_size == 1 else None
+
+    def open_batches(self, cursor: dict[str, Any] | None) -> Batches:
+        """Return this rank's batches, from a cursor on."""
+        rows = self.config.batch_tokens // self.job.model.sequence_len
+        return self.job.open_batches(rows, self.ranks.rank, self.ranks.world_size, cursor)
+
+    def fill_model(self, loaded: Loaded | None) -> None:
+        """Put the weights to start from into the model, and the model where it runs."""
+        runtime, model = self.config.runtime, self.model
+        if runtime.threads:
+            torch.set_num_threads(runtime.threads)
+        model.to("cpu")  # fresh weights are drawn there, so that they are the same on every device
+        model.compute_dtype = getattr(torch, runtime.dtype)
+        self.job.fill_model(model, loaded, self.config.seed)
+        model.to(runtime.device)
+        self.optimizer = self.make_optimizer(model)
+
+    def make_optimizer(self, model: GPT) -> Optimizer:
+        """Return a fresh optimizer of a model."""
+        half = model.compute_dtype == torch.bfloat16
+        return Optimizer(model, self.config.optim, self.job.model.n_embd, half=half)
+
+    def restore(self, loaded: Loaded | None) -> tuple[int, dict[str, Any] | None]:
+        """Return the step and the cursor to go on from; the optimizer's state comes from the checkpoint."""
+        if loaded is None or loaded.optim_state is None:
+            return 0, None
+        self.optimizer.load_state_dict(loaded.optim_state["optimizer"])
+        torch.set_rng_state(loaded.optim_state["rng"])
+        self.trained_s, self.tokens = float(loaded.meta["train_s"]), int(loaded.meta["tokens"])
+        self.t_start -= float(loaded.meta.get("spent_s", 0))
+        self.tell(NoteEvent(text=f"Going on from step {loaded.step} of {self.config.steps}."))
+        return loaded.step, None if self.job.fresh_text else loaded.meta["cursors"][0]
+
+    def open_log(self, start_step: int, loaded: Loaded | None) -> None:
+        """Open the run's history, cut off behind the step to go on from."""
+        self.saved_step = start_step  # step 0 needs no checkpoint: it is drawn again
+        if self.ranks.is_main:
+            self.log = MetricsLog(self.folder)
+            self.log.drop_after(start_step if loaded is not None else -1)
+
+    def note_step(self, event: StepEvent) -> None:
+        """Take in a step that is done; the run stops where its budget is spent."""
+        self.trained_s, self.tokens_per_s = event.elapsed_s, event.tokens_per_s
+        self.tokens += event.tokens
+        self.tell(replace(event, left_s=self.estimate_left(event)))
+        spent_s = time.perf_counter() - self.t_start
+        if spent_s > self.config.runtime.budget_s and not self.stop.is_set():
+            self.stop.set()
+            rest = "resume with a higher --max-hours or --max-dollars to go on"
+            said = f"The budget is spent ({spent_s / 3600:.2f} h): saving; {rest}."
+            self.tell(NoteEvent(text=said))
+
+    def describe_result(self, step: int, stopped: bool, loaded: Loaded | None) -> TrainResult:
+        """Return what came of the run."""
+        val_bpb, val_tokens = self.last_bits.bpb, self.last_bits.tokens
+        if loaded is not None and not self.last_bits.n_bytes:
+            val_bpb, val_tokens = loaded.meta["val_bpb"], loaded.meta.get("val_tokens") or 0
+        events = read_metrics(self.folder / "metrics.jsonl") if self.ranks.is_main else []
+        return TrainResult(
+            identifier=self.job.identify(self.config.tag),
+            path=str(self.folder.relative_to(registry.base_dir())),
+            step=step,
+            stopped=stopped,
+            n_params=self.job.count_params(self.model),
+            tokens=self.tokens,
+            val_bpb=val_bpb,
+            tokens_per_s=self.tokens / self.trained_s if self.trained_s else 0.0,
+            train_s=self.trained_s,
+            total_s=time.perf_counter() - self.t_start,
+            val_tokens=val_tokens,
+            events=tuple(events),
+        )
+
+    def tune(self, model: GPT, ids: Tensor, targets: Tensor) -> Tuning:
+        """Measure how to run, on rank 0's word."""
+        config = self.config
+        steps = config.steps or self.job.default_steps
+        tuning = tune_runtime(
+            model,
+            lambda: self.make_optimizer(model),
+            ids,
+            targets,
+            config.runtime,
+            self.ranks,
+            seconds=config.seconds,
+            steps=steps,
+            known=recall_compiling(),
+            make=self.job.make_loss,
+            on_phase=lambda name, seconds: self.tell(
+                PhaseEvent(name=name, total=seconds, unit="s")
+            ),
+        )
+        for note in tuning.notes:
+            self.tell(NoteEvent(text=note))
+        if self.ranks.is_main and tuning.learned:
+            remember_compiling(tuning.learned)
+        return tuning
+
+    def freeze(self, tuning: Tuning) -> Any:
+        """Return the config with nothing left open."""
+        config = replace(self.config, runtime=tuning.runtime)
+        steps = config.steps
+        if not steps and config.seconds:
+            self.open_s = config.seconds - tuning.compile_s
+            steps = max(1, int(self.open_s / tuning.step_s))
+        steps = share_object(steps or self.job.default_steps)
+        train_s = share_object(self.open_s or steps * tuning.step_s)
+        config = replace(config, look=self.choose_looks(config, steps, train_s))
+        return self.plan_steps(config, steps)
+
+    def choose_looks(self, config: Any, steps: int, train_s: float) -> LookConfig:
+        """Return how often and on how much text the run is validated, from the measured speed."""
+        if CHOSEN not in (config.look.eval_tokens, config.look.last_eval_tokens):
+            return config.look
+        whole = self.whole_tokens
+        cost = share_object(self.time_validation(config.runtime.device))
+        look, self.n_looks = plan_looks(
+            config.look, steps=steps, train_s=train_s, cost=cost, whole=whole
+        )
+        during, last = (look.eval_tokens or whole, look.last_eval_tokens or whole)
+        said = f"Validation: about {min(during, whole):,} tokens each time, {min(last, whole):,} at the end"
+        self.tell(NoteEvent(text=f"{said}, of {whole:,}: as many as the run's time allows."))
+        return look
+
+    @property
+    def whole_tokens(self) -> int:
+        """Validation tokens that stand for the whole split."""
+        whole, most = self.job.val_tokens, self.job.most_eval_tokens
+        return min(whole, most) if most else whole
+
+    def time_validation(self, device: str) -> Cost:
+        """Return what a validation takes here, measured on a few windows."""
+        ids, targets = next(iter(self.job.open_windows(LADDER[0], 0, 1)))
+        ids, targets = ids[:TIMED_ROWS].to(device), targets[:TIMED_ROWS].to(device)
+
+        def score() -> None:
+            with torch.no_grad():
+                self.model.loss(ids, targets, "none")
+
+        pass_s = time_call(score, device) / ids.numel() / self.ranks.world_size
+        t_start = time.perf_counter()
+        self.job.measure_more(self.model, LADDER[0])
+        more_s = time.perf_counter() - t_start
+        return Cost(token_s=pass_s * self.job.weigh_scoring(), fixed_s=more_s)
+
+    def plan_steps(self, config: Any, steps: int) -> Any:
+        """Return the config for so many steps, its looks spread over them."""
+        every = self.asked_look.eval_every or max(1, math.ceil(steps / self.n_looks))
+        look = replace(
+            config.look, eval_every=every, sample_every=self.asked_look.sample_every or every
+        )
+        return replace(config, steps=steps, look=look)
+
+    def count_steps(self, step: int, elapsed_s: float) -> int:
+        """Return the steps of the run. Where they fill a time, the first tenth of it settles them: a few
+        steps beforehand, on a processor that others use as well, may be half as fast.
+        """
+        if self.open_s:
+            self.settle_steps(step, elapsed_s)
+        return int(self.config.steps)
+
+    def settle_steps(self, step: int, elapsed_s: float) -> None:
+        """Count the steps that fill the run's time from the speed so far, once enough of it is known."""
+        self.timed_steps += 1
+        if self.timed_steps == 1:
+            self.first_s = (
+                elapsed_s  # this step makes the optimizer's state too, or compiles once more
+            )
+        due = elapsed_s > SETTLE_SHARE * self.open_s or step == self.config.steps
+        if not any_rank(due, self.model.device):
+            return
+        counted = self.timed_steps - 1
+        step_s = (elapsed_s - self.first_s) / counted if counted else elapsed_s / step
+        steps = share_object(step + max(1, round((self.open_s - elapsed_s) / step_s)))
+        self.open_s, self.config = 0.0, self.plan_steps(self.config, steps)
+        self.just_settled = True
+
+    def write_config(self) -> None:
+        """Write config.json, the run's own copy of the tokenizer, and the time that its steps are to fill."""
+        self.job.tokenizer.save(self.folder / "tokenizer")
+        text = json.dumps(encode_config(replace(self.config, resume=False)), indent=2)
+        write_file(self.folder / "config.json", text)
+        write_open_time(self.folder, self.open_s)
+
+    def look(self, step: int, last: bool) -> None:
+        """Validate and sample where it is time to."""
+        t_start = time.perf_counter()
+        look = self.config.look
+        validates = last or step % look.eval_every == 0
+        if validates:
+            self.validate(step, last)
+
+        due = look.sample_every > 0 and (last or step % look.sample_every == 0)
+        if due and self.ranks.is_main and not self.stop.is_set():
+            for i, prompt in enumerate(self.job.prompts):
+                seed = derive_seed(self.config.seed, "sample", step, i)
+                text = self.job.write_sample(self.engine, prompt, seed)
+                self.tell(SampleEvent(step=step, prompt=prompt, text=text))
+        if validates:
+            self.look_s = time.perf_counter() - t_start
+
+    def validate(self, step: int, last: bool) -> None:
+        """Score the validation text and tell the figures; one that Stop ends counts only at the end."""
+        look, whole = self.config.look, self.whole_tokens
+        tokens = (look.last_eval_tokens if last else look.eval_tokens) or self.job.most_eval_tokens
+        t_start = time.perf_counter()
+        scored, cut_short = self.score(
+            LAST_CHECK if last else VALIDATION, self.job.open_windows, tokens
+        )
+        self.score_s = time.perf_counter() - t_start
+        if cut_short and not last:
+            return
+
+        bits = self.last_bits = sum_windows([scored])
+        n_paired = -(-(look.eval_tokens or whole) // self.job.model.sequence_len)
+        paired = sum_windows([scored[:n_paired]]) if len(scored) >= n_paired else None
+        more: dict[str, Any] = {}
+        if not any_rank(self.stop.is_set(), self.model.device):
+            more = self.measure_more(tokens)
+        event = LossEvent(
+            step=step,
+            val_bpb=bits.bpb,
+            val_loss_nats=bits.loss_nats,
+            whole=not cut_short and (not tokens or tokens >= self.job.val_tokens),
+            elapsed_s=self.trained_s,
+            tokens=bits.tokens,
+            cut_short=cut_short,
+            paired_bpb=paired.bpb if paired else None,
+            paired_loss_nats=paired.loss_nats if paired else None,
+            **more,
+        )
+        self.tell(event)
+        if cut_short:
+            said = describe_bpb(bits.bpb, bits.tokens)
+            self.tell(NoteEvent(text=f"The last check was stopped: {said} of about {whole:,}."))
+
+    def measure_more(self, tokens: int) -> dict[str, Any]:
+        """Return what a validation tells besides: of a general text, and what the stage adds.
+
+        The general text is scored on as many tokens each time, as only the change counts.
+        """
+        general = None
+        if self.job.open_general:
+            few = self.config.look.eval_tokens or GENERAL_TOKENS
+            general = sum_windows([self.score(GENERAL, self.job.open_general, few)[0]]).bpb
+        return {"general_bpb": general, **self.job.measure_more(self.model, tokens)}
+
+    def score(self, name: str, opened: Windows, tokens: int) -> tuple[np.ndarray, bool]:
+        """Score a text over all ranks until it ends or Stop is pressed, at least one batch of windows.
+
+        Returns:
+            nats, tokens and bytes of each window, (N, 3) in the order of the windows, and whether some are
+            missing.
+        """
+        total = tokens or self.whole_tokens
+        self.tell(PhaseEvent(name=name, total=total, unit="tokens"))
+        windows = iter(opened(tokens, self.ranks.rank, self.ranks.world_size))
+        batches: list[np.ndarray] = []
+        done = 0
+        for scored in score_windows(
+            lambda x, y: self.model.loss(x, y, "none"),
+            windows,
+            self.job.tokenizer.byte_lengths(),
+            device=self.model.device,
+            stop=self.stop,
+        ):
+            batches.append(scored)
+            done += len(scored) * self.job.model.sequence_len * self.ranks.world_size
+            self.tell(ProgressEvent(done=min(done, total)))
+        cut_short = self.stop.is_set() and next(windows, None) is not None
+
+        # Batch i is of rank i modulo the number of ranks, so the sums are the same for any number of them.
+        everyone = gather_objects((batches, cut_short))
+        turns = zip_longest(*(theirs for theirs, _ in everyone))
+        rows = [batch for turn in turns for batch in turn if batch is not None]
+        return np.concatenate([np.zeros((0, 3)), *rows]), any(cut for _, cut in everyone)
+
+    def estimate_left(self, event: StepEvent) -> float:
+        """Return the seconds that the run still takes, validations as they took so far included."""
+        look = self.config.look
+        training_s = event.elapsed_s / event.step * (event.steps - event.step)
+        looks = max(0, (event.steps - 1) // look.eval_every - event.step // look.eval_every)
+        few, many = (
+            min(n or self.whole_tokens, self.whole_tokens)
+            for n in (look.eval_tokens, look.last_eval_tokens)
+        )
+        last_s = self.look_s + self.score_s * (many / max(1, few) - 1)
+        return training_s + looks * self.look_s + last_s
+
+    def save(self, step: int, last: bool) -> None:
+        """Write a snapshot and a checkpoint where it is time to."""
+        look, main = self.config.look, self.ranks.is_main
+        small = look.snapshots and (last or step & (step - 1) == 0)  # 0, 1, 2, 4, 8 ...
+        room = look.snapshot_budget_mb * 1e6 - 2 * self.job.model.n_params
+        if main and small and measure_snapshots(self.folder) <= room:
+            save_snapshot(
+                self.folder, step, self.model.state_dict(), self.job.model, self.describe(step)
+            )
+            self.tell(
+                CheckpointEvent(step=step, path=f"snapshots/model_{step:06d}.pt", snapshot=True)
+            )
+        if look.save_every:
+            due = step % look.save_every == 0
+        else:
+            due = time.monotonic() - self.t_saved > max(SAVE_EVERY_S, 30 * self.save_s)
+        due = due or last or self.just_settled
+        if step == self.saved_step or not any_rank(main and due, self.model.device):
+            return
+        cursors = gather_objects(self.batches.cursor)
+        if cursors.count(cursors[0]) < len(cursors):  # nodes with shards of their own may differ
+            raise DataError(
+                f"step {step}: the ranks read different text; compare their shards and resume."
+            )
+        self.saved_step, t_start = step, time.monotonic()
+        # by all ranks together
+        state = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
+        if main:
+            meta = {**self.describe(step), "cursors": cursors[:1]}
+            self.job.save_step(self.folder, step, self.model, state, meta)
+            prune_checkpoints(self.folder, look.keep_checkpoints)
+            self.tell(CheckpointEvent(step=step, path=f"model_{step:06d}.pt"))
+            if self.just_settled:
+                self.write_config()  # not before: earlier steps must not be taken with the new number
+        self.just_settled = False
+        getattr(self.batches, "release", lambda: None)()  # of shards that no resumed run will read
+        self.t_saved = time.monotonic()
+        self.save_s = self.t_saved - t_start
+
+    def describe(self, step: int) -> dict[str, Any]:
+        """Return the metadata of a checkpoint."""
+        known = math.isfinite(self.last_bits.bpb)
+        return {
+            **self.job.meta,
+            "val_bpb": self.last_bits.bpb if known else None,
+            "val_tokens": self.last_bits.tokens if known else None,
+            "tokenizer_identity": self.job.tokenizer.identity,
+            "tokens": self.tokens,
+            "train_s": self.trained_s,
+            "spent_s": time.perf_counter() - self.t_start,
+            "open_s": self.open_s,
+            "user_config": encode_config(self.config),
+        }
+
+
+def pick_device(wanted: str) -> str:
+    """Return the kind of device that ranks talk over."""
+    return wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
