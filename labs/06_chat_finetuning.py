@@ -44,10 +44,10 @@ def _():
 @app.cell
 def _():
     from primechat import FinetuneConfig, finetune
-    from primechat.config import LookConfig, RuntimeConfig
+    from primechat.config import EvalConfig, RuntimeConfig
     from primechat.labkit.lab import settings, stage, summary
 
-    return FinetuneConfig, LookConfig, RuntimeConfig, finetune, settings, stage, summary
+    return FinetuneConfig, EvalConfig, RuntimeConfig, finetune, settings, stage, summary
 
 
 @app.cell(hide_code=True)
@@ -98,7 +98,7 @@ def _(mo):
 
 
 @app.cell
-def _(FinetuneConfig, LookConfig, RuntimeConfig, settings, shelf):
+def _(FinetuneConfig, EvalConfig, RuntimeConfig, settings, shelf):
     start = FinetuneConfig(
         tag="my-mix",
         base="shipped/base",
@@ -106,7 +106,7 @@ def _(FinetuneConfig, LookConfig, RuntimeConfig, settings, shelf):
         steps=20,
         batch_tokens=2048,
         runtime=RuntimeConfig(compile="off"),
-        look=LookConfig(snapshots=False),
+        eval=EvalConfig(snapshots=False),
     )
     form = settings(start, ("tag", "dialogues", "steps"), title="Settings")
     form

@@ -33,10 +33,10 @@ def _():
 @app.cell
 def _():
     from primechat import LoRAConfig, train_lora
-    from primechat.config import LookConfig, RuntimeConfig
+    from primechat.config import EvalConfig, RuntimeConfig
     from primechat.labkit.lab import settings, stage, summary
 
-    return LoRAConfig, LookConfig, RuntimeConfig, settings, stage, summary, train_lora
+    return LoRAConfig, EvalConfig, RuntimeConfig, settings, stage, summary, train_lora
 
 
 @app.cell(hide_code=True)
@@ -52,7 +52,7 @@ def _(mo):
 
 
 @app.cell
-def _(LoRAConfig, LookConfig, RuntimeConfig, settings):
+def _(LoRAConfig, EvalConfig, RuntimeConfig, settings):
     start = LoRAConfig(
         tag="pirate",
         base="shipped/sft",
@@ -62,7 +62,7 @@ def _(LoRAConfig, LookConfig, RuntimeConfig, settings):
         steps=40,
         batch_tokens=2048,
         runtime=RuntimeConfig(compile="off"),
-        look=LookConfig(snapshots=False),
+        eval=EvalConfig(snapshots=False),
     )
     form = settings(start, ("tag", "dialogues", "rank", "steps"), title="Adapter")
     form

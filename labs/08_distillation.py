@@ -32,10 +32,10 @@ def _():
 @app.cell
 def _():
     from primechat import DistillConfig, distill
-    from primechat.config import LookConfig, RuntimeConfig
+    from primechat.config import EvalConfig, RuntimeConfig
     from primechat.labkit.lab import settings, stage, summary
 
-    return DistillConfig, LookConfig, RuntimeConfig, distill, settings, stage, summary
+    return DistillConfig, EvalConfig, RuntimeConfig, distill, settings, stage, summary
 
 
 @app.cell(hide_code=True)
@@ -86,7 +86,7 @@ def _(mo):
 
 
 @app.cell
-def _(DistillConfig, LookConfig, RuntimeConfig, settings):
+def _(DistillConfig, EvalConfig, RuntimeConfig, settings):
     start = DistillConfig(
         tag="student",
         teacher="shipped/base",
@@ -94,7 +94,7 @@ def _(DistillConfig, LookConfig, RuntimeConfig, settings):
         steps=40,
         batch_tokens=2048,
         runtime=RuntimeConfig(compile="off"),
-        look=LookConfig(snapshots=False),
+        eval=EvalConfig(snapshots=False),
     )
     form = settings(
         start, ("tag", "size", "steps", "alpha", "temperature", "loss"), title="Student"

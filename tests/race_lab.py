@@ -75,7 +75,7 @@ def race(browser: Browser, seconds: float, seed: int) -> dict[str, float]:
         def run_command(command: str) -> None:
             words = [*shlex.split(command)[1:], "--tag", "command"]
             subprocess.run(
-                [sys.executable, "-m", "primechat.cli.main", *words],
+                [sys.executable, "-m", "primechat", *words],
                 env=env,
                 check=True,
                 capture_output=True,

@@ -17,8 +17,8 @@ from primechat.checkpoint import registry
 from primechat.cli.main import main
 from primechat.config import (
     AutochatConfig,
+    EvalConfig,
     FinetuneConfig,
-    LookConfig,
     PretrainConfig,
     RuntimeConfig,
 )
@@ -34,7 +34,7 @@ from primechat.stages.finetune import finetune
 from primechat.stages.pretrain import pretrain
 
 RUNTIME = RuntimeConfig(device="cpu", threads=1, compile="off", micro_batch_rows=2, dtype="float32")
-LOOK = LookConfig(snapshots=False, sample_every=-1)
+EVAL = EvalConfig(snapshots=False, sample_every=-1)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def base(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 corpus=str(text),
                 batch_tokens=256,
                 steps=2,
-                look=LOOK,
+                eval=EVAL,
                 runtime=RUNTIME,
             )
         )
@@ -71,7 +71,7 @@ def base(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 dialogues=str(dialogues),
                 batch_tokens=256,
                 steps=2,
-                look=LOOK,
+                eval=EVAL,
                 runtime=RUNTIME,
             )
         )

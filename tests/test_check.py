@@ -20,7 +20,7 @@ from primechat.checkpoint import registry
 from primechat.checkpoint.nanochat_format import SHAPE_KEYS
 from primechat.cli.check import check_model
 from primechat.cli.main import main
-from primechat.config import GPTConfig, LookConfig, PretrainConfig, RuntimeConfig, TokenizerConfig
+from primechat.config import EvalConfig, GPTConfig, PretrainConfig, RuntimeConfig, TokenizerConfig
 from primechat.config.model import list_shapes
 from primechat.errors import CheckpointError, ConfigError
 from primechat.events import NoteEvent
@@ -34,7 +34,7 @@ from primechat.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 NANOCHAT = Path(__file__).parent / "fixtures" / "nanochat"
 FIXED = RuntimeConfig(device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=8)
-LOOK = LookConfig(eval_every=0, save_every=0, eval_tokens=256, last_eval_tokens=256)
+EVAL = EvalConfig(every=0, save_every=0, tokens=256, last_tokens=256)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 batch_tokens=1024,
                 steps=60,
                 runtime=FIXED,
-                look=LOOK,
+                eval=EVAL,
             )
         )
     after = read_files(path)

@@ -139,7 +139,7 @@ def test_help_starts_with_what_a_newcomer_types(capsys: pytest.CaptureFixture[st
 def test_flags_become_a_config(pretrain: FakeStage, capsys: pytest.CaptureFixture[str]) -> None:
     words = (
         "--tag mine --model.n_layer 2 --optim.matrix-lr 0.5 --model.no_smear "
-        "--look.sample_every -1 --resume"
+        "--eval.sample_every -1 --resume"
     )
     assert cli.main(["pretrain", *words.split()]) == 0
     (config,) = pretrain.configs
@@ -151,7 +151,7 @@ def test_flags_become_a_config(pretrain: FakeStage, capsys: pytest.CaptureFixtur
     )
     assert (
         config.optim.matrix_lr == 0.5
-        and config.look.sample_every == -1
+        and config.eval.sample_every == -1
         and config.batch_tokens == 8192
     )
     assert config.model.vocab_size == 4096 and config.model.sequence_len == 256

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from primechat.config import (
+    EvalConfig,
     EvaluateConfig,
     FinetuneConfig,
     GPTConfig,
     InitConfig,
-    LookConfig,
     OptimConfig,
     PretrainConfig,
     QuickstartConfig,
@@ -28,7 +28,7 @@ from primechat.config import (
 from primechat.errors import ConfigError, PrimechatError
 
 STAGES = [TokenizerConfig, PretrainConfig, FinetuneConfig, EvaluateConfig, QuickstartConfig]
-ALL = [*STAGES, GPTConfig, InitConfig, RuntimeConfig, OptimConfig, LookConfig]
+ALL = [*STAGES, GPTConfig, InitConfig, RuntimeConfig, OptimConfig, EvalConfig]
 SMALL = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, vocab_size=300, sequence_len=32)
 
 
@@ -103,8 +103,8 @@ def test_every_stage_has_tag_and_resume(cls: Any) -> None:
         (lambda: OptimConfig(matrix_lr=float("nan")), ["optim.matrix_lr=nan"]),
         (lambda: OptimConfig(momentum=1.5), ["optim.momentum=1.5"]),
         (lambda: OptimConfig(warmup_ratio=0.6, warmdown_ratio=0.6), ["0.6", "sum"]),
-        (lambda: LookConfig(sample_every=-2), ["look.sample_every=-2"]),
-        (lambda: LookConfig(keep_checkpoints=0), ["look.keep_checkpoints=0"]),
+        (lambda: EvalConfig(sample_every=-2), ["eval.sample_every=-2"]),
+        (lambda: EvalConfig(keep_checkpoints=0), ["eval.keep_checkpoints=0"]),
         (lambda: TokenizerConfig(vocab_size=100), ["vocab_size=100", "265"]),
         (
             lambda: PretrainConfig(batch_tokens=8000),

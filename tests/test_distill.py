@@ -19,8 +19,8 @@ from primechat.checkpoint import registry
 from primechat.cli.report import ReportFlags, run_report
 from primechat.config import (
     DistillConfig,
+    EvalConfig,
     GPTConfig,
-    LookConfig,
     PretrainConfig,
     RuntimeConfig,
     TokenizerConfig,
@@ -409,7 +409,7 @@ WORDS = (
     "the cat sat on a mat and ate my hat while you ran to see what we did with all that jam".split()
 )
 FIXED = RuntimeConfig(device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=2)
-LOOK = LookConfig(eval_every=4, save_every=4, eval_tokens=256, snapshots=False, sample_every=-1)
+EVAL = EvalConfig(every=4, save_every=4, tokens=256, snapshots=False, sample_every=-1)
 
 
 @pytest.fixture
@@ -420,7 +420,7 @@ def corpus(tmp_path: Path) -> str:
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     train_tokenizer(TokenizerConfig(tag="d3", corpus=str(path), vocab_size=300))
     kind: Any = dict(
-        model=SHAPE, corpus=str(path), batch_tokens=128, steps=12, runtime=FIXED, look=LOOK
+        model=SHAPE, corpus=str(path), batch_tokens=128, steps=12, runtime=FIXED, eval=EVAL
     )
     pretrain(PretrainConfig(tag="d3", **kind))
     return str(path)
@@ -445,7 +445,7 @@ def test_stage_resumes_to_the_bit(corpus: str, change: dict[str, Any]) -> None:
         batch_tokens=128,
         steps=8,
         runtime=FIXED,
-        look=LOOK,
+        eval=EVAL,
         **change,
     )
     result = distill(config)
@@ -476,7 +476,7 @@ def test_stage_refuses_and_goes_on(corpus: str, tmp_path: Path) -> None:
         batch_tokens=128,
         steps=2,
         runtime=FIXED,
-        look=LOOK,
+        eval=EVAL,
     )
     distill(config)
     more = distill(replace(config, tag="more", base="base/sized"))
@@ -506,7 +506,7 @@ def test_stage_refuses_and_goes_on(corpus: str, tmp_path: Path) -> None:
             batch_tokens=128,
             steps=1,
             runtime=FIXED,
-            look=LOOK,
+            eval=EVAL,
         )
     )
     with pytest.raises(CheckpointError, match="tokenizer"):
@@ -527,7 +527,7 @@ def test_stage_on_conversations(corpus: str, tmp_path: Path) -> None:
         batch_tokens=128,
         steps=3,
         runtime=FIXED,
-        look=LOOK,
+        eval=EVAL,
     )
     assert distill(config).identifier == "sft/talker"
     run_report(ReportFlags(model="sft/talker", output=str(tmp_path / "page")))

@@ -22,8 +22,8 @@ from primechat.checkpoint import registry
 from primechat.checkpoint.checkpoint import find_steps, load_checkpoint
 from primechat.checkpoint.run_dir import read_metrics
 from primechat.config import (
+    EvalConfig,
     GPTConfig,
-    LookConfig,
     PretrainConfig,
     RuntimeConfig,
     TokenizerConfig,
@@ -63,7 +63,7 @@ def write_config(path: Path, tag: str, corpus: Path) -> Path:
         corpus=str(corpus),
         batch_tokens=64,
         steps=STEPS,
-        look=LookConfig(save_every=1, eval_every=50, eval_tokens=64, last_eval_tokens=64),
+        eval=EvalConfig(save_every=1, every=50, tokens=64, last_tokens=64),
         runtime=RuntimeConfig(
             device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=2
         ),

@@ -299,7 +299,7 @@ def open_lab(tmp_path: Path) -> Iterator[Callable[..., str]]:
 
         def start(*words: str) -> str:
             port, log = find_port(), tmp_path / f"log-{len(logs)}"
-            command = [sys.executable, "-m", "primechat.cli.main", "lab", *words]
+            command = [sys.executable, "-m", "primechat", "lab", *words]
             command += ["--headless", "--port", str(port)]
             out = stack.enter_context(log.open("w"))
             process = subprocess.Popen(

@@ -17,9 +17,9 @@ from primechat.checkpoint.checkpoint import find_steps, read_meta
 from primechat.checkpoint.run_dir import read_frozen, read_metrics
 from primechat.cli import main as cli
 from primechat.config import (
+    EvalConfig,
     EvaluateConfig,
     GPTConfig,
-    LookConfig,
     PretrainConfig,
     RuntimeConfig,
     encode_config,
@@ -29,7 +29,7 @@ from primechat.events import Event, LossEvent, NoteEvent, OnEvent, ProgressEvent
 from primechat.labkit.instruments import pretraining
 from primechat.labkit.instruments.pretraining import AblationConfig, ablate
 from primechat.stages import trainer
-from primechat.stages.eval_budget import LADDER, Cost, plan_looks
+from primechat.stages.eval_budget import LADDER, Cost, plan_evals
 from primechat.stages.evaluate import evaluate
 from primechat.stages.pretrain import pretrain
 
@@ -40,7 +40,7 @@ SHAPE = replace(
     n_head=3,
     n_kv_head=3,
 )
-QUIET = LookConfig(sample_every=-1, snapshots=False)
+QUIET = EvalConfig(sample_every=-1, snapshots=False)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def corpus(tmp_path: Path) -> str:
 
 def make_config(corpus: str, **changes: Any) -> PretrainConfig:
     config = PretrainConfig(
-        tag="d1", model=SHAPE, corpus=corpus, batch_tokens=128, steps=12, runtime=FIXED, look=QUIET
+        tag="d1", model=SHAPE, corpus=corpus, batch_tokens=128, steps=12, runtime=FIXED, eval=QUIET
     )
     return replace(config, **changes)
 
@@ -95,15 +95,20 @@ def test_validations_keep_to_their_share() -> None:
         (900, 230_000, 7_000_000),
     ):
         cost = Cost(token_s=token_s, fixed_s=fixed_s)
-        look, looks = plan_looks(LookConfig(), steps=steps, train_s=train_s, cost=cost, whole=whole)
-        assert 1 <= looks <= min(10, steps)
-        for n, count, share in ((look.eval_tokens, looks, 0.1), (look.last_eval_tokens, 1, 0.25)):
+        evaluation, n_evals = plan_evals(
+            EvalConfig(), steps=steps, train_s=train_s, cost=cost, whole=whole
+        )
+        assert 1 <= n_evals <= min(10, steps)
+        for n, count, share in (
+            (evaluation.tokens, n_evals, 0.1),
+            (evaluation.last_tokens, 1, 0.25),
+        ):
             assert n in (*LADDER, 0)
             spent_s = count * (fixed_s + token_s * min(n or whole, whole))
             least = count == 1 and n == LADDER[0]
-            assert spent_s <= share * train_s * (1 + 1e-9) or least, (look, looks)
-        by_hand = LookConfig(eval_tokens=123, last_eval_tokens=0, eval_every=7)
-        assert plan_looks(by_hand, steps=steps, train_s=1, cost=cost, whole=9)[0] == by_hand
+            assert spent_s <= share * train_s * (1 + 1e-9) or least, (evaluation, n_evals)
+        by_hand = EvalConfig(tokens=123, last_tokens=0, every=7)
+        assert plan_evals(by_hand, steps=steps, train_s=1, cost=cost, whole=9)[0] == by_hand
 
 
 def test_chosen_once_and_frozen(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,16 +116,16 @@ def test_chosen_once_and_frozen(corpus: str, monkeypatch: pytest.MonkeyPatch) ->
     fake_cost(monkeypatch, step_s=1.0, token_s=1e-4)  # 0.12 s a look: 1,200 tokens; 3 s at the end
     stop, config = threading.Event(), make_config(corpus)
     pretrain(config, on_event=stop_after(6, stop), stop=stop)
-    look = read_frozen(registry.run_dir("base", "d1"), PretrainConfig).look
-    assert (look.eval_tokens, look.last_eval_tokens, look.eval_every) == (4000, 20_000, 4)
+    evaluation = read_frozen(registry.run_dir("base", "d1"), PretrainConfig).eval
+    assert (evaluation.tokens, evaluation.last_tokens, evaluation.every) == (4000, 20_000, 4)
 
     fake_cost(monkeypatch, step_s=1.0, token_s=1e-9)
-    with pytest.raises(ConfigError, match="look.eval_tokens: 4000 != 64"):
-        pretrain(replace(config, resume=True, look=replace(QUIET, eval_tokens=64)))
-    with pytest.raises(ConfigError, match="look.eval_tokens: 4000 != 0"):
-        pretrain(replace(config, resume=True, look=replace(QUIET, eval_tokens=0)))
+    with pytest.raises(ConfigError, match="eval.tokens: 4000 != 64"):
+        pretrain(replace(config, resume=True, eval=replace(QUIET, tokens=64)))
+    with pytest.raises(ConfigError, match="eval.tokens: 4000 != 0"):
+        pretrain(replace(config, resume=True, eval=replace(QUIET, tokens=0)))
     pretrain(replace(config, resume=True))
-    assert read_frozen(registry.run_dir("base", "d1"), PretrainConfig).look == look
+    assert read_frozen(registry.run_dir("base", "d1"), PretrainConfig).eval == evaluation
     losses = read_losses("d1")
     assert [loss["step"] for loss in losses] == [0, 4, 8, 12]
     assert len({loss["tokens"] for loss in losses[:3]}) == 1 and losses[0]["tokens"] <= 4000
@@ -129,12 +134,12 @@ def test_chosen_once_and_frozen(corpus: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_settings_of_an_earlier_version(corpus: str) -> None:
     """A run that was frozen with 20,480 and 0 tokens goes on with these: 0 is the whole split."""
-    look = replace(QUIET, eval_tokens=20_480, last_eval_tokens=0)
+    evaluation = replace(QUIET, tokens=20_480, last_tokens=0)
     stop = threading.Event()
-    pretrain(make_config(corpus, look=look), on_event=stop_after(3, stop), stop=stop)
+    pretrain(make_config(corpus, eval=evaluation), on_event=stop_after(3, stop), stop=stop)
     run_folder = registry.run_dir("base", "d1")
     old = json.loads((run_folder / "config.json").read_text())
-    assert (old["look"]["eval_tokens"], old["look"]["last_eval_tokens"]) == (20_480, 0)
+    assert (old["eval"]["tokens"], old["eval"]["last_tokens"]) == (20_480, 0)
     result = pretrain(make_config(corpus, resume=True))
     assert read_losses("d1")[-1]["whole"]
     assert (
@@ -145,9 +150,9 @@ def test_settings_of_an_earlier_version(corpus: str) -> None:
 def test_every_figure_says_its_tokens(
     corpus: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    look = replace(QUIET, eval_tokens=320, last_eval_tokens=640, eval_every=6)
+    evaluation = replace(QUIET, tokens=320, last_tokens=640, every=6)
     file = tmp_path / "run.json"
-    file.write_text(json.dumps(encode_config(make_config(corpus, look=look))))
+    file.write_text(json.dumps(encode_config(make_config(corpus, eval=evaluation))))
     assert cli.main(["pretrain", "--config", str(file)]) == 0
     out = capsys.readouterr().out
     assert "bits per byte on 320 tokens\n" in out and "bits per byte on 640 tokens, " in out
@@ -163,9 +168,9 @@ def test_every_figure_says_its_tokens(
 
 def test_the_last_point_is_paired_with_those_before(corpus: str) -> None:
     """The last validation tells what it found on the tokens of the earlier ones too."""
-    few = replace(QUIET, eval_tokens=320, last_eval_tokens=320, eval_every=6)
-    pretrain(make_config(corpus, tag="few", look=few))
-    pretrain(make_config(corpus, tag="all", look=replace(few, last_eval_tokens=0)))
+    few = replace(QUIET, tokens=320, last_tokens=320, every=6)
+    pretrain(make_config(corpus, tag="few", eval=few))
+    pretrain(make_config(corpus, tag="all", eval=replace(few, last_tokens=0)))
     one, two = (read_losses(tag) for tag in ("few", "all"))
     assert [loss["paired_bpb"] for loss in one] == [loss["val_bpb"] for loss in one]
     assert [loss["paired_bpb"] for loss in two] == pytest.approx(
@@ -191,8 +196,8 @@ def test_stop_ends_the_last_validation(corpus: str, batches: int) -> None:
     def last_step() -> Event:
         return next(e for e in told if isinstance(e, StepEvent) and e.step == 12)
 
-    look = replace(QUIET, eval_tokens=64, last_eval_tokens=0, sample_every=0)
-    result = pretrain(make_config(corpus, look=look), on_event=hear, stop=stop)
+    evaluation = replace(QUIET, tokens=64, last_tokens=0, sample_every=0)
+    result = pretrain(make_config(corpus, eval=evaluation), on_event=hear, stop=stop)
     after = told[told.index(last_step()) :]
     assert sum(1 for e in after if isinstance(e, ProgressEvent)) == batches, "no batch more"
     event = next(e for e in after if isinstance(e, LossEvent))
@@ -215,8 +220,8 @@ def test_a_validation_on_the_way_ends_at_stop_too(corpus: str) -> None:
         if isinstance(event, ProgressEvent) and any(isinstance(e, StepEvent) for e in told):
             stop.set()
 
-    look = replace(QUIET, eval_tokens=0, last_eval_tokens=64, eval_every=3)
-    result = pretrain(make_config(corpus, look=look), on_event=hear, stop=stop)
+    evaluation = replace(QUIET, tokens=0, last_tokens=64, every=3)
+    result = pretrain(make_config(corpus, eval=evaluation), on_event=hear, stop=stop)
     assert result.stopped and result.step == 4
     assert [e.step for e in told if isinstance(e, LossEvent)] == [0]
 
@@ -228,8 +233,8 @@ def test_time_left_counts_the_validations(corpus: str) -> None:
         if isinstance(event, StepEvent):
             told.append(event)
 
-    look = replace(QUIET, eval_tokens=0, last_eval_tokens=0, eval_every=3)
-    pretrain(make_config(corpus, look=look), on_event=hear)
+    evaluation = replace(QUIET, tokens=0, last_tokens=0, every=3)
+    pretrain(make_config(corpus, eval=evaluation), on_event=hear)
     for event in told:
         assert event.left_s is not None
         assert event.left_s > event.elapsed_s / event.step * (event.steps - event.step)
@@ -251,8 +256,8 @@ def test_the_seeds_of_a_comparison_share_the_choice(
 
     first = ablate(config, on_event=hear)
     folders = sorted(registry.run_dir("base", "x").parent.glob("ablation-*"))
-    looks = {read_frozen(folder, PretrainConfig).look for folder in folders}
-    assert len(folders) == 6 and len(looks) == 1 and looks.pop().eval_tokens == 4000
+    n_evals = {read_frozen(folder, PretrainConfig).eval for folder in folders}
+    assert len(folders) == 6 and len(n_evals) == 1 and n_evals.pop().tokens == 4000
     told.clear()
     assert ablate(config, on_event=told.append) == first
     assert not [e for e in told if e.kind == "step"], "they are known"

@@ -18,10 +18,10 @@ from primechat.checkpoint import registry
 from primechat.cli.convert import export_model
 from primechat.config import (
     DistillConfig,
+    EvalConfig,
     EvaluateConfig,
     FinetuneConfig,
     GPTConfig,
-    LookConfig,
     LoRAConfig,
     PretrainConfig,
     RuntimeConfig,
@@ -301,7 +301,7 @@ def base(tmp_path: Path) -> str:
     ]
     talk.write_text("\n".join(map(json.dumps, rows)))
     train_tokenizer(TokenizerConfig(corpus=str(text), vocab_size=300))
-    look = LookConfig(eval_tokens=256, snapshots=False, sample_every=-1)
+    evaluation = EvalConfig(tokens=256, snapshots=False, sample_every=-1)
     pretrain(
         PretrainConfig(
             tag="d3",
@@ -310,19 +310,19 @@ def base(tmp_path: Path) -> str:
             batch_tokens=128,
             steps=6,
             runtime=FIXED,
-            look=look,
+            eval=evaluation,
         )
     )
     finetune(
         FinetuneConfig(
-            tag="d3", dialogues=str(talk), batch_tokens=128, steps=3, runtime=FIXED, look=look
+            tag="d3", dialogues=str(talk), batch_tokens=128, steps=3, runtime=FIXED, eval=evaluation
         )
     )
     return str(talk)
 
 
 def test_stage_and_identifiers(base: str) -> None:
-    look = LookConfig(eval_tokens=256, save_every=4, eval_every=4, snapshots=False)
+    evaluation = EvalConfig(tokens=256, save_every=4, every=4, snapshots=False)
     config = LoRAConfig(
         tag="loud",
         base="sft/d3",
@@ -332,7 +332,7 @@ def test_stage_and_identifiers(base: str) -> None:
         batch_tokens=128,
         steps=8,
         runtime=FIXED,
-        look=look,
+        eval=evaluation,
     )
     result = train_lora(config)
     assert result.identifier == "lora:loud+sft/d3@3" and result.path == "lora_checkpoints/loud"
@@ -380,7 +380,7 @@ def test_stage_and_identifiers(base: str) -> None:
 
 
 def test_a_kill_at_the_last_step(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    look = LookConfig(eval_tokens=256, save_every=2, eval_every=4, snapshots=False, sample_every=-1)
+    evaluation = EvalConfig(tokens=256, save_every=2, every=4, snapshots=False, sample_every=-1)
     config = LoRAConfig(
         tag="cut",
         base="sft/d3",
@@ -389,7 +389,7 @@ def test_a_kill_at_the_last_step(base: str, monkeypatch: pytest.MonkeyPatch) -> 
         batch_tokens=128,
         steps=4,
         runtime=FIXED,
-        look=look,
+        eval=evaluation,
     )
     saved, written = lora.save_adapter, [0]
 
@@ -410,7 +410,7 @@ def test_a_kill_at_the_last_step(base: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_harm_to_a_run(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that has changed on the disk is passed over, as in every stage; a full disk is named."""
-    look = LookConfig(eval_tokens=256, save_every=2, eval_every=4, snapshots=False, sample_every=-1)
+    evaluation = EvalConfig(tokens=256, save_every=2, every=4, snapshots=False, sample_every=-1)
     config = LoRAConfig(
         tag="hurt",
         base="sft/d3",
@@ -419,7 +419,7 @@ def test_harm_to_a_run(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
         batch_tokens=128,
         steps=4,
         runtime=FIXED,
-        look=look,
+        eval=evaluation,
     )
     folder = registry.base_dir() / train_lora(config).path
     path = folder / "model_000004.pt"

@@ -16,9 +16,9 @@ import pytest
 from primechat.checkpoint import registry
 from primechat.checkpoint.checkpoint import read_meta
 from primechat.config import (
+    EvalConfig,
     EvaluateConfig,
     GPTConfig,
-    LookConfig,
     PretrainConfig,
     RuntimeConfig,
     TokenizerConfig,
@@ -171,7 +171,7 @@ def test_runs_know_the_separator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path.write_text(
         f"\n{MARK}\n\n".join(f"Story {i}. " + "Then it rained. " * 30 for i in range(40))
     )
-    look = LookConfig(sample_every=-1, snapshots=False, eval_every=99)
+    evaluation = EvalConfig(sample_every=-1, snapshots=False, every=99)
     runtime = RuntimeConfig(
         device="cpu", threads=1, compile="off", dtype="float32", micro_batch_rows=2
     )
@@ -181,7 +181,7 @@ def test_runs_know_the_separator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         model=GPTConfig.modern(1, vocab_size=300, sequence_len=32, head_dim=16),
         batch_tokens=64,
         steps=2,
-        look=look,
+        eval=evaluation,
         runtime=runtime,
     )
     heard: list[Event] = []

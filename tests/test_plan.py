@@ -61,8 +61,8 @@ def test_eviction_fits_the_pod() -> None:
     assert "DOES NOT FIT on a disk of 80 GB; --run.keep_shards" in "\n".join(
         describe_plan(make_plan(full_config(32), find_machine("8xH200")))
     )
-    look = replace(full_config(20).look, snapshot_budget_mb=3000)
-    assert estimate_disk(replace(full_config(20), look=look))["snapshots"] == 3e9
+    evaluation = replace(full_config(20).eval, snapshot_budget_mb=3000)
+    assert estimate_disk(replace(full_config(20), eval=evaluation))["snapshots"] == 3e9
 
 
 SHAPES = [

@@ -14,7 +14,7 @@ import torch
 
 from primechat.checkpoint import registry
 from primechat.checkpoint.run_dir import read_frozen
-from primechat.config import GPTConfig, LookConfig, OptimConfig, PretrainConfig, RuntimeConfig
+from primechat.config import EvalConfig, GPTConfig, OptimConfig, PretrainConfig, RuntimeConfig
 from primechat.errors import ConfigError
 from primechat.events import Event
 from primechat.labkit.instruments import ablation, posttrain, pretraining, series, spectra
@@ -28,8 +28,8 @@ FIXED = RuntimeConfig(device="cpu", dtype="float32", threads=1, compile="off", m
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short looks, and no measuring of the machine."""
-    look = LookConfig(eval_tokens=512, last_eval_tokens=512, sample_every=-1, snapshots=False)
-    monkeypatch.setattr(series, "QUIET", look)
+    evaluation = EvalConfig(tokens=512, last_tokens=512, sample_every=-1, snapshots=False)
+    monkeypatch.setattr(series, "QUIET", evaluation)
     monkeypatch.setattr(series, "QUICK", FIXED)
 
 
@@ -265,8 +265,8 @@ def test_shares_of_full_fine_tuning_are_told_seed_by_seed() -> None:
 def test_an_ablation_runs_anew_with_other_settings(base_dir: Path) -> None:
     """A bench that has run is remembered; with more steps it is another one, and not refused for good."""
     model = GPTConfig.modern(1, vocab_size=512, sequence_len=32, head_dim=32)
-    look = LookConfig(eval_tokens=64, last_eval_tokens=64, sample_every=-1)
-    base = PretrainConfig(model=model, batch_tokens=64, look=look, runtime=FIXED)
+    evaluation = EvalConfig(tokens=64, last_tokens=64, sample_every=-1)
+    base = PretrainConfig(model=model, batch_tokens=64, eval=evaluation, runtime=FIXED)
     plan = pretraining.AblationConfig(base=base, switches="smear", steps=2)
     heard: list[Event] = []
     first = pretraining.ablate(plan, on_event=heard.append)
@@ -296,8 +296,8 @@ def test_the_ablation_as_a_command(
 ) -> None:
     """Rates of the scalars compared at equal tokens; a second call runs nothing again."""
     model = GPTConfig.modern(1, vocab_size=512, sequence_len=32, head_dim=32)
-    look = LookConfig(eval_tokens=64, last_eval_tokens=64, sample_every=-1)
-    base = PretrainConfig(model=model, batch_tokens=64, look=look, runtime=FIXED)
+    evaluation = EvalConfig(tokens=64, last_tokens=64, sample_every=-1)
+    base = PretrainConfig(model=model, batch_tokens=64, eval=evaluation, runtime=FIXED)
     monkeypatch.setattr(ablation, "build_base", lambda flags: base)
     words = ["rates", "--tokens", "128", "--batch_tokens", "64", "--seeds", "3"]
     words += ["--output", str(base_dir / "rates.json")]

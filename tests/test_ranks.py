@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def make_config(tag: str, steps: int = 30, **changes: Any) -> PretrainConfig:
     config = replace(shrink_config(full_config(2)), tag=tag, steps=steps)
-    return replace(config, look=replace(config.look, save_every=5), **changes)
+    return replace(config, eval=replace(config.eval, save_every=5), **changes)
 
 
 def launch(
@@ -45,7 +45,7 @@ def launch(
             "--standalone",
             f"--nproc_per_node={ranks}",
             "-m",
-            "primechat.cli.main",
+            "primechat",
             "pretrain",
             "--config",
             str(file),

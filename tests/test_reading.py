@@ -18,8 +18,8 @@ from primechat.checkpoint.run_dir import read_frozen, read_metrics
 from primechat.cli import main as cli
 from primechat.config import (
     DistillConfig,
+    EvalConfig,
     GPTConfig,
-    LookConfig,
     PretrainConfig,
     RuntimeConfig,
     encode_config,
@@ -36,9 +36,7 @@ SHAPE = replace(
     n_head=3,
     n_kv_head=3,
 )
-LOOK = LookConfig(
-    eval_every=100, eval_tokens=64, last_eval_tokens=64, sample_every=-1, snapshots=False
-)
+EVAL = EvalConfig(every=100, tokens=64, last_tokens=64, sample_every=-1, snapshots=False)
 WORDS = "the cat sat on a mat and ate my hat while you ran to see what we did".split()
 
 
@@ -54,7 +52,7 @@ def make_config(corpus: Path, **changes: Any) -> PretrainConfig:
     config = PretrainConfig(
         tag="d1", model=SHAPE, corpus=str(corpus), batch_tokens=128, steps=12, runtime=FIXED
     )
-    return replace(config, look=LOOK, **changes)
+    return replace(config, eval=EVAL, **changes)
 
 
 def train(config: PretrainConfig, until: int = 0) -> tuple[TrainResult, list[str]]:
@@ -170,7 +168,7 @@ def test_a_student_knows_its_text_too(stopped: PretrainConfig) -> None:
         batch_tokens=128,
         steps=4,
         runtime=FIXED,
-        look=LOOK,
+        eval=EVAL,
     )
     stop = threading.Event()
     stop.set()

@@ -22,9 +22,9 @@ from primechat.checkpoint import registry
 from primechat.checkpoint.checkpoint import load_checkpoint
 from primechat.checkpoint.run_dir import read_metrics
 from primechat.config import (
+    EvalConfig,
     GPTConfig,
     InitConfig,
-    LookConfig,
     OptimConfig,
     PretrainConfig,
     RuntimeConfig,
@@ -513,10 +513,10 @@ def test_old_run_resumes(base_dir: Path) -> None:
         ),
         batch_tokens=256,
         steps=8,
-        look=LookConfig(
-            eval_every=100,
-            eval_tokens=512,
-            last_eval_tokens=512,
+        eval=EvalConfig(
+            every=100,
+            tokens=512,
+            last_tokens=512,
             sample_every=-1,
             snapshots=False,
         ),

@@ -396,12 +396,12 @@ def test_form_is_the_config() -> None:
         form.fields[1]["title"] == "Number of blocks" and form.fields[1]["help"] == ""
     )  # said once
     assert {f["name"]: f["form"] for f in form.fields}["runtime.device"] == "choice"
-    draft = {**form.values, "steps": "1,200", "optim.matrix_lr": "0.03", "look.snapshots": False}
+    draft = {**form.values, "steps": "1,200", "optim.matrix_lr": "0.03", "eval.snapshots": False}
     answer = form.answer_change(draft)
     assert answer["values"]["steps"] == 1200 and form.config.optim.matrix_lr == 0.03
     assert (
         answer["command"]
-        == "primechat pretrain --steps 1200 --optim.matrix_lr 0.03 --look.no_snapshots"
+        == "primechat pretrain --steps 1200 --optim.matrix_lr 0.03 --eval.no_snapshots"
     )
     for change, name, word in (
         ({"batch_tokens": "500"}, "batch_tokens", "try 512"),
@@ -433,9 +433,7 @@ def test_every_config_is_a_form_and_a_command(monkeypatch: pytest.MonkeyPatch) -
         cls, ran = getattr(pc, config_name), []
         monkeypatch.setitem(vars(pc), stage_name, lambda config, ran=ran, **_: ran.append(config))
         usual = dict((name, value) for name, value, _, _ in list_fields(cls()))
-        numbers = [
-            name for name in usual if name in ("seed", "max_chars", "stride", "look.eval_every")
-        ]
+        numbers = [name for name in usual if name in ("seed", "max_chars", "stride", "eval.every")]
         draft = {**usual, **{name: "7" for name in numbers}, "resume": True, "tag": "my-tag"}
         form = build_form(cls(), (), "")
         assert "fault" not in form.answer_change(draft) and form.config != cls()

@@ -23,10 +23,10 @@ from primechat.checkpoint.run_dir import RunLock, read_frozen, read_metrics
 from primechat.cli import main as cli
 from primechat.config import (
     DistillConfig,
+    EvalConfig,
     EvaluateConfig,
     FinetuneConfig,
     GPTConfig,
-    LookConfig,
     PretrainConfig,
     QuickstartConfig,
     RuntimeConfig,
@@ -83,9 +83,15 @@ def dialogues(tmp_path: Path) -> str:
 
 
 def make_config(corpus: str, **changes: Any) -> PretrainConfig:
-    look = LookConfig(eval_every=4, save_every=4, eval_tokens=256)
+    evaluation = EvalConfig(every=4, save_every=4, tokens=256)
     base = PretrainConfig(
-        tag="d3", model=SHAPE, corpus=corpus, batch_tokens=128, steps=12, runtime=FIXED, look=look
+        tag="d3",
+        model=SHAPE,
+        corpus=corpus,
+        batch_tokens=128,
+        steps=12,
+        runtime=FIXED,
+        eval=evaluation,
     )
     return replace(base, **changes)
 
@@ -145,7 +151,7 @@ def test_pretrain_run(corpus: str) -> None:
         and result.tokens == 12 * 128
     )
     assert find_steps(folder) == [8, 12] and list_snapshots(folder) == [0, 1, 2, 4, 8, 12]
-    assert json.loads((folder / "config.json").read_text())["look"]["sample_every"] == 4
+    assert json.loads((folder / "config.json").read_text())["eval"]["sample_every"] == 4
     losses = [e for e in events if e.kind == "loss"]
     assert [e.step for e in losses] == [0, 4, 8, 12] and [e.whole for e in losses] == [
         False,
@@ -274,9 +280,9 @@ def test_the_first_tenth_settles_the_steps(
         if event.kind == "step":
             told.append(event.steps)
 
-    look = LookConfig(eval_tokens=256)
+    evaluation = EvalConfig(tokens=256)
     config = make_config(
-        corpus, steps=0, seconds=1.0, runtime=replace(FIXED, micro_batch_rows=4), look=look
+        corpus, steps=0, seconds=1.0, runtime=replace(FIXED, micro_batch_rows=4), eval=evaluation
     )
     result = pretrain(config, on_event=hear)
     first = max(1, int(1 / guess_s))
@@ -334,8 +340,8 @@ def test_killed_in_its_first_tenth_a_run_still_settles_its_steps(
     monkeypatch.setattr(
         trainer, "tune_runtime", lambda *a, **k: replace(real(*a, **k), step_s=0.01)
     )
-    look = LookConfig(eval_every=10**6, eval_tokens=64, save_every=save_every)
-    config = make_config(corpus, steps=0, seconds=60.0, look=look)
+    evaluation = EvalConfig(every=10**6, tokens=64, save_every=save_every)
+    config = make_config(corpus, steps=0, seconds=60.0, eval=evaluation)
     told = run_broken(config, monkeypatch, kill=6)
     assert told == [(i, 6000) for i in range(1, 7)], "the first guess"
     told = run_broken(replace(config, resume=True), monkeypatch, settle=7, stop=8)
@@ -355,8 +361,8 @@ def test_early_steps_are_replayed_with_the_number_that_they_had(
     monkeypatch.setattr(
         trainer, "tune_runtime", lambda *a, **k: replace(real(*a, **k), step_s=0.01)
     )
-    look = LookConfig(eval_every=10**6, eval_tokens=64, save_every=4)
-    config = make_config(corpus, steps=0, seconds=60.0, look=look)
+    evaluation = EvalConfig(every=10**6, tokens=64, save_every=4)
+    config = make_config(corpus, steps=0, seconds=60.0, eval=evaluation)
     first = dict(run_broken(config, monkeypatch, settle=6, kill=kill))
     assert first[5] == 6000 and first[6] != 6000
     again = dict(run_broken(replace(config, resume=True), monkeypatch, settle=6, stop=9))

@@ -27,8 +27,8 @@ from primechat.cli import main as cli
 from primechat.cli.output import SafeStream, guard_streams
 from primechat.cli.progress import ProgressView
 from primechat.config import (
+    EvalConfig,
     GPTConfig,
-    LookConfig,
     PretrainConfig,
     RuntimeConfig,
     TokenizerConfig,
@@ -60,7 +60,7 @@ def make_config(corpus: Path, steps: int = STEPS) -> PretrainConfig:
         corpus=str(corpus),
         batch_tokens=64,
         steps=steps,
-        look=LookConfig(eval_every=4, eval_tokens=64, last_eval_tokens=64),
+        eval=EvalConfig(every=4, tokens=64, last_tokens=64),
         runtime=RuntimeConfig(
             device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=2
         ),
@@ -304,16 +304,16 @@ def list_verbs() -> dict[str, list[str]]:
     """Return a short command line of each verb; FOLDER stands for a new one, FILE for a text."""
     tiny = ["--steps", "2", "--batch_tokens", "512", "--runtime.compile", "off"]
     tiny += ["--runtime.device", "cpu", "--runtime.threads", "1", "--runtime.dtype", "float32"]
-    look = ["--look.eval_tokens", "256", "--look.last_eval_tokens", "256"]
+    evaluation = ["--eval.tokens", "256", "--eval.last_tokens", "256"]
     shape = ["--model.n_layer", "1", "--model.n_embd", "32", "--model.n_head", "2"]
     shape += ["--model.n_kv_head", "2", "--model.vocab_size", "280", "--model.sequence_len", "64"]
     talks = ["--dialogues", "style:pirate", "--general", "none"]
     return {
         "train-tokenizer": ["--corpus", "FILE", "--vocab_size", "280"],
-        "pretrain": ["--corpus", "FILE", "--arch", "classic", *shape, *tiny, *look],
-        "finetune": [*talks, *tiny, *look],
-        "lora": ["--tag", "pirate", *talks, *tiny, *look],
-        "distill": ["--teacher", "base/d4", "--corpus", "FILE", *tiny, *look],
+        "pretrain": ["--corpus", "FILE", "--arch", "classic", *shape, *tiny, *evaluation],
+        "finetune": [*talks, *tiny, *evaluation],
+        "lora": ["--tag", "pirate", *talks, *tiny, *evaluation],
+        "distill": ["--teacher", "base/d4", "--corpus", "FILE", *tiny, *evaluation],
         "evaluate": ["--model", "base/d4", "--corpus", "FILE", "--max_tokens", "256"],
         "autochat": ["--n_talks", "1", "--turns", "2", "--max_new_tokens", "4"],
         "quickstart": [],

@@ -29,7 +29,7 @@ LOG_SCHEMA = 1
 OPEN_FIELDS = ("resume", "steps")  # what a resumed run may leave out: it takes the frozen value
 # which the stages compare by what the text holds: it may have moved
 TEXT = ("corpus", "allow_changed_corpus")
-WHOLE_AT_0 = ("eval_tokens", "last_eval_tokens")
+WHOLE_AT_0 = ("tokens", "last_tokens")
 BUDGET = ("max_hours", "max_dollars", "dollars_per_hour")  # what it may change
 Config = TypeVar("Config")
 NO_FLOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
@@ -244,7 +244,7 @@ def take_frozen(config: Any, folder: Path) -> Any:
     given = replace(
         recall_separator(config, folder),
         runtime=fill_open(config.runtime, frozen.runtime),
-        look=fill_open(config.look, frozen.look),
+        eval=fill_open(config.eval, frozen.eval),
     )
     ignore = (
         *(OPEN_FIELDS if not config.steps else OPEN_FIELDS[:1]),

@@ -198,7 +198,7 @@ def rehearse(
         if kind is not PretrainConfig:
             small = replace(shrink_config(full_config(2)), tag="small")
             (Path(place) / "small.json").write_text(json.dumps(encode_config(small)))
-            words = ["-m", "primechat.cli.main", "pretrain", "--config", f"{place}/small.json"]
+            words = ["-m", "primechat", "pretrain", "--config", f"{place}/small.json"]
             commands.insert(0, [sys.executable, *words])
             env["PYTHONPATH"] = str(folder.resolve() / "src")
         for command in commands:

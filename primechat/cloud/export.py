@@ -24,8 +24,8 @@ from primechat.cloud.templates import DATA, IMAGE, POD_BASE, STAGE_PLAN, fill_wo
 from primechat.config import (
     AutochatConfig,
     DistillConfig,
+    EvalConfig,
     FinetuneConfig,
-    LookConfig,
     LoRAConfig,
     PretrainConfig,
     RuntimeConfig,
@@ -451,9 +451,7 @@ def shrink_config(config: Any) -> Any:
         batch_tokens=16 * 64,
         steps=20,
         seconds=0.0,
-        look=LookConfig(
-            eval_every=10, eval_tokens=1024, last_eval_tokens=4096, save_every=10, snapshots=False
-        ),
+        eval=EvalConfig(every=10, tokens=1024, last_tokens=4096, save_every=10, snapshots=False),
         runtime=RuntimeConfig(
             device="cpu",
             dtype="float32",

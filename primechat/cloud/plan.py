@@ -231,22 +231,22 @@ def estimate_disk(config: PretrainConfig) -> dict[str, float]:
 
     While a checkpoint is written, the `keep_checkpoints` before it are still there.
     """
-    model, look = config.model, config.look
+    model, evaluation = config.model, config.eval
     counts = count_parts(model)
     blocks = counts["attention"] + counts["mlp"]
-    n = look.keep_checkpoints + 1
+    n = evaluation.keep_checkpoints + 1
     needed = count_shards(config)
     shards = min(needed, config.n_shards) if needed else 0
     if config.keep_shards:
         shards = min(shards, config.keep_shards)
     small = 2.0 * model.n_params
     steps = count_steps(config)
-    snapshots = min(small * (steps.bit_length() + 2), look.snapshot_budget_mb * 1e6)
+    snapshots = min(small * (steps.bit_length() + 2), evaluation.snapshot_budget_mb * 1e6)
     return {
         "shards of text": (shards + bool(needed)) * SHARD_BYTES,  # one more is validation
         "weights of checkpoints": n * 4.0 * model.n_params,
         "optimizer states of checkpoints": n * (8.0 * (model.n_params - blocks) + 4.0 * blocks),
-        "snapshots": snapshots if look.snapshots else 0.0,
+        "snapshots": snapshots if evaluation.snapshots else 0.0,
     }
 
 

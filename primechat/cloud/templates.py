@@ -59,14 +59,12 @@ start)
 esac
 """
 # verbs of the launcher: of a pretraining run, and of a stage that goes on from a model
-PREFLIGHT = (
-    'python -m primechat.cli.main preflight --gpus "${GPUS:-@GPUS@}" --config "$config" "$@"'
-)
-DATA = "python -m primechat.cli.main download --shards @CORPUS@:@SHARDS@"
+PREFLIGHT = 'python -m primechat preflight --gpus "${GPUS:-@GPUS@}" --config "$config" "$@"'
+DATA = "python -m primechat download --shards @CORPUS@:@SHARDS@"
 TRY = """\
 python -m torch.distributed.run "${place[@]}" --nproc_per_node="${RANKS:-@RANKS@}" \\
         run.py --config "$config" --tag "preflight-$$" --steps 4 \\
-        --look.last_eval_tokens 20480 "$@" && rm -rf "$NANOCHAT_BASE_DIR/@FAMILY@/preflight-$$\""""
+        --eval.last_tokens 20480 "$@" && rm -rf "$NANOCHAT_BASE_DIR/@FAMILY@/preflight-$$\""""
 TRY_TALK = """\
 python run.py --config "$config" --tag "preflight-$$" --n_talks 4 --turns 3 --generations 0 "$@" \\
         && rm -rf "$NANOCHAT_BASE_DIR/autochat/preflight-$$"*"""

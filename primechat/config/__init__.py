@@ -4,7 +4,7 @@ from primechat.config.autochat import AutochatConfig
 from primechat.config.codec import decode_config, encode_config, find_difference
 from primechat.config.model import GPTConfig, InitConfig
 from primechat.config.optim import OptimConfig
-from primechat.config.runtime import LookConfig, RuntimeConfig
+from primechat.config.runtime import EvalConfig, RuntimeConfig
 from primechat.config.stages import (
     DistillConfig,
     EvaluateConfig,
@@ -24,7 +24,7 @@ __all__ = [
     "GPTConfig",
     "InitConfig",
     "LoRAConfig",
-    "LookConfig",
+    "EvalConfig",
     "OptimConfig",
     "PretrainConfig",
     "QuickstartConfig",

@@ -1,7 +1,7 @@
 """Configurations as JSON and back, and the first difference between two.
 
-Hides: how nested dataclasses, tuples and schema versions travel through JSON; what files of schema 1 meant
-stands in history.py.
+Hides: how nested dataclasses, tuples and schema versions travel through JSON; what older files meant stands
+in history.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import typing
 from typing import Any, TypeVar
 
-from primechat.config.history import upgrade_settings
+from primechat.config.history import rename_fields, upgrade_settings
 from primechat.config.runtime import show_value
 from primechat.errors import ConfigError
 
@@ -52,6 +52,7 @@ def decode_config(
         raise ConfigError(
             f"{where} has schema {schema!r}, this version reads up to {SCHEMA_VERSION}; update primechat."
         )
+    data = rename_fields(data, cls.__name__)
     if schema == 1:
         data = upgrade_settings(data, cls.__name__)
     types = typing.get_type_hints(cls)

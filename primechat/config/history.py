@@ -1,12 +1,25 @@
-"""What a setting meant before there was a field for it, so that old runs resume as they trained.
+"""What old settings files mean today, so that old runs resume as they trained.
 
-A config.json of schema 1 knows none of the fields below. Each takes the value that computes what the code of
-then computed, whatever the defaults are today.
+Two tables. `RENAMED` has the fields that were called otherwise. `SCHEMA_1` has the fields that a config.json
+of schema 1 does not know: each takes the value that computes what the code of then computed, whatever the
+defaults are today.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+# Config: its fields by the names that they once had.
+RENAMED = {
+    "EvalConfig": {
+        "eval_every": "every",
+        "eval_tokens": "tokens",
+        "last_eval_tokens": "last_tokens",
+    },
+    **dict.fromkeys(
+        ("PretrainConfig", "FinetuneConfig", "LoRAConfig", "DistillConfig"), {"look": "eval"}
+    ),
+}
 
 SCALAR_FACTOR = 0.01  # schema 1 had one `scalar_lr`, of which every learned scalar took a hundredth
 SCALAR_RATES = ("residual_lr", "x0_lr", "smear_lr")
@@ -54,6 +67,20 @@ SCHEMA_1: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+
+def rename_fields(data: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return the settings under today's names.
+
+    Args:
+        data: one object of the file, as JSON gives it.
+        kind: name of the config's class.
+
+    >>> rename_fields({"eval_every": 4}, "EvalConfig")
+    {'every': 4}
+    """
+    new_names = RENAMED.get(kind, {})
+    return {new_names.get(name, name): value for name, value in data.items()}
 
 
 def upgrade_settings(data: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -16,18 +16,18 @@ from typing import Any
 
 from primechat.config.model import GPTConfig, InitConfig
 from primechat.config.optim import OptimConfig
-from primechat.config.runtime import LookConfig
+from primechat.config.runtime import EvalConfig
 from primechat.config.stages import PretrainConfig
 from primechat.errors import ConfigError
 
-FULL_LOOK = LookConfig(
-    eval_every=250,
-    eval_tokens=2_097_152,
+FULL_EVAL = EvalConfig(
+    every=250,
+    tokens=2_097_152,
     sample_every=1000,
     save_every=1000,
     snapshot_budget_mb=16_000,
 )
-FIRST_LOOK = LookConfig()  # a tenth of the time along the way, a quarter at the end
+FIRST_EVAL = EvalConfig()  # a tenth of the time along the way, a quarter at the end
 
 # what the rates and the batch of 2026 were found for: a d12 at 12 tokens for each parameter of its matrices
 REFERENCE_DEPTH = 12
@@ -74,7 +74,7 @@ def october2025(
             whole_steps=True,
             final_lr_ratio=0.0,
         ),
-        look=FULL_LOOK,
+        eval=FULL_EVAL,
     )
 
 
@@ -115,7 +115,7 @@ def nanochat2026(
         params_counted="matrices",
         init=INIT_2026,
         optim=optim_2026(by_batch, weight_decay=0.28 * by_batch / horizon),
-        look=FULL_LOOK,
+        eval=FULL_EVAL,
     )
 
 
@@ -226,7 +226,7 @@ def quickstart(
             smear_lr=0.005,
             warmdown_ratio=0.7,
         ),
-        look=FIRST_LOOK,
+        eval=FIRST_EVAL,
     )
 
 

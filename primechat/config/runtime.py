@@ -61,18 +61,18 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LookConfig:
+class EvalConfig:
     """How often a run is measured, sampled and saved."""
 
-    eval_every: int = 0
+    every: int = 0
     """Steps between validations; 0 spreads ten over the run, fewer over a short one. The last step is always
     validated.
     """
-    eval_tokens: int = -1
+    tokens: int = -1
     """Validation tokens of each validation but the last: -1 chooses 4,000, 20,000, 100,000, 400,000 or all,
     so that together they take at most a tenth of the training time; 0 is the whole split.
     """
-    last_eval_tokens: int = -1
+    last_tokens: int = -1
     """Validation tokens of the last validation: -1 chooses so that it takes at most a quarter of the training
     time; 0 is the whole split, of shards 10,485,760 tokens.
     """
@@ -91,15 +91,15 @@ class LookConfig:
 
     def __post_init__(self) -> None:
         for name, low in (
-            ("eval_every", 0),
-            ("eval_tokens", -1),
-            ("last_eval_tokens", -1),
+            ("every", 0),
+            ("tokens", -1),
+            ("last_tokens", -1),
             ("sample_every", -1),
             ("save_every", 0),
             ("keep_checkpoints", 1),
             ("snapshot_budget_mb", 0),
         ):
-            check_number(f"look.{name}", getattr(self, name), low=low, whole=True)
+            check_number(f"eval.{name}", getattr(self, name), low=low, whole=True)
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

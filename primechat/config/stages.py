@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from primechat.config.model import STUDENT_SIZES, GPTConfig, InitConfig
 from primechat.config.optim import OptimConfig
 from primechat.config.runtime import (
-    LookConfig,
+    EvalConfig,
     RuntimeConfig,
     check_choice,
     check_number,
@@ -106,7 +106,7 @@ class PretrainConfig:
     """Fresh weights."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
-    look: LookConfig = field(default_factory=LookConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     """Validation, samples, checkpoints."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """Device, precision, threads, compilation."""
@@ -190,7 +190,7 @@ class FinetuneConfig:
         )
     )
     """Optimizer."""
-    look: LookConfig = field(default_factory=lambda: LookConfig(snapshots=False))
+    eval: EvalConfig = field(default_factory=lambda: EvalConfig(snapshots=False))
     """Validation, samples, checkpoints."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """Device, precision, threads, compilation."""

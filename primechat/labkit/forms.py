@@ -33,7 +33,7 @@ SECTIONS = {
     "model": "The model's shape and switches",
     "init": "The first weights",
     "optim": "The optimizer",
-    "look": "How often it is measured and saved",
+    "eval": "How often it is measured and saved",
     "runtime": "The machine",
 }
 _taken: list[str] = []

@@ -20,7 +20,7 @@ from typing import Any
 
 from primechat.checkpoint import registry
 from primechat.checkpoint.run_dir import RunLock, read_frozen
-from primechat.config import FinetuneConfig, LookConfig, encode_config, find_difference
+from primechat.config import EvalConfig, FinetuneConfig, encode_config, find_difference
 from primechat.config.autochat import AutochatConfig
 from primechat.errors import ConfigError, DataError
 from primechat.events import AutochatResult, OnEvent, PhaseEvent, ProgressEvent, Turn
@@ -35,7 +35,7 @@ from primechat.text.corpora import read_conversations
 HUMAN = "human"  # stands where a model's name stands
 TUNE_TOKENS = 2048  # of one optimizer step of a generation
 STREAMS = 2  # version of how random numbers are dealt out: 1 let conversations share them
-LOOK_TOKENS = 4096  # on which a generation's loss is measured: only what it says counts here
+EVAL_TOKENS = 4096  # on which a generation's loss is measured: only what it says counts here
 
 
 def autochat(
@@ -88,12 +88,12 @@ def learn_talks(
     lines = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in mixed]
     write_file(path, ("\n".join(lines) + "\n").encode())
     tag = f"{config.tag}-g{generation}"
-    look = LookConfig(
+    evaluation = EvalConfig(
         snapshots=False,
         sample_every=-1,
-        eval_every=config.tune_steps,
-        eval_tokens=LOOK_TOKENS,
-        last_eval_tokens=LOOK_TOKENS,
+        every=config.tune_steps,
+        tokens=EVAL_TOKENS,
+        last_tokens=EVAL_TOKENS,
     )
     runtime = config.runtime
     if runtime.compile == "auto":
@@ -113,7 +113,7 @@ def learn_talks(
             batch_tokens=TUNE_TOKENS,
             seed=config.seed,
             general="none",
-            look=look,
+            eval=evaluation,
             runtime=runtime,
             resume=config.resume and there,
         ),

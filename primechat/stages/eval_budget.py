@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from primechat.config import LookConfig
+from primechat.config import EvalConfig
 
 LADDER = (4_000, 20_000, 100_000, 400_000)  # tokens; beyond it comes the whole split
 RUN_SHARE, LAST_SHARE = 0.1, 0.25  # of the training time
-MOST_LOOKS = 10  # along a run, the one before its first step included
+MOST_EVALS = 10  # along a run, the one before its first step included
 CHOSEN = -1  # the tokens of a validation are to be chosen
 
 
@@ -26,10 +26,10 @@ class Cost:
     fixed_s: float = 0.0
 
 
-def plan_looks(
-    look: LookConfig, *, steps: int, train_s: float, cost: Cost, whole: int
-) -> tuple[LookConfig, int]:
-    """Return the settings with the tokens of the validations chosen, and the number of looks along the run.
+def plan_evals(
+    evaluation: EvalConfig, *, steps: int, train_s: float, cost: Cost, whole: int
+) -> tuple[EvalConfig, int]:
+    """Return the settings with the tokens of the validations chosen, and how many the run makes.
 
     A short run is looked at less often; what was set by hand stays.
 
@@ -39,19 +39,19 @@ def plan_looks(
         cost: What a validation takes, all ranks together.
         whole: Tokens of the whole validation split.
     """
-    looks = math.ceil(steps / look.eval_every) if look.eval_every else min(MOST_LOOKS, steps)
+    n_evals = math.ceil(steps / evaluation.every) if evaluation.every else min(MOST_EVALS, steps)
     spare_s = RUN_SHARE * train_s
-    chosen = look
-    if look.eval_tokens == CHOSEN:
-        if not look.eval_every:
+    chosen = evaluation
+    if evaluation.tokens == CHOSEN:
+        if not evaluation.every:
             smallest_s = cost.fixed_s + cost.token_s * min(LADDER[0], whole)
-            looks = max(1, min(looks, int(spare_s / smallest_s))) if smallest_s else looks
-        affordable = (spare_s / looks - cost.fixed_s) / cost.token_s
-        chosen = replace(chosen, eval_tokens=choose_tokens(affordable, whole))
-    if look.last_eval_tokens == CHOSEN:
+            n_evals = max(1, min(n_evals, int(spare_s / smallest_s))) if smallest_s else n_evals
+        affordable = (spare_s / n_evals - cost.fixed_s) / cost.token_s
+        chosen = replace(chosen, tokens=choose_tokens(affordable, whole))
+    if evaluation.last_tokens == CHOSEN:
         affordable = (LAST_SHARE * train_s - cost.fixed_s) / cost.token_s
-        chosen = replace(chosen, last_eval_tokens=choose_tokens(affordable, whole))
-    return chosen, looks
+        chosen = replace(chosen, last_tokens=choose_tokens(affordable, whole))
+    return chosen, n_evals
 
 
 def choose_tokens(affordable: float, whole: int) -> int:

@@ -13,9 +13,9 @@ from dataclasses import replace
 from primechat.checkpoint import registry
 from primechat.checkpoint.run_dir import read_frozen
 from primechat.config import (
+    EvalConfig,
     EvaluateConfig,
     FinetuneConfig,
-    LookConfig,
     PretrainConfig,
     QuickstartConfig,
     SpeedrunConfig,
@@ -35,10 +35,8 @@ from primechat.stages.tokenizer import train_tokenizer
 QUESTIONS = ("Hi! How are you today?", "What do you like to do?", "Nice. Do you have any pets?")
 REPLY_TOKENS = 48
 FAST_SECONDS = 22.0  # of pretraining: with everything around it, a minute on a 2-core laptop
-FAST_LOOK = LookConfig(
-    eval_every=10**6, eval_tokens=4096, last_eval_tokens=20_480
-)  # at the ends only
-CHAT_LOOK = LookConfig()  # a tenth of the time along the way, a quarter at the end
+FAST_EVAL = EvalConfig(every=10**6, tokens=4096, last_tokens=20_480)  # at the ends only
+CHAT_EVAL = EvalConfig()  # a tenth of the time along the way, a quarter at the end
 CHAT_SHARE = 0.25  # of the pretraining time goes to finetuning
 
 
@@ -70,7 +68,7 @@ def quickstart(
         tag=tag,
         seed=config.seed,
         runtime=config.runtime,
-        look=FAST_LOOK if config.fast else recipes.FIRST_LOOK,
+        eval=FAST_EVAL if config.fast else recipes.FIRST_EVAL,
     )
     resume = config.resume and (folder / "config.json").exists()
     base = pretrain(replace(base_config, resume=resume), on_event=on_event, stop=stop)
@@ -86,7 +84,7 @@ def quickstart(
         seed=config.seed,
         runtime=measured,
         batch_tokens=base_config.batch_tokens,
-        look=replace(FAST_LOOK if config.fast else CHAT_LOOK, snapshots=False),
+        eval=replace(FAST_EVAL if config.fast else CHAT_EVAL, snapshots=False),
     )
     resume = config.resume and (registry.run_dir("sft", tag) / "config.json").exists()
     chat = finetune(replace(chat_config, resume=resume), on_event=on_event, stop=stop)

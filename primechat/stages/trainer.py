@@ -32,7 +32,8 @@ from primechat.checkpoint.checkpoint import (
     save_snapshot,
 )
 from primechat.checkpoint.run_dir import MetricsLog, RunLock, read_metrics, take_frozen
-from primechat.config import FinetuneConfig, LookConfig, PretrainConfig, encode_config
+from primechat.config import EvalConfig, FinetuneConfig, PretrainConfig, encode_config
+from primechat.config.history import rename_fields
 from primechat.errors import ConfigError, DataError
 from primechat.events import (
     CheckpointEvent,
@@ -54,7 +55,7 @@ from primechat.infer.engine import Engine
 from primechat.metrics.bits import Bits, score_windows, sum_windows
 from primechat.model.gpt import GPT
 from primechat.seeds import derive_seed
-from primechat.stages.eval_budget import CHOSEN, LADDER, MOST_LOOKS, Cost, plan_looks
+from primechat.stages.eval_budget import CHOSEN, LADDER, MOST_EVALS, Cost, plan_evals
 from primechat.stages.job import Batches, Windows
 from primechat.stages.job import Job as Job
 from primechat.train.autotune import COMPILE_GUESS, Tuning, time_call, tune_runtime
@@ -165,7 +166,7 @@ class TrainingRun:
         stop: threading.Event | None,
     ) -> None:
         self.config, self.job, self.stop = config, job, stop or threading.Event()
-        self.asked_look, self.t_start, self.on_event = config.look, time.perf_counter(), on_event
+        self.asked_eval, self.t_start, self.on_event = config.eval, time.perf_counter(), on_event
         # While the steps that fill a time are a guess: that time, steps of this process, time of the first.
         self.open_s, self.timed_steps, self.first_s, self.just_settled = 0.0, 0, 0.0, False
         self.folder = open_folder(config, job.family)
@@ -180,8 +181,8 @@ class TrainingRun:
         self.saved_step, self.t_saved, self.save_s = -1, time.monotonic(), 0.0
         self.trained_s, self.tokens, self.tokens_per_s = 0.0, 0, 0.0
         # Of the newest validation: its sums, its seconds with what comes with it, those of scoring alone.
-        self.last_bits, self.look_s, self.score_s = Bits(), 0.0, 0.0
-        self.n_looks = MOST_LOOKS
+        self.last_bits, self.eval_s, self.score_s = Bits(), 0.0, 0.0
+        self.n_evals = MOST_EVALS
 
     def tell(self, event: Event) -> None:
         """Pass an event on, and log it where it belongs to the run's history."""
@@ -241,7 +242,7 @@ class TrainingRun:
             elapsed_s=self.trained_s,
             count_steps=self.count_steps,
             on_step=self.note_step,
-            on_eval=self.look,
+            on_eval=self.evaluate,
             on_save=self.save,
             stop=self.stop,
         )
@@ -264,11 +265,12 @@ class TrainingRun:
         # The checkpoint knows the steps with which its own were taken; config.json may be older or newer.
         if "open_s" in loaded.meta:
             self.open_s = float(loaded.meta["open_s"])
-            saved = loaded.meta["user_config"]
-            every = {name: saved["look"][name] for name in ("eval_every", "sample_every")}
-            look = replace(self.config.look, **every)
-            self.config = replace(self.config, steps=saved["steps"], look=look)
-            self.n_looks = math.ceil(saved["steps"] / look.eval_every)
+            saved = rename_fields(loaded.meta["user_config"], type(self.config).__name__)
+            saved_eval = rename_fields(saved["eval"], "EvalConfig")
+            every = {name: saved_eval[name] for name in ("every", "sample_every")}
+            evaluation = replace(self.config.eval, **every)
+            self.config = replace(self.config, steps=saved["steps"], eval=evaluation)
+            self.n_evals = math.ceil(saved["steps"] / evaluation.every)
         return loaded
 
     def choose_settings(self, model: GPT) -> SumLoss | None:
@@ -385,22 +387,22 @@ class TrainingRun:
             steps = max(1, int(self.open_s / tuning.step_s))
         steps = share_object(steps or self.job.default_steps)
         train_s = share_object(self.open_s or steps * tuning.step_s)
-        config = replace(config, look=self.choose_looks(config, steps, train_s))
+        config = replace(config, eval=self.choose_evals(config, steps, train_s))
         return self.plan_steps(config, steps)
 
-    def choose_looks(self, config: Any, steps: int, train_s: float) -> LookConfig:
+    def choose_evals(self, config: Any, steps: int, train_s: float) -> EvalConfig:
         """Return how often and on how much text the run is validated, from the measured speed."""
-        if CHOSEN not in (config.look.eval_tokens, config.look.last_eval_tokens):
-            return config.look
+        if CHOSEN not in (config.eval.tokens, config.eval.last_tokens):
+            return config.eval
         whole = self.whole_tokens
         cost = share_object(self.time_validation(config.runtime.device))
-        look, self.n_looks = plan_looks(
-            config.look, steps=steps, train_s=train_s, cost=cost, whole=whole
+        evaluation, self.n_evals = plan_evals(
+            config.eval, steps=steps, train_s=train_s, cost=cost, whole=whole
         )
-        during, last = (look.eval_tokens or whole, look.last_eval_tokens or whole)
+        during, last = (evaluation.tokens or whole, evaluation.last_tokens or whole)
         said = f"Validation: about {min(during, whole):,} tokens each time, {min(last, whole):,} at the end"
         self.tell(NoteEvent(text=f"{said}, of {whole:,}: as many as the run's time allows."))
-        return look
+        return evaluation
 
     @property
     def whole_tokens(self) -> int:
@@ -424,12 +426,12 @@ class TrainingRun:
         return Cost(token_s=pass_s * self.job.weigh_scoring(), fixed_s=more_s)
 
     def plan_steps(self, config: Any, steps: int) -> Any:
-        """Return the config for so many steps, its looks spread over them."""
-        every = self.asked_look.eval_every or max(1, math.ceil(steps / self.n_looks))
-        look = replace(
-            config.look, eval_every=every, sample_every=self.asked_look.sample_every or every
+        """Return the config for so many steps, its evaluations spread over them."""
+        every = self.asked_eval.every or max(1, math.ceil(steps / self.n_evals))
+        evaluation = replace(
+            config.eval, every=every, sample_every=self.asked_eval.sample_every or every
         )
-        return replace(config, steps=steps, look=look)
+        return replace(config, steps=steps, eval=evaluation)
 
     def count_steps(self, step: int, elapsed_s: float) -> int:
         """Return the steps of the run. Where they fill a time, the first tenth of it settles them: a few
@@ -462,27 +464,29 @@ class TrainingRun:
         write_file(self.folder / "config.json", text)
         write_open_time(self.folder, self.open_s)
 
-    def look(self, step: int, last: bool) -> None:
+    def evaluate(self, step: int, last: bool) -> None:
         """Validate and sample where it is time to."""
         t_start = time.perf_counter()
-        look = self.config.look
-        validates = last or step % look.eval_every == 0
+        evaluation = self.config.eval
+        validates = last or step % evaluation.every == 0
         if validates:
             self.validate(step, last)
 
-        due = look.sample_every > 0 and (last or step % look.sample_every == 0)
+        due = evaluation.sample_every > 0 and (last or step % evaluation.sample_every == 0)
         if due and self.ranks.is_main and not self.stop.is_set():
             for i, prompt in enumerate(self.job.prompts):
                 seed = derive_seed(self.config.seed, "sample", step, i)
                 text = self.job.write_sample(self.engine, prompt, seed)
                 self.tell(SampleEvent(step=step, prompt=prompt, text=text))
         if validates:
-            self.look_s = time.perf_counter() - t_start
+            self.eval_s = time.perf_counter() - t_start
 
     def validate(self, step: int, last: bool) -> None:
         """Score the validation text and tell the figures; one that Stop ends counts only at the end."""
-        look, whole = self.config.look, self.whole_tokens
-        tokens = (look.last_eval_tokens if last else look.eval_tokens) or self.job.most_eval_tokens
+        evaluation, whole = self.config.eval, self.whole_tokens
+        tokens = (
+            evaluation.last_tokens if last else evaluation.tokens
+        ) or self.job.most_eval_tokens
         t_start = time.perf_counter()
         scored, cut_short = self.score(
             LAST_CHECK if last else VALIDATION, self.job.open_windows, tokens
@@ -492,7 +496,7 @@ class TrainingRun:
             return
 
         bits = self.last_bits = sum_windows([scored])
-        n_paired = -(-(look.eval_tokens or whole) // self.job.model.sequence_len)
+        n_paired = -(-(evaluation.tokens or whole) // self.job.model.sequence_len)
         paired = sum_windows([scored[:n_paired]]) if len(scored) >= n_paired else None
         more: dict[str, Any] = {}
         if not any_rank(self.stop.is_set(), self.model.device):
@@ -521,7 +525,7 @@ class TrainingRun:
         """
         general = None
         if self.job.open_general:
-            few = self.config.look.eval_tokens or GENERAL_TOKENS
+            few = self.config.eval.tokens or GENERAL_TOKENS
             general = sum_windows([self.score(GENERAL, self.job.open_general, few)[0]]).bpb
         return {"general_bpb": general, **self.job.measure_more(self.model, tokens)}
 
@@ -557,21 +561,21 @@ class TrainingRun:
 
     def estimate_left(self, event: StepEvent) -> float:
         """Return the seconds that the run still takes, validations as they took so far included."""
-        look = self.config.look
+        evaluation = self.config.eval
         training_s = event.elapsed_s / event.step * (event.steps - event.step)
-        looks = max(0, (event.steps - 1) // look.eval_every - event.step // look.eval_every)
+        n_evals = max(0, (event.steps - 1) // evaluation.every - event.step // evaluation.every)
         few, many = (
             min(n or self.whole_tokens, self.whole_tokens)
-            for n in (look.eval_tokens, look.last_eval_tokens)
+            for n in (evaluation.tokens, evaluation.last_tokens)
         )
-        last_s = self.look_s + self.score_s * (many / max(1, few) - 1)
-        return training_s + looks * self.look_s + last_s
+        last_s = self.eval_s + self.score_s * (many / max(1, few) - 1)
+        return training_s + n_evals * self.eval_s + last_s
 
     def save(self, step: int, last: bool) -> None:
         """Write a snapshot and a checkpoint where it is time to."""
-        look, main = self.config.look, self.ranks.is_main
-        small = look.snapshots and (last or step & (step - 1) == 0)  # 0, 1, 2, 4, 8 ...
-        room = look.snapshot_budget_mb * 1e6 - 2 * self.job.model.n_params
+        evaluation, main = self.config.eval, self.ranks.is_main
+        small = evaluation.snapshots and (last or step & (step - 1) == 0)  # 0, 1, 2, 4, 8 ...
+        room = evaluation.snapshot_budget_mb * 1e6 - 2 * self.job.model.n_params
         if main and small and measure_snapshots(self.folder) <= room:
             save_snapshot(
                 self.folder, step, self.model.state_dict(), self.job.model, self.describe(step)
@@ -579,8 +583,8 @@ class TrainingRun:
             self.tell(
                 CheckpointEvent(step=step, path=f"snapshots/model_{step:06d}.pt", snapshot=True)
             )
-        if look.save_every:
-            due = step % look.save_every == 0
+        if evaluation.save_every:
+            due = step % evaluation.save_every == 0
         else:
             due = time.monotonic() - self.t_saved > max(SAVE_EVERY_S, 30 * self.save_s)
         due = due or last or self.just_settled
@@ -597,7 +601,7 @@ class TrainingRun:
         if main:
             meta = {**self.describe(step), "cursors": cursors[:1]}
             self.job.save_step(self.folder, step, self.model, state, meta)
-            prune_checkpoints(self.folder, look.keep_checkpoints)
+            prune_checkpoints(self.folder, evaluation.keep_checkpoints)
             self.tell(CheckpointEvent(step=step, path=f"model_{step:06d}.pt"))
             if self.just_settled:
                 self.write_config()  # not before: earlier steps must not be taken with the new number

@@ -17,7 +17,7 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-from primechat.config import LookConfig, PretrainConfig, RuntimeConfig, recipes
+from primechat.config import EvalConfig, PretrainConfig, RuntimeConfig, recipes
 from primechat.events import LossEvent, NoteEvent
 from primechat.files.paths import resolve_path, write_whole
 from primechat.labkit.instruments.pretraining import (
@@ -79,9 +79,7 @@ def build_base(flags: argparse.Namespace) -> PretrainConfig:
         recipes.quickstart(flags.depth),
         batch_tokens=flags.batch_tokens,
         seconds=0.0,
-        look=LookConfig(
-            eval_every=10**6, eval_tokens=4096, last_eval_tokens=0, sample_every=-1, snapshots=False
-        ),
+        eval=EvalConfig(every=10**6, tokens=4096, last_tokens=0, sample_every=-1, snapshots=False),
         runtime=RuntimeConfig(
             device="cpu",
             dtype=flags.dtype,

@@ -19,7 +19,7 @@ from primechat.checkpoint import registry
 from primechat.checkpoint.checkpoint import find_steps, read_meta
 from primechat.checkpoint.run_dir import read_frozen
 from primechat.cloud.forecast import Forecast, SmallRun, forecast_bpb
-from primechat.config import GPTConfig, LookConfig, OptimConfig, PretrainConfig, RuntimeConfig
+from primechat.config import EvalConfig, GPTConfig, OptimConfig, PretrainConfig, RuntimeConfig
 from primechat.config.names import parse_identifier
 from primechat.config.runtime import check_number
 from primechat.errors import ConfigError
@@ -99,10 +99,10 @@ class SmallRunsConfig:
             seed=self.seed,
             optim=OptimConfig(warmdown_ratio=0.6),
             runtime=RuntimeConfig(compile="off"),
-            look=LookConfig(
-                eval_every=steps,
-                eval_tokens=CONTEXT,
-                last_eval_tokens=self.eval_tokens,
+            eval=EvalConfig(
+                every=steps,
+                tokens=CONTEXT,
+                last_tokens=self.eval_tokens,
                 sample_every=-1,
                 snapshots=False,
             ),

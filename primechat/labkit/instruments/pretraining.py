@@ -189,12 +189,12 @@ def ablate(
     """Train the model with every trick, and without each, over several seeds; what has run with the same
     settings is kept, and other settings make other runs.
     """
-    from primechat.labkit.instruments.series import run_once, share_looks
+    from primechat.labkit.instruments.series import run_once, share_evals
     from primechat.stages.pretrain import pretrain
 
     stop = stop or threading.Event()
     config = replace(config, base=RATES[config.rates](config.base))
-    look = replace(config.base.look, snapshots=False)
+    evaluation = replace(config.base.eval, snapshots=False)
     found: dict[str, list[float]] = {}
     variants: dict[str, dict[str, Any]] = {"everything on": {}}
     variants |= {f"without {name}": dict(SWITCHES[name]) for name in config.list_switches()}
@@ -208,7 +208,7 @@ def ablate(
                 steps=config.steps,
                 seconds=0.0,
                 model=replace(config.base.model, **change),
-                look=look,
+                eval=evaluation,
             )
             if on_event:
                 on_event(NoteEvent(text=f"{name}, seed {seed}"))
@@ -217,7 +217,7 @@ def ablate(
                 return AblationResult(identifier=config.tag, bpb=found, stopped=True)
             found.setdefault(name, []).append(run.val_bpb)
             folder = registry.base_dir() / run.path
-            look = share_looks(look, read_frozen(folder, PretrainConfig).look)
+            evaluation = share_evals(evaluation, read_frozen(folder, PretrainConfig).eval)
     return AblationResult(identifier=config.tag, bpb=found, stopped=False)
 
 

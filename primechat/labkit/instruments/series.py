@@ -16,7 +16,7 @@ from typing import Any
 from primechat.checkpoint import registry
 from primechat.checkpoint.checkpoint import find_steps, read_meta
 from primechat.checkpoint.run_dir import read_frozen, read_metrics
-from primechat.config import DistillConfig, FinetuneConfig, LookConfig, LoRAConfig, RuntimeConfig
+from primechat.config import DistillConfig, EvalConfig, FinetuneConfig, LoRAConfig, RuntimeConfig
 from primechat.config.model import SHARES
 from primechat.config.runtime import check_number
 from primechat.errors import ConfigError
@@ -30,7 +30,7 @@ COLUMNS = {
     "val_bpb": "bits per byte",
     "kl_nats": "KL, nats",
 }  # of tables, where the figure's name is no word
-QUIET = LookConfig(sample_every=-1, snapshots=False)
+QUIET = EvalConfig(sample_every=-1, snapshots=False)
 COMMON_TOKENS = 8192  # of all sets compared, on which a model is scored
 
 
@@ -46,8 +46,8 @@ def run_once(
     What an older version made of other conversations of the same name is not remembered; what the first run
     of a series has measured for the others does not count as a setting.
     """
-    look = replace(config.look, eval_every=0, eval_tokens=CHOSEN, last_eval_tokens=CHOSEN)
-    settings = repr(replace(config, runtime=RuntimeConfig(), look=look))
+    evaluation = replace(config.eval, every=0, tokens=CHOSEN, last_tokens=CHOSEN)
+    settings = repr(replace(config, runtime=RuntimeConfig(), eval=evaluation))
     if isinstance(config, FinetuneConfig) and config.dialogues:
         settings += f" {READING}"
     name = hashlib.sha256(settings.encode()).hexdigest()[:6]
@@ -198,26 +198,26 @@ def work_series(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row a run; the first one measures the machine and chooses how much text all are scored on."""
     stop, tell = stop or threading.Event(), on_event or (lambda event: None)
-    runtime, look = QUICK, QUIET
+    runtime, evaluation = QUICK, QUIET
     for seed in range(config.seeds):
         for name in config.list_names():
             if stop.is_set():
                 return
             tell(NoteEvent(text=f"{name}, seed {seed}"))
             function, made, family = build(name, seed, runtime)
-            made = replace(made, look=look)
+            made = replace(made, eval=evaluation)
             result = run_once(function, made, family, on_event, stop)
             if not result.stopped:
                 folder = registry.base_dir() / result.path
                 if (folder / "config.json").is_file():
                     frozen = read_frozen(folder, type(made))
-                    runtime, look = frozen.runtime, share_looks(look, frozen.look)
+                    runtime, evaluation = frozen.runtime, share_evals(evaluation, frozen.eval)
                 yield describe_run(name, seed, result, family, config.model)
 
 
-def share_looks(asked: LookConfig, frozen: LookConfig) -> LookConfig:
+def share_evals(asked: EvalConfig, frozen: EvalConfig) -> EvalConfig:
     """Return the looks of the runs to come: as often and on as many tokens as the one that froze its own."""
-    names = ("eval_every", "eval_tokens", "last_eval_tokens")
+    names = ("every", "tokens", "last_tokens")
     return replace(asked, **{name: getattr(frozen, name) for name in names})
 
 
