@@ -1,1 +1,1 @@
-"""Before money is spent: plan a run, forecast it, export it, rehearse it."""
+"""Preparation of paid runs: plan, forecast, export and rehearse them."""

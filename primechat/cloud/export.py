@@ -1,7 +1,7 @@
-"""A lab as a folder that runs on a rented machine: script, frozen settings, launcher, the library itself.
+"""Export of a lab to a folder that runs on a rented machine: script, frozen settings, launcher and library.
 
-Hides: which cells are the program. They are those whose code the lab shows; prose becomes comments, cells
-with hidden code only display and stay behind. Reference: marimo's file format.
+Decides which cells form the program: those whose code the lab shows. Prose becomes comments; cells with
+hidden code only display something and are omitted. Reference: marimo's file format.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from primechat.errors import ConfigError
 from primechat.files.paths import explain_copy
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT_NAMES = {"settings", "stage", "summary"}  # what cli/script.py offers of a lab's tools
+SCRIPT_NAMES = {"settings", "stage", "summary"}  # the names of labkit that cli/script.py provides
 STAGE_OF = {
     "06": FinetuneConfig,
     "07": LoRAConfig,
     "08": DistillConfig,
     "09": AutochatConfig,
 }  # 05 pretrains
-COPIED = "copied.sha256"  # beside a copied library, of it as it was copied
+COPIED = "copied.sha256"  # in the folder of a copied library: its hash when it was copied
 TOP_FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 
@@ -61,7 +61,7 @@ def find_lab(number: str) -> Path:
     """Return the file of a lab that trains something, by its number.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such lab.
     """
     number = number.zfill(2)
     found = sorted((ROOT / "labs").glob(f"{number}_*.py")) if number in ("05", *STAGE_OF) else []
@@ -73,7 +73,7 @@ def find_lab(number: str) -> Path:
 
 
 def read_cells(text: str) -> Iterator[Cell]:
-    """Yield the cells of a marimo file in their order."""
+    """Yield the cells of a marimo file in order."""
     for node in ast.parse(text).body:
         if not isinstance(node, ast.FunctionDef) or not node.decorator_list:
             continue
@@ -93,13 +93,13 @@ def read_cells(text: str) -> Iterator[Cell]:
 
 
 def is_folded(mark: ast.expr) -> bool:
-    """Tell whether the mark of a cell, `@app.cell(hide_code=True)`, hides its code."""
+    """Return whether the decorator of a cell, such as `@app.cell(hide_code=True)`, hides its code."""
     words = mark.keywords if isinstance(mark, ast.Call) else []
     return any(word.arg == "hide_code" and ast.unparse(word.value) == "True" for word in words)
 
 
 def read_prose(body: list[ast.stmt]) -> str | None:
-    """Return the Markdown of a cell that is nothing but `mo.md("...")`, else None."""
+    """Return the Markdown of a cell that consists only of `mo.md("...")`, else None."""
     if (
         len(body) != 1
         or not isinstance(body[0], ast.Expr)
@@ -117,7 +117,7 @@ def read_prose(body: list[ast.stmt]) -> str | None:
 
 
 def write_program(body: list[ast.stmt], text: str) -> str:
-    """Return a cell's code without what only shows something: marimo, bare names, calls of `show`."""
+    """Return a cell's code without statements that only display: marimo, bare names, calls of `show`."""
     lines = text.splitlines()
     kept = []
     for part in body:
@@ -144,7 +144,7 @@ def write_program(body: list[ast.stmt], text: str) -> str:
 
 
 def write_script(lab: Path, origin: str = "") -> str:
-    """Return a lab as a plain script: the cells that are its program, its prose as comments.
+    """Return a lab as a plain script: the cells of its program, with its prose as comments.
 
     Raises:
         ConfigError: the program needs a name that only hidden cells define.
@@ -184,7 +184,7 @@ def write_script(lab: Path, origin: str = "") -> str:
 
 
 def drop_keywords(text: str, tree: ast.Module, known: set[str]) -> tuple[str, ast.Module]:
-    """Return a cell without the lines of keywords that need unknown names: config.json has those settings."""
+    """Return a cell without keyword lines that need unknown names, as config.json has those settings."""
     lines = text.splitlines()
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         for word in call.keywords:
@@ -214,7 +214,7 @@ def list_bound(tree: ast.AST) -> Iterator[str]:
 
 
 def full_stage(lab: Path, run: PretrainConfig) -> Any:
-    """Return what a lab exports beside a full pretraining run: that run, or a stage that goes on from it."""
+    """Return the full-size config of a lab: a pretraining run, or a stage that continues from it."""
     kind, tag = STAGE_OF.get(lab.name[:2]), run.tag
     if kind is FinetuneConfig:
         return FinetuneConfig(
@@ -225,14 +225,15 @@ def full_stage(lab: Path, run: PretrainConfig) -> Any:
     if kind is DistillConfig:  # 20 tokens for each of 100 million parameters
         size = dict(size="100m", n_shards=40, steps=3815, batch_tokens=524_288)
         return DistillConfig(tag=f"{tag}-100m", teacher=f"base/{tag}", corpus=run.corpus, **size)  # type: ignore[arg-type]
-    if kind is AutochatConfig:  # three generations, each twice through what the one before has said
+    if kind is AutochatConfig:
+        # Three generations, each trained for two passes over the text of the one before.
         size = dict(n_talks=64, max_new_tokens=96, batch_rows=64, generations=3, tune_steps=100)
         return AutochatConfig(tag=tag, model=f"sft/{tag}", resume=True, **size)  # type: ignore[arg-type]
     return run
 
 
 def name_family(config: Any) -> str:
-    """Return the family of the model that a config's stage makes."""
+    """Return the family of the model that a config's stage trains."""
     if isinstance(config, LoRAConfig):
         return "lora"
     plain = isinstance(config, DistillConfig) and not config.dialogues
@@ -240,13 +241,13 @@ def name_family(config: Any) -> str:
 
 
 def name_source(config: Any) -> str:
-    """Return the model that a stage goes on from."""
+    """Return the identifier of the model that a stage starts from."""
     named = config.model if isinstance(config, AutochatConfig) else getattr(config, "teacher", "")
     return named or config.base or f"base/{config.tag}"
 
 
 def describe_stage(config: Any) -> str:
-    """Return in one line what a stage does."""
+    """Return a one-line description of a stage."""
     if isinstance(config, AutochatConfig):
         learned = (
             f", and learns from itself {config.generations} times" if config.generations else ""
@@ -258,7 +259,7 @@ def describe_stage(config: Any) -> str:
 
 
 def name_job(config: Any) -> str:
-    """Return the name of a run elsewhere, of its folder and its machine: another for each stage of a tag."""
+    """Return the name of a run's folder and machine, different for each stage of a tag."""
     ends = {FinetuneConfig: "-chat", LoRAConfig: "-lora", AutochatConfig: "-autochat"}
     return f"{config.tag}{ends.get(type(config), '')}"
 
@@ -266,17 +267,21 @@ def name_job(config: Any) -> str:
 def export_lab(
     lab: Path, config: Any, plan: Plan, folder: Path, *, base_dir: Path, force: bool = False
 ) -> list[Path]:
-    """Write a lab's folder.
+    """Write a lab's folder and return the files written.
 
     Args:
-        plan: of the pretraining, for what it costs; of another stage only its machine counts.
-        folder: where to; the library in an earlier export of the same settings is replaced, unless edited.
+        lab: file of the lab.
+        config: settings of its stage.
+        plan: plan of the pretraining, for its cost; for other stages only its machine is used.
+        folder: output folder; the library of an earlier export of these settings is replaced, unless edited.
+        base_dir: base directory that holds the models to upload.
+        force: overwrite a folder that holds something else.
 
     Returns:
-        The files that were written, the library's not counted.
+        The files written, without those of the library.
 
     Raises:
-        ConfigError: the folder holds something else or was edited, or the machine is none to rent.
+        ConfigError: the folder holds something else or was edited, or the machine cannot be rented.
     """
     if plan.machine.name == "here":
         raise ConfigError("gpus='here' must be a machine to rent; try 8xH200.")
@@ -305,7 +310,7 @@ def export_lab(
 
 
 def check_folder(folder: Path, files: dict[str, str]) -> None:
-    """Refuse a folder that holds something else than an export of these settings, or one that was edited."""
+    """Raise ConfigError if a folder holds anything but an unedited export of these settings."""
     there = {name: (folder / name).read_bytes() for name in files if (folder / name).is_file()}
     changed = [name for name in there if there[name] != files[name].encode()]
     copied = folder / "src" / COPIED
@@ -327,11 +332,13 @@ def check_folder(folder: Path, files: dict[str, str]) -> None:
 
 
 def fill_in(lab: Path, config: Any, plan: Plan, home: Path) -> dict[str, str]:
-    """Return what the placeholders of the templates stand for, in the order in which they are filled."""
+    """Return the values of the templates' placeholders, in the order in which they are filled in."""
     family = name_family(config)
     first, talks = type(config) is PretrainConfig, isinstance(config, AutochatConfig)
     recipe = find_recipe(config) if first else ""
     cost = f"{format_hours(plan.train_s)} and ${plan.dollars:,.0f}"
+
+    # Words of every stage.
     words = {
         "@PLAN@": "\n".join(f"    {line}".rstrip() for line in describe_plan(plan))
         if first
@@ -350,6 +357,8 @@ def fill_in(lab: Path, config: Any, plan: Plan, home: Path) -> dict[str, str]:
         if first
         else f"less than the {cost} of its model's pretraining; preflight tells",
     }
+
+    # Words of pretraining, or of a stage that needs a model from this machine.
     if first:
         model = config.model
         words |= {
@@ -374,11 +383,13 @@ def fill_in(lab: Path, config: Any, plan: Plan, home: Path) -> dict[str, str]:
             "@FOLDER@": place,
             "@MOUNTS@": "file_mounts:\n" + "".join(mounts),
         }
+
+    # The machine, and the commands that fetch the results.
     kind = plan.machine.name.partition("x")[2]
     accelerator = {"H200": "H200-SXM", "H100": "H100-SXM", "4090": "RTX4090"}[kind]
     job = name_job(config)
     made = [f"{family}/{config.tag}"]
-    if talks:  # what was said, and each model that learned from it
+    if talks:  # the conversations, and each model finetuned on them
         learned = [f"sft/{config.tag}-g{n}" for n in range(1, config.generations + 1)]
         made = [f"{POD_BASE}/autochat", *learned]
     pulls = "\n".join(f"primechat pull root@POD:{one}" for one in made)
@@ -406,7 +417,7 @@ def fill_in(lab: Path, config: Any, plan: Plan, home: Path) -> dict[str, str]:
 
 
 def copy_library(target: Path) -> None:
-    """Copy the library as it is, so that the run is of this very code."""
+    """Copy the library, so that the run uses exactly this code."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(
         ROOT / "primechat",
@@ -419,7 +430,7 @@ def copy_library(target: Path) -> None:
 
 
 def hash_library(target: Path) -> str:
-    """Return the SHA-256 of a copied library, by which changes to it show."""
+    """Return the SHA-256 of a copied library, to detect changes to it."""
     library = target / "primechat"
     files = sorted(path for path in library.rglob("*") if path.is_file() and path.suffix != ".pyc")
     named = (path.relative_to(library).as_posix().encode() + path.read_bytes() for path in files)
@@ -427,7 +438,7 @@ def hash_library(target: Path) -> str:
 
 
 def shrink_config(config: Any) -> Any:
-    """Return a rehearsal: the same switches, 20 steps of a tiny model on a CPU; a stage takes base/small."""
+    """Return a rehearsal's config: the same switches, 20 steps of a tiny model (or base/small) on a CPU."""
     changes: dict[str, Any] = dict(dialogues="faq", base="base/small", general="none")
     if isinstance(config, PretrainConfig):
         tiny: Any = dict(

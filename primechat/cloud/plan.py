@@ -1,9 +1,9 @@
-"""What a pretraining run needs before it is started: parameters, FLOPs, memory, disk, hours, dollars.
+"""Estimates of what a pretraining run needs: parameters, FLOPs, memory, disk, hours and dollars.
 
-Hides: the accounting. Counts are exact; memory is what this code allocates, tensor by tensor, eager (compiled
-it is less), without what the allocator loses between tensors; time is FLOPs over peak times MFU, the share of
-the peak that a run of this kind reached. Reference: Kaplan et al. 2020, section 2.1 (6 FLOPs a matrix
-parameter and token); Chowdhery et al. 2022, appendix B (MFU).
+Counts are exact. Memory is what this code allocates, tensor by tensor, in eager mode (less when compiled),
+without fragmentation of the allocator. Time is FLOPs / (peak x MFU), where MFU is the share of the peak that
+comparable runs reached. Reference: Kaplan et al. 2020, section 2.1 (6 FLOPs per matrix parameter and token);
+Chowdhery et al. 2022, appendix B (MFU).
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ from primechat.files.paths import parse_json
 from primechat.text.packing import KEPT_SHARE
 from primechat.text.shards import HUB_CORPORA
 
-CHARS_A_TOKEN = (
-    4.8  # of nanochat's tokenizer of 65,536 tokens on FineWeb-Edu; smaller vocabularies have less
-)
+# Of nanochat's tokenizer of 65,536 tokens on FineWeb-Edu; smaller vocabularies have fewer.
+CHARS_A_TOKEN = 4.8
 SHARD_CHARS, SHARD_BYTES = 250e6, 100e6
 POD_DISK_BYTES = 80e9
-USABLE = 0.92  # of a GPU's memory: the rest goes to CUDA itself and to gaps between tensors
+USABLE = 0.92  # share of a GPU's memory: the rest goes to CUDA itself and to fragmentation
 LOGITS_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}  # one chunk of model/losses.py
-BLOCK = 128  # queries that attention handles together on a CPU
+BLOCK = 128  # queries per block of attention on a CPU
 BENCH_FILE = "bench.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Something to train on; `mfu` is the share of `peak_flops` (bf16, dense, one GPU) that a run reaches."""
+    """Hardware to train on; `mfu` is the share of `peak_flops` (bf16, dense, one GPU) that a run reaches."""
 
     name: str
     n_gpus: int
@@ -49,11 +48,11 @@ class Machine:
 
     @property
     def flops_per_s(self) -> float:
-        """FLOPs a second of all GPUs in a run."""
+        """FLOPs per second of all GPUs in a run."""
         return self.n_gpus * self.peak_flops * self.mfu
 
 
-GPUS = {  # one GPU: memory, peak, MFU, where that is from, $/h (RunPod's list, late 2025)
+GPUS = {  # one GPU: memory, peak, MFU, its source, $/h (RunPod's list, late 2025)
     "H200": (141e9, 989e12, 0.465, "a d20 on 8 of them took 2.96 h", 3.59),
     "H100": (80e9, 989e12, 0.50, "nanochat's leaderboard, d24 on 8 of them", 2.69),
     "4090": (24e9, 165e12, 0.40, "a guess, none was measured", 0.69),
@@ -61,11 +60,12 @@ GPUS = {  # one GPU: memory, peak, MFU, where that is from, $/h (RunPod's list, 
 
 
 def find_machine(name: str, base_dir: Path | None = None) -> Machine:
-    """Return a machine by its name: `8xH200`, `8xH100`, `4090`, any count of one of these, or `here`, which
-    `base_dir` knows from `primechat bench train`.
+    """Return a machine by its name: a count and a GPU, such as `8xH200` or `4090`, or `here`.
+
+    `here` is this machine as measured by `primechat bench train`, whose result is kept in `base_dir`.
 
     Raises:
-        ConfigError: no such machine, or this one was not measured.
+        ConfigError: no such machine exists, or this one was not measured.
     """
     if name == "here":
         return read_bench(base_dir)
@@ -88,7 +88,7 @@ def find_machine(name: str, base_dir: Path | None = None) -> Machine:
 
 
 def read_bench(base_dir: Path | None) -> Machine:
-    """Return this machine, as fast as `primechat bench train` found it on the depth-4 model."""
+    """Return this machine, with the speed that `primechat bench train` measured on the depth-4 model."""
     path = (base_dir or Path()) / BENCH_FILE
     try:
         found = parse_json(path.read_bytes())
@@ -113,9 +113,9 @@ def read_bench(base_dir: Path | None) -> Machine:
 
 
 def count_flops(model: GPTConfig) -> int:
-    """Return the FLOPs of one training token, forward and backward.
+    """Return the FLOPs per training token, forward and backward.
 
-    Source: 6 x matrix parameters (look-ups are free) + 12 x width x visible tokens a layer. Known error:
+    Source: 6 x matrix parameters (look-ups are free) + 12 x width x visible tokens per layer. Known error:
         it ignores norms, softmax and the optimizer, below 2 % from d12 on, and counts a causal row in full.
 
     >>> count_flops(GPTConfig.classic(20))
@@ -130,7 +130,7 @@ def count_flops(model: GPTConfig) -> int:
 
 
 def count_steps(config: PretrainConfig, flops_per_s: float = 0.0) -> int:
-    """Return the optimizer steps of a run: as set, as the seconds allow, or by tokens a parameter."""
+    """Return the optimizer steps of a run: as set, as the seconds allow, or by tokens per parameter."""
     if config.steps:
         return config.steps
     step_flops = config.batch_tokens * count_flops(config.model)
@@ -140,7 +140,7 @@ def count_steps(config: PretrainConfig, flops_per_s: float = 0.0) -> int:
 
 
 def count_shards(config: PretrainConfig, tokens: float | None = None) -> int:
-    """Return the shards that a run reads once through; 0 for text that is no shards."""
+    """Return the number of shards that a run reads in one pass; 0 for text that is not sharded."""
     if config.corpus not in HUB_CORPORA:
         return 0
     tokens = count_steps(config) * config.batch_tokens if tokens is None else tokens
@@ -156,8 +156,14 @@ def estimate_memory(
     device: str = "cuda",
     dtype: str = "bfloat16",
 ) -> dict[str, float]:
-    """Return the bytes of one GPU's memory at the peak of a step, by kind, where it reads `rows` of
-    sequence_len tokens at a time and `n_gpus` ranks share the optimizer's states.
+    """Return the bytes of one GPU's memory at the peak of a step, by kind.
+
+    Args:
+        config: settings of the run.
+        rows: rows of sequence_len tokens per micro-batch.
+        n_gpus: ranks that share the optimizer's states.
+        device: cuda or cpu.
+        dtype: number format of the activations.
     """
     model, T = config.model, config.model.sequence_len
     C, kv, L = model.n_embd, model.kv_dim, model.n_layer
@@ -165,23 +171,26 @@ def estimate_memory(
     blocks = counts["attention"] + counts["mlp"]
     tables = model.n_params - blocks
     tokens = rows * T
-    # a block keeps, of each token: the inputs and results of its norms, q and k before and after theirs, v,
-    # attention's result, and both sides of relu^2
-    wide = C if device == "cpu" else kv  # a CPU repeats shared key heads
+
+    # A block keeps, per token: the inputs and outputs of its norms, q and k before and after theirs, v,
+    # the output of attention, and the input and output of relu^2.
+    wide = C if device == "cpu" else kv  # on a CPU, shared key heads are repeated
     a_block = 6 * C + kv + C + 2 * wide + 8 * C + (C if model.residual_scalars else 0)
     ends = 3 + 2 * model.smear + model.backout
     n_tables = sum(model.has_value_embedding(i) for i in range(L))
-    norms = (3 * C + kv) * (4 - size)  # a norm in 16 bit keeps its input in float32
+    norms = (3 * C + kv) * (4 - size)  # in 16 bit, a norm keeps its input in float32
     kept, weights = tokens * (size * a_block + norms), attention_bytes(model, rows, size, device)
     if config.runtime.checkpoint_blocks:
         activations = size * tokens * C * (L + ends) + kept + max(weights)
     else:
         activations = L * kept + size * tokens * (C * ends + kv * n_tables) + sum(weights)
     if size == 2:
-        activations += 2 * blocks  # the matrices as they were cast
+        activations += 2 * blocks  # the matrices cast to 16 bit
+
+    # Weights, gradients and optimizer states.
     table = 4 * model.padded_vocab * C
     backward = size * tokens * 10 * C
-    muon_share = -(-L // n_gpus) / L  # matrices are dealt out whole
+    muon_share = -(-L // n_gpus) / L  # each matrix belongs to one rank
     largest = 4 * 4 * C * C * L * muon_share
     parts = {
         "weights": 4.0 * model.n_params,
@@ -190,11 +199,12 @@ def estimate_memory(
         "activations": float(activations),
         "logits and update": 3.0 * LOGITS_BYTES[device] + table + backward,
     }
-    if (
-        n_gpus == 1 and rows * T >= config.batch_tokens
-    ):  # one pass: gradients grow as activations go
+
+    # With a single pass per step, gradients are allocated as activations are freed.
+    if n_gpus == 1 and rows * T >= config.batch_tokens:
         parts["activations"] = max(0.0, parts["activations"] - parts["gradients"])
-    # or the optimizer's step is the peak
+
+    # The peak may also be the optimizer's step.
     update = largest * (4 if n_gpus == 1 else 4 + n_gpus)
     parts["logits and update"] += max(
         0.0, update - parts["activations"] - parts["logits and update"]
@@ -203,7 +213,7 @@ def estimate_memory(
 
 
 def attention_bytes(model: GPTConfig, rows: int, size: int, device: str) -> list[int]:
-    """Return the bytes of attention weights that each layer keeps: only on a CPU, for short rows."""
+    """Return the bytes of attention weights kept by each layer: above 0 only on a CPU, for short rows."""
     T, found = model.sequence_len, []
     for layer in range(model.n_layer):
         left, n = model.window(layer), 0
@@ -216,7 +226,7 @@ def attention_bytes(model: GPTConfig, rows: int, size: int, device: str) -> list
 
 
 def choose_rows(config: PretrainConfig, machine: Machine) -> int:
-    """Return the largest micro-batch that fits, a power of two that divides a rank's rows; 0 if none does."""
+    """Return the largest micro-batch that fits, a power of two that divides a rank's rows; 0 if none fits."""
     share = config.batch_tokens // config.model.sequence_len // machine.n_gpus
     for rows in (2**i for i in range(12, -1, -1)):
         if rows <= share and share % rows == 0:
@@ -227,9 +237,9 @@ def choose_rows(config: PretrainConfig, machine: Machine) -> int:
 
 
 def estimate_disk(config: PretrainConfig) -> dict[str, float]:
-    """Return the bytes that a run takes at most, by kind.
+    """Return the largest number of bytes that a run takes on disk, by kind.
 
-    While a checkpoint is written, the `keep_checkpoints` before it are still there.
+    While a checkpoint is written, the `keep_checkpoints` before it still exist.
     """
     model, evaluation = config.model, config.eval
     counts = count_parts(model)
@@ -243,7 +253,7 @@ def estimate_disk(config: PretrainConfig) -> dict[str, float]:
     steps = count_steps(config)
     snapshots = min(small * (steps.bit_length() + 2), evaluation.snapshot_budget_mb * 1e6)
     return {
-        "shards of text": (shards + bool(needed)) * SHARD_BYTES,  # one more is validation
+        "shards of text": (shards + bool(needed)) * SHARD_BYTES,  # one more for validation
         "weights of checkpoints": n * 4.0 * model.n_params,
         "optimizer states of checkpoints": n * (8.0 * (model.n_params - blocks) + 4.0 * blocks),
         "snapshots": snapshots if evaluation.snapshots else 0.0,
@@ -252,7 +262,7 @@ def estimate_disk(config: PretrainConfig) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run needs; bytes, seconds and dollars are estimates, counts are exact."""
+    """The requirements of a run; bytes, seconds and dollars are estimates, counts are exact."""
 
     config: PretrainConfig
     machine: Machine
@@ -272,27 +282,27 @@ class Plan:
 
     @property
     def memory_bytes(self) -> float:
-        """Bytes of one GPU at the peak."""
+        """Peak bytes of one GPU's memory."""
         return sum(self.memory.values())
 
     @property
     def disk_bytes(self) -> float:
-        """Bytes on disk at most."""
+        """Largest number of bytes on disk."""
         return sum(self.disk.values())
 
     @property
     def fits(self) -> bool:
-        """True where memory and disk are large enough."""
+        """Whether memory and disk are large enough."""
         return self.micro_batch_rows > 0 and self.disk_bytes <= self.disk_limit_bytes
 
 
 def make_plan(
     config: PretrainConfig, machine: Machine, *, disk_limit_bytes: float = POD_DISK_BYTES
 ) -> Plan:
-    """Work out what a run needs on a machine.
+    """Return the requirements of a run on a machine.
 
     Raises:
-        ConfigError: the batch is smaller than one row a GPU.
+        ConfigError: the batch has fewer rows than the machine has GPUs.
     """
     rows_all = config.batch_tokens // config.model.sequence_len
     if rows_all < machine.n_gpus:
@@ -325,7 +335,7 @@ def make_plan(
 
 
 def full_config(depth: int | None = None, recipe: str = "october2025") -> PretrainConfig:
-    """Return the run of a recipe at a depth, or at the recipe's own, with as many shards as it reads."""
+    """Return the config of a recipe at a depth (default: the recipe's own), with the shards that it reads."""
     config = make_recipe(recipe, depth)
     if config.corpus not in HUB_CORPORA:
         return config
@@ -335,13 +345,13 @@ def full_config(depth: int | None = None, recipe: str = "october2025") -> Pretra
 
 
 def find_recipe(config: PretrainConfig) -> str:
-    """Return the name of the recipe that a run is, to the last setting; empty where it is none."""
+    """Return the name of the recipe that equals a config in every setting, or an empty string."""
     depth = config.model.n_layer
     return next((name for name in RECIPES if config == full_config(depth, name)), "")
 
 
 def describe_horizon(config: PretrainConfig, tokens: int) -> str:
-    """Return how many tokens a run reads for each parameter, and which parameters that counts."""
+    """Return a description of the tokens per parameter of a run, and of the parameters counted."""
     counted = config.n_params_counted
     which = "" if config.params_counted == "all" else "of the blocks and the head "
     return f"{tokens / counted:.1f} for each of the {counted:,} parameters {which}".rstrip()
@@ -389,7 +399,7 @@ def describe_plan(plan: Plan) -> Iterator[str]:
 def list_parts(
     title: str, parts: dict[str, float] | dict[str, int], unit: float, name: str
 ) -> Iterator[str]:
-    """Yield a heading and one line a part."""
+    """Yield a heading and one line per part."""
     yield title
     yield from (f"  {value / unit:10,.2f} {name}  {kind}" for kind, value in parts.items() if value)
 

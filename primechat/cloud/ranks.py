@@ -1,7 +1,7 @@
-"""Jobs on random tokens under torchrun: what it costs to spread a run over processes, and whether it works.
+"""Jobs on random tokens under torchrun: whether a run works on several processes, and what that costs.
 
-Hides: how they take turns. Each turn is a job of its own, one kind after the other, so that what else the
-machine does falls on both. Run as a module it is one rank. Reference: primechat.train.parallel.
+The kinds of job are measured in turn, each turn a new job, so that other load on the machine affects them
+alike. Run as a module, this file is one rank. Reference: primechat.train.parallel.
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ BATCH_TOKENS, MICRO_ROWS = 8192, 8
 
 
 def bench_ranks(seconds: float, *, depth: int = 0) -> list[dict[str, Any]]:
-    """Return tokens a second of one process with all threads and of as many ranks with one thread each: two
-    rows a number format, `ratio` to the single process's median. Each is measured for `seconds`, the start of
-    the jobs apart; a `depth` of 0 is the depth-4 model.
+    """Return the tokens per second of one process with all threads and of one rank per core.
+
+    Args:
+        seconds: time of each measurement, without the start of its jobs.
+        depth: layers of a tiny model; 0 means the default model of depth 4.
+
+    Returns:
+        Two rows per number format, with `ratio` to the median speed of the single process.
     """
     from primechat.train.autotune import count_cores, half_pays
 
@@ -62,14 +67,14 @@ def run_job(
     seconds: float = 1e6,
     limit_s: float = 1e6,
 ) -> dict[str, Any]:
-    """Train on random tokens, for so many steps or seconds, and return what rank 0 found.
+    """Return rank 0's measurements of a job that trains on random tokens for some steps or seconds.
 
     Returns:
-        `speeds`, tokens a second of each step over all ranks, the first two left out; `together`, whether the
-        ranks can sum; `backend`, `attention`, `memory_bytes`.
+        `speeds`, the tokens per second of each step over all ranks, without the first two; `together`,
+        whether a sum over the ranks is right; `backend`, `attention`, `memory_bytes`.
 
     Raises:
-        PrimechatError: it failed, or took longer than `limit_s`.
+        PrimechatError: the job failed, or took longer than `limit_s`.
     """
     words = [
         "--standalone",
@@ -91,7 +96,7 @@ def run_job(
                 f"{ranks} ranks did not do {steps} steps in {limit_s:.0f} s"
             ) from None
         finally:
-            job.terminate()  # killed, torchrun would leave its ranks behind, on the GPUs
+            job.terminate()  # a killed torchrun would leave its ranks on the GPUs
     lines = [line for line in out.splitlines() if line.startswith("{")]
     if job.returncode or not lines:
         raise PrimechatError(f"{ranks} ranks did not train: {err.strip()[-400:]}")
@@ -99,7 +104,7 @@ def run_job(
 
 
 def train_rank(config: PretrainConfig, steps: int, seconds: float) -> None:
-    """Be one rank; the first prints what it found as a line of JSON."""
+    """Train as one rank; rank 0 prints its measurements as a line of JSON."""
     import threading
     import time
 

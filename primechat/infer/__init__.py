@@ -1,1 +1,1 @@
-"""Sampled tokens: the engine, the sampler and the calculator."""
+"""Inference: the engine, the sampler and the calculator."""

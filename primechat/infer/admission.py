@@ -1,7 +1,8 @@
-"""Whether a model may come in: does it fit this machine's memory, and does it go with its tokenizer?
+"""Checks before a model is opened: does it fit in memory, and does it match its tokenizer?
 
-Hides: the text that is asked. A model knows its own tokenizer's ids only: with another's, of the same size,
-plain English is noise to it, and that shows in bits per byte. Reference: primechat.metrics.bits.
+Hides: the text used for the check. A model only knows the ids of its own tokenizer. With another tokenizer
+of the same size, plain English is noise to it, which shows in the bits per byte.
+Reference: primechat.metrics.bits.
 """
 
 from __future__ import annotations
@@ -39,36 +40,36 @@ doing well, thank you. I have two cats and I really love pizza, but my favorite 
 ate then.
 """
 QUICK_TOKENS = 128  # read when a model is opened: under 2 s for a d20 on two cores
-GOOD_SHARE = (
-    0.85  # of noise's bits per byte; a model that needs more has not been shown to understand
-)
+# A model that needs more than this share of the bits per byte of noise has not been shown to
+# understand the text.
+GOOD_SHARE = 0.85
 logger = logging.getLogger(__name__)
 _warned: set[tuple[Path, str, str]] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a model made of the known text; `noise_bpb` is what equal chances for all ids would need."""
+    """The bits per byte of a model on the known text; `noise_bpb` is the value of a uniform distribution."""
 
     bpb: float
     noise_bpb: float
 
     @property
     def is_good(self) -> bool:
-        """Tell whether the model clearly knows more than nothing."""
+        """Whether the model is clearly better than noise."""
         return self.bpb <= GOOD_SHARE * self.noise_bpb
 
 
 def read_text(
     model: GPT, tokenizer: Tokenizer, *, limit: int = 0, order: Sequence[int] | None = None
 ) -> Reading:
-    """Measure a model on the known text.
+    """Return the bits per byte of a model on the known text.
 
     Args:
-        model: with ids from 0 to the tokenizer's vocab_size - 1.
-        tokenizer: the one to try.
-        limit: tokens to read; 0 is the whole text.
-        order: the id that stands in for each id, to try shuffled ones.
+        model: takes ids from 0 to the tokenizer's vocab_size - 1.
+        tokenizer: the tokenizer to try.
+        limit: number of tokens to read; 0 reads the whole text.
+        order: the id that replaces each id, to try shuffled ids.
 
     Source: bpb = sum of nats / (ln 2 * bytes), in windows of sequence_len.
     """
@@ -84,7 +85,7 @@ def read_text(
 
 
 def warn_unrecorded(name: str, folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """Say once a process how a model that records no tokenizer gets on with this one."""
+    """Log, once per process, how well a model that records no tokenizer matches this one."""
     key = (folder, name, tokenizer.identity)
     if key in _warned or os.environ.get("RANK", "0") != "0":
         return
@@ -103,10 +104,10 @@ def warn_unrecorded(name: str, folder: Path, model: GPT, tokenizer: Tokenizer) -
 
 
 def find_memory(device: str = "cpu") -> tuple[int, int]:
-    """Return the free and the whole memory of a device in bytes; where free is unknown, the whole twice.
+    """Return the free and the total memory of a device in bytes; the total twice if free is unknown.
 
     Raises:
-        ConfigError: this machine has no such device.
+        ConfigError: the device is not available.
     """
     kinds = {
         "cpu": True,
@@ -127,10 +128,10 @@ def find_memory(device: str = "cpu") -> tuple[int, int]:
 
 
 def describe_memory(name: str, n_bytes: int, device: str = "cpu") -> str:
-    """Return a sentence about the memory that a model's weights need and that is free.
+    """Return a sentence about the memory that a model's weights need and the memory that is free.
 
     Raises:
-        CheckpointError: the device has not that much in all.
+        CheckpointError: the weights need more than the total memory of the device.
     """
     free, total = find_memory(device)
     needs = f"{name} needs {format_bytes(n_bytes)} of memory for its weights"

@@ -1,8 +1,8 @@
-"""The calculator that a model may call by writing `<|python_start|>` expression `<|python_end|>`.
+"""The calculator that a model calls by writing `<|python_start|>` expression `<|python_end|>`.
 
-Hides: how an expression becomes its result. It is parsed with `ast` and walked over a short list of node
-kinds; nothing is ever executed, and every size is bounded. Reference: nanochat's engine, whose grammar this
-is (plus `//` and `%`).
+Hides: how an expression is evaluated. It is parsed with `ast`, and only a short list of node types is
+accepted; nothing is ever executed, and every size is bounded.
+Reference: nanochat's engine, whose grammar it uses (plus `//` and `%`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from primechat.protocols import ChatTokenizer
 
 TOOL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
 MAX_CHARS = 200  # of an expression
-MAX_NUMBER = 10**30  # no result, and no number on the way to it, is larger
+MAX_NUMBER = 10**30  # bound on every result, intermediate ones included
 
 OPERATORS: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
@@ -30,7 +30,7 @@ OPERATORS: dict[type[ast.operator], Callable[[float, float], float]] = {
 
 
 class ToolCall:
-    """Watches the tokens of one reply and answers the expressions in it."""
+    """The state of the calculator for one reply: it reads the tokens and answers the expressions."""
 
     def __init__(self, tokenizer: ChatTokenizer, tool_ids: tuple[int, ...]) -> None:
         self.tokenizer = tokenizer
@@ -38,7 +38,7 @@ class ToolCall:
         self.expression: list[int] | None = None  # tokens since <|python_start|>
 
     def feed(self, token_id: int) -> list[int]:
-        """Take in a token that the model chose; return the tokens that must follow it, most often none."""
+        """Read a token that the model chose and return the tokens that must follow it, usually none."""
         if token_id == self.start:
             self.expression = []
         elif self.expression is not None and token_id != self.end:
@@ -52,7 +52,7 @@ class ToolCall:
 
 
 def find_tool(tokenizer: ChatTokenizer) -> tuple[int, ...] | None:
-    """Return the ids of TOOL_TOKENS, or None where a tokenizer does not have them all."""
+    """Return the ids of TOOL_TOKENS, or None if the tokenizer lacks any of them."""
     try:
         return tuple(tokenizer.special(name) for name in TOOL_TOKENS)
     except (LookupError, ValueError, PrimechatError):
@@ -60,15 +60,16 @@ def find_tool(tokenizer: ChatTokenizer) -> tuple[int, ...] | None:
 
 
 def calculate(expression: str) -> str | None:
-    """Evaluate an expression as the calculator does.
+    """Return the result of an expression as text, or None if it has none.
 
-    Numbers with + - * / // % and brackets, commas between digits left out; or `'text'.count('part')`.
+    Allowed are numbers with + - * / // % and brackets, where commas between digits are ignored, and
+    `'text'.count('part')`.
 
     Args:
         expression: what the model wrote, at most 200 characters.
 
     Returns:
-        The result as Python prints it; None where the expression is refused or has no result.
+        The result as Python prints it; None if the expression is refused or has no result.
 
     >>> [calculate(e) for e in ("1,200 / (3 + 1)", "'strawberry'.count('r')", "2 ** 9", "1 / 0")]
     ['300.0', '3', None, None]
@@ -76,10 +77,13 @@ def calculate(expression: str) -> str | None:
     text = expression.strip()
     if len(text) > MAX_CHARS:
         return None
+
+    # Only the characters of arithmetic, or one call of `count` on a quoted text.
     if re.fullmatch(r"[0-9.,()+\-*/% ]+", text):
         text = re.sub(r"(?<=\d),(?=\d)", "", text)
     elif not re.fullmatch(r"""(['"])[^\\]*\1 ?\.count\( ?(['"])[^\\]*\2 ?\)""", text):
         return None
+
     try:
         return str(evaluate_node(ast.parse(text, mode="eval").body))
     except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
@@ -90,8 +94,8 @@ def evaluate_node(node: ast.expr) -> float:
     """Return the value of a parsed expression.
 
     Raises:
-        ValueError: it has a part that the calculator does not know, or a number that is too large.
-        ArithmeticError: it divides by zero.
+        ValueError: the expression has an unsupported part or a number that is too large.
+        ArithmeticError: the expression divides by zero.
     """
     match node:
         case ast.Constant(value=int() | float() as value):
@@ -110,6 +114,6 @@ def evaluate_node(node: ast.expr) -> float:
             value = text.count(part)
         case _:
             raise ValueError("The calculator does not know this kind of expression.")
-    if not -MAX_NUMBER <= value <= MAX_NUMBER:  # also refuses nan
+    if not -MAX_NUMBER <= value <= MAX_NUMBER:  # refuses nan too
         raise ValueError("The number is too large for the calculator.")
     return value

@@ -1,7 +1,7 @@
-"""What makes a model decode fast on a CPU: how many threads, and memory that stays.
+"""Settings that make decoding fast on a CPU: the number of threads, and keeping freed memory.
 
-Hides: the measurement, and the C library. For a small model one thread is often faster than two, and on a
-busy machine two can be a hundred times slower, because each product waits for both.
+Hides: the measurement and the calls to the C library. For a small model one thread is often faster than two.
+On a busy machine two can be a hundred times slower, because each matrix product waits for both.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 from primechat.protocols import LanguageModel
 
 TRIES = 5
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Let glibc keep up to 256 MB that this process has freed; tell whether it does (another libc has none).
+    """Let glibc keep up to 256 MB of freed memory, and return whether it does (False with another libc).
 
-    A step of many rows frees half a megabyte that the next one takes again. By default that goes back to
-    the system each time, and its pages come back as faults, which are a twelfth of the step.
+    A step with many rows frees half a megabyte that the next step allocates again. By default the memory
+    returns to the system each time, and the page faults on the way back take a twelfth of the step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return bool(
@@ -32,11 +32,13 @@ def keep_freed_memory() -> bool:
 
 
 def settle_threads(model: LanguageModel, rows: int = 1) -> int:
-    """Time a few tokens with one thread and with all, keep the faster for this process, and return it.
+    """Set this process to the faster of one thread and all threads, and return the number of threads.
+
+    Both are timed on a few tokens.
 
     Args:
-        model: on the CPU; for another device nothing is measured or changed.
-        rows: how many conversations it will decode at once.
+        model: a model on the CPU; on another device nothing is measured or changed.
+        rows: number of conversations to decode at once.
     """
     everything = torch.get_num_threads()
     if model.device.type != "cpu" or everything == 1:
@@ -49,7 +51,7 @@ def settle_threads(model: LanguageModel, rows: int = 1) -> int:
 
 @torch.inference_mode()
 def time_decoding(model: LanguageModel, threads: int, rows: int) -> float:
-    """Return the median seconds of a token with so many threads."""
+    """Return the median time per decoding step, in seconds, with this number of threads."""
     torch.set_num_threads(threads)
     cache, ids, times = model.new_cache(rows, TRIES + 1), torch.zeros(rows, 1, dtype=torch.long), []
     for _ in range(TRIES + 1):

@@ -1,8 +1,9 @@
-"""Prompts in, sampled tokens out, one model pass a token.
+"""The engine: prompts in, sampled tokens out, one forward pass per token.
 
-Hides: the cache. A prompt is read once, in pieces so that `cancel` is heard; each row of a batch draws from
-its own generator and leaves the batch when it is done, so its text depends on its seed alone. inference_mode
-is entered around each computation, never across a yield, where it would leak into the caller.
+Hides: the cache. A prompt is read once, in chunks, so that `cancel` takes effect between them. Each row of a
+batch draws from its own generator and leaves the batch when it is finished, so its text depends on its seed
+alone. inference_mode is entered around each computation and never held across a yield, where it would leak
+into the caller.
 Reference: nanochat's engine.
 """
 
@@ -37,14 +38,13 @@ from primechat.protocols import Cache, ChatTokenizer, LanguageModel, ReadsPadded
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-PREFILL_CHUNK = 512  # tokens of a prompt that are read between two looks at `cancel`
-PREFILL_TOKENS = (
-    1024  # of several prompts that are read together: larger products, as far as caches reach
-)
+PREFILL_CHUNK = 512  # tokens of a prompt read between two checks of `cancel`
+# Tokens of several prompts read together: enough for large products that still fit the CPU's caches.
+PREFILL_TOKENS = 1024
 
 
 class Options(TypedDict, total=False):
-    """The options of `Engine.generate`, which all its methods share."""
+    """The options of `Engine.generate`, which all methods of `Engine` share."""
 
     max_new_tokens: int
     temperature: float
@@ -58,7 +58,7 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Checked options of one call."""
+    """The checked options of one call."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -75,15 +75,20 @@ class Settings:
 
     @property
     def cancelled(self) -> bool:
-        """Tell whether the caller has asked to stop."""
+        """Whether the caller has asked to stop."""
         return self.cancel is not None and self.cancel.is_set()
 
 
 def read_options(options: Mapping[str, Any], method: str, *others: str) -> Settings:
-    """Return the checked options of a method of Engine, which all take the same, some `others` besides.
+    """Return the checked options of a call to a method of `Engine`.
+
+    Args:
+        options: what the caller gave.
+        method: name of the method, for the messages.
+        others: names that this method accepts besides the shared options, for the messages.
 
     Raises:
-        ConfigError: there is no such option, max_new_tokens is missing, or one breaks its rule.
+        ConfigError: an option is unknown or breaks its rule, or max_new_tokens is missing.
     """
     method = f"Engine.{method}"
     check_options(options, [*others, *(item.name for item in fields(Settings))], method)
@@ -94,7 +99,7 @@ def read_options(options: Mapping[str, Any], method: str, *others: str) -> Setti
 
 @dataclass(eq=False)
 class Row:
-    """One sequence; `stop_reason` is stop, length, context or cancelled, and empty before its end."""
+    """One sequence; `stop_reason` is stop, length, context or cancelled, and empty until it ends."""
 
     prompt: list[int]
     limit: int
@@ -102,7 +107,9 @@ class Row:
     draws: Iterator[float]
     stop_ids: frozenset[int]
     tool: ToolCall | None
-    seen: torch.Tensor | None = None  # (V,) which tokens are there, where that counts
+    seen: torch.Tensor | None = (
+        None  # (V,) bool, tokens used so far; None without a repetition penalty
+    )
     tokens: list[int] = field(default_factory=list)
     forced: deque[int] = field(default_factory=deque)
     measures: Token | None = None
@@ -113,7 +120,8 @@ class Row:
             self.stop_reason = self.limit_reason
 
     def accept(self, drawn: int) -> int:
-        """Append the next token and return it: the calculator's where it has answered, else the drawn one."""
+        """Append the next token and return it: the calculator's if it is answering, else the drawn one."""
+        # Choose the token; a drawn one may stop the row or call the calculator.
         if self.forced:
             token = self.forced.popleft()
         else:
@@ -122,6 +130,8 @@ class Row:
                 self.stop_reason = "stop"
             elif self.tool:
                 self.forced.extend(self.tool.feed(token))
+
+        # Record it, and check the limit.
         self.tokens.append(token)
         if self.seen is not None and token not in self.stop_ids:
             self.seen[token] = True
@@ -131,11 +141,11 @@ class Row:
 
 
 class Engine:
-    """Samples from a language model, ours or foreign.
+    """A sampler for a language model, primechat's own or a foreign one.
 
     Args:
-        model: integers to logits.
-        tokenizer: its tokenizer; one without the calculator's special tokens has no calculator.
+        model: the language model, which maps token ids to logits.
+        tokenizer: its tokenizer; without the special tokens of the calculator there is no calculator.
     """
 
     def __init__(self, model: LanguageModel, tokenizer: ChatTokenizer) -> None:
@@ -143,24 +153,27 @@ class Engine:
         self._tool_ids = find_tool(tokenizer)
 
     def generate(self, ids: Sequence[int], **options: Unpack[Options]) -> Iterator[int]:
-        """Yield tokens as they are sampled, the calculator's among them.
+        """Return an iterator over the tokens as they are sampled, including those of the calculator.
 
         Args:
-            ids: the prompt; one token at least.
+            ids: the prompt; at least one token.
             options: all but the first have a default.
-                max_new_tokens: to yield at most; prompt and new tokens together end at model.max_context.
-                temperature: divides the logits; 0 takes the likeliest token; 1 is the default.
-                top_k: sample from this many of the likeliest tokens; None from all.
-                top_p: sample from the likeliest tokens that together reach this probability; None from all.
+                max_new_tokens: maximum number of tokens to yield; prompt and new tokens together never
+                    exceed model.max_context.
+                temperature: divides the logits; 0 takes the likeliest token. Default: 1.
+                top_k: sample from this many of the likeliest tokens; None (default) samples from all.
+                top_p: sample from the likeliest tokens that together reach this probability; None (default)
+                    samples from all.
                 repetition_penalty: above 1, tokens of the prompt and of the text so far become less likely
-                    (`penalise_seen`), those of stop_ids never, so that texts still end; 1.
-                seed: of this call's own generator, 0; the global one is not touched.
-                stop_ids: tokens that end the text, the ending one is yielded; None those of the tokenizer,
-                    () none.
-                cancel: once set, at most one more token comes, and no further piece of the prompt is read.
+                    (`penalise_seen`), except stop_ids, so that texts still end. Default: 1.
+                seed: seed of this call's own generator; the global one is not touched. Default: 0.
+                stop_ids: tokens that end the text; the one that ends it is yielded. None (default) uses the
+                    tokenizer's, () uses none.
+                cancel: once set, at most one more token is yielded, and no further chunk of the prompt is
+                    read.
 
         Raises:
-            ConfigError: an option or the prompt breaks its rule, at once.
+            ConfigError: an option or the prompt breaks its rule; raised at the call, before iteration.
         """
         settings = read_options(options, "generate")
         row = self._open_row(ids, settings.seed, settings)
@@ -176,12 +189,13 @@ class Engine:
     ) -> list[list[int]]:
         """Return the new tokens of each sample, prompt by prompt, without the stop token.
 
-        Sample i of them all is what `generate` writes with seed `seed_row(seed, i)`, or `seeds[i]`.
+        Sample i, counted over all prompts, is what `generate` yields with seed `seed_row(seed, i)`, or with
+        `seeds[i]` if seeds are given.
 
         Args:
-            prompts: token ids, of any lengths; each is read once.
-            num_samples: texts for each prompt.
-            seeds: one for each sample, instead of those that the option `seed` leads to.
+            prompts: token ids, of any lengths; each prompt is read once.
+            num_samples: number of texts for each prompt.
+            seeds: one seed for each sample, instead of those derived from the option `seed`.
             options: as for `generate`.
 
         Raises:
@@ -202,11 +216,11 @@ class Engine:
         seeds: Sequence[int] | None = None,
         **options: Unpack[Options],
     ) -> list[list[Token]]:
-        """Return what `generate_batch` writes, the stop token included, each token with its measures.
+        """Return the tokens that `generate_batch` samples and the stop token, each with its measures.
 
         Args:
-            prompts: token ids, of any lengths; row i draws from the seed `seed_row(seed, i)`.
-            seeds: one for each row, instead of those.
+            prompts: token ids, of any lengths; row i uses the seed `seed_row(seed, i)`.
+            seeds: one seed for each row, instead of those derived from the option `seed`.
             options: as for `generate`.
 
         Raises:
@@ -224,15 +238,17 @@ class Engine:
     def stream(
         self, ids: Sequence[int], *, n_alternatives: int = 0, **options: Unpack[Options]
     ) -> Iterator[Token]:
-        """Yield tokens with measures of the model's distribution before temperature and truncation.
+        """Return an iterator over tokens, each with measures of the model's distribution.
+
+        The measures describe the distribution before temperature and truncation.
 
         Args:
             ids: the prompt.
-            n_alternatives: how many of the likeliest tokens each `Token` names.
+            n_alternatives: how many of the likeliest tokens each `Token` lists.
             options: as for `generate`.
 
         Raises:
-            ConfigError: an option or the prompt breaks its rule, at once.
+            ConfigError: an option or the prompt breaks its rule; raised at the call, before iteration.
         """
         settings = read_options(options, "stream", "n_alternatives")
         row = self._open_row(ids, settings.seed, settings)
@@ -240,21 +256,22 @@ class Engine:
         return (row.measures for _ in steps if row.measures is not None)
 
     def chat(self, messages: Sequence[dict[str, Any]], **options: Unpack[Options]) -> Reply:
-        """Return the assistant's reply to a conversation; iterating over it writes it.
+        """Return the assistant's reply to a conversation; iterating over it generates the text.
 
         Args:
             messages: {"role": ..., "content": ...}, oldest first; none is ever dropped.
-            options: as for `generate`; max_new_tokens is 256 unless given.
+            options: as for `generate`; max_new_tokens defaults to 256.
 
         Raises:
-            ConfigError: the conversation exceeds model.max_context, or an option breaks its rule, at once.
+            ConfigError: the conversation exceeds model.max_context, or an option breaks its rule; raised at
+                the call, before iteration.
         """
         return self.reply(
             self.tokenizer.render_for_completion({"messages": list(messages)}), **options
         )
 
     def complete(self, text: str, **options: Unpack[Options]) -> Reply:
-        """Return a reply that goes on from a plain text, as a base model does; options as for `chat`."""
+        """Return a reply that continues a plain text, as a base model does; options as for `chat`."""
         return self.reply([self.tokenizer.bos_id, *self.tokenizer.encode(text)], **options)
 
     def reply(
@@ -264,22 +281,25 @@ class Engine:
         n_alternatives: int | None = None,
         **options: Unpack[Options],
     ) -> Reply:
-        """Return a reply that goes on from token ids.
+        """Return a reply that continues token ids.
 
         Args:
-            ids: all that stands before the reply.
-            prefix: the reply as far as it was written before; it is part of its text, not of its tokens.
-            n_alternatives: how many of the likeliest tokens each of `Reply.measures` names; None measures
+            ids: everything before the reply.
+            prefix: the part of the reply that is already written; it belongs to the reply's text, not to its
+                tokens.
+            n_alternatives: how many of the likeliest tokens each of `Reply.measures` lists; None measures
                 nothing.
             options: as for `chat`.
 
         Raises:
-            ConfigError: an option or the prompt breaks its rule, at once.
+            ConfigError: an option or the prompt breaks its rule; raised at the call, before iteration.
         """
         settings = read_options({"max_new_tokens": 256, **options}, "chat", "n_alternatives")
         row = self._open_row([*ids, *prefix], settings.seed, settings)
+
+        # Let the calculator read the prefix: an open expression continues, one just closed is answered.
         if row.tool:
-            for token in prefix:  # an expression that was begun goes on; one just ended is answered
+            for token in prefix:
                 answered = bool(row.forced) and row.forced.popleft() == token
                 row.forced = row.forced if answered else deque(row.tool.feed(token))
         steps = self._write([row], settings, n_alternatives)
@@ -288,7 +308,7 @@ class Engine:
     def _open_rows(
         self, prompts: Sequence[Sequence[int]], settings: Settings, seeds: Sequence[int] | None
     ) -> list[Row]:
-        """Check prompts and make rows of them, each with a seed of its own."""
+        """Return a checked row for each prompt, each with its own seed."""
         if seeds is None:
             seeds = [seed_row(settings.seed, i) for i in range(len(prompts))]
         if len(seeds) != len(prompts):
@@ -299,7 +319,8 @@ class Engine:
         return [self._open_row(prompt, seed, settings) for prompt, seed in pairs]
 
     def _open_row(self, ids: Sequence[int], seed: int, settings: Settings) -> Row:
-        """Check a prompt and make a row of it."""
+        """Return a row for a prompt, once the prompt is checked."""
+        # Check the prompt.
         prompt, longest = list(ids), self.model.max_context
         if not prompt:
             raise ConfigError("The prompt is empty; begin with the tokenizer's bos_id.")
@@ -312,6 +333,8 @@ class Engine:
             raise ConfigError(
                 f"The text has {len(prompt)} tokens where {longest} is the most; shorten it or begin anew."
             )
+
+        # Mark the tokens of the prompt for the repetition penalty, except those that end a text.
         stop_ids = self.tokenizer.stop_ids if settings.stop_ids is None else settings.stop_ids
         room, seen = longest - len(prompt), None
         if settings.repetition_penalty != 1:
@@ -330,7 +353,7 @@ class Engine:
     def _write(
         self, rows: list[Row], settings: Settings, n_alternatives: int | None = None
     ) -> Iterator[None]:
-        """Write rows to their ends, a token each a step, and yield after each step."""
+        """Generate all rows to their ends, one token per row and step, and yield after each step."""
         rows = [row for row in rows if not row.stop_reason]
         if len(rows) > 1:
             keep_freed_memory()
@@ -340,18 +363,22 @@ class Engine:
             while not settings.cancelled:
                 self._sample(logits, rows, settings, n_alternatives)
                 yield
+
+                # Drop finished rows: the last unfinished ones take their places in the cache.
                 alive = [i for i, row in enumerate(rows) if not row.stop_reason]
                 if not alive or settings.cancelled:
                     break
                 if len(alive) < len(rows):
-                    late = [
-                        i for i in alive if i >= len(alive)
-                    ]  # they take the places that became free
+                    late = [i for i in alive if i >= len(alive)]
                     order = [late.pop() if rows[i].stop_reason else i for i in range(len(alive))]
                     rows = [rows[i] for i in order]
                     with torch.inference_mode():
                         cache = cache.keep(order)
+
+                # Read the new tokens.
                 logits = self._advance([row.tokens[-1:] for row in rows], cache)
+
+        # A row that has not ended by itself was cancelled.
         for row in rows:
             row.stop_reason = row.stop_reason or "cancelled"
 
@@ -359,7 +386,8 @@ class Engine:
     def _sample(
         self, logits: torch.Tensor, rows: list[Row], settings: Settings, n_alternatives: int | None
     ) -> None:
-        """Let each row take its next token from logits (B, V), and measure it if n_alternatives is given."""
+        """Give each row its next token from logits (B, V), and measure it if n_alternatives is not None."""
+        # Draw a token per row, unless the calculator dictates it.
         draws = [None if row.forced else row.draws for row in rows]
         cut = logits
         if settings.repetition_penalty != 1:
@@ -367,6 +395,8 @@ class Engine:
             cut = penalise_seen(logits, seen, settings.repetition_penalty)
         drawn = sample_logits(cut, draws, settings.temperature, settings.top_k, settings.top_p)
         ids = [row.accept(token) for row, token in zip(rows, drawn.tolist(), strict=True)]
+
+        # Measure the tokens on the logits before the penalty.
         if n_alternatives is not None:
             measures = measure_logits(
                 logits, torch.tensor(ids, device=logits.device), n_alternatives
@@ -382,10 +412,11 @@ class Engine:
     def _read_prompts(
         self, rows: list[Row], settings: Settings
     ) -> tuple[torch.Tensor, Cache] | None:
-        """Read each prompt once; return logits and cache of all rows, or None where cancelled.
+        """Read each prompt once and return the logits and cache of all rows, or None if cancelled.
 
-        Several are read together where the model can; then the rows are sorted by length.
+        If the model can read several prompts together, `rows` is sorted in place by prompt length.
         """
+        # Merge equal neighbouring prompts; `places` holds the index of the prompt of each row.
         capacity = max(len(row.prompt) + row.limit for row in rows)
         together = self.model.read_padded if isinstance(self.model, ReadsPadded) else None
         if together:
@@ -394,6 +425,8 @@ class Engine:
             i for i, (_, same) in enumerate(groupby(rows, key=lambda row: row.prompt)) for _ in same
         ]
         prompts = [prompt for prompt, _ in groupby(row.prompt for row in rows)]
+
+        # Read them, several short ones together or a long one in chunks.
         logits: list[torch.Tensor] = []
         caches: list[Any] = []
         whole: Any = self.model.new_cache(len(prompts), capacity) if together else None
@@ -413,11 +446,15 @@ class Engine:
                     last = self._advance([prompts[start][at : at + PREFILL_CHUNK]], cache)
             logits.append(last)
             caches.append(cache)
+
+        # Broken weights show up in the first logits.
         first = torch.cat(logits)
         if not bool(first.amax(-1).isfinite().all()):
             raise CheckpointError(
                 "The model's logits are not numbers: its weights are broken; take another step."
             )
+
+        # Join the caches into one, and repeat rows that share a prompt.
         if together:
             whole.adopt(caches)
         else:
@@ -428,7 +465,10 @@ class Engine:
 
 
 def group_prompts(prompts: Sequence[Sequence[int]], room: int) -> list[tuple[int, int]]:
-    """Return which neighbours to read together: of like lengths, at most `room` tokens with what pads them.
+    """Return the ranges (start, stop) of neighbouring prompts to read together.
+
+    The prompts of a range have similar lengths and, with their padding, at most `room` tokens in all. A
+    longer prompt is a range of its own.
 
     >>> group_prompts([[1] * 4, [2] * 6, [3] * 7, [4] * 50], 20)
     [(0, 2), (2, 3), (3, 4)]

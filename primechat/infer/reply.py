@@ -1,8 +1,8 @@
-"""A reply while it is being written, and after.
+"""The reply of a model, during and after its generation.
 
-Hides: how tokens become text for a reader. Pieces are whole code points, special tokens are left out, and the
-calculator's traffic stands in brackets: `[1+2] = [3]`. Reference: the Unicode Standard, section 3.9 (where
-U+FFFD stands).
+Hides: how tokens become text for a reader. Pieces are whole code points, special tokens are omitted, and
+calls of the calculator appear in brackets: `[1+2] = [3]`.
+Reference: the Unicode Standard, section 3.9 (where U+FFFD is inserted).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from primechat.text.tokenizer import SPECIAL_TOKENS
 if TYPE_CHECKING:
     from primechat.infer.engine import Row
 
-MARKS = {  # what a reader sees of a special token, and the kind of text that follows it
+# For each special token: the text shown in its place, and the kind of text that follows it.
+MARKS = {
     "<|python_start|>": ("[", "python"),
     "<|python_end|>": ("]", "text"),
     "<|output_start|>": (" = [", "python_output"),
@@ -29,17 +30,17 @@ MARKS = {  # what a reader sees of a special token, and the kind of text that fo
 
 
 class Reply:
-    """The text of one reply; iterate over it once, and it is written as you read.
+    """The text of one reply, generated while you iterate over it; it can be iterated over once.
 
     Attributes:
-        text: what has been written so far.
-        tokens: its token ids, the stop token included.
-        pieces: (kind, text) of each token, in order, what was written of it before (`prefix`) included; kind
-            is text, python, python_output, or mark for a special token.
-        measures: a `Token` for each of `tokens`, where they were asked for.
-        stats: counts and speeds so far. The first token's time (`ttft_s`) includes reading the prompt; speeds
-            leave out the time that the reader takes; `context_used` is (prompt + new tokens) /
-            model.sequence_len, above 1 beyond the context of its training.
+        text: the text so far.
+        tokens: its token ids, including the stop token.
+        pieces: (kind, text) of each token, in order, including those of `prefix`; kind is text, python,
+            python_output, or mark for a special token.
+        measures: a `Token` for each of `tokens`, if they were requested.
+        stats: counts and speeds so far. The time to the first token (`ttft_s`) includes reading the prompt;
+            speeds exclude the time that the reader takes; `context_used` is (prompt + new tokens) /
+            model.sequence_len, above 1 beyond the context length of training.
     """
 
     def __init__(
@@ -54,12 +55,16 @@ class Reply:
         self.tokens, self.pieces, self.measures = row.tokens, list[tuple[str, str]](), list[Token]()
         self.stats = ReplyStats(prompt_tokens=len(row.prompt))
         self._row, self._tokenizer, self._sequence_len = row, tokenizer, sequence_len
+
+        # What to show for each special token; stop tokens show nothing.
         self._marks: dict[int, tuple[str, str]] = dict.fromkeys(tokenizer.stop_ids, ("", "text"))
         for name in SPECIAL_TOKENS:
             try:
                 self._marks[tokenizer.special(name)] = MARKS.get(name, ("", "text"))
             except (LookupError, ValueError, PrimechatError):
                 pass  # a foreign tokenizer has other special tokens
+
+        # The parts of the message so far, of which the prefix is the beginning.
         self._parts: list[tuple[str, str]] = []
         self._kind, self._decoder = "text", codecs.getincrementaldecoder("utf-8")("replace")
         for token in prefix:
@@ -69,21 +74,19 @@ class Reply:
     def __iter__(self) -> Iterator[str]:
         if self._pieces is None:
             raise RuntimeError("A Reply can be read once; afterwards its text is in .text.")
-        pieces, self._pieces = (
-            self._pieces,
-            None,
-        )  # the reader's loop owns it: leaving the loop ends it
+        # The reader's loop alone owns the generator, so that leaving the loop ends it.
+        pieces, self._pieces = self._pieces, None
         return pieces
 
     def read(self) -> str:
-        """Write the whole reply and return its text."""
+        """Generate the rest of the reply and return its whole text."""
         for _ in self:
             pass
         return self.text
 
     @property
     def message(self) -> dict[str, Any]:
-        """The reply as a message for the next `chat`: text, or parts where the calculator was called."""
+        """The reply as a message for the next `chat`: text, or a list of parts if it used the calculator."""
         if all(kind == "text" for kind, _ in self._parts):
             return {"role": "assistant", "content": "".join(text for _, text in self._parts)}
         return {
@@ -104,6 +107,8 @@ class Reply:
                 if piece:
                     yield piece
                 t_step = time.perf_counter()
+
+            # An unfinished code point at the end becomes U+FFFD.
             if tail := self._add(self._kind, self._decoder.decode(b"", True)):
                 kind, before = self.pieces.pop()
                 self.pieces.append((kind, before + tail))
@@ -113,11 +118,13 @@ class Reply:
             stats.stop_reason = self._row.stop_reason or "cancelled"
 
     def _take(self, token: int) -> str:
-        """Add a token's text and return it, empty where a code point is not whole yet."""
+        """Add a token's text and return it; it is empty while a code point is incomplete."""
         if token not in self._marks:
             piece = self._add(self._kind, self._decoder.decode(self._tokenizer.token_bytes(token)))
             self.pieces.append((self._kind, piece))
             return piece
+
+        # A special token ends the current part and begins the next.
         piece = self._add(self._kind, self._decoder.decode(b"", True))
         mark, self._kind = self._marks[token]
         self.text += mark

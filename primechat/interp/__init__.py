@@ -1,1 +1,1 @@
-"""Looking into a model: hooks on its forward pass, circuits of heads, the geometry of its embeddings."""
+"""Interpretability: hooks on the forward pass, circuits of heads, the geometry of embeddings."""

@@ -1,6 +1,6 @@
-"""What probes must know of a model's build, the same questions for ours and for foreign ones.
+"""The parts of a model that probes need, behind the same interface for a GPT and for foreign models.
 
-Hides: where a model keeps its parts. Every body answers `trace` (the model's own pass with a hook),
+Hides: where a model keeps its parts. Every body has `trace` (the model's own forward pass with a hook),
 `read_stream`, `readout` and `head_map`. Reference: nostalgebraist 2020 (the logit lens).
 """
 
@@ -21,10 +21,10 @@ from primechat.protocols import Hook
 
 
 class GPTBody:
-    """A GPT of ours.
+    """The body of a GPT.
 
-    The stream that enters layer i is keep[i] * x + again[i] * embed; behind the last layer, backout times
-    the stream that left layer `middle` is taken away.
+    The input of layer i is keep[i] * x + again[i] * embed; after the last layer, backout times the output of
+    layer `middle` is subtracted.
     """
 
     layer_points = (
@@ -47,9 +47,8 @@ class GPTBody:
         self.sequence_len, self.max_context = model.sequence_len, model.max_context
         self.n_layer, self.n_head, self.n_kv_head = c.n_layer, c.n_head, c.n_kv_head
         self.head_dim, self.n_params = c.head_dim, c.n_params
-        self.scale = (
-            c.qk_gain**2 / c.head_dim**0.5
-        )  # from the product of a query and a key to a score
+        # Factor from the dot product of a query and a key to their score.
+        self.scale = c.qk_gain**2 / c.head_dim**0.5
         self.windows = tuple(c.window(i) for i in range(c.n_layer))
         scalars = c.residual_scalars
         self.keep = tuple(model.resid_lambdas.tolist()) if scalars else (1.0,) * c.n_layer
@@ -58,28 +57,29 @@ class GPTBody:
         self.middle, self.has_smear, self.softcap = c.n_layer // 2, c.smear, c.logit_softcap
 
     def trace(self, ids: Tensor, hook: Hook) -> Tensor:
-        """Return float32 logits (B, T, V) of ids (B, T), calling the hook at every point on the way."""
+        """Return float32 logits (B, T, V) of ids (B, T), calling the hook at every point."""
         return hook("logits", self.model.logits(self.model.hidden(ids, hook=hook)))
 
     def read_stream(self, x: Tensor) -> Tensor:
-        """Return the float32 logits (..., V) that the model would give if x (..., C) left its last layer."""
+        """Return the float32 logits (..., V) if x (..., C) were the output of the last layer."""
         return self.model.logits(norm(x.to(self.model.compute_dtype)))
 
     def readout(self, x: Tensor, tokens: Sequence[int]) -> Tensor:
-        """Return (len(tokens), C) float64: the linear map from a share of the stream x (C,) to the tokens'
-        logits before the softcap, the final norm's scale frozen at x.
+        """Return the linear map from a part of the stream x (C,) to the logits of tokens before the softcap.
+
+        The map is float64 (len(tokens), C); the scale of the final norm is frozen at x.
         """
         rows = self.model.lm_head.weight[list(tokens)].cpu().double()  # MPS has no float64
         return rows * torch.rsqrt(x.cpu().double().square().mean() + NORM_EPS)
 
     def head_map(self, layer: int) -> Tensor:
-        """Return (H, D, C): how each head's result is written into the stream."""
+        """Return the map (H, D, C) by which each head's result is written into the stream."""
         weight = cast(Block, self.model.blocks[layer]).attn.c_proj.whole_weight()  # (C, H * D)
         return weight.T.reshape(self.n_head, self.head_dim, -1)
 
 
 class ForeignBody:
-    """A network of transformers whose parts go by the usual names; torch's own hooks call ours."""
+    """The body of a transformers network with the usual names of parts; torch's hooks call the given hook."""
 
     layer_points = ("attn.weights", "attn.heads", "attn.out", "mlp.out", "resid")
 
@@ -101,14 +101,12 @@ class ForeignBody:
         self.n_kv_head = int(getattr(c, "num_key_value_heads", None) or self.n_head)
         self.head_dim = int(getattr(c, "head_dim", None) or c.hidden_size // self.n_head)
         self.softcap = float(getattr(c, "final_logit_softcapping", None) or 0.0)
-        self.keep, self.again = (
-            (1.0,) * self.n_layer,
-            (0.0,) * self.n_layer,
-        )  # the stream is a plain sum
+        # The residual stream is a plain sum.
+        self.keep, self.again = (1.0,) * self.n_layer, (0.0,) * self.n_layer
         self.backout, self.middle, self.has_smear = 0.0, 0, False
 
     def trace(self, ids: Tensor, hook: Hook) -> Tensor:
-        """Return float32 logits (B, T, V) of ids (B, T), calling the hook at every point on the way."""
+        """Return float32 logits (B, T, V) of ids (B, T), calling the hook at every point."""
 
         def behind(name: str) -> Callable[..., Any]:
             return lambda _, __, out: (
@@ -124,10 +122,11 @@ class ForeignBody:
 
         def look(name: str) -> Callable[..., None]:
             def tell(_: Any, __: Any, out: tuple[Any, ...]) -> None:
-                hook(name, out[1])  # only to be seen: the pass has used them already
+                hook(name, out[1])  # read-only: the pass has used them already
 
             return tell
 
+        # Register a torch hook at every point.
         handles = [self.embed.register_forward_hook(behind("token"))]
         handles.append(self.layers[0].register_forward_pre_hook(before("embed")))
         for i, layer in enumerate(self.layers):
@@ -140,10 +139,13 @@ class ForeignBody:
             handles.append(layer.register_forward_hook(behind(f"{here}.resid")))
         handles.append(self.norm.register_forward_pre_hook(before("last")))
         handles.append(self.norm.register_forward_hook(behind("final")))
+
+        # Run the pass, and leave the network as it was.
         network, usual = self.model.network, self.model.network.config._attn_implementation
         try:
             if any(hook.wants(f"layer.{i}.attn.weights") for i in range(self.n_layer)):
-                network.set_attn_implementation("eager")  # the only one that tells its weights
+                # The only implementation that returns the attention weights.
+                network.set_attn_implementation("eager")
             return hook("logits", network(ids, use_cache=False).logits.float())
         finally:
             network.set_attn_implementation(usual)
@@ -151,14 +153,14 @@ class ForeignBody:
                 handle.remove()
 
     def read_stream(self, x: Tensor) -> Tensor:
-        """Return the float32 logits (..., V) that the model would give if x (..., C) left its last layer."""
+        """Return the float32 logits (..., V) if x (..., C) were the output of the last layer."""
         return cap_logits(self.head(self.norm(x.to(self.head.weight.dtype))), self.softcap)
 
     def readout(self, x: Tensor, tokens: Sequence[int]) -> Tensor:
-        """As `GPTBody.readout`.
+        """Return the linear map to the logits, as `GPTBody.readout`.
 
         Raises:
-            ConfigError: a logit of this model is no sum over what its parts add to the stream.
+            ConfigError: a logit of this model is not a sum over the outputs of its parts.
         """
         centred = (
             isinstance(self.norm, torch.nn.LayerNorm)
@@ -170,19 +172,18 @@ class ForeignBody:
             raise ConfigError(
                 f"A logit of a {kind} is no plain sum over its parts; use a Llama-like model."
             )
+
+        # The factor by which the RMS norm multiplies each channel at x.
         ones = torch.ones_like(x)
         x = torch.where(x == 0, 1e-9 * ones, x).to(self.device, self.head.weight.dtype)
-        gain = (
-            self.norm(x).cpu().double() / x.cpu().double()
-        )  # what an RMS norm multiplies with, here
+        gain = self.norm(x).cpu().double() / x.cpu().double()
         return self.head.weight[list(tokens)].cpu().double() * gain
 
     def head_map(self, layer: int) -> Tensor:
-        """Return (H, D, C): how each head's result is written into the stream."""
+        """Return the map (H, D, C) by which each head's result is written into the stream."""
         weight = self.proj[layer].weight
-        flat = (
-            weight.T if isinstance(self.proj[layer], torch.nn.Linear) else weight
-        )  # GPT-2's is (H * D, C)
+        # GPT-2's Conv1D stores (H * D, C) already.
+        flat = weight.T if isinstance(self.proj[layer], torch.nn.Linear) else weight
         return flat.reshape(self.n_head, self.head_dim, -1)
 
 
@@ -190,7 +191,7 @@ def find_part(module: Any, *names: str) -> Any:
     """Return a part of a network by the first of its usual names.
 
     Raises:
-        ConfigError: it goes by none of them.
+        ConfigError: the network has none of them.
     """
     for name in names:
         if hasattr(module, name):
@@ -205,7 +206,7 @@ def dissect(model: Any) -> Any:
     """Return the body of a model, a GPTBody or a ForeignBody.
 
     Raises:
-        ConfigError: it is of a kind that no probe knows.
+        ConfigError: the type of the model is not supported.
     """
     if isinstance(model, GPT):
         return GPTBody(model)

@@ -1,9 +1,9 @@
-"""What a forward pass says about itself: lens, attribution, what heads do, and what breaks without a part.
+"""Analyses of a forward pass: logit lens, attribution, attention heads, ablation and patching.
 
-Hides: the bookkeeping of the residual stream. Nothing trains, no gradient is taken. Attribution is exact up
-to rounding, because behind the final norm, whose scale is frozen, a logit before the softcap is a sum over
-parts. Reference: nostalgebraist 2020 (logit lens); Elhage et al. 2021 (attribution); Olsson et al. 2022
-(induction heads); Meng et al. 2022 (patching).
+Hides: the bookkeeping of the residual stream. Nothing is trained and no gradient is taken. Attribution is
+exact up to rounding: with the scale of the final norm frozen, a logit before the softcap is a sum over parts.
+Reference: nostalgebraist 2020 (logit lens); Elhage et al. 2021 (attribution); Olsson et al. 2022 (induction
+heads); Meng et al. 2022 (patching).
 """
 
 from __future__ import annotations
@@ -23,22 +23,17 @@ from primechat.interp.hooks import Capture, Recorder, capture, check_ids, cut_pa
 from primechat.model.gpt import GPT, NoHook
 
 Ids = Sequence[int] | np.ndarray
-READABLE = (
-    "token",
-    "embed",
-    "layer.*.attn.heads",
-    "layer.*.mlp.out",
-    "last",
-)  # what attribution needs
-STREAM = ("embed", "layer.*.resid", "last")  # what the lens needs
+# The points that attribution needs, and those that the lens needs.
+READABLE = ("token", "embed", "layer.*.attn.heads", "layer.*.mlp.out", "last")
+STREAM = ("embed", "layer.*.resid", "last")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lens:
-    """What the model would say if it stopped at each stage of the stream: R stages, T places, K guesses.
+    """Predictions read from each stage of the stream: R stages, T positions, K guesses.
 
-    `stages` names the R rows; `ids` and `probs` (R, T, K) are the likeliest next tokens; `target` (R, T) is
-    the probability of the token that the whole model thinks likeliest; `entropy` (R, T) is in bits.
+    `stages` names the R rows; `ids` and `probs` (R, T, K) are the most likely next tokens; `target` (R, T) is
+    the probability of the token that is most likely after the whole model; `entropy` (R, T) is in bits.
     """
 
     stages: tuple[str, ...]
@@ -50,10 +45,10 @@ class Lens:
 
 @dataclass(frozen=True, kw_only=True)
 class Attribution:
-    """How much each part adds to the logit of `token` at place `at`, before the softcap.
+    """The contribution of each part to the logit of `token` at position `at`, before the softcap.
 
-    `values` belong to `parts`, in the order of the pass; they sum to `logit`. With `against` all of it is the
-    difference of two tokens' logits.
+    `values` belong to `parts`, in the order of the pass, and sum to `logit`. With `against`, they explain the
+    difference of the two tokens' logits.
     """
 
     at: int
@@ -66,11 +61,11 @@ class Attribution:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadScores:
-    """What each head does on one text, each (L, H), means over the tokens behind the first.
+    """Scores of each head on one text, each (L, H), averaged over all tokens but the first.
 
-    `entropy` of its weights in bits; `distance` in tokens to what it reads; `previous` and `first`: its
-    weight on the token before and on the very first one; `induction`: its weight on tokens that followed an
-    earlier occurrence of the present one, NaN where none recurs.
+    `entropy` of the attention weights in bits; mean `distance` in tokens to what the head reads; `previous`
+    and `first`: weight on the previous and on the first token; `induction`: weight on tokens that followed an
+    earlier occurrence of the current one, NaN if no token recurs.
     """
 
     entropy: np.ndarray
@@ -81,21 +76,21 @@ class HeadScores:
 
 
 def read_lens(model: Any, seen: Capture, n_guesses: int = 3) -> Lens:
-    """Read the stream at every stage as if the model ended there.
+    """Return the predictions read from every stage of the stream, as if the model ended there.
 
     Args:
         model: the model that was captured.
-        seen: with the points STREAM.
-        n_guesses: likeliest tokens to keep, K.
+        seen: a capture with the points STREAM.
+        n_guesses: number of most likely tokens to keep, K.
 
-    Source: nostalgebraist 2020; the final norm and the output map of the whole model read every stage.
+    Source: nostalgebraist 2020; every stage is read by the model's own final norm and output matrix.
     """
     body = dissect(model)
     stages = [name for name in seen.points if name in ("embed", "last") or name.endswith(".resid")]
     rows: list[tuple[np.ndarray, ...]] = []
     best: torch.Tensor | None = None
     with torch.inference_mode():
-        for stage in reversed(stages):  # `last` first: it names the token whose way is followed
+        for stage in reversed(stages):  # `last` first: it gives the target token
             logs = body.read_stream(torch.from_numpy(seen[stage]).to(body.device)).log_softmax(-1)
             best = logs.argmax(-1) if best is None else best
             top = logs.topk(min(n_guesses, logs.size(-1)))
@@ -111,7 +106,7 @@ def read_lens(model: Any, seen: Capture, n_guesses: int = 3) -> Lens:
 
 
 def list_coefficients(body: Any) -> tuple[np.ndarray, float]:
-    """Return with which factor each layer's output (L,), and the embedding, arrive in the last stream."""
+    """Return the factors of each layer's output (L,) and of the embedding in the final stream."""
     n = body.n_layer
     layers, embed = np.zeros(n), 1.0
     middle: tuple[np.ndarray, float] = (layers.copy(), embed)
@@ -127,26 +122,29 @@ def list_coefficients(body: Any) -> tuple[np.ndarray, float]:
 def attribute(
     model: Any, seen: Capture, at: int, token: int, against: int | None = None
 ) -> Attribution:
-    """Split the logit of a token into what each part of the model adds to it.
+    """Return the contribution of each part of the model to the logit of a token.
 
     Args:
         model: the model that was captured.
-        seen: with the points READABLE.
-        at: the place whose next token is predicted; negative counts from the end.
-        token: the token whose logit is split.
-        against: a second token; then the difference of the two logits is split.
+        seen: a capture with the points READABLE.
+        at: position whose next token is predicted; negative numbers count from the end.
+        token: token whose logit is explained.
+        against: second token; if given, the difference of the two logits is explained.
 
     Returns:
-        Parts: token (the token's own embedding), smear (the previous token's share, where there is one),
-        layer.<i>.head.<h> and layer.<i>.mlp.
+        Attribution to the parts token (the token's own embedding), smear (the contribution of the previous
+        token, if the model has it), layer.<i>.head.<h> and layer.<i>.mlp.
 
-    Source: Elhage et al. 2021; the final norm's scale is frozen at the pass's own.
+    Source: Elhage et al. 2021; the scale of the final norm is frozen at that of this pass.
     """
+    # The direction in the stream that raises the logit.
     body = dissect(model)
     at = at % len(seen.ids)
     chosen = [token] if against is None else [token, against]
     rows = body.readout(torch.from_numpy(seen["last"][at]), chosen)
     pull = (rows[0] - rows[1] if against is not None else rows[0]).numpy()  # (C,)
+
+    # The embedding, then every head and MLP.
     layers, embed = list_coefficients(body)
     own = seen["token"][at].astype(np.float64)
     parts, values = ["token"], [embed * float(own @ pull)]
@@ -172,22 +170,23 @@ def attribute(
 
 
 def score_heads(weights: np.ndarray, ids: Ids) -> HeadScores:
-    """Measure what heads read.
+    """Return scores of what each head reads.
 
     Args:
-        weights: (L, H, T, T), as `Capture.stack("attn.weights")` gives them, T of at least 2.
-        ids: (T,) the tokens.
+        weights: (L, H, T, T), as returned by `Capture.stack("attn.weights")`, with T of at least 2.
+        ids: (T,) token ids.
 
-    Source: Olsson et al. 2022 for the induction score: the weight from a token to what followed it before.
+    Source: Olsson et al. 2022 for the induction score: the weight from a token to those that followed it
+    earlier.
     """
     w, ids = weights[:, :, 1:].astype(np.float64), np.asarray(ids)  # queries 1..T-1
     place = np.arange(len(ids))
-    back = place[1:, None] - place  # (T - 1, T), negative ahead
+    back = place[1:, None] - place  # (T - 1, T), negative for later keys
     bits = -(w * np.log2(np.where(w > 0, w, 1.0))).sum(-1)
+
+    # Induction: key s counts if the token before it, ids[s - 1], is that of the query.
     recurs = np.zeros(back.shape, dtype=bool)
-    recurs[:, 1:] = (ids[1:, None] == ids[None, :-1]) & (
-        back[:, 1:] > 0
-    )  # key s: ids[s - 1] is the query's
+    recurs[:, 1:] = (ids[1:, None] == ids[None, :-1]) & (back[:, 1:] > 0)
     rows = recurs.any(-1)
     hits = (w * recurs).sum(-1)[:, :, rows]
     return HeadScores(
@@ -200,9 +199,9 @@ def score_heads(weights: np.ndarray, ids: Ids) -> HeadScores:
 
 
 def shuffle_blocks(model: Any, seed: int = 0) -> Any:
-    """Return the model with fresh random numbers of the same spread in every block's matrix: the control.
+    """Return a control: the model with every block matrix replaced by random numbers of the same spread.
 
-    Embeddings and output map are shared with the model, not copied.
+    Embeddings and output matrix are shared with the model, not copied.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -227,8 +226,9 @@ def shuffle_blocks(model: Any, seed: int = 0) -> Any:
 
 
 def repeat_text(ids: Ids, seed: int = 0, n_tokens: int = 24) -> np.ndarray:
-    """Return the distinct tokens of a text in a random order, and all of it once more: only copying helps
-    on the second half.
+    """Return the distinct tokens of a text in random order, said twice.
+
+    On the second half, only copying helps.
     """
     distinct = np.unique(np.asarray(ids, dtype=np.int64))
     order = np.random.default_rng(seed).permutation(distinct)[:n_tokens]
@@ -236,10 +236,9 @@ def repeat_text(ids: Ids, seed: int = 0, n_tokens: int = 24) -> np.ndarray:
 
 
 def mix_second(twice: Ids, n_orders: int = 8) -> np.ndarray:
-    """Return a text said twice (2K,) with its second half in other orders (n_orders, 2K): the control.
+    """Return a control: a text said twice (2K,) with its second half in other orders (n_orders, 2K).
 
-    The second half still says which tokens occur, but not what follows what, so whatever helps there is no
-    copying.
+    Its second half still has the same tokens, but not their order, so whatever helps there is not copying.
     """
     first, second = np.split(np.asarray(twice, dtype=np.int64), 2)
     orders = [np.random.default_rng(seed).permutation(second) for seed in range(n_orders)]
@@ -247,7 +246,7 @@ def mix_second(twice: Ids, n_orders: int = 8) -> np.ndarray:
 
 
 def list_parts(body: GPTBody) -> list[str]:
-    """Return all that can be switched off: each head and each MLP, layer by layer."""
+    """Return the names of all parts that can be ablated: each head and each MLP, layer by layer."""
     return [
         f"layer.{i}.{part}"
         for i in range(body.n_layer)
@@ -261,13 +260,13 @@ def scan_ablations(
     parts: Sequence[str] | None = None,
     measure: Callable[[np.ndarray], float] = lambda losses: float(losses.mean()),
 ) -> Iterator[tuple[str, float]]:
-    """Switch off one part after the other; yield each with how much a measure of the losses grows.
+    """Yield each part with the increase of the loss when it is ablated.
 
     Args:
         model: the model.
-        ids: (T,) of at least two tokens.
-        parts: None is each head and each MLP.
-        measure: of the losses (T - 1,) in nats; their mean.
+        ids: (T,) token ids, at least two.
+        parts: parts to ablate one at a time; None means every head and every MLP.
+        measure: function of the losses (T - 1,) in nats; by default their mean.
     """
     whole = measure(capture(model, ids).losses)
     for part in list_parts(dissect(model)) if parts is None else parts:
@@ -275,7 +274,7 @@ def scan_ablations(
 
 
 def measure_losses(model: Any, rows: np.ndarray, ablate: Sequence[str] = ()) -> np.ndarray:
-    """Return the losses in nats (N, T - 1) of texts of one length, read together.
+    """Return the losses in nats (N, T - 1) of texts of equal length, as one batch.
 
     Args:
         model: the model.
@@ -294,22 +293,26 @@ def measure_losses(model: Any, rows: np.ndarray, ablate: Sequence[str] = ()) -> 
 def patch_grid(
     model: Any, clean: Ids, corrupt: Ids, token: int, against: int
 ) -> tuple[np.ndarray, float, float]:
-    """Carry one state at a time from a clean into a corrupt prompt and see how much of the answer returns.
+    """Return how much of the clean answer returns when one state is patched into a corrupt prompt.
 
     Args:
         model: the model.
         clean: (T,) ids after which `token` is right.
-        corrupt: (T,) ids after which `against` is.
-        token: see above.
-        against: see above.
+        corrupt: (T,) ids after which `against` is right.
+        token: right answer to the clean prompt.
+        against: right answer to the corrupt prompt.
 
     Returns:
-        grid (L + 1, T): the logit of token minus that of against behind the last place, with the stream's
-        state after layer r - 1 (row 0: the embedding) at place t carried over; then the clean and the corrupt
-        prompt's own difference.
+        The grid (L + 1, T) of logit differences, token minus against, at the last position, with the state of
+        the stream after layer r - 1 (row 0: the embedding) at position t patched in; then the difference of
+        the unpatched clean and corrupt prompts.
 
     Source: Meng et al. 2022, causal tracing, without noise.
+
+    Raises:
+        ConfigError: the prompts have different lengths.
     """
+    # States of the clean prompt.
     body = dissect(model)
     rows = [check_ids(body, ids) for ids in (clean, corrupt)]
     stages = ["embed", *(f"layer.{i}.resid" for i in range(body.n_layer))]
@@ -319,25 +322,29 @@ def patch_grid(
         raise ConfigError(
             f"the prompts have {len(rows[0])} and {n} tokens and must be equal; reword one."
         )
+
+    # One pass per stage: row t of the batch has the state at position t patched.
     batch = torch.from_numpy(rows[1]).to(body.device)[None].expand(n, n).contiguous()
     grid = np.zeros((len(stages), n))
     with torch.inference_mode():
         for r, stage in enumerate(stages):
             last = body.trace(batch, Carrier(stage, seen[stage]))[:, -1]
             grid[r] = (last[:, token] - last[:, against]).cpu().numpy()
+
+    # The two prompts without a patch.
     ends = [capture(model, ids).last for ids in rows]
     top, bottom = (float(z[token] - z[against]) for z in ends)
     return grid, top, bottom
 
 
 class Carrier(NoHook):
-    """A hook that puts place t of a captured state into row t of a batch."""
+    """A hook that patches position t of a captured state into row t of a batch."""
 
     def __init__(self, stage: str, states: np.ndarray) -> None:
         self.stage, self.states = stage, states
 
     def __call__(self, point: str, x: torch.Tensor) -> torch.Tensor:
-        """Return what the pass goes on with."""
+        """Return the tensor that the pass continues with."""
         if point != self.stage:
             return x
         x, at = x.clone(), torch.arange(x.size(1))

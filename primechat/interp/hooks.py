@@ -1,11 +1,10 @@
-"""Looking into a forward pass: named points as numpy, parts switched off, states carried between prompts.
+"""Hooks on a forward pass: named points as numpy arrays, ablated parts, states patched between prompts.
 
-Hides: how a pass is watched. It is the model's own pass, not a second model: a point that is only read
-changes no bit of the result. Points of a prompt of T tokens:
-token embed last final (T, C); logits (T, V); layer.<i>.resid (T, C); layer.<i>.attn.q_raw (T, H, D) and
-.k_raw (T, K, D) before rotation and norm, .q (T, H, D), .k .v (T, K, D), .weights (H, T, T), .heads
-(T, H, D), .out (T, C); layer.<i>.mlp.pre (T, 4C), .out (T, C). `last` is the stream that the final norm
-reads, `final` that norm.
+The model's own forward pass is observed, not a second model: reading a point changes no bit of the result.
+Points of a prompt of T tokens: token embed last final (T, C); logits (T, V); layer.<i>.resid (T, C);
+layer.<i>.attn.q_raw (T, H, D) and .k_raw (T, K, D) before rotation and norm, .q (T, H, D), .k .v (T, K, D),
+.weights (H, T, T), .heads (T, H, D), .out (T, C); layer.<i>.mlp.pre (T, 4C), .out (T, C). `last` is the
+input of the final norm, `final` its output.
 Reference: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
 """
 
@@ -31,10 +30,10 @@ PART = re.compile(r"layer\.(\d+)\.(?:head\.(\d+)|attn|mlp)")
 
 @dataclass(frozen=True, kw_only=True)
 class Capture:
-    """What passed through a model as it read `ids`.
+    """Tensors recorded while a model read `ids`.
 
-    `losses[t]` is the loss in nats of ids[t + 1] after the tokens before it; `last` the logits (V,) behind
-    the last token; `points` holds what was asked for, by name.
+    `losses[t]` is the loss in nats of ids[t + 1] given the tokens before it; `last` holds the logits (V,)
+    after the last token; `points` maps the name of each captured point to its values.
     """
 
     ids: np.ndarray
@@ -51,7 +50,7 @@ class Capture:
         return self.points[point]
 
     def stack(self, part: str) -> np.ndarray:
-        """Return one point of all layers as (L, ...); `part` is like attn.weights."""
+        """Return one point of all captured layers as (L, ...); `part` is a name such as attn.weights."""
         names = [
             name for name in self.points if re.fullmatch(rf"layer\.\d+\.{re.escape(part)}", name)
         ]
@@ -64,8 +63,10 @@ class Capture:
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
-    """States of another pass that replace this one's: `points` (or layer.<i>.head.<h>) at the places `at`,
-    None being all; `source` must have captured them.
+    """States of another pass that replace those of this one.
+
+    They are the `points` (or layer.<i>.head.<h>) at the positions `at`, all if None; `source` must have
+    captured them.
     """
 
     source: Capture
@@ -81,14 +82,14 @@ def capture(
     ablate: Iterable[str] = (),
     patch: Patch | None = None,
 ) -> Capture:
-    """Run a model on one prompt and keep what passes the points asked for.
+    """Return the tensors at named points of a model's pass over one prompt.
 
     Args:
-        model: a GPT, or a foreign model.
+        model: a GPT or a foreign model.
         ids: (T,) token ids.
-        points: names as listed at the head of this module; `*` stands for any part of one.
+        points: names as listed in the module's docstring; `*` matches any part of a name.
         ablate: parts whose output becomes zero: layer.<i>.head.<h>, layer.<i>.attn, layer.<i>.mlp.
-        patch: states of another pass to put in.
+        patch: states of another pass to insert.
 
     Returns:
         The Capture, without a batch axis, in float32.
@@ -96,10 +97,13 @@ def capture(
     Raises:
         ConfigError: a point or part does not exist, or the ids do not fit the model.
     """
+    # Check the request.
     body = dissect(model)
     row = check_ids(body, ids)
     names = list_points(body)
     wanted = [name for pattern in points for name in match_points(pattern, names)]
+
+    # Run the model with a hook that records and changes what was asked for.
     recorder = Recorder(wanted, cut_parts(body, ablate), patch, n_tokens=len(row))
     batch = torch.from_numpy(row).to(body.device)[None]
     with torch.inference_mode():
@@ -110,7 +114,7 @@ def capture(
 
 
 class Recorder:
-    """A hook that keeps the points wanted, zeroes parts and puts in a patch."""
+    """A hook that records the wanted points, zeroes ablated parts and inserts a patch."""
 
     def __init__(
         self,
@@ -123,7 +127,7 @@ class Recorder:
         self.puts = lay_patch(patch, n_tokens) if patch else {}
 
     def wants(self, point: str) -> bool:
-        """Return whether a point is to be kept."""
+        """Return whether a point is recorded."""
         return point in self.wanted
 
     def __call__(self, point: str, x: Tensor) -> Tensor:
@@ -149,7 +153,7 @@ def check_ids(body: Any, ids: Sequence[int] | np.ndarray) -> np.ndarray:
     """Return ids as int64 (T,).
 
     Raises:
-        ConfigError: there are none, too many, or one outside the vocabulary.
+        ConfigError: there are no ids, too many, or one outside the vocabulary.
     """
     row = np.asarray(ids, dtype=np.int64)
     if row.ndim != 1 or not 0 < len(row) <= body.max_context:
@@ -165,16 +169,16 @@ def check_ids(body: Any, ids: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def list_points(body: Any) -> list[str]:
-    """Return the names of all points that a model's pass has, in the order of the pass."""
+    """Return the names of all points of a model's forward pass, in its order."""
     layers = [f"layer.{i}.{part}" for i in range(body.n_layer) for part in body.layer_points]
     return ["token", "embed", *layers, "last", "final", "logits"]
 
 
 def match_points(pattern: str, names: list[str]) -> list[str]:
-    """Return the points that a name or pattern means.
+    """Return the points that match a name or pattern.
 
     Raises:
-        ConfigError: it means none.
+        ConfigError: no point matches.
     """
     found = fnmatch.filter(names, pattern)
     if not found:
@@ -186,7 +190,7 @@ def match_points(pattern: str, names: list[str]) -> list[str]:
 
 
 def cut_parts(body: Any, parts: Iterable[str]) -> dict[str, list[int]]:
-    """Return, for each point that an ablation touches, the heads to zero there; none means all of it."""
+    """Return the heads to zero at each ablated point; an empty list zeroes the whole point."""
     cuts: dict[str, list[int]] = {}
     for part in parts:
         match = PART.fullmatch(part)
@@ -204,7 +208,7 @@ def cut_parts(body: Any, parts: Iterable[str]) -> dict[str, list[int]]:
 
 
 def lay_patch(patch: Patch, n_tokens: int) -> dict[str, list[tuple[tuple[Any, ...], np.ndarray]]]:
-    """Return, for each point, the places (without the batch axis) and the values that go there."""
+    """Return, for each patched point, the indices (without the batch axis) and the values to insert there."""
     puts: dict[str, list[tuple[tuple[Any, ...], np.ndarray]]] = {}
     n_source = len(patch.source.ids)
     at = list(range(n_tokens)) if patch.at is None else list(patch.at)

@@ -1,1 +1,1 @@
-"""Numbers about text, models and talk."""
+"""Measures of texts, models and conversations."""

@@ -1,7 +1,6 @@
-"""Bits per byte: how well a model predicts a text, whatever its tokenizer.
+"""Bits per byte: how well a model predicts a text, independent of its tokenizer.
 
-Hides: which targets count. Special tokens and ignored targets count on neither side. Reference: nanochat's
-evaluation.
+Special tokens and ignored targets count neither as loss nor as bytes. Reference: nanochat's evaluation.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Bits:
-    """The sums behind a measurement."""
+    """The sums from which bits per byte and mean loss are computed."""
 
     nats: float = 0.0
     tokens: int = 0
@@ -31,7 +30,7 @@ class Bits:
 
     @property
     def loss_nats(self) -> float:
-        """Mean nats a scored token."""
+        """Mean loss in nats per scored token."""
         return self.nats / self.tokens if self.tokens else math.nan
 
 
@@ -44,15 +43,15 @@ def measure_bits(
     on_batch: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
 ) -> Bits:
-    """Return the sums of the windows of a text; `.bpb` is their quotient.
+    """Return the summed loss, tokens and bytes of a text's windows; `.bpb` is the bits per byte.
 
     Args:
-        token_loss: (ids, targets) -> nats (B, T), 0 where the target is ignored.
+        token_loss: function of (ids, targets) that returns nats (B, T), 0 where the target is ignored.
         windows: batches (ids, targets), (B, T) int64; a target of -1 is not scored.
-        byte_lengths: (V,) bytes of each token; 0 (special tokens) is not scored.
+        byte_lengths: (V,) bytes of each token; tokens of 0 bytes (special tokens) are not scored.
         device: where the model is.
-        on_batch: called with the tokens scored so far.
-        stop: when set, ends after the present batch with what has been scored.
+        on_batch: called with the number of tokens scored so far.
+        stop: once set, scoring ends after the current batch.
 
     Source: bpb = sum of nats / (ln 2 * sum of target bytes).
     """
@@ -74,7 +73,7 @@ def score_windows(
     device: torch.device | str = "cpu",
     stop: threading.Event | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yield nats, tokens and bytes of each window of a batch, float64 (B, 3); called as `measure_bits` is."""
+    """Yield nats, tokens and bytes of each window, float64 (B, 3) per batch; Args as in `measure_bits`."""
     lengths = torch.from_numpy(np.asarray(byte_lengths, dtype=np.int64))
     for ids, targets in windows:
         sizes = torch.where(targets >= 0, lengths[targets.clamp(min=0)], 0)  # (B, T)
@@ -88,7 +87,7 @@ def score_windows(
 
 
 def sum_windows(scored: Iterable[np.ndarray]) -> Bits:
-    """Return the sums over windows (B, 3); rounded once, so that they do not depend on the order."""
+    """Return the sums over arrays of windows (B, 3), rounded once, so that their order does not matter."""
     rows = np.concatenate([np.zeros((0, 3)), *scored])
     nats, tokens, n_bytes = (math.fsum(column) for column in rows.T)
     return Bits(nats=nats, tokens=int(tokens), n_bytes=int(n_bytes))

@@ -1,8 +1,8 @@
-"""Contamination: how much of an evaluation text stands word for word in a training text.
+"""Contamination: how much of an evaluation text occurs word for word in a training text.
 
-Hides: how it is found in one pass over the training text, however long: only the evaluation text's n-grams
-are kept. Words are compared in lower case and without punctuation.
-Reference: Brown et al. 2020, Language Models are Few-Shot Learners, appendix C (13-grams).
+It is found in one pass over a training text of any length, as only the n-grams of the evaluation text are
+kept in memory. Words are compared in lower case and without punctuation. Reference: Brown et al. 2020,
+Language Models are Few-Shot Learners, appendix C (13-grams).
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ N_EXAMPLES = 5
 def measure_overlap(
     evaluation: Iterable[str], training: Iterable[str], n: int = N_GRAM
 ) -> OverlapResult:
-    """Return which n-grams of an evaluation text a training text has too.
+    """Return the overlap of an evaluation text with a training text in n-grams.
 
     Args:
-        evaluation: documents.
-        training: texts; read once.
-        n: words of an n-gram; a document with fewer words is only counted.
+        evaluation: evaluation documents.
+        training: training texts, read once.
+        n: words per n-gram; documents with fewer words are only counted.
 
-    Source: Brown et al. 2020, appendix C; there a document is contaminated from one 13-gram on, as here.
+    Source: Brown et al. 2020, appendix C; as there, one shared 13-gram makes a document contaminated.
     """
-    where: dict[int, list[int]] = {}  # hash of an n-gram -> the documents that have it
+    # Index the n-grams of the evaluation text.
+    where: dict[int, list[int]] = {}  # hash of an n-gram -> numbers of its documents
     documents, short = [], 0
     for number, text in enumerate(evaluation):
         documents.append(text)
@@ -37,11 +38,15 @@ def measure_overlap(
         short += not grams
         for gram in grams:
             where.setdefault(gram, []).append(number)
+
+    # Look them up in the training text.
     found: set[int] = set()
     n_texts = 0
     for text in training:
         n_texts += 1
         found.update(gram for gram in hash_grams(text, n) if gram in where)
+
+    # Count the shared n-grams per document.
     hits: dict[int, int] = {}
     for gram in found:
         for number in where[gram]:
@@ -60,13 +65,13 @@ def measure_overlap(
 
 
 def hash_grams(text: str, n: int) -> Iterator[int]:
-    """Yield the hash of each run of n words."""
+    """Yield the hash of each n consecutive words."""
     words = WORD.findall(text.lower())
     yield from (hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1))
 
 
 def show_shared(text: str, found: set[int], n: int) -> Iterator[str]:
-    """Yield the n-grams of a document that are among the found ones."""
+    """Yield the n-grams of a document that also occur in the training text."""
     words = WORD.findall(text.lower())
     grams = (words[i : i + n] for i in range(len(words) - n + 1))
     yield from (" ".join(gram) for gram in grams if hash(tuple(gram)) in found)

@@ -1,7 +1,7 @@
-"""How far a figure can be trusted: intervals, and verdicts over several comparisons.
+"""How far a figure can be trusted: confidence intervals, and tests over several comparisons.
 
-The unit of an interval is what was drawn independently: a seed where there are several training runs, else
-a conversation or a transcript. Values within a unit, as of the conversations of one run, are averaged first.
+The unit of an interval is what was drawn independently: a seed if there are several training runs, else a
+conversation or a transcript. Values within a unit, such as the conversations of one run, are averaged first.
 References: Student 1908 and Hall 1992 for means; Wilson 1927 for shares; Donner and Eliasziw 1992 for kappa;
 Holm 1979 for several comparisons.
 """
@@ -17,12 +17,12 @@ import numpy as np
 
 from primechat.errors import DataError
 
-MIN_SKEWED = 6  # values from which their skewness tells more than it misleads
-Interval = tuple[float, float, float]  # a figure, and the lower and the upper end
+MIN_SKEWED = 6  # values needed before correcting for their skewness helps
+Interval = tuple[float, float, float]  # a figure, its lower and its upper bound
 
 
 def enclose_t(t: float, degrees: int) -> float:
-    """Return the probability that Student's t with `degrees` degrees of freedom lies between -t and t.
+    """Return the probability that Student's t with `degrees` degrees of freedom is between -t and t.
 
     Source: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4: a finite sum, exact up to rounding.
 
@@ -43,7 +43,7 @@ def enclose_t(t: float, degrees: int) -> float:
 
 @cache
 def find_t(level: float, degrees: int) -> float:
-    """Return the t between whose negative and itself Student's t lies with probability `level`.
+    """Return the t for which Student's t is between -t and t with probability `level`.
 
     >>> round(find_t(0.95, 2), 6)
     4.302653
@@ -61,18 +61,18 @@ def find_t(level: float, degrees: int) -> float:
 def estimate_mean(
     values: Sequence[float], level: float = 0.95, *, skewed: bool = False
 ) -> Interval:
-    """Return the mean of independent values and the ends of its interval by Student's t; nan is left out.
+    """Return the mean of independent values and the bounds of its Student's t interval, ignoring nan.
 
-    Exact for values that are normally distributed. Measures of conversations are skewed: of 6, 8 and 20
-    conversations of the model that ships, 95 % intervals hold the true mean of self-BLEU and self-repetition
-    in 86 to 93 % of the cases. With `skewed` it is 93 to 97 %, as for all other measures, but for self-BLEU
-    of 6 conversations 91 %. Of values that are nearly all alike, such as 0 and 1, neither form says anything:
-    see `estimate_share`. One value has no interval.
+    The interval is exact for normally distributed values. Measures of conversations are skewed: for 6, 8 and
+    20 conversations of the shipped model, 95 % intervals contain the true mean of self-BLEU and
+    self-repetition in 86 to 93 % of the cases. With `skewed` the coverage is 93 to 97 %, as for all other
+    measures, except for self-BLEU of 6 conversations (91 %). Neither form is valid for values that are nearly
+    all equal, such as 0 and 1: see `estimate_share`. A single value has no interval.
 
     Args:
-        values: one for each independent unit: a seed, or a conversation.
-        level: share of such intervals that hold the true mean.
-        skewed: correct for the skewness of the values, where they are 6 or more: of fewer it is not known.
+        values: one per independent unit, a seed or a conversation.
+        level: share of such intervals that contain the true mean.
+        skewed: correct for the skewness of the values, if there are at least 6: with fewer it is unknown.
 
     Source: Student 1908, mean -+ t s / sqrt(n); Hall 1992, On the removal of skewness by transformation.
     """
@@ -100,12 +100,12 @@ def unskew(t: float, x: np.ndarray) -> float:
 
 
 def estimate_share(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Return the mean of independent values between 0 and 1 and the ends of Wilson's interval.
+    """Return the mean of independent values between 0 and 1 and the bounds of Wilson's interval.
 
-    For a share of yes and no. It covers 95 % on average over all true shares; for a single one it covers more
-    or less, as a share of 10 values can only be one of eleven numbers: for 8 values or more, and a true share
-    from 0.1 to 0.9, between 90 and 99 %. Values between 0 and 1 vary less than yes and no, so that the
-    interval is then somewhat too wide.
+    It is meant for the share of yes among yes and no. On average over all true shares its coverage is 95 %.
+    For a single one it varies, as a share of 10 values can only be one of eleven numbers: for at least 8
+    values and a true share from 0.1 to 0.9 it is 90 to 99 %. Values strictly between 0 and 1 vary less than
+    yes and no, so the interval is then somewhat too wide.
 
     Source: Wilson 1927; Brown, Cai and DasGupta 2001, section 3.1.1.
     """
@@ -119,7 +119,7 @@ def estimate_share(values: Sequence[float], level: float = 0.95) -> Interval:
 
 
 def measure_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
-    """Return Cohen's kappa of two labellers: (agreement - chance) / (1 - chance); nan where chance is 1.
+    """Return Cohen's kappa of two labellers: (agreement - chance) / (1 - chance), nan if chance is 1.
 
     Source: Cohen 1960.
     """
@@ -133,10 +133,10 @@ def measure_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> floa
 
 
 def estimate_kappa(first: Sequence[bool], second: Sequence[bool], level: float = 0.95) -> Interval:
-    """Return Cohen's kappa of two labellers who say yes or no, and the ends of its interval.
+    """Return Cohen's kappa of two labellers who say yes or no, and the bounds of its interval.
 
-    The interval holds each kappa that the counts (both yes, one of them, both no) do not contradict by a
-    chi-squared test of one degree of freedom. It supposes that both say yes equally often.
+    The interval contains every kappa that a chi-squared test with one degree of freedom does not reject,
+    given the counts (both yes, one of them, both no). It assumes that both labellers say yes equally often.
 
     Source: Donner and Eliasziw 1992, the goodness-of-fit interval.
     """
@@ -144,24 +144,24 @@ def estimate_kappa(first: Sequence[bool], second: Sequence[bool], level: float =
     counts = np.array([(x & y).sum(), (x ^ y).sum(), (~x & ~y).sum()], float)
     share = float((counts[0] + counts[1] / 2) / max(counts.sum(), 1))
     if not 0 < share < 1:
-        return math.nan, math.nan, math.nan  # all say the same: there is nothing to agree on
+        return math.nan, math.nan, math.nan  # all labels are equal, so kappa is undefined
     kappas, mixed = np.linspace(-1, 1, 4001), share * (1 - share)
     cells = [share**2 + kappas * mixed, 2 * mixed * (1 - kappas), (1 - share) ** 2 + kappas * mixed]
     expected = counts.sum() * np.stack(cells, axis=1)  # (kappas, cells)
     misfit = np.where(
         expected > 1e-9,
         (counts - expected) ** 2 / np.maximum(expected, 1e-9),
-        np.where((expected > -1e-9) & (counts == 0), 0.0, np.inf),  # an empty cell, a negative one
+        np.where((expected > -1e-9) & (counts == 0), 0.0, np.inf),  # empty or impossible cells
     ).sum(axis=1)
     held = kappas[misfit <= NormalDist().inv_cdf((1 + level) / 2) ** 2]
     return measure_kappa(x.tolist(), y.tolist()), float(held.min()), float(held.max())
 
 
 def adjust_holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Return p-values corrected for the number of comparisons, by name.
+    """Return p-values corrected for the number of comparisons, keyed by name.
 
     If none of the effects is real, the chance that any corrected p-value is below 0.05 is at most 5 %,
-    however the comparisons depend on each other (all may share one control).
+    however the comparisons depend on each other (they may all share one control).
 
     Source: Holm 1979.
 
@@ -177,9 +177,9 @@ def adjust_holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def compare_pairs(gaps: Sequence[float]) -> float:
-    """Return the two-sided p-value of paired differences whose true mean is 0, by Student's t.
+    """Return the two-sided p-value of Student's paired t test that the true mean difference is 0.
 
-    Equal differences give 0, or 1 where all are 0.
+    If all differences are equal, the result is 0, or 1 if they are all 0.
     """
     x = np.asarray(gaps, float)
     error = float(x.std(ddof=1)) / math.sqrt(x.size)

@@ -1,9 +1,10 @@
-"""Does a conversation go round in circles? A detector, and the controls that it is measured against.
+"""A detector of conversations that go round in circles, and the controls to test it with.
 
-Hides: what counts as a loop. A conversation is stuck whose last turn ends in a phrase three times in a row,
-or of whose last four turns three have few words that the four turns before them had not; what it leaves again
-is no loop. The detector knows words only: it misses a talk that says one thing in ever new ones.
-Reference: Xu et al. 2022, Learning to Break the Loop (sentences reinforce themselves); Holtzman et al. 2020.
+Decides what counts as a loop. A conversation is stuck if its last turn ends with a phrase said three times in
+a row, or if three of its last four turns have few words that are new compared with the four turns before each
+of them. A repetition that the conversation leaves again is not a loop. The detector compares words only, so
+it misses a conversation that says the same thing in ever new words. Reference: Xu et al. 2022, Learning to
+Break the Loop (sentences reinforce themselves); Holtzman et al. 2020.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from primechat.metrics.diversity import split_words
 if TYPE_CHECKING:
     from primechat.protocols import ChatTokenizer
 
-MIN_REPEATS = 3  # of a phrase in a row; and of the last REACH turns so many say again what was said
-MIN_WORDS = 6  # that a repeated phrase covers in all: "no, no, no" is no loop
-NEAR = 0.7  # share of a turn's words that were said before from which on it says nothing new
-REACH = 4  # turns that a turn is compared with
-SHORT = 3  # words: a shorter turn (ok, yes, thanks) is alike only to one just the same
+MIN_REPEATS = 3  # repeats of a phrase in a row; also repetitive turns among the last REACH
+MIN_WORDS = 6  # covered by a repeated phrase in total: "no, no, no" is not a loop
+NEAR = 0.7  # share of words said before from which a turn counts as repetitive
+REACH = 4  # previous turns that a turn is compared with
+SHORT = 3  # words: a shorter turn (ok, yes, thanks) is similar only to an equal one
 
 
 @dataclass(frozen=True)
 class Loop:
-    """Where a conversation begins to go round: `turn` from 0, what repeats, and after how many turns."""
+    """The start of a loop: its first `turn`, counted from 0, what repeats, and the period in turns."""
 
     turn: int
     kind: str  # phrase, turns or silence
@@ -37,7 +38,7 @@ class Loop:
 
 
 def find_phrase(words: Sequence[str]) -> int:
-    """Return the length of the phrase that a text ends in at least three times in a row, 0 for none."""
+    """Return the length of the phrase that a text repeats at its end at least three times, or 0."""
     n = len(words)
     for period in range(1, n // MIN_REPEATS + 1):
         repeats = 1
@@ -51,7 +52,7 @@ def find_phrase(words: Sequence[str]) -> int:
 
 
 def compare_turns(first: Sequence[str], second: Sequence[str]) -> float:
-    """Return the share of words that two turns have in common, with repetitions (Jaccard's index)."""
+    """Return the share of words that two turns have in common, counting repetitions (Jaccard index)."""
     if min(len(first), len(second)) < SHORT:
         return float(list(first) == list(second))
     names = {word: i for i, word in enumerate(dict.fromkeys([*first, *second]))}
@@ -63,7 +64,7 @@ def compare_turns(first: Sequence[str], second: Sequence[str]) -> float:
 
 
 def say_again(words: Sequence[str], before: Sequence[Sequence[str]]) -> bool:
-    """Tell whether a turn hardly says a word that the turns before it have not said."""
+    """Return whether a turn has hardly any words that the turns before it did not have."""
     if len(words) < SHORT:
         return list(words) in [list(turn) for turn in before]
     said = {word for turn in before for word in turn}
@@ -71,10 +72,10 @@ def say_again(words: Sequence[str], before: Sequence[Sequence[str]]) -> bool:
 
 
 def find_loop(texts: Sequence[str]) -> Loop | None:
-    """Return where a conversation begins to go round in circles and does so to its end, or None.
+    """Return the loop in which a conversation is stuck at its end, or None.
 
     Args:
-        texts: its turns.
+        texts: the turns of the conversation.
     """
     turns = [split_words(text) for text in texts]
     phrases = [find_phrase([word for word in words if word.isalnum()] or words) for words in turns]
@@ -84,7 +85,7 @@ def find_loop(texts: Sequence[str]) -> Loop | None:
     ]
 
     def is_stuck(end: int) -> bool:
-        """Tell whether the conversation goes round where it has so many turns."""
+        """Return whether the first `end` turns of the conversation are stuck at their end."""
         return end > 0 and (
             phrases[end - 1] > 0 or sum(again[max(0, end - REACH) : end]) >= MIN_REPEATS
         )
@@ -92,6 +93,8 @@ def find_loop(texts: Sequence[str]) -> Loop | None:
     end = len(turns)
     if not is_stuck(end):
         return None
+
+    # Go back to the first turn after which it was stuck, then to the turn that began the loop.
     while is_stuck(end - 1):
         end -= 1
     window = range(max(0, end - REACH), end)
@@ -99,6 +102,8 @@ def find_loop(texts: Sequence[str]) -> Loop | None:
     start = next(t for t in window if again[t]) if many else end - 1
     if phrases[start]:
         return Loop(start, "phrase", phrases[start])
+
+    # The period is the distance at which the turns are most similar.
     likeness = {
         back: np.mean([compare_turns(turns[t], turns[t - back]) for t in range(start, len(turns))])
         for back in range(1, min(start, REACH) + 1)
@@ -111,7 +116,7 @@ def find_loop(texts: Sequence[str]) -> Loop | None:
 
 
 def shuffle_talks(talks: Sequence[Sequence[str]], seed: int = 0) -> list[list[str]]:
-    """Return conversations of the same lengths whose turns are drawn from all of them: no thread is left."""
+    """Return conversations of the same lengths with all turns shuffled among them: no thread is left."""
     order = np.random.default_rng(seed).permutation(sum(map(len, talks)))
     flat = [text for talk in talks for text in talk]
     shuffled = iter([flat[i] for i in order])
@@ -121,12 +126,12 @@ def shuffle_talks(talks: Sequence[Sequence[str]], seed: int = 0) -> list[list[st
 def plant_loop(
     talk: Sequence[str], *, kind: str = "turns", period: int = 2, at: int = 4
 ) -> list[str]:
-    """Return a conversation that goes round from turn `at` on, to test a detector.
+    """Return a conversation that loops from turn `at` on, to test a detector.
 
     Args:
-        talk: of at least `at` turns.
+        talk: conversation of at least `at` turns.
         kind: turns repeats the `period` turns before `at`; phrase repeats words within each turn.
-        period: turns of a round.
+        period: turns per repetition.
         at: the first turn that repeats.
     """
     kept = list(talk[:at])
@@ -141,14 +146,15 @@ def plant_loop(
 def measure_repeats(
     model: Any, tokenizer: ChatTokenizer, sentence: str, repeats: int = 12
 ) -> list[float]:
-    """Return the mean probability of a sentence's tokens, each time that it is said once more.
+    """Return the mean probability of a sentence's tokens at each repetition of the sentence.
 
     Args:
-        model: ours; its logits of the whole text are read in one pass.
-        sentence: said over and over, a space between.
-        repeats: at most; as many as fit the model's sequence_len.
+        model: a GPT; one pass gives the logits of the whole text.
+        tokenizer: its tokenizer.
+        sentence: the text to repeat, separated by spaces.
+        repeats: number of repetitions, at most as many as fit the model's sequence_len.
 
-    Source: Xu et al. 2022, section 2: the probability of a sentence against the times it stood before.
+    Source: Xu et al. 2022, section 2: the probability of a sentence against its earlier occurrences.
     """
     import torch
 
@@ -161,7 +167,7 @@ def measure_repeats(
 
 
 def embed_texts(model: Any, tokenizer: ChatTokenizer, texts: Sequence[str]) -> np.ndarray:
-    """Return a vector for each text, (T, n_embd): the mean of the model's last states over its tokens."""
+    """Return a vector for each text, (T, n_embd): the model's last hidden states averaged over its tokens."""
     import torch
 
     rows = []
@@ -175,7 +181,7 @@ def embed_texts(model: Any, tokenizer: ChatTokenizer, texts: Sequence[str]) -> n
 
 # Turn by turn
 
-MEASURES = {  # of a turn: (what it says, the value at which the heat strip is full)
+MEASURES = {  # of a turn: (description, value at the top of the heat strip's scale)
     "entropy": ("how open its choices were, nats a token", 5.0),
     "surprise": ("how unlikely the model held its words, nats a token", 6.0),
     "said before": ("share of its three-word pieces that an earlier turn had", 1.0),
@@ -186,10 +192,9 @@ MEASURES = {  # of a turn: (what it says, the value at which the heat strip is f
 
 
 def measure_turns(turns: Sequence[Turn]) -> dict[str, np.ndarray]:
-    """Return MEASURES of each turn of a conversation, (T,) each; nan where there is nothing to measure.
+    """Return the MEASURES of each turn of a conversation, (T,) each; nan if there is nothing to measure.
 
-    Only what was said is measured: people's turns, which a model reads (`read_talk`), have no token that ends
-    them, so that of a model's own turns does not count either.
+    The token that ends a turn does not count, as human turns read by a model (`read_talk`) have none.
     """
     found = {name: np.full(len(turns), np.nan) for name in MEASURES}
     words = [split_words(turn.text) for turn in turns]
@@ -197,7 +202,7 @@ def measure_turns(turns: Sequence[Turn]) -> dict[str, np.ndarray]:
     for t, (turn, own) in enumerate(zip(turns, words, strict=True)):
         grams = [tuple(own[i : i + 3]) for i in range(len(own) - 2)]
         found["words"][t] = len(own)
-        spoken = len(turn.entropy) - turn.stopped  # the token that ends a turn is no word of it
+        spoken = len(turn.entropy) - turn.stopped  # without the token that ends the turn
         if spoken > 0:
             found["entropy"][t] = np.mean(turn.entropy[:spoken])
             found["surprise"][t] = -np.mean(turn.logprob[:spoken])
@@ -213,9 +218,10 @@ def measure_turns(turns: Sequence[Turn]) -> dict[str, np.ndarray]:
 
 
 def read_talk(model: Any, tokenizer: ChatTokenizer, texts: Sequence[str]) -> list[Turn]:
-    """Return a conversation with the measures of a model that reads it, each turn as if it were to say it.
+    """Return a conversation with a model's measures of each turn, as if the model were to say it.
 
-    So that people's talk can stand beside a model's own: the entropy is the reader's, not the writer's.
+    This makes human conversations comparable with a model's own: the entropy is that of the reading model,
+    not of the writer.
     """
     import torch
 
@@ -227,6 +233,8 @@ def read_talk(model: Any, tokenizer: ChatTokenizer, texts: Sequence[str]) -> lis
         if not t or not ids:
             turns.append(Turn(speaker=t % 2, model="human", text=text))
             continue
+
+        # The prompt: as many of the turns before as fit.
         for start in range((t + 1) % 2, t, 2):
             messages = [
                 {"role": ("user", "assistant")[(i - start) % 2], "content": texts[i]}
@@ -235,6 +243,8 @@ def read_talk(model: Any, tokenizer: ChatTokenizer, texts: Sequence[str]) -> lis
             prompt = tokenizer.render_for_completion({"messages": messages})
             if len(prompt) + len(ids) <= model.sequence_len:
                 break
+
+        # The turn's tokens, scored in one pass.
         row = [*prompt, *ids][-model.sequence_len :]
         kept = ids[-min(len(ids), len(row) - 1) :]
         with torch.inference_mode():

@@ -1,8 +1,8 @@
-"""Retention: what a student has of its teacher, in all and where it is lost, and how it writes.
+"""Retention: how much of its teacher's quality a student keeps, where the rest is lost, and how it writes.
 
-Hides: how the places of a text are sorted. Reference: bits per byte as in `metrics.bits`; retention =
-(untrained - student) / (untrained - teacher), 1 where the student is as good; agreement of likeliest tokens
-and KL as in Stanton et al. 2021, Does Knowledge Distillation Really Work?
+Tokens are grouped by the frequency, position and kind of the target. Reference: bits per byte as in
+`metrics.bits`; retention = (untrained - student) / (untrained - teacher), 1 if the student is as good;
+agreement of the most likely tokens and KL as in Stanton et al. 2021, Does Knowledge Distillation Really Work?
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ def measure_retention(
     *,
     name_kind: Callable[[int], str] | None = None,
 ) -> RetentionResult:
-    """Compare a student with its teacher on windows of text, place by place.
+    """Return the comparison of a student with its teacher on windows of text, token by token.
 
     Args:
-        student: forward(ids) gives float32 logits (B, T, V).
-        teacher: the same, of the same vocabulary.
-        windows: (ids, targets) batches (B, T); targets of -1 and those without bytes are left out.
+        student: model whose forward(ids) returns float32 logits (B, T, V).
+        teacher: model of the same vocabulary.
+        windows: batches (ids, targets), (B, T); targets of -1 or of 0 bytes are ignored.
         byte_lengths: (V,) bytes of each token.
-        name_kind: names the kind of a token, for example word or punctuation.
+        name_kind: returns the kind of a token id, for example word or punctuation.
 
     Returns:
-        Sums over all places, and by frequency of the target in these windows, by its position in the window
-        and by kind. The untrained model is one that gives every token the same probability.
+        Measures over all targets, and grouped by the target's frequency in these windows, by its position in
+        the window and by its kind. The untrained model gives every token the same probability.
     """
+    # One row of figures per target.
     lengths = torch.from_numpy(np.asarray(byte_lengths, dtype=np.int64))
     columns: list[np.ndarray] = []
     for ids, targets in windows:
         keep = (targets >= 0) & (lengths[targets.clamp(min=0)] > 0)
         with torch.no_grad():
-            log_q, log_p = (
-                torch.log_softmax(call(m, ids), -1)[keep] for m in (student, teacher)
-            )  # (n, V)
+            # (n, V) each
+            log_q, log_p = (torch.log_softmax(call(m, ids), -1)[keep] for m in (student, teacher))
         words = targets[keep]
         where = torch.arange(ids.size(1)).expand_as(ids)[keep]
         at = (torch.arange(len(words)), words)
@@ -65,6 +65,8 @@ def measure_retention(
         same = (log_q.argmax(-1) == log_p.argmax(-1)).float()
         rows = (words, where, -log_q[at], -log_p[at], same, kl, lengths[words])
         columns.append(torch.stack([row.double() for row in rows], dim=1).numpy())
+
+    # Summed by groups.
     table = np.concatenate(columns)
     flat = math.log(student.vocab_size)
     groups: dict[str, tuple[PlaceGroup, ...]] = {
@@ -80,7 +82,7 @@ def measure_retention(
 
 
 def judge_writing(texts: Iterable[str]) -> dict[str, float]:
-    """Return distinct-2 of texts, and the mean share of a text's word pairs that it had already.
+    """Return distinct-2 of texts, and the mean share of word pairs that repeat within a text.
 
     Source: Li et al. 2016, section 5; Welleck et al. 2020, section 6.1 (seq-rep-2).
     """
@@ -92,8 +94,9 @@ def judge_writing(texts: Iterable[str]) -> dict[str, float]:
 def write_texts(
     model: LanguageModel | None, tokenizer: ChatTokenizer, windows: Iterable[tuple[Tensor, Tensor]]
 ) -> list[str]:
-    """Return how a model goes on from the first quarter of 16 windows, 64 tokens each at temperature 0.8 and
-    top-k 50; without a model, how the windows go on themselves.
+    """Return a model's continuations of the first quarter of 16 windows, or the windows' own without a model.
+
+    Each has 64 tokens, drawn at temperature 0.8 and top-k 50.
     """
     rows = [row for ids, _ in windows for row in ids.tolist()][:WRITTEN_TEXTS]
     start = max(1, len(rows[0]) // 4)
@@ -114,7 +117,7 @@ def call(model: LanguageModel, ids: Tensor) -> Tensor:
 
 
 def sum_places(name: str, rows: np.ndarray, flat: float) -> PlaceGroup:
-    """Return the measures of some places; rows as `measure_retention` stacks them."""
+    """Return the measures of a group of targets, given their rows as stacked by `measure_retention`."""
     n_bytes, n = float(rows[:, 6].sum()), len(rows)
     scale = math.log(2) * max(1.0, n_bytes)
     student, teacher, untrained = (
@@ -136,12 +139,12 @@ def sum_places(name: str, rows: np.ndarray, flat: float) -> PlaceGroup:
 
 
 def group_frequency(table: np.ndarray, flat: float) -> tuple[PlaceGroup, ...]:
-    """Return groups by how frequent the target is in these windows; shares are of the places."""
+    """Return groups by the target's frequency in these windows, each with a given share of all targets."""
     words, counts = np.unique(table[:, 0], return_counts=True)
     order = np.argsort(-counts, kind="stable")
     reached = np.cumsum(counts[order]) / counts.sum()
     edges = np.array([edge for edge, _ in FREQUENCIES])
-    # a token belongs where the share before it ends
+    # A token belongs to the group in which the cumulative share before it ends.
     place = np.searchsorted(edges, np.concatenate([[0.0], reached])[:-1] + 1e-12)
     found = dict(
         zip(words[order].tolist(), np.minimum(place, len(edges) - 1).tolist(), strict=True)
@@ -152,7 +155,7 @@ def group_frequency(table: np.ndarray, flat: float) -> tuple[PlaceGroup, ...]:
 
 
 def group_position(table: np.ndarray, flat: float) -> tuple[PlaceGroup, ...]:
-    """Return groups by how many tokens the models have read before the target."""
+    """Return groups by the number of tokens that the models have read before the target."""
     groups, low = [], 0
     for high in POSITIONS:
         part = table[(table[:, 1] >= low) & (table[:, 1] < high)]

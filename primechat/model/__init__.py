@@ -1,1 +1,1 @@
-"""Integers to logits and losses, and weights on disk."""
+"""Models: token ids to logits and losses, their weights, and adapters."""

@@ -1,9 +1,9 @@
-"""The same formulas as in gpt.py and attention.py, in forms that are faster on a CPU; tests compare the two.
+"""The formulas of gpt.py and attention.py in forms that are faster on a CPU; tests compare the two.
 
-A small model on a CPU is bound by memory traffic and by the number of calls, so these forms touch each
-number fewer times: a norm in two passes, one product for queries, keys and values, attention by blocks of
-queries that never looks at keys behind them, and one more token a row without any of what longer texts need
-(`run_layers`, which serves a GPU too: there it saves launches).
+A small model on a CPU is limited by memory traffic and by the number of calls, so these forms read each
+number fewer times: a norm in two passes, one product for queries, keys and values, attention over blocks of
+queries that skips the keys after each block, and a decoding step for one token per row without the work that
+longer texts need (`run_layers`, also used on a GPU, where it saves kernel launches).
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from torch import Tensor
 from primechat.config.model import NORM_EPS
 from primechat.model.kv_cache import KVCache
 
-QUERY_BLOCK = 128  # queries handled together; measured at 256 to 1,024 tokens
-LONGEST_BLOCKWISE = 1024  # beyond, the weights of all blocks would take more memory than SDPA's
-MANY_ROWS = (
-    16  # measured at widths 256 and 1280: with fewer rows, the weights are best on the right
-)
+QUERY_BLOCK = 128  # queries computed together; measured at 256 to 1,024 tokens
+LONGEST_BLOCKWISE = 1024  # beyond this, the weights of all blocks would take more memory than SDPA
+MANY_ROWS = 16  # rows from which `map_rows` transposes; measured at widths 256 and 1280
 EPS_TENSOR = torch.tensor(NORM_EPS, device="cpu")
 
 
-# ---- the norm and the projections, in training and reading
+# ---- the norm and the projections, in training and inference
 
 
 def norm(x: Tensor) -> Tensor:
@@ -40,7 +38,7 @@ def norm(x: Tensor) -> Tensor:
 
 
 def project(u: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return u (..., C) mapped by each weight (N_i, C), as one product with the weights side by side."""
+    """Return u (..., C) mapped by each weight (N_i, C), computed as one product with all weights."""
     together = F.linear(u, torch.cat(list(weights)).to(u.dtype))
     return together.split([len(weight) for weight in weights], dim=-1)
 
@@ -51,9 +49,9 @@ def project(u: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
 class BlockAttention(torch.autograd.Function):
     """Causal attention as plain matrix products over blocks of queries.
 
-    The weights are kept for the backward pass, which SDPA computes again; keys behind a block of queries,
-    or before its window, are never touched. Arguments and result as `attention.attend`'s with
-    (B, H, T, D) for each of q, k, v, and H heads each.
+    The weights are kept for the backward pass, where SDPA would recompute them. Keys after a block of
+    queries, or before its window, are never read. Arguments and result are as for `attention.attend`, except
+    that q, k and v are (B, H, T, D), all with H heads.
     """
 
     @staticmethod
@@ -107,14 +105,14 @@ class BlockAttention(torch.autograd.Function):
 
 
 def find_block(start: int, n_tokens: int, window: int | None) -> tuple[slice, slice]:
-    """Return the queries of a block, and the keys that any of them may read."""
+    """Return the queries of a block and the keys that any of them may read, as slices."""
     stop = min(start + QUERY_BLOCK, n_tokens)
     first = 0 if window is None else max(0, start - window)
     return slice(start, stop), slice(first, stop)
 
 
 def block_bias(queries: slice, keys: slice, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Return what is added to a block's scores: 0 where a query reads a key, -inf where it may not."""
+    """Return the bias on a block's scores: 0 where a query may read a key, -inf where it may not."""
     distance = torch.arange(queries.start, queries.stop)[:, None] - torch.arange(
         keys.start, keys.stop
     )
@@ -122,16 +120,16 @@ def block_bias(queries: slice, keys: slice, window: int | None, dtype: torch.dty
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
 
 
-# ---- one more token a row
+# ---- decoding one token per row
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
-    """One block's weights and numbers, with what adapters add to them.
+    """One block's weights and scalars, including what adapters add to them.
 
-    qkv (H*D + 2*K*D, C) maps to queries, keys and values; proj (H*D, C), fc (4C, C) and out (4C, C) are
-    attention's output and the two maps of the MLP; keep and again are the residual scalars, None where the
-    model has none; table (V, K*D) and gate (K, n) belong to a value embedding.
+    qkv (H*D + 2*K*D, C) maps to queries, keys and values. proj (H*D, C) is the output map of attention; fc
+    (4C, C) and out (4C, C) are the two maps of the MLP. keep and again are the residual scalars; keep is None
+    if the model has none. table (V, K*D) and gate (K, n) belong to a value embedding.
     """
 
     layer: int
@@ -150,12 +148,13 @@ class LayerWeights:
 
 
 class TokenStep:
-    """Where one more token a row goes, and which keys it reads: worked out once for all layers.
+    """The positions of one new token per row and the keys it reads, computed once for all layers.
 
     Args:
-        lengths: the tokens that each row holds.
+        lengths: number of tokens that each row holds.
+        device: where the index tensors are made.
 
-    `place` is where the next ones go: one number where all rows are equally long, else (B,).
+    `place` is the position of the new tokens: one number if all rows are equally long, else (B,).
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
@@ -167,9 +166,12 @@ class TokenStep:
             self.rows = torch.arange(len(lengths), device=device)
 
     def find_keys(self, window: int | None, n_kv_head: int) -> tuple[slice, Tensor | None]:
-        """Return the keys that any row reads, and what is added to the scores of them: 0, or -inf where a
-        row may not read one, (B * K, 1, S); None where all rows read all of them.
+        """Return the keys that any row reads, and the bias on their scores.
+
+        The bias (B * K, 1, S) is 0, or -inf where a row may not read a key; it is None if every row reads all
+        of these keys.
         """
+        # The range of keys: from the start of the shortest row's window to the longest row's new token.
         if window is not None and self.longest <= window:
             window = None
         first = 0 if window is None else max(0, self.shortest - window)
@@ -177,6 +179,7 @@ class TokenStep:
         if isinstance(self.place, int):
             return keys, None
 
+        # Rows of different lengths need a bias, which all layers with the same window share.
         if window not in self.biases:
             at = torch.arange(first, self.longest + 1, device=self.place.device)
             distance = self.place[:, None, None] - at  # (B, 1, S)
@@ -193,16 +196,17 @@ def run_layers(
     rotary: tuple[Tensor, Tensor],
     cache: KVCache,
 ) -> tuple[Tensor, Tensor]:
-    """Run the blocks on one token a row, storing its keys and values.
+    """Return the residual streams after the blocks, for one new token per row, and store its keys and values.
 
     Args:
         x: the first residual stream (B, C).
         ids: the tokens (B,).
+        layers: the weights of each block.
         rotary: cos and sin of their positions, (B, 1, D), or (1, D) for one position.
-        cache: what the rows have read; at least one token each.
+        cache: the tokens that the rows have read, at least one each.
 
     Returns:
-        The stream that leaves the last layer, and the one that leaves layer n_layer // 2, (B, C) each.
+        The stream after the last layer, and the stream after layer n_layer // 2, (B, C) each.
     """
     step = TokenStep(cache.lengths, x.device)
     first = middle = x
@@ -223,22 +227,26 @@ def run_layer(
     cache: KVCache,
     step: TokenStep,
 ) -> Tensor:
-    """Map the stream x (B, C) of one token a row to the next one."""
+    """Return the residual stream (B, C) after one block, for one token per row."""
+    # Queries, keys and values of all heads, in one product.
     u = norm(x)
     B, H, K = x.size(0), weights.n_head, weights.n_kv_head
     heads = F.linear(u, weights.qkv).view(B, H + 2 * K, -1)  # (B, H + 2K, D)
     qk, v = heads[:, : H + K], heads[:, H + K :]
 
+    # The gated value embedding.
     if weights.table is not None and weights.gate is not None:
         gate = torch.sigmoid(F.linear(u[:, : weights.gate.size(1)], weights.gate))  # (B, K)
         added = F.embedding(ids, weights.table).view_as(v)
         v = torch.addcmul(v, gate.unsqueeze(-1), added, value=3)
 
+    # Rotate queries and keys together, then normalise them.
     cos, sin = rotary
     swapped = torch.roll(qk, qk.size(-1) // 2, -1)
     qk = norm(torch.addcmul(qk * cos, swapped, sin))
     q, k = qk[:, :H], qk[:, H:]
 
+    # Attention, then MLP; each adds to the stream.
     store_token(k, v, weights.layer, cache, step)
     out = attend_token(q, weights, cache, step)  # (B, H, D)
     x = torch.addmm(x, out.reshape(B, -1), weights.proj)
@@ -247,7 +255,7 @@ def run_layer(
 
 
 def store_token(k: Tensor, v: Tensor, layer: int, cache: KVCache, step: TokenStep) -> None:
-    """Write one token's keys and values a row, (B, K, D), behind what the cache holds."""
+    """Write the keys and values of one token per row, (B, K, D), after the tokens that the cache holds."""
     keys, values = cache.keys[layer], cache.values[layer]  # (B, K, S, D)
     if isinstance(step.place, int):
         keys[:, :, step.place] = k
@@ -258,14 +266,14 @@ def store_token(k: Tensor, v: Tensor, layer: int, cache: KVCache, step: TokenSte
 
 
 def attend_token(q: Tensor, weights: LayerWeights, cache: KVCache, step: TokenStep) -> Tensor:
-    """Return what one query a row, q (B, H, D), reads from the cache, (B, H, D)."""
+    """Return the attention output (B, H, D) of one query per row, q (B, H, D), over the cache."""
     B, H, D = q.shape
     K = weights.n_kv_head
     keys, bias = step.find_keys(weights.window, K)
     k = cache.keys[weights.layer][:, :, keys]  # (B, K, S, D)
     v = cache.values[weights.layer][:, :, keys]
 
-    # Of many rows, plain products take 0.6 to 0.8 of SDPA's time on a CPU.
+    # With several rows on a CPU, plain products take 0.6 to 0.8 of SDPA's time.
     if B > 1 and k.is_cpu:
         queries = q.to(k.dtype).reshape(B * K, H // K, D)
         bias = k.new_zeros(1, 1, 1) if bias is None else bias
@@ -285,6 +293,9 @@ def attend_token(q: Tensor, weights: LayerWeights, cache: KVCache, step: TokenSt
 
 
 def map_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x (B, C) @ weight (N, C).T; on a CPU, in float32, many rows are a sixth faster transposed."""
+    """Return x (B, C) @ weight (N, C).T.
+
+    For many float32 rows on a CPU the transposed product is a sixth faster.
+    """
     many = x.size(0) >= MANY_ROWS and x.is_cpu and x.dtype == torch.float32
     return (weight @ x.T).T if many else F.linear(x, weight)

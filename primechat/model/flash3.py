@@ -1,4 +1,4 @@
-"""FlashAttention-3 where it can run: Hopper GPUs, 16-bit numbers.
+"""FlashAttention-3, where it can run: on Hopper GPUs, with 16-bit numbers.
 
 Reference: Shah et al. 2024.
 """
@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-problems: list[str] = []  # why it did not load, where it should have
+problems: list[str] = []  # why it did not load on a GPU that could run it
 
 
 @functools.cache
 def load_flash3() -> Any:
-    """Return FlashAttention-3's module, or None; the reason is kept in `problems`.
+    """Return the module of FlashAttention-3, or None.
 
-    Source: `flash_attn_interface` where it is installed, else the prebuilt kernel that the package
-        `kernels` fetches.
+    `flash_attn_interface` is used if it is installed, else the prebuilt kernel that the package `kernels`
+    fetches. If that fails, the reason is added to `problems`.
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return None
@@ -36,6 +36,6 @@ def load_flash3() -> Any:
 
 
 def flash3_runs(device_type: str, dtype: torch.dtype) -> bool:
-    """Return whether FlashAttention-3 takes tensors of this device and dtype."""
+    """Return whether FlashAttention-3 accepts tensors of this device and dtype."""
     is_half = dtype in (torch.bfloat16, torch.float16)
     return device_type == "cuda" and is_half and load_flash3() is not None

@@ -1,10 +1,10 @@
-"""The GPT: integers to logits and losses, both generations of nanochat behind named switches.
+"""The GPT: token ids to logits and losses, with both generations of nanochat behind named switches.
 
-Read it from `GPT.hidden` downwards: embed the tokens, run the blocks (attention, then MLP, each adding to
-the residual stream), norm; `logits` and `loss` follow. These are the plain formulas; model/fast_cpu.py has
-some of them in faster forms, and the few places that use those say so. Reference: nanochat (October 2025
-and 2026), whose state_dict keys are kept; Vaswani et al. 2017; Su et al. 2021 (rotary positions); Henry et
-al. 2020 (norm on queries and keys).
+Start reading at `GPT.hidden`: embed the tokens, run the blocks (attention, then MLP, each adding to the
+residual stream), normalise; `logits` and `loss` follow. These are the plain formulas. model/fast_cpu.py
+holds faster forms of some of them, and the few places that use those say so.
+Reference: nanochat (October 2025 and 2026), whose state_dict keys are kept; Vaswani et al. 2017; Su et al.
+2021 (rotary positions); Henry et al. 2020 (norm on queries and keys).
 """
 
 # Numerics        parameters   compute    rotary table   loss      cache
@@ -12,7 +12,7 @@ al. 2020 (norm on queries and keys).
 # CPU bf16 units  float32      bfloat16   rope_dtype     float32   float32
 # MPS             float32      float32    rope_dtype     float32   float32
 # CUDA            float32      bfloat16   rope_dtype     float32   bfloat16
-# A model loaded for inference holds its parameters in the compute dtype.
+# A model loaded for inference keeps its parameters in the compute dtype.
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ Rotary = tuple[Tensor, Tensor]  # cos and sin, (T, 1, D) or (B, T, 1, D)
 
 
 class NoHook:
-    """Nobody listens: every tensor passes as it is."""
+    """A hook that returns every tensor unchanged; used where nobody listens."""
 
     def wants(self, point: str) -> bool:
-        """Return whether a point that costs extra work is wanted."""
+        """Return whether the hook wants a point that costs extra work to compute."""
         return False
 
     def __call__(self, point: str, x: Tensor) -> Tensor:
-        """Return what the pass goes on with."""
+        """Return the tensor with which the forward pass continues."""
         return x
 
 
@@ -56,13 +56,13 @@ NO_HOOK = NoHook()
 
 @dataclass(frozen=True)
 class Context:
-    """Where the tokens of one forward pass stand, and what each of them may read besides itself.
+    """The positions of the tokens in one forward pass, and what each of them may read besides itself.
 
     Attributes:
         rotary: the rotary tables at the tokens' positions.
-        n_before: tokens that the cache held before this pass.
-        cache: keys and values of the tokens before; None where the text begins with this pass.
-        documents: in packed rows, which document each token belongs to; None where a row is one text.
+        n_before: number of tokens in the cache before this pass.
+        cache: keys and values of the preceding tokens; None if the text begins with this pass.
+        documents: the document of each token in packed rows; None if each row is one text.
     """
 
     rotary: Rotary
@@ -79,9 +79,9 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Return x (B, T, H, D) with each pair of channels (j, j + D/2) turned by minus its position's angle.
+    """Return x (B, T, H, D) with each pair of channels (j, j + D/2) rotated by minus its position's angle.
 
-    The tables hold cos twice, and sin followed by -sin.
+    Along D, the tables hold cos twice, and sin followed by -sin.
     """
     cos, sin = rotary
     a, b = x.chunk(2, dim=-1)
@@ -89,14 +89,14 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A map without bias that computes in the dtype of its input."""
+    """A linear map without bias that computes in the dtype of its input."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_in, n_out, bias=False)
-        self.adapter: Adapter | None = None  # what model.lora hangs beside it
+        self.adapter: Adapter | None = None  # set by model.lora
 
     def reset_parameters(self) -> None:
-        """Draw nothing on the meta device: there it makes torch import SymPy, 75 MB and seconds."""
+        """Draw the weights, except on the meta device, where torch would import SymPy (75 MB, seconds)."""
         if not self.weight.is_meta:
             super().reset_parameters()
 
@@ -105,16 +105,16 @@ class Linear(nn.Linear):
         return self.adapt(F.linear(x, self.weight.to(x.dtype)), x)
 
     def adapt(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y = W x with what adapters make of x."""
+        """Return y = W x plus what the adapters compute from x."""
         return y if self.adapter is None else self.adapter.add_to(y, x)
 
     def whole_weight(self) -> Tensor:
-        """Return the weight with what its adapters add."""
+        """Return the weight, including what its adapters add."""
         return self.weight if self.adapter is None else self.adapter.make_whole(self.weight)
 
 
 class Embedding(nn.Embedding):
-    """A table of vectors; on the meta device nothing is drawn either."""
+    """A table of vectors; like `Linear`, it draws nothing on the meta device."""
 
     def reset_parameters(self) -> None:  # noqa: D102
         if not self.weight.is_meta:
@@ -122,7 +122,7 @@ class Embedding(nn.Embedding):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and normed queries and keys."""
+    """Causal self-attention with rotary positions and normalised queries and keys."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Attention(nn.Module):
         self.window = config.window(layer)
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.head_dim = config.head_dim
-        # Queries and keys carry a gain each.
+        # The gain applies to queries and to keys, so it enters the scores squared.
         self.scale = config.qk_gain**2 / config.head_dim**0.5
         self.c_q = Linear(config.n_embd, config.n_embd)
         self.c_k = Linear(config.n_embd, config.kv_dim)
@@ -144,9 +144,9 @@ class Attention(nn.Module):
         """Return what attention adds to the residual stream, (B, T, C).
 
         Args:
-            u: the normed residual stream, (B, T, C).
+            u: the normalised residual stream, (B, T, C).
             ve: the tokens' value embeddings in this layer, (B, T, K * D), or None.
-            context: positions, and what may be read.
+            context: positions, and what each token may read.
             hook: called with each named tensor; what it returns is used in its place.
         """
         B, T, _ = u.shape
@@ -158,20 +158,22 @@ class Attention(nn.Module):
         v = v.view(B, T, self.n_kv_head, self.head_dim)  # (B, T, K, D)
         q, k = hook(f"{self.name}.q_raw", q), hook(f"{self.name}.k_raw", k)
 
-        # A gated embedding of the token joins its values; the gate reads a few channels, from 0 to 3.
+        # Each token adds a gated embedding to its values. The gate reads a few channels of the
+        # stream; it lies between 0 and 3.
         if ve is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(u[..., :GATE_CHANNELS]))  # (B, T, K)
             v = torch.addcmul(v, gate.unsqueeze(-1), ve.view_as(v))
 
-        # Positions enter as a rotation; normed afterwards, a query meets a key by their angle alone.
+        # Positions enter as a rotation. After the norm, a score depends only on the angle between
+        # query and key.
         q = hook(f"{self.name}.q", norm(rotate(q, context.rotary)))
         k = hook(f"{self.name}.k", norm(rotate(k, context.rotary)))
         v = hook(f"{self.name}.v", v)
 
-        # Every token reads itself and the ones before it.
+        # Every token reads itself and the tokens before it.
         out = self.read(q, k, v, context, hook)  # (B, T, H, D)
 
-        # The heads are laid side by side and mixed.
+        # Concatenate the heads and mix them.
         out = hook(f"{self.name}.heads", out)
         return hook(f"{self.name}.out", self.c_proj(out.reshape(B, T, -1)))
 
@@ -183,10 +185,13 @@ class Attention(nn.Module):
         return self.c_q.adapt(q, u), self.c_k.adapt(k, u), self.c_v.adapt(v, u)
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, context: Context, hook: Hook) -> Tensor:
-        """Return for each query the weighed sum of the values that it may read, (B, T, H, D)."""
+        """Return, for each query, the weighted sum of the values it may read, (B, T, H, D)."""
+        # With a cache, keys and values include those of all earlier tokens.
         if context.cache is not None:
-            k, v = context.cache.append(self.layer, k, v)  # (B, S, K, D): all that was read so far
+            k, v = context.cache.append(self.layer, k, v)  # (B, S, K, D)
         documents = None if context.documents is None else context.documents.ids
+
+        # `attend` does not return the weights, so they are computed separately for a hook.
         if hook.wants(f"{self.name}.weights"):
             weights = attention_weights(
                 q,
@@ -197,6 +202,7 @@ class Attention(nn.Module):
                 document_ids=documents,
             )
             hook(f"{self.name}.weights", weights)  # (B, H, T, S)
+
         return attend(
             q,
             k,
@@ -209,7 +215,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two maps with relu(x)^2 between (So et al. 2021)."""
+    """Two linear maps with relu(x)^2 between them (So et al. 2021)."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -218,13 +224,13 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, u: Tensor, hook: Hook) -> Tensor:
-        """Return what the MLP adds to the residual stream, (B, T, C), given that stream normed."""
+        """Return what the MLP adds to the residual stream, (B, T, C), given the normalised stream u."""
         hidden = hook(f"{self.name}.pre", self.c_fc(u))  # (B, T, 4C)
         return hook(f"{self.name}.out", self.c_proj(F.relu(hidden).square()))
 
 
 class Block(nn.Module):
-    """Attention, then MLP; both read the normed stream and add to it."""
+    """Attention, then MLP; both read the normalised stream and add to it."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -232,20 +238,20 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(config, layer), MLP(config, layer)
 
     def forward(self, x: Tensor, ve: Tensor | None, context: Context, hook: Hook) -> Tensor:
-        """Map the residual stream (B, T, C) to the next one."""
+        """Return the residual stream after this block, (B, T, C)."""
         x = x + self.attn(norm(x), ve, context, hook)
         x = x + self.mlp(norm(x), hook)
         return hook(f"layer.{self.layer}.resid", x)
 
 
 class GPT(nn.Module):
-    """A language model; its parameters carry the keys of nanochat's checkpoints."""
+    """A language model whose parameters have the same keys as nanochat's checkpoints."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
-        # In training: compute each block again in the backward pass instead of keeping its inside.
+        # In training: recompute each block in the backward pass instead of keeping its activations.
         self.checkpoint_blocks = False
 
         if config.residual_scalars:
@@ -265,8 +271,9 @@ class GPT(nn.Module):
         layers = [i for i in range(config.n_layer) if config.has_value_embedding(i)]
         self.value_embeds = nn.ModuleDict({str(i): Embedding(rows, config.kv_dim) for i in layers})
 
-        self.rotary: Rotary | None = None  # made when first needed
-        self.token_weights: list[fast_cpu.LayerWeights] | None = None  # likewise, to decode with
+        # Both are built on first use; the second serves `decode_token`.
+        self.rotary: Rotary | None = None
+        self.token_weights: list[fast_cpu.LayerWeights] | None = None
 
     # ---- the forward pass
 
@@ -277,25 +284,26 @@ class GPT(nn.Module):
         hook: Hook = NO_HOOK,
         documents: Documents | None = None,
     ) -> Tensor:
-        """Return the normed final states (B, T, C) of ids (B, T).
+        """Return the normalised final states (B, T, C) of ids (B, T).
 
         Args:
             ids: (B, T) int64.
-            cache: what was read before; ids go behind it, and are kept there.
-            hook: sees, and may change, what passes the points that `interp.hooks` names.
-            documents: in packed rows, what keeps their documents apart.
+            cache: the tokens read before; ids are read after them and added to the cache.
+            hook: called at the points that `interp.hooks` names; it may replace the tensors.
+            documents: in packed rows, the document of each token; documents do not read each other.
 
         Raises:
-            ValueError: more tokens than the rotary table or the cache has room for.
+            ValueError: there are more tokens than the rotary table or the cache can hold.
         """
         c = self.config
         context = self.open_context(ids, cache, documents)
 
-        # The first residual stream; blocks may mix it in again.
+        # The first residual stream, which blocks may mix in again.
         x = first = middle = hook("embed", self.embed(ids, context, hook))  # (B, T, C)
         if c.residual_scalars:
             keep, again = self.resid_lambdas.to(x.dtype), self.x0_lambdas.to(x.dtype)  # (L,)
 
+        # The blocks, each with its residual scalars and value embedding where the config has them.
         for i, block in enumerate(self.blocks):
             if c.residual_scalars:
                 x = torch.addcmul(x * keep[i], first, again[i])
@@ -309,6 +317,7 @@ class GPT(nn.Module):
             if i == c.n_layer // 2:
                 middle = x
 
+        # Backout subtracts a share of the stream as it was in the middle of the network.
         if c.backout:
             x = x - self.backout_lambda.to(x.dtype) * middle
         if cache is not None:
@@ -318,7 +327,8 @@ class GPT(nn.Module):
     def open_context(
         self, ids: Tensor, cache: KVCache | None, documents: Documents | None
     ) -> Context:
-        """Return where ids (B, T) stand and what they may read."""
+        """Return the positions of ids (B, T) and what they may read."""
+        # Check that the new tokens fit.
         n_new, room = ids.size(1), self.max_context
         n_held = 0
         if cache is not None:
@@ -328,6 +338,7 @@ class GPT(nn.Module):
                 f"{n_held + n_new} tokens do not fit in {room} places; shorten the text."
             )
 
+        # Find the position of each token: one slice if all rows are equally long, else an index per row.
         n_before: Rows = n_held
         at: slice | Tensor = slice(n_held, n_held + n_new)
         if documents is not None:
@@ -339,21 +350,23 @@ class GPT(nn.Module):
         return Context((cos[at], sin[at]), n_before, cache, documents)
 
     def embed(self, ids: Tensor, context: Context, hook: Hook = NO_HOOK) -> Tensor:
-        """Return the first residual stream (B, T, C): normed embeddings, smeared where the switch is on.
+        """Return the first residual stream (B, T, C): normalised embeddings, smeared if `config.smear` is on.
 
-        Smearing adds to each embedding a gated share of the one before it in the same text.
+        Smearing adds to each embedding a gated share of the preceding one in the same text.
         """
         e = hook("token", norm(self.transformer["wte"](ids).to(self.compute_dtype)))
         if not self.config.smear:
             return e
 
+        # The embedding before the first token: zero, or the last one that the cache has read.
         cache, documents = context.cache, context.documents
-        before = torch.zeros_like(e[:, :1])  # the first token has none before it ...
+        before = torch.zeros_like(e[:, :1])
         if cache is not None:
             if cache.last_embed is not None:
-                before = cache.last_embed[:, None]  # ... unless the cache has read it
+                before = cache.last_embed[:, None]
             cache.last_embed = e[:, -1]
 
+        # The first token of a packed document takes nothing from the document before it.
         share = torch.sigmoid(self.smear_gate(e[..., :SMEAR_CHANNELS]))  # (B, T, 1)
         share = share * self.smear_lambda.to(e.dtype)
         if documents is not None:
@@ -361,11 +374,11 @@ class GPT(nn.Module):
         return e + share * torch.cat((before, e[:, :-1]), dim=1)
 
     def logits(self, h: Tensor) -> Tensor:
-        """Return float32 logits (..., V), capped, of normed final states (..., C)."""
+        """Return the capped float32 logits (..., V) of normalised final states (..., C)."""
         return cap_logits(self.lm_head(h)[..., : self.config.vocab_size], self.config.logit_softcap)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return float32 logits (B, T, V) of ids (B, T) int64."""
+        """Return the float32 logits (B, T, V) of ids (B, T) int64."""
         return self.logits(self.hidden(ids))
 
     def loss(
@@ -376,8 +389,10 @@ class GPT(nn.Module):
         Args:
             ids: (B, T) int64.
             targets: (B, T) int64; -1 is ignored.
-            reduction: mean over the targets that count, sum, or none for (B, T) with 0 where ignored.
-            bos_id: what each of these begins is kept apart from its neighbours in the row; -1: nothing is.
+            reduction: "mean" over the targets that are not ignored, "sum", or "none" for (B, T) with 0 where
+                a target is ignored.
+            bos_id: the id that begins a document; documents packed into a row then do not read each other.
+                With -1 each row is one text.
         """
         documents = None if bos_id < 0 else Documents.find(ids, bos_id)
         h = self.hidden(ids, documents=documents)
@@ -392,10 +407,12 @@ class GPT(nn.Module):
         total = sum_cross_entropy(h, *head)
         return total if reduction == "sum" else total / (targets >= 0).sum().clamp(min=1)
 
-    @torch.inference_mode(False)  # a table first needed in decoding must serve training too
+    # Not in inference mode: a table first needed for decoding must serve training too.
+    @torch.inference_mode(False)
     def rotary_table(self) -> Rotary:
-        """Return the tables cos and sin, (10 * sequence_len, 1, D), in the compute dtype, made once a
-        device.
+        """Return the tables cos and sin, (10 * sequence_len, 1, D), in the compute dtype.
+
+        They are built once per device and dtype.
 
         Source: nanochat, gpt.py: angle t * base^(-2j/D) in float32, rounded to rope_dtype.
         """
@@ -404,30 +421,33 @@ class GPT(nn.Module):
             if self.rotary[0].device == device and self.rotary[0].dtype == dtype:
                 return self.rotary
 
+        # The angle of each position and pair of channels.
         c = self.config
         even = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device=device)
         speed = c.rope_base ** -(even / c.head_dim)  # (D / 2,)
         place = torch.arange(self.max_context, dtype=torch.float32, device=device)
-        angle = place[:, None] * speed
+        angle = place[:, None] * speed  # (10 * sequence_len, D / 2)
+
+        # Round cos and sin as the config says, and lay them out as `rotate` reads them.
         kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "compute": dtype}
         cos = angle.cos().to(kinds[c.rope_dtype]).to(dtype)[:, None]
         sin = angle.sin().to(kinds[c.rope_dtype]).to(dtype)[:, None]
         self.rotary = torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
         return self.rotary
 
-    # ---- reading on, with a cache
+    # ---- decoding with a cache
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """Return an empty cache for `batch_size` rows of up to `capacity` tokens."""
         c = self.config
-        # On a CPU, SDPA of one bfloat16 query takes 3 to 4 times as long as of a float32 one.
+        # On a CPU, SDPA takes 3 to 4 times as long for a bfloat16 query as for a float32 one.
         dtype = torch.float32 if self.device.type == "cpu" else self.compute_dtype
         shape = (c.n_layer, batch_size, c.n_kv_head, capacity, c.head_dim)
         return KVCache(*shape, dtype=dtype, device=self.device)
 
     @torch.inference_mode()
     def advance(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """Read ids (B, T) into the cache; return the float32 logits (B, V) that follow the last one."""
+        """Read ids (B, T) into the cache and return the float32 logits (B, V) after the last token."""
         room = min(self.max_context, cache.capacity)
         is_frozen = not (self.lm_head.weight.requires_grad or self.training)
         one_more = ids.size(1) == 1 and min(cache.lengths) > 0 and max(cache.lengths) < room
@@ -437,22 +457,29 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def read_padded(self, ids: Tensor, counts: list[int], cache: KVCache) -> Tensor:
-        """Read of each row of ids (B, T) its first `counts` into an empty cache; return logits (B, V).
+        """Read rows of different lengths into an empty cache and return the logits (B, V) after each row.
 
-        What pads a row stands behind its tokens, which do not see it, and is overwritten by what comes.
+        Args:
+            ids: (B, T) int64; row b holds counts[b] tokens, then padding.
+            counts: number of real tokens in each row.
+            cache: an empty cache of B rows.
+
+        The padding follows the tokens of its row, so they never read it; later tokens overwrite it.
         """
         h = self.hidden(ids, cache)
         rows = torch.arange(len(counts), device=ids.device)
         last = torch.tensor(counts, device=ids.device) - 1
+
+        # Set the cache to what each row holds without its padding.
         cache.lengths = list(counts)
         if cache.last_embed is not None:
             cache.last_embed = norm(self.transformer["wte"](ids[rows, last]).to(self.compute_dtype))
         return self.logits(h[rows, last])
 
     def decode_token(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """Do what `hidden` does for one token a row, ids (B, 1); return (B, C).
+        """Return the normalised final states (B, C) of one new token per row, ids (B, 1), as `hidden` does.
 
-        A small model spends half its time in Python: these are the same formulas in fewer calls.
+        A small model spends half its time in Python; these are the same formulas in fewer calls.
         """
         if self.token_weights is None:
             self.token_weights = [
@@ -469,7 +496,7 @@ class GPT(nn.Module):
         return norm(x)
 
     def forget_token_weights(self) -> None:
-        """Drop what `decode_token` has laid out; whoever changes weights or adapters calls this."""
+        """Drop the weights that `decode_token` prepared; call this after changing weights or adapters."""
         self.token_weights = None
 
     # ---- making one
@@ -483,10 +510,10 @@ class GPT(nn.Module):
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> GPT:
-        """Return a frozen model around tensors by nanochat's keys, in eval mode.
+        """Return a frozen model, in eval mode, from a state dictionary with nanochat's keys.
 
-        One tensor is cast at a time, without a second copy of the weights: the dictionary is emptied on the
-        way. `dtype` is that of parameters and compute.
+        The tensors are cast one at a time and `state` is emptied, so that no second copy of the weights is
+        held. `dtype` is used for parameters and compute.
         """
         with torch.device("meta"):
             model = cls(config)
@@ -499,11 +526,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator, init: InitConfig | None = None) -> None:
-        """Draw fresh weights; without a config our own."""
+        """Draw new weights according to `init`, or to primechat's own InitConfig if it is None."""
         named = self.named_parameters()
         draw_weights(named, self.config.n_embd, init or InitConfig(), generator)
 
-    # ---- what every language model offers (protocols.LanguageModel)
+    # ---- the properties of every language model (protocols.LanguageModel)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -522,21 +549,20 @@ class GPT(nn.Module):
 
     @property
     def max_context(self) -> int:
-        """Most tokens that can be read: the length of the rotary table."""
+        """Maximum number of tokens that can be read: the length of the rotary table."""
         return TABLE_FACTOR * self.config.sequence_len
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device that holds the parameters."""
         return self.lm_head.weight.device
 
 
-@torch.inference_mode(
-    False
-)  # the weights become views of what is made here, and may be changed later
+# Not in inference mode: the weights become views of the tensors made here, and may change later.
+@torch.inference_mode(False)
 @torch.no_grad()
 def lay_out_weights(model: GPT, block: Block) -> fast_cpu.LayerWeights:
-    """Return a frozen block's weights as `fast_cpu.run_layers` wants them; only adapted ones are copied."""
+    """Return a frozen block's weights as `fast_cpu.run_layers` takes them; only adapted ones are copied."""
     attn, mlp, c = block.attn, block.mlp, model.config
     layer = block.layer
     has_table = c.has_value_embedding(layer)
@@ -558,9 +584,9 @@ def lay_out_weights(model: GPT, block: Block) -> fast_cpu.LayerWeights:
 
 
 def join_weights(*maps: Linear) -> Tensor:
-    """Return the weights of frozen maps, one above the other, with what adapters add.
+    """Return the weights of frozen linear maps stacked along their output, including what adapters add.
 
-    Without adapters the maps become views of the result, so that no weight is held twice.
+    Without adapters, the maps' own weights become views of the result, so that no weight is held twice.
     """
     joined = torch.cat([f.whole_weight() for f in maps])
     if all(f.adapter is None for f in maps):

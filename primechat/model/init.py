@@ -1,7 +1,7 @@
-"""Fresh weights, by the numbers of an InitConfig.
+"""Weight initialisation, as an InitConfig describes it.
 
-Every block starts as nothing: what it writes back into the stream passes a matrix of zeros. The order of the
-draws is that of the parameters, so that a seed gives the same weights as ever.
+Every block initially adds nothing to the residual stream, because its output matrices are zero. The weights
+are drawn in the order of the parameters, so that a seed always gives the same weights.
 Reference: nanochat of October 2025 and of July 2026, gpt.py; Yang et al. 2023 (the spectral condition).
 """
 
@@ -21,10 +21,13 @@ def draw_weights(
     init: InitConfig,
     generator: torch.Generator,
 ) -> None:
-    """Fill the parameters of a GPT, named as in its state_dict, in place.
+    """Fill the parameters of a GPT in place.
 
     Args:
-        n_embd: width of the model, by which uniform matrices scale.
+        parameters: names, as in the state_dict, and tensors.
+        n_embd: width of the model, with which uniform matrices scale.
+        init: the initial values and standard deviations.
+        generator: source of the random numbers.
     """
     for name, p in parameters:
         if name == "resid_lambdas":
@@ -49,19 +52,18 @@ def draw_weights(
 
 
 def draw_matrix(p: Tensor, n_embd: int, kind: str, gain: float, generator: torch.Generator) -> None:
-    """Draw a matrix (out, in) of one of the two kinds, its standard deviation times `gain`."""
+    """Fill a matrix (out, in) with random numbers of the given kind, scaled by `gain`."""
     if kind == "normal":
         n_out, n_in = p.shape
         draw_normal(p, gain * min(1.0, (n_out / n_in) ** 0.5) / n_in**0.5, generator)
     else:
-        bound = (
-            gain * (3 / n_embd) ** 0.5
-        )  # of a uniform with a standard deviation of 1 / sqrt(n_embd)
+        # A uniform distribution on [-b, b] has the standard deviation b / sqrt(3), here 1 / sqrt(n_embd).
+        bound = gain * (3 / n_embd) ** 0.5
         draw_uniform(p, -bound, bound, generator)
 
 
 def draw_normal(p: Tensor, std: float, generator: torch.Generator) -> None:
-    """Fill a tensor with normal numbers; with a deviation of 0 nothing is drawn."""
+    """Fill a tensor with normal numbers, or with zeros, drawing nothing, if `std` is 0."""
     if std:
         p.normal_(std=std, generator=generator)
     else:
@@ -69,7 +71,7 @@ def draw_normal(p: Tensor, std: float, generator: torch.Generator) -> None:
 
 
 def draw_uniform(p: Tensor, low: float, high: float, generator: torch.Generator) -> None:
-    """Fill a tensor with uniform numbers; where low and high are one nothing is drawn."""
+    """Fill a tensor with uniform numbers, or with `low`, drawing nothing, if `low` equals `high`."""
     if high > low:
         p.uniform_(low, high, generator=generator)
     else:
@@ -77,5 +79,5 @@ def draw_uniform(p: Tensor, low: float, high: float, generator: torch.Generator)
 
 
 def lay_on_line(first: float, last: float, n: int) -> Tensor:
-    """Return n numbers on a line, (n,); of one number the first."""
+    """Return n evenly spaced numbers from `first` to `last`, (n,); `first` alone if n is 1."""
     return torch.tensor([first + (last - first) * i / max(n - 1, 1) for i in range(n)])

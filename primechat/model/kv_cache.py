@@ -1,7 +1,7 @@
-"""The cache of keys and values: what a model remembers of the text that it has read.
+"""The cache of keys and values of the text that a model has read.
 
 Attention at a new token needs the keys and values of all tokens before it. They do not change, so they are
-kept instead of being computed again. The rows of a batch may differ in length.
+stored instead of recomputed. The rows of a batch may differ in length.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of every layer, and the last embedding, which the smear of the next token needs.
+    """Keys and values of every layer, and the last embedding, which smearing the next token needs.
 
-    keys and values are (L, B, K, S, D), with room for S tokens a row; row b holds its first `lengths[b]`.
+    keys and values are (L, B, K, S, D), with room for S tokens per row; row b holds `lengths[b]` tokens.
     """
 
     def __init__(
@@ -36,20 +36,20 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens that each row can hold."""
+        """Number of tokens that each row can hold."""
         return self.keys.size(3)
 
     @property
     def is_even(self) -> bool:
-        """Whether all rows hold equally many tokens."""
+        """Whether all rows hold the same number of tokens."""
         return min(self.lengths) == max(self.lengths)
 
     # ---- reading and writing
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write keys and values (B, T, K, D) behind what each row holds.
+        """Write keys and values (B, T, K, D) after the tokens that each row holds.
 
-        `lengths` stay as they are until all layers have written; the model then adds T to them.
+        `lengths` does not change here; the model adds T to it once all layers have written.
         """
         B, T = k.shape[:2]
         keys, values = self.keys[layer], self.values[layer]  # (B, K, S, D)
@@ -68,15 +68,15 @@ class KVCache:
         """Write keys and values (B, T, K, D) and return all that a row may read, (B, S, K, D) each."""
         self.store(layer, k, v)
         if max(self.lengths) == 0:
-            return k, v  # nothing came before them
+            return k, v  # the cache was empty
         stop = max(self.lengths) + k.size(1)
         keys, values = self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
         return keys.transpose(1, 2), values.transpose(1, 2)
 
-    # ---- rows that come and go
+    # ---- selecting and joining rows
 
     def select(self, rows: Sequence[int]) -> KVCache:
-        """Return a cache of the given rows, in that order; a row may be named several times."""
+        """Return a cache of the given rows, in that order; a row may be given several times."""
         index = torch.tensor(rows, device=self.keys.device)
         return self._with(
             self.keys.index_select(1, index),
@@ -86,10 +86,11 @@ class KVCache:
         )
 
     def keep(self, rows: Sequence[int]) -> KVCache:
-        """Return this cache with the given rows only, in their places or in those of dropped ones.
+        """Return a cache of the given rows only, sharing this cache's memory.
 
         Args:
-            rows: n of its rows; of these, a row i < n stands at i. Only what moves is copied.
+            rows: n row indices; each index i < n among them must be at place i. The other rows move to the
+                places of dropped rows, and only those are copied.
         """
         for i, source in enumerate(rows):
             if i != source:
@@ -104,7 +105,7 @@ class KVCache:
         )
 
     def join(self, others: Sequence[KVCache]) -> KVCache:
-        """Return one cache holding the rows of this one and of `others`, whatever their lengths."""
+        """Return one cache with the rows of this one followed by those of `others`, of any lengths."""
         caches = [self, *others]
         capacity = max(cache.capacity for cache in caches)
 
@@ -120,12 +121,12 @@ class KVCache:
         )
 
     def part(self, start: int, stop: int) -> KVCache:
-        """Return an empty cache whose memory is that of some rows of this one."""
+        """Return an empty cache that uses the memory of rows `start` to `stop` of this one."""
         keys, values = self.keys[:, start:stop], self.values[:, start:stop]
         return self._with(keys, values, [0] * (stop - start), None)
 
     def adopt(self, parts: Sequence[KVCache]) -> None:
-        """Take over what was read into the parts that this cache consists of."""
+        """Take over the lengths and last embeddings of `parts`, which together make up this cache."""
         self.lengths = [n for part in parts for n in part.lengths]
         embeds = [part.last_embed for part in parts if part.last_embed is not None]
         self.last_embed = torch.cat(embeds) if embeds else None
@@ -133,7 +134,7 @@ class KVCache:
     def _with(
         self, keys: Tensor, values: Tensor, lengths: list[int], last_embed: Tensor | None
     ) -> KVCache:
-        """Return a cache of these parts."""
+        """Return a cache made of these tensors and lengths."""
         cache = KVCache.__new__(KVCache)
         cache.keys, cache.values = keys, values
         cache.lengths, cache.last_embed = lengths, last_embed

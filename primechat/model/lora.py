@@ -1,8 +1,8 @@
-"""LoRA: thin trained matrices beside the frozen ones, several on one model, each with a dial.
+"""LoRA: low-rank trained matrices beside the frozen ones; a model may have several, each with a dial.
 
-Hides: where they sit and how they travel. To y = Wx an adapter adds dial * s * B(Ax), A (r, in) random and
-B (out, r) zero at first, so that a fresh adapter changes nothing; s = alpha / r, or alpha / sqrt(r) for
-rslora. Files are PEFT's: adapter_config.json and adapter_model.safetensors.
+To y = Wx an adapter adds dial * s * B(Ax). A (r, in) starts random and B (out, r) starts at zero, so a new
+adapter changes nothing; s = alpha / r, or alpha / sqrt(r) for rslora. The files are those of PEFT:
+adapter_config.json and adapter_model.safetensors.
 Reference: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rslora); the package peft for the file format.
 """
 
@@ -25,7 +25,7 @@ from primechat.model.gpt import GPT, Linear
 
 TARGETS = ("c_q", "c_k", "c_v", "attn.c_proj", "c_fc", "mlp.c_proj")
 PREFIX = "base_model.model."
-# what other settings of PEFT would change the result, and the value at which they do not
+# Settings of PEFT that would change the result, each with the values that do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": (None, "none"),
     "use_dora": (None, False),
@@ -42,7 +42,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSpec:
-    """The shape of an adapter; a rank of 0 is no adapter at all."""
+    """The shape of an adapter; a rank of 0 means no adapter."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -57,7 +57,7 @@ class LoraSpec:
 
 
 class Adapter(nn.Module):
-    """What adapters add to one linear map; each has matrices A (r, in), B (out, r) and a dial."""
+    """The adapters of one linear map, each with matrices A (r, in) and B (out, r) and a dial."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Adapter(nn.Module):
         self.dropout = 0.0
 
     def active(self) -> list[tuple[Tensor, Tensor, float]]:
-        """Return A, B and the whole factor of each adapter that is not dialled to 0."""
+        """Return A, B and the factor scale * dial of each adapter whose dial is not 0."""
         return [
             (self.a[n], self.b[n], self.scales[n] * self.dials[n])
             for n in self.scales
@@ -75,33 +75,32 @@ class Adapter(nn.Module):
         ]
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y (..., out) with what the adapters make of x (..., in)."""
+        """Return y (..., out) plus what the adapters compute from x (..., in)."""
         for a, b, factor in self.active():
             seen = x
+            # Dropout draws from torch's global generator, whose state a checkpoint keeps.
             if self.training and self.dropout and a.requires_grad:
-                seen = F.dropout(
-                    x, self.dropout
-                )  # by torch's own generator: a checkpoint keeps its state
+                seen = F.dropout(x, self.dropout)
             low = F.linear(seen, a.to(x.dtype))  # (..., r)
             y = y + F.linear(low, b.to(x.dtype)) * factor
         return y
 
     def make_whole(self, weight: Tensor) -> Tensor:
-        """Return W + dW (out, in) in the dtype of W."""
+        """Return W + dW (out, in) in the dtype of W, or W itself if no adapter is active."""
         change = self.change()
         return weight if change is None else (weight.float() + change).to(weight.dtype)
 
     def change(self) -> Tensor | None:
-        """Return dW (out, in) in float32, the sum over the active adapters; None where there is none."""
+        """Return dW (out, in) in float32, the sum over the active adapters, or None if there is none."""
         parts = [factor * (b.float() @ a.float()) for a, b, factor in self.active()]
         return torch.stack(parts).sum(0) if parts else None
 
 
 def list_targets(model: GPT, targets: tuple[str, ...] = TARGETS) -> dict[str, Linear]:
-    """Return the linear maps of the blocks that the targets name, by their path in the model.
+    """Return the linear maps that the targets name, keyed by their path in the model.
 
     Raises:
-        ConfigError: a target is none of these maps.
+        ConfigError: a target is not in TARGETS, or there is none.
     """
     unknown = [t for t in targets if t not in TARGETS]
     if unknown or not targets:
@@ -123,15 +122,19 @@ def attach(
     generator: torch.Generator | None = None,
     train: bool = False,
 ) -> list[nn.Parameter]:
-    """Put a fresh adapter beside the targets; the model computes exactly what it did before.
+    """Attach a new adapter to the targets and return its parameters.
+
+    The outputs of the model stay exactly the same until the adapter is trained.
 
     Args:
-        name: names it among several; no dots.
-        generator: draws A, uniform within 1 / sqrt(in), as PEFT does.
-        train: freeze everything else, and let the adapter learn.
+        model: the model to adapt.
+        name: name of the adapter, without dots.
+        spec: its shape.
+        generator: draws A uniformly from -1 / sqrt(in) to 1 / sqrt(in), as PEFT does.
+        train: freeze all other parameters and make the adapter trainable.
 
     Returns:
-        Its parameters.
+        The parameters of the adapter.
     """
     maps, params = list_targets(model, spec.targets), []
     if train:
@@ -139,6 +142,8 @@ def attach(
     for linear in maps.values() if spec.rank else ():
         if linear.adapter is None:
             linear.adapter = Adapter().train(model.training)
+
+        # A is random and B is zero.
         kind: dict[str, Any] = dict(device=linear.weight.device, dtype=linear.weight.dtype)
         bound = linear.in_features**-0.5
         drawn = torch.empty(spec.rank, linear.in_features).uniform_(
@@ -146,6 +151,7 @@ def attach(
         )
         a = nn.Parameter(drawn.to(**kind), requires_grad=train)
         b = nn.Parameter(torch.zeros(linear.out_features, spec.rank, **kind), requires_grad=train)
+
         linear.adapter.a[name], linear.adapter.b[name] = a, b
         linear.adapter.scales[name], linear.adapter.dials[name] = spec.scale, 1.0
         linear.adapter.dropout = spec.dropout
@@ -155,14 +161,14 @@ def attach(
 
 
 def detach(model: GPT, name: str) -> None:
-    """Take an adapter off again."""
+    """Remove an adapter from a model."""
     for linear in list_targets(model).values():
         drop_adapter(linear, name)
     model.forget_token_weights()
 
 
 def drop_adapter(linear: Linear, name: str) -> None:
-    """Take an adapter off one map, if it is there."""
+    """Remove an adapter from one linear map, if it is there."""
     adapter = linear.adapter
     if adapter is not None and name in adapter.scales:
         for part in (adapter.a, adapter.b, adapter.scales, adapter.dials):
@@ -171,7 +177,7 @@ def drop_adapter(linear: Linear, name: str) -> None:
 
 
 def list_adapters(model: GPT) -> dict[str, float]:
-    """Return the adapters of a model, each with its dial."""
+    """Return the names of a model's adapters and their dials."""
     found: dict[str, float] = {}
     for linear in list_targets(model).values():
         found |= linear.adapter.dials if linear.adapter is not None else {}
@@ -179,10 +185,10 @@ def list_adapters(model: GPT) -> dict[str, float]:
 
 
 def turn_dial(model: GPT, name: str, dial: float) -> None:
-    """Scale an adapter from now on: 0 is off, exactly; 1 is as trained; up to 2 is more of it.
+    """Set the dial of an adapter: 0 is exactly off, 1 is as trained, and up to 2 amplifies it.
 
     Raises:
-        ConfigError: the model has no such adapter.
+        ConfigError: the model has no adapter of this name.
     """
     there = list_adapters(model)
     if name not in there:
@@ -197,7 +203,7 @@ def turn_dial(model: GPT, name: str, dial: float) -> None:
 
 @torch.no_grad()
 def merge(model: GPT) -> dict[str, Tensor]:
-    """Add the active adapters to the weights, turn their dials to 0, and return the weights as they were."""
+    """Add the active adapters to the weights, set their dials to 0, and return the former weights by path."""
     before: dict[str, Tensor] = {}
     for path, linear in list_targets(model).items():
         change = linear.adapter.change() if linear.adapter is not None else None
@@ -210,16 +216,16 @@ def merge(model: GPT) -> dict[str, Tensor]:
 
 
 def weight_changes(model: GPT) -> dict[str, Tensor]:
-    """Return dW (out, in) of each adapted map by its path, in float32."""
+    """Return dW (out, in) of each adapted map, in float32, keyed by path."""
     found = {p: m.adapter.change() for p, m in list_targets(model).items() if m.adapter is not None}
     return {path: change for path, change in found.items() if change is not None}
 
 
-# Files
+# ---- files
 
 
 def read_state(model: GPT, name: str) -> dict[str, Tensor]:
-    """Return an adapter's matrices by PEFT's keys."""
+    """Return an adapter's matrices under PEFT's keys."""
     state = {}
     for path, linear in list_targets(model).items():
         if linear.adapter is not None and name in linear.adapter.scales:
@@ -231,7 +237,12 @@ def read_state(model: GPT, name: str) -> dict[str, Tensor]:
 def save_adapter(
     model: GPT, name: str, spec: LoraSpec, folder: Path | str, base: str = "", **labels: str
 ) -> None:
-    """Write an adapter as PEFT's two files; base and labels (in its header) tell where it is from."""
+    """Write an adapter as PEFT's two files.
+
+    Args:
+        base: the model that it was trained on, for adapter_config.json.
+        labels: further facts about its origin, for the header of the safetensors file.
+    """
     from safetensors.torch import save
 
     folder = make_folder(Path(folder))
@@ -259,10 +270,10 @@ def save_adapter(
 def open_adapter(
     model: GPT, name: str, folder: Path, tokenizer_identity: str, dial: float = 1.0
 ) -> None:
-    """Put an adapter beside a model, its dial set.
+    """Attach the adapter in a folder to a model and set its dial.
 
     Raises:
-        CheckpointError: there is none, or it was trained for another model or tokenizer.
+        CheckpointError: the folder holds no adapter, or one for another model or tokenizer.
     """
     if not folder.is_dir():
         there = sorted(f.name for f in folder.parent.iterdir()) if folder.parent.is_dir() else []
@@ -284,23 +295,23 @@ def open_adapter(
 
 
 def read_base(folder: Path | str) -> str:
-    """Return the model that an adapter says it was trained on; empty where it does not say."""
+    """Return the model that an adapter names as its base, or "" if it names none."""
     path = Path(folder) / "adapter_config.json"
     return str(read_json(path).get("base_model_name_or_path") or "") if path.is_file() else ""
 
 
 def name_remedy(name: str, folder: Path | str) -> str:
-    """Return what to do with an adapter that is not for the model at hand."""
+    """Return the advice for an adapter that was made for another model, as the end of a message."""
     base = read_base(folder)
     return f"it was made for {base}: use lora:{name}+{base}" if base else "use it with its base"
 
 
 def load_adapter(model: GPT, name: str, folder: Path | str) -> LoraSpec:
-    """Attach an adapter from PEFT's two files, ours or others', and return its shape.
+    """Attach an adapter from PEFT's two files, whoever wrote them, and return its shape.
 
     Raises:
-        CheckpointError: a file is missing or damaged, was made for another model, or says something that
-            would change the result and is not done here.
+        CheckpointError: a file is missing, damaged or made for another model, or it has a setting that would
+            change the result and is not supported here.
     """
     folder = Path(folder)
     path = folder / "adapter_model.safetensors"
@@ -321,11 +332,12 @@ def load_adapter(model: GPT, name: str, folder: Path | str) -> LoraSpec:
 def put_state(
     model: GPT, name: str, spec: LoraSpec, state: Mapping[str, Tensor], where: Path
 ) -> None:
-    """Attach an adapter with the matrices that stood in a file.
+    """Attach an adapter with the matrices read from a file.
 
     Raises:
-        CheckpointError: a map, a matrix or a shape is not this model's.
+        CheckpointError: a linear map, a matrix or a shape does not match the model.
     """
+    # The maps that the file adapts must exist in the model.
     paths = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in state}
     maps, remedy = list_targets(model), name_remedy(name, where.parent)
     strange = sorted(paths - set(maps)) or ([] if paths else ["nothing"])
@@ -333,26 +345,36 @@ def put_state(
         raise CheckpointError(
             f"{where} adapts {strange[0]!r}, which this model has not or does not adapt; {remedy}."
         )
+
+    # All shapes must match. This is checked before any memory is allocated, because a file can claim
+    # any rank.
     wanted: dict[str, tuple[int, int]] = {}
     for path in paths & set(list_targets(model, spec.targets)):
         wanted[f"{PREFIX}{path}.lora_A.weight"] = (spec.rank, maps[path].in_features)
         wanted[f"{PREFIX}{path}.lora_B.weight"] = (maps[path].out_features, spec.rank)
-    for key in sorted({*wanted, *state}):  # before it takes memory: a rank is easily claimed
+    for key in sorted({*wanted, *state}):
         there, needed = tuple(state[key].shape) if key in state else None, wanted.get(key)
         if there != needed:
             raise CheckpointError(
                 f"{where} has {key} of shape {there}, this model and rank {spec.rank} need {needed}; "
                 f"{remedy}."
             )
+
+    # Attach, and remove the adapter from maps that its targets match but the file does not adapt.
     attach(model, name, spec)
-    for path in set(maps) - paths:  # a file may adapt fewer maps than its targets match
+    for path in set(maps) - paths:
         drop_adapter(maps[path], name)
     for key, matrix in read_state(model, name).items():
         matrix.copy_(state[key])
 
 
 def read_spec(path: Path) -> LoraSpec:
-    """Return the shape that an adapter_config.json tells."""
+    """Return the shape of the adapter that an adapter_config.json describes.
+
+    Raises:
+        CheckpointError: a setting is invalid or not supported here.
+    """
+    # Refuse settings that would change the result.
     data = read_json(path)
     if data.get("peft_type") != "LORA":
         raise CheckpointError(
@@ -363,6 +385,8 @@ def read_spec(path: Path) -> LoraSpec:
             raise CheckpointError(
                 f"{path} sets {key}={data[key]!r:.60}, which is not done here; train without it."
             )
+
+    # Read the numbers within bounds, then the targets.
     alpha: Any = data.get("lora_alpha")
     rank, dropout = data.get("r"), data.get("lora_dropout") or 0
     sound = all(isinstance(n, (int, float)) and abs(n) <= 1e6 for n in (alpha, dropout))
@@ -385,7 +409,7 @@ def read_spec(path: Path) -> LoraSpec:
 
 
 def matches(target: str, named: list[Any]) -> bool:
-    """Tell whether PEFT's target names reach one of ours, as whole paths, their ends, or plain names."""
+    """Return whether any of PEFT's target names matches `target`, by the end of its path or its last part."""
     return any(
         f".{str(n)}".endswith((f".{target}", f".{target.rpartition('.')[2]}")) for n in named
     )

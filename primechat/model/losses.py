@@ -1,7 +1,7 @@
 """Losses that never hold the whole (B*T, V) matrix of logits.
 
-Hides: that the output head is walked chunk by chunk, computing loss and gradients in one pass. Reference:
-the cut cross-entropy idea of Wijmans et al. 2024; softcap as in nanochat, logits = c * tanh(z / c).
+Hides: the chunks. The logits are computed a chunk of rows at a time, with loss and gradients in one pass.
+Reference: Wijmans et al. 2024 (the idea of cut cross-entropy); nanochat (softcap: logits = c * tanh(z / c)).
 """
 
 from __future__ import annotations
@@ -12,43 +12,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = 8 * 2**20  # of float32 logits at a time on a CPU: they stay in cache
+CHUNK_BYTES = 8 * 2**20  # float32 logits at a time on a CPU, few enough to stay in its cache
 CHUNK_BYTES_GPU = 512 * 2**20
 
 
 def chunk_rows(n_rows: int, vocab: int, device_type: str) -> int:
-    """Return how many rows of logits to hold at a time."""
+    """Return the number of rows of logits to hold at a time."""
     budget = CHUNK_BYTES if device_type == "cpu" else CHUNK_BYTES_GPU
     return max(1, min(n_rows, budget // (4 * vocab)))
 
 
 def cap_logits(z: Tensor, cap: float) -> Tensor:
-    """Return c * tanh(z / c) in float32; c = 0 leaves z as it is."""
+    """Return c * tanh(z / c) in float32; c = 0 leaves z unchanged."""
     z = z.float()
     return cap * torch.tanh(z / cap) if cap else z
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum of cross-entropies, in nats, behind a head with softcap; gradients come with the forward pass."""
+    """Summed cross-entropy, in nats, of a head with softcap; the forward pass computes the gradients too."""
 
     @staticmethod
     def forward(
         ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab: int
     ) -> Tensor:
-        # h (N, C), weight (P, C) with P >= vocab rows, targets (N,)
+        # h is (N, C), weight (P, C) with P >= vocab rows, targets (N,). A frozen head needs no dw.
         w = weight[:vocab].to(h.dtype)
         total = torch.zeros((), dtype=torch.float32, device=h.device)
         need_h, need_w = ctx.needs_input_grad[:2]
         dh = torch.empty_like(h) if need_h or need_w else None
-        dw = (
-            torch.zeros_like(weight, dtype=torch.float32) if need_w else None
-        )  # a frozen head needs none
+        dw = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
         step = chunk_rows(len(h), vocab, h.device.type)
         for x, y, i in zip(h.split(step), targets.split(step), range(0, len(h), step), strict=True):
+            # The logits of a chunk.
             z = (x @ w.mT).float()  # (n, V)
             keep = (y >= 0).to(torch.float32)
             rows = torch.arange(len(y), device=h.device)
             at = (rows, y.clamp(min=0))
+
+            # Its loss, and e = exp(logit), up to a factor per row.
             if cap:
                 z.mul_(1 / cap).tanh_()
                 e = (z * cap).exp_()  # |c * tanh| <= c: no maximum needs to be subtracted
@@ -64,8 +65,9 @@ class HeadLoss(torch.autograd.Function):
                 total += ((sums.log() - z_y) * keep).sum()
             if dh is None:
                 continue
-            # d loss / d z = (softmax - onehot) * slope of the cap; each row's 1 / sum goes to the smaller
-            # factor
+
+            # d loss / d z = (softmax - onehot) * slope of the cap. The division of each row by its sum
+            # is applied to the smaller factor of each product below.
             e[at] -= sums
             if cap:
                 e_y = e[at] * slope_y
@@ -96,11 +98,11 @@ def sum_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, cap: float, vo
     """Return the summed cross-entropy in nats.
 
     Args:
-        h: normed final states (..., C).
+        h: normalised final states (..., C).
         weight: head (P, C); rows from `vocab` on are padding.
         targets: (...) int64; -1 is ignored.
         cap: the softcap c, 0 for none.
-        vocab: number of real rows.
+        vocab: number of rows that are not padding.
 
     Returns:
         A float32 scalar.
@@ -114,9 +116,9 @@ def sum_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, cap: float, vo
 def token_cross_entropy(
     h: Tensor, weight: Tensor, targets: Tensor, cap: float, vocab: int
 ) -> Tensor:
-    """Return the cross-entropy of each token in nats, 0 where ignored; arguments as `sum_cross_entropy`'s.
+    """Return the cross-entropy of each token in nats, 0 where ignored; arguments as for `sum_cross_entropy`.
 
-    With gradients on, each chunk of logits is computed again in the backward pass instead of being kept.
+    With gradients enabled, the backward pass recomputes each chunk of logits instead of keeping it.
     """
 
     def score(x: Tensor, y: Tensor) -> Tensor:
@@ -132,18 +134,18 @@ def token_cross_entropy(
     return torch.cat(parts).view(targets.shape)
 
 
-# Distances between a student's and a teacher's distributions
+# ---- divergences between the distributions of a student and a teacher
 
 
 def diverge(log_q: Tensor, log_p: Tensor, kind: str = "forward", beta: float = 0.5) -> Tensor:
-    """Return how far a student's distribution q is from a teacher's p, in nats.
+    """Return the divergence of a student's distribution q from a teacher's p, in nats.
 
     Args:
         log_q: (n, V) float32 log-probabilities of the student.
-        log_p: (n, V) of the teacher.
-        kind: forward, KL(p, q): q must cover all that p does; reverse, KL(q, p): q must not go where p does
-            not; jsd, the generalised Jensen-Shannon divergence.
-        beta: of jsd: the teacher's share in the mixture m.
+        log_p: (n, V) float32 log-probabilities of the teacher.
+        kind: "forward" is KL(p, q), where q must cover everything that p covers; "reverse" is KL(q, p), where
+            q must avoid what p avoids; "jsd" is the generalised Jensen-Shannon divergence.
+        beta: for jsd, the teacher's share of the mixture m.
 
     Returns:
         (n,), at least 0.
@@ -163,15 +165,15 @@ def diverge(log_q: Tensor, log_p: Tensor, kind: str = "forward", beta: float = 0
 
 
 def bucket_top(log_p: Tensor, ids: Tensor) -> Tensor:
-    """Return the log-probabilities of some tokens and, last, of all the others together.
+    """Return the log-probabilities of some tokens and, in a last bucket, of all other tokens together.
 
     Args:
         log_p: (n, V) log-probabilities.
-        ids: (n, k) the tokens that stand alone.
+        ids: (n, k), the tokens to keep separate.
 
     Returns:
-        (n, k + 1), a distribution again: without the last bucket the k would have to be scaled up to 1,
-        which tells the student that nothing else can follow.
+        (n, k + 1), again a distribution. Without the last bucket the k tokens would have to be scaled up to
+        1, which would teach the student that nothing else can follow.
     """
     top = log_p.gather(-1, ids)
     rest = log_p.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)

@@ -1,5 +1,5 @@
-"""stage(config) -> result: what the labs, the command line and exported scripts run.
+"""Training stages, each a function stage(config) -> result, for labs, the command line and exported scripts.
 
-Each tells `on_event` how far it is. Once `stop` is set it saves, and ends after the present step or turn;
-`resume` in its config goes on there.
+Each reports its progress to `on_event`. Once `stop` is set, it ends after the current step or turn and saves;
+`resume` in its config continues from there.
 """

@@ -1,9 +1,9 @@
-"""Let models talk: many conversations at once, turn by turn, each token with its entropy.
+"""Conversations between models: many at once, turn by turn, each token with its entropy.
 
-Hides: the two points of view. Each speaker sees its own turns as the assistant's and the other's as the
-user's; what no longer fits its context is forgotten, oldest first. A turn of all conversations is one batch,
-written to disk before the next; what a kill tears is drawn anew from the same seeds. Model collapse is the
-same in a loop: a generation learns from what the one before has said (Shumailov et al. 2024).
+Each speaker sees its own turns as the assistant's and the other's as the user's; what no longer fits its
+context is dropped, oldest first. The next turns of a batch of conversations are generated together and
+written to disk; turns lost to a kill are drawn again from the same seeds. A loop shows model collapse: each
+generation is finetuned on the conversations of the one before (Shumailov et al. 2024).
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ from primechat.stages.finetune import finetune
 from primechat.stages.trainer import pick_device
 from primechat.text.corpora import read_conversations
 
-HUMAN = "human"  # stands where a model's name stands
-TUNE_TOKENS = 2048  # of one optimizer step of a generation
-STREAMS = 2  # version of how random numbers are dealt out: 1 let conversations share them
-EVAL_TOKENS = 4096  # on which a generation's loss is measured: only what it says counts here
+HUMAN = "human"  # in place of a model's name
+TUNE_TOKENS = 2048  # per optimizer step when a generation is finetuned
+STREAMS = 2  # version of the assignment of random streams: in 1, conversations shared them
+EVAL_TOKENS = 4096  # per validation of a generation: few, as only its conversations matter here
 
 
 def autochat(
     config: AutochatConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> AutochatResult:
-    """Let a model talk to itself or to another, and, with generations, learn from it and talk again; return
-    where the conversations are, and how fast they were written.
+    """Let a model talk to itself or to another, and return where the conversations are and their speed.
+
+    With generations, the model is then finetuned on its conversations and talks again.
 
     Raises:
-        ConfigError: settings contradict those of the conversations that are there.
-        PrimechatError: a model or text cannot be used.
+        ConfigError: the settings contradict those of existing conversations.
+        PrimechatError: a model or a text cannot be used.
     """
     t_start, results = time.perf_counter(), list[AutochatResult]()
     model = config.model or str(registry.choose_model())
@@ -59,6 +60,8 @@ def autochat(
         model = learn_talks(config, results[-1], model, generation + 1, on_event, stop)
         if stop is not None and stop.is_set():
             break
+
+    # One result for all generations.
     last = results[-1]
     whole = len(results) == config.generations + 1 and not last.stopped
     return replace(
@@ -78,7 +81,8 @@ def learn_talks(
     on_event: OnEvent | None,
     stop: threading.Event | None,
 ) -> str:
-    """Fine-tune a model on what it said and a share of human conversations; return the new one's name."""
+    """Finetune a model on its own and a share of human conversations; return the new model's identifier."""
+    # Its own conversations, and as many human ones as the share asks for.
     talks = read_talks(said.path)
     own = [build_messages(turns) for turns in talks]
     n_human = round(len(own) * config.human_share / (1 - config.human_share))
@@ -87,6 +91,8 @@ def learn_talks(
     mixed = [messages for messages in [*human, *own] if len(messages) > 1]
     lines = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in mixed]
     write_file(path, ("\n".join(lines) + "\n").encode())
+
+    # Settings of a short finetuning.
     tag = f"{config.tag}-g{generation}"
     evaluation = EvalConfig(
         snapshots=False,
@@ -97,10 +103,9 @@ def learn_talks(
     )
     runtime = config.runtime
     if runtime.compile == "auto":
-        runtime = replace(runtime, compile="off")  # it takes longer than so few steps
-    there = (
-        registry.run_dir("sft", tag) / "config.json"
-    ).exists()  # else it was killed before its first step
+        runtime = replace(runtime, compile="off")  # compiling takes longer than so few steps
+    # Without config.json, the run was killed before its first step and starts again.
+    there = (registry.run_dir("sft", tag) / "config.json").exists()
     registry.mark_by_product(
         registry.run_dir("sft", tag), f"generation {generation} of {config.tag}"
     )
@@ -129,13 +134,14 @@ def run_talks(
     stop: threading.Event | None,
     generation: int = 0,
 ) -> AutochatResult:
-    """Write the conversations of one config, going on with what is there.
+    """Write the conversations of one config, continuing those in its folder, and return the result.
 
-    Turns that an earlier version wrote are kept; the rest is drawn from this version's streams.
+    Turns written by an earlier version are kept; the rest is drawn from this version's random streams.
     """
     t_start, tell = time.perf_counter(), on_event or (lambda event: None)
     folder = registry.base_dir() / "autochat" / config.tag
     with RunLock(folder):
+        # Opening turns, speakers, and the turns already written.
         openings = read_openings(config.openings, config.n_talks)
         speakers = [
             Speaker(config, name or config.model) for name in (config.model, config.partner)
@@ -144,6 +150,8 @@ def run_talks(
             speakers[1] = speakers[0]
         lines = open_folder(config, folder)
         tell(PhaseEvent(name="autochat", total=config.n_talks * config.turns, unit="turns"))
+
+        # Batch by batch, turn by turn.
         new_tokens, busy_s = 0, 0.0
         with (folder / "talks.jsonl").open("ab") as file:
             for start in range(0, config.n_talks, config.batch_rows):
@@ -164,6 +172,7 @@ def run_talks(
                     file.flush()
                     os.fsync(file.fileno())
                     tell(ProgressEvent(done=sum(map(len, lines))))
+
     done = sum(map(len, lines))
     return AutochatResult(
         tag=config.tag,
@@ -178,7 +187,7 @@ def run_talks(
 
 
 class Speaker:
-    """A model with its engine, as one side of conversations."""
+    """A model and its engine, as one side of the conversations."""
 
     def __init__(self, config: AutochatConfig, identifier: str) -> None:
         device = pick_device(config.runtime.device)
@@ -192,10 +201,9 @@ class Speaker:
         )
 
     def render(self, turns: Sequence[Turn], speaker: int, persona: str, room: int) -> list[int]:
-        """Return the prompt of a speaker's next turn: as many of the last turns as fit in `room` tokens."""
-        first = next(
-            i for i, turn in enumerate(turns) if turn.speaker != speaker
-        )  # the other begins
+        """Return the prompt for a speaker's next turn: as many of the last turns as fit in `room` tokens."""
+        # The prompt begins with a turn of the other speaker.
+        first = next(i for i, turn in enumerate(turns) if turn.speaker != speaker)
         system = [{"role": "system", "content": persona}] if persona else []
         for start in range(first, len(turns), 2):
             messages = [
@@ -205,10 +213,9 @@ class Speaker:
             ids = self.engine.tokenizer.render_for_completion({"messages": [*system, *messages]})
             if len(ids) <= room:
                 return ids
-        return [
-            ids[0],
-            *ids[1 - self.engine.model.max_context // 2 :],
-        ]  # one turn is too long: its end
+
+        # Even one turn is too long: keep its end.
+        return [ids[0], *ids[1 - self.engine.model.max_context // 2 :]]
 
 
 def take_turn(
@@ -219,15 +226,18 @@ def take_turn(
     openings: Sequence[str],
     generation: int = 0,
 ) -> list[Turn]:
-    """Return the next turn of each conversation, drawn from a stream that no other turn has.
+    """Return the next turn of each conversation, drawn from a random stream of its own.
 
-    A stream is named by the seed, the generation, the conversation and the turn, so that a turn depends
-    neither on the conversations beside it nor on how many are written at once.
+    The stream is seeded by the seed, the generation, the conversation and the turn, so that a turn depends
+    neither on the other conversations of its batch nor on the batch size.
     """
+    # A turn taken from human text.
     side = turn % 2
     if turn == 0 or (config.human_every and turn % config.human_every == 0):
         texts = [openings[(i + turn) % len(openings)] for i in talks]
         return [Turn(speaker=side, model=HUMAN, text=text) for text in texts]
+
+    # A turn written by the speaker.
     engine = speaker.engine
     room = max(engine.model.sequence_len - config.max_new_tokens, 1)
     prompts = [speaker.render(turns, side, config.personas[side], room) for turns in talks.values()]
@@ -240,6 +250,8 @@ def take_turn(
         repetition_penalty=config.repetition_penalty,
         seeds=[derive_seed(config.seed, "talk", generation, i, turn) for i in talks],
     )
+
+    # Text and measures of each token.
     new = []
     for row in tokens:
         stopped = bool(row) and row[-1].id in engine.tokenizer.stop_ids
@@ -261,7 +273,7 @@ def take_turn(
 
 
 def read_openings(openings: str, count: int) -> list[str]:
-    """Return the first turns: of held-out human conversations, or the lines of a file."""
+    """Return opening turns, from held-out human conversations or the lines of a file."""
     if openings == "chitchat":
         firsts = (talk["messages"][0]["content"] for talk in read_conversations("chitchat", "val"))
         return list(islice((text for text in firsts if 8 <= len(text) <= 200), max(count, 64)))
@@ -278,7 +290,7 @@ def read_openings(openings: str, count: int) -> list[str]:
 
 
 def open_folder(config: AutochatConfig, folder: Path) -> list[list[Turn]]:
-    """Return the turns that are there, whole turns of whole batches only, after checking the config."""
+    """Return the turns already written, only those complete in a whole batch, after checking the config."""
     path, talks = folder / "config.json", [list[Turn]() for _ in range(config.n_talks)]
     given = replace(config, resume=True)
     if path.is_file():
@@ -291,6 +303,8 @@ def open_folder(config: AutochatConfig, folder: Path) -> list[list[Turn]]:
             raise ConfigError(
                 f"{difference} (the conversations', then yours); drop it or change --tag."
             )
+
+        # A turn that part of its batch lacks is drawn again.
         talks = read_talks(folder, config.n_talks)
         for start in range(0, config.n_talks, config.batch_rows):
             group = talks[start : start + config.batch_rows]
@@ -299,6 +313,7 @@ def open_folder(config: AutochatConfig, folder: Path) -> list[list[Turn]]:
                 del turns[whole:]
     else:
         write_file(path, json.dumps(encode_config(given), indent=2).encode())
+
     lines = [
         json.dumps({"talk": i, "turn": turn, **vars(one)})
         for i, turns in enumerate(talks)
@@ -309,10 +324,10 @@ def open_folder(config: AutochatConfig, folder: Path) -> list[list[Turn]]:
 
 
 def read_talks(path: str | Path, n_talks: int = 0) -> list[list[Turn]]:
-    """Return the conversations of a folder, absolute or relative to the base directory, turn by turn.
+    """Return the turns of each conversation in a folder, given absolute or relative to the base directory.
 
     Raises:
-        DataError: there are none.
+        DataError: the folder has no conversations.
     """
     file, talks = registry.base_dir() / path / "talks.jsonl", dict[int, list[Turn]]()
     try:
@@ -326,15 +341,15 @@ def read_talks(path: str | Path, n_talks: int = 0) -> list[list[Turn]]:
             row: dict[str, Any] = parse_json(line)
             talk, turn = row.pop("talk"), row.pop("turn")
             turns = talks.setdefault(talk, [])
-            if turn == len(turns):  # a line written twice, or after a hole, is left out
+            if turn == len(turns):  # else the line is a duplicate or follows a gap
                 turns.append(Turn(**row))
         except (ValueError, LookupError, TypeError):
-            continue  # torn by a kill
+            continue  # cut off by a kill
     return [talks.get(i, []) for i in range(max(n_talks, max(talks, default=-1) + 1))]
 
 
 def build_messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    """Return a conversation as messages that finetune reads, to the last turn of the second speaker."""
+    """Return a conversation as messages for finetuning, up to the last turn of the second speaker."""
     roles = ("user", "assistant")
     messages = [{"role": roles[turn.speaker], "content": turn.text} for turn in turns]
     return messages[: len(messages) // 2 * 2]

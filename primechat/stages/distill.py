@@ -1,8 +1,8 @@
-"""Teach a small model a large one's probabilities, and measure along the way what it keeps.
+"""Distil a large model into a small one, and measure how much of it the student retains.
 
-Hides: where the student's text comes from. It is a corpus, or conversations, cut into rows as in the other
-stages; a share of the rows may be the student's own, written on from the beginning of a text, so that it
-learns where its own mistakes lead. The control is the same run with alpha=1: no teacher.
+Decides where the student's text comes from: a corpus or conversations, cut into rows as in the other stages.
+A share of the rows may be the student's own continuations of a text, so that it learns where its own mistakes
+lead. The control is the same run with alpha=1, without a teacher.
 Reference: Hinton et al. 2015; Agarwal et al. 2024 (on-policy distillation); `train.distill` for the loss.
 """
 
@@ -50,19 +50,20 @@ from primechat.train.distill import DistillLoss, Mix, TeacherCache, make_project
 from primechat.train.loop import SumLoss
 from primechat.train.parallel import join_ranks, wait_turn
 
-PROMPT_SHARE = 4  # a row that the student writes itself begins with a quarter of a row of text
+PROMPT_SHARE = 4  # a row written by the student begins with a quarter of a row of text
 COMPARED_TOKENS = 16_384  # of each validation, for agreement and KL
 
 
 def distill(
     config: DistillConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> TrainResult:
-    """Train a student, or go on with one; val_bpb is the student's.
+    """Train a student, or resume a run, and return its result; val_bpb is the student's.
 
     Raises:
-        ConfigError: settings contradict each other, the teacher or the run that is there.
-        CheckpointError: teacher or student cannot be opened, or their tokenizers differ.
+        ConfigError: the settings contradict each other, the teacher or an existing run.
+        CheckpointError: the teacher or the student cannot be opened, or their tokenizers differ.
     """
+    # Teacher and student.
     device = list_devices(config.runtime.device)[0]
     teacher, tokenizer, meta = registry.open_model(config.teacher, device=device, on_event=on_event)
     if not isinstance(teacher, GPT):
@@ -74,12 +75,16 @@ def distill(
         share = shape.n_params / teacher.config.n_params
         said = f"The student has {shape.n_params:,} parameters, {share:.1%} of the teacher's"
         on_event(NoteEvent(text=f"{said} ({shape.n_layer} layers of width {shape.n_embd})."))
+
+    # The text, as a job without a teacher.
     pretend = Loaded(step=0, config=shape, model_state={}, meta={"user_config": {}})
     plain = (
         make_job(config, pretend, tokenizer, meta["identifier"], on_event)
         if config.dialogues
         else make_text_job(config, shape, tokenizer, on_event)
     )
+
+    # The loss, and the job that adds the teacher.
     mix = Mix(
         alpha=config.alpha,
         temperature=config.temperature,
@@ -111,7 +116,7 @@ def distill(
 def mix_own_words(
     config: DistillConfig, plain: Job, made: dict[str, GPT], tokenizer: Tokenizer
 ) -> Callable[[int, int, int, dict[str, Any] | None], Batches]:
-    """Return what opens the batches of a job; a share is the student's, where that is asked for."""
+    """Return a function that opens a job's batches, of which the student writes `config.on_policy`."""
 
     def open_batches(
         rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None
@@ -129,10 +134,11 @@ def mix_own_words(
 def choose_student(
     config: DistillConfig, teacher: GPTConfig, tokenizer: Tokenizer
 ) -> tuple[GPTConfig, Loaded | None]:
-    """Return the student's shape, and the checkpoint to start from if there is one.
+    """Return the student's shape, and the checkpoint to start from or None.
 
     Raises:
-        CheckpointError: that checkpoint has another tokenizer than the teacher.
+        ConfigError: only some of n_layer, n_embd and n_head are given.
+        CheckpointError: the checkpoint and the teacher have different tokenizers.
     """
     if config.base:
         folder, name = registry.locate_model(parse_plain(config.base))
@@ -151,7 +157,7 @@ def choose_student(
 def make_text_job(
     config: DistillConfig, shape: GPTConfig, tokenizer: Tokenizer, on_event: OnEvent | None
 ) -> Job:
-    """Return a job on plain text."""
+    """Return the job of training a student on plain text."""
     config = recall_separator(config, registry.run_dir("base", config.tag))
     with wait_turn(join_ranks(pick_device(config.runtime.device))):
         fresh_text = check_resumed_text(
@@ -185,9 +191,9 @@ def make_text_job(
 def open_teacher_cache(
     config: DistillConfig, teacher: GPT, name: str, T: int
 ) -> TeacherCache | None:
-    """Return the file of the teacher's likeliest tokens; None where none is asked for.
+    """Return the cache of the teacher's most likely tokens, or None if `top_k` is 0.
 
-    It is known by the weights, as a tag may be trained anew, and by the name, which has an adapter's dial.
+    Its key contains the weights, as a tag may be trained again, and the name, which has an adapter's scale.
     """
     if not config.top_k:
         return None
@@ -206,7 +212,7 @@ def open_teacher_cache(
 
 @dataclass(frozen=True, kw_only=True)
 class DistillJob(Job):
-    """A job whose loss asks a teacher; `made` holds the student once it exists."""
+    """A job whose loss compares with a teacher; `made` holds the student once it exists."""
 
     teacher: GPT
     mix: Mix
@@ -215,7 +221,7 @@ class DistillJob(Job):
     made: dict[str, GPT]
 
     def prepare(self, model: GPT) -> None:
-        """Put a projector beside the student where hidden states are compared."""
+        """Add a projector to the student if hidden states are compared."""
         self.made["student"] = model
         if self.mix.hidden:
             width = self.teacher.config.n_embd
@@ -225,13 +231,13 @@ class DistillJob(Job):
             )
 
     def fill_model(self, model: GPT, loaded: Loaded | None, seed: int) -> None:
-        """Put in the weights, and a projector as it was or fresh."""
+        """Load or draw the weights, with the projector of the checkpoint or a new one."""
         self.prepare(model)
         extra = {k: v for k, v in model.state_dict().items() if k.startswith("projector")}
         if loaded is not None and loaded.optim_state is not None:
             extra |= loaded.optim_state.get("projector", {})
         if loaded is None and self.start_state is None:
-            # not its teacher's first numbers, where that had the same seed
+            # A seed of its own, so that the student does not start with the teacher's initial weights.
             model.init_weights(torch.Generator().manual_seed(derive_seed(seed, "student")))
             self.prepare(model)
         else:
@@ -245,7 +251,7 @@ class DistillJob(Job):
     def save_step(
         self, folder: Any, step: int, model: GPT, optim_state: dict[str, Any], meta: dict[str, Any]
     ) -> None:
-        """Commit the student; the projector goes with the optimizer, as only training needs it."""
+        """Save the student; the projector is saved with the optimizer, as only training needs it."""
         state, shapes = model.state_dict(), list_shapes(self.model)
         extra = {key: tensor for key, tensor in state.items() if key not in shapes}
         save_checkpoint(
@@ -258,11 +264,11 @@ class DistillJob(Job):
         )
 
     def weigh_scoring(self) -> float:
-        """Return the passes over each token: student and teacher are compared on it once more."""
+        """Return the forward passes per scored token, including the comparison of student and teacher."""
         return super().weigh_scoring() + 1 + self.teacher.config.n_params / self.model.n_params
 
     def measure_more(self, model: GPT, tokens: int) -> dict[str, Any]:
-        """Return how the student does on the beginning of the validation text, and how it writes on."""
+        """Return the retention on the beginning of the validation text, and the variety of written texts."""
         windows = list(self.open_windows(min(tokens or COMPARED_TOKENS, COMPARED_TOKENS), 0, 1))
         self.teacher.compute_dtype = model.compute_dtype
         found = measure_retention(model, self.teacher, windows, self.tokenizer.byte_lengths()).total
@@ -275,9 +281,9 @@ class DistillJob(Job):
 
 
 class OwnBatches:
-    """Batches of which a share of the rows is written by the student, from the beginning of a row of text.
+    """Batches in which a share of the rows is written by the student, from the beginning of a row of text.
 
-    Each row of a step has a stream of its own, whichever rank it falls to: `first_row` is this rank's first.
+    Each row of a step has its own random stream, whatever its rank: `first_row` is this rank's first row.
     """
 
     def __init__(
@@ -295,14 +301,15 @@ class OwnBatches:
 
     @property
     def cursor(self) -> dict[str, Any]:
-        """The place of the next token of the text."""
+        """The position of the next token in the text."""
         return self.inner.cursor
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        """Return ids and targets (R, T); targets of the student's own words are marked."""
+        """Return ids and targets (R, T); the targets of tokens that the student wrote are marked."""
+        # Draw which rows the student writes.
         place = [int(v) for v in self.cursor.values() if isinstance(v, int)]
         ids, targets = next(self.source)
         seeds = [
@@ -313,6 +320,8 @@ class OwnBatches:
         start = max(1, T // PROMPT_SHARE)
         if not mine:
             return ids, targets
+
+        # Continue the beginning of each of these rows.
         prompts = [ids[i, :start].tolist() for i in mine]
         written = self.engine.generate_batch(
             prompts,
@@ -320,6 +329,8 @@ class OwnBatches:
             seeds=[derive_seed(seeds[i], "words") for i in mine],
             stop_ids=(),
         )
+
+        # Replace the rows; the prompt itself is not a target.
         ids, targets = ids.clone(), targets.clone()
         for i, words in zip(mine, written, strict=True):
             row = torch.tensor([*prompts[mine.index(i)], *words])

@@ -1,6 +1,6 @@
-"""Measure a model: bits per byte on the validation split of a text.
+"""Evaluate a model: bits per byte on the validation split of a text.
 
-Hides: which windows are scored. Reference: metrics.bits.
+Windows may overlap, but every target is scored once. Reference: metrics.bits.
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ from primechat.train.autotune import count_cores, list_devices
 def evaluate(
     config: EvaluateConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> EvaluateResult:
-    """Measure bits per byte; every target is scored once. Stopped early, the result is of what has been
-    scored.
+    """Return a model's bits per byte on a text; if stopped early, of the part scored so far.
 
     Raises:
-        ConfigError: the window is longer than the model can read, or the stride longer than the window.
-        PrimechatError: model or text cannot be used.
+        ConfigError: the window is longer than the model's context, or the stride longer than the window.
+        PrimechatError: the model or the text cannot be used.
     """
+    # Model.
     t_start, tell = time.perf_counter(), on_event or (lambda event: None)
     device = list_devices(config.runtime.device)[0]
     dtype = config.runtime.dtype
     model, tokenizer, _ = registry.open_model(
         config.model, device=device, dtype=dtype, on_event=on_event
     )
+
+    # Windows of the text.
     window = config.window or model.sequence_len
     stride = config.stride or window
     if window > model.max_context or stride > window:
@@ -53,6 +55,8 @@ def evaluate(
     )
     total = config.max_tokens or cache.tokens
     tell(PhaseEvent(name="validation: text it did not learn", total=total, unit="tokens"))
+
+    # Overlap with a training text, then the score.
     overlap = find_overlap(config, on_event) if config.contamination else None
     threads = torch.get_num_threads()
     torch.set_num_threads(config.runtime.threads or count_cores())
@@ -82,7 +86,7 @@ def evaluate(
 
 
 def find_overlap(config: EvaluateConfig, on_event: OnEvent | None) -> OverlapResult:
-    """Return what the evaluation text shares with the training part of a mixture of dialogues."""
+    """Return the overlap of the evaluation text with the training split of a dialogue mixture."""
     options = DialogueOptions(language="", base_dir=registry.base_dir())
     training = stream_dialogues(config.contamination, "train", options, on_event=on_event)
     said = (

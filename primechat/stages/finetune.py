@@ -1,10 +1,10 @@
-"""Teach a base model to answer: train on conversations, on the assistant's tokens only.
+"""Finetune a base model to answer: train on conversations, with the loss on the assistant's tokens only.
 
-Hides: how conversations become rows. They are rendered with their special tokens, laid end to end, and every
-token that is not the assistant's is masked out of the loss. Keeping them apart by masks, or in rows of their
-own, is a choice; it was measured and brought nothing (labs/experiments.md), as a base model that was trained
-on texts end to end knows what a new beginning means. What the model forgets meanwhile is measured on the text
-that it came from. Reference: nanochat's chat SFT and midtraining; Ouyang et al. 2022, section 3.
+Decides how conversations become rows. They are rendered with their special tokens and packed end to end, and
+all tokens but the assistant's are masked out of the loss. Conversations can also be separated by attention
+masks or by rows of their own; measured, this gained nothing (labs/experiments.md), as a base model trained on
+packed texts knows what a new beginning means. Forgetting is measured on the text of the pretraining.
+Reference: nanochat's chat SFT and midtraining; Ouyang et al. 2022, section 3.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from primechat.text.dialogues import (
 from primechat.text.tokenizer import Tokenizer
 from primechat.train.parallel import join_ranks, wait_turn
 
-MIN_VAL_CHARS = 10  # of replies that are held out: bits per byte of a word say nothing
+MIN_VAL_CHARS = 10  # of held-out replies: bits per byte of a single word mean nothing
 PROMPTS = ("Hi! How was your day?", "Do you like music?")
 MAX_TOKENS = 2048  # of one conversation
 
@@ -46,12 +46,13 @@ MAX_TOKENS = 2048  # of one conversation
 def finetune(
     config: FinetuneConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> TrainResult:
-    """Make a chat model of a base model, or go on with one; val_bpb is on the assistant's tokens of held-out
-    conversations.
+    """Finetune a base model to a chat model, or resume a run, and return its result.
+
+    Its val_bpb is measured on the assistant's tokens of held-out conversations.
 
     Raises:
-        ConfigError: settings contradict each other, the base model or the run that is there.
-        PrimechatError: text, tokenizer or checkpoints cannot be used.
+        ConfigError: the settings contradict each other, the base model or an existing run.
+        PrimechatError: the text, the tokenizer or a checkpoint cannot be used.
     """
     base = config.base or f"base/{config.tag}"
     folder, name = registry.locate_model(parse_plain(base))
@@ -67,7 +68,7 @@ def make_job(
     base: str,
     on_event: OnEvent | None,
 ) -> Job:
-    """Return what training on conversations, from a checkpoint, brings to the common loop."""
+    """Return the job of training a checkpoint on conversations, for the common loop."""
     T = loaded.config.sequence_len
     check_rows(config.batch_tokens, T, "the base model's ")
     with wait_turn(join_ranks(pick_device(config.runtime.device))):
@@ -101,7 +102,7 @@ def make_job(
 def open_general(
     corpus: str, loaded: Loaded, tokenizer: Tokenizer, on_event: OnEvent | None
 ) -> Windows | None:
-    """Return what opens the windows of the text on which forgetting shows; None where there is none."""
+    """Return a function that opens windows of the text on which forgetting is measured, or None."""
     made_with = loaded.meta.get("user_config") or {}
     named = corpus or str(made_with.get("corpus") or "chitchat")
     separator = "auto" if corpus else str(made_with.get("corpus_separator") or "none")
@@ -119,7 +120,7 @@ def open_general(
 
 
 def write_reply(engine: Engine, prompt: str, seed: int) -> str:
-    """Return what the model answers to one message."""
+    """Return the model's reply to a message."""
     messages = [{"role": "user", "content": prompt}]
     return engine.chat(
         messages, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=seed
@@ -127,7 +128,7 @@ def write_reply(engine: Engine, prompt: str, seed: int) -> str:
 
 
 def read_options(config: FinetuneConfig, split: str = "train") -> DialogueOptions:
-    """Return what the config says about reading a split's conversations; both sides are read for training."""
+    """Return a config's options for reading a split; for training, both sides act as the assistant."""
     return DialogueOptions(
         language=config.language,
         personas=config.personas,
@@ -138,7 +139,7 @@ def read_options(config: FinetuneConfig, split: str = "train") -> DialogueOption
 
 
 def count_replies(conversation: Conversation) -> int:
-    """Return the characters that the assistant says in a conversation."""
+    """Return the number of characters in the assistant's messages of a conversation."""
     said = [m["content"] for m in conversation["messages"] if m["role"] == "assistant"]
     parts = [[c] if isinstance(c, str) else [part["text"] for part in c] for c in said]
     return sum(len(text) for texts in parts for text in texts)
@@ -147,7 +148,7 @@ def count_replies(conversation: Conversation) -> int:
 def cache_dialogues(
     config: FinetuneConfig, split: str, tokenizer: Tokenizer, on_event: OnEvent | None = None
 ) -> TokenCache:
-    """Render a split's conversations once, with their masks, and return the memory-mapped cache."""
+    """Return the memory-mapped token cache of a split's conversations, with their loss masks."""
     options = read_options(config, split)
     for part in parse_mixture(config.dialogues):
         prepare_set(part.name, options, on_event)
@@ -156,9 +157,8 @@ def cache_dialogues(
         found, chars = False, 0
         for conversation in stream_dialogues(config.dialogues, split, options):
             ids, mask = tokenizer.render_conversation(conversation, max_tokens=MAX_TOKENS)
-            if any(
-                mask
-            ):  # else a question alone fills it: there would be nothing to learn or to score
+            # A question may fill all of MAX_TOKENS and leave nothing to learn or to score.
+            if any(mask):
                 found = True
                 chars += count_replies(conversation)
                 yield ids, mask

@@ -1,7 +1,7 @@
-"""What a training stage brings to the common loop: its model, its text, its loss, and how a step is kept.
+"""What a training stage brings to the common loop: its model, text and loss, and how it saves a step.
 
-Hides: nothing; `stages.run` does the work. The methods are the ways in which a stage may differ from training
-all weights on the next token.
+The methods are the points at which a stage may differ from training all weights on next-token prediction;
+`stages.trainer` runs the job.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Windows = Callable[[int, int, int], Iterable[tuple[Tensor, Tensor]]]
 
 
 class Batches(Protocol):
-    """Endless batches with a cursor that names the next token."""
+    """An endless stream of batches, with a cursor at the next token."""
 
     @property
     def cursor(self) -> dict[str, Any]: ...
@@ -37,13 +37,13 @@ class Batches(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a stage brings: its model, its text, and how to look at it.
+    """A stage's model, text and evaluation, for the common loop.
 
-    `open_batches` takes the rows of one step over all ranks, this rank, the number of ranks and a cursor;
-    `open_windows` takes a number of validation tokens (0 is all), this rank and the number of ranks, and
-    yields (ids, targets) batches, and so does `open_general`, of a text that may be forgotten;
-    `default_steps` is for a config that names neither steps nor seconds; a `bos_id` of 0 or more keeps apart
-    in training what it begins.
+    `open_batches` takes the rows of one step over all ranks, this rank, the number of ranks and a cursor.
+    `open_windows` takes a number of validation tokens (0 means all), this rank and the number of ranks, and
+    yields batches (ids, targets); `open_general` does the same for a text that may be forgotten.
+    `default_steps` applies to a config with neither steps nor seconds. If `bos_id` is 0 or more, this token
+    begins a document, and in training documents packed into a row do not attend to each other.
     """
 
     family: str
@@ -59,12 +59,12 @@ class Job:
     meta: dict[str, Any]
     open_general: Windows | None = None
     bos_id: int = -1
-    most_eval_tokens: int = 0  # of them to score where the whole split is asked for; 0 is all
-    fresh_text: bool = False  # resumed with another text, which is read from its beginning
-    init: InitConfig = field(default_factory=InitConfig)  # of fresh weights
+    most_eval_tokens: int = 0  # limit of what is scored as the whole split; 0 means no limit
+    fresh_text: bool = False  # resumed with a different text, which is read from its beginning
+    init: InitConfig = field(default_factory=InitConfig)  # of new weights
 
     def identify(self, tag: str) -> str:
-        """Return the identifier of what the run makes."""
+        """Return the identifier of the trained model."""
         return f"{self.family}/{tag}"
 
     def count_params(self, model: GPT) -> int:
@@ -72,10 +72,10 @@ class Job:
         return self.model.n_params
 
     def prepare(self, model: GPT) -> None:
-        """Change the fresh model before anything is measured; what it weighs is spoilt after that."""
+        """Change the new model before tuning, which overwrites its weights."""
 
     def fill_model(self, model: GPT, loaded: Loaded | None, seed: int) -> None:
-        """Put in the weights to go on from, or to start from."""
+        """Load the weights of a checkpoint, or those to start from, or draw new ones."""
         if loaded is not None:
             model.load_state_dict(loaded.model_state)
         elif self.start_state is not None:
@@ -88,21 +88,21 @@ class Job:
         return make_loss(model, runtime, self.bos_id)
 
     def weigh_scoring(self) -> float:
-        """Return how many passes of the model a validation makes over each token that it scores."""
+        """Return the number of forward passes that a validation makes per scored token."""
         return 2.0 if self.open_general else 1.0
 
     def measure_more(self, model: GPT, tokens: int) -> dict[str, Any]:
-        """Return further fields of a validation's event; 0 tokens stands for the whole split."""
+        """Return further fields of a validation's event; 0 tokens mean the whole split."""
         return {}
 
     def load_step(self, folder: Path) -> Loaded:
-        """Return the newest step of a run, with its optimizer."""
+        """Return the latest checkpoint of a run, with its optimizer state."""
         return load_checkpoint(folder, want_optim=True)
 
     def save_step(
         self, folder: Path, step: int, model: GPT, optim_state: dict[str, Any], meta: dict[str, Any]
     ) -> None:
-        """Commit one step."""
+        """Save a checkpoint of one step."""
         save_checkpoint(
             folder,
             step,

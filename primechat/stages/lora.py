@@ -1,7 +1,7 @@
-"""Train an adapter on conversations; the model beside which it stands is never written.
+"""Train a LoRA adapter on conversations; the base model is never modified.
 
-Hides: how an adapter's run is kept. Its checkpoints hold the adapter and its optimizer alone; before each
-of them PEFT's two files are written anew, which is what `lora:<tag>+<base>` opens.
+Decides how an adapter's run is saved. Its checkpoints hold only the adapter and its optimizer; before each of
+them, PEFT's two files are written again, which `lora:<tag>+<base>` opens.
 Reference: Hu et al. 2021; `primechat.model.lora`.
 """
 
@@ -32,20 +32,24 @@ from primechat.stages.trainer import TrainingRun
 def train_lora(
     config: LoRAConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> TrainResult:
-    """Train an adapter, or go on with one; the result's identifier opens the model with the adapter.
+    """Train an adapter, or resume a run, and return the result; its identifier opens base and adapter.
 
     Raises:
-        ConfigError: settings contradict each other, the model or the run that is there.
-        PrimechatError: text, tokenizer or checkpoints cannot be used.
+        ConfigError: the settings contradict each other, the model or an existing run.
+        PrimechatError: the text, the tokenizer or a checkpoint cannot be used.
     """
     if config.learn != "assistant":
         raise ConfigError(f"learn={config.learn!r} must be assistant for an adapter; leave it out.")
     if not config.rank:
         raise ConfigError("rank=0 has nothing to train; try 8.")
+
+    # The base, and the job of training all of it on conversations.
     folder, name = registry.locate_model(parse_plain(config.base))
     loaded, tokenizer = load_checkpoint(folder, name.step), registry.load_tokenizer(config.base)
     base = str(registry.pin_step(name, loaded.step))
     plain = make_job(config, loaded, tokenizer, base, on_event)
+
+    # The same job for an adapter.
     spec = lora.LoraSpec(
         rank=config.rank,
         alpha=config.alpha,
@@ -61,7 +65,7 @@ def train_lora(
 
 @dataclass(frozen=True, kw_only=True)
 class LoraJob(Job):
-    """A job in which only an adapter learns."""
+    """A job that trains only an adapter."""
 
     spec: lora.LoraSpec
     tag: str
@@ -73,35 +77,38 @@ class LoraJob(Job):
         return f"lora:{tag}+{self.base}"
 
     def count_params(self, model: GPT) -> int:
-        """Return the adapter's parameters."""
+        """Return the number of parameters of the adapter."""
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     def prepare(self, model: GPT) -> None:
-        """Put a fresh adapter beside the model and freeze the rest."""
+        """Attach a new adapter to the model and freeze everything else."""
         lora.detach(model, self.tag)
-        # not the first numbers of its base, which may have had the same seed
+        # A seed of its own, so that the adapter does not start with its base's initial numbers.
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "adapter"))
         lora.attach(model, self.tag, self.spec, generator=generator, train=True)
-        if (
-            self.spec.dropout
-        ):  # draws from torch's own state, which checkpoints keep: that goes on from here
+        # Dropout draws from torch's global generator, whose state is saved in checkpoints.
+        if self.spec.dropout:
             torch.set_rng_state(generator.get_state())
 
     def fill_model(self, model: GPT, loaded: Loaded | None, seed: int) -> None:
-        """Put in the base's weights, and the adapter of the step to go on from."""
+        """Load the base's weights and, to resume, the adapter of a checkpoint."""
         assert self.start_state is not None, "an adapter has a base"
         model.load_state_dict(self.start_state(), strict=False)
-        self.prepare(model)  # anew: measuring has trained it a little
+        self.prepare(model)  # again, as tuning has trained the adapter a little
         if loaded is not None:
             for key, tensor in lora.read_state(model, self.tag).items():
                 tensor.copy_(loaded.model_state[key])
 
     def load_step(self, folder: Path) -> Loaded:
-        """Return the newest sound step of an adapter's run."""
+        """Return the latest valid checkpoint of an adapter's run."""
         return load_checkpoint(folder, want_optim=True, read=self.read_step)
 
     def read_step(self, folder: Path, step: int, *_: object) -> Loaded:
-        """Read one step or say what is wrong with it."""
+        """Return one checkpoint of an adapter's run.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or holds no adapter.
+        """
         meta = read_meta(folder, step)
         checkpoint.check_hashes(folder, meta)
         state = load_tensors(folder / f"model_{step:06d}.pt")
@@ -115,7 +122,7 @@ class LoraJob(Job):
     def save_step(
         self, folder: Path, step: int, model: GPT, optim_state: dict[str, Any], meta: dict[str, Any]
     ) -> None:
-        """Write PEFT's files, then commit the adapter and its optimizer: a step that counts has both."""
+        """Write PEFT's files, then the checkpoint of adapter and optimizer: a committed step has both."""
         state = lora.read_state(model, self.tag)
         parts = {f"model_{step:06d}.pt": state, f"optim_{step:06d}_rank0.pt": optim_state}
         facts = {"base": self.base, "rank": self.spec.rank, "n_params": self.count_params(model)}

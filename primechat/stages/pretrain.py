@@ -1,7 +1,7 @@
-"""Train a base model: predict the next token of plain text.
+"""Pretrain a base model: next-token prediction on plain text.
 
-Hides: where its text comes from, a token cache for what lies on this machine or shards read on the fly.
-Reference: nanochat's base training; Radford et al. 2019.
+Decides where the text comes from: a token cache for a local corpus, or shards of the Hub that are tokenized
+as they are read. Reference: nanochat's base training; Radford et al. 2019.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from primechat.text.tokenizer import Tokenizer
 from primechat.train.parallel import join_ranks, wait_turn
 
 EVAL_ROWS = 16
-SHARD_EVAL_TOKENS = 20 * 524_288  # as nanochat: of a shard's 50 M tokens
+SHARD_EVAL_TOKENS = 20 * 524_288  # of the 50 M tokens of a shard, as in nanochat
 SHARD_EVAL_DOCUMENTS = 20_000
 CHAT_PROMPTS = ("A: Hi! How was your day?\nB:", "A: Do you like music?\nB:")
 TEXT_PROMPTS = ("The most important thing about", "Once upon a time")
@@ -48,15 +48,17 @@ TEXT_PROMPTS = ("The most important thing about", "Once upon a time")
 def pretrain(
     config: PretrainConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> TrainResult:
-    """Train a base model, or go on with one; the result's path is relative to the base directory.
+    """Train a base model, or resume a run, and return the result; its path is relative to the base directory.
 
     Raises:
-        ConfigError: settings contradict each other, the tokenizer or the run that is there.
-        PrimechatError: text, tokenizer or checkpoints cannot be used.
+        ConfigError: the settings contradict each other, the tokenizer or an existing run.
+        PrimechatError: the text, the tokenizer or a checkpoint cannot be used.
     """
     config = recall_separator(config, registry.run_dir("base", config.tag))
     model, T = config.model, config.model.sequence_len
     local, note = is_local(config.corpus), on_event
+
+    # The tokenizer and the tokenized text; the other ranks then find them in the cache.
     ranks = join_ranks(pick_device(config.runtime.device))
     with wait_turn(ranks):
         tokenizer = choose_tokenizer(config, on_event, stop)
@@ -71,6 +73,7 @@ def pretrain(
         train = cache_corpus(config, "train", tokenizer, note) if local else None
     feed = None if local else open_shards(config, ranks.local_rank == 0, note)
 
+    # What this stage brings to the common loop.
     layout = BestFitBatches if config.rows == "best-fit" else PackedBatches
     job = Job(
         family="base",
@@ -98,7 +101,7 @@ def pretrain(
 
 
 def open_shards(config: PretrainConfig, fetches: bool, on_event: OnEvent | None) -> ShardFeed:
-    """Return the shards of a corpus on the Hub; one process of each machine fetches them."""
+    """Return the shards of a corpus on the Hub; one process per machine downloads them."""
     return open_feed(
         config.corpus,
         config.n_shards,
@@ -112,7 +115,7 @@ def open_shards(config: PretrainConfig, fetches: bool, on_event: OnEvent | None)
 def read_shards(
     feed: ShardFeed | None, tokenizer: Tokenizer, config: PretrainConfig, on_event: OnEvent | None
 ) -> Callable[[int, int, int, dict[str, Any] | None], Batches]:
-    """Return what opens the batches of shards, as a job wants it."""
+    """Return a function that opens batches of shards, as `Job.open_batches`."""
     assert feed is not None, "what is not local has shards"
 
     def open_batches(
@@ -137,7 +140,7 @@ def read_shards(
 def pack_rows(
     cache: TokenCache, sequence_len: int, seed: int, kind: type[PackedBatches] = PackedBatches
 ) -> Callable[[int, int, int, dict[str, Any] | None], PackedBatches]:
-    """Return what opens the batches of a cache, as a job wants it."""
+    """Return a function that opens packed batches of a cache, as `Job.open_batches`."""
 
     def open_batches(
         rows: int, rank: int, world_size: int, cursor: dict[str, Any] | None
@@ -149,7 +152,7 @@ def pack_rows(
 
 
 def open_cache(cache: TokenCache, sequence_len: int) -> Windows:
-    """Return what opens the validation windows of a cache."""
+    """Return a function that opens the validation windows of a cache, as `Job.open_windows`."""
 
     def open_windows(tokens: int, rank: int, world_size: int) -> Iterable[tuple[Tensor, Tensor]]:
         kind: Any = dict(rows=EVAL_ROWS, max_tokens=tokens, rank=rank, world_size=world_size)
@@ -161,16 +164,18 @@ def open_cache(cache: TokenCache, sequence_len: int) -> Windows:
 def choose_tokenizer(
     config: PretrainConfig, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> Tokenizer:
-    """Return the named tokenizer, else the tag's own, else the base directory's if it fits, else the shipped
-    one if it is what training would give; or train one.
+    """Return the tokenizer of a run, training one if there is none that fits.
+
+    The first of these is used: the tokenizer named in the config, the tag's own, the base directory's if its
+    vocabulary fits, the shipped one if training would give the same.
 
     Raises:
-        ConfigError: the vocabulary of one that is named, or the tag's own, is not the model's.
+        ConfigError: the vocabulary of the named tokenizer, or of the tag's own, does not fit the model.
     """
     own = registry.run_dir("base", config.tag) / "tokenizer"
     wanted, shared = config.model.vocab_size, registry.base_dir() / "tokenizer"
     folder = resolve_path(config.tokenizer, "tokenizer") if config.tokenizer else own
-    # that file is written last: a folder that a kill left without it holds no tokenizer yet
+    # tokenizer.pkl is written last: a folder without it holds no complete tokenizer.
     if not config.tokenizer and not (own / "tokenizer.pkl").exists():
         if (shared / "tokenizer.pkl").exists() and Tokenizer.load(shared).vocab_size == wanted:
             folder = shared
@@ -194,7 +199,7 @@ def choose_tokenizer(
 
 
 def find_shipped(config: PretrainConfig) -> Path | None:
-    """Return the shipped tokenizer if training gives the very same: from this text, with as many tokens."""
+    """Return the folder of the shipped tokenizer if it has this text and vocabulary size, else None."""
     folder = registry.choose_tag(registry.SHIPPED, "base")
     steps = find_steps(folder) if folder else []
     if not folder or not steps:
@@ -205,7 +210,7 @@ def find_shipped(config: PretrainConfig) -> Path | None:
 
 
 def identify_text(config: PretrainConfig | DistillConfig) -> str:
-    """Return the identity of the text that a config trains on."""
+    """Return the identity of the training text of a config."""
     return corpus_identity(
         config.corpus, "train", n_shards=config.n_shards, separator=config.corpus_separator
     )
@@ -217,7 +222,7 @@ def cache_corpus(
     tokenizer: Tokenizer,
     on_event: OnEvent | None,
 ) -> TokenCache:
-    """Return the cache of a split of the text that a config trains on."""
+    """Return the token cache of a split of a config's text."""
     return cache_text(
         config.corpus,
         split,
@@ -237,7 +242,7 @@ def cache_text(
     *,
     separator: str = "auto",
 ) -> TokenCache:
-    """Tokenize a split once and return its memory-mapped cache; of a shard for validation its beginning."""
+    """Return the memory-mapped token cache of a split; of a validation shard, only of its beginning."""
     documents: Iterable[str] = read_documents(
         corpus,
         split,

@@ -1,6 +1,6 @@
 """All stages in a row: in minutes on the text that ships with primechat, or a full run on rented GPUs.
 
-Hides: how a time budget becomes settings of each stage, and which stage a full run had come to.
+Decides how a time budget becomes the settings of each stage, and which stage a resumed run continues with.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ from primechat.stages.tokenizer import train_tokenizer
 
 QUESTIONS = ("Hi! How are you today?", "What do you like to do?", "Nice. Do you have any pets?")
 REPLY_TOKENS = 48
-FAST_SECONDS = 22.0  # of pretraining: with everything around it, a minute on a 2-core laptop
-FAST_EVAL = EvalConfig(every=10**6, tokens=4096, last_tokens=20_480)  # at the ends only
-CHAT_EVAL = EvalConfig()  # a tenth of the time along the way, a quarter at the end
-CHAT_SHARE = 0.25  # of the pretraining time goes to finetuning
+FAST_SECONDS = 22.0  # of pretraining; with all the rest, a minute on a 2-core laptop
+FAST_EVAL = EvalConfig(
+    every=10**6, tokens=4096, last_tokens=20_480
+)  # only at the start and the end
+CHAT_EVAL = EvalConfig()  # a tenth of the training time during the run, a quarter at its end
+CHAT_SHARE = 0.25  # finetuning time as a share of the pretraining time
 
 
 def quickstart(
@@ -46,8 +48,9 @@ def quickstart(
     on_event: OnEvent | None = None,
     stop: threading.Event | None = None,
 ) -> QuickstartResult:
-    """Make a tokenizer, a base model and a chat model of one tag in `seconds` of pretraining and what is
-    around it, and let the last one talk, unless it was stopped.
+    """Train a tokenizer, a base model and a chat model of one tag, and return their results with a dialogue.
+
+    Pretraining takes `seconds`, finetuning a quarter of that. A run that is stopped has no dialogue.
 
     Raises:
         ConfigError: the tag is taken, or there is nothing to resume.
@@ -57,11 +60,15 @@ def quickstart(
     stop = stop or threading.Event()
     seconds = FAST_SECONDS if config.fast else config.seconds
     folder = registry.run_dir("base", tag)
+
+    # Tokenizer.
     tokenizer = train_tokenizer(
         TokenizerConfig(tag=tag, resume=config.resume, vocab_size=config.vocab_size),
         on_event=on_event,
         stop=stop,
     )
+
+    # Base model.
     depth = config.depth or (2 if config.fast else 4)
     base_config = replace(
         recipes.quickstart(depth, vocab_size=config.vocab_size, seconds=seconds),
@@ -77,6 +84,8 @@ def quickstart(
         return QuickstartResult(
             tokenizer=tokenizer, base=base, chat=base, dialogue=(), total_s=spent_s
         )
+
+    # Chat model, with the runtime settings measured for the base model.
     measured = replace(read_frozen(folder, PretrainConfig).runtime, compile=config.runtime.compile)
     chat_config = FinetuneConfig(
         tag=tag,
@@ -101,24 +110,30 @@ def quickstart(
 def speedrun(
     config: SpeedrunConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> SpeedrunResult:
-    """Make a tokenizer, a base model and a chat model, and measure the base model; resumed, a finished stage
-    is not done again.
+    """Train a tokenizer, a base model and a chat model, evaluate the base model, and return the results.
+
+    A resumed run does not repeat finished stages.
 
     Raises:
-        ConfigError: there is a run of this tag and `resume` is not set.
+        ConfigError: a run of this tag exists and `resume` is not set.
     """
     tag, stop = config.pretrain.tag, stop or threading.Event()
 
     def goes_on(family: str) -> bool:
         return config.resume and (registry.run_dir(family, tag) / "config.json").exists()
 
+    # Base model.
     base = pretrain(replace(config.pretrain, resume=goes_on("base")), on_event=on_event, stop=stop)
     if base.stopped:
         return SpeedrunResult(base=base, chat=None, evaluation=None)
+
+    # Chat model.
     talks = replace(config.finetune, tag=tag, base=f"base/{tag}", resume=goes_on("sft"))
     chat = finetune(talks, on_event=on_event, stop=stop)
     if chat.stopped or os.environ.get("RANK", "0") != "0":
         return SpeedrunResult(base=base, chat=chat, evaluation=None)
+
+    # Evaluation of the base model, on rank 0 only.
     measured = EvaluateConfig(
         model=f"base/{tag}",
         corpus=config.pretrain.corpus,
@@ -132,10 +147,10 @@ def speedrun(
 
 
 def choose_tag(config: QuickstartConfig) -> str:
-    """Return the config's tag, or the next free quickstart-N; resuming, the newest one.
+    """Return the config's tag, or the next free quickstart-N, or the latest one to resume.
 
     Raises:
-        ConfigError: there is no quickstart to resume.
+        ConfigError: there is no quickstart run to resume.
     """
     if config.tag:
         return config.tag
@@ -151,7 +166,7 @@ def choose_tag(config: QuickstartConfig) -> str:
 
 
 def hold_dialogue(identifier: str, seed: int) -> tuple[dict[str, str], ...]:
-    """Ask a model a few questions, each reply in the light of what was said before."""
+    """Return a dialogue: a few questions, each answered by the model in the context of those before."""
     model, tokenizer, _ = registry.open_model(identifier)
     settle_threads(model)
     engine, messages = Engine(model, tokenizer), []

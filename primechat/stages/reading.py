@@ -1,7 +1,7 @@
-"""Whether a run that is resumed reads the text that it has read so far.
+"""Check that a resumed run reads the same text as before.
 
-The text may have moved; another one, or one that was edited, has to be allowed, and is then read from its
-beginning, as a place in one text means nothing in another.
+The text may have moved. A different or edited text must be allowed by the config, and is then read from its
+beginning, as a position in one text means nothing in another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from primechat.text.tokens import TokenCache, find_cache
 
 
 def describe_text(corpus: str, stamp: str) -> dict[str, str]:
-    """Return what a checkpoint records of the text that its run reads; `stamp` is its `corpus_identity`."""
+    """Return the metadata that a checkpoint records about its text; `stamp` is its `corpus_identity`."""
     content = content_identity(corpus, stamp, registry.base_dir() / "token_cache")
     return {"corpus": stamp, "corpus_content": content}
 
@@ -33,20 +33,25 @@ def check_resumed_text(
     open_train: Callable[[], TokenCache],
     on_event: OnEvent | None,
 ) -> bool:
-    """Return whether a resumed run goes on with another text than it has read so far, as the config allows.
+    """Return whether a resumed run continues with a different text, which the config must allow.
 
     Args:
-        identify: gives the `corpus_identity` of the text.
-        open_train: gives the token cache of the training split.
+        config: settings of the resumed run.
+        tokenizer: its tokenizer.
+        identify: returns the `corpus_identity` of the text.
+        open_train: returns the token cache of the training split.
+        on_event: receives notes about a text that moved or changed.
 
     Raises:
-        ConfigError: it is another text, and the config does not allow that.
-        DataError: there is no such text.
+        ConfigError: the text is different and the config does not allow that.
+        DataError: the text does not exist.
     """
     folder = registry.run_dir("base", config.tag)
     steps = find_steps(folder) if config.resume else []
     if not steps:
         return False
+
+    # The text that the run has read, and the one that the config names.
     meta, frozen = read_meta(folder, steps[-1]), read_frozen(folder, type(config))
     identifier, moved = f"base/{config.tag}", config.corpus != frozen.corpus
     try:
@@ -55,6 +60,7 @@ def check_resumed_text(
         advice = f"If the text of {identifier} has moved, name its new place: --corpus PATH."
         raise DataError(f"{error} {advice}") from None
 
+    # The same text, though perhaps in another place.
     tell = on_event or (lambda event: None)
     if is_known_text(meta, describe_text(config.corpus, stamp), tokenizer, open_train):
         if moved:
@@ -62,6 +68,7 @@ def check_resumed_text(
             tell(NoteEvent(text=said))
         return False
 
+    # A different text.
     changed = f"the text in {config.corpus!r} has changed since step {steps[-1]} of {identifier}"
     if moved:
         before = f"the text that {identifier} has read so far, {frozen.corpus!r}"
@@ -81,10 +88,10 @@ def is_known_text(
     tokenizer: Tokenizer,
     open_train: Callable[[], TokenCache],
 ) -> bool:
-    """Return whether a text is the one that a checkpoint's metadata record.
+    """Return whether a text is the one recorded in a checkpoint's metadata.
 
-    Earlier versions recorded paths, sizes and times of its files. Where these differ, the tokens that the
-    run has read are compared, if they are still in the cache.
+    Earlier versions recorded the paths, sizes and times of its files. If these differ, the tokens that the
+    run has read are compared, provided they are still in the cache.
     """
     if "corpus_content" in meta:
         return bool(meta["corpus_content"] == text["corpus_content"])

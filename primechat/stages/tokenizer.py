@@ -1,6 +1,7 @@
 """Train a byte-pair tokenizer on a corpus.
 
-Hides: where it is kept. Reference: Sennrich et al. 2016; nanochat's split pattern and layout.
+It is saved with the model of its tag, or in the base directory. Reference: Sennrich et al. 2016; nanochat's
+split pattern and layout.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from primechat.events import NoteEvent, OnEvent, PhaseEvent, ProgressEvent, Toke
 from primechat.text.corpora import read_documents
 from primechat.text.tokenizer import Tokenizer
 
-SAMPLE_DOCUMENTS = 200  # of the validation split, to measure bytes a token
+SAMPLE_DOCUMENTS = 200  # of the validation split, to measure bytes per token
 
 
 def train_tokenizer(
     config: TokenizerConfig, *, on_event: OnEvent | None = None, stop: threading.Event | None = None
 ) -> TokenizerResult:
-    """Train a tokenizer and save it in nanochat's layout; return its folder, relative to the base directory,
-    identity and bytes a token on validation text. A stop ends it without a result; nothing is saved.
+    """Train a tokenizer, save it in nanochat's layout and return its result.
+
+    The result holds the folder, relative to the base directory, the identity, and the bytes per token on
+    validation text. A run that is stopped saves nothing.
 
     Raises:
-        DataError: the text is too small for the vocabulary, or another tokenizer is there.
-        CheckpointError: another process is saving one there.
-        StoppedError: it was stopped while its text was read.
+        DataError: the text is too small for the vocabulary, or another tokenizer exists in the folder.
+        CheckpointError: another process is saving a tokenizer there.
+        StoppedError: training was stopped while the text was read.
     """
     t_start = time.perf_counter()
     tell = on_event or (lambda event: None)
@@ -64,11 +67,16 @@ def train_tokenizer(
 
     tell(PhaseEvent(name="tokenizer: which pieces the words are made of", unit="characters"))
     tokenizer = Tokenizer.train(read_texts(), config.vocab_size)
+
     try:
-        with RunLock(folder):  # of two that were started at once, the second finds the first one's
+        with RunLock(
+            folder
+        ):  # of two runs started at once, the second finds the tokenizer of the first
             tokenizer.save(folder)
     except DataError as error:
         raise DataError(f"{error} Or give this one a --tag of its own.") from error
+
+    # Measured on text that it was not trained on.
     held_out = list(islice(read("val"), SAMPLE_DOCUMENTS))
     bytes_per_token = measure_tokens(tokenizer, held_out)
     found = f"{tokenizer.vocab_size:,} tokens, {bytes_per_token:.2f} bytes a token on text it has not seen."
@@ -84,7 +92,7 @@ def train_tokenizer(
 
 
 def measure_tokens(tokenizer: Tokenizer, texts: list[str]) -> float:
-    """Return the mean number of UTF-8 bytes that a token of these texts stands for."""
+    """Return the mean number of UTF-8 bytes per token of these texts."""
     n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
     n_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
     return n_bytes / max(1, n_tokens)

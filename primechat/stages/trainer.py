@@ -1,8 +1,8 @@
-"""What every training stage does around the loop: one run directory, frozen settings, events, checkpoints,
-resuming.
+"""What every training stage does around the loop: run directory, settings, events, checkpoints, resuming.
 
-Hides: the order in which things become durable. A run's folder holds config.json (the settings with nothing
-left open), metrics.jsonl (one event a line), the checkpoints and a tokenizer of its own. Only rank 0 writes.
+Decides the order in which files are written, so that a run killed at any moment can resume. The run directory
+holds config.json (the settings with every open choice made), metrics.jsonl (one event per line), the
+checkpoints and a copy of the tokenizer. Only rank 0 writes.
 """
 
 from __future__ import annotations
@@ -78,23 +78,23 @@ VALIDATION = "validation: the loss on text that it does not learn from"
 LAST_CHECK = "last check: the loss on text that it has not seen"
 GENERAL = "general text: how much of it is forgotten"
 COMPILE_FILE = "compiling.json"  # in the base directory
-OPEN_FILE = "steps_to_settle.json"  # in the run's folder, as long as its steps are a guess
-GENERAL_TOKENS = 100_000  # where validations are on the whole split
-TIMED_ROWS = 4  # windows on which the speed of scoring is measured
+OPEN_FILE = "steps_to_settle.json"  # in the run directory, while the number of steps is provisional
+GENERAL_TOKENS = 100_000  # of the general text, when validation uses its whole split
+TIMED_ROWS = 4  # windows scored to measure the speed of validation
 
 
 def write_continuation(engine: Engine, prompt: str, seed: int) -> str:
-    """Return what the model writes after a prompt."""
+    """Return the model's continuation of a prompt."""
     return engine.complete(
         prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=seed
     ).read()
 
 
 def open_folder(config: PretrainConfig | FinetuneConfig, family: str) -> Path:
-    """Return the run's folder.
+    """Return the run directory of a config.
 
     Raises:
-        ConfigError: it holds steps and the config does not say resume, or says resume and there is nothing.
+        ConfigError: the directory holds checkpoints and `resume` is not set, or `resume` finds no run.
     """
     folder = registry.run_dir(family, config.tag)
     steps = find_steps(folder)
@@ -111,12 +111,12 @@ def open_folder(config: PretrainConfig | FinetuneConfig, family: str) -> Path:
 
 
 def describe_compiler() -> str:
-    """Return what the gain of compiling depends on."""
+    """Return a description of this machine for the compile measurements, which hold only on the same one."""
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
 
 
 def recall_compiling() -> dict[str, float]:
-    """Return what compiling took and brought on this machine before, as `tune_runtime` wants it."""
+    """Return the compile time and speedup measured earlier on this machine, as `tune_runtime` takes them."""
     try:
         known = parse_json((registry.base_dir() / COMPILE_FILE).read_bytes())
         figures = {key: float(known[key]) for key in COMPILE_GUESS if key in known}
@@ -125,21 +125,21 @@ def recall_compiling() -> dict[str, float]:
         )
         return figures if fits else {}
     except (OSError, ValueError, TypeError, LookupError):
-        return {}  # there is none, or it is damaged: a guess will do
+        return {}  # missing or damaged: the default guess is used
 
 
 def remember_compiling(learned: dict[str, float]) -> None:
-    """Keep what compiling took and brought; of the times the longest, as torch keeps what it compiled."""
+    """Save the measured compile time and speedup; of the times the longest, as later ones hit a cache."""
     known = recall_compiling()
     longest = max(known.get("compile_s", 0.0), learned["compile_s"])
     figures = {"machine": describe_compiler(), **known, **learned, "compile_s": longest}
-    with suppress(OSError):  # the next run will measure it again
+    with suppress(OSError):  # without the file, the next run measures again
         registry.base_dir().mkdir(parents=True, exist_ok=True)
         write_whole(registry.base_dir() / COMPILE_FILE, json.dumps(figures).encode())
 
 
 def write_open_time(folder: Path, open_s: float) -> None:
-    """Keep the training time that a run's steps are to fill; 0 is for steps that are settled."""
+    """Save the training time that a run should fill; 0 removes it, once the number of steps is final."""
     path = folder / OPEN_FILE
     if open_s:
         write_file(path, json.dumps({"seconds": open_s}))
@@ -148,7 +148,7 @@ def write_open_time(folder: Path, open_s: float) -> None:
 
 
 def read_open_time(folder: Path) -> float:
-    """Return the training time that the steps of a run without a checkpoint are to fill, else 0."""
+    """Return the training time that a run without checkpoints should fill, or 0 if its steps are final."""
     try:
         return float(parse_json((folder / OPEN_FILE).read_bytes())["seconds"])
     except (OSError, ValueError, TypeError, LookupError):
@@ -156,7 +156,7 @@ def read_open_time(folder: Path) -> float:
 
 
 class TrainingRun:
-    """One run from its folder to its result; `work` does it."""
+    """A training run, from its directory to its result; `work` runs it."""
 
     def __init__(
         self,
@@ -167,7 +167,8 @@ class TrainingRun:
     ) -> None:
         self.config, self.job, self.stop = config, job, stop or threading.Event()
         self.asked_eval, self.t_start, self.on_event = config.eval, time.perf_counter(), on_event
-        # While the steps that fill a time are a guess: that time, steps of this process, time of the first.
+        # While the number of steps is provisional: the time to fill, the steps taken by this process,
+        # and the time of its first step.
         self.open_s, self.timed_steps, self.first_s, self.just_settled = 0.0, 0, 0.0, False
         self.folder = open_folder(config, job.family)
         self.ranks: Ranks = join_ranks(pick_device(config.runtime.device))
@@ -180,12 +181,12 @@ class TrainingRun:
         self.log: MetricsLog | None = None
         self.saved_step, self.t_saved, self.save_s = -1, time.monotonic(), 0.0
         self.trained_s, self.tokens, self.tokens_per_s = 0.0, 0, 0.0
-        # Of the newest validation: its sums, its seconds with what comes with it, those of scoring alone.
+        # The latest validation: its sums, its seconds including samples, and its seconds of scoring alone.
         self.last_bits, self.eval_s, self.score_s = Bits(), 0.0, 0.0
         self.n_evals = MOST_EVALS
 
     def tell(self, event: Event) -> None:
-        """Pass an event on, and log it where it belongs to the run's history."""
+        """Emit an event, and log it if it belongs to the run's history."""
         if not self.ranks.is_main:
             return
         if self.log and event.kind in ("step", "loss", "sample", "checkpoint", "done"):
@@ -195,7 +196,7 @@ class TrainingRun:
         self.show(event)
 
     def show(self, event: Event) -> None:
-        """Pass an event on to who watches; a stream that cannot take it must not end a training."""
+        """Pass an event to the listener; an output stream that fails must not end the training."""
         try:
             if self.on_event:
                 self.on_event(event)
@@ -204,7 +205,7 @@ class TrainingRun:
             logger.warning("the training goes on unwatched: %s", error)
 
     def work(self) -> TrainResult:
-        """Do the run, holding its lock."""
+        """Run the training while holding the lock of its directory."""
         threads = torch.get_num_threads()
         try:
             with RunLock(self.folder) if self.ranks.is_main else nullcontext():
@@ -214,8 +215,8 @@ class TrainingRun:
 
     def train(self) -> TrainResult:
         """Set up, train, and return the result."""
+        # Settings: those of the run to resume, or measured and frozen.
         loaded = self.take_up() if self.config.resume else None
-
         model = self.model = GPT(self.job.model)
         model.checkpoint_blocks = self.config.runtime.checkpoint_blocks
         self.job.prepare(model)
@@ -223,10 +224,12 @@ class TrainingRun:
         if self.ranks.is_main:
             self.write_config()
 
+        # Weights, optimizer state and history.
         self.fill_model(loaded)
         start_step, cursor = self.restore(loaded)
         self.open_log(start_step, loaded)
 
+        # The loop.
         self.batches = self.open_batches(cursor)
         self.engine = Engine(model, self.job.tokenizer)
         name = f"training {self.job.identify(self.config.tag)}"
@@ -252,7 +255,7 @@ class TrainingRun:
         return self.describe_result(step, stopped, loaded)
 
     def take_up(self) -> Loaded | None:
-        """Take the settings that the run froze; return its newest checkpoint, None where there is none."""
+        """Adopt the frozen settings of the run and return its latest checkpoint, or None if it has none."""
         self.config = take_frozen(self.config, self.folder)
         if not find_steps(self.folder):
             self.open_s = read_open_time(self.folder)
@@ -262,7 +265,7 @@ class TrainingRun:
         for reason in loaded.skipped:
             self.tell(NoteEvent(text=f"Skipped {reason}"))
 
-        # The checkpoint knows the steps with which its own were taken; config.json may be older or newer.
+        # The number of steps comes from the checkpoint: config.json may be older or newer.
         if "open_s" in loaded.meta:
             self.open_s = float(loaded.meta["open_s"])
             saved = rename_fields(loaded.meta["user_config"], type(self.config).__name__)
@@ -274,7 +277,7 @@ class TrainingRun:
         return loaded
 
     def choose_settings(self, model: GPT) -> SumLoss | None:
-        """Freeze what is left open in the settings; return the loss to train with, if it is made already."""
+        """Freeze the open settings; return the loss to train with if tuning has built it, else None."""
         batches = self.open_batches(None)
         tuning = self.tune(model, *next(iter(batches)))
         getattr(batches, "close", lambda: None)()
@@ -282,28 +285,30 @@ class TrainingRun:
         return tuning.loss if self.ranks.world_size == 1 else None
 
     def open_batches(self, cursor: dict[str, Any] | None) -> Batches:
-        """Return this rank's batches, from a cursor on."""
+        """Return this rank's batches, starting at a cursor."""
         rows = self.config.batch_tokens // self.job.model.sequence_len
         return self.job.open_batches(rows, self.ranks.rank, self.ranks.world_size, cursor)
 
     def fill_model(self, loaded: Loaded | None) -> None:
-        """Put the weights to start from into the model, and the model where it runs."""
+        """Load the initial or resumed weights, move the model to its device and create its optimizer."""
         runtime, model = self.config.runtime, self.model
         if runtime.threads:
             torch.set_num_threads(runtime.threads)
-        model.to("cpu")  # fresh weights are drawn there, so that they are the same on every device
+        model.to(
+            "cpu"
+        )  # fresh weights are drawn on the CPU, so that they do not depend on the device
         model.compute_dtype = getattr(torch, runtime.dtype)
         self.job.fill_model(model, loaded, self.config.seed)
         model.to(runtime.device)
         self.optimizer = self.make_optimizer(model)
 
     def make_optimizer(self, model: GPT) -> Optimizer:
-        """Return a fresh optimizer of a model."""
+        """Return a new optimizer for a model."""
         half = model.compute_dtype == torch.bfloat16
         return Optimizer(model, self.config.optim, self.job.model.n_embd, half=half)
 
     def restore(self, loaded: Loaded | None) -> tuple[int, dict[str, Any] | None]:
-        """Return the step and the cursor to go on from; the optimizer's state comes from the checkpoint."""
+        """Restore the optimizer; return the step and the text cursor to resume from."""
         if loaded is None or loaded.optim_state is None:
             return 0, None
         self.optimizer.load_state_dict(loaded.optim_state["optimizer"])
@@ -314,14 +319,14 @@ class TrainingRun:
         return loaded.step, None if self.job.fresh_text else loaded.meta["cursors"][0]
 
     def open_log(self, start_step: int, loaded: Loaded | None) -> None:
-        """Open the run's history, cut off behind the step to go on from."""
-        self.saved_step = start_step  # step 0 needs no checkpoint: it is drawn again
+        """Open the run's history and drop the events after the step to resume from."""
+        self.saved_step = start_step  # step 0 needs no checkpoint: its weights can be drawn again
         if self.ranks.is_main:
             self.log = MetricsLog(self.folder)
             self.log.drop_after(start_step if loaded is not None else -1)
 
     def note_step(self, event: StepEvent) -> None:
-        """Take in a step that is done; the run stops where its budget is spent."""
+        """Record a finished step, and stop the run once its budget is spent."""
         self.trained_s, self.tokens_per_s = event.elapsed_s, event.tokens_per_s
         self.tokens += event.tokens
         self.tell(replace(event, left_s=self.estimate_left(event)))
@@ -333,7 +338,7 @@ class TrainingRun:
             self.tell(NoteEvent(text=said))
 
     def describe_result(self, step: int, stopped: bool, loaded: Loaded | None) -> TrainResult:
-        """Return what came of the run."""
+        """Return the result of the run."""
         val_bpb, val_tokens = self.last_bits.bpb, self.last_bits.tokens
         if loaded is not None and not self.last_bits.n_bytes:
             val_bpb, val_tokens = loaded.meta["val_bpb"], loaded.meta.get("val_tokens") or 0
@@ -354,7 +359,7 @@ class TrainingRun:
         )
 
     def tune(self, model: GPT, ids: Tensor, targets: Tensor) -> Tuning:
-        """Measure how to run, on rank 0's word."""
+        """Return the fastest runtime settings, measured here; all ranks use the choice of rank 0."""
         config = self.config
         steps = config.steps or self.job.default_steps
         tuning = tune_runtime(
@@ -379,7 +384,7 @@ class TrainingRun:
         return tuning
 
     def freeze(self, tuning: Tuning) -> Any:
-        """Return the config with nothing left open."""
+        """Return the config with every open setting chosen."""
         config = replace(self.config, runtime=tuning.runtime)
         steps = config.steps
         if not steps and config.seconds:
@@ -391,7 +396,7 @@ class TrainingRun:
         return self.plan_steps(config, steps)
 
     def choose_evals(self, config: Any, steps: int, train_s: float) -> EvalConfig:
-        """Return how often and on how much text the run is validated, from the measured speed."""
+        """Return the validation settings, with open token counts chosen from the measured speed."""
         if CHOSEN not in (config.eval.tokens, config.eval.last_tokens):
             return config.eval
         whole = self.whole_tokens
@@ -406,12 +411,12 @@ class TrainingRun:
 
     @property
     def whole_tokens(self) -> int:
-        """Validation tokens that stand for the whole split."""
+        """Number of validation tokens that count as the whole split."""
         whole, most = self.job.val_tokens, self.job.most_eval_tokens
         return min(whole, most) if most else whole
 
     def time_validation(self, device: str) -> Cost:
-        """Return what a validation takes here, measured on a few windows."""
+        """Return the cost of a validation, measured on a few windows."""
         ids, targets = next(iter(self.job.open_windows(LADDER[0], 0, 1)))
         ids, targets = ids[:TIMED_ROWS].to(device), targets[:TIMED_ROWS].to(device)
 
@@ -426,7 +431,7 @@ class TrainingRun:
         return Cost(token_s=pass_s * self.job.weigh_scoring(), fixed_s=more_s)
 
     def plan_steps(self, config: Any, steps: int) -> Any:
-        """Return the config for so many steps, its evaluations spread over them."""
+        """Return the config with its number of steps set and its evaluations spread over them."""
         every = self.asked_eval.every or max(1, math.ceil(steps / self.n_evals))
         evaluation = replace(
             config.eval, every=every, sample_every=self.asked_eval.sample_every or every
@@ -434,23 +439,26 @@ class TrainingRun:
         return replace(config, steps=steps, eval=evaluation)
 
     def count_steps(self, step: int, elapsed_s: float) -> int:
-        """Return the steps of the run. Where they fill a time, the first tenth of it settles them: a few
-        steps beforehand, on a processor that others use as well, may be half as fast.
+        """Return the number of steps of the run.
+
+        For a run of a given time the number becomes final after the first tenth of that time: a few steps
+        measured beforehand, on a processor shared with other programs, may be half as fast.
         """
         if self.open_s:
             self.settle_steps(step, elapsed_s)
         return int(self.config.steps)
 
     def settle_steps(self, step: int, elapsed_s: float) -> None:
-        """Count the steps that fill the run's time from the speed so far, once enough of it is known."""
+        """Fix the number of steps that fills the run's time, once the speed is known well enough."""
         self.timed_steps += 1
         if self.timed_steps == 1:
-            self.first_s = (
-                elapsed_s  # this step makes the optimizer's state too, or compiles once more
-            )
+            # The first step is slower: it creates the optimizer's state and may compile again.
+            self.first_s = elapsed_s
         due = elapsed_s > SETTLE_SHARE * self.open_s or step == self.config.steps
         if not any_rank(due, self.model.device):
             return
+
+        # The speed of all steps but the first gives the steps that fit into the rest of the time.
         counted = self.timed_steps - 1
         step_s = (elapsed_s - self.first_s) / counted if counted else elapsed_s / step
         steps = share_object(step + max(1, round((self.open_s - elapsed_s) / step_s)))
@@ -458,14 +466,14 @@ class TrainingRun:
         self.just_settled = True
 
     def write_config(self) -> None:
-        """Write config.json, the run's own copy of the tokenizer, and the time that its steps are to fill."""
+        """Write the run's copy of the tokenizer, config.json, and the time that the run should fill."""
         self.job.tokenizer.save(self.folder / "tokenizer")
         text = json.dumps(encode_config(replace(self.config, resume=False)), indent=2)
         write_file(self.folder / "config.json", text)
         write_open_time(self.folder, self.open_s)
 
     def evaluate(self, step: int, last: bool) -> None:
-        """Validate and sample where it is time to."""
+        """Validate and write samples, if they are due at this step."""
         t_start = time.perf_counter()
         evaluation = self.config.eval
         validates = last or step % evaluation.every == 0
@@ -482,7 +490,7 @@ class TrainingRun:
             self.eval_s = time.perf_counter() - t_start
 
     def validate(self, step: int, last: bool) -> None:
-        """Score the validation text and tell the figures; one that Stop ends counts only at the end."""
+        """Score the validation text and emit its loss; if stopped early, only the last check still counts."""
         evaluation, whole = self.config.eval, self.whole_tokens
         tokens = (
             evaluation.last_tokens if last else evaluation.tokens
@@ -495,6 +503,7 @@ class TrainingRun:
         if cut_short and not last:
             return
 
+        # The windows that every validation of this run scores give a second, comparable figure.
         bits = self.last_bits = sum_windows([scored])
         n_paired = -(-(evaluation.tokens or whole) // self.job.model.sequence_len)
         paired = sum_windows([scored[:n_paired]]) if len(scored) >= n_paired else None
@@ -519,9 +528,9 @@ class TrainingRun:
             self.tell(NoteEvent(text=f"The last check was stopped: {said} of about {whole:,}."))
 
     def measure_more(self, tokens: int) -> dict[str, Any]:
-        """Return what a validation tells besides: of a general text, and what the stage adds.
+        """Return further measurements of a validation: the loss on a general text, and those of the stage.
 
-        The general text is scored on as many tokens each time, as only the change counts.
+        The general text is scored on the same number of tokens each time, as only the change matters.
         """
         general = None
         if self.job.open_general:
@@ -530,11 +539,13 @@ class TrainingRun:
         return {"general_bpb": general, **self.job.measure_more(self.model, tokens)}
 
     def score(self, name: str, opened: Windows, tokens: int) -> tuple[np.ndarray, bool]:
-        """Score a text over all ranks until it ends or Stop is pressed, at least one batch of windows.
+        """Return the scores of a text's windows, computed by all ranks, up to its end or the run's stop.
+
+        At least one batch of windows is scored.
 
         Returns:
-            nats, tokens and bytes of each window, (N, 3) in the order of the windows, and whether some are
-            missing.
+            Nats, tokens and bytes of each window, (N, 3) in the order of the windows, and whether some of
+            them are missing.
         """
         total = tokens or self.whole_tokens
         self.tell(PhaseEvent(name=name, total=total, unit="tokens"))
@@ -553,14 +564,14 @@ class TrainingRun:
             self.tell(ProgressEvent(done=min(done, total)))
         cut_short = self.stop.is_set() and next(windows, None) is not None
 
-        # Batch i is of rank i modulo the number of ranks, so the sums are the same for any number of them.
+        # Batch i belongs to rank i modulo the number of ranks; in this order the sums do not depend on it.
         everyone = gather_objects((batches, cut_short))
         turns = zip_longest(*(theirs for theirs, _ in everyone))
         rows = [batch for turn in turns for batch in turn if batch is not None]
         return np.concatenate([np.zeros((0, 3)), *rows]), any(cut for _, cut in everyone)
 
     def estimate_left(self, event: StepEvent) -> float:
-        """Return the seconds that the run still takes, validations as they took so far included."""
+        """Return the estimated seconds until the run ends, including validations at their latest speed."""
         evaluation = self.config.eval
         training_s = event.elapsed_s / event.step * (event.steps - event.step)
         n_evals = max(0, (event.steps - 1) // evaluation.every - event.step // evaluation.every)
@@ -572,9 +583,11 @@ class TrainingRun:
         return training_s + n_evals * self.eval_s + last_s
 
     def save(self, step: int, last: bool) -> None:
-        """Write a snapshot and a checkpoint where it is time to."""
+        """Write a snapshot and a checkpoint, if they are due at this step."""
         evaluation, main = self.config.eval, self.ranks.is_main
-        small = evaluation.snapshots and (last or step & (step - 1) == 0)  # 0, 1, 2, 4, 8 ...
+
+        # A snapshot at steps 0, 1, 2, 4, 8 ... as long as they fit their budget.
+        small = evaluation.snapshots and (last or step & (step - 1) == 0)
         room = evaluation.snapshot_budget_mb * 1e6 - 2 * self.job.model.n_params
         if main and small and measure_snapshots(self.folder) <= room:
             save_snapshot(
@@ -583,6 +596,8 @@ class TrainingRun:
             self.tell(
                 CheckpointEvent(step=step, path=f"snapshots/model_{step:06d}.pt", snapshot=True)
             )
+
+        # Is a checkpoint due?
         if evaluation.save_every:
             due = step % evaluation.save_every == 0
         else:
@@ -590,13 +605,16 @@ class TrainingRun:
         due = due or last or self.just_settled
         if step == self.saved_step or not any_rank(main and due, self.model.device):
             return
+
+        # All ranks must be at the same place; nodes with their own shards may differ.
         cursors = gather_objects(self.batches.cursor)
-        if cursors.count(cursors[0]) < len(cursors):  # nodes with shards of their own may differ
+        if cursors.count(cursors[0]) < len(cursors):
             raise DataError(
                 f"step {step}: the ranks read different text; compare their shards and resume."
             )
+
+        # All ranks collect the optimizer's state; the main one writes it.
         self.saved_step, t_start = step, time.monotonic()
-        # by all ranks together
         state = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
         if main:
             meta = {**self.describe(step), "cursors": cursors[:1]}
@@ -604,9 +622,12 @@ class TrainingRun:
             prune_checkpoints(self.folder, evaluation.keep_checkpoints)
             self.tell(CheckpointEvent(step=step, path=f"model_{step:06d}.pt"))
             if self.just_settled:
-                self.write_config()  # not before: earlier steps must not be taken with the new number
+                # Only now: a resume from an earlier step must not use the new number of steps.
+                self.write_config()
         self.just_settled = False
-        getattr(self.batches, "release", lambda: None)()  # of shards that no resumed run will read
+
+        # Shards that no resumed run will read again can be removed.
+        getattr(self.batches, "release", lambda: None)()
         self.t_saved = time.monotonic()
         self.save_s = self.t_saved - t_start
 
@@ -627,5 +648,5 @@ class TrainingRun:
 
 
 def pick_device(wanted: str) -> str:
-    """Return the kind of device that ranks talk over."""
+    """Return the type of device that the ranks communicate on."""
     return wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,1 +1,1 @@
-"""Gradients: the loop, the optimizer, several ranks, and measuring how to run."""
+"""Training: the loop, the optimizer, several ranks, and the choice of device and precision."""

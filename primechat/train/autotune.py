@@ -1,8 +1,8 @@
-"""Which device, precision, threads, micro-batch and compilation a run uses: measured once on its real step.
+"""The choice of device, precision, threads, micro-batch and compilation, measured once on a run's own step.
 
-Hides: the search. It takes a tenth of the run, at most ten seconds where one step takes less, and what it
-found is frozen into the run's config. Small runs on a busy machine can be many times slower with two threads
-than with one, hence measuring.
+Hides: the search. It takes a tenth of the run, at most ten seconds unless a single step takes longer, and its
+result is frozen into the config of the run. On a busy machine a small run can be many times slower with two
+threads than with one, which is why this is measured.
 """
 
 from __future__ import annotations
@@ -28,27 +28,23 @@ from primechat.train.optim import Optimizer
 from primechat.train.parallel import Ranks, share_object
 
 MakeLoss = Callable[[GPT, RuntimeConfig], SumLoss]
-LIMIT_S, LEAST_S, SHARE = (
-    10.0,
-    2.0,
-    0.1,
-)  # of the search: at most, at least, and its share of the run
+# Time limits of the search: at most, at least, and as a share of the run.
+LIMIT_S, LEAST_S, SHARE = 10.0, 2.0, 0.1
 MEASURING = "measuring this machine: which number format and how many threads are fastest"
 COMPILING = "compiling: the model becomes a faster program"
-# What compiling brought on a 2-core server CPU where nothing was measured yet: seconds, and eager time /
-# compiled time
+# The effect of compilation on a 2-core server CPU, assumed where nothing has been measured yet: its
+# time in seconds, and the ratio of eager to compiled time.
 COMPILE_GUESS = {"compile_s": 45.0, "gain_float32": 1.2, "gain_bfloat16": 1.8}
-# the same without units for bfloat16: products take most
+# The same for a CPU without bfloat16 units, where matrix products dominate the time.
 OLDER_GUESS = {**COMPILE_GUESS, "gain_float32": 1.1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What was measured: the settings to freeze, seconds of one optimizer step, and how the choice came
-    about.
+    """The result of the search: the settings to freeze, the time of an optimizer step, notes on the choice.
 
-    `loss` is the summed loss to train with, compiled where that was chosen; `learned` is what compiling took
-    and brought, in the words of `known`, empty where nothing was compiled.
+    `loss` is the summed loss to train with, compiled if that was chosen. `learned` holds the cost and the
+    gain of compilation under the keys of `known` in `tune_runtime`; it is empty if nothing was compiled.
     """
 
     runtime: RuntimeConfig
@@ -61,7 +57,7 @@ class Tuning:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to run a micro-batch, and the tokens a second it reached."""
+    """One way to run a micro-batch, and its speed in tokens per second."""
 
     device: str
     dtype: str
@@ -71,7 +67,7 @@ class Candidate:
 
 
 def count_cores() -> int:
-    """Return how many CPU threads this process may use at best."""
+    """Return the maximum number of CPU threads that this process may use."""
     allowed = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -84,7 +80,7 @@ def list_devices(wanted: str) -> list[str]:
     """Return the devices to try.
 
     Raises:
-        ConfigError: the wanted one is not there.
+        ConfigError: the wanted device is not available.
     """
     here = {
         "cpu": True,
@@ -102,7 +98,7 @@ def list_devices(wanted: str) -> list[str]:
 
 
 def wait_device(device: str) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its queued work."""
     if device == "cuda":
         torch.cuda.synchronize()
     elif device == "mps":
@@ -110,7 +106,7 @@ def wait_device(device: str) -> None:
 
 
 def limit_search(seconds: float) -> float:
-    """Return how long a run of so many seconds may be measured beforehand.
+    """Return how many seconds the search may take before a run of the given duration.
 
     >>> [limit_search(s) for s in (5, 30, 3600)]
     [2.0, 3.0, 10.0]
@@ -119,8 +115,10 @@ def limit_search(seconds: float) -> float:
 
 
 def threads_pay(threads: int) -> bool:
-    """Tell whether several threads are worth a try: on a busy machine, where each waits for the other, they
-    multiply small matrices many times slower than one, and a whole step would take too long to find out.
+    """Return whether several threads are worth trying on a whole step.
+
+    On a busy machine threads wait for each other and may multiply small matrices many times slower than one
+    thread does. Trying them on a whole step would then take too long.
     """
     x, spent = torch.ones(128, 512), {1: 0.0, threads: 0.0}
     w = torch.ones(512, 512)
@@ -137,8 +135,10 @@ def threads_pay(threads: int) -> bool:
 
 
 def half_pays() -> bool:
-    """Tell whether bfloat16 products are worth a try on this CPU: without units for them they take up to a
-    hundred times as long as float32's, and a whole step would use up the time for measuring.
+    """Return whether bfloat16 is worth trying on this CPU.
+
+    Without units for them, bfloat16 products take up to a hundred times as long as float32 ones, and a whole
+    step would use up the time for measuring.
     """
     torch.set_num_threads(1)
     spent = {}
@@ -151,7 +151,10 @@ def half_pays() -> bool:
 def time_call(
     call: Callable[[], Any], device: str, repeats: int = 3, limit_s: float = 1.0
 ) -> float:
-    """Return the median seconds of a call after one to warm up; of fewer repeats once `limit_s` are spent."""
+    """Return the median time of a call in seconds, after one call to warm up.
+
+    There are fewer repeats if the calls together take more than `limit_s`.
+    """
     times: list[float] = []
     while len(times) <= repeats and not sum(times) > limit_s:
         t_start = time.perf_counter()
@@ -162,13 +165,13 @@ def time_call(
 
 
 def run_micro(model: GPT, loss: SumLoss, ids: Tensor, targets: Tensor) -> None:
-    """Do the forward and backward pass of one micro-batch and drop the gradients."""
+    """Run the forward and backward pass of one micro-batch and drop the gradients."""
     loss(ids, targets).backward()
     model.zero_grad(set_to_none=True)
 
 
 def settle_model(model: GPT, candidate: Candidate) -> None:
-    """Put the model where a candidate runs."""
+    """Apply the threads, the device and the dtype of a candidate to the model."""
     if candidate.device == "cpu":
         torch.set_num_threads(candidate.threads)
     model.to(candidate.device)
@@ -178,7 +181,10 @@ def settle_model(model: GPT, candidate: Candidate) -> None:
 def measure_candidate(
     model: GPT, ids: Tensor, targets: Tensor, candidate: Candidate, make: MakeLoss
 ) -> Candidate:
-    """Return the candidate with the speed it reached on these rows (R, T); none of its memory stays."""
+    """Return the candidate with its speed on these rows (R, T), or 0 if it runs out of memory.
+
+    None of the memory of the measurement is kept.
+    """
     settle_model(model, candidate)
     loss = make(model, RuntimeConfig(compile="off"))
     x, y = (t[: candidate.rows].to(candidate.device) for t in (ids, targets))
@@ -204,22 +210,26 @@ def tune_runtime(
     make: MakeLoss | None = None,
     on_phase: Callable[[str, float], None] = lambda name, seconds: None,
 ) -> Tuning:
-    """Choose how to run, by running.
+    """Return the fastest settings for a run, found by running its own step.
 
     Args:
-        model: of the run's shape; its weights are spoilt by this.
-        make_optimizer: makes the run's optimizer; a step of it is measured.
-        ids: this rank's rows of one optimizer step (R, T) int64; likewise `targets`.
-        runtime: what is not auto or 0 is kept.
-        ranks: with several, rank 0's choice counts and the optimizer is not measured.
-        seconds: training time to fill, or 0.
-        steps: optimizer steps of the run where `seconds` is 0.
-        known: `compile_s`, `gain_float32`, `gain_bfloat16` as measured on this machine before.
+        model: a model of the run's shape; its weights are overwritten.
+        make_optimizer: makes the run's optimizer; one step of it is measured.
+        ids: this rank's rows of one optimizer step (R, T) int64.
+        targets: the targets of `ids`, (R, T) int64.
+        runtime: settings other than auto or 0 are kept.
+        ranks: with several ranks, rank 0's choice applies and the optimizer is not measured.
+        seconds: training time of the run, or 0.
+        steps: optimizer steps of the run, used if `seconds` is 0.
+        known: `compile_s`, `gain_float32`, `gain_bfloat16` as measured here before.
         make: makes the run's loss; None is `make_loss`.
-        on_phase: hears what is being done, and about how many seconds it takes.
+        on_phase: called with the name of each phase and its approximate duration in seconds.
 
     Returns:
-        The settings with nothing left open. The model is on the chosen device.
+        A `Tuning` whose `runtime` has every setting chosen. The model is left on the chosen device.
+
+    Raises:
+        ConfigError: no candidate fits in memory, or the wanted device is not available.
     """
     t_start, make = time.perf_counter(), make or make_loss
     n_rows = len(ids)
@@ -238,6 +248,7 @@ def tune_runtime(
         elif candidate not in (replace(c, tokens_per_s=0.0) for c in tried):
             tried.append(measure_candidate(model, ids, targets, candidate, make))
 
+    # Try the devices and dtypes, with one thread on a CPU unless the config says otherwise.
     for device in list_devices(runtime.device):
         dtypes = ["bfloat16"] if device == "cuda" else ["float32", "bfloat16"]
         if runtime.dtype != "auto":
@@ -249,6 +260,8 @@ def tune_runtime(
             n = one if device == "cpu" else cores
             try_one(Candidate(device=device, dtype=dtype, threads=n, rows=rows))
     best = max(tried, key=lambda c: c.tokens_per_s)
+
+    # On a CPU, try all threads.
     if best.device == "cpu" and not runtime.threads and cores > 1:
         if threads_pay(cores):
             try_one(replace(best, threads=cores, tokens_per_s=0.0))
@@ -257,6 +270,8 @@ def tune_runtime(
             left_out.append(
                 f"{cores} threads were not tried: they wait for other programs of this machine."
             )
+
+    # Try larger micro-batches until one is clearly slower.
     if not runtime.micro_batch_rows:
         sizes = [r for r in (2**i for i in range(12)) if rows < r <= n_rows and n_rows % r == 0]
         for size in sizes:
@@ -264,12 +279,17 @@ def tune_runtime(
             if tried[-1].tokens_per_s < max(c.tokens_per_s for c in tried) * 0.9:
                 break
         best = max(tried, key=lambda c: c.tokens_per_s)
+
+    # All ranks take the choice of rank 0.
     best = share_object(best)
     if not best.tokens_per_s:
         raise ConfigError(
             f"A micro-batch of {rows} x {ids.size(1)} tokens does not fit into memory; take a smaller "
             "model or runtime.micro_batch_rows=1."
         )
+
+    # Time a whole step: its micro-batches and the optimizer. If the step has fewer rows than a
+    # micro-batch, x holds all of them.
     settle_model(model, best)
     loss = make(model, replace(runtime, compile="off"))
     x, y = (t[: best.rows].to(best.device) for t in (ids, targets))
@@ -282,9 +302,9 @@ def tune_runtime(
             optimizer.step(1.0, 0.9)
 
         optim_s = max(0.0, time_call(move, best.device) - micro_s)
-    step_s = (
-        n_rows / len(x) * micro_s + optim_s
-    )  # of a step with fewer rows than a micro-batch all are there
+    step_s = n_rows / len(x) * micro_s + optim_s
+
+    # Decide whether to compile, and measure what it brings.
     turn_on, why = decide_compile(
         runtime.compile, best, step_s, seconds, steps, {**guess, **(known or {})}
     )
@@ -307,12 +327,13 @@ def tune_runtime(
             why += f"; compiled in {compile_s:.0f} s, {micro_s / fast_s:.2f} times as fast"
             slow_s, step_s = step_s, n_rows / len(x) * fast_s + optim_s
             learned = {"compile_s": compile_s, f"gain_{best.dtype}": slow_s / step_s}
-        except (
-            Exception
-        ) as error:  # any failure of the compiler leaves the eager program, which works
+        except Exception as error:
+            # Whatever made the compiler fail, the eager program still works.
             chosen = replace(chosen, compile="off")
             loss = make(model, chosen)
             why = f"compilation failed ({type(error).__name__}), so the program runs as it is"
+
+    # Describe the search for the log of the run.
     notes = [
         f"{c.device} {c.dtype}, {count_noun(c.threads, 'thread')}, {count_noun(c.rows, 'row')}: "
         f"{c.tokens_per_s:,.0f} tokens/s"
@@ -342,7 +363,7 @@ def tune_runtime(
 def decide_compile(
     wanted: str, best: Candidate, step_s: float, seconds: float, steps: int, known: dict[str, float]
 ) -> tuple[bool, str]:
-    """Tell whether to compile, and why: only where it saves more time than it takes."""
+    """Return whether to compile, and why; by default only if it saves more time than it takes."""
     if wanted != "auto":
         return wanted == "on", "as you asked"
     if best.device == "mps":
@@ -360,7 +381,7 @@ def decide_compile(
 
 
 def make_loss(model: GPT, runtime: RuntimeConfig, bos_id: int = -1) -> SumLoss:
-    """Return a model's summed loss, compiled for micro-batches of one shape where the runtime says so."""
+    """Return a model's summed loss, compiled for micro-batches of one shape if `runtime.compile` is on."""
     call = torch.compile(model.loss, dynamic=False) if runtime.compile == "on" else model.loss
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""One training loop for every stage.
+"""The training loop that every stage uses.
 
-Hides: accumulation over micro-batches and the schedule. What a stage wants to do besides (measure, sample,
-save) comes in as callbacks, so that this room knows nothing of files or sampling. Reference: warm-up,
-constant, warm-down (Hägele et al. 2024), as in nanochat.
+`fit` accumulates gradients over micro-batches, applies the learning-rate schedule and steps the optimizer.
+Evaluation, sampling and saving are callbacks, so this module depends on neither files nor sampling.
+Reference: warm-up, constant, warm-down (Hägele et al. 2024), as in nanochat.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ SumLoss = Callable[[Tensor, Tensor], Tensor]  # ids, targets (b, T) -> summed na
 
 
 def lr_ratio(step: int, steps: int, config: OptimConfig) -> float:
-    """Return the learning rate of a step as a share of its peak: up, level, down.
+    """Return the learning rate of a step as a share of its peak: warm-up, constant, warm-down.
 
     >>> [lr_ratio(s, 10, OptimConfig(warmdown_ratio=0.5)) for s in (0, 5, 6, 9)]
     [1.0, 1.0, 0.8, 0.2]
     """
+    # Warm-up, given as a number of steps or as a share of the run.
     down = count_warmdown(steps, config)
     if config.warmup_steps and step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     up = config.warmup_ratio * steps
     if step < up:
         return (step + 1) / (up + 1)
+
+    # Constant, then linear warm-down to the final ratio.
     if step <= steps - down:
         return 1.0
     share = (steps - step) / down
@@ -44,34 +47,41 @@ def lr_ratio(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def count_warmdown(steps: int, config: OptimConfig) -> float:
-    """Return the steps, at the end of a run, in which the learning rate falls."""
+    """Return the number of steps at the end of a run in which the learning rate falls."""
     down = config.warmdown_ratio * steps
     return round(down) if config.whole_steps else down
 
 
 def muon_momentum(step: int, steps: int, config: OptimConfig) -> float:
-    """Return Muon's momentum: up from its start to its full value, level, down while the rate falls.
+    """Return Muon's momentum at a step: it rises to its full value, stays there, and may fall at the end.
+
+    The fall, if the config asks for one, coincides with the warm-down of the learning rate.
 
     >>> muon_momentum(0, 4000, OptimConfig()), muon_momentum(300, 4000, OptimConfig())
     (0.85, 0.95)
     """
+    # The length of the rise, at most a share of the run.
     start, full, end = config.momentum_start, config.momentum, config.momentum_end
     limit = config.momentum_share * steps if config.momentum_share else float("inf")
     rise = max(1.0, min(float(config.momentum_steps), limit))
 
+    # The fall during the warm-down.
     down = count_warmdown(steps, config)
     if end and down and step >= rise and step >= steps - down:
         share = (step - (steps - down)) / down
         return full * (1 - share) + end * share
 
+    # The rise, then the constant value.
     risen = min(1.0, step / rise)
     return start + (full - start) * risen if full > start else full
 
 
 def decay_ratio(step: int, steps: int, config: OptimConfig) -> float:
-    """Return the matrices' weight decay of a step as a share of its peak.
+    """Return the weight decay of the matrices at a step, as a share of its peak.
 
-    Source: nanochat HEAD, base_train.py, for the cosine; a step's decay is this times its learning rate.
+    The decay applied at a step is this share times the learning rate of the step.
+
+    Source: nanochat HEAD, base_train.py, for the cosine.
 
     >>> [round(decay_ratio(s, 10, OptimConfig(decay_schedule="cosine")), 3) for s in (0, 5, 10)]
     [1.0, 0.5, 0.0]
@@ -82,7 +92,10 @@ def decay_ratio(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def read_schedule(step: int, steps: int, config: OptimConfig) -> tuple[float, float, float]:
-    """Return a step's learning rate (of its peak), Muon's momentum, and weight decay (of its peak)."""
+    """Return the learning rate, Muon's momentum and the weight decay of a step.
+
+    The learning rate and the weight decay are shares of their peaks.
+    """
     return (
         lr_ratio(step, steps, config),
         muon_momentum(step, steps, config),
@@ -106,38 +119,49 @@ def fit(
     on_save: Callable[[int, bool], None] | None = None,
     stop: threading.Event | None = None,
 ) -> int:
-    """Train until `steps` or until stopped.
+    """Train until `steps` or until stopped, and return the number of steps done.
 
     Args:
-        batches: endless, of this rank's rows of one step: ids and targets, (R, T) int64.
-        loss: summed nats of a micro-batch, with gradients; with several ranks a `SpreadLoss`, which sums
-            these while the backward pass runs.
-        steps: optimizer steps of the whole run; the schedule stretches over them.
+        optimizer: moves the parameters; its config holds the schedule.
+        batches: endless; each item holds this rank's rows of one step, ids and targets, (R, T) int64.
+        loss: returns the summed nats of a micro-batch, with gradients; with several ranks a `SpreadLoss`,
+            which sums the gradients over the ranks during the backward pass.
+        steps: optimizer steps of the whole run; the schedule spans them.
+        start_step: steps done before, by the run that this one resumes.
         micro_batch_rows: rows of one forward and backward pass.
+        device: where the loss is computed.
         elapsed_s: training time of the steps done before.
-        count_steps: called after each step with the steps done and the training time; returns `steps` anew.
-        on_eval: called with the steps done and whether they are all, before the first step and after each;
-            not at a stop.
-        on_save: called after `on_eval` with the steps done and whether the run ends here, be it by a stop.
-        stop: when set, the run ends after the present step.
+        count_steps: called after each step with the steps done and the training time; returns the new value
+            of `steps`.
+        on_step: called with the `StepEvent` of each step.
+        on_eval: called with the steps done and whether they are the last, before the first step and after
+            each step, but not when the run is stopped.
+        on_save: called after `on_eval` with the steps done and whether the run ends here, stopped or not.
+        stop: when set, the run ends after the current step.
 
     Returns:
-        The number of steps done.
+        The number of steps done, including those before `start_step`.
 
     Raises:
-        PrimechatError: the loss is no number any more.
+        PrimechatError: the loss is not finite.
     """
     device = torch.device(device)
     stop = stop or threading.Event()
     step, source = start_step, iter(batches)
+
+    # Evaluate and save before the first step of a new run.
     if step == 0 and on_eval:
         on_eval(0, False)
     if step == 0 and on_save:
         on_save(0, False)
+
     while step < steps:
+        # Read a batch, and count over all ranks the targets that the loss is divided by.
         t_start = time.perf_counter()
         ids, targets = next(source)
         counted, tokens = sum_numbers([float((targets >= 0).sum()), float(ids.numel())], device)
+
+        # Accumulate gradients over the micro-batches; ranks exchange them during the last one only.
         nats = torch.zeros((), device=device)
         pairs = list(zip(ids.split(micro_batch_rows), targets.split(micro_batch_rows), strict=True))
         for i, (x, y) in enumerate(pairs):
@@ -150,12 +174,16 @@ def fit(
                 part = loss(x, y) / max(1.0, counted)
                 part.backward()
             nats += part.detach()
+
+        # Refuse a loss that is not finite before it reaches the weights.
         (mean_nats,) = sum_numbers([float(nats)], device)
         if not math.isfinite(mean_nats):
             raise PrimechatError(
                 f"The loss of step {step} is {mean_nats}, it must be a number; lower the learning rates "
                 "and resume from the last checkpoint."
             )
+
+        # Step the optimizer; `count_steps` may change how many steps the run has.
         ratio, momentum, decay = read_schedule(step, steps, optimizer.config)
         grad_norm, update_norm = optimizer.step(ratio, momentum, decay)
         step += 1
@@ -176,6 +204,8 @@ def fit(
                     elapsed_s=elapsed_s,
                 )
             )
+
+        # Evaluate and save; all ranks stop together if any of them was told to.
         stopped = any_rank(stop.is_set(), device) and step < steps
         if on_eval and not stopped:
             on_eval(step, step == steps)

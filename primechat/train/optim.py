@@ -1,10 +1,11 @@
 """The optimizer: Muon for the matrices of the blocks, fused AdamW for embeddings, head and scalars.
 
-`PARAMETER_KINDS` says which parameter is of which kind; `adam_rules` gives each kind its rate, betas and
-decay from OptimConfig. Reference: Jordan et al. 2024 (Muon); Amsel et al. 2025 (Polar Express); Li et al.
-2025 (NorMuon); Chen et al. 2025 (cautious decay). With several ranks each keeps the state of its share
-alone, moves that share, and gets the others' while it computes; `state_dict` is whole all the same, so that
-a run can resume on another number of ranks.
+`PARAMETER_KINDS` assigns each parameter to a kind; `adam_rules` gives each kind its learning rate, betas and
+weight decay from OptimConfig. With several ranks, each rank keeps the optimizer state of its own share only,
+updates that share, and receives the other shares while it computes. `state_dict` still returns the whole
+state, so a run can resume on a different number of ranks.
+Reference: Jordan et al. 2024 (Muon); Amsel et al. 2025 (Polar Express); Li et al. 2025 (NorMuon); Chen et
+al. 2025 (cautious decay).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from torch.optim.adamw import adamw
 from primechat.config import OptimConfig
 from primechat.train.parallel import Share, sum_numbers
 
-# Kind of a parameter: the names that are of it. Muon moves `matrix`, AdamW the others, whose states lie in a
-# checkpoint in this order.
+# The kinds of parameters, each with the patterns of its names. Muon updates `matrix` and AdamW the
+# others; a checkpoint stores AdamW's states in this order.
 PARAMETER_KINDS: dict[str, tuple[str, ...]] = {
     "matrix": (
         "transformer.h.*.c_[qkv].weight",
@@ -37,17 +38,19 @@ PARAMETER_KINDS: dict[str, tuple[str, ...]] = {
     "residual": ("resid_lambdas",),
     "x0": ("x0_lambdas",),
     "smear": ("smear_lambda", "backout_lambda", "smear_gate.weight"),
+    # Parameters added to a model: LoRA, the projector of a distillation.
     "added": (
         "*.adapter.*",
         "projector*",
-    ),  # what hangs beside the model: LoRA, a distillation's projector
+    ),
 }
 
-# Muon's iterations: X <- aX + (bA + cA^2)X with A = XX^T, one (a, b, c) a step.
+# Muon's iteration: X <- aX + (bA + cA^2)X with A = XX^T, one (a, b, c) per step.
 Steps = tuple[tuple[float, float, float], ...]
 
-# Amsel et al. 2025, degree 5, five steps, for singular values from 1e-3 to 1. All but the last are damped, as
-# there: bfloat16 rounds a value of 1 up, and beyond 1 each step makes it much larger still.
+# Amsel et al. 2025, degree 5, five steps, for singular values from 1e-3 to 1. All steps but the last
+# are damped, as in the paper: bfloat16 may round a value of 1 up, and each step enlarges values
+# above 1 further.
 DAMPING = 1.02
 EXACT_STEPS: Steps = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -60,7 +63,7 @@ DAMPED_STEPS: Steps = (
     *((a / DAMPING, b / DAMPING**3, c / DAMPING**5) for a, b, c in EXACT_STEPS[:-1]),
     EXACT_STEPS[-1],
 )
-# the same for five steps with a safety factor of 0.02 and a cushion of 2: the numbers of nanochat's 2026
+# The same for five steps with a safety factor of 0.02 and a cushion of 2: nanochat's values of 2026.
 CUSHIONED_STEPS: Steps = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -73,7 +76,7 @@ NEWTON_SCHULZ_STEPS: Steps = ((3.4445, -4.7750, 2.0315),) * 5  # Jordan et al. 2
 
 @dataclass(frozen=True, kw_only=True)
 class Iteration:
-    """One way to orthogonalise: X starts as G / (margin * |G| + epsilon)."""
+    """One method of orthogonalisation; it starts with X = G / (margin * |G| + epsilon)."""
 
     margin: float
     epsilon: float
@@ -88,10 +91,10 @@ ITERATIONS = {
 
 
 def find_kind(name: str) -> str:
-    """Return the kind of a parameter by its name.
+    """Return the kind of a parameter, given its name.
 
     Raises:
-        LookupError: no kind has it; a new parameter must be put into the list.
+        LookupError: the name matches no kind; a new parameter must be added to PARAMETER_KINDS.
 
     >>> find_kind("transformer.h.3.attn.c_proj.weight"), find_kind("smear_gate.weight")
     ('matrix', 'smear')
@@ -109,19 +112,21 @@ def orthogonalize(
     equalize_rows: bool = False,
     restore_norm: bool = False,
 ) -> Tensor:
-    """Return for each matrix of (n, r, c) the nearest one with singular values near 1.
+    """Return, for each matrix of (n, r, c), the nearest matrix with singular values near 1.
 
     Args:
         stack: n matrices of one shape.
-        method: a key of ITERATIONS. The polar ones come within about 0.15 of 1, newton-schulz within 0.35.
-        equalize_rows: bring the rows to one length first, at the same norm of the whole.
-        restore_norm: set the norm of the result to sqrt(min(r, c)), that of exact singular values.
+        method: a key of ITERATIONS. Known error of the singular values: about 0.15 for the polar methods,
+            0.35 for newton-schulz.
+        equalize_rows: first scale the rows of each matrix to equal length, keeping the norm of the matrix.
+        restore_norm: set the norm of the result to sqrt(min(r, c)), as with singular values of exactly 1.
 
     Source: Polar Express (Amsel et al. 2025, algorithm 1); Newton-Schulz (Jordan et al. 2024).
     """
     plan = ITERATIONS[method]
     x = level_rows(stack) if equalize_rows else stack
 
+    # Iterate on the wide form of each matrix, where XX^T is the smaller product.
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) * plan.margin + plan.epsilon)
@@ -137,9 +142,9 @@ def orthogonalize(
 
 
 def level_rows(stack: Tensor) -> Tensor:
-    """Return each matrix of (n, r, c) with rows of one length and the norm that it had.
+    """Return each matrix of (n, r, c) with its rows scaled to equal length, keeping the matrix norm.
 
-    Source: MuonEq (2026), arXiv 2603.28254: rows as in nanochat.
+    Source: MuonEq (2026), arXiv 2603.28254; applied to rows as in nanochat.
     """
     whole = stack.float()
     target = whole.norm(dim=(1, 2), keepdim=True) / stack.size(1) ** 0.5
@@ -148,23 +153,27 @@ def level_rows(stack: Tensor) -> Tensor:
 
 
 class Muon:
-    """Momentum, then orthogonalisation, for matrices; those of one shape are handled as one stack."""
+    """Momentum followed by orthogonalisation, for matrices; those of one shape form a stack."""
 
     def __init__(
         self, params: list[nn.Parameter], half: bool, config: OptimConfig | None = None
     ) -> None:
+        # Group the matrices by shape.
         groups: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
         for p in params:
             groups[tuple(p.shape)].append(p)
         self.groups = [groups[shape] for shape in sorted(groups)]
         self.half, self.config = half, config or OptimConfig()
+
+        # Each rank keeps the state of its share of every group.
         self.shares = [Share(len(g)) for g in self.groups]
         pairs = [(s.hi - s.lo, g[0]) for s, g in zip(self.shares, self.groups, strict=True)]
         self.momenta = [torch.zeros(n, *p.shape, device=p.device) for n, p in pairs]
         self.second = [torch.zeros(n, *row_shape(p), device=p.device) for n, p in pairs]
 
     def step(self, lr: float, momentum: float, weight_decay: float) -> float:
-        """Move all matrices by one step; return the squared norm of the move."""
+        """Update all matrices by one step and return the squared norm of the update."""
+        # Update this rank's share of each stack and start to exchange it.
         moved, coming = 0.0, []
         for params, share, m, s in zip(
             self.groups, self.shares, self.momenta, self.second, strict=True
@@ -172,14 +181,17 @@ class Muon:
             mine = params[share.lo : share.hi]
             if mine:
                 moved += self.move(mine, m, s, lr, momentum, weight_decay)
-            if share.world_size > 1:  # the next stack is computed while this one travels
+            if share.world_size > 1:  # the next stack is computed during the transfer
                 stack = torch.stack([*mine]) if mine else params[0].new_zeros(0, *params[0].shape)
                 coming.append((params, share, share.gather(stack)))
+
+        # Copy what the other ranks updated.
         for params, share, wait in coming:
             whole = wait()
             others = [i for i in range(len(params)) if not share.lo <= i < share.hi]
             if others:
                 torch._foreach_copy_([params[i] for i in others], [whole[i] for i in others])
+
         device = self.momenta[0].device if self.momenta else torch.device("cpu")
         return sum_numbers([moved], device)[0]
 
@@ -192,17 +204,22 @@ class Muon:
         momentum: float,
         weight_decay: float,
     ) -> float:
-        """Move matrices of one shape; return the squared norm of the move.
+        """Update matrices of one shape and return the squared norm of the update.
 
         Args:
             params: n matrices (r, c).
-            m: their momenta (n, r, c), changed in place.
-            s: their mean squares by row or column, as `row_shape` has them, changed in place.
+            m: their momenta (n, r, c), updated in place.
+            s: their mean squares by row or column, (n, *row_shape), updated in place.
+            lr: learning rate of this step.
+            momentum: Muon's momentum of this step.
+            weight_decay: weight decay of this step.
         """
+        # Nesterov momentum: the gradient is mixed into the running mean a second time.
         grad = torch.stack([p.grad for p in params if p.grad is not None]).float()
         m.lerp_(grad, 1 - momentum)
-        grad.lerp_(m, momentum)  # Nesterov: the gradient once more, on top of the mean
+        grad.lerp_(m, momentum)
 
+        # Orthogonalise, then even out the rows if the config asks for it.
         config = self.config
         update = orthogonalize(
             grad.to(torch.bfloat16) if self.half else grad,
@@ -213,7 +230,7 @@ class Muon:
         if config.row_beta2:
             update = even_out(update, s, config.row_beta2)
 
-        # a tall matrix maps to more numbers than it reads: a step of the same effect on each is larger
+        # A tall matrix has more outputs than inputs, so the same change per output is a larger step.
         scale = lr * max(1.0, params[0].size(0) / params[0].size(1)) ** 0.5
         for p, u in zip(params, update, strict=True):
             if weight_decay and config.cautious_decay:
@@ -225,8 +242,9 @@ class Muon:
 
 
 def even_out(update: Tensor, s: Tensor, beta2: float) -> Tensor:
-    """Return a step (n, r, c) whose rows (or columns) are divided by their running root mean square `s`, at
-    the norm that each matrix had.
+    """Return an update (n, r, c) with rows (or columns) divided by their running root mean square.
+
+    Each matrix keeps its norm. `s` holds the running mean squares and is updated in place.
 
     Source: NorMuon (Li et al. 2025, algorithm 1), along the longer side as in nanochat.
     """
@@ -239,13 +257,13 @@ def even_out(update: Tensor, s: Tensor, beta2: float) -> Tensor:
 
 
 def row_shape(p: Tensor) -> tuple[int, int]:
-    """Return the shape of a second moment with one number along the longer side of a matrix."""
+    """Return the shape of the second moment of a matrix: one number per index of its longer side."""
     return (p.size(0), 1) if p.size(0) >= p.size(1) else (1, p.size(1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamRule:
-    """How AdamW moves one kind of parameter."""
+    """AdamW's settings for one kind of parameter."""
 
     lr: float
     beta1: float = 0.8
@@ -255,9 +273,10 @@ class AdamRule:
 
 
 def adam_rules(config: OptimConfig, width: int) -> dict[str, AdamRule]:
-    """Return AdamW's rule of each kind of parameter, in the order of PARAMETER_KINDS.
+    """Return AdamW's settings for each kind of parameter, in the order of PARAMETER_KINDS.
 
-    Source: nanochat: rates of tables and head were found at width 768 and scale by (width / 768) ** -0.5.
+    Source: nanochat. The learning rates of tables and head were tuned at width 768 and scale by
+        (width / 768) ** -0.5.
     """
     by_width = (width / 768) ** -0.5
 
@@ -288,10 +307,10 @@ def adam_rules(config: OptimConfig, width: int) -> dict[str, AdamRule]:
 
 
 class Adam:
-    """Fused AdamW; of a table each rank keeps and moves its rows, scalars are moved on every rank.
+    """Fused AdamW; each rank updates its own rows of a table, and every rank updates the scalars.
 
-    Its function and not `torch.optim.AdamW`: making one of those loads torch's compiler, which takes seconds
-    of the time before a first step.
+    It calls the function `adamw` because creating a `torch.optim.AdamW` loads torch's compiler, which delays
+    the first step by seconds.
     """
 
     def __init__(self, groups: list[tuple[list[nn.Parameter], AdamRule]]) -> None:
@@ -305,9 +324,10 @@ class Adam:
         self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
 
     def step(self, ratio: float) -> Callable[[], None]:
-        """Move this rank's rows; the call that is returned waits for the others'."""
+        """Update this rank's rows and return a function that waits for the rows of the other ranks."""
         shares = dict(zip(self.params, self.shares, strict=True))
         for params, rule in self.groups:
+            # This rank's rows of each gradient; the state is created at the first step.
             ready, grads = [p for p in params if p.grad is not None], []
             for p in ready:
                 share, whole, mine = shares[p], p.grad, self.mine[p]
@@ -316,6 +336,8 @@ class Adam:
                 if p not in self.state:
                     zeros = {key: torch.zeros_like(mine.data) for key in ("exp_avg", "exp_avg_sq")}
                     self.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+
+            # One fused call for all parameters of a kind.
             keys = ("exp_avg", "exp_avg_sq", "step")
             first, second, steps = ([self.state[p][key] for p in ready] for key in keys)
             if ready:
@@ -335,6 +357,8 @@ class Adam:
                     eps=rule.eps,
                     maximize=False,
                 )
+
+        # Start to exchange the rows of tables that are spread over the ranks.
         spread = [(p, share) for p, share in shares.items() if share and self.mine[p] is not p]
         coming = [(p, share.gather(self.mine[p])) for p, share in spread]
 
@@ -345,7 +369,7 @@ class Adam:
         return wait
 
     def state_dict(self) -> dict[str, Any]:
-        """Return AdamW's state of whole tables."""
+        """Return AdamW's state for whole tables, gathered from all ranks."""
         whole = {}
         for i, (p, share) in enumerate(zip(self.params, self.shares, strict=True)):
             found: dict[str, Tensor] = dict(self.state.get(p, {}))
@@ -357,7 +381,7 @@ class Adam:
         return {"state": whole}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take this rank's rows of a whole state."""
+        """Load this rank's rows from a state of whole tables."""
         for i, found in state["state"].items():
             p, share = self.params[int(i)], self.shares[int(i)]
             rows = slice(share.lo, share.hi) if self.mine[p] is not p and share else slice(None)
@@ -370,19 +394,21 @@ class Adam:
 
 
 class Optimizer:
-    """Both rules under one learning-rate schedule; `step` takes the schedule's ratio."""
+    """Muon and AdamW under one learning-rate schedule; `step` takes the ratio of the schedule."""
 
     def __init__(
         self, model: nn.Module, config: OptimConfig, width: int, half: bool = False
     ) -> None:
-        """Sort a model's parameters by their kind.
+        """Sort the trainable parameters of a model by kind.
 
         Args:
-            width: n_embd of the model, by which rates of tables and head scale.
+            model: the parameters with `requires_grad` are optimised.
+            config: learning rates, momenta and weight decay.
+            width: n_embd of the model, with which the learning rates of tables and head scale.
             half: orthogonalise in bfloat16.
 
         Raises:
-            LookupError: a parameter that learns is of no known kind.
+            LookupError: a trainable parameter is of no known kind.
         """
         self.config = config
         kinds: dict[str, list[nn.Parameter]] = {kind: [] for kind in PARAMETER_KINDS}
@@ -396,20 +422,23 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, ratio: float, momentum: float, decay_ratio: float = 1.0) -> tuple[float, float]:
-        """Move every parameter and drop the gradients.
+        """Update every parameter, drop the gradients, and return the norms of gradient and update.
 
         Args:
             ratio: learning rates of this step, as a share of their peaks.
-            momentum: Muon's, of this step.
+            momentum: Muon's momentum of this step.
             decay_ratio: weight decay of the matrices, as a share of its peak.
 
         Returns:
-            The gradient's norm before clipping, and the norm of the matrices' move.
+            The norm of the gradient before clipping, and the norm of the update of the matrices.
         """
+        # Clip the gradient by its norm over all parameters.
         grads = [p.grad for p in self.params if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads))
         if self.config.grad_clip and norm > self.config.grad_clip:
             torch._foreach_mul_(grads, self.config.grad_clip / norm)
+
+        # Muon computes while AdamW's rows are exchanged between ranks.
         wait = self.adam.step(ratio)
         moved = self.muon.step(
             self.config.matrix_lr * ratio, momentum, self.config.weight_decay * decay_ratio
@@ -420,9 +449,9 @@ class Optimizer:
         return norm, moved**0.5
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the next step depends on, as plain containers of tensors, whole.
+        """Return the whole state that the next step depends on, as plain containers of tensors.
 
-        With several ranks all of them must call this; the tensors are copies then.
+        With several ranks, all of them must call this; the tensors are then copies.
         """
         parts = zip(self.muon.shares, self.muon.momenta, self.muon.second, strict=True)
         whole = [(share.gather(m)(), share.gather(s)()) for share, m, s in parts]
@@ -433,7 +462,7 @@ class Optimizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where `state_dict` was taken, on any number of ranks."""
+        """Restore a state returned by `state_dict`, on any number of ranks."""
         self.adam.load_state_dict(state["adam"])
         for mine, theirs in (
             (self.muon.momenta, state["momenta"]),

@@ -1,9 +1,10 @@
-"""Several processes, one model: who am I, sums over all of us, and who owns which part of the optimizer.
+"""Data parallelism over several processes: ranks, sums over ranks, and shares of the optimizer state.
 
-Hides: torch.distributed. Started by torchrun there are WORLD_SIZE ranks (NCCL on CUDA, gloo elsewhere), on
-one node or on several (torchrun's rendezvous); otherwise one rank, and every function here is free.
-Gradients are summed while the backward pass still runs, each loss being divided by the tokens of all ranks
-before. Reference: Li et al. 2020 (DistributedDataParallel); Rajbhandari et al. 2020 (ZeRO, stage 1).
+Hides: torch.distributed. Under torchrun there are WORLD_SIZE ranks (NCCL on CUDA, gloo elsewhere), on one
+node or on several (torchrun's rendezvous). Otherwise there is one rank, and every function here costs
+nothing. Gradients are summed during the backward pass, so each loss is first divided by the tokens of all
+ranks.
+Reference: Li et al. 2020 (DistributedDataParallel); Rajbhandari et al. 2020 (ZeRO, stage 1).
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 Shared = TypeVar("Shared")
 PATIENCE = timedelta(minutes=60)  # a rank may wait for a shard, or for rank 0 to write a checkpoint
-PARTING = timedelta(seconds=10)
-# what a rank says whose neighbour has gone: not the cause, so nothing to print
+PARTING = timedelta(seconds=10)  # how long a rank waits for the others when it exits
+# Messages of errors that follow from another rank's failure. They are not the cause, so they are
+# not printed.
 ECHOES = (
     "closed by peer",
     "reset by peer",
@@ -36,7 +38,7 @@ ECHOES = (
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all."""
+    """The rank of this process and the number of processes."""
 
     rank: int = 0
     world_size: int = 1
@@ -44,12 +46,15 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """True for the one that prints and writes."""
+        """Whether this is the rank that prints and writes files."""
         return self.rank == 0
 
 
 def join_ranks(device_type: str) -> Ranks:
-    """Join the process group that torchrun describes in the environment; alone where there is none."""
+    """Join the process group that torchrun describes in the environment, and return this process's `Ranks`.
+
+    Without torchrun this process is the only rank.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         return Ranks()
@@ -63,8 +68,9 @@ def join_ranks(device_type: str) -> Ranks:
 
 
 def part_ranks() -> None:
-    """Leave the process group at the end of the process, once the others have come there too: the threads of
-    a group that is still open may abort a process that ends.
+    """Leave the process group at exit, once the other ranks have reached this point too.
+
+    The threads of a group that is still open may abort an exiting process.
     """
     if dist.is_initialized():
         with suppress(RuntimeError):
@@ -75,7 +81,7 @@ def part_ranks() -> None:
 
 @contextmanager
 def wait_turn(ranks: Ranks) -> Iterator[None]:
-    """Let each machine's first rank go through a block before its others: it prepares what they share."""
+    """Run a block on each machine's first rank before the others, so that it can prepare what they share."""
     if dist.is_initialized() and ranks.local_rank:
         dist.barrier()
     yield
@@ -84,7 +90,7 @@ def wait_turn(ranks: Ranks) -> Iterator[None]:
 
 
 def sum_numbers(numbers: list[float], device: torch.device) -> list[float]:
-    """Sum a few numbers over all ranks."""
+    """Return each number summed over all ranks."""
     if not dist.is_initialized():
         return numbers
     kind = torch.float32 if device.type == "mps" else torch.float64
@@ -112,12 +118,12 @@ def gather_objects(value: Shared) -> list[Shared]:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Tell whether the flag is set on any rank."""
+    """Return whether the flag is set on any rank."""
     return sum_numbers([float(flag)], device)[0] > 0
 
 
 def is_echo(error: BaseException) -> bool:
-    """Tell whether an error only says that another rank has gone."""
+    """Return whether an error only reports that another rank has exited."""
     network = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
     return network or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in ECHOES)
@@ -125,7 +131,7 @@ def is_echo(error: BaseException) -> bool:
 
 
 class LossModule(nn.Module):
-    """A loss and the model behind it as one module, which is what DistributedDataParallel takes."""
+    """A loss and its model as one module, as DistributedDataParallel requires."""
 
     def __init__(self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -137,9 +143,10 @@ class LossModule(nn.Module):
 
 
 class SpreadLoss:
-    """A summed loss whose gradients are summed over all ranks while the backward pass runs.
+    """A summed loss whose gradients are summed over all ranks during the backward pass.
 
-    A compiled loss is compiled in pieces, one a bucket of gradients, so that it overlaps too.
+    A compiled loss is compiled in pieces, one per bucket of gradients, so that communication overlaps with
+    it too.
     """
 
     def __init__(self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -158,7 +165,7 @@ class SpreadLoss:
         return total
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Return a context in which gradients stay with this rank: of all micro-batches but the last."""
+        """Return a context in which gradients stay on this rank, for all micro-batches but the last."""
         quiet: AbstractContextManager[None] = (
             self.parallel.no_sync() if self.parallel else nullcontext()
         )
@@ -166,24 +173,24 @@ class SpreadLoss:
 
 
 def sum_bucket(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Sum a bucket of gradients over all ranks; without this hook they would be averaged."""
+    """Return a future of a bucket of gradients summed over all ranks; by default they would be averaged."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None, "an asynchronous call returns its work"
     return work.get_future().then(lambda future: future.value()[0])
 
 
-# DistributedDataParallel compares the types themselves, not their names
+# DistributedDataParallel compares the annotations with the types themselves, not with their names.
 sum_bucket.__annotations__.update(
     bucket=dist.GradBucket, **{"return": torch.futures.Future[Tensor]}
 )
 
 
-# its name before torch 2.12
+# Before torch 2.12, `all_gather_single` was named `all_gather_into_tensor`.
 gather_whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Share:
-    """This rank's part of the rows of a tensor (n, ...): rows `lo` to `hi`, as even as whole rows allow.
+    """This rank's part of the rows of a tensor (n, ...): rows `lo` to `hi`, split as evenly as possible.
 
     >>> Share(10).lo, Share(10).hi
     (0, 10)
@@ -196,11 +203,18 @@ class Share:
         self.lo, self.hi = min(n, rank * self.size), min(n, (rank + 1) * self.size)
 
     def gather(self, mine: Tensor) -> Callable[[], Tensor]:
-        """Begin to bring the rows of all ranks together, of this one (hi - lo, ...); the call that is
-        returned waits for them and gives all, (n, ...), on every rank.
+        """Start to gather the rows of all ranks, and return a function that waits for them.
+
+        Args:
+            mine: the rows of this rank, (hi - lo, ...).
+
+        Returns:
+            A function that returns all rows, (n, ...), on every rank.
         """
         if self.world_size == 1:
             return lambda: mine
+
+        # All ranks must send the same number of rows, so the last ones may need padding.
         padded = mine.contiguous()
         if len(mine) < self.size:
             padded = mine.new_zeros(self.size, *mine.shape[1:])

@@ -1,1 +1,1 @@
-"""Embeddings: the tables of a model, pictures of them, and how far a picture lies."""
+"""Embeddings: the tables of a model, pictures of them, and how much a picture distorts."""

@@ -1,7 +1,7 @@
-"""What an atlas shows: a model's tables, a table over the snapshots of a run, the states of a text.
+"""Atlases of embeddings: a model's tables, a table over the snapshots of a run, the states of a text.
 
-Hides: which vectors stand behind a picture. Each atlas makes a `Cloud` of one of its spaces, answers `near`,
-and may lay the space out by UMAP; PCA has one basis for all frames, so that motion between them is change.
+Hides: which vectors a picture shows. Each atlas makes a `Cloud` of one of its spaces, answers `near`, and may
+lay the space out by UMAP; PCA uses one basis for all frames, so that motion between them is a real change.
 Reference: Smilkov et al. 2016, Embedding Projector.
 """
 
@@ -21,32 +21,32 @@ from primechat.model.gpt import GPT
 from primechat.text.tokenizer import Tokenizer
 
 N_NEAR = 10
-MAX_BYTES = 1 << 30  # of the vectors of one space over all frames
+MAX_BYTES = 1 << 30  # for the vectors of one space over all frames
 
 
 class Atlas:
-    """The base: spaces with titles, and for each its vectors (F, N, C), frames, names and channels."""
+    """The base class: spaces with titles, each with vectors (F, N, C), frames, labels and channels."""
 
     def __init__(self, spaces: dict[str, str]) -> None:
         self.spaces = spaces
         self.vectors: dict[str, np.ndarray] = {}
         self.clouds: dict[tuple[str, str, int], Cloud] = {}
 
-    is_whole = True  # the pictures tell all that there is to tell of the points
+    is_whole = True  # the pictures have all their channels
 
     def complete(self) -> None:
-        """Find out what took too long for the first picture, and put it into those that are made."""
+        """Compute the channels too slow for the first picture, and add them to existing pictures."""
 
     def load(self, space: str) -> np.ndarray:
         """Return the vectors (F, N, C) of a space."""
         raise NotImplementedError
 
     def describe(self, space: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Channel, ...]]:
-        """Return the labels of the points, the titles of the frames, and what is known of the points."""
+        """Return the labels of the points, the titles of the frames, and the channels of the points."""
         raise NotImplementedError
 
     def fetch(self, space: str) -> np.ndarray:
-        """Return the vectors of a space, kept for the next call."""
+        """Return the vectors of a space; they are cached."""
         if space not in self.spaces:
             raise ConfigError(
                 f"space={space!r} must be one of {', '.join(self.spaces)}; choose one."
@@ -56,10 +56,10 @@ class Atlas:
         return self.vectors[space]
 
     def show(self, space: str, method: str = "PCA", n_axes: int = 2) -> Cloud:
-        """Return a space as a picture; one by UMAP must have been laid out by `start` and `keep`.
+        """Return the picture of a space; one by UMAP must first be computed with `start` and `keep`.
 
         Raises:
-            ConfigError: there is no such space or picture.
+            ConfigError: the space does not exist, or its picture has not been computed.
         """
         key = (space, method, n_axes)
         if key not in self.clouds:
@@ -75,12 +75,12 @@ class Atlas:
             self.clouds[key] = self.make_cloud(space, places, "PCA", n_axes, shown=shown)
         return self.clouds[key]
 
-    fits_last = True  # the axes are those of the last frame
+    fits_last = True  # the axes are fitted on the last frame
 
     def make_cloud(
         self, space: str, places: np.ndarray, method: str, n_axes: int, **more: Any
     ) -> Cloud:
-        """Return the record of a picture."""
+        """Return the Cloud of a picture, with the share of true neighbours that it keeps."""
         vectors, kept, chance = self.fetch(space), list[float](), 0.0
         n_points = vectors.shape[1]
         if n_points > N_NEAR + 1:
@@ -103,7 +103,7 @@ class Atlas:
         )
 
     def near(self, space: str, method: str, n_axes: int, frame: int, point: int) -> Nearby:
-        """Return a point's neighbours in one frame, in the true space and on the picture."""
+        """Return the neighbours of a point in one frame, among the vectors and on the picture."""
         vectors, cloud = self.fetch(space)[frame], self.show(space, method, n_axes)
         if not 0 <= point < len(vectors):
             raise ConfigError(
@@ -119,10 +119,10 @@ class Atlas:
         )
 
     def start(self, space: str, n_axes: int = 2) -> maps.UmapJob:
-        """Begin to lay a space out by UMAP in a child process.
+        """Start a UMAP layout of a space in a child process and return its job.
 
         Raises:
-            ConfigError: it has several frames, which UMAP cannot place on one map.
+            ConfigError: the space has several frames, which UMAP cannot show on one map.
         """
         vectors = self.fetch(space)
         if len(vectors) > 1:
@@ -133,7 +133,7 @@ class Atlas:
         return maps.UmapJob(vectors[0], n_axes)
 
     def keep(self, space: str, n_axes: int, picture: maps.Picture) -> Cloud:
-        """Return a finished picture as a Cloud; one by UMAP is kept for `show`."""
+        """Return a finished picture as a Cloud; a UMAP picture is stored for `show`."""
         cloud = self.make_cloud(
             space, picture.places[None], picture.method, n_axes, note=picture.note
         )
@@ -143,16 +143,16 @@ class Atlas:
 
 
 class TokenAtlas(Atlas):
-    """The tables of one model: a point a token."""
+    """The tables of one model, with one point per token."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer, counts: np.ndarray | None = None) -> None:
-        """Take a model.
+        """Set up the tables of a model.
 
         Args:
-            model: whose tables.
+            model: model whose tables are shown.
             tokenizer: its tokenizer.
-            counts: (V,) how often each token stands in a text; None counts the embedded chats, once they
-                are asked for. Pictures that were made before are without them until `complete`.
+            counts: (V,) number of times each token occurs in a text; if None, the bundled chats are counted
+                when needed. Pictures made before that lack the counts until `complete` is called.
         """
         super().__init__(tables.list_tables(model))
         self.model, self.tokenizer = model, tokenizer
@@ -163,35 +163,35 @@ class TokenAtlas(Atlas):
 
     @property
     def counts(self) -> np.ndarray:
-        """Return how often each token stands in a text (V,)."""
+        """Number of times each token occurs in a text (V,)."""
         if self.counted is None:
             self.counted = tables.count_tokens(self.tokenizer)
         return self.counted
 
     @property
     def is_whole(self) -> bool:  # type: ignore[override]
-        """Tell whether every picture that is made says how often a token was seen."""
+        """Whether every existing picture has the frequency of tokens."""
         return all(
             any(c.key == "frequency" for c in cloud.channels) for cloud in self.clouds.values()
         )
 
     def complete(self) -> None:
-        """Count the tokens, and say so in the pictures that are made."""
+        """Count the tokens, and add their frequency to existing pictures."""
         _ = self.counts
         for key, cloud in self.clouds.items():
             self.clouds[key] = replace(cloud, channels=self.describe(key[0])[2])
 
     def load(self, space: str) -> np.ndarray:
-        """Return the table of a space; input rows as the model reads them, scaled to length 1."""
+        """Return the table of a space; input rows are scaled to length 1, as the model reads them."""
         return self.scale(space, tables.read_table(self.model, space))[None]
 
     def scale(self, space: str, table: np.ndarray) -> np.ndarray:
-        """Note the lengths of a table's rows and return the rows as the model uses them."""
+        """Record the lengths of a table's rows, and return the rows as the model uses them."""
         self.norms[space] = np.linalg.norm(table, axis=1)
         return maps.scale_rows(table) if space == "input" and isinstance(self.model, GPT) else table
 
     def describe(self, space: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Channel, ...]]:
-        """Return what is known of tokens."""
+        """Return the labels and channels of the tokens, in a single frame."""
         clusters = maps.cluster_rows(self.fetch(space)[-1])
         seen = () if self.counted is None else (self.counted,)
         channels = (
@@ -208,8 +208,9 @@ class TokenAtlas(Atlas):
         return self.labels, ("",), channels
 
     def name_clusters(self, clusters: np.ndarray) -> tuple[str, ...]:
-        """Name each cluster by its three most frequent tokens; before they are counted, by those that the
-        tokenizer learned first.
+        """Return a name for each cluster: its three most frequent tokens.
+
+        Before the tokens are counted, these are the ones that the tokenizer learned first.
         """
         names, often = [], -np.arange(len(self.labels)) if self.counted is None else self.counted
         for j in range(int(clusters.max()) + 1):
@@ -219,17 +220,17 @@ class TokenAtlas(Atlas):
 
 
 class TimeAtlas(TokenAtlas):
-    """A run's tables over its snapshots: a frame a snapshot, on the axes of the last one."""
+    """The tables of a run over its snapshots, one frame per snapshot, on the axes of the last one."""
 
     def __init__(self, identifiers: Sequence[str], counts: np.ndarray | None = None) -> None:
-        """Take a run.
+        """Open the snapshots of a run.
 
         Args:
-            identifiers: its snapshots in their order, such as base/d4@snap:64.
+            identifiers: snapshots of the run in order, such as base/d4@snap:64.
             counts: as in TokenAtlas.
 
         Raises:
-            ConfigError: there are fewer than two.
+            ConfigError: there are fewer than two snapshots.
         """
         if len(identifiers) < 2:
             raise ConfigError(f"{len(identifiers)} snapshot(s) show no motion; give two or more.")
@@ -239,7 +240,7 @@ class TimeAtlas(TokenAtlas):
         self.steps = tuple(int(meta["step"]) for _, _, meta in self.opened)
 
     def load(self, space: str) -> np.ndarray:
-        """Return a table at each snapshot."""
+        """Return a table at each snapshot, (F, N, C)."""
         frames = [self.scale(space, tables.read_table(model, space)) for model, _, _ in self.opened]
         size = sum(x.nbytes for x in frames)
         if size > MAX_BYTES:
@@ -250,15 +251,15 @@ class TimeAtlas(TokenAtlas):
         return np.stack(frames)
 
     def describe(self, space: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Channel, ...]]:
-        """Return what is known of tokens, a frame a step."""
+        """Return the labels and channels of the tokens, with one frame per snapshot."""
         labels, _, channels = super().describe(space)
         return labels, tuple(f"{step:,}" for step in self.steps), channels
 
 
 class TextAtlas(Atlas):
-    """The states of a text on their way through a model: a point a token, a frame a layer."""
+    """The hidden states of a text in a model: one point per token, one frame per layer."""
 
-    fits_last = False  # the axes are those of all layers together
+    fits_last = False  # the axes are fitted on all layers together
 
     def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
         super().__init__({"states": "hidden states of the text"})
@@ -266,10 +267,10 @@ class TextAtlas(Atlas):
         self.stages: tuple[str, ...] = ()
 
     def read(self, text: str) -> None:
-        """Take another text, <|bos|> before it; what does not fit the model's context is left out.
+        """Read a new text, preceded by <|bos|> and cut to the model's context.
 
         Raises:
-            ConfigError: it has fewer than five tokens.
+            ConfigError: the text has fewer than five tokens.
         """
         ids = [self.tokenizer.bos_id, *self.tokenizer.encode(text)][: self.model.sequence_len]
         if len(ids) < 6:
@@ -281,11 +282,11 @@ class TextAtlas(Atlas):
         self.vectors, self.clouds = {"states": states}, {}
 
     def load(self, space: str) -> np.ndarray:
-        """Ask for a text."""
+        """Raise ConfigError, as no text has been read."""
         raise ConfigError("No text has been read; call read(text) first.")
 
     def describe(self, space: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Channel, ...]]:
-        """Return what is known of a text's tokens."""
+        """Return the labels and channels of a text's tokens, with one frame per stage."""
         kinds = tables.sort_kinds(self.tokenizer)
         channels = (
             Channel(
@@ -299,6 +300,6 @@ class TextAtlas(Atlas):
 
 
 def name_stage(stage: str) -> str:
-    """Return a stage of the stream in words."""
+    """Return a description of a stage of the stream."""
     words = {"embed": "entering layer 0", "last": "before the output"}
     return words.get(stage) or f"after layer {stage.split('.')[1]}"

@@ -1,7 +1,7 @@
-"""Pictures of many-dimensional points, and how far they lie: PCA, UMAP, neighbours, clusters, isotropy.
+"""Pictures of high-dimensional points and their distortion: PCA, UMAP, neighbours, clusters, isotropy.
 
-Hides: where UMAP runs (a child process that never imports torch). All is numpy; vectors are (N, C), places on
-a picture (N, 2 or 3). Near in the true space means a high cosine, near on a picture a small distance.
+Hides: where UMAP runs (a child process that never imports torch). Everything is numpy; vectors are (N, C),
+places on a picture (N, 2 or 3). Near means a high cosine between vectors, and a small distance on a picture.
 Reference: Pearson 1901 (PCA); McInnes et al. 2018 (UMAP); Ethayarajh 2019 (mean cosine as anisotropy).
 """
 
@@ -21,27 +21,27 @@ import numpy as np
 
 from primechat.errors import ConfigError
 
-FIT_ROWS = 16_384  # axes and clusters are fitted on at most so many rows, drawn once
+FIT_ROWS = 16_384  # axes and clusters are fitted on a sample of at most this many rows
 CHILD = "primechat.interp.embeddings.umap_child"
-HOUSE = Path(__file__).resolve().parents[3]  # where the child finds primechat
+HOUSE = Path(__file__).resolve().parents[3]  # folder from which the child imports primechat
 
 
 @dataclass(frozen=True, kw_only=True)
 class Basis:
-    """The principal axes (C, K) of a cloud around its `center` (C,); `share` (K,) of the variance each."""
+    """Principal axes (C, K) of a cloud around its `center` (C,), with the `share` (K,) of variance each."""
 
     center: np.ndarray
     axes: np.ndarray
     share: np.ndarray
 
     def project(self, vectors: np.ndarray) -> np.ndarray:
-        """Return float32 places (N, K) of vectors (N, C), which may be another snapshot's."""
+        """Return float32 places (N, K) of vectors (N, C), which may be those of another snapshot."""
         return ((vectors - self.center) @ self.axes).astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """Places (N, K) of points; `note` says in one sentence if it is not what was asked for."""
+    """Places (N, K) of points; `note` explains in one sentence if another method had to be used."""
 
     places: np.ndarray
     method: str
@@ -52,8 +52,8 @@ class Picture:
 class Isotropy:
     """How evenly a cloud fills its space.
 
-    `cosine` is the mean over pairs (0 where directions are even), `cosine_centered` the same with the mean
-    taken away, `n_axes` the number of axes that carry the variance (at most `width`).
+    `cosine` is the mean over pairs (0 for uniform directions), `cosine_centered` the same after subtracting
+    the mean, `n_axes` the effective number of axes that carry the variance (at most `width`).
     """
 
     cosine: float
@@ -66,7 +66,7 @@ def check_vectors(vectors: np.ndarray, least: int = 3) -> np.ndarray:
     """Return vectors as float32 (N, C).
 
     Raises:
-        ConfigError: too few rows, another shape, or a number that is not finite.
+        ConfigError: there are too few rows, the shape is wrong, or a number is not finite.
     """
     x = np.asarray(vectors, dtype=np.float32)
     if x.ndim != 2 or len(x) < least:
@@ -81,7 +81,7 @@ def check_vectors(vectors: np.ndarray, least: int = 3) -> np.ndarray:
 
 
 def draw_rows(x: np.ndarray, n_rows: int = FIT_ROWS, seed: int = 0) -> np.ndarray:
-    """Return at most n_rows of x, without repetition, the same ones each time."""
+    """Return at most n_rows of x, drawn without replacement, the same ones for the same seed."""
     return (
         x
         if len(x) <= n_rows
@@ -90,15 +90,15 @@ def draw_rows(x: np.ndarray, n_rows: int = FIT_ROWS, seed: int = 0) -> np.ndarra
 
 
 def scale_rows(x: np.ndarray) -> np.ndarray:
-    """Return rows of length 1; a row of zeros stays one."""
+    """Return the rows scaled to length 1; a row of zeros is unchanged."""
     x = np.asarray(x, dtype=np.float32)
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def fit_basis(vectors: np.ndarray, n_axes: int = 3) -> Basis:
-    """Find the axes along which vectors (N, C) differ most; each axis points to its larger entries.
+    """Return the principal axes of vectors (N, C), each with a positive largest entry.
 
-    Source: Pearson 1901; above FIT_ROWS rows the axes are those of a sample.
+    Source: Pearson 1901; with more than FIT_ROWS rows, of a sample.
     """
     x = draw_rows(check_vectors(vectors)).astype(np.float64)
     center = x.mean(0)
@@ -113,20 +113,20 @@ def fit_basis(vectors: np.ndarray, n_axes: int = 3) -> Basis:
 
 
 def fill_axes(places: np.ndarray, n_axes: int = 3) -> np.ndarray:
-    """Return places with columns of zeros up to n_axes."""
+    """Return places padded with columns of zeros up to n_axes."""
     return np.pad(places, [(0, 0)] * (places.ndim - 1) + [(0, max(0, n_axes - places.shape[-1]))])
 
 
 def find_near(
     table: np.ndarray, row: int, k: int = 10, *, straight: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the k rows nearest to one row, itself left out, and their cosines (or distances).
+    """Return the k rows nearest to a row, itself excluded, and their cosines (or distances).
 
     Args:
         table: (N, C).
-        row: whose neighbours.
-        k: how many; fewer where the table has not so many.
-        straight: by distance, as on a picture, instead of by cosine.
+        row: index of the row whose neighbours are returned.
+        k: number of neighbours, at most N - 1.
+        straight: rank by distance, as on a picture, instead of by cosine.
     """
     if straight:
         far = np.linalg.norm(table - table[row], axis=1)
@@ -143,14 +143,14 @@ def find_near(
 def measure_overlap(
     vectors: np.ndarray, places: np.ndarray, k: int = 10, n_rows: int = 512, seed: int = 0
 ) -> tuple[float, float]:
-    """Return which share of the k true neighbours is kept on a picture, and the share that chance would keep.
+    """Return the share of the k true neighbours kept on a picture, and the share expected by chance.
 
     Args:
         vectors: (N, C).
-        places: (N, 2 or 3), the same points.
-        k: neighbours.
-        n_rows: points asked, drawn once; all where there are not more.
-        seed: of the draw.
+        places: (N, 2 or 3), places of the same points.
+        k: number of neighbours.
+        n_rows: size of the sample of points whose neighbours are compared.
+        seed: of the sample.
     """
     x = check_vectors(vectors, k + 2)
     asked = draw_rows(np.arange(len(x)), n_rows, seed)
@@ -170,17 +170,21 @@ def measure_overlap(
 
 
 def cluster_rows(vectors: np.ndarray, k: int = 6, seed: int = 0, rounds: int = 30) -> np.ndarray:
-    """Return a cluster 0..k-1 for each vector, by direction, the largest cluster first.
+    """Return a cluster 0..k-1 for each vector, by direction; cluster 0 is the largest.
 
     Source: Dhillon & Modha 2001 (spherical k-means); Arthur & Vassilvitskii 2007 (k-means++ start).
     """
     unit, rng = scale_rows(check_vectors(vectors)), np.random.default_rng(seed)
-    unit = scale_rows(unit - draw_rows(unit).mean(0))  # a common direction would hide all others
+    unit = scale_rows(unit - draw_rows(unit).mean(0))  # a shared direction would hide all others
     x, k = draw_rows(unit), min(k, len(unit))
+
+    # Initial centres far from each other.
     centers = x[[int(rng.integers(len(x)))]]
     while len(centers) < k:
         gap = np.maximum(1 - (x @ centers.T).max(1), 0).astype(np.float64) + 1e-12
         centers = np.vstack([centers, x[rng.choice(len(x), p=gap / gap.sum())]])
+
+    # Move each centre to the mean direction of its cluster.
     for _ in range(rounds):
         own = (x @ centers.T).argmax(1)
         sums = np.stack([x[own == j].sum(0) if (own == j).any() else centers[j] for j in range(k)])
@@ -188,6 +192,8 @@ def cluster_rows(vectors: np.ndarray, k: int = 6, seed: int = 0, rounds: int = 3
         if np.allclose(moved, centers, atol=1e-5):
             break
         centers = moved
+
+    # Number the clusters by size.
     own = (unit @ centers.T).argmax(1)
     rank = np.empty(k, dtype=np.int64)
     rank[np.argsort(-np.bincount(own, minlength=k), kind="stable")] = np.arange(k)
@@ -195,7 +201,7 @@ def cluster_rows(vectors: np.ndarray, k: int = 6, seed: int = 0, rounds: int = 3
 
 
 def measure_isotropy(vectors: np.ndarray) -> Isotropy:
-    """Measure how evenly vectors (N, C) point.
+    """Return how evenly the directions of vectors (N, C) are distributed.
 
     Source: Ethayarajh 2019, mean cosine over pairs; participation ratio of the covariance's eigenvalues,
     (sum)^2 / sum of squares, of the vectors scaled to length 1.
@@ -217,7 +223,7 @@ def measure_isotropy(vectors: np.ndarray) -> Isotropy:
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Return Spearman's correlation of two rows of numbers, equal numbers sharing their mean rank."""
+    """Return Spearman's rank correlation of two arrays; equal numbers share their mean rank."""
 
     def rank(x: np.ndarray) -> np.ndarray:
         _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
@@ -229,17 +235,17 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class UmapJob:
-    """A UMAP picture on its way in a child process; `poll` it, `wait` for it or `stop` it.
+    """A UMAP picture being computed in a child process; `poll` it, `wait` for it or `stop` it.
 
-    It reads all columns of the rows, scaled to length 1: a few principal components would decide beforehand
-    who is near whom. It keeps neighbours together and has no axes with a meaning, so two pictures cannot be
-    compared. Where it fails, the picture is PCA's and its note says why.
+    UMAP reads all columns of the rows, scaled to length 1: a projection on a few principal components would
+    already decide which points are near. It keeps neighbours together, but its axes have no meaning, so two
+    pictures cannot be compared. If it fails, the picture is PCA's, and its note says why.
     """
 
     def __init__(self, vectors: np.ndarray, n_axes: int = 2, seed: int = 0) -> None:
         x = check_vectors(vectors, 5)
         self.vectors, self.n_axes, self.t_start, self.stopped = x, n_axes, time.monotonic(), False
-        # 20 s to load and compile, then with the number of points; twice that on a busy machine
+        # 20 s to load and compile, then in proportion to the points; twice that on a busy machine.
         self.expected_s = 20 + len(x) / 250
         folder = Path(tempfile.mkdtemp(prefix="primechat-umap-"))
         self.folder, self.picture = folder, None  # type: tuple[Path, Picture | None]
@@ -258,18 +264,18 @@ class UmapJob:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since it began."""
+        """Seconds since the start."""
         return time.monotonic() - self.t_start
 
     def poll(self) -> Picture | None:
-        """Return the picture once it is there."""
+        """Return the picture, or None while it is being computed."""
         if self.picture is None and self.child.poll() is not None:
             self.picture = self.collect()
             self._end()
         return self.picture
 
     def wait(self, timeout_s: float = 600) -> Picture:
-        """Return the picture, however long it takes up to the limit."""
+        """Return the picture; after `timeout_s` seconds the child is killed and the picture is PCA's."""
         try:
             self.child.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -280,13 +286,13 @@ class UmapJob:
         return picture
 
     def stop(self) -> Picture:
-        """End it; the picture is PCA's."""
+        """Stop the child and return the picture, which is PCA's unless UMAP had finished."""
         self.stopped = self.child.poll() is None
         self.child.kill()
         return self.wait()
 
     def collect(self) -> Picture:
-        """Read what the child left."""
+        """Return the picture of a child that has ended."""
         path = self.folder / "places.npy"
         if self.child.returncode == 0 and path.is_file():
             return Picture(places=np.load(path), method="UMAP")
@@ -305,7 +311,7 @@ class UmapJob:
 
 
 def end_child(child: subprocess.Popen[bytes], folder: Path) -> None:
-    """Kill a child that still runs and remove its folder."""
+    """Kill the child if it is running, and remove its folder."""
     if child.poll() is None:
         child.kill()
         child.wait()

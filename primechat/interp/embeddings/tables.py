@@ -1,9 +1,9 @@
-"""What a model keeps of each token, and what is known of tokens: tables, kinds, counts, analogies.
+"""Embedding tables of a model and facts about its tokens: kinds, counts, analogies.
 
-Hides: where the tables lie. `input` is read when a token comes in (the model scales each row to one length
-first), `output` is compared with the last state to score it as the next token, `value.<i>` is added to the
-values of layer i. Reference: Press & Wolf 2017 (input and output embedding); Mikolov et al. 2013 (analogies);
-Linzen 2016 (why analogies need controls).
+Hides: where a model stores its tables. `input` is read for each input token (the model first scales each row
+to the same length), `output` is compared with the last state to score the next token, `value.<i>` is added to
+the values of layer i. Reference: Press & Wolf 2017 (input and output embedding); Mikolov et al. 2013
+(analogies); Linzen 2016 (why analogies need controls).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from primechat.text.corpora import read_documents
 from primechat.text.tokenizer import Tokenizer
 
 KINDS = ("begins a word", "inside a word", "digits", "signs and spaces", "bytes", "special")
-SAMPLE_STEP = 5  # every fifth document is counted: 2.5 million characters of the embedded chats
-RULES = {  # how the second word of a pair follows from the first, both tokens of the vocabulary
+SAMPLE_STEP = 5  # every fifth document is counted: 2.5 million characters of the bundled chats
+RULES = {  # how the second word of a pair is formed from the first; both must be tokens
     "a space before": (lambda w: w.isalpha(), lambda w: " " + w),
     "capital letter": (
         lambda w: w[:1] == " " and w[1:].islower(),
@@ -42,10 +42,10 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True, kw_only=True)
 class AnalogyScore:
-    """How often a : b = c : ? is answered by the right token, in shares of `n` questions.
+    """Accuracy on analogies a : b = c : ?, as shares of `n` questions.
 
-    `offset` takes the token nearest to c + b - a; `near` the one nearest to c alone, the baseline; `shuffled`
-    takes the step between two tokens drawn at random, the control.
+    `offset` answers with the token nearest to c + b - a; `near`, the baseline, with the token nearest to c;
+    `shuffled`, the control, uses the offset between two random tokens.
     """
 
     rule: str
@@ -57,7 +57,7 @@ class AnalogyScore:
 
 
 def list_tables(model: Any) -> dict[str, str]:
-    """Return the tables that a model has, each with a title."""
+    """Return the names of a model's embedding tables, each with its title."""
     tables = {"input": "input embeddings", "output": "output embeddings"}
     if isinstance(model, ForeignModel):
         one, two = model.network.get_input_embeddings(), model.network.get_output_embeddings()
@@ -71,7 +71,7 @@ def list_tables(model: Any) -> dict[str, str]:
 
 
 def read_table(model: Any, table: str) -> np.ndarray:
-    """Return a table as float32 (V, C), one row a token.
+    """Return a table as float32 (V, C), one row per token.
 
     Raises:
         ConfigError: the model has no such table.
@@ -95,7 +95,7 @@ def read_table(model: Any, table: str) -> np.ndarray:
 def read_states(model: Any, ids: Sequence[int] | np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the names of the stages of the stream and its states (L + 2, T, C), each scaled to length 1.
 
-    The stages are the embedding, what each layer leaves, and what the final norm reads.
+    The stages are the embedding, the output of each layer, and the input of the final norm.
     """
     if isinstance(model, ForeignModel):
         row = torch.tensor([list(ids)], device=model.device)
@@ -108,14 +108,14 @@ def read_states(model: Any, ids: Sequence[int] | np.ndarray) -> tuple[tuple[str,
 
 
 def measure_surprise(model: Any, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Return the loss in nats of each token after those before it (T,); that of the first is 0."""
+    """Return the loss in nats of each token given those before it (T,); the first is 0."""
     row = torch.tensor([list(ids)], device=model.device)
     with torch.no_grad():
         return np.r_[0, to_numpy(model.loss(row[:, :-1], row[:, 1:], reduction="none")[0])]
 
 
 def name_token(tokenizer: Any, token_id: int) -> str:
-    """Return a token as people can see it: spaces as ·, other white space by a sign, lone bytes in hex."""
+    """Return a printable form of a token: spaces as ·, other white space as symbols, lone bytes in hex."""
     raw = tokenizer.token_bytes(token_id)
     try:
         text = raw.decode()
@@ -148,12 +148,12 @@ def sort_kinds(tokenizer: Any) -> np.ndarray:
 def count_tokens(
     tokenizer: Tokenizer, corpus: str = "chitchat", step: int = SAMPLE_STEP
 ) -> np.ndarray:
-    """Return how often each token stands in a corpus's training text: (V,) int64, kept for the next call.
+    """Return how often each token occurs in a corpus's training text: (V,) int64, cached.
 
     Args:
-        tokenizer: whose tokens.
-        corpus: as `text.corpora.read_documents` takes it.
-        step: every how many-th document is read.
+        tokenizer: the tokenizer whose tokens are counted.
+        corpus: corpus as in `text.corpora.read_documents`.
+        step: only every step-th document is read.
     """
     key = (tokenizer.identity, corpus, step)
     with _lock:
@@ -173,11 +173,11 @@ def count_tokens(
 def answer_analogy(
     table: np.ndarray, a: int, b: int, c: int, k: int = 5
 ) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """Complete a : b = c : ? by c + b - a.
+    """Return the answers to a : b = c : ? by c + b - a.
 
     Returns:
-        The k nearest tokens other than a, b and c, with cosines; and those nearest to c alone, for
-        comparison: where both lists agree, the analogy said nothing.
+        The k nearest tokens other than a, b and c, with cosines; and, for comparison, those nearest to c
+        alone: if both lists agree, the analogy shows nothing.
 
     Source: Mikolov et al. 2013, on rows of length 1.
     """
@@ -193,7 +193,7 @@ def answer_analogy(
 
 
 def find_pairs(tokenizer: Any, rule: str) -> list[tuple[int, int]]:
-    """Return the pairs of tokens that a rule of RULES joins, in the order of their ids."""
+    """Return the pairs of tokens related by a rule of RULES, in the order of their ids."""
     takes, change = RULES[rule]
     ids: dict[str, int] = {}
     for token_id in range(tokenizer.vocab_size):
@@ -209,15 +209,16 @@ def find_pairs(tokenizer: Any, rule: str) -> list[tuple[int, int]]:
 def score_analogies(
     tokenizer: Any, table: np.ndarray, rule: str, *, max_questions: int = 2000, seed: int = 0
 ) -> AnalogyScore | None:
-    """Ask a table every a : b = c : ? of a rule's pairs; None where the vocabulary has fewer than three.
+    """Return a table's accuracy on the analogies of a rule; None if it has fewer than three pairs.
 
     Args:
-        tokenizer: whose tokens the rows are.
+        tokenizer: tokenizer whose tokens are the rows.
         table: (V, C).
         rule: a key of RULES.
-        max_questions: a sample is asked where there are more.
+        max_questions: if there are more questions, a sample of this size is used.
         seed: of the sample and of the shuffled control.
     """
+    # The questions: ordered pairs of the rule's pairs.
     pairs = np.array(find_pairs(tokenizer, rule), dtype=np.int64).reshape(-1, 2)
     n = len(pairs)
     if n < 3:
@@ -225,14 +226,14 @@ def score_analogies(
     rng = np.random.default_rng(seed)
     if n * (n - 1) <= max_questions:
         first, second = np.nonzero(~np.eye(n, dtype=bool))
-    else:  # drawn, not listed: a large vocabulary has millions of them
+    else:  # sampled without listing them all: a large vocabulary has millions
         first = rng.integers(0, n, max_questions)
         second = (first + rng.integers(1, n, max_questions)) % n
     a, b = pairs[first].T
     c, d = pairs[second].T
-    x, y = rng.integers(
-        0, len(table), (2, len(first))
-    )  # the control's step leads between any two tokens
+
+    # The offset of the control is that between two random tokens.
+    x, y = rng.integers(0, len(table), (2, len(first)))
     unit = scale_rows(table)
 
     def hit(target: np.ndarray, barred: tuple[np.ndarray, ...]) -> float:

@@ -1,7 +1,7 @@
-"""The program of the child process that lays out a UMAP picture.
+"""The child process that computes a UMAP layout.
 
-Hides: that umap-learn imports torch when it can. Two copies of OpenMP in one process crash on some machines,
-so here the import is refused. Reads vectors.npy in the given folder, writes places.npy whole.
+umap-learn imports torch if it can, and two copies of OpenMP in one process crash on some machines, so this
+process refuses the import. It reads vectors.npy in the given folder and writes places.npy atomically.
 Reference: McInnes, Healy & Melville 2018, UMAP.
 """
 
@@ -16,16 +16,16 @@ REFUSED = ("torch", "torchvision", "tensorflow", "keras")
 
 
 class Refusal:
-    """A finder of modules that has none of the refused ones."""
+    """A module finder that refuses to import the modules in REFUSED."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        """Refuse a module."""
+        """Raise ModuleNotFoundError for a refused module."""
         if name.partition(".")[0] in REFUSED:
             raise ModuleNotFoundError(f"{name} is not to be imported here", name=name)
 
 
 def lay_out(folder: Path, n_axes: int, seed: int) -> None:
-    """Write the places (N, n_axes) float32 of the vectors in a folder."""
+    """Compute the layout of the vectors in a folder and write it, float32 (N, n_axes)."""
     import numpy as np
     import umap
 
