@@ -132,8 +132,8 @@ def _(mo):
     and seeds. `gain` is on the pirate's held-back talks, `forgotten` on plain text, both in **bits
     per byte** (how surprised the model is by new text). Does an adapter forget less? Not in a run as short
     as the one below: with its 12 steps and three seeds, rank 8 had 97 % of the gain of full fine-tuning and
-    had forgotten as much (107 %, 95 % interval 88 to 126). With 60 steps it had 94 % of the gain and had
-    forgotten 46 % as much (37 to 56; both in labs/experiments.md). The line below the table says it of yours.
+    had forgotten as much (107 %, 95 % interval 88 to 126). With 60 steps it had 95 % of the gain and had
+    forgotten 44 % as much (35 to 53; both in labs/experiments.md). The line below the table says it of yours.
     """)
     return
 

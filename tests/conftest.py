@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ os.environ.update(
     XDG_CACHE_HOME=f"{_CACHES.name}/cache",
     COLUMNS="100",
 )
+# Under nohup, or in the background of a script, these are ignored, and what the tests start inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "FORCE_COLOR", "HF_TOKEN"):
     os.environ.pop(_name, None)
 

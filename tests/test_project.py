@@ -64,9 +64,22 @@ def read_project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def read_commands() -> list[str]:
-    """Return the README's shell blocks."""
-    return re.findall(r"```sh\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
+# Where a reader looks: the first, and what it sends to.
+GUIDES = [
+    ROOT / "README.md",
+    ROOT / "labs" / "README.md",
+    ROOT / "data" / "README.md",
+    *(ROOT / "primechat" / place for place in ("README.md", "cli/README.md", "cloud/README.md")),
+]
+
+
+def read_guides() -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in GUIDES)
+
+
+def read_commands(text: str) -> list[str]:
+    """Return the shell blocks of a guide."""
+    return re.findall(r"```sh\n(.*?)\n```", text, re.DOTALL)
 
 
 def test_dependencies_are_the_agreed_ones() -> None:
@@ -121,7 +134,7 @@ def test_conda_environment_installs_this_project() -> None:
 
 
 def test_readme_commands_are_what_is_checked() -> None:
-    first, second = read_commands()[:2]
+    first, second = read_commands((ROOT / "README.md").read_text())
     assert (
         first
         == "python3 -m venv .venv && .venv/bin/pip install -e '.[labs]' && .venv/bin/primechat quickstart"
@@ -138,12 +151,19 @@ def test_readme_commands_are_what_is_checked() -> None:
         subprocess.run(["bash", "-n", "-c", command], check=True)
 
 
-def test_readme_names_every_verb_and_only_those() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_readme_is_short_and_its_links_lead_somewhere() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 120
+    for guide in GUIDES:
+        for link in re.findall(r"\]\(([^)#]+)\)", guide.read_text(encoding="utf-8")):
+            assert link.startswith("https://") or (guide.parent / link).exists(), (guide, link)
+
+
+def test_guides_name_every_verb_and_only_those() -> None:
+    text = read_guides()
     verbs = {*cli.STAGES, *cli.PROGRAMS}
     table = set(re.findall(r"^\| `primechat ([\w-]+)", text, re.MULTILINE))
     assert table == verbs
-    assert set(re.findall(r"primechat ([a-z][\w-]+) ", "\n".join(read_commands()))) <= verbs
+    assert set(re.findall(r"primechat ([a-z][\w-]+) ", "\n".join(read_commands(text)))) <= verbs
     for version in (PYTHONS[0], PYTHONS[-1], "macOS 14", "x86-64", "arm64"):
         assert version in text
 
@@ -156,8 +176,8 @@ def test_readme_examples_parse(monkeypatch: pytest.MonkeyPatch) -> None:
             called.append(verb)
 
         monkeypatch.setitem(vars(primechat), name, stage)
-    text = (ROOT / "README.md").read_text()
-    lines = "\n".join(read_commands()).splitlines() + re.findall(
+    text = read_guides()
+    lines = "\n".join(read_commands(text)).splitlines() + re.findall(
         r"`(primechat [a-z][^`]* --[^`]*)`", text
     )
     for line in lines:

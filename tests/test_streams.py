@@ -364,9 +364,9 @@ PRINTED = {"chat", "check", "models", "plan", "lab", "evaluate", "bench", "prefl
 def test_every_verb_runs_whatever_its_streams(
     streams: Any, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    guide = Path(primechat.__file__).parent / "cli" / "README.md"
     verbs = list_verbs()
-    assert {*re.findall(r"^\| `primechat ([\w-]+)", readme, re.M)} == {*verbs}
+    assert {*re.findall(r"^\| `primechat ([\w-]+)", guide.read_text("utf-8"), re.M)} == {*verbs}
     monkeypatch.setitem(vars(primechat), "speedrun", lambda config, **rest: None)
     monkeypatch.setitem(vars(primechat), "quickstart", lambda config, **rest: None)
     for verb, rest in verbs.items():
