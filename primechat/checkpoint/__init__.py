@@ -1,1 +1,1 @@
-"""Models on disk: nanochat's formats, checkpoints, a run's directory, the registry of models."""
+"""Models on disk: nanochat's formats, checkpoints, run directories and the registry of models."""

@@ -1,11 +1,10 @@
 """Checkpoints on disk, in nanochat's layout.
 
-Hides: the commit rule. Model and optimizer are written under temporary names, synced and renamed; the meta
-file, with their sizes and hashes, comes last: a step without its meta does not exist, so a kill at any
-moment leaves the steps before it whole. A leftover `meta_*.json.tmp` names a step that was being written or
-removed; the next writer, who holds the `RunLock`, clears it away. Sizes are compared whenever a step is
-looked at, hashes on resuming (files below 1 GB) and on request. Reference: nanochat's
-checkpoint_manager.py: its names and keys.
+The commit rule: model and optimizer are written under temporary names, synced and renamed; the meta file with
+their sizes and hashes is written last. A step without its meta file does not exist, so a kill at any moment
+leaves the earlier steps intact. A leftover `meta_*.json.tmp` marks a step that was being written or removed;
+the next writer, which holds the `RunLock`, cleans it up. Sizes are compared on every access, hashes when
+resuming (files below 1 GB) and on request. Reference: names and keys of nanochat's checkpoint_manager.py.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """One step of a run; `skipped` says which newer steps could not be used, and why."""
+    """One loaded step of a run; `skipped` lists the newer steps that could not be used, with reasons."""
 
     step: int
     config: GPTConfig
@@ -64,15 +63,19 @@ def save_checkpoint(
     optim_state: dict[str, Any] | None,
     meta: Mapping[str, Any],
 ) -> None:
-    """Commit one step; the caller holds the folder's `RunLock`.
+    """Write one step atomically; the caller must hold the `RunLock` of the folder.
 
     Args:
-        model_state: tensors by nanochat's keys; a prefix `_orig_mod.` is removed.
-        optim_state: nested dicts, lists, tuples of tensors, numbers, strings; of all ranks, not one's share.
-        meta: what else to record, JSON-able: val_bpb, tokenizer_identity, cursor, schedule, user_config ...
+        folder: Run directory.
+        step: Number of the step.
+        model_state: Tensors by nanochat's keys; a prefix `_orig_mod.` is removed.
+        config: Config of the model, which must match the shapes of `model_state`.
+        optim_state: Nested dicts, lists and tuples of tensors, numbers and strings, for all ranks together;
+            None saves no optimizer.
+        meta: JSON-serialisable metadata: val_bpb, tokenizer_identity, cursor, schedule, user_config ...
 
     Raises:
-        CheckpointError: the disk refuses, or nanochat wrote this step.
+        CheckpointError: The files cannot be written, or nanochat wrote this step.
     """
     folder = Path(folder)
     state = {key.removeprefix("_orig_mod."): tensor for key, tensor in model_state.items()}
@@ -88,7 +91,7 @@ def save_checkpoint(
 
 @contextmanager
 def tell_refusal(folder: Path, step: int) -> Iterator[None]:
-    """Say in a sentence that the disk refuses a step."""
+    """Turn a write failure of the enclosed block into a CheckpointError."""
     try:
         yield
     except (OSError, RuntimeError) as e:
@@ -100,7 +103,7 @@ def tell_refusal(folder: Path, step: int) -> Iterator[None]:
 
 
 def commit_step(folder: Path, step: int, parts: Mapping[str, Any], meta: dict[str, Any]) -> None:
-    """Write the parts of a step, then its meta; whatever happens, the step exists whole or not at all."""
+    """Write the parts of a step, then its meta file; the step exists completely or not at all."""
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,36 +114,41 @@ def commit_step(folder: Path, step: int, parts: Mapping[str, Any], meta: dict[st
         raise CheckpointError(
             f"{path} was not written by primechat, which never replaces others' steps; choose another tag."
         )
+
     try:
+        # Write everything under temporary names.
         files = {name: write_part(folder / f"{name}.tmp", part) for name, part in parts.items()}
         noted = {"schema": SCHEMA, "writer": WRITER, "torch": torch.__version__, "files": files}
         temporary = folder / f"{path.name}.tmp"
         write_synced(temporary, json.dumps({**meta, **noted}, indent=2).encode())
+
+        # Remove the meta file of an old version of this step, which must not describe the new files.
         if old is not None and old.get("files") != files:
-            # from here on the old step is gone: it must not vouch for the new files
             os.unlink(path)
             sync_folder(folder)
+
+        # Rename the parts, then the meta file, which commits the step.
         for name in files:
             os.replace(folder / f"{name}.tmp", folder / name)
         sync_folder(folder)
         os.replace(temporary, path)
         sync_folder(folder)
-    except (OSError, RuntimeError):  # torch tells of a full disk by the latter
-        with suppress(OSError, CheckpointError):  # on a full disk, each byte that goes back counts
+    except (OSError, RuntimeError):  # torch reports a full disk as a RuntimeError
+        with suppress(OSError, CheckpointError):  # give the space back, the disk may be full
             clean_folder(folder)
         raise
 
 
 class HashingFile(io.BufferedWriter):
-    """A file that hashes what is written to it, so that it need not be read again."""
+    """File that hashes its data while it is written, so that it need not be read back."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "wb"))
         self.hash, self.n_bytes = hashlib.sha256(), 0
-        self.refusal: OSError | None = None  # of the disk, which torch's own error does not name
+        self.refusal: OSError | None = None  # the system's error, which torch's omits
 
     def write(self, data: Any) -> int:
-        """Write and hash."""
+        """Write data and update the hash."""
         self.hash.update(data)
         self.n_bytes += memoryview(data).nbytes
         try:
@@ -151,7 +159,7 @@ class HashingFile(io.BufferedWriter):
 
 
 def write_part(path: Path, part: Any) -> dict[str, Any]:
-    """Write one .pt file to the disk itself; return its size and hash."""
+    """Return the size and SHA-256 of a .pt file after writing it and syncing it to disk."""
     import torch
 
     with HashingFile(path) as f:
@@ -165,7 +173,7 @@ def write_part(path: Path, part: Any) -> dict[str, Any]:
 
 
 def settle_state(value: Any, seen: set[int]) -> Any:
-    """Return plain containers whose tensors are on the CPU, in a row, and each in a storage of its own."""
+    """Return a state as plain containers of contiguous CPU tensors that share no storage."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -193,9 +201,9 @@ def settle_state(value: Any, seen: set[int]) -> Any:
 
 
 def clean_folder(folder: Path) -> None:
-    """Remove what a killed writer left: temporary files, and the step whose meta never came or was going."""
+    """Remove what a killed writer left: temporary files, and the files of a step without a meta file."""
     leftovers = [item for item in list_files(folder) if item[0].suffix == ".tmp"]
-    # metas last: they name the step
+    # Meta files go last: they tell which step to remove.
     for path, kind, step in sorted(leftovers, key=lambda item: item[1] == "meta"):
         if kind == "meta" and not path.with_suffix("").exists() and is_ours(path):
             remove_parts(folder, step)
@@ -203,14 +211,14 @@ def clean_folder(folder: Path) -> None:
 
 
 def remove_parts(folder: Path, step: int) -> None:
-    """Remove the model and optimizer files of a step that has no meta any more."""
+    """Remove the model and optimizer files of a step whose meta file is gone."""
     for path, kind, number in list_files(folder):
         if kind != "meta" and number == step:
             path.unlink()
 
 
 def is_ours(path: Path) -> bool:
-    """Tell whether primechat wrote a meta file."""
+    """Return whether a meta file was written by primechat."""
     try:
         return read_json(path).get("writer") == WRITER
     except CheckpointError:
@@ -218,7 +226,7 @@ def is_ours(path: Path) -> bool:
 
 
 def list_files(folder: Path) -> list[tuple[Path, str, int]]:
-    """Return path, kind (model, meta, optim) and step of each checkpoint file, temporary ones included."""
+    """Return (path, kind, step) of each checkpoint file, temporary ones too; kind is model, meta or optim."""
     found = []
     try:
         paths = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -234,24 +242,24 @@ def list_files(folder: Path) -> list[tuple[Path, str, int]]:
 
 
 def list_numbers(folder: Path) -> list[int]:
-    """Return the steps of which there is a model or a meta, whole or not."""
+    """Return the steps that have a model or a meta file, complete or not."""
     found = list_files(folder)
     return sorted({step for path, kind, step in found if kind != "optim" and path.suffix != ".tmp"})
 
 
 def find_steps(folder: Path | str) -> list[int]:
-    """Return the complete steps of a folder, oldest first; sizes are checked, contents are not."""
+    """Return the complete steps of a folder, oldest first; file sizes are checked, contents are not."""
     return [step for step in list_numbers(Path(folder)) if not find_fault(Path(folder), step)]
 
 
 def explain_steps(folder: Path | str) -> list[tuple[int, str]]:
-    """Return the incomplete steps of a folder, each with what is wrong."""
+    """Return (step, reason) for each incomplete step of a folder."""
     faults = [(step, find_fault(Path(folder), step)) for step in list_numbers(Path(folder))]
     return [(step, fault) for step, fault in faults if fault]
 
 
 def find_fault(folder: Path, step: int) -> str:
-    """Return why a step is incomplete, or nothing."""
+    """Return why a step is incomplete, or an empty string."""
     try:
         read_meta(folder, step)
     except CheckpointError as e:
@@ -263,8 +271,9 @@ def read_meta(folder: Path | str, step: int) -> dict[str, Any]:
     """Return the metadata of a complete step.
 
     Raises:
-        CheckpointError: its meta or model is missing, or a file is not as large as its meta says.
+        CheckpointError: The meta or model file is missing, or a file's size differs from the recorded one.
     """
+    # Both files must exist.
     folder = Path(folder)
     model, path = folder / f"model_{step:06d}.pt", folder / f"meta_{step:06d}.json"
     for needed, other in ((path, model), (model, path)):
@@ -275,9 +284,13 @@ def read_meta(folder: Path | str, step: int) -> dict[str, Any]:
                 else "and so is the rest of the step"
             )
             raise CheckpointError(f"{needed} is missing, {there}; restore it or use another step.")
+
+    # nanochat records no files: there is nothing more to check.
     meta = read_json(path)
     if meta.get("writer") != WRITER:
         return meta
+
+    # A meta file of primechat must describe this step ...
     files, schema = meta.get("files"), str(meta.get("schema"))[:40]
     if schema != str(SCHEMA):
         raise CheckpointError(f"{path} has schema {schema}, this reads {SCHEMA}; update primechat.")
@@ -285,6 +298,8 @@ def read_meta(folder: Path | str, step: int) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} does not describe {model.name}; restore it or use another step."
         )
+
+    # ... and each file must have the recorded size.
     for name, entry in files.items():
         match = FILE_NAME.fullmatch(name)
         if not match or int(match[2]) != step or not isinstance(entry, dict):
@@ -310,18 +325,18 @@ def load_checkpoint(
     dtype: str = "",
     read: Callable[[Path, int, bool, bool | None, str], Loaded] | None = None,
 ) -> Loaded:
-    """Read one step, ours or nanochat's; what is not cast stays, on the CPU, mapped from the file.
+    """Return one step that primechat or nanochat wrote, on the CPU; tensors stay memory-mapped unless cast.
 
     Args:
-        folder: the run's, or its `snapshots` folder.
-        step: None takes the newest that can be read and names the newer ones in `skipped`.
-        want_optim: read the optimizer's state too, to resume.
-        verify: compare hashes; None does so when resuming, for files below 1 GB.
-        dtype: float32 or bfloat16 to cast the model's tensors to; empty leaves them as they are.
-        read: reads one step; None is `read_step`.
+        folder: Run directory, or its `snapshots` folder.
+        step: Step to load; None takes the newest readable one and lists the newer ones in `skipped`.
+        want_optim: Also load the optimizer state, to resume.
+        verify: Whether to compare hashes; None does so for files below 1 GB when `want_optim` is set.
+        dtype: float32 or bfloat16 to cast the model's tensors; empty keeps their dtypes.
+        read: Function that reads one step; None is `read_step`.
 
     Raises:
-        CheckpointError: no step, or the step asked for, can be read.
+        CheckpointError: The given step, or without one every step, is unreadable.
     """
     folder, read = Path(folder), read or read_step
     if step is not None:
@@ -339,11 +354,17 @@ def load_checkpoint(
 
 
 def read_step(folder: Path, step: int, want_optim: bool, verify: bool | None, dtype: str) -> Loaded:
-    """Read one step or say what is wrong with it."""
+    """Return one step; see `load_checkpoint`.
+
+    Raises:
+        CheckpointError: The step is missing, incomplete, damaged or of an unknown era.
+    """
     there = list_numbers(folder)
     if step not in there:
         near = f"there are {there[0]} to {there[-1]} ({len(there)})" if there else "there are none"
         raise CheckpointError(f"{folder} has no step {step}, {near}; name one of those.")
+
+    # Check the files without torch.
     meta = read_meta(folder, step)
     if verify or (verify is None and want_optim):
         check_hashes(folder, meta, HASH_LIMIT if verify is None else math.inf)
@@ -353,13 +374,15 @@ def read_step(folder: Path, step: int, want_optim: bool, verify: bool | None, dt
         config = detect_era({key: spec.shape for key, spec in specs.items()}, meta)
     except CheckpointError as e:
         raise CheckpointError(f"{path} cannot be used: {str(e)[0].lower()}{str(e)[1:]}") from None
+
+    # Load the tensors.
     state = load_model(path, specs, dtype)
     optim_state = read_optim(folder, step, meta) if want_optim else None
     return Loaded(step=step, config=config, model_state=state, meta=meta, optim_state=optim_state)
 
 
 def check_hashes(folder: Path, meta: dict[str, Any], limit: float = HASH_LIMIT) -> None:
-    """Refuse a step of ours of which a file, smaller than a limit, is not as it was written."""
+    """Raise CheckpointError if a file of a step by primechat, smaller than `limit` bytes, has changed."""
     for name, entry in meta["files"].items() if meta.get("writer") == WRITER else ():
         if entry["bytes"] < limit and hash_file(folder / name) != entry.get("sha256"):
             rule = "has changed since it was written (its SHA-256)"
@@ -367,7 +390,11 @@ def check_hashes(folder: Path, meta: dict[str, Any], limit: float = HASH_LIMIT) 
 
 
 def read_optim(folder: Path, step: int, meta: dict[str, Any]) -> dict[str, Any]:
-    """Return the optimizer's state of a step that can be resumed."""
+    """Return the optimizer state of a step.
+
+    Raises:
+        CheckpointError: nanochat wrote the step, or it was saved without an optimizer.
+    """
     if meta.get("writer") != WRITER:
         raise CheckpointError(
             f"Step {step} of {folder} was written by nanochat, whose optimizer file is one rank's share and "
@@ -387,10 +414,12 @@ def read_optim(folder: Path, step: int, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def prune_checkpoints(folder: Path | str, keep: int) -> None:
-    """Remove the oldest complete steps that primechat wrote, beyond `keep`; a step's meta vanishes first."""
+    """Remove the oldest complete steps that primechat wrote, keeping the newest `keep` (at least one)."""
     folder = Path(folder)
     clean_folder(folder)
     ours = [step for step in find_steps(folder) if is_ours(folder / f"meta_{step:06d}.json")]
+
+    # Renaming its meta file first makes a step vanish at once; its files are removed afterwards.
     for step in ours[: max(0, len(ours) - max(1, keep))]:
         meta = folder / f"meta_{step:06d}.json"
         os.replace(meta, folder / f"{meta.name}.tmp")
@@ -401,10 +430,10 @@ def prune_checkpoints(folder: Path | str, keep: int) -> None:
 def save_snapshot(
     folder: Path | str, step: int, model_state: State, config: GPTConfig, meta: Mapping[str, Any]
 ) -> None:
-    """Keep a small copy of the weights (bfloat16; vectors as they are) in `<folder>/snapshots`.
+    """Write a small copy of the weights to `<folder>/snapshots`: matrices in bfloat16, vectors unchanged.
 
     Raises:
-        CheckpointError: the disk refuses.
+        CheckpointError: The files cannot be written.
     """
     import torch
 
@@ -421,5 +450,5 @@ def list_snapshots(folder: Path | str) -> list[int]:
 
 
 def measure_snapshots(folder: Path | str) -> int:
-    """Return the bytes that a run's snapshots take."""
+    """Return the total size of a run's snapshots in bytes."""
     return sum(max(0, measure_file(path)) for path, _, _ in list_files(Path(folder) / "snapshots"))

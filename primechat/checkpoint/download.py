@@ -1,8 +1,9 @@
-"""Models brought from the Hugging Face Hub into folders that the caller names.
+"""Downloads of models from the Hugging Face Hub into folders chosen by the caller.
 
-Hides: what may be written. Whole files are skipped and torn ones fetched again; a tokenizer that is another
-one stays; a folder with another run's steps is refused, as is any name that leaves its folder. All of it
-is settled before the first byte moves. Reference: the Hub's API, `model_info(files_metadata=True)`.
+It decides what may be written: complete files are skipped and truncated ones downloaded again, a different
+tokenizer is kept, and a folder with steps of another run or a file name that leaves its folder is refused.
+All of this is decided before the download starts.
+Reference: the Hub's API, `model_info(files_metadata=True)`.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ from primechat.files.hub import HubFile, ask_hub, explain, fetch_files
 from primechat.files.paths import hash_file, measure_file, parse_json, write_whole
 
 ASK_S = 20.0
-SPARE_BYTES = 2**26  # left free on the disk
+SPARE_BYTES = 2**26  # bytes to leave free on the disk
 TOKENIZER_FILES = ("tokenizer.pkl", "token_bytes.pt")
 RECORD = "download.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parcel:
-    """Files of one repository that match, for one folder; `beside` puts a tokenizer below `tokenizer`."""
+    """Files of a repository that match `patterns`, for one folder.
+
+    `beside` puts the tokenizer's files into its subfolder `tokenizer`.
+    """
 
     repo: str
     folder: Path
@@ -41,7 +45,11 @@ class Parcel:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a download does: fetch files (`torn` ones anew), skip whole ones, leave others' tokenizers."""
+    """What a download will do with each file.
+
+    `fetch` are downloaded, `torn` among them because they are truncated here; `whole` are already complete;
+    `kept` are tokenizer files that differ from the Hub's and stay. `n_bytes` is the size of the download.
+    """
 
     fetch: tuple[HubFile, ...]
     whole: tuple[HubFile, ...]
@@ -51,7 +59,7 @@ class Plan:
 
 
 def is_safe(name: str) -> bool:
-    """Tell whether a relative path stays below its folder and hides nothing.
+    """Return whether a relative path stays below its folder and has no hidden parts.
 
     >>> [is_safe(name) for name in ("d20/model_1.pt", "../x", "/etc/x", "a//b", ".ssh/x", "~/x", "a\\\\b")]
     [True, False, False, False, False, False, False]
@@ -65,10 +73,10 @@ def is_safe(name: str) -> bool:
 
 
 def choose_files(parcel: Parcel, token: str | None) -> list[HubFile]:
-    """Ask the Hub; return the files that match a parcel, at the commit that its revision names.
+    """Return the files on the Hub that match a parcel, at the commit of its revision.
 
     Raises:
-        HubError: The repository, its revision or a file is not to be had, or a name leaves the folder.
+        HubError: The repository, revision or a file is unavailable, or a file name leaves its folder.
     """
     from huggingface_hub import HfApi
 
@@ -82,6 +90,8 @@ def choose_files(parcel: Parcel, token: str | None) -> list[HubFile]:
         reason, remedy = explain(error)
         where = f"{parcel.repo} at {parcel.revision or 'main'}"
         raise HubError(f"{where} cannot be looked at ({reason}); {remedy}.") from None
+
+    # Match each pattern.
     items = {
         item.rfilename: item for item in info.siblings or () if item.rfilename != ".gitattributes"
     }
@@ -114,12 +124,19 @@ def choose_files(parcel: Parcel, token: str | None) -> list[HubFile]:
 def plan_download(
     parcels: Sequence[Parcel], *, token: str | None = None, optim: bool = True
 ) -> Plan:
-    """Ask the Hub and compare with what is here; nothing is written.
+    """Return the plan of a download, by comparing the Hub's files with the local ones; nothing is written.
+
+    Args:
+        parcels: Files to download.
+        token: Access token of the Hub; None uses the logged-in user's.
+        optim: Whether to download optimizer files.
 
     Raises:
-        HubError: A repository, revision or file is not to be had.
+        HubError: A repository, revision or file is unavailable.
         DataError: Another file or run is in the way.
+        ConfigError: Two parcels bring the same file.
     """
+    # The files, each from one repository only.
     wanted: dict[Path, HubFile] = {}
     for file in (file for parcel in parcels for file in choose_files(parcel, token)):
         other = wanted.setdefault(file.path, file)
@@ -127,12 +144,16 @@ def plan_download(
             raise ConfigError(
                 f"{other.repo} and {file.repo} both bring {file.path}; ask for one of them."
             )
+
+    # A folder with another run's steps is refused.
     for folder in {path.parent for path in wanted if path.name.startswith("model_")}:
         strange = [path.name for path, _, _ in list_files(folder) if path not in wanted]
         if strange and not (folder / RECORD).exists():
             raise DataError(
                 f"{folder} holds another run's {strange[0]}, which stays as it is; move it away."
             )
+
+    # Compare sizes and hashes, tokenizer.pkl first because the fate of token_bytes.pt depends on it.
     sizes = {path: measure_file(path) for path in wanted if path.exists()}
     fates: dict[str, list[HubFile]] = {"fetch": [], "whole": [], "kept": [], "torn": []}
     for path, file in sorted(wanted.items(), key=lambda item: item[0].name != TOKENIZER_FILES[0]):
@@ -159,18 +180,25 @@ def plan_download(
 
 
 def run_plan(plan: Plan, base: Path, on_event: OnEvent, *, token: str | None = None) -> None:
-    """Fetch what a plan wants, all of it below `base`, and note in each folder where its files came from.
+    """Download the files of a plan and record in each folder where its files came from.
+
+    Args:
+        plan: Result of `plan_download`.
+        base: Folder that contains all target folders.
+        on_event: Called with notes and the progress, in bytes.
+        token: Access token of the Hub; None uses the logged-in user's.
 
     Raises:
-        HubError: A file cannot be fetched; those that are finished stay.
-        DataError: The disk is too small or refuses.
+        HubError: A file cannot be downloaded; finished ones are kept.
+        DataError: The disk is too small or not writable.
         CheckpointError: Another process is downloading here.
     """
     if not plan.fetch:
         return
     staging = base / ".download" / "files"
     with RunLock(staging.parent):
-        shutil.rmtree(staging, ignore_errors=True)  # what a killed download left takes room
+        # Check the space, without the leftovers of a killed download.
+        shutil.rmtree(staging, ignore_errors=True)
         room = measure_space(base) - SPARE_BYTES
         if plan.n_bytes > room:
             raise DataError(
@@ -178,6 +206,8 @@ def run_plan(plan: Plan, base: Path, on_event: OnEvent, *, token: str | None = N
                 f"{plan.n_bytes / 1e6:,.0f} MB; free some, leave optimizers out (--no-optim), or set "
                 "NANOCHAT_BASE_DIR to a larger disk."
             )
+
+        # Keep truncated files under another name.
         for file in plan.torn:
             os.replace(file.path, file.path.with_name(f"{file.path.name}.old"))
             on_event(
@@ -187,6 +217,8 @@ def run_plan(plan: Plan, base: Path, on_event: OnEvent, *, token: str | None = N
             fetch_files(plan.fetch, staging, on_event, token=token, at_once=1)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+        # Record the origin of the files.
         keys = ("repo", "name", "revision", "size", "sha256")
         for folder in {file.path.parent for file in plan.fetch}:
             rows = read_record(folder)
@@ -198,7 +230,7 @@ def run_plan(plan: Plan, base: Path, on_event: OnEvent, *, token: str | None = N
 
 
 def read_record(folder: Path) -> dict[str, dict[str, object]]:
-    """Return what earlier downloads noted in a folder, by name; a damaged note counts for nothing."""
+    """Return the record of earlier downloads in a folder, by file name; empty if it is missing or damaged."""
     try:
         return {row["name"]: row for row in parse_json((folder / RECORD).read_bytes())["files"]}
     except (OSError, ValueError, LookupError, TypeError):
@@ -206,7 +238,7 @@ def read_record(folder: Path) -> dict[str, dict[str, object]]:
 
 
 def measure_space(folder: Path) -> int:
-    """Return the free bytes on the disk of a folder, which may not exist yet."""
+    """Return the free bytes on the disk of a folder, which need not exist."""
     return shutil.disk_usage(
         next(f for f in (folder, *folder.absolute().parents) if f.exists())
     ).free

@@ -1,8 +1,9 @@
-"""Which nanochat wrote these weights: classic, modern, or an in-between era that is refused.
+"""Detection of the nanochat version that wrote a checkpoint: classic, modern, or an unsupported one between.
 
-Hides: how an architecture is told from keys and shapes, as nanochat's metadata does not name it. Between
-October 2025 and mid-2026 numerics moved without a trace in the metadata; a file that is neither the one nor
-the other would load and be silently wrong. Reference: nanochat's code of October 2025 and of July 2026.
+The architecture is inferred from keys and shapes, because nanochat's metadata does not name it. Its numerics
+changed between October 2025 (classic) and mid-2026 (modern) without a trace in the metadata: a checkpoint
+from in between could load and be silently wrong, so it is refused.
+Reference: nanochat's code of October 2025 and of July 2026.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from primechat.config.model import (
 from primechat.errors import CheckpointError, ConfigError
 
 SHAPE_KEYS = tuple(MOST)
-MAX_TABLE_BYTES = 2**30  # of the rotary table: 10 x sequence_len rows of head_dim numbers
+# Size limit of the rotary table, which has 10 * sequence_len rows of head_dim numbers.
+MAX_TABLE_BYTES = 2**30
 MODERN_KEYS = (
     "resid_lambdas",
     "x0_lambdas",
@@ -36,7 +38,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def encode_model(config: GPTConfig) -> dict[str, Any]:
-    """Return a config as metadata: the `model_config` that nanochat's loader takes, and ours beside it."""
+    """Return a config as metadata: the `model_config` that nanochat's loader reads, and our `gpt_config`."""
     names = (*SHAPE_KEYS, "window_pattern") if config.window_pattern else SHAPE_KEYS
     return {
         "architecture": config.architecture,
@@ -46,10 +48,10 @@ def encode_model(config: GPTConfig) -> dict[str, Any]:
 
 
 def read_shape(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the six sizes of a checkpoint's metadata, bounded.
+    """Return the six sizes in a checkpoint's metadata after checking their bounds.
 
     Raises:
-        CheckpointError: one is missing, no whole number, or absurd.
+        CheckpointError: A size is missing, not a whole number, or absurd.
     """
     shape = meta.get("model_config")
     if not isinstance(shape, dict):
@@ -68,10 +70,10 @@ def read_shape(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_config(meta: Mapping[str, Any]) -> GPTConfig | None:
-    """Return the full config of a checkpoint that primechat wrote, None for one that nanochat wrote.
+    """Return the full config of a checkpoint written by primechat, or None for one written by nanochat.
 
     Raises:
-        CheckpointError: absurd sizes, or two parts of the metadata that contradict each other.
+        CheckpointError: A size is absurd, or two parts of the metadata contradict each other.
     """
     sizes = read_shape(meta)
     if "gpt_config" not in meta:
@@ -87,14 +89,20 @@ def read_config(meta: Mapping[str, Any]) -> GPTConfig | None:
 
 
 def detect_era(shapes: Shapes, meta: Mapping[str, Any]) -> GPTConfig:
-    """Return the complete config of a checkpoint from the shapes of its tensors, by name, and its metadata.
+    """Return the complete config of a checkpoint.
+
+    Args:
+        shapes: Shapes of its tensors, by name.
+        meta: Its metadata.
 
     Raises:
-        CheckpointError: an in-between era, by the keys it has and lacks; shapes other than the metadata's.
+        CheckpointError: It is from an unsupported version, or its tensors do not match its metadata.
     """
     config = read_config(meta)
     if config is None:
         config = guess_config(shapes, meta)
+
+    # The tensors must be exactly those of the config.
     expected = list_shapes(config)
     missing, extra = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
     if missing or extra:
@@ -112,11 +120,18 @@ def detect_era(shapes: Shapes, meta: Mapping[str, Any]) -> GPTConfig:
 
 
 def guess_config(shapes: Shapes, meta: Mapping[str, Any]) -> GPTConfig:
-    """Return the config of a checkpoint that nanochat wrote, or refuse an in-between era."""
+    """Return the config of a checkpoint written by nanochat.
+
+    Raises:
+        CheckpointError: It is from a version between classic and modern.
+    """
+    # A modern checkpoint has tensors of all MODERN_KEYS, a classic one has none.
     sizes, has = (
         read_shape(meta),
         {mark for mark in MODERN_KEYS if any(mark in key for key in shapes)},
     )
+
+    # Signs of a version in between.
     window = meta["model_config"].get("window_pattern")
     lm_rows = (shapes.get("lm_head.weight") or (0,))[0]
     padded = -(-sizes["vocab_size"] // 64) * 64
@@ -136,6 +151,7 @@ def guess_config(shapes: Shapes, meta: Mapping[str, Any]) -> GPTConfig:
             f"they have {name_some([*found, *has], 9)}, they lack {name_some(set(MODERN_KEYS) - has, 9)}; "
             "the formulas are not recorded, so use a classic or a modern checkpoint."
         )
+
     switches: dict[str, Any] = modern_switches() if has else classic_switches()
     if has:
         switches["window_pattern"] = "L" if window is None else str(window).upper()
@@ -146,12 +162,12 @@ def guess_config(shapes: Shapes, meta: Mapping[str, Any]) -> GPTConfig:
 
 
 def refuse_meta(fault: str) -> CheckpointError:
-    """Return the error of a checkpoint whose metadata cannot be believed."""
+    """Return the error for a checkpoint with invalid metadata."""
     return CheckpointError(f"Its metadata {fault}; restore the meta file.")
 
 
 def name_some(names: Iterable[str], most: int = 4) -> str:
-    """Return the first few names as text, and how many more there are."""
+    """Return the first `most` names as text, followed by the number of further names."""
     ordered = sorted(names)
     shown = [ascii(name[:60])[1:-1] for name in ordered[:most]]
     more = [f"{len(ordered) - most} more"] if len(ordered) > most else []

@@ -1,10 +1,10 @@
-"""The registry of models: which models and runs exist, and opening them by name.
+"""Registry of models: lists the models and runs on this disk and opens them by name.
 
-An identifier (`primechat.config.names`) names a model; the empty text names the default one, sft before rl,
-mid and base. What ships with primechat is `shipped/sft`, `shipped/base` and what else `list_models` shows; it
-stands in where no checkpoint exists and neither tag nor step is given. A tag is a plain name, so that none
-leaves the root; a symbolic link that the owner put there is followed, as large checkpoints often live on
-another disk. `hf:` names are opened by model.huggingface.
+A model is opened by its identifier (`primechat.config.names`); an empty one means the default model: sft,
+else rl, mid, base. The models that ship with primechat (`shipped/sft`, `shipped/base`, ...) are used when the
+user has no checkpoint of that family and gives neither tag nor step. A tag is a plain name, so no path leaves
+the root; symbolic links are followed, because large checkpoints often live on another disk. Names that begin
+with `hf:` are opened by model.huggingface.
 Reference: nanochat's layout below $NANOCHAT_BASE_DIR.
 """
 
@@ -62,19 +62,23 @@ if TYPE_CHECKING:
     from primechat.text.tokenizer import Tokenizer
 
 MAKERS = {"base": "primechat pretrain", "sft": "primechat finetune"}
+# Recommended sampling for the chat model that ships, and who recommends it; data/README.md explains why. No
+# other model has a recommendation, because the metadata of its checkpoint is not trusted.
 ADVICE = (
     {"temperature": 0.6},
     "primechat",
-)  # on the chat model that ships; data/README.md tells why
-MARK = "by_product"  # a file in the folder of a by-product: one line that says what it is part of
+)
+MARK = "by_product"  # file in the folder of a by-product, with one line on what it belongs to
 SHIPPED = CLONE / "data" / "nanochat"
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEntry:
-    """One model on this disk; `identifier` opens its newest step. A `by_product` is one of many small runs
-    that a lab trained to compare them: it is opened by its name and never chosen.
+    """One model on this disk; `identifier` opens its newest step.
+
+    A `by_product` is one of many small runs that a lab trained for a comparison: it can be opened by name but
+    is never a default.
     """
 
     identifier: str
@@ -90,24 +94,24 @@ class ModelEntry:
     path: str
     shipped: bool = False
     by_product: bool = False
-    val_tokens: int = 0  # that were scored for val_bpb; 0 is not known
+    val_tokens: int = 0  # number of tokens scored for val_bpb; 0 is unknown
 
 
 def base_dir() -> Path:
-    """Return the folder of all models: $NANOCHAT_BASE_DIR, read at each call, else ~/.cache/nanochat.
+    """Return the base directory of all models: $NANOCHAT_BASE_DIR, read at each call, or ~/.cache/nanochat.
 
     Raises:
-        ConfigError: it is a file, or can be no folder.
+        ConfigError: The path is a file, or not a valid path.
     """
     given = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
     return resolve_path(given, "NANOCHAT_BASE_DIR", folder=True)
 
 
 def run_dir(family: str, tag: str) -> Path:
-    """Return the folder of a run; it may not exist yet.
+    """Return the run directory of a family and tag; it need not exist.
 
     Raises:
-        ConfigError: an unknown family, or a tag that is no plain name.
+        ConfigError: The family is unknown, or the tag is not a plain name.
     """
     if family not in FOLDERS:
         raise ConfigError(f"source={family!r} must be one of {', '.join(FOLDERS)}; try base.")
@@ -116,21 +120,21 @@ def run_dir(family: str, tag: str) -> Path:
 
 
 def list_tags(root: Path, family: str) -> list[Path]:
-    """Return the run folders of a family that hold a usable checkpoint or snapshot, by name."""
+    """Return the run directories of a family that hold a usable checkpoint or snapshot, sorted by name."""
     parent = root / FAMILIES[family]
     folders = sorted(parent.iterdir()) if parent.is_dir() else []
     return [f for f in folders if is_run(f) and (find_steps(f) or list_snapshots(f))]
 
 
 def explain_tags(root: Path, family: str) -> list[str]:
-    """Return what is wrong with the run folders of a family that hold steps, but no complete one."""
+    """Return what is wrong with each run directory of a family that has steps but no complete one."""
     parent = root / FAMILIES[family]
     folders = [f for f in sorted(parent.iterdir()) if is_run(f)] if parent.is_dir() else []
     return [fault for f in folders if not find_steps(f) for _, fault in explain_steps(f)[-1:]]
 
 
 def is_run(folder: Path) -> bool:
-    """Tell whether a folder's name can be a tag, and this user may look into it."""
+    """Return whether a folder is readable and its name is a valid tag."""
     try:
         check_tag(folder.name)
         next(folder.iterdir(), None)
@@ -140,39 +144,42 @@ def is_run(folder: Path) -> bool:
 
 
 def is_by_product(folder: Path) -> bool:
-    """Return whether a run's folder holds a by-product of a lab, by its mark or its name."""
+    """Return whether a run directory holds a by-product of a lab, judged by its mark or its name."""
     return (folder / MARK).is_file() or BY_PRODUCT.fullmatch(folder.name) is not None
 
 
 def mark_by_product(folder: Path, origin: str) -> None:
-    """Mark a run's folder, which may not exist yet, as a by-product of `origin`, in words."""
+    """Mark a run directory, created if needed, as a by-product; `origin` says in words what it belongs to."""
     write_file(make_folder(folder) / MARK, f"{origin}\n")
 
 
 def choose_tag(root: Path, family: str) -> Path | None:
-    """Return the run folder of the largest `d<number>`, else the most recently written one, else None. A
-    by-product of a lab is never chosen.
+    """Return the run directory of the largest `d<number>`, else the most recently written one, else None.
+
+    By-products of labs are never chosen.
     """
     steps = {folder: find_steps(folder) for folder in list_tags(root, family)}
     folders = [folder for folder in steps if steps[folder] and not is_by_product(folder)]
     if not folders:
         return None
+
+    # The largest depth.
     depths = {
         folder: int(folder.name[1:]) for folder in folders if re.fullmatch(r"d\d{1,9}", folder.name)
     }
     if depths:
         return max(depths, key=lambda folder: depths[folder])
-    newest = {
-        folder: folder / f"meta_{steps[folder][-1]:06d}.json" for folder in folders
-    }  # never pruned
+
+    # The most recent write, by the meta file of the newest step, which is never pruned.
+    newest = {folder: folder / f"meta_{steps[folder][-1]:06d}.json" for folder in folders}
     return max(folders, key=lambda folder: newest[folder].stat().st_mtime_ns)
 
 
 def locate_model(name: ModelName) -> tuple[Path, ModelName]:
-    """Return the folder of checkpoints that a name means, and the name with its tag.
+    """Return the checkpoint folder of a model name, and the name completed with its tag.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: There is no such model.
     """
     if name.family == "hf":
         raise CheckpointError(
@@ -180,6 +187,8 @@ def locate_model(name: ModelName) -> tuple[Path, ModelName]:
         )
     if name.shipped and not is_clone():
         raise CheckpointError(explain_copy("The models that ship"))
+
+    # With a tag: that run, or its snapshots.
     root = SHIPPED if name.shipped else base_dir()
     if name.tag:
         folder = root / FAMILIES[name.family] / name.tag
@@ -190,6 +199,8 @@ def locate_model(name: ModelName) -> tuple[Path, ModelName]:
                 f"{folder} is missing, the tags of {kind} are: {there}; name one of those or train it."
             )
         return (folder / "snapshots" if name.snapshot else folder), name
+
+    # Without a tag: the user's default run of the family, else the one that ships.
     own = None if name.shipped else choose_tag(base_dir(), name.family)
     faults = explain_tags(root, name.family)
     for fault in faults:
@@ -199,6 +210,8 @@ def locate_model(name: ModelName) -> tuple[Path, ModelName]:
     shipped = choose_tag(SHIPPED, name.family)
     if shipped is not None:
         return shipped, replace(name, shipped=True)
+
+    # Neither exists: explain why.
     if faults:
         raise CheckpointError(f"No {name.family} model can be used: {faults[-1]}")
     maker = f"run `{MAKERS[name.family]}`" if name.family in MAKERS else "copy one there"
@@ -209,12 +222,12 @@ def locate_model(name: ModelName) -> tuple[Path, ModelName]:
 
 
 def pin_step(name: ModelName, step: int) -> ModelName:
-    """Return the name of the step that was opened; the shipped default stays short."""
+    """Return a name with the opened step added; a name without a tag (the shipped default) is unchanged."""
     return replace(name, step=step) if name.tag else name
 
 
 def choose_model() -> ModelName:
-    """Return the default model's name: sft before base, one's own before what ships."""
+    """Return the name of the default model: the user's own before shipped ones, sft before rl, mid, base."""
     for root in (base_dir(), SHIPPED):
         for family in ("sft", "rl", "mid", "base"):
             if choose_tag(root, family) is not None:
@@ -223,7 +236,10 @@ def choose_model() -> ModelName:
 
 
 def read_name(text: str) -> ModelName:
-    """Take an identifier apart; empty is the default model, an adapter alone is on the base it records."""
+    """Return the parsed name of an identifier; empty means the default model.
+
+    An adapter without a model is combined with the base model that it records.
+    """
     if alone := ADAPTER.fullmatch(text):
         from primechat.model.lora import read_base
 
@@ -241,21 +257,20 @@ def open_model(
     phase: str = "eval",
     on_event: OnEvent | None = None,
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """Open a model with its tokenizer.
+    """Return a model, its tokenizer and its metadata.
+
+    The metadata is the checkpoint's, with `identifier`, `path`, `skipped` and `sampling` (recommended
+    sampling settings and who recommends them) added.
 
     Args:
-        identifier: see the head of this module; empty is the default model.
-        dtype: of the parameters: float32, bfloat16, or auto (bfloat16 on CUDA, float32 elsewhere).
-        tokenizer: a Tokenizer or its folder, instead of the one beside the model or in the base directory.
-        on_event: hears, before the weights are read, of the memory that they need; None logs it.
-
-    Returns:
-        Model, tokenizer, and the checkpoint's metadata with `identifier`, `path`, `skipped` and `sampling`
-        (how its makers advise to sample, and who they are) added.
+        identifier: Name of the model, see the module's docstring; empty means the default model.
+        dtype: Dtype of the parameters: float32, bfloat16, or auto (bfloat16 on CUDA, float32 elsewhere).
+        tokenizer: Tokenizer or its folder, instead of the one with the model or in the base directory.
+        on_event: Called before the weights are read with the memory that they need; None logs it.
 
     Raises:
-        CheckpointError: there is no such model, it does not go with its tokenizer, or is too large.
-        ConfigError: a setting has no such value.
+        CheckpointError: The model does not exist, does not match its tokenizer, or is too large.
+        ConfigError: An argument has an invalid value.
     """
     import torch
 
@@ -287,11 +302,14 @@ def open_model(
         parts: Any = open_foreign(
             name.tag, device, getattr(torch, kind), partial(tell_memory, name), tell
         )
-        return parts  # they offer what the protocols ask for
+        return parts  # these implement the protocols
+    # Find the checkpoint and its tokenizer; the weights are memory-mapped, so none are in memory yet.
     folder, name = locate_model(name)
-    loaded = load_checkpoint(folder, name.step)  # mapped: nothing of the weights is in memory yet
+    loaded = load_checkpoint(folder, name.step)
     found = find_tokenizer(folder, tokenizer)
     check_pair(loaded.config, loaded.meta, found, str(name))
+
+    # Load the weights, then the adapters.
     full = pin_step(name, loaded.step)
     tell_memory(full, loaded.config.n_params)
     state = load_checkpoint(folder, loaded.step, dtype=kind).model_state
@@ -305,9 +323,7 @@ def open_model(
     if phase == "train":
         model.requires_grad_(True).train()
     known = {"identifier": str(full), "path": str(folder), "skipped": loaded.skipped}
-    advice = (
-        ADVICE if name.shipped and name.family == "sft" else ({}, "")
-    )  # nobody else's meta is heeded
+    advice = ADVICE if name.shipped and name.family == "sft" else ({}, "")
     return model, found, {**loaded.meta, **known, "sampling": advice}
 
 
@@ -320,12 +336,14 @@ def load_model(
     step: int | None = None,
     dtype: str = "float32",
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """Open a model as nanochat does: without a tag the largest d<number>, else the most recently written
-    folder; without a step the newest complete one.
+    """Return a model, its tokenizer and its metadata, selected as in nanochat's `load_model`.
+
+    Without a tag, the largest d<number> is opened, else the most recently written run; without a step, the
+    newest complete one.
 
     Raises:
-        CheckpointError: there is no such model, or it does not go with its tokenizer.
-        ConfigError: a setting has no such value.
+        CheckpointError: The model does not exist, or does not match its tokenizer.
+        ConfigError: An argument has an invalid value.
     """
     if source not in FAMILIES:
         raise ConfigError(f"source={source!r} must be one of {', '.join(FAMILIES)}; try base.")
@@ -342,7 +360,7 @@ def load_model(
 
 
 def find_tokenizer(folder: Path, given: Any = None) -> Tokenizer:
-    """Return the tokenizer of a checkpoint: the given one, the one beside it, or its base directory's."""
+    """Return the tokenizer of a checkpoint: the given one, else its run's, else its base directory's."""
     from primechat.text.tokenizer import Tokenizer
 
     if isinstance(given, Tokenizer):
@@ -357,7 +375,7 @@ def find_tokenizer(folder: Path, given: Any = None) -> Tokenizer:
 
 
 def check_pair(config: GPTConfig, meta: dict[str, Any], tokenizer: Tokenizer, name: str) -> None:
-    """Refuse a model and a tokenizer that do not belong together."""
+    """Raise CheckpointError if a model was not trained with a tokenizer."""
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
             f"{name} has vocab_size={config.vocab_size}, its tokenizer {tokenizer.vocab_size}; give the "
@@ -372,11 +390,11 @@ def check_pair(config: GPTConfig, meta: dict[str, Any], tokenizer: Tokenizer, na
 
 
 def load_tokenizer(identifier: str = "") -> Tokenizer:
-    """Return the tokenizer of a model; empty takes the base directory's, else the default model's.
+    """Return the tokenizer of a model; empty means that of the base directory, else of the default model.
 
     Raises:
-        DataError: there is none, or it cannot be read.
-        CheckpointError: there is no such model.
+        DataError: The tokenizer is missing or cannot be read.
+        CheckpointError: The model does not exist.
     """
     from primechat.text.tokenizer import Tokenizer
 
@@ -392,13 +410,13 @@ def load_tokenizer(identifier: str = "") -> Tokenizer:
 
 
 def list_models() -> list[ModelEntry]:
-    """Return every model on this disk, one's own first, foreign ones last, without importing torch."""
+    """Return all models on this disk, the user's own first and foreign ones last, without importing torch."""
     own = [*walk_models(base_dir(), shipped=False), *walk_adapters(base_dir() / FOLDERS["lora"])]
     return [*own, *walk_models(SHIPPED, shipped=True), *walk_foreign()]
 
 
 def walk_adapters(parent: Path) -> Iterator[ModelEntry]:
-    """Yield an entry for each adapter that is there; its identifier names the base that it was trained on."""
+    """Yield an entry for each adapter; its identifier includes the base model that it was trained on."""
     for path in sorted(parent.glob("*/adapter_model.safetensors")):
         folder, facts = path.parent, dict[str, Any]()
         with suppress(CheckpointError):
@@ -421,19 +439,23 @@ def walk_adapters(parent: Path) -> Iterator[ModelEntry]:
 
 
 def walk_models(root: Path, shipped: bool) -> Iterator[ModelEntry]:
-    """Yield an entry for each run folder below a base directory that holds a model."""
+    """Yield an entry for each run directory below a base directory that holds a model."""
     for family in FAMILIES:
-        default = choose_tag(root, family) if shipped else None  # `shipped/sft` alone
+        # The default shipped model is named without a tag, as in `shipped/sft`.
+        default = choose_tag(root, family) if shipped else None
         for folder in list_tags(root, family):
             steps, snapshots = find_steps(folder), list_snapshots(folder)
             if not steps and not snapshots:
-                continue  # removed just now
+                continue  # removed in the meantime
+
+            # The name of the newest step, or of the newest snapshot if no step is left.
             where = folder if steps else folder / "snapshots"
             tag = "" if folder == default else folder.name
             name = ModelName(family=family, tag=tag, shipped=shipped)
             if not steps:
                 name = replace(name, step=snapshots[-1], snapshot=True)
             step = (steps or snapshots)[-1]
+
             config, meta = read_design(where, step)
             bpb, identity = take_number(meta, "val_bpb", math.nan), meta.get("tokenizer_identity")
             yield ModelEntry(
@@ -455,7 +477,7 @@ def walk_models(root: Path, shipped: bool) -> Iterator[ModelEntry]:
 
 
 def walk_foreign() -> Iterator[ModelEntry]:
-    """Yield an entry for each model of others that opens without a network, where transformers is here."""
+    """Yield an entry for each foreign model that opens without a network; none if transformers is missing."""
     if not find_spec("transformers"):
         return
     packed = find_package() if find_spec("gguf") and find_spec("accelerate") else None
@@ -479,7 +501,7 @@ def walk_foreign() -> Iterator[ModelEntry]:
 
 
 def read_design(folder: Path, step: int) -> tuple[GPTConfig | None, dict[str, Any]]:
-    """Return the config and metadata of a step without its weights; None for what is no readable model."""
+    """Return the config (None if unreadable) and the metadata of a step without loading its weights."""
     meta: dict[str, Any] = {}
     with suppress(CheckpointError):
         meta = read_meta(folder, step)
@@ -489,12 +511,16 @@ def read_design(folder: Path, step: int) -> tuple[GPTConfig | None, dict[str, An
 
 
 def load_run(path: str | Path) -> TrainResult:
-    """Rebuild the result of a run from its folder (absolute or relative to the base directory, perhaps one
-    that came back from another machine) or an identifier such as base/d4.
+    """Return the result of a run, rebuilt from the files of its directory.
+
+    Args:
+        path: Run directory, absolute or relative to the base directory (it may come from another machine), or
+            an identifier such as base/d4.
 
     Raises:
-        CheckpointError: there is no run, or a file of it is damaged.
+        CheckpointError: There is no run, or one of its files is damaged.
     """
+    # Find the run.
     run = resolve_path(base_dir() / os.path.expanduser(path), "run")
     if not run.is_dir() and IDENTIFIER.fullmatch(str(path)):
         run, _ = locate_model(replace(parse_identifier(str(path)), step=None, snapshot=False))
@@ -504,10 +530,14 @@ def load_run(path: str | Path) -> TrainResult:
         raise CheckpointError(
             f"{run} holds neither checkpoint nor metrics.jsonl; name a run, for example base/d4."
         )
+
+    # The config, from the newest step or from config.json.
     config, meta = read_design(run, steps[-1]) if steps else (None, {})
     if config is None and (run / "config.json").is_file():
         model = read_json(run / "config.json").get("model")
         config = decode_config(model, GPTConfig, f"{run / 'config.json'}: model") if model else None
+
+    # The totals, from the logged events.
     kinds = ("step", "loss", "done")
     trained, losses, done = ([e for e in events if e.get("kind") == kind] for kind in kinds)
     seconds = [
@@ -515,6 +545,8 @@ def load_run(path: str | Path) -> TrainResult:
     ]
     tokens, train_s = int(sum(take_number(e, "tokens") for e in trained)), sum(seconds)
     end: dict[str, Any] = done[-1] if done else {"stopped": True}
+
+    # The identifier under which the run can be opened.
     family = next((family for family, name in FAMILIES.items() if name == run.parent.name), "run")
     adapter = next((entry for entry in walk_adapters(run.parent) if entry.path == str(run)), None)
     place = "shipped/" if run.is_relative_to(SHIPPED.resolve()) else ""
@@ -537,6 +569,6 @@ def load_run(path: str | Path) -> TrainResult:
 
 
 def take_number(event: dict[str, Any], key: str, otherwise: float = 0.0) -> float:
-    """Return a field of an event or of metadata, if it is a finite number."""
+    """Return a field of an event or of metadata if it is a finite number, else `otherwise`."""
     value = event.get(key)
     return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else otherwise

@@ -1,7 +1,7 @@
-"""What lies in a run's folder beside its weights: who is writing, what was measured, and the settings.
+"""Files of a run directory other than weights: the lock, the metrics log and the frozen settings.
 
-Hides: the lock file, metrics.jsonl and config.json. The lock is the kernel's (flock), so that a killed
-process frees it; the owner's name is only there to be shown. Reference: flock(2); jsonlines.org.
+They are run.lock, metrics.jsonl and config.json. The lock is held by the kernel (flock), so a killed process
+releases it; the owner written in the file is only for display. Reference: flock(2); jsonlines.org.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from primechat.errors import CheckpointError, ConfigError
 from primechat.files.paths import parse_json, write_file
 
 LOG_SCHEMA = 1
-OPEN_FIELDS = ("resume", "steps")  # what a resumed run may leave out: it takes the frozen value
-# which the stages compare by what the text holds: it may have moved
+OPEN_FIELDS = ("resume", "steps")  # may be omitted when resuming; the frozen value is used
+# The corpus may have moved: the training stages compare its content instead.
 TEXT = ("corpus", "allow_changed_corpus")
 WHOLE_AT_0 = ("tokens", "last_tokens")
-BUDGET = ("max_hours", "max_dollars", "dollars_per_hour")  # what it may change
+BUDGET = ("max_hours", "max_dollars", "dollars_per_hour")  # may change when resuming
 Config = TypeVar("Config")
 NO_FLOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
 
 class RunLock:
-    """One writer a run's folder, over threads and processes: `with RunLock(folder): ...`."""
+    """Lock for one writer per run directory, over threads and processes: `with RunLock(folder): ...`."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -47,7 +47,7 @@ class RunLock:
         """Take the lock.
 
         Raises:
-            CheckpointError: another thread or process holds it.
+            CheckpointError: Another thread or process holds the lock, or the folder cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -57,22 +57,24 @@ class RunLock:
             raise CheckpointError(
                 f"{self.folder} {reason}; set NANOCHAT_BASE_DIR elsewhere."
             ) from None
+
+        # Some network file systems have no flock: then the recorded owner decides.
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             busy = False
-        except OSError as e:  # some network disks have no flock: then the owner's name decides
+        except OSError as e:
             busy = e.errno not in NO_FLOCK or is_alive(self.read_owner())
         if busy:
             os.close(descriptor)
             raise CheckpointError(self.describe_owner())
+
+        # Record the owner. If the disk is full, close the file, or this process would keep the lock.
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
         try:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(owner).encode(), 0)
-        except (
-            OSError
-        ) as e:  # a full disk; open, it would hold the lock as long as this process lives
+        except OSError as e:
             os.close(descriptor)
             raise CheckpointError(
                 f"{self.path}: {e.strerror}; free some space and try again."
@@ -81,14 +83,14 @@ class RunLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the lock back; its empty file stays, as removing it would let two in."""
+        """Release the lock; the empty file stays, because removing it could let two writers in."""
         if self.descriptor is not None:
             os.ftruncate(self.descriptor, 0)
             os.close(self.descriptor)
             self.descriptor = None
 
     def read_owner(self) -> dict[str, Any]:
-        """Return pid, host and since of the present or last owner, or nothing."""
+        """Return pid, host and since of the current or last owner, or {}."""
         try:
             owner = parse_json(self.path.read_bytes()[:1000])
         except (OSError, ValueError):
@@ -96,7 +98,7 @@ class RunLock:
         return owner if isinstance(owner, dict) else {}
 
     def describe_owner(self) -> str:
-        """Return the sentence that tells who is writing."""
+        """Return the error message that says who is writing."""
         owner = self.read_owner()
         who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')} since {owner.get('since', '?')}"
         if (owner.get("pid"), owner.get("host")) == (os.getpid(), socket.gethostname()):
@@ -107,7 +109,7 @@ class RunLock:
 
 
 def is_alive(owner: dict[str, Any]) -> bool:
-    """Tell whether an owner may still run: another host's is taken to, no owner is not."""
+    """Return whether the owner of a lock may still be running; a process on another host is assumed to be."""
     if not owner or owner.get("host") != socket.gethostname():
         return bool(owner)
     try:
@@ -120,10 +122,10 @@ def is_alive(owner: dict[str, Any]) -> bool:
 
 
 class MetricsLog:
-    """metrics.jsonl of a run: one event a line, each with the schema's version, flushed.
+    """Log of a run, metrics.jsonl: one event per line with the schema version, unbuffered.
 
-    The history is worth less than the run: what the disk refuses is left out, whole lines of it, and counted
-    in `lost`; `refusal` is the disk's last reason.
+    A failed write never stops the run: the event is dropped as a whole line and counted in `lost`; `refusal`
+    is the reason for the last failure.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -133,7 +135,7 @@ class MetricsLog:
             self.drop_after(math.inf)
 
     def append(self, event: dict[str, Any]) -> bool:
-        """Write one event; return whether the disk took it."""
+        """Write one event and return whether it was written."""
         line = json.dumps({"schema": LOG_SCHEMA, **event}, ensure_ascii=False).encode() + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +147,7 @@ class MetricsLog:
         return True
 
     def drop_after(self, step: float) -> None:
-        """Cut the log at the first event beyond a step; torn lines and ends (`done`) go too. Atomic."""
+        """Cut the log atomically at the first event beyond a step; torn lines and `done` events go too."""
         if not self.path.exists():
             return
         lines = []
@@ -161,24 +163,24 @@ class MetricsLog:
 
 
 def append_line(file: io.FileIO, line: bytes) -> None:
-    """Write a line at the end of a file whole, or leave the file as it was.
+    """Append a whole line to a file, or leave the file unchanged.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: The line cannot be written.
     """
     end = file.seek(0, os.SEEK_END)
     try:
         if file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError:
+        # Otherwise the next line would follow a torn one.
         with contextlib.suppress(OSError):
-            # else the next line would stand behind its torn beginning
             file.truncate(end)
         raise
 
 
 def parse_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Yield each line of a log and its event, None where it is torn."""
+    """Yield (line, event) for each line of a log; the event is None if the line is torn."""
     with path.open("rb") as f:
         for line in f:
             try:
@@ -190,10 +192,10 @@ def parse_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """Return the events of a metrics.jsonl, torn lines left out; none where there is no file.
+    """Return the events of a metrics.jsonl without torn lines; empty if there is no file.
 
     Raises:
-        CheckpointError: a newer primechat wrote it.
+        CheckpointError: A newer version of primechat wrote the file.
     """
     path = Path(path)
     if not path.exists():
@@ -208,10 +210,10 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 
 def read_frozen(folder: Path, kind: type[Config]) -> Config:
-    """Return the settings that a run froze.
+    """Return the frozen settings of a run.
 
     Raises:
-        ConfigError: they are missing or damaged.
+        ConfigError: The settings are missing or damaged.
     """
     path = folder / "config.json"
     try:
@@ -220,13 +222,14 @@ def read_frozen(folder: Path, kind: type[Config]) -> Config:
         raise ConfigError(
             f"{path} cannot be read ({error}); restore it, or start under another tag."
         ) from error
+    # A run that was started before marks were supported continues without them.
     if isinstance(data, dict) and "corpus" in data:
-        data.setdefault("corpus_separator", "none")  # a run from before there were marks goes on so
+        data.setdefault("corpus_separator", "none")
     return decode_config(data, kind, str(path))
 
 
 def recall_separator(config: Config, folder: Path) -> Config:
-    """Return a config that is to be resumed with the mark between documents that its run was started with."""
+    """Return a config; one that is to be resumed gets the mark between documents of its run."""
     if not isinstance(config, (PretrainConfig, DistillConfig)) or not config.resume:
         return config
     if config.corpus_separator != "auto" or not (folder / "config.json").exists():
@@ -235,17 +238,22 @@ def recall_separator(config: Config, folder: Path) -> Config:
 
 
 def take_frozen(config: Any, folder: Path) -> Any:
-    """Return the settings that a run froze, once it is sure that the given ones do not contradict them.
+    """Return the frozen settings of a run after checking that the given ones do not contradict them.
+
+    The corpus and the budget are taken from the given settings.
 
     Raises:
-        ConfigError: a field differs, by name.
+        ConfigError: A field differs; the message names it.
     """
+    # Settings that were left open agree with the frozen ones.
     frozen = read_frozen(folder, type(config))
     given = replace(
         recall_separator(config, folder),
         runtime=fill_open(config.runtime, frozen.runtime),
         eval=fill_open(config.eval, frozen.eval),
     )
+
+    # All others must be equal.
     ignore = (
         *(OPEN_FIELDS if not config.steps else OPEN_FIELDS[:1]),
         *TEXT,
@@ -255,6 +263,8 @@ def take_frozen(config: Any, folder: Path) -> Any:
     if difference:
         rule = "a resumed run must keep its settings; drop that flag, or start under another tag"
         raise ConfigError(f"{difference} (the run's, then yours): {rule}.")
+
+    # What may change is taken from the given settings.
     budget = {name: getattr(given.runtime, name) for name in BUDGET}
     if hasattr(config, "corpus"):
         frozen = replace(frozen, corpus=config.corpus)
@@ -262,8 +272,9 @@ def take_frozen(config: Any, folder: Path) -> Any:
 
 
 def fill_open(given: Any, frozen: Any) -> Any:
-    """Return the given settings with the frozen ones where they were left open: auto or 0, but -1 where 0
-    stands for all.
+    """Return the given settings with the frozen values of fields that were left open.
+
+    A field is open if it is auto or 0; fields in which 0 means all are open if they are -1.
     """
     names = [
         item.name

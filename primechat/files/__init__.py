@@ -1,1 +1,1 @@
-"""What touches disk and network for everybody: paths, whole writes, files that are not trusted, the Hub."""
+"""Disk and network access for all rooms: paths, atomic writes, untrusted files, the Hugging Face Hub."""

@@ -1,8 +1,8 @@
-"""Torch's .pt files that anyone may have made, looked at without torch.
+"""Inspection of untrusted .pt files without torch.
 
-Hides: how a torch archive is laid out. Its zip directory and its pickle are read here, so that a file can
-neither run code nor claim more memory than it has bytes, before torch sees it. All that is wrong is a
-ValueError in printable words. Reference: torch.serialization; pickletools (protocol 2).
+Hides: the layout of a torch archive. Its zip directory and its pickle are checked here before torch reads the
+file, so that a file can neither run code nor claim more memory than it has bytes. Every fault is reported as
+a ValueError with a printable message. Reference: torch.serialization; pickletools (protocol 2).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FLOATS = {
 }
 ORDERED_DICT, REBUILD = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
 NAMES = {ORDERED_DICT, REBUILD, *(f"torch {kind}" for kind in ITEM_BYTES)}
-DAMAGE = (  # what zipfile stumbles over
+DAMAGE = (  # what reading a damaged archive may raise
     zipfile.BadZipFile,
     struct.error,
     ValueError,
@@ -52,14 +52,14 @@ DAMAGE = (  # what zipfile stumbles over
 
 @dataclass(frozen=True)
 class Name:
-    """A global that a pickle mentions; it is never looked up."""
+    """A global that a pickle mentions; it is never imported."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes of the archive that tensors look into."""
+    """A storage of the archive, which tensors view."""
 
     kind: str
     key: str
@@ -68,7 +68,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Where a tensor lies and what shape it claims."""
+    """Location and shape of a tensor in an archive."""
 
     storage: Storage
     start: int
@@ -76,12 +76,12 @@ class TensorSpec:
 
     @property
     def dtype(self) -> str:
-        """float64, float32, float16 or bfloat16; other kinds keep the storage's name."""
+        """The dtype: float64, float32, float16 or bfloat16; else the name of the storage type."""
         return FLOATS.get(self.storage.kind, self.storage.kind)
 
 
 class TensorReader(PickleReader):
-    """Reads the data.pkl of a torch archive: plain containers, and a `TensorSpec` in place of each tensor."""
+    """Reader of the data.pkl of a torch archive: plain containers with a `TensorSpec` for each tensor."""
 
     opcodes = frozenset(
         "PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE EMPTY_DICT "
@@ -90,17 +90,17 @@ class TensorReader(PickleReader):
     )
 
     def __init__(self, sizes: dict[str, int]) -> None:
-        self.sizes = sizes  # of the archive's storages, in bytes
+        self.sizes = sizes  # size of each storage in bytes
 
     def admit(self, name: str) -> Name:
-        """Refuse a global that no file of weights needs."""
+        """Return the placeholder of a global, if a file of weights may need it."""
         if name not in NAMES:
             wish = ascii(name.replace(" ", ".")[:80])
             raise ValueError(f"it asks for {wish}, weights need tensors and plain containers only")
         return Name(name)
 
     def find(self, claim: Any) -> Storage:
-        """Return the storage that a persistent id names, if the archive holds exactly its bytes."""
+        """Return the storage that a persistent id names, if the archive holds exactly that many bytes."""
         word, name, key, _, n_items = claim
         kind = name.text.removeprefix("torch ") if isinstance(name, Name) else ""
         if (
@@ -117,11 +117,13 @@ class TensorReader(PickleReader):
         return Storage(kind, key, n_items)
 
     def call(self, function: Any, args: Any) -> Any:
-        """Return {} for OrderedDict(), or the spec of a tensor whose numbers lie in its storage."""
+        """Return {} for OrderedDict(), or the spec of a contiguous tensor that lies within its storage."""
         if function == Name(ORDERED_DICT) and args == ():
             return {}
         if function != Name(REBUILD):
             raise ValueError("it calls something that rebuilds no tensor")
+
+        # Check the types of the arguments.
         match args:
             case (
                 Storage() as storage,
@@ -137,6 +139,8 @@ class TensorReader(PickleReader):
                 raise ValueError("a tensor is described wrongly")
         if any(type(n) is not int or n < 0 for n in (start, *shape, *stride)) or len(shape) > 8:
             raise ValueError("a tensor has a size or stride that is no whole number")
+
+        # Check the bounds, then the strides.
         n_items = math.prod(shape)
         if start + n_items > storage.n_items:
             raise ValueError(
@@ -152,17 +156,17 @@ class TensorReader(PickleReader):
         return TensorSpec(storage, start, shape)
 
     def build(self, target: Any, state: Any) -> None:
-        """Pass over the _metadata of a state_dict: nothing that we need."""
+        """Ignore the `_metadata` of a state_dict."""
         if type(target) is not dict or type(state) is not dict:
             raise ValueError("it sets the state of an object")
 
 
 def inspect_tensors(path: Path) -> Any:
-    """Return what a .pt file holds, with a `TensorSpec` in place of each tensor, without torch.
+    """Return the value in a .pt file without torch, with a `TensorSpec` in place of each tensor.
 
     Raises:
-        ValueError: it is damaged, wants to call something, or claims more bytes than it has.
-        OSError: it cannot be read.
+        ValueError: The file is damaged, calls a function, or claims more bytes than it has.
+        OSError: The file cannot be read.
     """
     try:
         data, sizes = read_directory(path)
@@ -174,14 +178,19 @@ def inspect_tensors(path: Path) -> Any:
 
 
 def cut_reason(error: Exception) -> str:
-    """Return the first words of an error that may quote a hostile file, printable."""
+    """Return the first 160 characters of an error that may quote a hostile file, made printable."""
     return "".join(c if c.isprintable() else " " for c in str(error)[:160]) or type(error).__name__
 
 
 def read_directory(path: Path) -> tuple[bytes, dict[str, int]]:
-    """Return the pickle of a .pt file and the bytes of each storage; ValueError where the archive lies."""
+    """Return the pickle of a .pt file and the size of each storage in bytes.
+
+    Raises:
+        ValueError: The archive is damaged, inconsistent or not as torch.save writes it.
+    """
     size = path.stat().st_size
     with path.open("rb") as f:
+        # The end record bounds the directory before zipfile reads it.
         f.seek(max(0, size - 22))
         tail = f.read(22)
         if len(tail) < 22 or tail[:4] != b"PK\x05\x06":
@@ -190,8 +199,10 @@ def read_directory(path: Path) -> tuple[bytes, dict[str, int]]:
             )
         if struct.unpack("<I", tail[12:16])[0] > MAX_DIRECTORY_BYTES:
             raise ValueError("its directory is too large")
+
         f.seek(0)
         with zipfile.ZipFile(f) as archive:
+            # Entries are unique, uncompressed and no larger than the file.
             entries = archive.infolist()
             names = [entry.filename for entry in entries]
             if len(set(names)) != len(names):
@@ -203,6 +214,8 @@ def read_directory(path: Path) -> tuple[bytes, dict[str, int]]:
                 raise ValueError("an entry is compressed, torch stores them plainly")
             if sum(e.file_size for e in entries) > size:
                 raise ValueError("its entries claim more bytes than the file has")
+
+            # There is one pickle, and every entry is in its folder.
             pickles = [
                 e
                 for e in entries
@@ -213,9 +226,11 @@ def read_directory(path: Path) -> tuple[bytes, dict[str, int]]:
             stem = pickles[0].filename[: -len("data.pkl")]
             if any(not name.startswith(stem) for name in names) or stem + "constants.pkl" in names:
                 raise ValueError("it is not what torch.save writes")
+
             order = next((e for e in entries if e.filename == stem + "byteorder"), None)
             if order is not None and (order.file_size > 8 or archive.read(order) != b"little"):
                 raise ValueError("its numbers are not little-endian")
+
             prefix = stem + "data/"
             sizes = {
                 e.filename[len(prefix) :]: e.file_size
@@ -226,15 +241,17 @@ def read_directory(path: Path) -> tuple[bytes, dict[str, int]]:
 
 
 def read_storage(path: Path, storage: Storage) -> bytes:
-    """Return the bytes of a storage in an archive that was inspected before."""
+    """Return the bytes of a storage in an archive that has been inspected."""
     with zipfile.ZipFile(path) as archive:
         stem = archive.namelist()[0].partition("/")[0]
         return archive.read(f"{stem}/data/{storage.key}")
 
 
 def check_overlaps(value: Any) -> None:
-    """Refuse tensors that share stored numbers: a small file could seem large so."""
+    """Raise ValueError if two tensors share stored numbers, by which a small file could seem large."""
     spans: dict[int, tuple[str, int, int]] = {}
+
+    # Where each tensor begins and ends in its storage.
     seen, todo = set(), [value]
     while todo:
         item = todo.pop()
@@ -243,6 +260,8 @@ def check_overlaps(value: Any) -> None:
         elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:
             seen.add(id(item))
             todo.extend(item.values() if isinstance(item, dict) else item)
+
+    # Neighbours must not overlap.
     ordered = sorted(span for span in spans.values() if span[1] < span[2])
     for (key, _, end), (other, start, _) in zip(ordered, ordered[1:], strict=False):
         if key == other and start < end:

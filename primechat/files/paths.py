@@ -1,7 +1,8 @@
-"""The paths that a person names, and files that a kill or a full disk never leaves half-written.
+"""Paths given by the user, and atomic writes that a kill or a full disk never leaves half-done.
 
-Hides: the order of sync and rename that a file system needs, and how it says no. `resolve_path`,
-`make_folder` and `write_file` tell a refusal in a sentence; `explain_refusal` does for any other one.
+Hides: the order of sync and rename that a file system needs, and its error codes. `resolve_path`,
+`make_folder` and `write_file` report a failure as one readable sentence; `explain_refusal` does so for any
+other OSError.
 Reference: fsync(2), rename(2), path_resolution(7).
 """
 
@@ -16,10 +17,10 @@ from typing import Any
 
 from primechat.errors import ConfigError, PrimechatError
 
-CLONE = Path(__file__).resolve().parents[2]  # which has the labs and the models that ship, too
-SHOWN_CHARS = 80  # of a path in a message
+CLONE = Path(__file__).resolve().parents[2]  # a clone also holds the labs and the models that ship
+SHOWN_CHARS = 80  # characters of a path shown in a message
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-REASONS = {  # in words that say more than the system's
+REASONS = {  # clearer than the system's own words
     errno.EEXIST: "a file is in its place",
     errno.ENOTDIR: "a part of it is a file, not a folder",
     errno.ELOOP: "its symbolic links form a loop",
@@ -28,15 +29,15 @@ REASONS = {  # in words that say more than the system's
 
 
 def resolve_path(text: str | os.PathLike[str], name: str = "path", *, folder: bool = False) -> Path:
-    """Return the path that a person gave, their home in place of `~`; nothing needs to be there yet.
+    """Return a path given by the user, with `~` expanded; it need not exist.
 
     Args:
-        text: what was given.
-        name: what the path is called where it is given, for the message: output, tokenizer ...
-        folder: whether it must be a folder, if anything is there.
+        text: The path as given.
+        name: Name of the setting, for error messages: output, tokenizer ...
+        folder: Whether the path, if it exists, must be a folder.
 
     Raises:
-        ConfigError: it can be no path, or what is there can be neither read nor written.
+        ConfigError: The path is invalid, a broken link, inaccessible, or a file where a folder is needed.
     """
     given = os.fspath(text)
     shown = f"{name}={given if len(given) <= SHOWN_CHARS else given[:SHOWN_CHARS] + '…'!r}"
@@ -46,6 +47,8 @@ def resolve_path(text: str | os.PathLike[str], name: str = "path", *, folder: bo
             f"{shown} begins with the home of a user who does not exist; write the path out, or begin it "
             "with ./ if the name has a ~."
         )
+
+    # What is there, if anything?
     try:
         os.stat(path)
     except FileNotFoundError:
@@ -69,12 +72,12 @@ def resolve_path(text: str | os.PathLike[str], name: str = "path", *, folder: bo
 
 
 def is_clone() -> bool:
-    """Return whether this library stands in its clone, with the labs and the models that ship beside it."""
+    """Return whether this library runs from a clone of its repository, with the labs and shipped models."""
     return (CLONE / "data" / "nanochat").is_dir()
 
 
 def explain_copy(what: str) -> str:
-    """Return the sentence for what a clone has and a copy of the library alone (`pip install .`) has not."""
+    """Return the message for something that only a clone has, not an installed copy (`pip install .`)."""
     return (
         f"{what} are not here, because primechat was installed without its clone (into {CLONE}); in a clone "
         "of the repository, run pip install -e '.[labs]'."
@@ -82,10 +85,10 @@ def explain_copy(what: str) -> str:
 
 
 def make_folder(path: Path) -> Path:
-    """Make a folder, and those above it, where there is none; return it.
+    """Return a folder after creating it and its parents where they are missing.
 
     Raises:
-        PrimechatError: the disk refuses.
+        PrimechatError: The folder cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -95,10 +98,10 @@ def make_folder(path: Path) -> Path:
 
 
 def write_file(path: Path, data: bytes | str) -> None:
-    """Write a file for a person: whole or not at all, through a link that stands there; text as UTF-8.
+    """Write a file atomically, following a symbolic link; text is encoded as UTF-8.
 
     Raises:
-        PrimechatError: the disk refuses.
+        PrimechatError: The file cannot be written.
     """
     raw = data.encode("utf-8", "replace") if isinstance(data, str) else data
     try:
@@ -112,7 +115,7 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 
 def explain_refusal(error: OSError, path: Path | str = "") -> PrimechatError:
-    """Return the error that tells in a sentence what the system refused; of the given path, or its own."""
+    """Return an error that explains an OSError in one sentence, for the given path or the error's own."""
     place = str(path or error.filename or "A file")
     remedy = "free some space and try again" if error.errno in FULL else "choose another place"
     if error.errno in (errno.EACCES, errno.EPERM):
@@ -123,13 +126,13 @@ def explain_refusal(error: OSError, path: Path | str = "") -> PrimechatError:
 
 
 def tell_reason(error: OSError) -> str:
-    """Return why the system refused."""
+    """Return the reason for an OSError in words."""
     return REASONS.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a kill leaves the old or the new one; other processes may do the same."""
-    short = os.fsdecode(os.fsencode(path.name)[:200])  # a name may have 255 bytes
+    """Write a file so that a kill leaves the old one or the new one; several processes may write at once."""
+    short = os.fsdecode(os.fsencode(path.name)[:200])  # a name is limited to 255 bytes
     temporary = path.with_name(f".{short}.{os.getpid()}.tmp")
     try:
         write_synced(temporary, data)
@@ -141,7 +144,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a file to the disk itself."""
+    """Write a file and sync it to disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -149,7 +152,7 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def measure_file(path: Path) -> int:
-    """Return a file's bytes, -1 where there is none (any more)."""
+    """Return the size of a file in bytes, or -1 if it does not exist."""
     try:
         return path.stat().st_size if path.is_file() else -1
     except OSError:
@@ -157,7 +160,7 @@ def measure_file(path: Path) -> int:
 
 
 def hash_file(path: Path) -> str:
-    """Return a file's SHA-256 in hex digits."""
+    """Return the SHA-256 of a file in hex digits."""
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**22):
@@ -175,10 +178,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return what a JSON text from outside says.
+    """Return the value of an untrusted JSON text.
 
     Raises:
-        ValueError: it is no JSON, not UTF-8, nested too deeply, or has a number of thousands of digits.
+        ValueError: It is not JSON, not UTF-8, nested too deeply, or has a number of thousands of digits.
     """
     try:
         return json.loads(text)

@@ -1,8 +1,8 @@
-"""Pickles that anyone may have made, followed without running anything.
+"""Reader of untrusted pickles that runs nothing.
 
-Hides: the pickle machine. It knows 40 opcodes and calls nothing: names, calls and stored objects are handed
-to a reader, which turns them into inert values or refuses them. Memory stays within a small multiple of the
-pickle. Reference: the opcode table of CPython's `pickletools`.
+Hides: the pickle machine. It knows 40 opcodes and calls nothing: globals, calls and persistent objects are
+passed to methods of the reader, which return inert values or refuse them. Memory stays within a small
+multiple of the size of the pickle. Reference: the opcode table of CPython's `pickletools`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VALUES = {
     "SHORT_BINBYTES",
 }
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-TAKES = {  # how many items an opcode takes from the stack; 0 is all since the mark
+TAKES = {  # number of items that an opcode takes from the stack; 0 means all since the mark
     "TUPLE": 0,
     "TUPLE1": 1,
     "TUPLE2": 2,
@@ -38,35 +38,35 @@ MAX_DEPTH = 50
 
 
 class PickleReader:
-    """Reads pickles of one kind; a subclass says which opcodes and names they may have and what these mean.
+    """Reader of pickles; a subclass defines the allowed opcodes and names, and what stands for them.
 
-    Its methods raise ValueError at what they do not admit.
+    Its methods raise ValueError for anything that is not allowed.
     """
 
     opcodes: frozenset[str] = frozenset()
-    max_containers = 200_000  # the optimizer of 256 layers has 20,000
+    max_containers = 200_000  # the optimizer state of a 256-layer model has 20,000
 
     def admit(self, name: str) -> Any:
-        """Return what stands for a global, `module attribute`."""
+        """Return the placeholder of a global, named `module attribute`."""
         raise ValueError(f"it asks for {name[:80]!r}")
 
     def call(self, function: Any, args: Any) -> Any:
-        """Return what stands for the result of a call."""
+        """Return the placeholder of the result of a call."""
         raise ValueError("it calls something")
 
     def find(self, claim: Any) -> Any:
-        """Return what stands for an object outside the pickle."""
+        """Return the placeholder of an object stored outside the pickle."""
         raise ValueError("it refers to another file")
 
     def build(self, target: Any, state: Any) -> None:
-        """Take note of an object's state."""
+        """Record the state of an object."""
         raise ValueError("it sets the state of an object")
 
     def read(self, data: bytes) -> Any:
         """Return the value of a pickle.
 
         Raises:
-            ValueError: it is damaged, or holds what this reader does not admit.
+            ValueError: The pickle is damaged, or holds something that this reader does not allow.
         """
         try:
             return self._follow(io.BytesIO(data))
@@ -77,18 +77,21 @@ class PickleReader:
 
     def _follow(self, file: io.BytesIO) -> Any:
         stack: list[Any] = []
-        stacks: list[list[Any]] = []  # those below a mark
+        stacks: list[list[Any]] = []  # the stacks below each mark
         memo: dict[int, Any] = {}
         n_containers = 0
         while code := file.read(1):
+            # Read an opcode and its argument.
             op = OPCODES.get(code)
             if op is None or op.name not in self.opcodes:
                 raise ValueError(f"it uses the pickle opcode {op.name if op else code.hex()}")
             name = op.name
             arg: Any = op.arg.reader(file) if op.arg else None
+
+            # Carry it out.
             if name in VALUES:
                 if isinstance(arg, str):
-                    arg.encode()  # lone surrogates are no text
+                    arg.encode()  # refuses lone surrogates
                 stack.append(arg)
             elif name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
                 memo[len(memo) if arg is None else arg] = stack[-1]
@@ -127,13 +130,14 @@ class PickleReader:
                 if len(stack) != 1 or stacks or file.read(1):
                     raise ValueError("it holds more or less than one value")
                 return stack[0]
+
             if n_containers > self.max_containers:
                 raise ValueError(f"it holds more than {self.max_containers:,} containers")
         raise ValueError("it is cut off before its end")
 
 
 def fill_container(target: Any, items: list[Any], kind: Any) -> None:
-    """Append to a list, or set keys and values of a dictionary."""
+    """Append items to a list, or set alternating keys and values of a dictionary."""
     if type(target) is not kind:
         raise ValueError(f"it fills a {type(target).__name__} as if it were a {kind.__name__}")
     if kind is list:

@@ -1,7 +1,7 @@
-"""Reading .pt and .json files that anyone may have made.
+"""Readers of untrusted .pt and .json files.
 
-Hides: that nothing is believed. A file is inspected without torch first (`primechat.files.archives`), so it
-can neither run code nor claim more memory than it has bytes. Torch is imported to read tensors only.
+A .pt file is first inspected without torch (`primechat.files.archives`), so it can neither run code nor claim
+more memory than it has bytes. Torch is imported only to read tensors.
 Reference: torch.load with weights_only.
 """
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_JSON_BYTES = 16 * 2**20
-MIN_MAPPED_BYTES = (
-    16 * 2**20
-)  # of a file's pages, or a sixteenth of it, are held while tensors are cast
+# While tensors are cast, at most this much of the file stays in memory, or a sixteenth of it if that is more.
+MIN_MAPPED_BYTES = 16 * 2**20
+# GPT.from_state copies these, so they are read into memory instead of staying mapped.
 MERGED = (
     "c_q.weight",
     "c_k.weight",
     "c_v.weight",
-)  # GPT.from_state copies them: not from mapped pages
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file of at most 16 MB.
 
     Raises:
-        CheckpointError: missing, too large, not JSON, or not an object.
+        CheckpointError: The file is missing, too large, not JSON, or not an object.
     """
     try:
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
@@ -54,10 +54,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def inspect_archive(path: Path) -> Any:
-    """Return what a .pt file holds, with a `TensorSpec` in place of each tensor, without torch.
+    """Return the value in a .pt file without torch, with a `TensorSpec` in place of each tensor.
 
     Raises:
-        CheckpointError: it is damaged, wants to call something, or claims more bytes than it has.
+        CheckpointError: The file is unreadable or damaged, calls functions, or claims more bytes than it has.
     """
     try:
         return inspect_tensors(path)
@@ -72,32 +72,32 @@ def inspect_archive(path: Path) -> Any:
 
 
 def load_tensors(path: Path) -> Any:
-    """Return what an inspected .pt file holds, its tensors mapped from the file, on the CPU.
+    """Return the value in a .pt file after inspecting it, with its tensors memory-mapped on the CPU.
 
     Raises:
-        CheckpointError: as `inspect_archive`, or torch refuses it.
+        CheckpointError: The file fails `inspect_archive`, or torch refuses it.
     """
     inspect_archive(path)
     return read_mapped(path)
 
 
 def read_mapped(path: Path) -> Any:
-    """Return what torch reads from a file that was inspected before."""
+    """Return the value that torch reads, memory-mapped, from a file that has been inspected."""
     import torch
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:  # torch raises whatever a damaged file makes it stumble over
+    except Exception as e:  # a damaged file may make torch raise anything
         raise CheckpointError(
             f"{path} is refused by torch ({cut_reason(e)}); fetch or save it again."
         ) from None
 
 
 def inspect_model(path: Path) -> dict[str, TensorSpec]:
-    """Return the tensors of a model file by name, `_orig_mod.` removed, without torch.
+    """Return the specs of the tensors in a model file by name, with `_orig_mod.` removed, without torch.
 
     Raises:
-        CheckpointError: as `inspect_archive`, or it is no flat dictionary of floating-point tensors.
+        CheckpointError: The file fails `inspect_archive`, or is not a flat dict of floating-point tensors.
     """
     value = inspect_archive(path)
     if not isinstance(value, dict) or not value:
@@ -122,16 +122,20 @@ def inspect_model(path: Path) -> dict[str, TensorSpec]:
 
 
 def load_model(path: Path, specs: dict[str, TensorSpec], dtype: str = "") -> dict[str, Tensor]:
-    """Return the tensors of a model file by name, `_orig_mod.` removed.
+    """Return the tensors of a model file by name, with `_orig_mod.` removed.
+
+    Tensors that need no cast stay memory-mapped, except those of MERGED when a dtype is given. While others
+    are copied, the pages of the file are released: at most a sixteenth of the file, 16 MB or one tensor,
+    whichever is largest, is in memory at a time.
 
     Args:
-        dtype: float32 or bfloat16 to cast to; most tensors that have it already, and all where it is empty,
-            stay mapped from the file, but for those of float64, which no model computes in: they become
-            float32. Of what is copied, the file's pages are let go: at most a sixteenth
-            of the file, 16 MB or one tensor of them are in memory at a time.
+        path: Model file.
+        specs: Result of `inspect_model` for this file.
+        dtype: float32 or bfloat16 to cast all tensors to. Empty keeps their dtypes, except that float64, in
+            which no model computes, becomes float32.
 
     Raises:
-        CheckpointError: torch refuses it, or reads other shapes than were inspected.
+        CheckpointError: Torch refuses the file, or reads other shapes than the inspection did.
     """
     import torch
 
@@ -142,22 +146,25 @@ def load_model(path: Path, specs: dict[str, TensorSpec], dtype: str = "") -> dic
         for key, spec in specs.items()
         if spec.dtype == "float64" or (dtype and (spec.dtype != dtype or key.endswith(MERGED)))
     ]
-    for key in sorted(
-        todo, key=lambda key: -tensors[key].nbytes
-    ):  # the largest while little else is there
+
+    # Cast the largest first, while little else is in memory.
+    for key in sorted(todo, key=lambda key: -tensors[key].nbytes):
         n_bytes = tensors[key].nbytes
         if mapped and mapped + n_bytes > most:
-            tensors, mapped = (
-                map_model(path, specs),
-                0,
-            )  # the pages read so far go with the old mapping
+            # A new mapping releases the pages that were read through the old one.
+            tensors, mapped = map_model(path, specs), 0
         cast[key] = tensors[key].to(getattr(torch, dtype or "float32"), copy=True)
         mapped += n_bytes
+
     return {**(map_model(path, specs) if cast else tensors), **cast}
 
 
 def map_model(path: Path, specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
-    """Return the tensors of an inspected model file by name, mapped from it."""
+    """Return the memory-mapped tensors of an inspected model file by name.
+
+    Raises:
+        CheckpointError: Torch refuses the file, or reads other shapes than the inspection did.
+    """
     tensors = {
         key.removeprefix("_orig_mod."): tensor for key, tensor in dict(read_mapped(path)).items()
     }

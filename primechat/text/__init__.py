@@ -1,1 +1,1 @@
-"""Characters to integers to batches; only `batches` imports torch."""
+"""Text to token ids to batches; `batches` alone imports torch at import time."""

@@ -1,9 +1,9 @@
-"""Token ids to rows for a model: one stream, rows by best fit, or rows of one conversation each.
+"""Batches of token ids: rows cut from one stream, rows packed by best fit, or one conversation per row.
 
-Hides: the layout. The documents of an epoch, shuffled and each led by <|bos|>, make one endless stream that
-goes on into the next epoch; row i reads tokens i*T .. i*T+T-1, its targets are the same shifted by one, so
-nothing is padded, cut off or read twice. A cursor names a place in it: a run goes on at the very next token.
-Best fit (packing.py) begins each row with a document instead, and cuts off what does not fit.
+The documents of an epoch, shuffled and each preceded by <|bos|>, form one endless stream that continues into
+the next epoch. Row i holds tokens i*T to i*T+T-1 and its targets are shifted by one, so nothing is padded,
+cut off or read twice. A cursor is a position in the stream: a run resumes at exactly the next token. Best fit
+(packing.py) begins each row with a document instead, and cuts off what does not fit.
 Reference: Brown et al. 2020, Language Models are Few-Shot Learners, appendix B (packing without padding).
 """
 
@@ -29,19 +29,19 @@ from primechat.text.tokens import build_cache as build_cache
 
 Cursor = dict[str, int]
 Batch = tuple[torch.Tensor, torch.Tensor]
-GROUPS_AHEAD = 3  # row groups that are tokenised before they are needed
+GROUPS_AHEAD = 3  # row groups tokenised in advance
 
 
-# Batches of a cache
+# Batches from a token cache
 
 
 class PackedBatches(Iterator[Batch]):
-    """Endless batches of a token cache: documents shuffled anew each epoch, rows cut from one stream.
+    """Endless batches from a token cache: documents reshuffled each epoch, rows cut from one stream.
 
-    An epoch's rows are shuffled too: as they come, one long document would fill steps in a row.
+    The rows of an epoch are shuffled too; otherwise a long document would fill several consecutive steps.
     """
 
-    waste = 0.0  # share of the tokens that are never a target: the stream has no gaps
+    waste = 0.0  # share of tokens that are never a target: none, the stream has no gaps
 
     def __init__(
         self,
@@ -54,16 +54,20 @@ class PackedBatches(Iterator[Batch]):
         seed: int = 0,
         cursor: Cursor | None = None,
     ) -> None:
-        """Begin at the start of epoch 0, or where a cursor stands.
+        """Start at the beginning of epoch 0, or at a cursor.
 
         Args:
-            sequence_len: Tokens of a row, T.
-            rows: Rows of one optimizer step over all ranks; this rank yields R of them, an even share.
-            cursor: What `cursor` gave earlier, of any rank and number of ranks.
+            cache: Token cache to read from.
+            sequence_len: Tokens per row, T.
+            rows: Rows per optimizer step over all ranks; this rank yields its even share, R.
+            rank: Index of this process.
+            world_size: Number of processes.
+            seed: Seed of the shuffles.
+            cursor: Earlier value of `cursor`, from any rank and any number of ranks.
 
         Raises:
             ConfigError: There are fewer rows than ranks.
-            DataError: The cursor is none of this cache.
+            DataError: The cursor is outside this cache.
         """
         self.first, self.share = share_rows(rows, rank, world_size)
         self.cache, self.sequence_len, self.rows, self.seed = cache, sequence_len, rows, seed
@@ -79,29 +83,32 @@ class PackedBatches(Iterator[Batch]):
 
     @property
     def cursor(self) -> Cursor:
-        """The place of the next token, the same on every rank: JSON-ready."""
+        """Position of the next token, JSON-ready and equal on every rank."""
         return {"epoch": self._epoch, "position": self._position}
 
     def __next__(self) -> Batch:
-        """Return ids and targets, int64 (R, T); a target of -1 is not learned from."""
+        """Return ids and targets, int64 (R, T); a target of -1 is ignored by the loss."""
         T, tokens = self.sequence_len, self.cache.tokens
-        first = (
-            self._epoch * tokens + self._position
-        ) // T + self.first  # rows since the start of epoch 0
+
+        # This rank's rows, counted from the start of epoch 0.
+        first = (self._epoch * tokens + self._position) // T + self.first
         parts = []
         for row in range(first, first + self.share):
             epoch, position = divmod(self._pick(row) * T, tokens)
             parts.append(self._take(epoch, position, T + 1))
+
+        # Every rank advances past the rows of all ranks.
         passed, self._position = divmod(self._position + self.rows * T, tokens)
         self._epoch += passed
-        ids = np.stack([part for part, _ in parts])
+
+        ids = np.stack([part for part, _ in parts])  # (R, T + 1)
         targets = np.stack(
             [t[1:] if m is None else np.where(m[1:] == 0, -1, t[1:]) for t, m in parts]
         )
         return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets)
 
     def _pick(self, row: int) -> int:
-        """Return which row of the endless stream comes at a place: one that begins in the same epoch."""
+        """Return the row of the stream that is read as the `row`-th, shuffled within its epoch."""
         T, tokens = self.sequence_len, self.cache.tokens
         epoch = row * T // tokens
         start, end = -(-epoch * tokens // T), -(-(epoch + 1) * tokens // T)
@@ -113,7 +120,7 @@ class PackedBatches(Iterator[Batch]):
         return start + int(self._orders[epoch][row - start])
 
     def _take(self, epoch: int, position: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return `count` tokens of the stream from a place on, and their mask, int64."""
+        """Return `count` tokens of the stream from a position on, int64, and their mask."""
         places = []
         while count:
             part = min(count, self.cache.tokens - position)
@@ -124,14 +131,17 @@ class PackedBatches(Iterator[Batch]):
         return self.cache.ids[where].astype(np.int64), mask
 
     def _locate(self, epoch: int, position: int, count: int) -> np.ndarray:
-        """Return where in the cache `count` tokens of one epoch's stream lie."""
+        """Return the indices in the cache of `count` tokens of one epoch's stream."""
+        # How the epoch's documents are ordered: where each ends in the stream, and the shift to the cache.
         if epoch not in self._plans:
             order = np.random.default_rng([self.seed, epoch]).permutation(self.cache.documents)
             begins = self.cache.offsets[order]
-            ends = np.cumsum(self.cache.offsets[order + 1] - begins)  # in the stream
-            shift = begins - np.concatenate([[0], ends[:-1]])  # from stream to cache
+            ends = np.cumsum(self.cache.offsets[order + 1] - begins)
+            shift = begins - np.concatenate([[0], ends[:-1]])
             self._plans = {e: plan for e, plan in self._plans.items() if e == epoch - 1}
             self._plans[epoch] = (ends, shift)
+
+        # Shift each of the documents that these tokens touch.
         ends, shift = self._plans[epoch]
         first = int(np.searchsorted(ends, position, side="right"))
         last = int(np.searchsorted(ends, position + count - 1, side="right"))
@@ -141,16 +151,16 @@ class PackedBatches(Iterator[Batch]):
 
 
 class BestFitBatches(PackedBatches):
-    """Endless batches whose rows begin with a document each, packed by best fit in blocks of 1,024 documents.
+    """Endless batches whose rows each begin with a document, packed by best fit in blocks of 1,024 documents.
 
-    The documents are shuffled each epoch, and so are its rows. The cursor counts rows of an epoch.
+    Documents and rows are shuffled each epoch. The cursor counts the rows of an epoch.
     """
 
     def __init__(self, cache: TokenCache, *, sequence_len: int, rows: int, **kind: Any) -> None:
-        """Begin as `PackedBatches` does; arguments are the same.
+        """Start like `PackedBatches`, with the same arguments.
 
         Raises:
-            DataError: The text fills no row.
+            DataError: The text is too short to fill a row.
         """
         super().__init__(cache, sequence_len=sequence_len, rows=rows, **kind)
         self._rows: dict[int, list[list[tuple[int, int]]]] = {}
@@ -170,14 +180,14 @@ class BestFitBatches(PackedBatches):
         return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
 
     def _carry(self, epoch: int, position: int) -> tuple[int, int]:
-        """Return the epoch and row that a place beyond an epoch's end is."""
+        """Return the epoch and row of a position that may lie beyond the end of `epoch`."""
         while position >= len(self._list_rows(epoch)):
             position -= len(self._list_rows(epoch))
             epoch += 1
         return epoch, position
 
     def _list_rows(self, epoch: int) -> list[list[tuple[int, int]]]:
-        """Return the rows of an epoch: of each piece where it begins in the cache, and its tokens."""
+        """Return the rows of an epoch, each a list of pieces (index in the cache, number of tokens)."""
         if epoch not in self._rows:
             order = np.random.default_rng([self.seed, epoch]).permutation(self.cache.documents)
             begins = self.cache.offsets[order]
@@ -198,13 +208,13 @@ class BestFitBatches(PackedBatches):
 
 
 class PaddedBatches(PackedBatches):
-    """Endless batches whose rows hold one conversation each, or a piece of T tokens of a longer one.
+    """Endless batches with one conversation per row, or T tokens of a longer one.
 
-    What is left of a row is <|bos|>, which is no target. The cursor counts rows of an epoch.
+    Rows are padded with <|bos|>, which is never a target. The cursor counts the rows of an epoch.
     """
 
     def __init__(self, cache: TokenCache, *, sequence_len: int, rows: int, **kind: Any) -> None:
-        """Begin as `PackedBatches` does; arguments are the same."""
+        """Start like `PackedBatches`, with the same arguments."""
         super().__init__(cache, sequence_len=sequence_len, rows=rows, **kind)
         starts = [
             np.arange(a, max(a + 1, b - 1), sequence_len)
@@ -217,6 +227,8 @@ class PaddedBatches(PackedBatches):
 
     def __next__(self) -> Batch:
         """Return ids and targets, int64 (R, T)."""
+
+        # This rank's rows, in the shuffled order of their epoch.
         total, first = len(self.starts), self._position + self.first
         picked = []
         for place in range(first, first + self.share):
@@ -224,9 +236,13 @@ class PaddedBatches(PackedBatches):
             if epoch not in self._orders:
                 self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(total)
             picked.append(self._orders[epoch][at])
+
+        # Every rank advances past the rows of all ranks.
         passed, self._position = divmod(self._position + self.rows, total)
         self._epoch += passed
         self._orders = {e: order for e, order in self._orders.items() if e >= self._epoch}
+
+        # Positions beyond a conversation's end become padding.
         where = self.starts[picked][:, None] + np.arange(self.sequence_len + 1)  # (R, T + 1)
         inside = where < self.ends[picked][:, None]
         tokens = self.cache.ids[np.minimum(where, self.cache.tokens - 1)].astype(np.int64)
@@ -241,7 +257,7 @@ class PaddedBatches(PackedBatches):
 
 
 def share_rows(rows: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Return the first row of a rank and how many it has; shares differ by one row at most.
+    """Return the first row of a rank and its number of rows; ranks differ by at most one row.
 
     >>> [share_rows(8, rank, 3) for rank in range(3)]
     [(0, 2), (2, 3), (5, 3)]
@@ -264,17 +280,19 @@ def validation_windows(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Yield windows over the documents that make every token but the first a target exactly once.
+    """Yield windows over the documents in which every token except the first is a target exactly once.
 
-    They come in one order, spread over the split, so that a part of it is like the whole and each larger
-    part holds the smaller ones; the order depends on the number of windows alone.
+    The order is fixed and spread over the split, so that a prefix of it resembles the whole and a longer
+    prefix contains the shorter ones. It depends only on the number of windows.
 
     Args:
-        window: Tokens of a window, W.
-        stride: Tokens between windows; 0 is W. With a smaller one only a window's last tokens are scored.
-        rows: Most windows to yield at a time, R.
-        max_tokens: Targets to score, rounded up to whole windows; 0 is all.
-        rank: This process, which yields every `world_size`-th batch.
+        cache: Token cache of the split.
+        window: Tokens per window, W.
+        stride: Tokens between windows; 0 means W. A smaller stride scores only the last tokens of a window.
+        rows: Maximum number of windows per batch, R.
+        max_tokens: Targets to score, rounded up to whole windows; 0 means all.
+        rank: Index of this process, which yields every `world_size`-th batch.
+        world_size: Number of processes.
 
     Yields:
         ids and targets, int64 (R, W); a target of -1 is not scored, ids beyond the end are <|bos|>.
@@ -284,14 +302,19 @@ def validation_windows(
         raise ConfigError(
             f"stride={stride} must be from 1 to window={window}; try {max(1, window // 2)}."
         )
+
+    # How many windows there are, and how many of them to score.
     last = cache.tokens - 1  # index of the last target
     count = 1 + max(0, -(-(last - window) // stride)) if last else 0
     some = min(count, -(-max_tokens // stride)) if max_tokens else count
+
     jump = choose_jump(count)
     for first in range(rank * rows, some, world_size * rows):
         block = np.arange(first, min(some, first + rows)) * jump % count
         where = block[:, None] * stride + np.arange(window + 1)  # (R, W + 1)
         tokens = cache.ids[np.minimum(where, last)].astype(np.int64)
+
+        # The first window scores all of its tokens, the others their last `stride`.
         scored = (where[:, 1:] <= last) & (
             (block == 0)[:, None] | (np.arange(window) >= window - stride)
         )
@@ -302,10 +325,10 @@ def validation_windows(
 
 
 def choose_jump(count: int) -> int:
-    """Return how far each window lies behind the one before, around the split: the golden section of it.
+    """Return the jump j between consecutive windows: the golden section of `count`, lowered until coprime.
 
-    The places 0, j, 2j ... modulo the count come to every window once where j shares no divisor with it, and
-    any first part of them has gaps of three sizes at most, the largest 2.6 times the smallest.
+    The positions 0, j, 2j, ... modulo `count` visit every window once because j and `count` are coprime. In
+    any prefix of them the gaps have at most three sizes, the largest 2.6 times the smallest.
     Source: Swierczkowski 1958, On successive settings of an arc on the circumference of a circle.
 
     >>> [i * choose_jump(13) % 13 for i in range(13)]
@@ -317,15 +340,15 @@ def choose_jump(count: int) -> int:
     return jump
 
 
-# Batches of parquet shards
+# Batches from parquet shards
 
 
 class ShardBatches(Iterator[Batch]):
-    """Endless batches of parquet shards, tokenised as read: one stream, and each step takes its rows of it.
+    """Endless batches from parquet shards, tokenised while they are read as one stream.
 
-    Every rank tokenises the whole stream and keeps its own rows: a thread does some 15 MB of text a second,
-    8 H200 training a d20 eat 5, and in return the order is the same on any number of ranks. By best fit a row
-    group is laid out as whole rows, and the cursor's document is such a row.
+    Every rank tokenises the whole stream and keeps its own rows, so the order is the same on any number of
+    ranks. This is affordable: a thread tokenises about 15 MB of text per second, and 8 H200 training a d20
+    consume 5. With best fit, a row group is packed into whole rows and the cursor's document is such a row.
     """
 
     waste = 0.0
@@ -345,26 +368,25 @@ class ShardBatches(Iterator[Batch]):
         threads: int = 4,
         best_fit: bool = False,
     ) -> None:
-        """Begin at the first shard, or where a cursor stands.
+        """Start at the first shard, or at a cursor.
 
         Args:
-            feed: Parquet files with a column text, the same on every rank.
-            sequence_len: Tokens of a row, T.
-            rows: Rows of one optimizer step over all ranks; this rank yields R of them, an even share.
-            cursor: What `cursor` gave earlier, of any rank and number of ranks.
-            skip_bad: Name a shard that cannot be read and go on behind it.
-            best_fit: Begin each row with a document, instead of cutting one stream.
+            feed: Parquet files with a column `text`, the same on every rank.
+            sequence_len: Tokens per row, T.
+            rows: Rows per optimizer step over all ranks; this rank yields its even share, R.
+            cursor: Earlier value of `cursor`, from any rank and any number of ranks.
+            skip_bad: Report a shard that cannot be read and continue with the next one.
+            best_fit: Begin each row with a document, instead of cutting rows from one stream.
 
         Raises:
             ConfigError: There are fewer rows than ranks.
-            DataError: The cursor is none of these shards, or the first shard cannot be read.
+            DataError: The cursor is outside these shards, or the first shard cannot be read.
         """
         self.first, self.share = share_rows(rows, rank, world_size)
         self.sequence_len, self.rows = sequence_len, rows
         self.best_fit = best_fit
-        self.stride = (
-            sequence_len + best_fit
-        )  # a row of the stream shares its last token with the next
+        # A row of the stream shares its last token with the next one; packed rows share none.
+        self.stride = sequence_len + best_fit
         start = {**dict(epoch=0, shard=0, row_group=0, document=0, offset=0), **(cursor or {})}
         if not 0 <= start["shard"] < len(feed):
             raise DataError(
@@ -380,7 +402,8 @@ class ShardBatches(Iterator[Batch]):
         )
         self._ahead: deque[Future[Group]] = deque()
         self._groups: deque[Group] = deque()
-        self._used = 0
+
+        self._used = 0  # tokens of the first group that are consumed
         self._fill(1)
         group = self._groups[0]
         wanted, found = (start["shard"], start["row_group"]), (group.shard, group.row_group)
@@ -393,7 +416,7 @@ class ShardBatches(Iterator[Batch]):
 
     @property
     def cursor(self) -> Cursor:
-        """The place of the next token, the same on every rank: JSON-ready."""
+        """Position of the next token, JSON-ready and equal on every rank."""
         group = self._groups[0]
         document = int(np.searchsorted(group.offsets, self._used, side="right")) - 1
         return {
@@ -405,13 +428,15 @@ class ShardBatches(Iterator[Batch]):
         }
 
     def release(self) -> None:
-        """Let go of the shards before the cursor: a checkpoint has it, nothing will ask for them."""
+        """Release the shards before the cursor; call it once a checkpoint holds the cursor."""
         self._feed.release(self._groups[0].shard)
 
     def __next__(self) -> Batch:
         """Return ids and targets, int64 (R, T)."""
         stride = self.stride
         self._fill(self.rows * stride + 1)
+
+        # This rank's tokens, which may span row groups.
         parts, skip = [], self._used + self.first * stride
         need = self.share * stride + (not self.best_fit)
         for group in self._groups:
@@ -420,9 +445,12 @@ class ShardBatches(Iterator[Batch]):
             if not need:
                 break
         tokens = np.concatenate(parts)
+
+        # Every rank advances past the rows of all ranks.
         self._used += self.rows * stride
         while self._used >= len(self._groups[0].ids):
             self._used -= len(self._groups.popleft().ids)
+
         shape = (self.share, stride)
         if self.best_fit:
             whole = torch.from_numpy(tokens.reshape(shape))
@@ -431,7 +459,7 @@ class ShardBatches(Iterator[Batch]):
         return torch.from_numpy(tokens[:-1].reshape(shape)), targets
 
     def _fill(self, need: int) -> None:
-        """Have at least so many tokens at hand."""
+        """Read row groups until at least `need` unused tokens are in memory."""
         have = sum(len(group.ids) for group in self._groups) - (self._used if self._groups else 0)
         while have < need:
             if self._pool is None:
@@ -447,7 +475,7 @@ class ShardBatches(Iterator[Batch]):
             have += len(group.ids)
 
     def close(self) -> None:
-        """End the reading thread."""
+        """Stop the reading thread."""
         self._stop.set()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)

@@ -1,8 +1,8 @@
-"""Byte-pair merges one at a time: learning them, and playing back how a text's tokens arose.
+"""Byte-pair merges one at a time: learning them, and replaying how the tokens of a text arise.
 
-Hides: the order of merges. Learning takes the most frequent pair, of equals the one with the smaller ids, as
-rustbpe does; playing back takes the pair whose joint bytes have the lowest rank, of equals the leftmost, as
-tiktoken does. Plain Python, for looking at; training for use is `Tokenizer.train`.
+Learning merges the most frequent pair and breaks ties by the smaller ids, like rustbpe. Replaying merges the
+pair whose joined bytes have the lowest rank and breaks ties by the leftmost, like tiktoken. This is plain
+Python, made for inspection; use `Tokenizer.train` to train a tokenizer.
 Reference: Sennrich, Haddow & Birch 2016, Neural Machine Translation of Rare Words with Subword Units, 3.2.
 """
 
@@ -19,7 +19,7 @@ from primechat.text.pieces import split_pieces
 
 
 class Vocabulary(Protocol):
-    """What playing back needs of a tokenizer."""
+    """The attributes of a tokenizer that a replay needs."""
 
     @property
     def pattern(self) -> str: ...
@@ -30,7 +30,7 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """A learned merge: the ids of the pair, the bytes of the new token, how often the pair stood there."""
+    """A learned merge: the ids of the pair, the bytes of the new token and the pair's count."""
 
     left: int
     right: int
@@ -39,7 +39,7 @@ class Merge:
 
 
 class PairLearner:
-    """Learns merges from texts, one a call of `learn`.
+    """Learner of merges from texts, one merge per call of `learn`.
 
     >>> learner = PairLearner(["low lower lowest"])
     >>> [learner.learn().token for _ in range(3)]
@@ -63,28 +63,30 @@ class PairLearner:
 
     @property
     def ranks(self) -> dict[bytes, int]:
-        """The vocabulary so far: the id of each token's bytes."""
+        """The current vocabulary: the id of each token, by its bytes."""
         return {token: i for i, token in enumerate(self.tokens)}
 
     def learn(self) -> Merge | None:
-        """Merge the most frequent pair everywhere; None when no pair is left."""
+        """Merge the most frequent pair everywhere and return the merge, or None if no pair is left."""
         while self._heap:
             count, pair = heappop(self._heap)
             now = self._pairs[pair]
             if now == -count:
                 return self._merge(pair, now)
-            if now:  # it has fallen since it was filed
+            if now:  # the count has dropped since the entry was pushed
                 heappush(self._heap, (-now, pair))
         return None
 
     def list_pairs(self, limit: int) -> list[tuple[int, int, int]]:
-        """Return the most frequent pairs as they stand: (left id, right id, count), the next merge first."""
+        """Return the currently most frequent pairs as (left id, right id, count), the next merge first."""
         top = nlargest(limit, ((count, -a, -b) for (a, b), count in self._pairs.items() if count))
         return [(-a, -b, count) for count, a, b in top]
 
     def _merge(self, pair: tuple[int, int], count: int) -> Merge:
         new = len(self.tokens)
         self.tokens.append(self.tokens[pair[0]] + self.tokens[pair[1]])
+
+        # Recount the pairs of each word that contains the merged pair.
         fresh: set[tuple[int, int]] = set()
         for i in self._where.pop(pair):
             word = self._words[i]
@@ -97,6 +99,8 @@ class PairLearner:
                 at += 1
             self._count(i, 1)
             fresh.update(both for both in pairwise(word) if new in both)
+
+        # Only pairs with the new token can have gained; the others are corrected when they are popped.
         for both in fresh:
             heappush(self._heap, (-self._pairs[both], both))
         return Merge(left=pair[0], right=pair[1], token=self.tokens[new], count=count)
@@ -111,7 +115,7 @@ class PairLearner:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One move of a replay: its rank, the pair that it joins at its first place, how many places."""
+    """One step of a replay: the rank of the merge, its first pair, and the number of places merged."""
 
     rank: int
     left: bytes
@@ -121,10 +125,10 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """How a text's tokens arise from its bytes.
+    """The steps by which the tokens of a text arise from its bytes.
 
-    `removed_at[i]` is the number of the step that removes the border before byte i, -1 if it stays; `pieces`
-    are the offsets at which the split pattern cuts, which no merge crosses.
+    `removed_at[i]` is the step that removes the boundary before byte i, or -1 if it remains; `pieces` holds
+    the offsets at which the split pattern cuts, which no merge crosses.
     """
 
     data: bytes
@@ -133,19 +137,22 @@ class Replay:
     steps: tuple[Step, ...]
 
     def tokens_after(self, n_steps: int) -> list[bytes]:
-        """Return the bytes of each token after so many steps."""
+        """Return the bytes of each token after `n_steps` steps."""
         starts = [i for i, step in enumerate(self.removed_at) if not 0 <= step < n_steps]
         return [self.data[a:b] for a, b in pairwise([*starts, len(self.data)])]
 
 
 def replay_merges(vocabulary: Vocabulary, text: str) -> Replay:
-    """Return the merges that `encode` makes in a text, lowest rank first over the whole text.
+    """Return the merges that `encode` makes in a text, ordered by rank over the whole text.
 
-    No merge crosses two pieces, so this order ends in the same tokens as encode's own, piece by piece.
+    Merges never cross pieces, so this order yields the same tokens as `encode`, which goes piece by piece.
     """
+    # The merges of each piece on its own.
     pieces = [piece.encode() for piece in split_pieces(text, vocabulary.pattern)]
     offsets = [0, *accumulate(map(len, pieces))]
     known = {piece: [*merge_piece(piece, vocabulary.ranks)] for piece in set(pieces)}
+
+    # Take the lowest rank in any piece and make all of its merges in one step.
     queue = [(known[piece][0][0], i, 0) for i, piece in enumerate(pieces) if known[piece]]
     heapify(queue)
     removed_at = [-1] * offsets[-1]
@@ -160,6 +167,8 @@ def replay_merges(vocabulary: Vocabulary, text: str) -> Replay:
                 at, places = at + 1, places + 1
             if at < len(moves):
                 heappush(queue, (moves[at][0], i, at))
+
+        # The step shows the pair at its first place.
         piece = pieces[first[0]]
         _, start, middle, end = known[piece][first[1]]
         steps.append(
@@ -172,9 +181,11 @@ def replay_merges(vocabulary: Vocabulary, text: str) -> Replay:
 
 
 def merge_piece(piece: bytes, ranks: Mapping[bytes, int]) -> Iterator[tuple[int, int, int, int]]:
-    """Yield the merges within one piece as encode makes them: (rank, start, middle, end)."""
-    end_of = [*range(1, len(piece) + 1)]  # of the part that starts here; -1 where none does
-    start_of = [*range(-1, len(piece) - 1)]  # of the part before the one that starts here
+    """Yield the merges within one piece in the order of `encode`, as (rank, start, middle, end)."""
+    # The parts form a linked list: end_of[i] is the end of the part that starts at i, -1 if none does;
+    # start_of[i] is the start of the part before it.
+    end_of = [*range(1, len(piece) + 1)]
+    start_of = [*range(-1, len(piece) - 1)]
     queue: list[tuple[int, int, int, int]] = []
 
     def file(start: int) -> None:
@@ -184,6 +195,7 @@ def merge_piece(piece: bytes, ranks: Mapping[bytes, int]) -> Iterator[tuple[int,
             if rank is not None:
                 heappush(queue, (rank, start, middle, end_of[middle]))
 
+    # Merge the pair of the lowest rank, again and again; an entry whose parts have changed is stale.
     for start in range(len(piece)):
         file(start)
     while queue:
@@ -196,7 +208,8 @@ def merge_piece(piece: bytes, ranks: Mapping[bytes, int]) -> Iterator[tuple[int,
             start_of[end] = start
         file(start)
         file(start_of[start])
-    # tiktoken looks up the whole piece before it merges
+
+    # tiktoken looks up the whole piece first, so a piece that is a token becomes that token in any case.
     if piece and end_of[0] < len(piece) and piece in ranks:
         middle = end_of[0]
         while middle < len(piece):

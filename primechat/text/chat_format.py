@@ -1,8 +1,7 @@
-"""Conversations to token ids, with a mask of what is learned from.
+"""The chat format: conversations to token ids and a loss mask.
 
-Hides: the chat format. Each message stands between its special tokens, nothing else separates them, and text
-never becomes a special token. Only what the assistant itself writes has mask 1; tool output, which is forced
-in, has 0.
+Special tokens enclose each message and nothing else separates messages; text never becomes a special token.
+The mask is 1 only for tokens that the assistant writes itself; tool output, which is inserted, has mask 0.
 Reference: karpathy/nanochat, nanochat/tokenizer.py, `render_conversation`.
 """
 
@@ -26,17 +25,17 @@ PARTS = {
 def render(
     tokenizer: Tokenizer, conversation: Conversation, max_tokens: int = 2048
 ) -> tuple[list[int], list[int]]:
-    """Return ids and mask of a conversation, both cut to `max_tokens`.
+    """Return the ids and the loss mask of a conversation, truncated to `max_tokens`.
 
     Args:
-        conversation: `{"messages": [...]}`, roles user and assistant in turn; a leading system message joins
-            the first user message.
+        conversation: `{"messages": [...]}` with alternating roles user and assistant; a leading system
+            message is merged into the first user message.
 
     Returns:
-        ids and a mask as long: 1 where the assistant's own token is learned from.
+        Two lists of equal length: the ids, and a mask that is 1 for tokens to learn from.
 
     Raises:
-        DataError: A message breaks these rules; it is named by its number, from 1.
+        DataError: A message breaks these rules; the error gives its number, counted from 1.
     """
     special = tokenizer.special
     ids, mask = [tokenizer.bos_id], [0]
@@ -46,10 +45,13 @@ def render(
         mask.extend([learned] * len(tokens))
 
     for i, message in enumerate(merge_system(read_messages(conversation))):
+        # A user's message is read, never learned.
         if i % 2 == 0:
             asked = tokenizer.encode(message["content"])
             add([special("<|user_start|>"), *asked, special("<|user_end|>")], 0)
             continue
+
+        # An assistant's message is learned part by part, except for tool output.
         add([special("<|assistant_start|>")], 0)
         content = message["content"]
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
@@ -63,7 +65,7 @@ def render(
 
 
 def render_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
-    """Return the ids after which the assistant speaks; only an assistant's last message is dropped."""
+    """Return the prompt ids for the assistant's next message; an assistant's last message is dropped."""
     messages = read_messages(conversation)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
@@ -74,7 +76,7 @@ def render_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
 
 
 def read_messages(conversation: object) -> list[dict[str, Any]]:
-    """Return the messages of a conversation after checking roles, their order and the contents."""
+    """Return the messages of a conversation after checking their roles, order and contents."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise DataError(
@@ -85,6 +87,8 @@ def read_messages(conversation: object) -> list[dict[str, Any]]:
         if not isinstance(message, dict):
             kind = type(message).__name__
             raise DataError(f"message {number} must be a dict with role and content, not {kind}.")
+
+        # Roles take turns.
         role, content = message.get("role"), message.get("content")
         wanted = (
             "system" if first and number == 1 else "user" if (number - first) % 2 else "assistant"
@@ -94,6 +98,8 @@ def read_messages(conversation: object) -> list[dict[str, Any]]:
             raise DataError(
                 f"message {number} is from {role!r:.40} where {wanted!r} must speak; {rule}."
             )
+
+        # Content is text, or a list of typed parts from an assistant.
         if isinstance(content, str):
             continue
         speaker = f"the {role}'s"
@@ -116,7 +122,7 @@ def read_messages(conversation: object) -> list[dict[str, Any]]:
 
 
 def merge_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages with a leading system message put before the first user message's text."""
+    """Return the messages with a leading system message prepended to the first user message."""
     if messages[0]["role"] != "system":
         return messages
     merged = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}

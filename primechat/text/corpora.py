@@ -1,7 +1,7 @@
-"""Texts and conversations by name: the chats that ship with primechat, local files, and the Hub's shards.
+"""Corpora by name: the embedded chats (chitchat), local files, and shards from the Hugging Face Hub.
 
-Hides: where text comes from and which part of it is held out. The embedded chats and local files hold out
-their last 5 % of documents in file order, the Hub's corpora their last shard. The order is always the same.
+It also decides which part of a corpus is held out for validation: the last 5 % of documents in file order for
+the embedded chats and local files, the last shard for corpora from the Hub. The order never changes.
 Reference: the package chitchat-dataset (Myers, BYU-PCCL): the conversations of the Chit-Chat Challenge.
 """
 
@@ -26,17 +26,17 @@ from primechat.text.plain import MarkCounts, describe_marks, read_lines, read_pl
 from primechat.text.shards import HUB_CORPORA, list_shards, shard_paths
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-MIN_VAL_CHARS = 20  # held out of a local corpus: bits per byte of a few words say nothing
+# Least held-out text of a local corpus: bits per byte of a few words mean nothing.
+MIN_VAL_CHARS = 20
 CHITCHAT_INSTALL = "pip install --force-reinstall chitchat-dataset==0.9.0"
-CHITCHAT_FIGURES = (7_168, 358, 699_021)  # conversations, those held out, bytes of these
+CHITCHAT_FIGURES = (7_168, 358, 699_021)  # conversations, held-out ones, bytes of the held-out ones
 
-Turns = tuple[
-    tuple[int, str], ...
-]  # (speaker 0 or 1 by order of appearance, text) of one conversation
+# One conversation: (speaker, text) per turn; the speaker is 0 or 1 by order of appearance.
+Turns = tuple[tuple[int, str], ...]
 
 
 def is_local(corpus: str) -> bool:
-    """Tell whether a corpus is read from this machine, not from the Hub's shards."""
+    """Return whether a corpus is read from this machine rather than from shards of the Hub."""
     return corpus not in HUB_CORPORA
 
 
@@ -52,16 +52,17 @@ def read_documents(
     """Yield the documents of a corpus.
 
     Args:
-        corpus: chitchat, fineweb-edu, climbmix, or the path of a .txt, .jsonl (field text), .parquet
-            (column text) file or of a folder of them; `text.plain` says how a .txt is cut into documents.
-        n_shards: Shards that the train split of a Hub corpus takes, about 100 MB each.
-        base_dir: Where the Hub's shards are kept, in base_data or base_data_climbmix.
-        separator: Mark between the documents of a .txt, as `text.plain.read_plain` takes it.
-        on_event: Called with what the marks of a corpus did, for the train split.
+        corpus: chitchat, fineweb-edu, climbmix, or the path of a .txt, .jsonl (field `text`) or .parquet
+            (column `text`) file or of a folder of such files; `text.plain` splits a .txt into documents.
+        split: train or val.
+        n_shards: Number of training shards of a corpus from the Hub, about 100 MB each.
+        base_dir: Folder of the shards from the Hub, stored in base_data or base_data_climbmix.
+        separator: Mark between the documents of a .txt, as in `text.plain.read_plain`.
+        on_event: Called with a note on the marks found in a local corpus, for the train split.
 
     Raises:
-        DataError: There is no such text, it cannot be read, or it is too short to hold a part of it out.
-        HubError: A shard is neither here nor to be had.
+        DataError: The corpus does not exist, cannot be read, or is too short to hold out a part.
+        HubError: A shard is missing and cannot be downloaded.
     """
     check_split(split)
     if corpus == "chitchat":
@@ -81,8 +82,9 @@ def read_documents(
 
 
 def read_conversations(dialogues: str, split: str) -> Iterator[Conversation]:
-    """Yield the embedded chats, chitchat, as conversations between a user, who begins, and an assistant, who
-    ends, cut into train and val as `read_documents` cuts; `text.dialogues` reads and cleans other sets.
+    """Yield the embedded chats (chitchat) as conversations that a user begins and an assistant ends.
+
+    The split is the same as in `read_documents`. Other sets are read and cleaned by `text.dialogues`.
     """
     check_split(split)
     if dialogues != "chitchat":
@@ -94,13 +96,14 @@ def read_conversations(dialogues: str, split: str) -> Iterator[Conversation]:
 
 
 def measure_split(corpus: str, documents: Iterable[str]) -> tuple[int, int]:
-    """Return how many documents a local corpus has, and how many of them, at its end, are held out.
+    """Return the number of documents in a local corpus and how many of the last ones are held out.
 
     Raises:
-        DataError: There are fewer than two, or what is held out is too short to measure anything by.
+        DataError: There are fewer than two documents, or the held-out text is too short to measure a loss.
     """
+    # Lengths of the last documents: MIN_VAL_CHARS documents always have enough characters.
     total = 0
-    lengths: deque[int] = deque(maxlen=MIN_VAL_CHARS)  # of the last ones; as many are long enough
+    lengths: deque[int] = deque(maxlen=MIN_VAL_CHARS)
     for text in documents:
         total += 1
         lengths.append(len(text))
@@ -120,8 +123,10 @@ def measure_split(corpus: str, documents: Iterable[str]) -> tuple[int, int]:
 
 
 def corpus_identity(corpus: str, split: str, *, n_shards: int = 8, separator: str = "auto") -> str:
-    """Return a hex SHA-256 that changes when a corpus does: names, sizes and times of local files, and the
-    mark between documents where there is a .txt.
+    """Return a hex SHA-256 that changes when a corpus changes.
+
+    For local files it covers their paths, sizes and modification times, and the mark between documents if
+    one of them is a .txt.
     """
     if corpus == "chitchat":
         facts: list[Any] = [chitchat_path().stat().st_size, "turns 1"]
@@ -136,13 +141,13 @@ def corpus_identity(corpus: str, split: str, *, n_shards: int = 8, separator: st
 
 
 def check_split(split: str) -> None:
-    """Refuse a split that is neither train nor val."""
+    """Raise DataError for a split other than train and val."""
     if split not in ("train", "val"):
         raise DataError(f"split={split!r} must be train or val; the last part of a corpus is val.")
 
 
 def split_last(items: tuple[Any, ...], split: str) -> tuple[Any, ...]:
-    """Return the last 5 % of items (at least one) for val, what stands before them for train."""
+    """Return the last 5 % of items (at least one) for val, the others for train."""
     first_val = len(items) - max(1, len(items) // 20)
     return items[first_val:] if split == "val" else items[:first_val]
 
@@ -151,18 +156,17 @@ def split_last(items: tuple[Any, ...], split: str) -> tuple[Any, ...]:
 
 
 def read_chats(split: str) -> tuple[Turns, ...]:
-    """Return the embedded conversations of a split, in file order.
+    """Return the embedded conversations of a split in file order.
 
-    Which of them are held out is decided here, once: the text for pretraining, the dialogue set, every recipe
-    and every measurement take their conversations from this function, so that one that is held out of a set
-    is held out of all sets.
+    This is the only place that decides which conversations are held out: the pretraining text, the dialogue
+    set, every recipe and every evaluation read from here, so that none trains on what another holds out.
     """
     check_split(split)
     return split_last(load_chitchat(), split)
 
 
 def chitchat_path() -> Path:
-    """Return the data file of the package chitchat-dataset, without importing the package."""
+    """Return the path of the data file in the package chitchat-dataset, without importing the package."""
     origin = getattr(find_spec("chitchat_dataset"), "origin", None)
     path = Path(origin or "none").with_name("dataset.json")
     if not origin or not path.is_file():
@@ -172,13 +176,15 @@ def chitchat_path() -> Path:
 
 @lru_cache(maxsize=1)
 def load_chitchat() -> tuple[Turns, ...]:
-    """Return the embedded conversations in file order; results are quoted for exactly these."""
+    """Return the embedded conversations in file order; published results refer to exactly this version."""
     try:
         conversations = json.loads(chitchat_path().read_bytes()).values()
         loaded = tuple(read_turns(conversation["messages"]) for conversation in conversations)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"{chitchat_path()} cannot be read ({error!r:.80})"
         raise DataError(f"{reason}; run `{CHITCHAT_INSTALL}`.") from None
+
+    # Any other version of the package would change every result.
     held_out = split_last(loaded, "val")
     val_bytes = sum(sum(len(text.encode()) + 4 for _, text in turns) - 1 for turns in held_out)
     found = (len(loaded), len(held_out), val_bytes)
@@ -189,7 +195,7 @@ def load_chitchat() -> tuple[Turns, ...]:
 
 
 def read_turns(messages: list[list[dict[str, str]]]) -> Turns:
-    """Return (speaker, text) of each turn that has text, white space collapsed."""
+    """Return (speaker, text) of each turn that has text, with white space collapsed."""
     speakers: dict[str, int] = {}
     turns = []
     for utterances in messages:
@@ -202,7 +208,7 @@ def read_turns(messages: list[list[dict[str, str]]]) -> Turns:
 
 
 def assign_roles(turns: Turns) -> list[dict[str, str]]:
-    """Return alternating messages, from the first speaker's first turn to the other speaker's last."""
+    """Return alternating messages, from the first speaker's first turn to the second speaker's last."""
     messages: list[dict[str, str]] = []
     for speaker, text in turns:
         role = "assistant" if speaker else "user"
@@ -217,10 +223,9 @@ def assign_roles(turns: Turns) -> list[dict[str, str]]:
 
 
 def find_files(corpus: str) -> list[Path]:
-    """Return the text files of a path in sorted order."""
-    root = Path(
-        os.path.expanduser(corpus)
-    )  # os.path's: they raise for no name, however odd or long
+    """Return the text files at a path, a file or a folder, in sorted order."""
+    # The functions of os.path, unlike those of pathlib, raise for no name, however odd or long.
+    root = Path(os.path.expanduser(corpus))
     if os.path.isdir(root):
         names = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
         shown = (name for name in names if not any(part.startswith(".") for part in name.parts))
@@ -239,7 +244,7 @@ def find_files(corpus: str) -> list[Path]:
 def read_files(
     files: list[Path], separator: str = "auto", marks: MarkCounts | None = None
 ) -> Iterator[str]:
-    """Yield the documents of text files that are not blank; `marks` counts the marks between documents."""
+    """Yield the non-blank documents of text files; `marks` counts the marks found in .txt files."""
     for path in files:
         if path.suffix == ".txt":
             documents = read_plain(path, separator, marks)
@@ -249,7 +254,7 @@ def read_files(
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, value) of a .jsonl file's lines that are not blank."""
+    """Yield (line number, value) of each non-blank line of a .jsonl file."""
     for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
             try:
@@ -261,7 +266,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """Yield the field text of each line of a .jsonl file."""
+    """Yield the field `text` of each line of a .jsonl file."""
     for number, row in read_rows(path):
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
@@ -271,7 +276,7 @@ def read_texts(path: Path) -> Iterator[str]:
 
 
 def describe_row(row: Any) -> str:
-    """Return what a line of a .jsonl file is, as a message names it.
+    """Return a description of a line of a .jsonl file for an error message.
 
     >>> describe_row({"content": "a", "id": 3})
     'is an object with content, id'
@@ -287,12 +292,12 @@ def describe_row(row: Any) -> str:
 
 
 def check_column(path: Path, schema: Any) -> None:
-    """Refuse a parquet file whose column text is missing, or holds something else than text."""
+    """Raise DataError if a parquet file has no column `text`, or one that does not hold text."""
     if "text" not in schema.names:
         names = ", ".join(schema.names[:8])
         raise DataError(f"{path} has no column `text` (it has {names}); rename the right one.")
     kind = schema.field("text").type
-    value = str(getattr(kind, "value_type", kind))  # of a dictionary, what its codes stand for
+    value = str(getattr(kind, "value_type", kind))  # a dictionary column: the type of its values
     if str(kind).startswith("list") or value not in (
         "string",
         "large_string",
@@ -305,7 +310,7 @@ def check_column(path: Path, schema: Any) -> None:
 
 
 def read_parquet(path: Path) -> Iterator[str]:
-    """Yield the column text of a parquet file; empty cells are left out."""
+    """Yield the non-empty cells of the column `text` of a parquet file."""
     import pyarrow.parquet as pq
 
     try:

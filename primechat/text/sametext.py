@@ -1,8 +1,8 @@
-"""Whether a text is the one that a run has read so far: by what it holds, not by its name or its time.
+"""Identity of a corpus by content, to check that a resumed run reads the same text as before.
 
-The content of a local corpus is a hash of its files' bytes in their order. It is computed once for each
-(path, size, time) and kept beside the token cache under that key, so that gigabytes are not read again; who
-changes a file and sets its size and time back is not noticed.
+The content of a local corpus is identified by a hash of the bytes of its files in order. The hash is computed
+once for each (path, size, time) and stored next to the token cache, so that gigabytes are not read again. A
+file that is changed without changing its size and modification time goes unnoticed.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ CHUNK_BYTES = 1 << 20
 
 
 def content_identity(corpus: str, stamp: str, folder: Path) -> str:
-    """Return a hex SHA-256 of what the files of a local corpus hold; of others their stamp.
+    """Return a hex SHA-256 of the content of a local corpus, or the stamp of any other corpus.
 
     Args:
-        corpus: As `read_documents` takes it.
-        stamp: What `corpus_identity` gives, which changes with the files' paths, sizes and times.
-        folder: Of the token caches; the identity is kept there.
+        corpus: Corpus, as in `read_documents`.
+        stamp: Result of `corpus_identity`, which changes with the paths, sizes and times of the files.
+        folder: Folder of the token caches, where the identity is stored.
 
     Raises:
-        DataError: there is no such text, or it cannot be read.
+        DataError: The corpus does not exist or cannot be read.
     """
     if corpus == "chitchat" or not is_local(corpus):
         return stamp
@@ -47,15 +47,15 @@ def content_identity(corpus: str, stamp: str, folder: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(kept, json.dumps({"stamp": stamp, "content": content}).encode())
     except OSError:
-        pass  # it is hashed once more next time
+        pass  # it will be hashed again next time
     return content
 
 
 def hash_files(files: list[Path]) -> str:
-    """Return a hex SHA-256 of the kinds, sizes and bytes of files, in this order.
+    """Return a hex SHA-256 of the suffix, size and bytes of each file, in the given order.
 
     Raises:
-        DataError: one cannot be read.
+        DataError: A file cannot be read.
     """
     sha = hashlib.sha256()
     for path in files:
@@ -71,7 +71,7 @@ def hash_files(files: list[Path]) -> str:
 
 
 def same_tokens(one: TokenCache, other: TokenCache) -> bool:
-    """Return whether two caches hold the same documents."""
+    """Return whether two token caches hold the same documents."""
     return (
         len(one.ids) == len(other.ids)
         and np.array_equal(one.offsets, other.offsets)

@@ -1,8 +1,8 @@
-"""Shards of the big corpora, brought from the Hugging Face Hub into a folder.
+"""Shards of the large corpora, downloaded from the Hugging Face Hub into a folder.
 
-Hides: which shards are asked for, and when. A finished one is not fetched again, its size is compared with
-the Hub's where there is a network. Without one, what is missing is said within 5 s. A feed fetches on while
-training runs. Reference: nanochat's dataset.py: its names and folders.
+A complete shard is not downloaded again; with a network, its size is compared with the Hub's. Without a
+network, missing shards are reported within 5 s. A feed keeps downloading while training runs.
+Reference: names and folders of nanochat's dataset.py.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from primechat.errors import DataError, HubError
 from primechat.events import NoteEvent, OnEvent
 from primechat.files.hub import HubFile, ask_hub, explain, fetch_files
 
-# corpus: (repository, folder in the base directory, number of the last shard, which is validation)
+# corpus: (repository, folder in the base directory, number of the last shard, used for validation)
 HUB_CORPORA = {
     "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", "base_data", 1822),
     "climbmix": ("karpathy/climbmix-400b-shuffle", "base_data_climbmix", 6542),
 }
-PATIENCE_S = 1800.0  # how long training waits for a shard that cannot be had now
+PATIENCE_S = 1800.0  # how long training waits for a missing shard
 RETRY_S, POLL_S = 20.0, 0.2
-AT_ONCE = 4  # shards fetched together
+AT_ONCE = 4  # shards downloaded in parallel
 
 
 def list_shards(corpus: str, split: str, n_shards: int) -> list[str]:
@@ -48,10 +48,11 @@ def shard_paths(
     *,
     base_dir: Path | None,
 ) -> list[Path]:
-    """Return the local paths of a split's shards, fetching those that are missing into `base_dir`.
+    """Return the local paths of a split's shards, downloading missing ones into `base_dir`.
 
     Raises:
-        HubError: A shard is missing and cannot be fetched.
+        DataError: No `base_dir` is given.
+        HubError: A shard is missing and cannot be downloaded.
     """
     if base_dir is None:
         raise DataError(
@@ -60,6 +61,8 @@ def shard_paths(
     repo, subfolder, _ = HUB_CORPORA[corpus]
     names = list_shards(corpus, split, n_shards)
     folder = Path(base_dir) / subfolder
+
+    # Compare what is here with the Hub.
     missing = [name for name in names if not (folder / name).is_file()]
     sizes: dict[str, int] = {}
     try:
@@ -71,6 +74,8 @@ def shard_paths(
             f"{missing[0]} and {len(missing) - 1} more of {corpus} are not in {folder} and the Hub cannot "
             f"be asked ({reason}); check the network, or train on chitchat, which needs none."
         )
+
+    # Download what is missing or has another size.
     wanted = [
         HubFile(repo=repo, name=name, path=folder / name, size=sizes[name], repo_type="dataset")
         for name in names
@@ -82,7 +87,7 @@ def shard_paths(
 
 
 def probe_sizes(repo: str, names: list[str]) -> dict[str, int]:
-    """Return the sizes in bytes that the Hub has of a repository's files, in one question."""
+    """Return the sizes in bytes of files in a repository of the Hub, from one request."""
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
@@ -95,7 +100,7 @@ def probe_sizes(repo: str, names: list[str]) -> dict[str, int]:
 
 
 class ShardFeed:
-    """Shards in the order of reading: those that are missing are fetched in the background, or waited for."""
+    """Shards in reading order; missing ones are downloaded in the background, or waited for."""
 
     def __init__(
         self,
@@ -106,12 +111,14 @@ class ShardFeed:
         keep: int = 0,
         on_event: OnEvent | None = None,
     ) -> None:
-        """Nothing is fetched before `begin`.
+        """Create a feed; nothing is downloaded before `begin`.
 
         Args:
-            names: Files, in the order of reading; after the last the first one follows.
-            repo: Where they are fetched from; empty fetches nothing, as another process of this machine does.
-            keep: Most shards on the disk at once, 0 for all; others are removed once released.
+            names: Files in reading order; the first follows the last.
+            folder: Folder of the files.
+            repo: Repository to download from; empty if another process on this machine downloads.
+            keep: Most shards on disk at a time, 0 for all; others are removed once released.
+            on_event: Called with a note when a shard has to be waited for.
         """
         self.names, self.folder, self.repo, self.keep = list(names), folder, repo, keep
         self.tell, self.reason = on_event or (lambda event: None), ""
@@ -122,7 +129,7 @@ class ShardFeed:
         return len(self.names)
 
     def begin(self, shard: int) -> None:
-        """Read from a shard on, and fetch from there."""
+        """Set the shard to read first and start downloading from there."""
         self.position = shard
         if self.repo and self.thread is None:
             self.thread = threading.Thread(
@@ -131,11 +138,15 @@ class ShardFeed:
             self.thread.start()
 
     def wait(self, shard: int, stop: threading.Event | None = None) -> Path:
-        """Return a shard's path once it is there.
+        """Return the path of a shard as soon as it exists.
+
+        Args:
+            shard: Index of the shard.
+            stop: Ends the waiting when set.
 
         Raises:
-            HubError: It does not come.
-            DataError: The feed was closed, or the reader.
+            HubError: The shard does not arrive within `PATIENCE_S` seconds.
+            DataError: The feed is closed or `stop` is set.
         """
         path, t_start = self.folder / self.names[shard], time.monotonic()
         told = False
@@ -156,7 +167,7 @@ class ShardFeed:
         return path
 
     def release(self, shard: int) -> None:
-        """Tell that reading has come to a shard for good: those before it may go, later ones may come."""
+        """Declare the shards before `shard` finished: they may be removed, and later ones downloaded."""
         self.position = shard
         if self.keep and self.repo:
             inside = {self.names[i] for i in self._window()}
@@ -164,16 +175,16 @@ class ShardFeed:
                 (self.folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """End fetching; what is under way is left to its thread."""
+        """Stop downloading; a download in progress is left to its thread."""
         self.closed.set()
 
     def _window(self) -> list[int]:
-        """Return the shards that may be on the disk, in the order of reading."""
+        """Return the indices of the shards that may be on disk, in reading order."""
         n = len(self.names)
         return [(self.position + i) % n for i in range(min(n, self.keep or n))]
 
     def _fetch_all(self) -> None:
-        """Fetch what is missing, nearest first, until closed; a failure is told once and tried again."""
+        """Download missing shards, nearest first, until closed; a failure is kept in `reason` and retried."""
         sizes: dict[str, int] = {}
         while not self.closed.is_set():
             missing = [i for i in self._window() if not (self.folder / self.names[i]).is_file()][
@@ -197,7 +208,7 @@ class ShardFeed:
                     fetch_files(wanted, self.folder / ".download", lambda _: None, at_once=AT_ONCE)
                     self.reason = ""
                 self.closed.wait(POLL_S if missing else 1.0)
-            except Exception as error:  # whatever it is, training has what is there
+            except Exception as error:  # whatever it is, training can use the shards that are here
                 self.reason = str(error) if isinstance(error, HubError) else explain(error)[0]
                 self.closed.wait(RETRY_S)
 
@@ -211,7 +222,16 @@ def open_feed(
     keep: int = 0,
     on_event: OnEvent | None = None,
 ) -> ShardFeed:
-    """Return the feed of a corpus's training shards; one process `fetches`, at most `keep` stay (0: all)."""
+    """Return the feed of a corpus's training shards.
+
+    Args:
+        corpus: A key of HUB_CORPORA.
+        n_shards: Number of training shards.
+        base_dir: Base directory, see `shard_paths`.
+        fetches: Whether this process downloads; one process per machine does.
+        keep: Most shards on disk at a time, 0 for all.
+        on_event: Called with a note when a shard has to be waited for.
+    """
     repo, subfolder, _ = HUB_CORPORA[corpus]
     return ShardFeed(
         list_shards(corpus, "train", n_shards),

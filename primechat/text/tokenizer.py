@@ -1,8 +1,8 @@
-"""Text to token ids and back, by byte-pair encoding.
+"""Byte-pair tokenizer: text to token ids and back.
 
-Hides: who does it. rustbpe learns the merges, tiktoken applies them, and a folder in nanochat's layout keeps
-them; loading one imports no torch and unpickles nothing. A tokenizer's identity is the SHA-256 over pattern,
-ordered ranks and specials.
+rustbpe learns the merges, tiktoken applies them, and a folder in nanochat's layout stores them. Loading a
+folder neither imports torch nor unpickles anything. The identity of a tokenizer is the SHA-256 of its
+pattern, its ranks in order and its special tokens.
 Reference: Sennrich, Haddow & Birch 2016, Neural Machine Translation of Rare Words with Subword Units, 3.2.
 """
 
@@ -50,20 +50,21 @@ SCHEMA = 1
 
 
 class Tokenizer:
-    """Byte-pair tokenizer, special tokens after the learned ones; immutable and safe to share by threads."""
+    """Byte-pair tokenizer whose special tokens follow the learned ones; immutable and thread-safe."""
 
     def __init__(
         self, pattern: str, ranks: dict[bytes, int], specials: dict[str, int], *, source: str = ""
     ) -> None:
-        """Check and take a vocabulary.
+        """Build a tokenizer from a vocabulary after checking it.
 
         Args:
-            pattern: Regular expression that cuts text into pieces; merges never cross a cut.
-            ranks: Id of each token's bytes; the first 256 are the single bytes, the ids are 0 .. n-1.
-            specials: Id of each special token; they follow the ranks without a gap.
+            pattern: Regular expression that splits text into pieces; merges never cross a split.
+            ranks: Id of each token, by its bytes; ids run from 0 to n-1 and the first 256 are single bytes.
+            specials: Id of each special token, by its name; they follow the ranks without a gap.
+            source: File or name to mention in error messages.
 
         Raises:
-            DataError: One of these rules is broken.
+            DataError: The vocabulary breaks one of these rules, or the pattern does not compile.
         """
         if fault := find_fault(pattern, ranks, specials):
             raise DataError(f"{source or 'This'} is no tokenizer: {fault}; use nanochat's or ours.")
@@ -86,21 +87,25 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Learn `vocab_size` tokens, the nine special ones included, from texts.
+        """Return a tokenizer of `vocab_size` tokens learned from texts, including the nine special tokens.
 
         Raises:
-            DataError: The size is below 265 or the text has too few pairs to merge.
+            DataError: `vocab_size` is below 265, or the text has too few pairs to merge.
 
         Source: Sennrich, Haddow & Birch 2016, algorithm 1, on bytes within the pieces of SPLIT_PATTERN.
         """
         import rustbpe
 
-        if type(vocab_size) is not int or vocab_size < 265:  # bytes and special tokens
+        if type(vocab_size) is not int or vocab_size < 265:  # 256 bytes and 9 special tokens
             raise DataError(f"vocab_size={vocab_size!r} must be at least 265; try 4096.")
+
+        # Learn the merges.
         trainer = rustbpe.Tokenizer()
         parts = (part for text in texts for part in cut_long_spaces(replace_surrogates(text)))
         trainer.train_from_iterator(parts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+
+        # A short text runs out of pairs before the vocabulary is full.
         size = len(ranks) + len(SPECIAL_TOKENS)
         if size < vocab_size:
             raise DataError(
@@ -112,11 +117,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Tokenizer:
-        """Read a folder in nanochat's layout, unpickling nothing: `tokenizer.pkl`, perhaps `token_bytes.pt`
-        and `primechat_tokenizer.json`.
+        """Return the tokenizer stored in a folder of nanochat's layout, without unpickling anything.
+
+        Reads `tokenizer.pkl` and, where present, `token_bytes.pt` and `primechat_tokenizer.json`.
 
         Raises:
-            DataError: Nothing is there, or a file is damaged, unsafe or of another kind.
+            DataError: The folder has no tokenizer, or a file is damaged, unsafe or of another kind.
         """
         folder = Path(folder)
         path = folder / "tokenizer.pkl"
@@ -129,6 +135,8 @@ class Tokenizer:
             )
             remedy = "train one with `primechat train-tokenizer` or give another folder"
             raise DataError(f"{path} is missing ({there}); {remedy}.")
+
+        # The vocabulary.
         state = read_encoding(path)
         if set(state) != {"name", "pat_str", "mergeable_ranks", "special_tokens"}:
             raise DataError(f"{path} has other fields than a tiktoken tokenizer's; replace it.")
@@ -136,6 +144,8 @@ class Tokenizer:
             state["pat_str"], state["mergeable_ranks"], state["special_tokens"], source=str(path)
         )
         tokenizer._lengths_path = folder / "token_bytes.pt"
+
+        # The note on its origin, if it describes this file.
         note_path = folder / "primechat_tokenizer.json"
         note = read_note(note_path, hashlib.sha256(read_bounded(path)).hexdigest())
         if note and note.get("identity") != tokenizer.identity:
@@ -146,13 +156,13 @@ class Tokenizer:
         return tokenizer
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the folder in nanochat's layout; one that holds this very tokenizer is left as it is.
+        """Write the tokenizer to a folder in nanochat's layout; do nothing if the folder already holds it.
 
-        Each file appears whole or not at all, `tokenizer.pkl` last.
+        Each file is written atomically, `tokenizer.pkl` last.
 
         Raises:
             DataError: The folder holds another tokenizer, or one that cannot be read.
-            PrimechatError: The disk refuses.
+            PrimechatError: The files cannot be written.
         """
         folder = Path(folder)
         path = folder / "tokenizer.pkl"
@@ -186,11 +196,11 @@ class Tokenizer:
         write_file(path, pickled)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text; special tokens written in it are plain text.
+        """Return the token ids of a text; special tokens that occur in it are encoded as plain text.
 
-        The time is proportional to the text's length, whatever the text is: tiktoken's is, but for endless
-        white space, which overflows its stack. A text that has some is cut by `split_pieces` instead, at the
-        same places, and tiktoken merges piece by piece.
+        The time is linear in the length of any text. tiktoken is linear too, but very long runs of white
+        space overflow its stack: a text with such a run is split at the same places by `split_pieces`, and
+        tiktoken merges one piece at a time.
         """
         if type(text) is not str:
             raise DataError(
@@ -201,24 +211,25 @@ class Tokenizer:
         try:
             return self._encoding.encode_ordinary(text)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # what a failure in Rust code arrives as
+            # A failure in Rust code reaches Python as a PanicException.
+            if type(error).__name__ != "PanicException":
                 raise
-            return self._encode_pieces(text)  # a pattern of somebody else's, which needs more stack
+            return self._encode_pieces(text)  # a foreign pattern that needs more stack
 
     def _encode_pieces(self, text: str) -> list[int]:
-        """Return the same ids as tiktoken, which is handed one piece at a time and never splits it."""
+        """Return the ids of a text, with tiktoken merging one piece at a time and splitting none."""
         merge = self._merging.encode_ordinary
         return [token for piece in split_pieces(text, self.pattern) for token in merge(piece)]
 
     @cached_property
     def _merging(self) -> tiktoken.Encoding:
-        """The same vocabulary under a pattern that takes any text as one piece."""
+        """The same vocabulary with a pattern that treats any text as one piece."""
         return tiktoken.Encoding(
             "whole pieces", pat_str="(?s:.+)", mergeable_ranks=self.ranks, special_tokens={}
         )
 
     def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[list[int]]:
-        """Return the ids of each text, on `threads` threads (0: all cores)."""
+        """Return the ids of each text, encoded by `threads` threads (0: one per core)."""
         texts = list(texts)
         threads = min(threads or os.cpu_count() or 1, max(1, len(texts)))
         if threads == 1:
@@ -229,15 +240,15 @@ class Tokenizer:
             return [ids for part in found for ids in part]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of ids; bytes that are not valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Return the bytes of ids, a special token's being its name."""
+        """Return the bytes of ids; the bytes of a special token are its name."""
         return b"".join(map(self.token_bytes, ids))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes of one id, a special token's being its name."""
+        """Return the bytes of one id; the bytes of a special token are its name."""
         if not 0 <= token_id < self.vocab_size:
             last = self.vocab_size - 1
             raise DataError(
@@ -246,9 +257,10 @@ class Tokenizer:
         return self._tokens[token_id]
 
     def byte_lengths(self) -> np.ndarray:
-        """Return how many bytes of text each id counts for: int32 (vocab_size,), 0 for special tokens.
+        """Return the number of text bytes of each id: int32, (vocab_size,), 0 for special tokens.
 
-        A loaded tokenizer keeps the numbers of its own `token_bytes.pt`: October 2025's differ outside ASCII.
+        A loaded tokenizer uses its own `token_bytes.pt`: files of October 2025 count non-ASCII tokens
+        differently.
         """
         return self._byte_lengths
 
@@ -270,22 +282,22 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int:
-        """The id that begins every document."""
+        """Id of the token that begins every document."""
         return self.special("<|bos|>")
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end a reply."""
+        """Ids of the tokens that end a reply."""
         return (self.special("<|bos|>"), self.special("<|assistant_end|>"))
 
     def render_conversation(
         self, conversation: Conversation, max_tokens: int = 2048
     ) -> tuple[list[int], list[int]]:
-        """Return ids and loss mask of a conversation; see `primechat.text.chat_format.render`."""
+        """Return the ids and the loss mask of a conversation; see `primechat.text.chat_format.render`."""
         return talk.render(self, conversation, max_tokens)
 
     def render_for_completion(self, conversation: Conversation) -> list[int]:
-        """Return the prompt that asks the assistant to speak next; an assistant's last message is dropped."""
+        """Return the prompt ids for the assistant's next message; an assistant's last message is dropped."""
         return talk.render_prompt(self, conversation)
 
     def __eq__(self, other: object) -> bool:
@@ -299,7 +311,7 @@ class Tokenizer:
 
 
 def find_fault(pattern: object, ranks: object, specials: object) -> str:
-    """Return which rule of `Tokenizer` a vocabulary breaks, or nothing."""
+    """Return the rule of `Tokenizer` that a vocabulary breaks, or an empty string."""
     if type(pattern) is not str:
         return f"the split pattern must be text, not {type(pattern).__name__}"
     if (
@@ -328,10 +340,10 @@ def find_fault(pattern: object, ranks: object, specials: object) -> str:
 
 
 def hash_vocabulary(pattern: str, ranks: dict[bytes, int], specials: dict[str, int]) -> str:
-    """Return the identity of a vocabulary, whose dictionaries are in the order of their ids.
+    """Return the identity of a vocabulary as a hex SHA-256; both dictionaries must be sorted by id.
 
-    It is the hex SHA-256 of a header, then the lists [pattern], tokens and special names, each list led by
-    its count and each item by its length in bytes (4 bytes, little-endian).
+    The hash covers a header, then three lists: [pattern], the tokens, the names of the special tokens. Each
+    list is preceded by its length, and each item by its size in bytes (4 bytes each, little-endian).
     """
     digest = hashlib.sha256(b"primechat tokenizer 1\n")
     for group in (
@@ -345,7 +357,7 @@ def hash_vocabulary(pattern: str, ranks: dict[bytes, int], specials: dict[str, i
 
 
 def read_note(path: Path, pkl_sha256: str) -> dict[str, Any]:
-    """Return our JSON beside a `tokenizer.pkl`, or {} where it is absent or speaks of another file."""
+    """Return primechat's JSON note on a `tokenizer.pkl`, or {} if it is missing or describes another file."""
     if not path.is_file():
         return {}
     try:
@@ -361,7 +373,7 @@ def read_note(path: Path, pkl_sha256: str) -> dict[str, Any]:
 
 
 def split_evenly(texts: Sequence[str], parts: int) -> Iterator[Sequence[str]]:
-    """Yield up to `parts` consecutive slices of about the same number of characters."""
+    """Yield at most `parts` consecutive slices with about the same number of characters each."""
     share = sum(map(len, texts)) // parts + 1
     start = size = 0
     for i, text in enumerate(texts):

@@ -1,7 +1,7 @@
-"""Tokens on disk and in flight: the memory-mapped cache of a local corpus, and shards tokenised as read.
+"""Tokenised text: the memory-mapped token cache of a local corpus, and shards tokenised while they are read.
 
-Hides: when text becomes tokens. A local corpus is tokenised once, into a folder that appears whole or not at
-all; a shard's row groups are tokenised one by one as they are asked for.
+A local corpus is tokenised once, into a folder that is created atomically. The row groups of a shard are
+tokenised one by one, on demand.
 Reference: numpy.memmap; the row groups of the Apache Parquet format.
 """
 
@@ -30,24 +30,24 @@ from primechat.text.shards import ShardFeed
 from primechat.text.tokenizer import Tokenizer
 
 SCHEMA = 1
-CHUNK_DOCUMENTS = 4096  # tokenised and written at a time
+CHUNK_DOCUMENTS = 4096  # documents tokenised and written at a time
 
 
-# The cache of a local corpus
+# Token cache of a local corpus
 
 
 @dataclass(frozen=True)
 class TokenCache:
-    """The tokens of a corpus, memory-mapped, documents in their order."""
+    """The memory-mapped tokens of a corpus, with its documents in order."""
 
-    ids: np.ndarray  # (N,) uint16 or uint32, each document led by <|bos|>
+    ids: np.ndarray  # (N,) uint16 or uint32, each document preceded by <|bos|>
     offsets: np.ndarray  # (documents + 1,) int64, where each document begins in ids
-    mask: np.ndarray | None  # (N,) uint8: 0 where a token is not learned from
+    mask: np.ndarray | None  # (N,) uint8, 0 for tokens that the loss ignores
     bos_id: int
 
     @property
     def tokens(self) -> int:
-        """Tokens, the <|bos|> of each document included."""
+        """Number of tokens, including the <|bos|> of each document."""
         return len(self.ids)
 
     @property
@@ -64,26 +64,31 @@ def build_cache(
     *,
     on_event: OnEvent | None = None,
 ) -> TokenCache:
-    """Return the token cache of a corpus, building it only where it is missing, torn or stale.
+    """Return the token cache of a corpus, building it only if it is missing, incomplete or stale.
 
     Args:
-        documents: Texts, or (ids, mask) pairs of rendered conversations; not touched where the cache stands.
-        tokenizer: Turns texts into ids; its identity is part of the key.
-        key: Names the corpus and whatever else the documents depend on, as `corpus_identity` does.
-        on_event: Hears of progress, in documents.
+        documents: Texts, or (ids, mask) pairs of rendered conversations; not read if the cache exists.
+        tokenizer: Tokenizer of the texts; its identity is part of the cache's identity.
+        folder: Folder of the token caches.
+        key: Identity of the corpus and of whatever else the documents depend on, as from `corpus_identity`.
+        on_event: Called with the progress, in documents.
 
     Raises:
-        DataError: There are no documents, or the disk refuses.
+        DataError: There are no documents, or the cache cannot be written.
     """
     identity = name_cache(key, tokenizer)
     target = Path(folder) / identity[:24]
     cache = open_cache(target, identity)
     if cache:
         return cache
+
+    # Remove the leftovers of killed builds, which are as large as a cache.
     make_folder(Path(folder))
-    for torn in Path(folder).glob(".building-*"):  # left by a kill, and as large as a cache
+    for torn in Path(folder).glob(".building-*"):
         if torn.stat().st_mtime < time.time() - 2 * 86_400:
             shutil.rmtree(torn, ignore_errors=True)
+
+    # Build in a temporary folder, then rename it.
     building = Path(tempfile.mkdtemp(dir=folder, prefix=".building-"))
     try:
         if on_event:
@@ -94,10 +99,10 @@ def build_cache(
             shutil.rmtree(target)
         try:
             os.rename(building, target)
-        except OSError:  # another process was faster
+        except OSError:  # another process may have been faster
             if not open_cache(target, identity):
                 raise
-    except OSError as error:  # of writing: who reads texts has errors of his own
+    except OSError as error:  # a write failed: the readers of texts raise DataError
         reason = f"the tokens cannot be written ({error.strerror})"
         raise DataError(
             f"{folder}: {reason}; free some space, or set NANOCHAT_BASE_DIR elsewhere."
@@ -110,12 +115,12 @@ def build_cache(
 
 
 def name_cache(key: str, tokenizer: Tokenizer) -> str:
-    """Return the identity of a cache, which names its folder too."""
+    """Return the identity of a cache, which also names its folder."""
     return hashlib.sha256(json.dumps([SCHEMA, key, tokenizer.identity]).encode()).hexdigest()
 
 
 def find_cache(folder: Path, key: str, tokenizer: Tokenizer) -> TokenCache | None:
-    """Return the cache of a key if it stands in a folder, else None; nothing is built."""
+    """Return the cache of a key if it exists in a folder, else None; nothing is built."""
     identity = name_cache(key, tokenizer)
     return open_cache(Path(folder) / identity[:24], identity)
 
@@ -127,10 +132,11 @@ def write_cache(
     meta: dict[str, Any],
     on_event: OnEvent | None,
 ) -> None:
-    """Tokenise documents into the files of a cache, a chunk of them in memory at a time."""
+    """Tokenise documents into the files of a cache, with one chunk in memory at a time."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     lengths: list[int] = []
     masked, bos = False, tokenizer.bos_id
+
     with (folder / "ids.bin").open("wb") as ids_file, (folder / "mask.bin").open("wb") as mask_file:
         while chunk := list(islice(documents, CHUNK_DOCUMENTS)):
             if isinstance(chunk[0], str):
@@ -140,6 +146,7 @@ def write_cache(
                 mask_file.write(
                     np.concatenate([np.asarray(mask, np.uint8) for _, mask in chunk]).tobytes()
                 )
+
             flat = np.fromiter((i for ids in encoded for i in ids), dtype, sum(map(len, encoded)))
             ids_file.write(flat.tobytes())
             lengths.extend(map(len, encoded))
@@ -149,6 +156,8 @@ def write_cache(
         raise DataError(
             f"the corpus {meta['corpus'][:60]!r} has no documents; give one that has text."
         )
+
+    # The metadata comes last: a cache without it does not open.
     np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
     meta |= {
         "schema": SCHEMA,
@@ -163,7 +172,7 @@ def write_cache(
 
 
 def open_cache(folder: Path, identity: str) -> TokenCache | None:
-    """Return a cache if it stands whole and is the one asked for, else None."""
+    """Return a cache if it is complete and has the given identity, else None."""
     try:
         meta = parse_json((folder / "meta.json").read_bytes())
         ids = np.memmap(folder / "ids.bin", dtype=np.dtype(meta["dtype"]), mode="r")
@@ -181,12 +190,12 @@ def open_cache(folder: Path, identity: str) -> TokenCache | None:
         return None
 
 
-# Shards in flight
+# Shards tokenised on demand
 
 
 @dataclass(frozen=True)
 class Group:
-    """The tokens of one row group."""
+    """The tokens of one row group of a shard."""
 
     epoch: int
     shard: int
@@ -204,10 +213,19 @@ def read_groups(
     skip_bad: bool,
     tell: OnEvent,
 ) -> Iterator[Group]:
-    """Yield the row groups of all shards in order, epoch after epoch, from a place on; waits for shards.
+    """Yield the row groups of all shards in order, epoch after epoch, waiting for shards where needed.
+
+    Args:
+        feed: Shards to read.
+        tokenizer: Tokenizer of their text.
+        threads: Threads that tokenise.
+        start: Where to begin: epoch, shard, row_group.
+        stop: Ends the waiting when set.
+        skip_bad: Report a shard that cannot be read and continue with the next one.
+        tell: Called with a note for each skipped shard.
 
     Raises:
-        DataError: A shard cannot be read and is not to be skipped, or none can.
+        DataError: A shard cannot be read and `skip_bad` is not set, or no shard can be read.
     """
     shard, row_group, found = start["shard"], start["row_group"], True
     for epoch in count(start["epoch"]):
@@ -229,7 +247,7 @@ def read_groups(
 
 
 def list_groups(path: Path) -> list[int]:
-    """Return the row groups of a shard that hold rows."""
+    """Return the indices of the non-empty row groups of a shard."""
     import pyarrow.parquet as pq
 
     try:
@@ -245,7 +263,7 @@ def list_groups(path: Path) -> list[int]:
 def read_group(
     path: Path, place: tuple[int, int, int], tokenizer: Tokenizer, threads: int
 ) -> Group:
-    """Return the tokens of the row group at a place: epoch, shard, row group."""
+    """Return the tokens of one row group; `place` is (epoch, shard, row group)."""
     import pyarrow.parquet as pq
 
     try:
@@ -254,6 +272,8 @@ def read_group(
     except (OSError, ValueError) as error:
         reason = f"cannot be read ({error!s:.80})"
         raise DataError(f"{path} row group {place[2]} {reason}; replace the file.") from None
+
+    # Each document is preceded by <|bos|>.
     plain = tokenizer.encode_batch([text or "" for text in texts], threads)
     offsets = np.cumsum([0, *(len(ids) + 1 for ids in plain)])
     ids = np.fromiter(

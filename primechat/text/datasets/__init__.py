@@ -1,1 +1,1 @@
-"""Where dialogues come from: files of the Hub's sets, and recipes made from what is here."""
+"""Sources of dialogues: public sets from the Hub, the user's own files, and recipes that need no download."""

@@ -1,7 +1,7 @@
-"""The dialogue sets as their files have them: a reader for each schema, with its quirks.
+"""Readers of the public dialogue sets, one per schema, for CSV, zipped JSON and parquet files.
 
-Hides: CSV, zipped JSON and parquet. A reader yields `Raw` conversations as they are written there; cleaning
-is `primechat.text.dialogues`' work. No set needs a loading script.
+A reader yields `Raw` conversations as they are stored; `primechat.text.dialogues` cleans them. No set needs a
+loading script.
 Reference: the sets' pages on the Hub: google/Synthetic-Persona-Chat, ConvLab/dailydialog,
 lmsys/lmsys-chat-1m, argilla/magpie-ultra-v1.0, HuggingFaceTB/smol-smoltalk.
 """
@@ -21,16 +21,15 @@ from primechat.errors import DataError
 from primechat.files.paths import parse_json
 
 MARKER = re.compile(r"^[ \t]*User ([12])[ \t]*:[ \t]*", re.M)
-NAME_SLOT = re.compile(
-    r"\[\s*user [12](?:['’`]?s)? name\s*\]", re.I
-)  # a name that was never filled in
+# A name that was never filled in.
+NAME_SLOT = re.compile(r"\[\s*user [12](?:['’`]?s)? name\s*\]", re.I)
 CALLED = re.compile(
     r",\s*" + NAME_SLOT.pattern + r"|(?<=\b(?:hi|ey|lo|ye|ks))\s+" + NAME_SLOT.pattern, re.I
 )
-LOOSE = re.compile(
-    r"(?<!\s)\s+(?=[,.?!;:](?:\s|$))|(?<=\w)\s+(?=['’]\s?\w)"
-)  # `How are you ?` -> `How are you?`
-APART = re.compile(r"(?<=\w['’])\s+(?=(?:s|t|m|d|re|ve|ll)\b)")  # `it' s` -> `it's`
+# `How are you ?` -> `How are you?`
+LOOSE = re.compile(r"(?<!\s)\s+(?=[,.?!;:](?:\s|$))|(?<=\w)\s+(?=['’]\s?\w)")
+# `it' s` -> `it's`
+APART = re.compile(r"(?<=\w['’])\s+(?=(?:s|t|m|d|re|ve|ll)\b)")
 PERSONA_SPLITS = (
     ("_train", "train"),
     ("_valid", "val"),
@@ -41,7 +40,10 @@ PERSONA_SPLITS = (
 
 @dataclass(frozen=True)
 class Raw:
-    """A conversation as a file has it; a split of "" is for us to cut, personas are (user's, assistant's)."""
+    """A conversation as stored in a file.
+
+    `split` is "" if the set does not define one; `personas` is (the user's, the assistant's).
+    """
 
     turns: list[tuple[str, Any]]
     split: str = ""
@@ -50,16 +52,17 @@ class Raw:
 
 
 def read_personas(folder: Path, counts: Counter[str]) -> Iterator[Raw]:
-    """Yield Synthetic-Persona-Chat: CSV files with one conversation a cell, `User 1: ...` a turn."""
+    """Yield Synthetic-Persona-Chat: CSV files with one conversation per cell and turns like `User 1: ...`."""
     for path in find_named(folder, ".csv"):
         split = next((split for part, split in PERSONA_SPLITS if part in path.stem), "train")
         with path.open(encoding="utf-8-sig", newline="") as file:
             for row in csv.DictReader(file):
+                # The text before the first marker, then a speaker (1 or 2) and a text for each turn.
                 text = pick_column(path, row, "Best Generated Conversation")
-                pieces = MARKER.split(
-                    text or ""
-                )  # what precedes the first marker, then (1 or 2, text) pairs
+                pieces = MARKER.split(text or "")
                 counts["text before the first speaker"] += bool(pieces[0].strip())
+
+                # Remove unfilled names of persons addressed; drop the conversation if others are left.
                 turns = []
                 for speaker, said in zip(pieces[1::2], pieces[2::2], strict=True):
                     filled, n = CALLED.subn("", said)
@@ -68,12 +71,13 @@ def read_personas(folder: Path, counts: Counter[str]) -> Iterator[Raw]:
                 if any(NAME_SLOT.search(said) for _, said in turns):
                     counts["conversations with an unfilled name"] += 1
                     continue
+
                 facts = tuple((row.get(f"user {n} personas") or "").strip() for n in (1, 2))
                 yield Raw(turns, split, personas=(facts[0], facts[1]))
 
 
 def read_dailydialog(folder: Path, counts: Counter[str]) -> Iterator[Raw]:
-    """Yield DailyDialog: one JSON list for all splits inside a zip file, blanks before its punctuation."""
+    """Yield DailyDialog: one zipped JSON list for all splits; its spaces before punctuation are removed."""
     for path in find_named(folder, ".zip"):
         try:
             with zipfile.ZipFile(path) as archive:
@@ -94,7 +98,7 @@ def read_dailydialog(folder: Path, counts: Counter[str]) -> Iterator[Raw]:
 
 
 def read_lmsys(folder: Path, counts: Counter[str]) -> Iterator[Raw]:
-    """Yield LMSYS-Chat-1M, each conversation cut before its first exchange that moderation flagged."""
+    """Yield LMSYS-Chat-1M, with each conversation cut before the first exchange that moderation flagged."""
     columns = ("conversation", "language", "openai_moderation", "redacted")
     for row in read_table(folder, columns):
         turns = [(m["role"], m["content"]) for m in row["conversation"]]
@@ -109,16 +113,17 @@ def read_lmsys(folder: Path, counts: Counter[str]) -> Iterator[Raw]:
 
 
 def read_messages(folder: Path, counts: Counter[str]) -> Iterator[Raw]:
-    """Yield parquet rows with a column `messages` or `conversation`; no other column is read."""
+    """Yield the conversations of parquet files with a column `messages` or `conversation`."""
     for row in read_table(folder, ("messages|conversation",)):
         turns = [(m.get("role"), m.get("content")) for m in row["messages"]]
         yield Raw(turns, split=row["split"])
 
 
 def read_table(folder: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of parquet files with these columns alone; the first one is needed, `a|b` takes either.
+    """Yield the rows of parquet files with only the given columns, plus `split`.
 
-    A row also has `split`: val in a file named test or validation.
+    The first column is required, and `a|b` accepts either name; the others are optional. `split` is val in
+    files named test or validation, else "".
     """
     import pyarrow.parquet as pq
 
@@ -146,10 +151,10 @@ def read_table(folder: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any
 
 
 def find_named(folder: Path, suffix: str) -> list[Path]:
-    """Return the files of a kind below a folder in sorted order.
+    """Return the files with a suffix below a folder in sorted order.
 
     Raises:
-        DataError: there is none.
+        DataError: There is no such file.
     """
     files = sorted(p for p in folder.rglob(f"*{suffix}") if ".download" not in p.parts)
     if not files:
@@ -160,7 +165,7 @@ def find_named(folder: Path, suffix: str) -> list[Path]:
 
 
 def pick_column(path: Path, row: dict[str, Any], name: str) -> str:
-    """Return a cell of a CSV row by its column's name."""
+    """Return a cell of a CSV row by the name of its column."""
     if name not in row:
         has = ", ".join(map(str, row))[:80]
         raise DataError(f"{path} has no column {name!r} (it has {has}); replace it.")

@@ -1,8 +1,8 @@
-"""Conversations in files of your own, in the forms in which they are usually kept.
+"""Conversations from the user's own files, in the usual formats.
 
-A .jsonl holds a conversation a line, a .json a list of them, a .txt ChatML. A conversation is a list of
-messages (OpenAI, ShareGPT), an instruction with its output (Alpaca), or a text in ChatML. What is none of
-these is refused with its file and line, by the name of what is there. Files are streamed.
+A .jsonl holds one conversation per line, a .json a list of conversations, a .txt ChatML. A conversation is a
+list of messages (OpenAI, ShareGPT), an instruction with its output (Alpaca), or a text in ChatML. Anything
+else is refused with its file and line and a description of what was found. Files are streamed.
 Reference: OpenAI's chat format with content parts; FastChat's ShareGPT; Taori et al. 2023, Stanford Alpaca.
 """
 
@@ -36,16 +36,16 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 TOOL_PARTS = ("python", "python_output")
 START, END = "<|im_start|>", "<|im_end|>"
 BETWEEN_VALUES = re.compile(r"[\s,\]]*")
-MARKS = re.compile("|".join(map(re.escape, KNOWN_MARKS)))  # outside of messages
+MARKS = re.compile("|".join(map(re.escape, KNOWN_MARKS)))  # allowed between messages
 
-Message = tuple[str, Any]  # role as the file has it; text, or an assistant's parts
+Message = tuple[str, Any]  # the role as stored, and the text or an assistant's parts
 
 
 def read_own(path: Path) -> Iterator[tuple[list[Message], str]]:
-    """Yield the conversations of a file, each with the language that it names, if any.
+    """Yield (messages, language) for each conversation of a file; the language is "" if not given.
 
     Raises:
-        DataError: A line holds no conversation, or one with something else than text.
+        DataError: A line holds no conversation, or one with content other than text.
     """
     for number, row in read_values(path):
         messages = read_conversation(row, f"{path} line {number}")
@@ -54,22 +54,24 @@ def read_own(path: Path) -> Iterator[tuple[list[Message], str]]:
 
 
 def read_values(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, value) of each conversation of a file, as the file has it."""
+    """Yield (line number, value) for each conversation of a file, in the file's own form."""
     if path.suffix == ".jsonl":
         return read_rows(path)
     return read_array(path) if path.suffix == ".json" else read_chatml(path)
 
 
 def read_array(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, value) of the values in a JSON list, a few in memory at a time.
+    """Yield (line number, value) for each value of a JSON list, with only a part of the file in memory.
 
-    Values that only stand one after another, without a list around them, are read too.
+    Concatenated values without a list around them are read too.
     """
     decoder, chunks = json.JSONDecoder(), gather_pieces(read_pieces(path))
     text = next(chunks, "")
     at = len(text) - len(text.lstrip().removeprefix("["))
     line, is_open = 1 + text.count("\n", 0, at), "[" in text[:at]
+
     while True:
+        # Skip separators, and note whether the list was closed.
         gap = BETWEEN_VALUES.match(text, at)
         assert gap, "it matches nothing, too"
         is_open = is_open and "]" not in gap[0]
@@ -82,11 +84,13 @@ def read_array(path: Path) -> Iterator[tuple[int, Any]]:
             if is_open:
                 raise DataError(f"{path} line {line} ends before its list does; fetch it again.")
             return
+
+        # Decode a value, with more of the file if it is incomplete.
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             more = next(chunks, "")
-            if more:  # the value may go on there
+            if more:  # the value may continue there
                 text, at = text[at:] + more, 0
                 continue
             reason = f"is not JSON ({error})"
@@ -97,7 +101,7 @@ def read_array(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def gather_pieces(pieces: Iterable[str]) -> Iterator[str]:
-    """Yield pieces of a text joined to larger ones."""
+    """Yield the pieces of a text, joined into larger ones of at least PIECE_CHARS characters."""
     gathered: list[str] = []
     size = 0
     for piece in pieces:
@@ -114,10 +118,14 @@ def gather_pieces(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def read_conversation(row: Any, place: str) -> list[Message]:
-    """Return the messages of a conversation in any of the forms.
+    """Return the messages of a conversation in any of the supported forms.
 
     Args:
-        place: File and line, for what is refused.
+        row: Value read from a file.
+        place: File and line, for error messages.
+
+    Raises:
+        DataError: The value is not a conversation, or has content other than text.
     """
     if isinstance(row, list):
         return [read_message(m, f"{place}, message {n}") for n, m in enumerate(row, start=1)]
@@ -135,7 +143,7 @@ def read_conversation(row: Any, place: str) -> list[Message]:
 
 
 def describe_value(row: Any) -> str:
-    """Return what is there instead of a conversation, as a message names it.
+    """Return a description of a value that is not a conversation, for an error message.
 
     >>> describe_value({"question": "a", "answer": "b"})
     'is an object with question, answer'
@@ -152,7 +160,7 @@ def describe_value(row: Any) -> str:
 
 
 def read_message(message: Any, place: str) -> Message:
-    """Return the role and the content of a message of OpenAI's form or ShareGPT's."""
+    """Return the role and content of a message in OpenAI's or ShareGPT's form."""
     if not isinstance(message, dict):
         kind = type(message).__name__
         raise DataError(f"{place} is a {kind}; it must be an object with role and content.")
@@ -172,10 +180,10 @@ def read_message(message: Any, place: str) -> Message:
 
 
 def read_parts(role: str, parts: list[Any], place: str) -> Any:
-    """Return the text of a list of content parts; an assistant's parts with tools stay a list.
+    """Return the text of a list of content parts; an assistant's parts with tool calls remain a list.
 
     Raises:
-        DataError: A part is no text, for example an image.
+        DataError: A part is not text, for example an image.
     """
     is_assistant = ROLES.get(role.lower()) == "assistant"
     read: list[dict[str, str]] = []
@@ -199,7 +207,7 @@ def read_parts(role: str, parts: list[Any], place: str) -> Any:
 
 
 def read_alpaca(row: dict[str, Any], place: str) -> list[Message]:
-    """Return an instruction, with its input below it, and its output as two messages."""
+    """Return two messages: an instruction followed by its input, and the output."""
     for key in ("instruction", "input", "output"):
         if not isinstance(row.get(key) or "", str):
             kind = type(row[key]).__name__
@@ -212,10 +220,10 @@ def read_alpaca(row: dict[str, Any], place: str) -> list[Message]:
 
 
 def read_chatml(path: Path) -> Iterator[tuple[int, list[dict[str, str]]]]:
-    """Yield (line number, messages) of each conversation of a text in ChatML.
+    """Yield (line number, messages) for each conversation of a file in ChatML.
 
-    A conversation begins with a system message, after a mark between documents, and after an answer and a
-    blank line.
+    A new conversation begins at a system message, after a mark between documents, or at a blank line after an
+    answer.
     """
     first, messages = 1, list[dict[str, str]]()
     for number, begins, message in split_chatml(read_lines(path), lambda n: f"{path} line {n}"):
@@ -232,16 +240,17 @@ def read_chatml(path: Path) -> Iterator[tuple[int, list[dict[str, str]]]]:
 def split_chatml(
     lines: Iterable[str], name_place: Callable[[int], str]
 ) -> Iterator[tuple[int, bool, dict[str, str]]]:
-    """Yield the messages of a text in ChatML: line, whether a conversation begins, role and content.
+    """Yield (line number, whether a conversation begins, message) for each message of a text in ChatML.
 
     Args:
-        name_place: Names a line of the text for what is refused.
+        lines: Lines of the text.
+        name_place: Returns the name of a line for error messages.
 
     Raises:
         DataError: There is text outside of messages, or a message without an end.
     """
     gathered: list[str] = []
-    at, last = 1, ""  # the line where what is gathered begins, and who spoke last
+    at, last = 1, ""  # line at which `gathered` begins, and the last role
     for line in lines:
         gathered.append(line)
         if END not in line:
@@ -253,6 +262,8 @@ def split_chatml(
             role, _, content = said.partition("\n")
             if MARKS.sub("", between).strip() or START in content or not role.strip():
                 raise DataError(refuse_chatml(name_place, at, piece))
+
+            # Does this message begin a new conversation?
             answered = ROLES.get(last.lower()) == "assistant" and between.count("\n") > 1
             marked = MARKS.search(between) is not None
             last = role.strip()
@@ -267,7 +278,7 @@ def split_chatml(
 
 
 def refuse_chatml(name_place: Callable[[int], str], at: int, found: str) -> str:
-    """Return the sentence for a text that is no ChatML and begins in line `at`."""
+    """Return the error message for a text that begins in line `at` and is not ChatML."""
     place = name_place(at + found[: len(found) - len(found.lstrip())].count("\n"))
     rule = f"ChatML has messages between {START}role and {END}, and nothing outside of them"
     return f"{place} has {found.strip()[:40]!r}; {rule}."

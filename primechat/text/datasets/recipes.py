@@ -1,9 +1,9 @@
-"""Small domains that need no download: made from the chats that ship with primechat, or from what you type.
+"""Recipes: small dialogue sets without a download, made from the embedded chats or from the user's own text.
 
-Hides: how each is made. `topic:<words>` takes the chats that are about something, `style:<name>` has the
-same people answer in another manner of speech, `faq` and `faq:<file>` turn questions and answers into chats.
-What is made of a chat is held out where the chat is; of every answer, one wording of its question is. All
-are deterministic. Reference: none; the rules are small on purpose, so that one can read them.
+`topic:<words>` selects the chats about a topic, `style:<name>` rewrites the answers in another manner of
+speech, `faq` and `faq:<file>` turn questions and answers into chats. A chat made from a held-out chat is held
+out too; faq holds out one wording of each question. All recipes are deterministic, and their rules are simple
+on purpose, to be read.
 """
 
 from __future__ import annotations
@@ -95,13 +95,13 @@ def read_recipe(name: str, split: str) -> Iterator[Raw]:
     """Yield the conversations of a recipe's split.
 
     Args:
-        name: `topic:music` or `topic:` and words of your own with blanks between, `style:pirate`,
-            `style:loud`, `style:polite`, `faq`, or `faq:` and the path of a text of lines
+        name: `topic:music`, or `topic:` followed by other words separated by spaces; `style:pirate`,
+            `style:loud` or `style:polite`; `faq`, or `faq:` followed by the path of a file with lines
             `question|answer`.
-        split: train or val; a chat is in the split in which `read_chats` has it.
+        split: train or val; a chat is in the same split as in `read_chats`.
 
     Raises:
-        DataError: there is no such recipe, or its file holds no such line.
+        DataError: There is no such recipe, or its file has no line `question|answer`.
     """
     kind, _, what = name.partition(":")
     if kind == "topic" and what.strip():
@@ -118,12 +118,12 @@ def read_recipe(name: str, split: str) -> Iterator[Raw]:
 
 
 def list_recipes() -> list[str]:
-    """Return the recipes that need nothing typed."""
+    """Return the recipes that need no words or file from the user."""
     return [*(f"topic:{t}" for t in TOPICS), *(f"style:{s}" for s in STYLES), "faq"]
 
 
 def pick_topic(words: set[str], split: str) -> Iterator[Raw]:
-    """Yield the chats of a split in which at least two messages name one of the words."""
+    """Yield the chats of a split in which at least two messages contain one of the words."""
     for turns in read_chats(split):
         hits = sum(1 for _, text in turns if words & {w.lower() for w in WORD.findall(text)})
         if hits >= 2:
@@ -131,7 +131,7 @@ def pick_topic(words: set[str], split: str) -> Iterator[Raw]:
 
 
 def speak_pirate(text: str) -> str:
-    """Return a sentence as a pirate of the films would say it.
+    """Return a sentence as a pirate in a film would say it.
 
     >>> speak_pirate("Hello my friend.")
     'Ahoy me matey. Arr!'
@@ -148,7 +148,7 @@ def speak_pirate(text: str) -> str:
 
 
 def speak_politely(text: str) -> str:
-    """Return a sentence in a butler's manner, with no exclamation marks."""
+    """Return a sentence as a butler would say it, without exclamation marks."""
     calm = text.strip().rstrip("!.")
     return f"If I may say so, {calm[:1].lower() + calm[1:]}{'' if calm.endswith('?') else ', dear guest.'}"
 
@@ -161,20 +161,21 @@ STYLES: dict[str, Callable[[str], str]] = {
 
 
 def ask_questions(lines: Iterator[str] | list[str], name: str, split: str) -> Iterator[Raw]:
-    """Yield each question and answer in several wordings of the question, the wordings mixed over the set.
+    """Yield each answer with several wordings of its question, with the wordings mixed over the set.
 
-    One wording of each question is held out, so that every answer is learned and every answer is tested.
+    One wording of each question is held out, so that every answer is both trained on and evaluated.
     """
     cut = [line.partition("|") for line in lines if "|" in line]
     pairs = dict.fromkeys((question.strip(), answer.strip()) for question, _, answer in cut)
     if not pairs:
         raise DataError(f"{name} holds no line `question|answer`; write some.")
 
-    # A question that is asked twice, with two answers, keeps its number and so the wording held out.
+    # A question with two answers keeps one number, and with it the wording that is held out.
     numbers: dict[str, int] = {}
     for question, _ in pairs:
         numbers.setdefault(question.lower(), len(numbers))
 
+    # A question's wordings follow each other from its number on; the last one is held out.
     shifts = range(len(ASKING) - 1) if split == "train" else [len(ASKING) - 1]
     for shift in shifts:
         for question, answer in pairs:
