@@ -69,20 +69,17 @@ TOP_LEVEL = {
     "LICENSE",
 }
 MAX_DOC_LINES = 12
-MAX_FUNCTION_LINES = 60
+MAX_FUNCTION_LINES = 60  # of code: comments, blank lines and docstrings are free
 # Python's tokens without comments, docstrings and line ends: layout never pays. What was reached plus 3 %;
 # whoever needs more raises it knowingly.
 TOKEN_BUDGET = 230_000
 # Longer than a function should be; each is to be split, and none may grow or join them.
 TOO_LONG = {
-    "cloud.export.fill_in": 77,
-    "cloud.forecast.forecast_bpb": 82,
-    "cli.convert.export_model": 62,
-    "cli.convert.describe_tokenizer": 66,
-    "stages.distill.distill": 61,
-    "checkpoint.registry.open_model": 77,
-    "train.loop.fit": 94,
-    "train.autotune.tune_runtime": 147,
+    "cli.convert.describe_tokenizer": 61,
+    "cloud.export.fill_in": 76,
+    "cloud.forecast.forecast_bpb": 68,
+    "train.autotune.tune_runtime": 122,
+    "train.loop.fit": 73,
 }
 VAGUE = {"utils", "util", "helpers", "helper", "misc", "common", "manager"}
 WRONG_NAMES = {
@@ -257,15 +254,27 @@ def check_torch(module: Module) -> Iterator[str]:
             yield f"line {line}: {module.name} imports batches, and with it torch"
 
 
+def count_code_lines(module: Module, node: Definition) -> int:
+    """Return a function's lines of code: neither its docstring, comments nor blank lines count."""
+    lines = module.text.splitlines()
+    counted = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    doc = node.body[0] if ast.get_docstring(node) else None
+    skipped = range(doc.lineno, (doc.end_lineno or doc.lineno) + 1) if doc else range(0)
+    return sum(
+        n not in skipped and lines[n - 1].strip() != "" and not lines[n - 1].strip().startswith("#")
+        for n in counted
+    )
+
+
 def check_length(module: Module) -> Iterator[str]:
-    """A function fits on a screen."""
+    """A function fits on a screen; what explains it is not counted."""
     for node, _ in module.definitions:
         if isinstance(node, ast.ClassDef):
             continue
-        n_lines = (node.end_lineno or node.lineno) - node.lineno + 1
+        n_lines = count_code_lines(module, node)
         most = TOO_LONG.get(f"{module.name}.{node.name}", MAX_FUNCTION_LINES)
         if n_lines > most:
-            yield f"line {node.lineno}: {node.name} has {n_lines} lines; at most {most}"
+            yield f"line {node.lineno}: {node.name} has {n_lines} lines of code; at most {most}"
 
 
 def check_names(module: Module) -> Iterator[str]:

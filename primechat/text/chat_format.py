@@ -7,13 +7,10 @@ Reference: karpathy/nanochat, nanochat/tokenizer.py, `render_conversation`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from primechat.errors import DataError
-from primechat.protocols import Conversation
-
-if TYPE_CHECKING:
-    from primechat.text.tokenizer import Tokenizer
+from primechat.protocols import ChatTokenizer, Conversation
 
 PARTS = {
     "text": (),
@@ -23,7 +20,7 @@ PARTS = {
 
 
 def render(
-    tokenizer: Tokenizer, conversation: Conversation, max_tokens: int = 2048
+    tokenizer: ChatTokenizer, conversation: Conversation, max_tokens: int = 2048
 ) -> tuple[list[int], list[int]]:
     """Return the ids and the loss mask of a conversation, truncated to `max_tokens`.
 
@@ -64,7 +61,7 @@ def render(
     return ids[:max_tokens], mask[:max_tokens]
 
 
-def render_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
+def render_prompt(tokenizer: ChatTokenizer, conversation: Conversation) -> list[int]:
     """Return the prompt ids for the assistant's next message; an assistant's last message is dropped."""
     messages = read_messages(conversation)
     if messages[-1]["role"] == "assistant":
