@@ -1,7 +1,7 @@
 """primechat: a lab for learning how a small ChatGPT is made.
 
-Hides: which room a public name lives in; each is imported at its first use, so `import primechat` stays fast.
-Reference: PEP 562.
+Hides: which module a public name comes from. Each is imported at its first use, so that `import primechat`
+is fast. Reference: PEP 562.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from primechat.stages.tokenizer import train_tokenizer
     from primechat.text.tokenizer import Tokenizer
 
-_OFFERS = {  # room: its public names
+_OFFERS = {  # module: its public names
     "config": "AutochatConfig DistillConfig EvaluateConfig FinetuneConfig GPTConfig LoRAConfig "
     "PretrainConfig QuickstartConfig SpeedrunConfig TokenizerConfig",
     "infer.engine": "Engine",
@@ -100,7 +100,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     value = getattr(import_module(f"primechat.{_ROOMS[name]}"), name)
-    globals()[name] = value  # the next look-up is a plain one
+    globals()[name] = value  # so that the next access does not come here
     return value
 
 

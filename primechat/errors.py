@@ -1,12 +1,12 @@
-"""The errors that primechat raises for things a user can mend.
+"""Errors that a user can fix.
 
-Every message is one sentence of three parts: the value, the rule, the remedy. The command line prints it
+Every message is one sentence of three parts: the value, the rule and the remedy. The command line prints it
 without a traceback.
 """
 
 
 class PrimechatError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base class of all errors that a user can fix."""
 
 
 class ConfigError(PrimechatError, ValueError):
@@ -14,7 +14,7 @@ class ConfigError(PrimechatError, ValueError):
 
 
 class CheckpointError(PrimechatError):
-    """A checkpoint is missing, incomplete, unsafe or of another kind."""
+    """A checkpoint is missing, incomplete, unsafe or of the wrong kind."""
 
 
 class DataError(PrimechatError):
@@ -22,7 +22,7 @@ class DataError(PrimechatError):
 
 
 class HubError(PrimechatError):
-    """The Hugging Face Hub cannot be reached or refuses."""
+    """The Hugging Face Hub cannot be reached or refuses a request."""
 
 
 class StoppedError(PrimechatError):
@@ -30,5 +30,5 @@ class StoppedError(PrimechatError):
 
 
 def explain_error(error: BaseException) -> str:
-    """Return an error as a page shows it: ours are sentences, others are named."""
+    """Return the text of an error for a page: the message of ours, type and message of any other."""
     return str(error) if isinstance(error, PrimechatError) else f"{type(error).__name__}: {error}"

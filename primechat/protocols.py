@@ -1,6 +1,6 @@
-"""What the engine, the probes and the chat need of any model, ours or foreign.
+"""Interfaces of models and tokenizers that the engine, the probes and the chat rely on.
 
-Hides: which class stands behind a model. Nothing here imports torch at run time.
+Our own models and those of other projects both implement them. Nothing here imports torch at run time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Conversation = dict[str, Any]  # {"messages": [{"role": "user", "content": "..."
 
 
 class Cache(Protocol):
-    """Keys and values of the tokens that a model has read, one row a sequence."""
+    """Keys and values of the tokens that a model has read, one row per sequence."""
 
     @property
     def lengths(self) -> list[int]:
@@ -26,29 +26,29 @@ class Cache(Protocol):
         """Tokens that each row can hold."""
 
     def select(self, rows: Sequence[int]) -> Cache:
-        """Return a cache of the given rows, in that order; a row may be named several times."""
+        """Return a cache of the given rows, in that order; rows may be repeated."""
 
     def keep(self, rows: Sequence[int]) -> Cache:
-        """Return this cache with n of its rows only; of these, a row i < n stands at i."""
+        """Return this cache reduced to n of its rows; those with an index below n keep their index."""
 
     def join(self, others: Sequence[Cache]) -> Cache:
-        """Return one cache holding the rows of this one and of `others`, whatever their lengths."""
+        """Return one cache with the rows of this one and of `others`, whatever their lengths."""
 
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """Integers in, next-token logits out, with a cache."""
+    """A model that maps token ids to next-token logits, with a cache."""
 
     @property
     def vocab_size(self) -> int: ...
 
     @property
     def sequence_len(self) -> int:
-        """Tokens of context the model was trained with."""
+        """Context length in training, in tokens."""
 
     @property
     def max_context(self) -> int:
-        """Most tokens that a cache may hold (for ours, the length of the rotary table)."""
+        """Largest number of tokens that a cache may hold (for ours, the length of the rotary table)."""
 
     @property
     def device(self) -> torch.device: ...
@@ -57,29 +57,29 @@ class LanguageModel(Protocol):
         """Return an empty `Cache` of `batch_size` rows."""
 
     def advance(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Read ids (B, T) int64 into the cache; return float32 logits (B, V) that follow the last one."""
+        """Read ids (B, T) int64 into the cache; return float32 logits (B, V) after the last one."""
 
 
 @runtime_checkable
 class ReadsPadded(Protocol):
-    """A model that reads several prompts of different lengths in one pass."""
+    """A model that can read several prompts of different lengths in one pass."""
 
     def read_padded(self, ids: torch.Tensor, counts: list[int], cache: Any) -> torch.Tensor:
-        """Read of each row of ids (B, T) its first `counts` into an empty cache; return logits (B, V)."""
+        """Read the first counts[i] of row i of ids (B, T) into an empty cache; return logits (B, V)."""
 
 
 class Hook(Protocol):
-    """What a forward pass calls with each named tensor; the pass goes on with what it returns."""
+    """A function that a forward pass calls with each named tensor; its result replaces the tensor."""
 
     def wants(self, point: str) -> bool:
-        """Return whether a point that costs extra work is wanted: the attention weights."""
+        """Return whether a point that costs extra work is needed, such as the attention weights."""
 
     def __call__(self, point: str, x: torch.Tensor, /) -> torch.Tensor: ...
 
 
 @runtime_checkable
 class ChatTokenizer(Protocol):
-    """Text to integers and back, and conversations to prompts."""
+    """A tokenizer that can also render a conversation as a prompt."""
 
     @property
     def vocab_size(self) -> int: ...

@@ -1,8 +1,9 @@
-"""Seeds that are drawn from seeds: one independent stream of random numbers for each place that needs one.
+"""Seeds derived from seeds: an independent stream of random numbers for each place that needs one.
 
-A sum such as `seed + row` will not do: row 1 of seed 0 would draw the same numbers as row 0 of seed 1. A hash
-of the seed and the place has no such pattern, and two of a million places share one of its 63 bits' values
-with a probability of one in ten million. Reference: numpy's SeedSequence, which hashes for the same reason.
+A sum such as `seed + row` does not work: row 1 of seed 0 would draw the same numbers as row 0 of seed 1. A
+hash of the seed and the place has no such pattern. It has 63 bits, so the probability that any two of a
+million places share a value is about one in ten million.
+Reference: numpy's SeedSequence, which hashes for the same reason.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import hashlib
 
 
 def derive_seed(seed: int, *place: int | str) -> int:
-    """Return the seed of one place: a number of 63 bits that looks unrelated to that of any other place.
+    """Return the seed of one place: a 63-bit number that looks unrelated to the seed of any other place.
 
-    torch's CPU generator reads only the low 32 bits of a seed, so thousands of streams are to be opened by
-    numpy, whose generators read all of them (`primechat.infer.sampling.draw_floats`).
+    torch's CPU generator uses only the low 32 bits of a seed. Where thousands of streams are needed, use
+    numpy, whose generators use all of them (`primechat.infer.sampling.draw_floats`).
 
     Args:
-        seed: any whole number.
-        place: what tells this use from others: a purpose by name, numbers of rows, turns or steps.
+        seed: any integer.
+        place: what distinguishes this use from others: a name, and indices of rows, turns or steps.
 
     >>> derive_seed(0, "row", 1) != derive_seed(1, "row", 0)
     True
@@ -29,7 +30,7 @@ def derive_seed(seed: int, *place: int | str) -> int:
 
 
 def fold_seed(seed: int) -> int:
-    """Return a seed that torch's CPU generator tells from others: one below 2**32 as it is, else a hash.
+    """Return a seed below 2**32 for torch's CPU generator: the seed itself if it fits, else a hash.
 
     >>> fold_seed(7), fold_seed(7 + 2**32) != 7
     (7, True)

@@ -1,1 +1,1 @@
-"""A chat with a model: a tree of messages and a session; the terminal and the page are skins of it."""
+"""Chat with a model: a tree of messages and a session, with a terminal and a page as front ends."""

@@ -1,9 +1,9 @@
-"""A conversation that a page shows: a tree of messages, the model behind it, and a thread that writes.
+"""The conversation behind a chat page: a tree of messages, the models, and a thread that writes replies.
 
-Hides: time. What the page asks for is answered at once; replies are written on a worker thread that reports
-by `push`, and `stop` is heard within one token. Each session has its own tree and settings, so people on one
-server do not see each other; only models are shared, and nothing here changes them.
-Reference: primechat.views.widgets.chat, the page; primechat.infer.engine.
+Every request of the page is answered at once. Replies are written on a worker thread that reports through
+`push`, and `stop` takes effect within one token. Each session has its own tree and settings, so that people
+on one server do not see each other; only models are shared, and nothing here changes them.
+Reference: primechat.views.widgets.chat (the page), primechat.infer.engine.
 """
 
 from __future__ import annotations
@@ -34,24 +34,26 @@ from primechat.seeds import derive_seed
 if TYPE_CHECKING:
     from primechat.infer.reply import Reply
 
-Opener = Callable[
-    [str], tuple[Any, Any, dict[str, Any]]
-]  # identifier -> model, tokenizer, metadata
-Push = Callable[[dict[str, Any]], bool]  # to the page; False once nobody listens any more
+# identifier -> model, tokenizer, metadata
+Opener = Callable[[str], tuple[Any, Any, dict[str, Any]]]
+# message to the page -> whether the page is still there
+Push = Callable[[dict[str, Any]], bool]
 
 MAX_COMPARED = 4
 N_ALTERNATIVES = 8
-FLUSH_S = 0.04  # between two reports of a reply: 25 a second are smooth
+FLUSH_S = 0.04  # between two reports of a reply: 25 per second look smooth
 logger = logging.getLogger(__name__)
 
 
 class ChatSession:
-    """What one page talks to.
+    """The server side of one chat page.
 
     Args:
         push: sends a message to the page; returns False once the page is gone.
-        opener: opens a model by its identifier; it is called on the worker thread.
-        find_models: returns [{"identifier", "about", "by_product"}] of the models that can be chosen.
+        opener: opens a model by its identifier; called on the worker thread.
+        find_models: returns [{"identifier", "about", "by_product"}], the models that can be chosen.
+        model: identifier of the model to begin with.
+        settings: sampling settings and system message to begin with.
     """
 
     def __init__(
@@ -66,19 +68,23 @@ class ChatSession:
         self.settings = settings or ChatSettings()
         self._nodes: dict[int, Message] = {}
         self._worker: threading.Thread | None = None
-        self._advice: dict[str, Advice] = {}  # of the models that have been opened
-        self.busy = False  # a reply is being written
+        self._advice: dict[str, Advice] = {}  # by model, for those that have been opened
+        self.busy = False  # True while a reply is being written
         self._cancel = threading.Event()
         self.talks = [Talk(self._add(None, "root"), [model], self.settings.system or None)]
         self.at = 0
 
-    # what the page asks for; each returns its answer
+    # Requests of the page; each returns its answer.
 
     def act(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
-        """Do what the page asks for.
+        """Carry out a request of the page and return the answer.
+
+        Args:
+            name: name of the request.
+            given: its arguments.
 
         Raises:
-            PrimechatError: it cannot be done; a sentence for the reader.
+            PrimechatError: the request cannot be carried out; its text is for the reader.
         """
         acts: dict[str, Callable[..., dict[str, Any] | None]] = {
             "ready": self.show_all,
@@ -103,35 +109,35 @@ class ChatSession:
 
     @property
     def talk(self) -> Talk:
-        """The conversation that is shown."""
+        """The conversation on display."""
         return self.talks[self.at]
 
     def show_all(self) -> dict[str, Any]:
-        """Return everything that the page shows, and open the model meanwhile."""
+        """Return everything that the page shows, and start opening the model in the background."""
         if not self.busy:
             self._start([])
         return self.show_first()
 
     def show_first(self) -> dict[str, Any]:
-        """Return what `show_all` does, and open nothing yet."""
+        """Return everything that the page shows, without opening the model yet."""
         return {**self._draw(), "models": self.find_models()}
 
     def send(self, text: str) -> None:
-        """Add the reader's message and let the chosen models answer."""
+        """Add the reader's message and have the chosen models answer it."""
         self._refuse_busy()
         if not text.strip():
             raise ConfigError("The message is empty; write something.")
+
+        # A message that got no reply, perhaps because it was too long, is replaced by the new one.
         last = [self.talk.root, *self.talk.walk()][-1]
         asked = last.parent or last
         last = asked if all(x.state == "failed" and not x.content for x in asked.children) else last
-        if (
-            last.role == "user"
-        ):  # no reply came, as it may be too long: the new text takes its place
+        if last.role == "user":
             last = last.parent or self.talk.root
         self._ask(self._add(last, "user", text))
 
     def edit(self, id: int, text: str) -> None:
-        """Put another message beside one of the reader's, and let it be answered."""
+        """Add a new version of one of the reader's messages and have it answered."""
         self._refuse_busy()
         node = self._find(id, "user")
         if not text.strip():
@@ -139,20 +145,20 @@ class ChatSession:
         self._ask(self._add(node.parent, "user", text))
 
     def regenerate(self, id: int) -> None:
-        """Let the model answer once more, from other random numbers, beside a reply that is there."""
+        """Generate another reply to the same message, with different random numbers."""
         self._refuse_busy()
         node = self._find(id, "assistant")
         self._start([self._add(node.parent, "assistant", model=self.talk.chosen[0])])
 
     def go_on(self, id: int) -> None:
-        """Let the model write on where a reply ended."""
+        """Have the model continue a reply from where it ended."""
         self._refuse_busy()
         node = self._find(id, "assistant")
         node.state = "waiting"
         self._start([node], keep=len(node.tokens))
 
     def branch(self, id: int, index: int, token: int) -> None:
-        """Write a reply anew from its token `index` on, which becomes `token`."""
+        """Generate a new version of a reply from token `index` on, with that token replaced by `token`."""
         self._refuse_busy()
         node = self._find(id, "assistant")
         measured = self._measure(node, index)
@@ -170,7 +176,7 @@ class ChatSession:
         self._start([new], keep=index + 1)
 
     def list_alternatives(self, id: int, index: int) -> dict[str, Any]:
-        """Return what the model could have written at a token, with probabilities."""
+        """Return the alternatives to a token with their probabilities."""
         node = self._find(id, "assistant")
         measured = self._measure(node, index)
         _, tokenizer, _ = self.opener(node.model)
@@ -190,18 +196,18 @@ class ChatSession:
         }
 
     def choose(self, id: int) -> dict[str, Any]:
-        """Show the branch of a message."""
+        """Show the branch that contains a message."""
         node = self._find(id)
         assert node.parent, "only the root has none"
         node.parent.pick = node.parent.children.index(node)
         return self._draw()
 
     def stop(self) -> None:
-        """Stop within one token; the text stays."""
+        """Stop within one token; the text so far is kept."""
         self._cancel.set()
 
     def choose_models(self, chosen: Sequence[str]) -> dict[str, Any]:
-        """Talk to other models from the next message on; several answer side by side."""
+        """Set which models answer from the next message on; several answer side by side."""
         names = list(dict.fromkeys(map(str, chosen)))
         if not 1 <= len(names) <= MAX_COMPARED:
             raise ConfigError(f"{len(names)} models are chosen; 1 to {MAX_COMPARED} can answer.")
@@ -211,9 +217,9 @@ class ChatSession:
         return self._describe()
 
     def change(self, **values: Any) -> dict[str, Any]:
-        """Change settings; replies from the next on follow them.
+        """Change settings; they apply from the next reply on.
 
-        The system message is that of the conversation that is shown; the others keep theirs.
+        The system message is changed for the conversation on display; the others keep theirs.
         """
         self.settings = ChatSettings(**{**asdict(self.settings), **values})
         if values.get("system", self.talk.told) != self.talk.told:
@@ -221,7 +227,7 @@ class ChatSession:
         return self._describe()
 
     def begin(self) -> dict[str, Any]:
-        """Begin a new conversation; the others stay."""
+        """Start a new conversation; the others are kept."""
         self._refuse_busy()
         if self.talk.root.children:
             root = self._add(None, "root")
@@ -236,14 +242,14 @@ class ChatSession:
         return self._draw()
 
     def save(self) -> dict[str, Any]:
-        """Return the session as JSON lines for finetune, one conversation each, the branch that is shown."""
+        """Return the session as JSON lines for finetune: the visible branch of each conversation."""
         lines = write_jsonl(self.talks)
         if not lines:
             raise ConfigError("Nothing has been said yet; write a message first.")
         return {"text": "\n".join(lines) + "\n", "name": "conversations.jsonl", "count": len(lines)}
 
     def load(self, text: str) -> dict[str, Any]:
-        """Add conversations from JSON lines, each as it was saved, and show the first of them."""
+        """Add conversations from JSON lines as they were saved, and show the first of them."""
         self._refuse_busy()
         found = read_jsonl(text)
         at, chosen = len(self.talks), list(self.talk.chosen)
@@ -255,13 +261,15 @@ class ChatSession:
                     talk.system = message["content"]
                 else:
                     node = self._add(node, message["role"], message["content"])
-                    node.state = "done"  # also an empty reply
+                    node.state = "done"  # even if the reply is empty
             self.talks.append(talk)
+
+        # An untouched first conversation is dropped.
         self.talks = self.talks[at if not self.talk.root.children and at == 1 else 0 :]
         self.at = len(self.talks) - len(found)
         return self._draw()
 
-    # the tree
+    # The tree.
 
     def _add(
         self, parent: Message | None, role: str, content: Any = "", model: str = ""
@@ -291,7 +299,7 @@ class ChatSession:
         return node.measures[index]
 
     def _draw(self) -> dict[str, Any]:
-        """Return what the page draws: the branch, and the replies beside those of it."""
+        """Return what the page draws: the visible branch and the replies beside it."""
         nodes = []
         for node in self.talk.walk():
             nodes += [node, *(self._nodes[id] for id in node.beside if id != node.id)]
@@ -309,7 +317,7 @@ class ChatSession:
         }
 
     def _ask(self, asked: Message) -> None:
-        """Make an empty reply of each chosen model below a message, and have them written."""
+        """Add an empty reply by each chosen model below a message, and have the replies written."""
         replies = [self._add(asked, "assistant", model=name) for name in self.talk.chosen]
         if len(replies) > 1:
             for reply in replies:
@@ -317,14 +325,14 @@ class ChatSession:
         asked.pick = 0
         self._start(replies)
 
-    # the worker
+    # The worker.
 
     def _refuse_busy(self) -> None:
         if self.busy:
             raise ConfigError("A reply is being written; stop it first.")
 
     def _start(self, replies: list[Message], keep: int = 0) -> None:
-        """Write replies on a thread; `keep` tokens of each stand already. Without any, open the models."""
+        """Write replies on a thread, keeping the first `keep` tokens; without replies, open the models."""
         before = self._worker
         self.busy, self._cancel = bool(replies), threading.Event()
         self._worker = threading.Thread(
@@ -333,7 +341,8 @@ class ChatSession:
         self._worker.start()
 
     def _work(self, replies: list[Message], keep: int, before: threading.Thread | None) -> None:
-        if replies:  # seen at once, also where a model is being opened
+        # Show the question at once, even if a model is still being opened.
+        if replies:
             asked = [node for node in [replies[0].parent] if node and node.role != "root"]
             self._tell(
                 kind="update",
@@ -342,20 +351,24 @@ class ChatSession:
             )
         if before is not None:
             before.join()
-        for name in () if replies else self.talk.chosen:  # before they are needed
+
+        # Open the chosen models before they are needed.
+        for name in () if replies else self.talk.chosen:
             if self._worker is not threading.current_thread():
-                break  # a question came: of these models it waits for those alone that are being opened
+                break  # a question has come, which opens the models that it needs
             try:
                 self._open(name)
-            except Exception as error:  # told again where it is used
+            except Exception as error:  # shown again when the model is used
                 self._tell(kind="status", text=explain_error(error), fault=True)
+
+        # Write the replies.
         for node in replies:
             if self._cancel.is_set():
                 node.state, node.note = "stopped", "Stopped before its first token."
             else:
                 try:
                     self._write(node, keep)
-                except Exception as error:  # of any model: the page says it, the notebook lives on
+                except Exception as error:  # shown on the page; the notebook must survive it
                     logger.debug("a reply failed", exc_info=True)
                     node.state, node.note = "failed", explain_error(error)
             self._tell(kind="update", nodes=[node.view()])
@@ -369,12 +382,11 @@ class ChatSession:
             self._tell(
                 kind="status", text=f"Opening {model}{', some ten seconds' * ('hf:' in model)} …"
             )
-        opened = self.opener(
-            set_dial(model, self.settings.alpha)
-        )  # it chooses the threads of this thread
+        # The opener also sets how many threads PyTorch uses on this thread.
+        opened = self.opener(set_dial(model, self.settings.alpha))
         self._advice[model] = opened[2].get("sampling") or ({}, "")
         if is_new:
-            self._tell(kind="update", nodes=[], advice=self._advice)  # takes the line away too
+            self._tell(kind="update", nodes=[], advice=self._advice)  # also clears the status line
         return opened
 
     def _write(self, node: Message, keep: int) -> None:
@@ -383,11 +395,15 @@ class ChatSession:
         model, tokenizer, meta = self._open(node.model)
         node.is_base = is_base({"identifier": node.model, **meta})
         engine = Engine(model, tokenizer)
+
+        # The tokens that the reply begins with.
         prefix = node.tokens[:keep]
         while prefix and prefix[-1] in tokenizer.stop_ids:
             prefix.pop()
         if not node.tokens and node.content and keep == 0 and node.state == "waiting":
-            prefix = tokenizer.encode(node.text)  # a loaded reply goes on from its text
+            prefix = tokenizer.encode(node.text)  # a loaded reply is continued from its text
+
+        # Write, and report a few times per second; stop if the page is gone.
         seed, take = self._pick_seed(node, len(prefix))
         options = self.settings.fit(self._advice[node.model], seed, self._cancel)
         reply = engine.reply(self._render(node, tokenizer), prefix, N_ALTERNATIVES, **options)
@@ -403,6 +419,8 @@ class ChatSession:
                 ):
                     self._cancel.set()
                 sent, t_flush = len(reply.pieces), time.perf_counter()
+
+        # Store the reply.
         node.tokens, node.pieces = [*prefix, *reply.tokens], list(reply.pieces)
         node.measures, node.content = (
             merge_measures(measured, reply, begun),
@@ -420,7 +438,7 @@ class ChatSession:
         }
 
     def _list_above(self, node: Message) -> list[Message]:
-        """Return the messages of the branch above one, first to last."""
+        """Return the messages above a node on its branch, first to last."""
         above: list[Message] = []
         asked = node.parent
         while asked is not None and asked.role != "root":
@@ -429,10 +447,10 @@ class ChatSession:
         return above
 
     def _pick_seed(self, node: Message, written: int) -> tuple[int, int]:
-        """Return the seed of a reply, and how many replies to the same message there were before it.
+        """Return the seed of a reply, and how many earlier replies there are to the same message.
 
-        Each place in a conversation has a stream of its own, but replies that are asked for side by side
-        share theirs: they are compared.
+        Each place in a conversation has its own random stream, but replies generated side by side share one,
+        because they are compared.
         """
         take = node.parent.children.index(node) if node.parent and not node.beside else 0
         depth = len(self._list_above(node)) // 2
@@ -441,7 +459,7 @@ class ChatSession:
         return (derive_seed(seed, "reply", *place) if any(place) else seed), take
 
     def _render(self, node: Message, tokenizer: Any) -> list[int]:
-        """Return the ids before a reply: the branch above it as a chat, or as plain text for a base model."""
+        """Return the prompt ids of a reply: the branch above it as a chat, or as text for a base model."""
         above = self._list_above(node)
         if node.is_base:
             return [tokenizer.bos_id, *tokenizer.encode("".join(message.text for message in above))]
@@ -456,12 +474,12 @@ class ChatSession:
 
 
 def merge_measures(before: list[Token], reply: Reply, begun: int) -> list[Token]:
-    """Return the measures of a reply's tokens after those of its first `begun` ones, if these are known."""
+    """Return the measures of all tokens of a reply, or [] if those of the first `begun` are unknown."""
     return [*before, *reply.measures] if len(before) == begun else []
 
 
 def set_dial(identifier: str, alpha: float) -> str:
-    """Return an identifier with its adapters, if it has any, at a strength.
+    """Return an identifier with its adapters, if any, set to strength `alpha`.
 
     >>> set_dial("lora:pirate*2+sft/d4", 0.5), set_dial("sft/d4", 0.5), set_dial("lora:pirate+sft", 1.0)
     ('lora:pirate*0.5+sft/d4', 'sft/d4', 'lora:pirate+sft')
@@ -477,8 +495,13 @@ def open_chat(
     height: str = "74vh",
     opener: Opener | None = None,
 ) -> Any:
-    """Return a chat page with a session of its own; without a model it begins with that of `choose_talker`,
-    without an opener it shares what other cells of the process have opened.
+    """Return a chat page with a session of its own.
+
+    Args:
+        model: identifier of the model to begin with; "" takes that of `choose_talker`.
+        settings: sampling settings and system message to begin with.
+        height: CSS height of the page.
+        opener: opens a model; None shares the models that other cells of the process have opened.
     """
     from primechat.chat.terminal import choose_talker
     from primechat.labkit.lab import borrow_model, find_models
@@ -489,8 +512,7 @@ def open_chat(
     session = ChatSession(
         lambda said: view.push(said), opener or borrow_model, find_models, name, settings
     )
-    first = (
-        session.show_all() if in_notebook() else session.show_first()
-    )  # a notebook's page comes soon
+    # In a notebook the page appears soon, so the model is opened now.
+    first = session.show_all() if in_notebook() else session.show_first()
     view = ChatView(session.act, height=height, first={**first, "note": why})
     return view

@@ -1,8 +1,8 @@
-"""Talk to a model in the terminal, or through a pipe.
+"""Chat with a model in the terminal, or through a pipe.
 
-Hides: the terminal. A reply is written as it comes; Ctrl-C sets the engine's `cancel` during a reply and
-clears the line at the prompt. A model's text is never interpreted: no markup, no control characters. In a
-pipe only replies go to stdout; what was asked, and all else, to stderr.
+A reply is written as it is generated. Ctrl-C sets the engine's `cancel` during a reply and clears the line at
+the prompt. A model's text is never interpreted: no markup, no control characters. In a pipe, only replies go
+to stdout; questions and everything else go to stderr.
 Reference: nanochat's chat_cli.
 """
 
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 Opener = Callable[[str], "tuple[LanguageModel, ChatTokenizer, dict[str, Any]]"]
 
-CLEARLY_WORSE = 1.05  # times the bits per byte; a short run scores only a part of the text
+CLEARLY_WORSE = (
+    1.05  # ratio of bits per byte; leaves a margin, as a short run scores only part of the text
+)
 LEAVE = ("quit", "exit")
 LEAVING = "Ctrl-D or /quit leaves."
 
@@ -70,7 +72,7 @@ class ChatConfig:
 
     @property
     def settings(self) -> ChatSettings:
-        """The same as a chat page has them."""
+        """The sampling settings in the form that a chat page uses."""
         given: Any = {name: x for name in SAMPLING if (x := getattr(self, name)) is not None}
         return ChatSettings(
             **given, max_new_tokens=self.max_new_tokens, seed=self.seed, chosen=tuple(given)
@@ -85,8 +87,14 @@ def run_chat(
     stdout: TextIO | None = None,
     stderr: TextIO | None = None,
 ) -> int:
-    """Chat until the reader leaves, by the process's own streams where none are given; an opener takes an
-    identifier and returns model, tokenizer and metadata, None is registry.open_model.
+    """Chat until the user leaves, and return the exit code.
+
+    Args:
+        config: model, device and sampling settings.
+        opener: takes an identifier and returns model, tokenizer and metadata; None is registry.open_model.
+        stdin: stream to read from; None is that of the process, as for `stdout` and `stderr`.
+        stdout: stream for replies.
+        stderr: stream for everything else in a pipe.
 
     Raises:
         PrimechatError: the first model cannot be opened.
@@ -108,25 +116,30 @@ def run_chat(
 
 
 def choose_talker() -> tuple[str, str]:
-    """Return the model that a chat begins with, and why it is not the reader's own, empty where it is.
+    """Return the model that a chat starts with, and why it is not the user's own ("" if it is).
 
-    One's own newest chat model, unless its recorded bits per byte say that the one that ships is clearly
-    better, which they can only where both were measured on the replies of the same dialogues (whatever the
-    tokenizers), or there is only a base model.
+    It is the user's newest chat model, unless there is only a base model or the shipped model is clearly
+    better. The latter is decided by the recorded bits per byte, and only if both were measured on the replies
+    of the same dialogues; the tokenizers may differ.
     """
     from primechat.checkpoint import registry
 
+    # The user's model is the shipped one, or nothing ships.
     name, shipped = registry.choose_model(), "shipped/sft"
     entries = registry.list_models()
     ready = next((entry for entry in entries if entry.identifier == shipped), None)
     if name.shipped or ready is None:
         return str(name), ""
+
+    # The user has only a base model.
     folder, full = registry.locate_model(name)
     if name.family == "base":
         return (
             shipped,
             f"{shipped} answers: your {full} has not learned to chat; it is in the list too.",
         )
+
+    # The shipped model is clearly better on the same replies.
     own = next((entry for entry in entries if entry.path == str(folder)), None)
     if own and own.val_bpb and ready.val_bpb and own.val_bpb > CLEARLY_WORSE * ready.val_bpb:
         text = read_dialogues(ready)
@@ -138,7 +151,7 @@ def choose_talker() -> tuple[str, str]:
 
 
 def read_dialogues(entry: ModelEntry) -> tuple[str, str] | None:
-    """Return which dialogues a model's recorded bits per byte are of, and which turns; None if unrecorded."""
+    """Return the dialogues and turns that a model's bits per byte were measured on; None if unrecorded."""
     from primechat.checkpoint.checkpoint import read_meta
 
     settings = read_meta(Path(entry.path), max(entry.steps)).get("user_config")
@@ -148,7 +161,7 @@ def read_dialogues(entry: ModelEntry) -> tuple[str, str] | None:
 
 
 def build_opener(config: ChatConfig) -> Opener:
-    """Return the opener of models on this disk; the tokenizer's folder goes with the first model only."""
+    """Return a function that opens models on disk; `config.tokenizer` applies to the first model only."""
 
     def open_named(identifier: str) -> tuple[LanguageModel, ChatTokenizer, dict[str, Any]]:
         import torch
@@ -156,7 +169,7 @@ def build_opener(config: ChatConfig) -> Opener:
         from primechat.checkpoint.registry import open_model
 
         device = config.device
-        if device == "auto":  # mps on request only
+        if device == "auto":  # mps is used only on request
             device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = config.tokenizer if identifier == config.model else ""
         view = ProgressView(sys.stderr)
@@ -168,14 +181,14 @@ def build_opener(config: ChatConfig) -> Opener:
 
 
 class ChatTalk:
-    """One session: a model, a conversation, and the commands."""
+    """A chat in the terminal: a model, a conversation, and the commands."""
 
     def __init__(
         self, config: ChatConfig, opener: Opener, stdin: TextIO, stdout: TextIO, stderr: TextIO
     ) -> None:
         from rich.console import Console
 
-        set_errors(stdin, "replace")  # no text ends the program, whatever the locale
+        set_errors(stdin, "replace")  # so that no text ends the program, whatever the locale
         set_errors(stdout, ERRORS)
         set_errors(stderr, ERRORS)
         self.config, self.opener, self.stdin, self.stdout = config, opener, stdin, stdout
@@ -191,7 +204,7 @@ class ChatTalk:
         self.identifier, self.is_base = "", False
 
     def say(self, text: str) -> None:
-        """Print a sentence of the program's own."""
+        """Print a message of the program, as opposed to the model."""
         self.console.print(clean_text(text), style="dim", soft_wrap=True)
 
     @contextmanager
@@ -213,16 +226,19 @@ class ChatTalk:
             signal.signal(signal.SIGINT, before)
 
     def open(self, identifier: str) -> None:
-        """Open a model; the conversation stays."""
+        """Open a model; the conversation is kept."""
         from primechat.infer.cpu import settle_threads
         from primechat.infer.engine import Engine
 
+        # Open it.
         model, tokenizer, meta = self.opener(identifier)
         settle_threads(model)
         self.engine, self.identifier = (
             Engine(model, tokenizer),
             str(meta.get("identifier", identifier)),
         )
+
+        # Say which model it is and how it is sampled.
         for reason in meta.get("skipped", ()):
             self.say(str(reason))
         self.is_base = is_base({"identifier": identifier, **meta})
@@ -245,7 +261,7 @@ class ChatTalk:
         """Read lines until the end of input or /quit."""
         if self.interactive:
             with suppress(ImportError):
-                import readline  # noqa: F401 - input() edits lines with it
+                import readline  # noqa: F401 - lets input() edit lines
         while True:
             try:
                 line = self.read_line()
@@ -260,7 +276,7 @@ class ChatTalk:
                 self.say(str(error))
 
     def read_line(self) -> str | None:
-        """Return the next line without white space around it, None at the end of input."""
+        """Return the next line, stripped, or None at the end of input."""
         if not self.interactive:
             line = self.stdin.readline()
             if line.strip():
@@ -273,14 +289,13 @@ class ChatTalk:
             return None
 
     def take(self, line: str) -> bool:
-        """Answer a line or obey a command; return False to leave."""
+        """Answer a line or carry out a command; return False to leave."""
         if not line.startswith("/"):
             self.answer(line)
             return True
         name, _, rest = line[1:].partition(" ")
-        name = {"temperature": "temp", "models": "model"}.get(
-            name, name
-        )  # as flag and verb are called
+        # The names of the flag and of the verb work too.
+        name = {"temperature": "temp", "models": "model"}.get(name, name)
         if name in COMMANDS:
             COMMANDS[name][0](self, rest.strip())
         elif name not in LEAVE:
@@ -288,13 +303,18 @@ class ChatTalk:
         return name not in LEAVE
 
     def answer(self, text: str, before: list[dict[str, str]] | None = None) -> None:
-        """Write the model's reply to a text, after all or only some messages; an interrupted one counts as
-        far as it got.
+        """Write the model's reply to a text and add both to the conversation.
+
+        A reply that is interrupted is kept as far as it got.
+
+        Args:
+            text: the user's message.
+            before: messages before it; None takes the whole conversation.
         """
         said = {"role": "user", "content": text}
         self.cancel = threading.Event()
         seed = self.settings.seed
-        if self.replies:  # the first reply has the seed itself, each later one a stream of its own
+        if self.replies:  # the first reply uses the seed itself, each later one its own stream
             seed = derive_seed(seed, "reply", self.replies)
         options = self.settings.fit(self.advice, seed, self.cancel)
         try:
@@ -313,7 +333,8 @@ class ChatTalk:
             self.messages = [*messages, reply.message]
 
     def write(self, reply: Reply) -> None:
-        """Write a reply as it comes, then why it ended and its figures."""
+        """Write a reply as it is generated, then why it ended and its figures."""
+        # The text.
         if self.stdout.isatty():
             self.stdout.write("bot> ")
         try:
@@ -323,6 +344,8 @@ class ChatTalk:
         finally:
             self.stdout.write("\n")
             self.stdout.flush()
+
+        # Why it ended, if not by itself.
         stats, engine = reply.stats, self.engine
         used, trained = stats.prompt_tokens + stats.new_tokens, engine.model.sequence_len
         ends = {
@@ -332,6 +355,8 @@ class ChatTalk:
         }
         if stats.stop_reason in ends and not (self.is_base and stats.stop_reason == "length"):
             self.say(ends[stats.stop_reason])
+
+        # Speed, and a warning if the conversation exceeds the trained context.
         if self.show_stats:
             self.say(
                 f"{stats.new_tokens} tokens, {stats.decode_tok_s:,.0f} tokens/s, the first after "
@@ -343,10 +368,10 @@ class ChatTalk:
                 f"The talk is longer than the {trained} tokens of its training; /clear begins anew."
             )
 
-    # the commands, each with what follows its name
+    # The commands; each receives the text after its name.
 
     def switch_model(self, name: str) -> None:
-        """Open another model."""
+        """Open another model, or list the models if no name is given."""
         if name:
             self.open(name)
         else:
@@ -357,10 +382,10 @@ class ChatTalk:
             self.say(f"This is {self.identifier}. After /model can stand: {names}.")
 
     def set_temperature(self, value: str) -> None:
-        """Set or tell the temperature."""
+        """Set the temperature if a value is given, and print the current one."""
         if value:
             wish: Any = value
-            with suppress(ValueError):  # what is no number is refused by the settings
+            with suppress(ValueError):  # the settings refuse what is not a number
                 wish = float(value)
             chosen = (*self.settings.chosen, "temperature")
             self.settings = replace(self.settings, temperature=wish, chosen=chosen)
@@ -368,18 +393,18 @@ class ChatTalk:
         self.say(f"The temperature is {now['temperature']:g}.")
 
     def answer_again(self, _: str) -> None:
-        """Answer the last message anew, with other random numbers."""
+        """Answer the last message again, with different random numbers."""
         if not self.messages:
             raise ConfigError("/again needs a message that was answered; type one first.")
         self.answer(self.messages[-2]["content"], self.messages[:-2])
 
     def toggle_stats(self, _: str) -> None:
-        """Show the figures of each reply, or no longer."""
+        """Turn the figures after each reply on or off."""
         self.show_stats = not self.show_stats
         self.say(f"Figures after each reply: {'on' if self.show_stats else 'off'}.")
 
     def save(self, name: str) -> None:
-        """Write the conversation to a file that finetune reads; only this session's own are overwritten."""
+        """Write the conversation to a file for finetune; only files saved by this chat are overwritten."""
         if not name or not self.messages:
             raise ConfigError(
                 "/save needs a file name and something said before; try /save talk.jsonl."

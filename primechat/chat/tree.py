@@ -1,8 +1,8 @@
-"""The conversations of a chat page: a tree of messages each, and its form as JSON lines.
+"""The conversations of a chat page: each a tree of messages, which can be written as JSON lines.
 
-Hides: which branch is shown. Editing, answering anew and branching add a message beside another; nothing that
-was said is lost, and each message remembers which of its answers the conversation goes on with.
-Reference: primechat.text.chat_format, whose rules a saved conversation keeps.
+Editing, regenerating and branching add a message beside an existing one, so that nothing is lost. Each
+message remembers which of its replies is on the visible branch.
+Reference: primechat.text.chat_format, whose rules a saved conversation follows.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from primechat.events import Token
 from primechat.files.paths import parse_json
 from primechat.text.chat_format import read_messages
 
-Advice = tuple[
-    dict[str, float], str
-]  # how to sample by a model's makers' word, and where they say so
+# Sampling settings recommended by a model's authors, and the source of the recommendation.
+Advice = tuple[dict[str, float], str]
 KINDS = {"text": 0, "python": 1, "python_output": 2, "mark": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatSettings:
-    """How replies are sampled, and what the model is told before the first message."""
+    """Sampling settings of replies, and the system message."""
 
     system: str = ""
     temperature: float = 0.8
@@ -36,8 +35,8 @@ class ChatSettings:
     repetition_penalty: float = 1.0
     max_new_tokens: int = 256
     seed: int = 0
-    alpha: float = 1.0  # strength of an adapter, where the model has one
-    chosen: Sequence[str] = ()  # those of SAMPLING that the reader chose: there no advice is heeded
+    alpha: float = 1.0  # strength of the adapter, if the model has one
+    chosen: Sequence[str] = ()  # names in SAMPLING set by the reader, which override the advice
 
     def __post_init__(self) -> None:
         if not isinstance(self.system, str):
@@ -46,27 +45,26 @@ class ChatSettings:
         check_number("alpha", self.alpha, low=0, high=100)
 
     def fit(self, advice: Advice, seed: int, cancel: threading.Event) -> dict[str, Any]:
-        """Return them as the engine takes them, for a model whose makers advise how to sample."""
+        """Return the options of the engine, where a model's advice fills in what the reader did not set."""
         heeded: Any = {name: x for name, x in advice[0].items() if name not in self.chosen}
         drawn: Any = {name: getattr(self, name) for name in (*SAMPLING, "max_new_tokens")} | heeded
         return {**drawn, "top_k": drawn["top_k"] or None, "seed": seed, "cancel": cancel}
 
 
 def is_base(meta: dict[str, Any]) -> bool:
-    """Tell whether a model goes on with text and knows no questions or answers, by its metadata.
+    """Return whether a model is a base model, which continues text and cannot chat, by its metadata.
 
     >>> is_base({"identifier": "lora:x+shipped/base"}), is_base({"identifier": "hf:gpt2", "chat": False})
     (True, True)
     """
     name = str(meta["identifier"]).rpartition("+")[2].removeprefix("shipped/")
-    return not meta.get(
-        "chat", not name.startswith("base")
-    )  # another project's tells of its template
+    # A model from another project has "chat" in its metadata, depending on its chat template.
+    return not meta.get("chat", not name.startswith("base"))
 
 
 @dataclass(eq=False, kw_only=True)
 class Message:
-    """A message in the tree; of its `children`, the conversation goes on with the one at `pick`."""
+    """A message in the tree; the visible branch continues with `children[pick]`."""
 
     id: int
     role: str
@@ -74,7 +72,7 @@ class Message:
     parent: Message | None = None
     children: list[Message] = field(default_factory=list)
     pick: int = 0
-    beside: list[int] = field(default_factory=list)  # the replies that were asked for side by side
+    beside: list[int] = field(default_factory=list)  # ids of replies generated side by side
     model: str = ""
     is_base: bool = False
     tokens: list[int] = field(default_factory=list)
@@ -86,13 +84,13 @@ class Message:
 
     @property
     def text(self) -> str:
-        """What a reader sees of it."""
+        """The visible text."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part["text"] for part in self.content)
 
     def view(self) -> dict[str, Any]:
-        """Return what the page draws."""
+        """Return the message in the form that the page draws."""
         same = [child.id for child in self.parent.children] if self.parent else [self.id]
         written = (
             []
@@ -114,7 +112,7 @@ class Message:
         }
 
     def list_tokens(self, start: int) -> list[list[Any]]:
-        """Return [text, kind, logprob, entropy, rank] of each token from `start`: what the page is sent."""
+        """Return [text, kind, logprob, entropy, rank] for each token from `start` on, as sent to the page."""
         rows = []
         for i, (kind, text) in enumerate(self.pieces[start:], start):
             m = self.measures[i] if i < len(self.measures) else None
@@ -124,7 +122,7 @@ class Message:
 
 
 def list_parts(content: Any) -> list[list[Any]]:
-    """Return a message that was loaded, not written here, as the page's tokens, one a part."""
+    """Return a loaded message, which was not generated here, as tokens for the page, one per part."""
     if isinstance(content, str):
         return [[content, 0]]
     around = {"text": ("", ""), "python": ("[", "]"), "python_output": (" = [", "]")}
@@ -137,7 +135,7 @@ def list_parts(content: Any) -> list[list[Any]]:
 
 @dataclass(eq=False)
 class Talk:
-    """One conversation of a session, and the system message that leads it, None where there is none."""
+    """One conversation of a session, with its models and its system message (None if there is none)."""
 
     root: Message
     chosen: list[str]
@@ -145,15 +143,15 @@ class Talk:
 
     @property
     def told(self) -> str:
-        """The system message as the settings show it."""
+        """The system message as the settings show it, "" if there is none."""
         return self.system or ""
 
     def list_system(self) -> list[dict[str, Any]]:
-        """Return the messages before the first of the tree: the system's, if there is one."""
+        """Return the messages that precede the tree: the system message, if there is one."""
         return [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def walk(self) -> Iterator[Message]:
-        """Yield the messages of the branch that is shown, first to last."""
+        """Yield the messages of the visible branch, first to last."""
         node = self.root
         while node.children:
             node = node.children[min(node.pick, len(node.children) - 1)]
@@ -167,10 +165,10 @@ class Talk:
 
 
 def write_jsonl(talks: Iterable[Talk]) -> list[str]:
-    """Return a JSON line for each conversation in which something was said: the branch that is shown.
+    """Return one JSON line per non-empty conversation, with the messages of its visible branch.
 
-    `read_jsonl` reads back the very messages, whatever they hold. What was not answered here, because the
-    reply was stopped before its first token, is left out together with that empty reply.
+    `read_jsonl` returns the same messages, whatever they contain. A reply that was stopped before its first
+    token is omitted together with the message that it answers.
     """
     lines = []
     for talk in talks:
@@ -187,7 +185,7 @@ def write_jsonl(talks: Iterable[Talk]) -> list[str]:
 
 
 def write_line(messages: list[dict[str, Any]]) -> str:
-    """Return a conversation as a line of JSON that UTF-8 can hold, half characters escaped."""
+    """Return a conversation as a line of JSON that can be encoded as UTF-8, lone surrogates escaped."""
     line = json.dumps({"messages": messages}, ensure_ascii=False)
     try:
         line.encode()
@@ -200,12 +198,11 @@ def read_jsonl(text: str) -> list[list[dict[str, Any]]]:
     """Return the messages of each conversation in JSON lines, checked.
 
     Raises:
-        DataError: there is none, or a line breaks a rule.
+        DataError: there is no conversation, or a line breaks a rule of the chat format.
     """
     found = []
-    for number, line in enumerate(
-        text.split("\n"), 1
-    ):  # str.splitlines would cut at U+2028 in a message
+    # str.splitlines would also split at U+2028 inside a message.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 row = parse_json(line)

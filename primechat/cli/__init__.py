@@ -1,1 +1,1 @@
-"""The command line: one verb a stage, and the programs that a person runs at a terminal."""
+"""The command line: one verb per stage, and the programs that are run at a terminal."""

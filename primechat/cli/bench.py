@@ -1,7 +1,7 @@
-"""How fast this machine trains, generates and tokenizes: medians over repeats.
+"""`primechat bench`: how fast this machine trains, generates and tokenizes, as medians over repeats.
 
-Hides: what is measured and how often. Small models are at the mercy of other processes, so candidates take
-turns and figures are compared within one run only. Reference: the depth-4 model of `primechat pretrain`.
+The speed of a small model depends heavily on other processes. Candidates therefore take turns, and figures
+can be compared within one run only. Reference: the depth-4 model of `primechat pretrain`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from primechat.infer.engine import Engine
 
 BATCH_TOKENS = 8192
-TURN_STEPS = 3  # optimizer steps before the next candidate has its turn
+TURN_STEPS = 3  # optimizer steps before the next candidate takes its turn
 PROMPT_TOKENS = 64
 NEW_TOKENS = 64
-ROWS = 32  # conversations that are written at once
-TUNE_SECONDS = 300.0  # the budget that `auto` is asked to choose for
+ROWS = 32  # conversations generated at once
+TUNE_SECONDS = 300.0  # the training time that `auto` optimises for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class BenchConfig:
 
 
 def run_bench(config: BenchConfig) -> int:
-    """Measure and print; return the exit code."""
+    """Measure, print the figures and return the exit code."""
     benches: dict[str, Callable[[BenchConfig], list[dict[str, Any]]]] = {
         "train": bench_train,
         "infer": bench_infer,
@@ -78,7 +78,7 @@ def run_bench(config: BenchConfig) -> int:
 
 
 def keep_speed(row: dict[str, Any]) -> None:
-    """Keep what `auto` reached in the base directory, for `primechat plan --gpus here`."""
+    """Write the speed of `auto` to the base directory, for `primechat plan --gpus here`."""
     from primechat.checkpoint.registry import base_dir
     from primechat.cloud.plan import BENCH_FILE, count_flops
 
@@ -90,12 +90,12 @@ def keep_speed(row: dict[str, Any]) -> None:
     }
     try:
         write_file(make_folder(base_dir()) / BENCH_FILE, json.dumps(found))
-    except PrimechatError as error:  # the figures are printed all the same
+    except PrimechatError as error:  # the figures are printed in any case
         say(str(error))
 
 
 def describe_machine() -> dict[str, str]:
-    """Return what a figure depends on besides the code."""
+    """Return the versions and hardware that the figures depend on."""
     import torch
 
     from primechat.train.autotune import count_cores
@@ -113,7 +113,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def show_rows(rows: list[dict[str, Any]]) -> None:
-    """Print rows of the same keys as a table."""
+    """Print rows with the same keys as a table."""
     cells = [
         [name.replace("_", " ") for name in rows[0]],
         *([*map(format_figure, row.values())] for row in rows),
@@ -127,7 +127,7 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def format_figure(value: object) -> str:
-    """Return a cell: whole thousands from 100 up, two decimals below.
+    """Return the text of a cell: floats without decimals from 100 on, with two decimals below.
 
     >>> format_figure(24512.3), format_figure(1.987), format_figure(8), format_figure("eager")
     ('24,512', '1.99', '8', 'eager')
@@ -138,12 +138,15 @@ def format_figure(value: object) -> str:
 
 
 def say(text: str) -> None:
-    """Tell on stderr what is going on, so that stdout holds the figures alone."""
+    """Print a message to stderr, so that stdout contains only the figures."""
     print(text, file=sys.stderr, flush=True)
 
 
 def repeat_call(call: Callable[[], object], seconds: float) -> float:
-    """Return the median seconds of a call: repeated for a while, the first apart if it can be."""
+    """Return the median duration of a call in seconds, repeated for about `seconds`.
+
+    The first call is a warm-up and is not counted, unless it is the only one.
+    """
     times: list[float] = []
     t_start = t_last = time.perf_counter()
     while t_last - t_start < seconds or (len(times) < 4 and t_last - t_start < 2 * seconds):
@@ -155,7 +158,7 @@ def repeat_call(call: Callable[[], object], seconds: float) -> float:
 
 @dataclass(kw_only=True)
 class Runner:
-    """A way to train, set up: `turn` makes some steps and returns their tokens a second."""
+    """A training candidate, ready to run: `turn` takes some steps and returns their tokens per second."""
 
     name: str
     runtime: RuntimeConfig
@@ -165,13 +168,16 @@ class Runner:
 
 
 def bench_train(config: BenchConfig, shape: GPTConfig | None = None) -> list[dict[str, Any]]:
-    """Return tokens a second of whole optimizer steps: eager and compiled, float32 and bfloat16 (on a CPU
-    that has units for it), and auto. One row a candidate; `ratio` is to eager float32, the first.
+    """Return the tokens per second of whole optimizer steps, one row per candidate.
+
+    The candidates are eager and compiled, each in float32 and, if the device supports it, bfloat16, and
+    finally auto. `ratio` is relative to the first row, eager float32.
     """
     import torch
 
     from primechat.train.autotune import half_pays, list_devices
 
+    # Set up the candidates.
     shape = shape or PretrainConfig().model
     threads = torch.get_num_threads()
     halves = list_devices(config.device) != ["cpu"] or half_pays()
@@ -185,6 +191,8 @@ def bench_train(config: BenchConfig, shape: GPTConfig | None = None) -> list[dic
             runners.append(prepare_runner(shape, runtime))
         for runner in runners:
             runner.turn()  # the first steps of an optimizer allocate its state
+
+        # Measure them in turns.
         say(f"measuring for {config.seconds * len(runners):.0f} s")
         t_end = time.perf_counter() + config.seconds * len(runners)
         while time.perf_counter() < t_end:
@@ -192,6 +200,8 @@ def bench_train(config: BenchConfig, shape: GPTConfig | None = None) -> list[dic
                 runner.speeds += runner.turn()
     finally:
         torch.set_num_threads(threads)
+
+    # Medians.
     eager = statistics.median(runners[0].speeds)
     rows = []
     for runner in runners:
@@ -213,7 +223,7 @@ def bench_train(config: BenchConfig, shape: GPTConfig | None = None) -> list[dic
 
 
 def prepare_runner(shape: GPTConfig, runtime: RuntimeConfig) -> Runner:
-    """Set up a model with its settings measured, and its optimizer, on random tokens."""
+    """Return a candidate with model, optimizer and tuned settings, on random tokens."""
     import torch
 
     from primechat.model.gpt import GPT
@@ -222,10 +232,13 @@ def prepare_runner(shape: GPTConfig, runtime: RuntimeConfig) -> Runner:
     from primechat.train.optim import Optimizer
     from primechat.train.parallel import Ranks
 
+    # Random text.
     draw = torch.Generator().manual_seed(0)
     rows = max(1, BATCH_TOKENS // shape.sequence_len)
     text = torch.randint(shape.vocab_size, (rows, shape.sequence_len + 1), generator=draw)
     ids, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+    # Measure the settings, then start again from fresh weights.
     model = GPT(shape)
 
     def make_optimizer() -> Optimizer:
@@ -261,7 +274,7 @@ def prepare_runner(shape: GPTConfig, runtime: RuntimeConfig) -> Runner:
 
 
 def bench_infer(config: BenchConfig, shape: GPTConfig | None = None) -> list[dict[str, Any]]:
-    """Return prefill and decode speeds, float32: a row a number of threads, the faster decoder first."""
+    """Return prefill and decode speeds in float32, one row per number of threads, fastest decoding first."""
     import torch
 
     from primechat.train.autotune import count_cores
@@ -283,7 +296,7 @@ def bench_infer(config: BenchConfig, shape: GPTConfig | None = None) -> list[dic
 
 
 def open_engine(config: BenchConfig, shape: GPTConfig) -> tuple[Engine, str]:
-    """Open the named model, or draw one at random."""
+    """Return an engine for the named model, or for one with random weights, and its name."""
     import torch
 
     from primechat.checkpoint import registry
@@ -300,14 +313,13 @@ def open_engine(config: BenchConfig, shape: GPTConfig) -> tuple[Engine, str]:
     model.init_weights(torch.Generator().manual_seed(0))
     specials = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
     bytewise = Tokenizer(SPLIT_PATTERN, {bytes([i]): i for i in range(256)}, specials)
-    drawn = GPT.from_state(
-        shape, dict(model.state_dict()), device=device
-    )  # as a model from disk is opened
+    # Opened in the same way as a model from disk.
+    drawn = GPT.from_state(shape, dict(model.state_dict()), device=device)
     return Engine(drawn, bytewise), f"random depth {shape.n_layer}"
 
 
 def measure_engine(engine: Engine, seconds: float) -> dict[str, float]:
-    """Return time to first token, and tokens a second of reading and of writing one row and 32."""
+    """Return time to first token, and tokens per second of prefill and of decoding 1 row and 32 rows."""
 
     def write(n_prompt: int, n_new: int, batch: int = 1) -> Callable[[], object]:
         prompt = [(7 * i) % 251 for i in range(n_prompt)]
@@ -321,7 +333,7 @@ def measure_engine(engine: Engine, seconds: float) -> dict[str, float]:
         )
 
     def time_tokens() -> float:
-        """Return the seconds of NEW_TOKENS tokens after the first."""
+        """Return the time of NEW_TOKENS tokens after the first, in seconds."""
         tokens = engine.generate(
             [1] * PROMPT_TOKENS, max_new_tokens=1 + NEW_TOKENS, top_k=50, stop_ids=()
         )
@@ -331,6 +343,7 @@ def measure_engine(engine: Engine, seconds: float) -> dict[str, float]:
             pass
         return time.perf_counter() - t_start
 
+    # Decoding many rows: the time with new tokens minus the time of the first one.
     share, longest = seconds / 5, engine.model.sequence_len
     first, begun = (repeat_call(write(PROMPT_TOKENS, 1, batch), share) for batch in (1, ROWS))
     more = repeat_call(write(PROMPT_TOKENS, 1 + NEW_TOKENS, ROWS), share)
@@ -346,13 +359,16 @@ def measure_engine(engine: Engine, seconds: float) -> dict[str, float]:
 def bench_tokenizer(
     config: BenchConfig, documents: list[str] | None = None, vocab_size: int = 4096
 ) -> list[dict[str, Any]]:
-    """Return seconds of training a tokenizer and megabytes of text a second of encoding, a row for one thread
-    and one for all; without documents, of the text that ships with primechat.
+    """Return the time to train a tokenizer and its encoding speed in MB per second.
+
+    There is one row for one thread and one for all threads. Without documents, the text that ships with
+    primechat is used.
     """
     from primechat.checkpoint import registry
     from primechat.text.corpora import read_documents
     from primechat.text.tokenizer import Tokenizer
 
+    # Training.
     texts = documents or list(read_documents("chitchat", "train", base_dir=registry.base_dir()))
     n_bytes = sum(len(text.encode()) for text in texts)
     say(f"training on {n_bytes / 1e6:.1f} MB")
@@ -360,6 +376,8 @@ def bench_tokenizer(
     train_s = repeat_call(
         lambda: trained.append(Tokenizer.train(texts, vocab_size)), config.seconds
     )
+
+    # Encoding.
     rows = []
     for threads in sorted({1, os.cpu_count() or 1}):
         say(f"encoding with {threads} thread(s)")

@@ -1,7 +1,7 @@
-"""`primechat check`: what a model is, and whether it is whole and has its own tokenizer.
+"""`primechat check`: what a model is, and whether it is complete and matches its tokenizer.
 
-Hides: how a verdict is reached. A good model needs far fewer bits for plain English than one that has
-learned nothing, and than itself with the ids of its tokenizer shuffled. Reference: infer.admission.
+A good model needs far fewer bits for plain English than an untrained one, and than itself with the ids of its
+tokenizer shuffled. The verdict compares these figures. Reference: infer.admission.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ ERAS = dict(
     classic="nanochat of October 2025", modern="nanochat of 2026", custom="switches of neither era"
 )
 PROMPT, QUESTION, SAMPLE_TOKENS = "In the summer we had a garden full of", "How are you today?", 20
-PART = 2**22  # numbers looked at in one go
+PART = 2**22  # numbers checked at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckResult:
-    """What a check found; the figures are bits per byte of plain English, None where it did not get so far.
+    """The result of a check; figures are bits per byte of plain English, None if the check ended earlier.
 
-    `verdict` is ok, suspicious or broken; `advice` is the next step; as text it is the whole report.
+    `verdict` is ok, suspicious or broken; `advice` is the next step; `str()` gives the whole report.
     """
 
     identifier: str
@@ -81,7 +81,7 @@ class CheckConfig:
 
 
 def run_check(config: CheckConfig) -> int:
-    """Check a model and print the report; return 0 where it is ok, 1 elsewhere."""
+    """Check a model and print the report; return 0 if it is ok, else 1."""
 
     view, tokenizer = ProgressView(sys.stderr), config.tokenizer or None
     result = check_model(config.model, tokenizer=tokenizer, device=config.device, on_event=view)
@@ -96,17 +96,19 @@ def check_model(
     device: str = "cpu",
     on_event: OnEvent | None = None,
 ) -> CheckResult:
-    """Find out whether a model is whole and goes with its tokenizer.
+    """Return whether a model is complete and matches its tokenizer.
 
     Args:
         identifier: as for `open_model`.
         tokenizer: a Tokenizer or its folder, instead of the one beside the model or in the base directory.
-        on_event: hears, before the weights are read, of the memory that they need.
+        device: cpu, mps or cuda.
+        on_event: called, before the weights are read, with a note on the memory that they need.
 
     Raises:
-        ConfigError: the identifier has none of the forms that exist.
+        ConfigError: the identifier is not valid.
         CheckpointError: there is no such model, or it is too large for this machine.
     """
+    # Is it complete, are its numbers finite, and does a tokenizer of its size belong to it?
     name = registry.read_name(identifier)
     folder, name = registry.locate_model(name)
     result = CheckResult(identifier=str(name), verdict="broken")
@@ -119,12 +121,16 @@ def check_model(
         registry.check_pair(loaded.config, loaded.meta, found, str(full))
     except PrimechatError as error:
         return blame(result, error)
-    loaded.model_state.clear()  # and with it the pages of the file that were read
+
+    # Free the weights, and with them the pages of the file that were read, and report the memory needed.
+    loaded.model_state.clear()
     n_params, free = loaded.config.n_params, find_memory(device)[0]
     dtype = "float32" if 4 * n_params <= free else "bfloat16"
     note = describe_memory(str(full), n_params * (4 if dtype == "float32" else 2), device)
     if on_event:
         on_event(NoteEvent(text=note))
+
+    # Open it, and an untrained model to compare with.
     fresh = read_text(draw_fresh(loaded.config), found).bpb
     state = load_checkpoint(folder, loaded.step, dtype=dtype).model_state
     model = GPT.from_state(loaded.config, state, device=device, dtype=getattr(torch, dtype))
@@ -133,6 +139,8 @@ def check_model(
             open_adapter(model, adapter, registry.run_dir("lora", adapter), found.identity, dial)
     except PrimechatError as error:
         return blame(result, error)
+
+    # Read English, also with the ids of the tokenizer shuffled.
     reading, order = read_text(model, found), list(range(found.vocab_size))
     random.Random(0).shuffle(order)
     shuffled = read_text(model, found, order=order).bpb
@@ -148,7 +156,7 @@ def check_model(
 
 
 def blame(result: CheckResult, error: PrimechatError) -> CheckResult:
-    """Return a broken model's result with what an error tells."""
+    """Return the result for a broken model, with reason and advice from an error."""
     reason, _, advice = str(error).rstrip(".").rpartition("; ")
     return replace(result, reasons=(reason,) if reason else (), advice=advice)
 
@@ -178,7 +186,7 @@ def judge_result(result: CheckResult, loaded: Loaded) -> CheckResult:
 
 
 def describe_design(loaded: Loaded) -> Iterator[tuple[str, str]]:
-    """Yield the lines of a model's card: a name and plain words."""
+    """Yield the lines of a model's card as (name, text)."""
     c, bpb = loaded.config, loaded.meta.get("val_bpb")
     yield "era", f"{c.architecture} ({ERAS[c.architecture]}), by the tensors that it has"
     heads = f"{c.n_head} heads of {c.head_dim}"
@@ -198,10 +206,10 @@ def describe_design(loaded: Loaded) -> Iterator[tuple[str, str]]:
 
 
 def check_finite(state: Mapping[str, Tensor]) -> None:
-    """Refuse weights with NaN or infinity, a part at a time, as they are mapped from the file.
+    """Raise an error if weights contain NaN or infinity, reading the mapped file part by part.
 
     Raises:
-        CheckpointError: the first tensor that has one.
+        CheckpointError: a tensor is not finite; the message names the first one.
     """
     for key, tensor in state.items():
         for part in tensor.flatten().split(PART):
@@ -212,7 +220,7 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
 
 
 def draw_fresh(config: GPTConfig) -> GPT:
-    """Return an untrained model with one block: before training the others add nothing to the stream."""
+    """Return an untrained model with one block; before training, more blocks would add nothing."""
     with torch.device("meta"):
         model = GPT(replace(config, n_layer=1))
     model.to_empty(device="cpu").init_weights(torch.Generator().manual_seed(0))
@@ -220,7 +228,7 @@ def draw_fresh(config: GPTConfig) -> GPT:
 
 
 def write_sample(engine: Engine, is_chat: bool) -> str:
-    """Return a prompt and what the model says to it, in 20 tokens at most."""
+    """Return a prompt and the model's answer or continuation, of at most 20 tokens."""
     options: Options = {"max_new_tokens": SAMPLE_TOKENS, "temperature": 0.0}
     if is_chat:
         return (

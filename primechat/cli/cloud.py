@@ -1,6 +1,6 @@
-"""What the command line says about a run elsewhere: `primechat plan`, `export`, `preflight`, `pull`.
+"""Commands for runs on rented machines: `primechat plan`, `export`, `preflight` and `pull`.
 
-Hides: how flags become a run, a machine and a place. Reference: primechat.cloud.
+Flags become a run, a machine and a folder here. Reference: primechat.cloud.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class PullFlags:
 
 
 def run_cloud(verb: str, argv: list[str]) -> int:
-    """Run one of these verbs and return its exit code."""
+    """Run one of the cloud verbs and return its exit code."""
     if verb == "pull":
         return run_pull(parse_flags(verb, PullFlags, argv, PullFlags()))
     if verb == "preflight":
@@ -122,7 +122,7 @@ def run_cloud(verb: str, argv: list[str]) -> int:
 
 
 def full_run(argv: list[str]) -> PretrainConfig:
-    """Return the run that --recipe (or --arch), --depth and --config name; takes them out of the words."""
+    """Return the run that --recipe (or --arch), --depth and --config name, and remove them from the words."""
     file, (depth, arch, recipe) = take_option(argv, "--config"), take_shape(argv)
     if recipe and (file or arch):
         raise ConfigError(
@@ -134,7 +134,7 @@ def full_run(argv: list[str]) -> PretrainConfig:
 
 
 def run_plan(flags: PlanFlags) -> int:
-    """Print a plan; return 1 where the run does not fit, else 0."""
+    """Print a plan; return 1 if the run does not fit on the machine, else 0."""
     plan = flags.plan()
     if flags.json:
         found = asdict(plan)
@@ -146,9 +146,11 @@ def run_plan(flags: PlanFlags) -> int:
 
 
 def run_export(flags: ExportFlags, stage: Any = None) -> int:
-    """Write the folder, and rehearse it if asked; return 1 where the rehearsal fails, else 0.
+    """Write the folder, and rehearse it if asked; return 1 if the rehearsal fails, else 0.
 
-    `stage` are the settings of the stage of labs 06 to 09; None are those of a full run.
+    Args:
+        flags: lab, run, machine and folder.
+        stage: config of the stage for labs 06 to 09; None takes that of a full run.
     """
     lab, plan = copies.choose_source(find_lab(flags.lab)), flags.plan()
     if lab.parent.name == "mine":
@@ -168,11 +170,20 @@ def run_export(flags: ExportFlags, stage: Any = None) -> int:
 def rehearse(
     folder: Path, ranks: int = 2, say: Any = print, kind: type[Any] = PretrainConfig
 ) -> int:
-    """Run an exported folder by its own launcher: 20 steps, tiny, on this machine's CPU; then resume it.
+    """Run an exported folder with its own launcher on the local CPU: 20 steps of a tiny model, then a resume.
 
-    A stage that goes on from a model gets a tiny one first. `kind` is the class of the folder's config.
-    Returns 1 where something did not go as it must, else 0.
+    For a stage that starts from a model, a tiny one is trained first.
+
+    Args:
+        folder: the exported folder.
+        ranks: number of processes.
+        say: called with each message.
+        kind: class of the folder's config.
+
+    Returns:
+        0 if everything worked, else 1.
     """
+    # A small version of the config.
     config = shrink_config(read_config(folder / "config.json", kind))
     write_file(folder / "rehearsal.json", json.dumps(encode_config(config), indent=2))
     say(
@@ -180,6 +191,7 @@ def rehearse(
     )
     t_start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="primechat-rehearsal-") as place:
+        # The environment of one fresh process group, with a base directory of its own.
         keep = {
             k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         }
@@ -190,11 +202,10 @@ def rehearse(
             "RANKS": str(1 if kind is AutochatConfig else ranks),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
+
+        # The second command finds the run, resumes it, and is done at once.
         launch = ["bash", "launch.sh", "run", "--tag", config.tag]
-        commands = [
-            [*launch, "--max_hours", "1"],
-            launch,
-        ]  # the second finds the run, resumes, and is done
+        commands = [[*launch, "--max_hours", "1"], launch]
         if kind is not PretrainConfig:
             small = replace(shrink_config(full_config(2)), tag="small")
             (Path(place) / "small.json").write_text(json.dumps(encode_config(small)))
@@ -206,9 +217,11 @@ def rehearse(
             if done.returncode:
                 say(f"The rehearsal failed (exit code {done.returncode}):\n{done.stderr[-3000:]}")
                 return 1
+
+        # The losses that the run recorded.
         family = name_family(config)
         parent = Path(place) / FOLDERS[family]
-        run = next(parent.glob("rehearsal*"), parent)  # of conversations: their first generation
+        run = next(parent.glob("rehearsal*"), parent)  # for conversations, their first generation
         losses = [
             e["loss_nats"] for e in read_metrics(run / "metrics.jsonl") if e["kind"] == "step"
         ]
@@ -223,11 +236,12 @@ def rehearse(
 
 
 def plan_pull(flags: PullFlags) -> tuple[list[str], Path]:
-    """Return the rsync command that a pull runs, and where its files go.
+    """Return the rsync command of a pull, and the folder where its files go.
 
     Raises:
-        ConfigError: the source is not like USER@HOST:RUN.
+        ConfigError: the source does not have the form USER@HOST:RUN.
     """
+    # Where the run is on the other machine.
     host, colon, run = flags.source.partition(":")
     match = re.fullmatch(rf"({'|'.join(FOLDERS)})/([^/@]+)", run)
     path = f"{flags.base_dir}/{FOLDERS[match[1]]}/{match[2]}" if match else run.rstrip("/")
@@ -239,6 +253,8 @@ def plan_pull(flags: PullFlags) -> tuple[list[str], Path]:
         raise ConfigError(
             f"source={flags.source!r} must be USER@HOST:RUN; try root@203.0.113.7:base/d20 --port 22001."
         )
+
+    # Where it goes here.
     talks = Path(path).name == "autochat"  # the folder of all conversations
     target = base_dir() / "autochat" if talks else run_dir(family, Path(path).name)
     skip = [] if flags.optim else ["--exclude=optim_*"]
@@ -248,10 +264,10 @@ def plan_pull(flags: PullFlags) -> tuple[list[str], Path]:
 
 
 def run_pull(flags: PullFlags) -> int:
-    """Copy a run's folder home, and say how to look at it.
+    """Copy the folder of a run to this machine, and print how to view it.
 
     Raises:
-        PrimechatError: rsync is missing, or fails.
+        PrimechatError: rsync is missing or fails.
     """
     command, target = plan_pull(flags)
     if not shutil.which("rsync"):

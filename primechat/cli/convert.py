@@ -1,8 +1,8 @@
 """`primechat convert`: a classic model as a Hugging Face folder, and back.
 
-Hides: the other side's names. Tensors are renamed, never changed; the tokenizer's ranks become merges. What
-transformers has no place for lies in config.json under `primechat`, so that the way back loses nothing. A
-folder appears whole or not at all.
+Hides: the names that transformers uses. Tensors are renamed, never changed; the tokenizer's ranks become
+merges. Whatever transformers has no field for is stored in config.json under `primechat`, so that nothing is
+lost on the way back. A folder is written completely or not at all.
 Reference: transformers, models/nanochat; tokenizers, the format of tokenizer.json.
 """
 
@@ -33,7 +33,7 @@ from primechat.files.weights import read_json
 from primechat.model.huggingface import list_characters
 from primechat.text.tokenizer import Tokenizer
 
-NAMES = (  # of tensors: here and in transformers
+NAMES = (  # parts of tensor names: here, in transformers
     ("transformer.wte.", "model.embed_tokens."),
     ("transformer.h.", "model.layers."),
     (".attn.c_q.", ".self_attn.q_proj."),
@@ -51,7 +51,7 @@ SIZES = {
     "n_kv_head": "num_key_value_heads",
     "sequence_len": "max_position_embeddings",
 }
-KIND = {  # of what is imported
+KIND = {  # required of a model that is imported
     "model_type": "nanochat",
     "hidden_act": "relu2",
     "rope_type": "default",
@@ -59,13 +59,11 @@ KIND = {  # of what is imported
     "tie_word_embeddings": False,
     "intermediate_size / hidden_size": 4.0,
 }
-FREE = {
-    "rope_base",
-    "rope_dtype",
-    "logit_softcap",
-}  # switches that may differ: transformers has them too
+# Switches that may differ from the defaults, because transformers has them too.
+FREE = {"rope_base", "rope_dtype", "logit_softcap"}
 END = "<|assistant_end|>"
-GUARD = "\u2060\ue0f0\u2060"  # the chat template puts it into the `<|` of a text, so it stays text
+# The chat template inserts this into the `<|` of a text, so that it is not read as a special token.
+GUARD = "\u2060\ue0f0\u2060"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,7 @@ class ConvertConfig:
 
 
 def run_convert(config: ConvertConfig) -> int:
-    """Convert a model and say where it is; return the exit code."""
+    """Convert a model, print where it is, and return the exit code."""
     if not config.model or not config.out:
         raise ConfigError(
             "A model and a place are needed; try `primechat convert sft/d20 --to hf FOLDER`."
@@ -99,12 +97,13 @@ def run_convert(config: ConvertConfig) -> int:
 
 
 def export_model(identifier: str, folder: str) -> Path:
-    """Write a classic model as a folder that transformers loads; return the folder.
+    """Write a classic model as a folder that transformers can load, and return the folder.
 
     Raises:
-        CheckpointError: the model cannot be read, or computes what transformers' NanoChat does not.
+        CheckpointError: the model cannot be read, or its architecture differs from transformers' NanoChat.
         ConfigError: the folder exists.
     """
+    # Load the model, and refuse other architectures than the classic one.
     out = resolve_path(folder, "out")
     if out.exists():
         raise ConfigError(f"{out} exists, and nothing is overwritten; name a new folder.")
@@ -123,6 +122,8 @@ def export_model(identifier: str, folder: str) -> Path:
             f"{identifier} is {loaded.config.architecture} ({', '.join(other)}), and transformers' NanoChat "
             "is the classic architecture alone; train one by `primechat pretrain --arch classic`."
         )
+
+    # The text files of the folder.
     noted = {
         "step": loaded.step,
         "val_bpb": loaded.meta.get("val_bpb"),
@@ -137,6 +138,8 @@ def export_model(identifier: str, folder: str) -> Path:
         **describe_network(loaded.config, tokenizer, {"config": own, **noted}),
         **describe_tokenizer(tokenizer),
     }
+
+    # Write them and the weights beside the target, then rename the folder.
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as parent:
@@ -146,15 +149,11 @@ def export_model(identifier: str, folder: str) -> Path:
                 (building / name).write_text(text, encoding="utf-8")
             state = {rename_tensor(key): tensor for key, tensor in loaded.model_state.items()}
             save_file(state, building / "model.safetensors", metadata={"format": "pt"})
-            rights = (
-                (building / "config.json").stat().st_mode
-            )  # safetensors gives them to the owner alone
+            # safetensors makes its file readable by the owner only.
+            rights = (building / "config.json").stat().st_mode
             (building / "model.safetensors").chmod(rights)
             os.rename(building, out)
-    except (
-        OSError,
-        SafetensorError,
-    ) as error:  # the weights' writer tells of a full disk in its own way
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(
             f"{out} cannot be written ({reason}); choose another place."
@@ -165,7 +164,7 @@ def export_model(identifier: str, folder: str) -> Path:
 def describe_network(
     config: GPTConfig, tokenizer: Tokenizer, noted: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return config.json and generation_config.json; `noted` is what only primechat reads."""
+    """Return config.json and generation_config.json; `noted` is stored for primechat alone."""
     bos, end = tokenizer.stop_ids
     return {
         "config.json": {
@@ -196,9 +195,10 @@ def describe_network(
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return tokenizer.json and tokenizer_config.json.
 
-    Every split of a token into two tokens is a merge, in the order of the token's rank: tiktoken joins any
-    two neighbours whose bytes are a token, not only those by which the token was learned.
+    Every split of a token into two tokens becomes a merge, in the order of the token's rank: tiktoken joins
+    any two neighbours whose bytes form a token, not only the pair from which the token was learned.
     """
+    # The merges.
     char, ranks = list_characters(), tokenizer.ranks
     shown = {token: "".join(char[byte] for byte in token) for token in ranks}
     merges = [
@@ -207,6 +207,8 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
         for i in range(1, len(token))
         if token[:i] in ranks and token[i:] in ranks
     ]
+
+    # The parts of the two files.
     plain = {
         "single_word": False,
         "lstrip": False,
@@ -262,13 +264,17 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def import_model(source: str, out: str) -> Path:
-    """Write transformers' folder of a nanochat model (a path, or hf:owner/name) as a checkpoint with its
-    tokenizer beside it; `out` is a model's name such as sft/mine, or a folder, which is returned.
+    """Write transformers' nanochat model as a checkpoint with its tokenizer; return the run directory.
+
+    Args:
+        source: a folder, or hf:owner/name.
+        out: name of the model, such as sft/mine, or a folder.
 
     Raises:
-        CheckpointError: the source is another kind of model, or the target has checkpoints.
+        CheckpointError: the source is another kind of model, or the target already has checkpoints.
         DataError: its tokenizer is of another kind.
     """
+    # Read the config, the tokenizer and the weights.
     is_foreign = FOREIGN.fullmatch(source)
     folder = fetch_model(source[3:]) if is_foreign else resolve_path(source, "model")
     data, state = read_json(folder / "config.json"), dict[str, Any]()
@@ -291,6 +297,8 @@ def import_model(source: str, out: str) -> Path:
         raise CheckpointError(
             f"{folder} has other tensors than its config.json says; fetch it again."
         )
+
+    # The target, and the metadata that primechat stored when it exported the model.
     name = IDENTIFIER.fullmatch(out)
     is_run = name and name[3] and not (name[1] or name[5])
     target = registry.run_dir(name[2], name[3]) if name and is_run else resolve_path(out, "out")
@@ -302,6 +310,8 @@ def import_model(source: str, out: str) -> Path:
     }
     told = noted.get("step")
     step = told if type(told) is int and 0 <= told < 10**9 else 0
+
+    # Write the checkpoint.
     with RunLock(target):
         if find_steps(target):
             raise CheckpointError(
@@ -314,13 +324,17 @@ def import_model(source: str, out: str) -> Path:
 
 
 def read_noted(data: dict[str, Any]) -> dict[str, Any]:
-    """Return what primechat wrote into a config.json for the way back; nothing where others wrote it."""
+    """Return what primechat stored in a config.json when it exported the model; {} if others wrote it."""
     noted = data.get("primechat")
     return noted if isinstance(noted, dict) else {}
 
 
 def read_network(data: dict[str, Any], folder: Path) -> GPTConfig:
-    """Return the shape that a config.json gives, or say what of it nanochat's classic model does not have."""
+    """Return the config of the model that a config.json describes.
+
+    Raises:
+        CheckpointError: it is not a classic nanochat model; the message names the differences.
+    """
     rope, width = data.get("rope_parameters") or {}, data.get("hidden_size")
     found = {
         "model_type": data.get("model_type"),
@@ -344,7 +358,7 @@ def read_network(data: dict[str, Any], folder: Path) -> GPTConfig:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Return the tokenizer of a byte-level tokenizer.json that has one split pattern."""
+    """Return the tokenizer of a byte-level tokenizer.json with a single split pattern."""
     data, byte_of = read_json(path), {char: byte for byte, char in list_characters().items()}
     try:
         cuts = data["pre_tokenizer"].get("pretokenizers") or [data["pre_tokenizer"]]
@@ -360,7 +374,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def rename_tensor(key: str, back: bool = False) -> str:
-    """Return a tensor's name in transformers, or with `back` its name here.
+    """Return the name of a tensor in transformers, or, with `back`, its name here.
 
     >>> rename_tensor("transformer.h.0.attn.c_q.weight")
     'model.layers.0.self_attn.q_proj.weight'

@@ -1,7 +1,7 @@
-"""What takes space in the base directory, and removing whole runs: `primechat models --disk` and `models rm`.
+"""Disk use of the base directory and removal of whole runs: `primechat models --disk` and `models rm`.
 
-Decides what may go: run folders of one's own, by name or pattern, never what ships, a step alone, a linked
-folder or one that is being written (its lock tells). The shared tokenizer, caches and texts stay.
+Only the user's own run folders can be removed, by name or pattern; never shipped models, single steps, linked
+folders, or folders that are being written (their lock is held). The shared tokenizer, caches and texts stay.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from primechat.errors import CheckpointError, ConfigError
 from primechat.events import count_noun
 
 RUN_NAME = re.compile(r"(base|mid|sft|rl)/([\w*?][\w.*?-]*)|lora:([\w*?][\w.*?-]*)(?:\+.*)?")
-SHARED = {  # folders of the base directory that belong to no run, and what they are
+SHARED = {  # folders of the base directory that belong to no run, with their descriptions
     "token_cache": "token caches",
     "teacher_cache": "teachers' answers",
     "autochat": "conversations of models",
@@ -34,7 +34,7 @@ SHARED = {  # folders of the base directory that belong to no run, and what they
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpace:
-    """One run's folder and the bytes of its parts."""
+    """The folder of a run and the sizes of its parts in bytes."""
 
     name: str
     path: Path
@@ -46,12 +46,12 @@ class RunSpace:
 
     @property
     def total(self) -> int:
-        """All of its bytes."""
+        """Size of the whole run in bytes."""
         return self.checkpoints + self.optimizer + self.snapshots + self.other
 
 
 def measure_run(name: str, folder: Path) -> RunSpace:
-    """Return a run with the bytes of its parts."""
+    """Return the sizes of the parts of a run."""
     sizes = {"checkpoints": 0, "optimizer": 0, "snapshots": 0, "other": 0}
     for path, n_bytes in walk_sizes(folder):
         if path.parent.name == "snapshots":
@@ -66,18 +66,18 @@ def measure_run(name: str, folder: Path) -> RunSpace:
 
 
 def walk_sizes(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Yield each file below a folder with its bytes; links inside it are not followed."""
+    """Yield each file below a folder with its size in bytes; links inside it are not followed."""
     for place, _, names in os.walk(folder):
         for name in names:
             path = Path(place, name)
             try:
                 yield path, path.lstat().st_size
-            except OSError:  # removed just now
+            except OSError:  # removed in the meantime
                 continue
 
 
 def list_runs() -> list[RunSpace]:
-    """Return every run in the base directory, the largest first, those without a whole checkpoint too."""
+    """Return all runs in the base directory, largest first, including those without a complete checkpoint."""
     found = []
     for family, parent in FOLDERS.items():
         place = registry.base_dir() / parent
@@ -89,7 +89,7 @@ def list_runs() -> list[RunSpace]:
 
 
 def measure_rest() -> dict[str, int]:
-    """Return the bytes of what belongs to no run, by what it is."""
+    """Return the size in bytes of everything that belongs to no run, by description."""
     base, known = registry.base_dir(), dict[str, int]()
     for path in sorted(base.iterdir()) if base.is_dir() else []:
         if path.name in FOLDERS.values():
@@ -101,11 +101,12 @@ def measure_rest() -> dict[str, int]:
 
 
 def print_disk() -> None:
-    """Print what takes space in the base directory: each run by its parts, the rest, the sum."""
+    """Print the disk use of the base directory: each run by its parts, everything else, and the total."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    # The table.
     runs, rest = list_runs(), measure_rest()
     table = Table(box=None, pad_edge=False)
     table.add_column("model", no_wrap=True)
@@ -121,6 +122,8 @@ def print_disk() -> None:
     total = sum(run.total for run in runs) + sum(rest.values())
     table.add_row("total", "", "", "", "", write_mb(total))
     Console(highlight=False).print(table)
+
+    # What can be removed.
     print(
         "\n`primechat models rm NAME` removes a run; an optimizer's state is needed to resume one."
     )
@@ -134,15 +137,15 @@ def print_disk() -> None:
 
 
 def write_mb(n_bytes: int) -> str:
-    """Return bytes in megabytes."""
+    """Return a size in megabytes as text."""
     return f"{n_bytes / 1e6:,.1f}"
 
 
 def find_targets(names: Sequence[str], by_products: bool) -> list[RunSpace]:
-    """Return the runs that names and patterns mean, each once.
+    """Return the runs that match the names and patterns, each once.
 
     Raises:
-        ConfigError: a name means no run that may be removed.
+        ConfigError: a name matches no run that may be removed.
     """
     runs = list_runs()
     chosen = [run for run in runs if by_products and run.by_product]
@@ -164,10 +167,10 @@ def find_targets(names: Sequence[str], by_products: bool) -> list[RunSpace]:
 
 
 def read_pattern(name: str) -> str:
-    """Return a name as the pattern of the runs that it means.
+    """Return a name as a pattern for the names of runs.
 
     Raises:
-        ConfigError: it cannot mean runs of one's own.
+        ConfigError: it cannot match a run of the user's own.
     """
     if name.startswith("shipped/"):
         raise ConfigError(f"{name} ships with primechat and stays; name a run of your own.")
@@ -187,10 +190,15 @@ def read_pattern(name: str) -> str:
 
 
 def remove_runs(names: Sequence[str], *, by_products: bool, yes: bool) -> int:
-    """Remove runs after asking; return 1 where one stays because it is being written.
+    """Remove runs after asking; return 1 if one could not be removed, else 0.
+
+    Args:
+        names: names and patterns of runs.
+        by_products: whether to remove all by-products of labs.
+        yes: whether to remove them without asking.
 
     Raises:
-        ConfigError: a name means no run that may be removed.
+        ConfigError: a name matches no run that may be removed.
     """
     if not names and not by_products:
         raise ConfigError(
@@ -201,6 +209,8 @@ def remove_runs(names: Sequence[str], *, by_products: bool, yes: bool) -> int:
     if not targets:
         print("There are no by-products of labs here.")
         return 0
+
+    # Show what would be removed, and ask.
     for run in targets:
         print(f"  {run.name:40} {write_mb(run.total):>10} MB")
     for line in list_dependents(targets):
@@ -209,6 +219,8 @@ def remove_runs(names: Sequence[str], *, by_products: bool, yes: bool) -> int:
     if not yes and not ask(f"Remove {count_noun(len(targets), 'run')}, {total} MB? [y/N] "):
         print("Nothing was removed; --yes removes without asking.")
         return 0
+
+    # Remove.
     removed = [run for run in targets if remove_run(run)]
     freed = write_mb(sum(run.total for run in removed))
     print(f"Removed {count_noun(len(removed), 'run')}, freed {freed} MB.")
@@ -216,7 +228,7 @@ def remove_runs(names: Sequence[str], *, by_products: bool, yes: bool) -> int:
 
 
 def list_dependents(targets: Sequence[RunSpace]) -> Iterator[str]:
-    """Yield a sentence for each adapter that stays and was trained on a run that goes."""
+    """Yield a sentence for each adapter that stays but was trained on a run to be removed."""
     gone = {run.name for run in targets}
     for entry in registry.walk_adapters(registry.base_dir() / FOLDERS["lora"]):
         adapter, _, base = entry.identifier.partition("+")
@@ -225,7 +237,7 @@ def list_dependents(targets: Sequence[RunSpace]) -> Iterator[str]:
 
 
 def ask(question: str) -> bool:
-    """Return whether a person at the keyboard says yes; nobody there says no."""
+    """Return whether the user answers yes; without any input, the answer is no."""
     print(question, end="", flush=True)
     line = sys.stdin.readline() if sys.stdin is not None else ""
     if not line.endswith("\n"):
@@ -234,7 +246,7 @@ def ask(question: str) -> bool:
 
 
 def remove_run(run: RunSpace) -> bool:
-    """Remove a run's folder under its lock and return whether it is gone; say why where it is not."""
+    """Remove the folder of a run under its lock and return whether that worked; print why if it did not."""
     try:
         with RunLock(run.path):
             shutil.rmtree(run.path)

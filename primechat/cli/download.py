@@ -1,7 +1,7 @@
-"""`primechat download`: what to bring from the Hub, and where in the base directory it goes.
+"""`primechat download`: what to download from the Hub, and where in the base directory to store it.
 
-Hides: the bundles by name. Each has its tokenizer beside its model, so that several live in one base
-directory; the default ones also fill an empty `tokenizer/`. Reference: nanochat's folders.
+Named bundles are defined here. Each stores its tokenizer beside its model, so that one base directory can
+hold several; the default bundle also fills an empty `tokenizer/`. Reference: nanochat's folders.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from primechat.text.shards import HUB_CORPORA, list_shards, probe_sizes, shard_p
 DEFAULT = "diego-d20-base"
 TOKENIZER_REPO = "karpathy/nanochat-d32"
 D20_FILES = ("model_021400.pt", "meta_021400.json", "optim_021400.pt")
-BUNDLES = {  # name: repository, family, files
+BUNDLES = {  # name: (repository, family, files)
     DEFAULT: ("shiptoday101/nanochat-d20-base", "base", D20_FILES),
     "d32": (TOKENIZER_REPO, "sft", (*TOKENIZER_FILES, "model_000650.pt", "meta_000650.json")),
     "sdobson-d20": ("sdobson/nanochat", "sft", (*TOKENIZER_FILES, "model_*.pt", "meta_*.json")),
@@ -69,13 +69,17 @@ class DownloadConfig:
 
 
 def build_parcels(config: DownloadConfig) -> Iterator[Parcel]:
-    """Yield what a config asks for, what it names first: offline, an error is about the first of them.
+    """Yield what a config asks for, with what it names explicitly first.
+
+    Offline, the error is about the first parcel, so it should be one that the user has named.
 
     Raises:
-        ConfigError: an --extra of another form, or one that leaves the base directory.
+        ConfigError: an --extra has another form, or its folder is outside the base directory.
     """
     revision, base = config.revision or None, base_dir()
     bundles = dict.fromkeys(config.bundle or (() if config.skip_diego_base else (DEFAULT,)))
+
+    # Extra files.
     for text in (text for group in config.extra for text in group):
         repo, place, names = [*(part.strip() for part in text.split("::")), "", ""][:3]
         patterns = tuple(name.strip() for name in names.split(",") if name.strip())
@@ -85,10 +89,14 @@ def build_parcels(config: DownloadConfig) -> Iterator[Parcel]:
         yield Parcel(
             repo=repo, folder=base / place, patterns=patterns, revision=revision, beside=is_run
         )
+
+    # Models.
     for name in bundles:
         repo, family, patterns = BUNDLES[name]
         folder = run_dir(family, name)
         yield Parcel(repo=repo, folder=folder, patterns=patterns, revision=revision, beside=True)
+
+    # The default tokenizer, beside the default model and in the base directory.
     if not config.skip_tokenizer and (DEFAULT in bundles or not config.bundle):
         for folder in [*(run_dir("base", name) for name in bundles if name == DEFAULT), base]:
             lone = None if bundles else revision
@@ -99,10 +107,10 @@ def build_parcels(config: DownloadConfig) -> Iterator[Parcel]:
 
 
 def run_download(config: DownloadConfig) -> int:
-    """Plan, show the plan, fetch, check what came; return 1 where a model cannot be used, else 0."""
+    """Plan, print the plan, download and check the models; return 1 if one cannot be used, else 0."""
     from huggingface_hub import logging
 
-    logging.set_verbosity_error()  # its warnings would cut through the bars; its errors are told here
+    logging.set_verbosity_error()  # its warnings would break the bars; its errors are reported here
     if config.shards:
         return fetch_shards(config.shards, config.dry_run)
     parcels, token, base = list(build_parcels(config)), config.token or None, base_dir()
@@ -110,6 +118,8 @@ def run_download(config: DownloadConfig) -> int:
         raise ConfigError(
             "Nothing is left to download; drop a --skip flag or name a --bundle or an --extra."
         )
+
+    # Plan.
     print("Asking the Hub, and comparing with what is here ...", flush=True)
     plan = plan_download(parcels, token=token, optim=not config.no_optim)
     fates = (
@@ -126,8 +136,12 @@ def run_download(config: DownloadConfig) -> int:
     print(f"{plan.n_bytes / 1e6:11,.3f} MB to fetch into {base}, which has {free:,.0f} MB free")
     if config.dry_run:
         return 0
+
+    # Download.
     with open_view() as view:
         run_plan(plan, base, view, token=token)
+
+    # Check the models.
     models = [
         file.path.parent
         for file in (*plan.fetch, *plan.whole)
@@ -141,7 +155,7 @@ def run_download(config: DownloadConfig) -> int:
 
 
 def show_check(identifier: str) -> int:
-    """Print what `primechat check` says of a model; return 1 where it cannot be used, else 0."""
+    """Print the report of `primechat check` for a model; return 1 if it cannot be used, else 0."""
     from primechat.cli.check import check_model
 
     try:
@@ -154,11 +168,15 @@ def show_check(identifier: str) -> int:
 
 
 def fetch_shards(wanted: str, dry_run: bool) -> int:
-    """Fetch the first shards of a corpus, and the one that is validation; or only show their sizes.
+    """Download the first shards of a corpus and its validation shard, or only print their sizes.
+
+    Args:
+        wanted: corpus and number of shards, as in fineweb-edu:8.
+        dry_run: whether to print only the sizes.
 
     Raises:
-        ConfigError: it is not like fineweb-edu:8.
-        HubError: the Hub cannot be asked.
+        ConfigError: `wanted` has another form.
+        HubError: the Hub cannot be reached.
     """
     corpus, _, count = wanted.partition(":")
     if corpus not in HUB_CORPORA or not count.isdecimal():

@@ -1,8 +1,8 @@
-"""The command line: one verb a stage, and the small programs of this room.
+"""The command line: one verb per stage, plus the small programs in `primechat.cli`.
 
-Hides: how flags become a config. Names, types and help come from the config's dataclass; torch is imported
-when a verb runs, never for help. Only this module installs signal handlers: they need the main thread.
-Reference: tyro.
+Flags become a config here: their names, types and help come from the config's dataclass. torch is imported
+when a verb runs, never for help. Only this module installs signal handlers, because Python allows that on the
+main thread only. Reference: tyro.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from primechat.cli import output
 from primechat.errors import ConfigError, PrimechatError, StoppedError
 from primechat.files.paths import explain_refusal, is_clone, resolve_path
 
-CLOUD = "cli.cloud"  # each of its verbs parses its flags itself
-STAGES = {  # verb: (public name of the stage, of its config, its sentence)
+CLOUD = "cli.cloud"  # its verbs parse their own flags
+STAGES = {  # verb: (public name of the stage, name of its config, help sentence)
     "train-tokenizer": (
         "train_tokenizer",
         "TokenizerConfig",
@@ -61,7 +61,7 @@ STAGES = {  # verb: (public name of the stage, of its config, its sentence)
     ),
     "quickstart": ("quickstart", "QuickstartConfig", "tokenizer, base and chat model in minutes"),
 }
-PROGRAMS = {  # verb: (its module, whose `run_VERB` it is, its config, its sentence)
+PROGRAMS = {  # verb: (module that defines `run_VERB`, name of its config, help sentence)
     "lab": (
         "labkit.twins",
         "LabConfig",
@@ -95,14 +95,14 @@ PROGRAMS = {  # verb: (its module, whose `run_VERB` it is, its config, its sente
         "measure how fast this machine trains, generates and tokenizes",
     ),
 }
-# Verbs that leave something behind: they do their work whether or not anybody reads what they print.
+# Verbs that leave files behind: they run to the end even if nobody reads what they print.
 LASTING = {*STAGES, "download", "convert", "export", "pull", "report"} - {"evaluate"}
-REFUSALS = (  # what a disk, and not the program, is to blame for
+REFUSALS = (  # error numbers that mean a problem with the disk, not with the program
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENXIO, errno.ESTALE),
     *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
     *(errno.EMFILE, errno.ENFILE),
 )
-FEW_STEPS = 40  # of a quickstart: fewer leave a model that has not found words yet
+FEW_STEPS = 40  # a quickstart with fewer steps gives a model that does not write words yet
 SHORTCUTS = {
     "--device": "--device cpu|mps|cuda stands for --runtime.device.",
     "--max-hours": "--max-hours H saves and stops after so many hours; a speedrun: of pretraining.",
@@ -118,19 +118,25 @@ Config = TypeVar("Config")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line, that of the process for None, and return the exit code.
+    """Run one command line and return its exit code.
 
-    0 also after a clean stop that saved; 1 for a check that finds a fault, and where what a verb was to
-    print cannot be written; 2 for what a user can mend; 130 for an interrupt that leaves nothing; 141 where
-    the reader of what a verb only prints has gone (`primechat models | head -1`). What is made and kept does
-    not depend on its output: a training whose reader goes saves, and ends with 0.
+    A verb that writes files does not depend on its output: a training run whose reader leaves still saves
+    and exits with 0.
+
+    Args:
+        argv: the words after `primechat`; None takes those of the process.
+
+    Returns:
+        0 on success and after a clean stop that saved; 1 if a check finds a fault or the output cannot be
+        written; 2 for an error that the user can fix; 130 for an interrupt that saves nothing; 141 if the
+        reader of a verb that only prints has gone (`primechat models | head -1`).
     """
     with output.guard_streams():
         output.require_output()
         try:
             try:
                 code = run_verb(list(sys.argv[1:] if argv is None else argv))
-            except SystemExit as error:  # tyro's, after a help text or a wrong flag
+            except SystemExit as error:  # raised by tyro after a help text or a wrong flag
                 code = error.code if isinstance(error.code, int) else 0
             sys.stdout.flush()
             return code
@@ -144,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def explain_loss(loss: output.OutputLost) -> int:
-    """Return the exit code of a verb whose output nobody can read; a reader that left needs no sentence."""
+    """Return the exit code for lost output; print the reason unless the reader has simply left."""
     if loss.reader_gone:
         return output.READER_GONE
     print(
@@ -156,9 +162,10 @@ def explain_loss(loss: output.OutputLost) -> int:
 
 
 def explain_end(error: Exception) -> int:
-    """Tell why a run ends, once for all ranks of a machine, and return the exit code.
+    """Return the exit code for an exception, and print its reason once for all ranks of a machine.
 
-    A rank whose neighbour has gone says nothing; an error of the program itself goes on as a traceback.
+    A rank that fails only because another rank has gone prints nothing. An error in the program itself is
+    shown as a traceback.
     """
     alone, rank = os.environ.get("WORLD_SIZE", "1") == "1", os.environ.get("RANK", "0")
     who = "primechat" if rank == "0" else f"primechat (rank {rank})"
@@ -184,14 +191,14 @@ def explain_end(error: Exception) -> int:
 
 
 def leave_at_once(code: int) -> NoReturn:
-    """End this process; the interpreter's own end may wait for ranks that are gone."""
+    """Exit at once; the interpreter's normal shutdown may wait for ranks that are gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def claim_report() -> bool:
-    """Tell whether this rank is the first of its machine that has something to say of this start."""
+    """Return whether this rank is the first on its machine to report on this launch."""
     start = [os.environ.get(name, "") for name in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")]
     path = Path(tempfile.gettempdir()) / f"primechat-end-{os.getppid()}-{'-'.join(start)}"
     with contextlib.suppress(FileExistsError):
@@ -201,7 +208,7 @@ def claim_report() -> bool:
 
 
 def run_verb(argv: list[str]) -> int:
-    """Find the verb and hand it the other words."""
+    """Run the verb that the words begin with and return its exit code."""
     device = take_option(argv, "--device")
     verb = argv.pop(0).replace("_", "-") if argv else "--help"
     if verb in LASTING and not {"-h", "--help"} & {*argv}:
@@ -250,7 +257,7 @@ Models and data are kept in ~/.cache/nanochat, or where NANOCHAT_BASE_DIR points
 
 
 def take_option(argv: list[str], name: str) -> str | None:
-    """Take `name VALUE` or `name=VALUE` out of the words; return the value, None where it is absent."""
+    """Remove `name VALUE` or `name=VALUE` from the words and return the value, or None if it is absent."""
     value = None
     for word in [word for word in argv if word == name or word.startswith(f"{name}=")]:
         i = argv.index(word)
@@ -266,9 +273,13 @@ def take_option(argv: list[str], name: str) -> str | None:
 def parse_flags(
     verb: str, cls: type[Config], argv: list[str], default: Config, notes: str = ""
 ) -> Config:
-    """Turn flags into a config by tyro; a config's own refusal is raised as it is, without tyro's frame."""
+    """Return the config that the flags describe, as parsed by tyro.
+
+    An error raised by the config itself is raised as it is, without tyro's frame around it.
+    """
     import tyro
 
+    # Short forms of runtime flags, for example --max-hours for --runtime.max_hours.
     places = [name for name in ("runtime", "pretrain") if hasattr(default, name)]
     place = {"runtime": "runtime.", "pretrain": "pretrain.runtime."}[places[0]] if places else ""
     short = re.compile("--(max|dollars)[-_](hours|dollars|per[-_]hour)(?=$|=)")
@@ -280,6 +291,8 @@ def parse_flags(
             f"{gone} is no setting any more; the scalars have residual_lr, x0_lr and smear_lr, each the rate "
             "that is trained with (a hundredth of the old value)."
         )
+
+    # tyro prints its own frame before it exits; it is shown only if no error of ours is behind it.
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -303,7 +316,7 @@ def parse_flags(
 
 
 def build_default(verb: str, cls: Any, argv: list[str], device: str | None) -> Any:
-    """Return the config that the flags start from; takes the shortcuts out of the words."""
+    """Return the config that the flags start from, and remove the shortcuts from the words."""
     if verb == "speedrun":
         from primechat.cli.cloud import full_run
 
@@ -330,7 +343,7 @@ def build_default(verb: str, cls: Any, argv: list[str], device: str | None) -> A
 
 
 def read_config(path: Path, cls: type[Config]) -> Config:
-    """Read a config from a JSON file or a run's folder."""
+    """Return a config read from a JSON file or from the folder of a run."""
     from primechat.config import decode_config
     from primechat.files.paths import parse_json
 
@@ -351,7 +364,7 @@ def read_config(path: Path, cls: type[Config]) -> Config:
 
 
 def take_shape(argv: list[str]) -> tuple[int | None, str | None, str | None]:
-    """Take --depth, --arch and --recipe out of the words; None where they are absent."""
+    """Remove --depth, --arch and --recipe from the words and return their values, None if absent."""
     depth, arch = take_option(argv, "--depth"), take_option(argv, "--arch")
     recipe = take_option(argv, "--recipe")
     if depth is not None and not depth.isdecimal():
@@ -364,7 +377,7 @@ def take_shape(argv: list[str]) -> tuple[int | None, str | None, str | None]:
 
 
 def shape_model(config: Any, depth: int | None, arch: str | None) -> Any:
-    """Return a PretrainConfig whose model has a depth and an architecture; vocabulary and context stay."""
+    """Return a PretrainConfig with a model of this depth and architecture; vocabulary and context stay."""
     from primechat.config import GPTConfig
 
     model = config.model
@@ -380,16 +393,22 @@ def shape_model(config: Any, depth: int | None, arch: str | None) -> Any:
 
 
 def run_stage(verb: str, argv: list[str], device: str | None) -> int:
-    """Parse a stage's flags, run it with a view of its progress, and say what came of it."""
+    """Parse a stage's flags, run it with a progress display, print its result and return the exit code."""
     name, config_name, _ = STAGES[verb]
+
+    # Parse the flags.
     words, cls = list(argv), getattr(primechat, config_name)
     default = build_default(verb, cls, argv, device)
     short = SHORTCUTS if verb in ("pretrain", "speedrun") else ("--device", "--config")
     notes = "\n\n" + "\n".join(SHORTCUTS[key] for key in short)
     config = parse_flags(verb, cls, argv, default, notes)
+
+    # Run the stage.
     result = call_stage(getattr(primechat, name), config)
     if os.environ.get("RANK", "0") != "0":
         return 0
+
+    # Print the result, or the command that resumes a stopped run.
     if is_stopped(result):
         place = [] if device is None else ["--device", device]
         if isinstance(result, events.QuickstartResult) and not config.tag:
@@ -402,7 +421,10 @@ def run_stage(verb: str, argv: list[str], device: str | None) -> int:
 
 
 def call_stage(function: Any, config: Any) -> Any:
-    """Run a stage as a program does: Ctrl-C, SIGTERM, SIGHUP save and stop it; rank 0 shows it."""
+    """Return the result of a stage run from the command line.
+
+    Ctrl-C, SIGTERM and SIGHUP save and stop it; rank 0 displays its progress.
+    """
     if os.environ.get("RANK", "0") != "0":
         with stop_on_signal() as stop:
             return function(config, stop=stop)
@@ -416,13 +438,13 @@ def call_stage(function: Any, config: Any) -> Any:
 def stop_on_signal(
     describe: Callable[[], str] = lambda: "this step is finished and saved",
 ) -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C, SIGTERM or SIGHUP (the terminal was closed) sets.
+    """Yield an event that is set by the first Ctrl-C, SIGTERM or SIGHUP (the terminal was closed).
 
-    A second Ctrl-C or SIGTERM ends the process at once. A second SIGHUP does not: a terminal that is closed
-    sends one, and so does its shell. Under nohup, which ignores SIGHUP, it stays ignored.
+    A second Ctrl-C or SIGTERM ends the process at once. A second SIGHUP does not, because a closing terminal
+    and its shell each send one. Under nohup, which ignores SIGHUP, it stays ignored.
 
     Args:
-        describe: returns what a stop finishes and saves at that moment.
+        describe: returns what a stop at this moment will finish and save.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -439,7 +461,7 @@ def stop_on_signal(
         if os.environ.get("RANK", "0") != "0":
             return
         with contextlib.suppress(OSError):  # the terminal may be gone
-            # a bar hides it, and an end at once does not bring it back
+            # A progress bar hides the cursor, and quitting at once would not bring it back.
             show_cursor = "\x1b[?25h" if os.isatty(2) else ""
             text = f"{show_cursor}\nStopping: {describe()}; Ctrl-C again quits at once.\n"
             os.write(2, text.encode())
@@ -458,14 +480,14 @@ def find_tag(identifier: str) -> str:
 
 
 def is_stopped(result: object) -> bool:
-    """Tell whether a stage was asked to end before its work was done."""
+    """Return whether a stage was stopped before its work was done."""
     if isinstance(result, events.QuickstartResult):
         return result.base.stopped or result.chat.stopped
     return isinstance(result, (events.TrainResult, events.AutochatResult)) and result.stopped
 
 
 def describe_result(result: object) -> str:
-    """Return what a stage made, in a few lines, and what to do with it."""
+    """Return a few lines on the result of a stage, and on what to do with it."""
     if isinstance(result, events.TokenizerResult):
         size = f"{result.vocab_size:,} tokens, {result.bytes_per_token:.2f} bytes a token"
         return f"Tokenizer: {size}, {result.elapsed_s:.1f} s; in {result.path}"
@@ -495,7 +517,7 @@ def describe_result(result: object) -> str:
 
 
 def describe_overlap(overlap: events.OverlapResult) -> Iterator[str]:
-    """Yield the lines that tell what an evaluation text shares with a training text."""
+    """Yield the lines that report what an evaluation text shares with a training text."""
     share = overlap.shared_n_grams / max(1, overlap.n_grams)
     yield (
         f"Contamination: {overlap.contaminated:,} of {overlap.documents:,} documents share a run of "
@@ -506,7 +528,7 @@ def describe_overlap(overlap: events.OverlapResult) -> Iterator[str]:
 
 
 def describe_quickstart(result: events.QuickstartResult) -> Iterator[str]:
-    """Yield the lines that end a quickstart: figures, a dialogue, and what to do next."""
+    """Yield the closing lines of a quickstart: figures, a dialogue, and what to do next."""
     from primechat.cli.progress import clean_text
 
     yield "\n".join(
@@ -528,7 +550,7 @@ def describe_quickstart(result: events.QuickstartResult) -> Iterator[str]:
         f"primechat chat {chat}": "talk to it yourself",
         "primechat quickstart --seconds 600": "a better one: ten minutes of training",
     }
-    if is_clone():  # a copy of the library alone has neither
+    if is_clone():  # an installed package has neither the labs nor the shipped model
         steps["primechat chat shipped/sft"] = "one that ships, trained for longer"
         steps["primechat lab 00"] = "the labs: look inside it"
     steps |= {

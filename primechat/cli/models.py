@@ -1,4 +1,4 @@
-"""`primechat models`: which models are on this machine, as a table or as JSON; what they take, removing them.
+"""`primechat models`: the models on this machine as a table or as JSON, their disk use, and their removal.
 
 Reference: primechat.checkpoint.registry, which finds them; primechat.cli.disk, which measures and removes.
 """
@@ -44,10 +44,10 @@ class ModelsFlags:
 
 
 def run_models(flags: ModelsFlags) -> int:
-    """Print the models that the registry finds, or what they take, or remove some.
+    """List the models, print their disk use or remove some, and return the exit code.
 
     Raises:
-        ConfigError: there is no such action, or a name means no run that may be removed.
+        ConfigError: there is no such action, or a name matches no run that may be removed.
     """
     from primechat.cli import disk
 
@@ -85,7 +85,9 @@ def print_table(entries: list[ModelEntry]) -> None:
 
     base = f"{base_dir()}{os.sep}"
     console = Console(highlight=False)
-    wide = console.width >= 110  # where a terminal is narrow, the names and figures go first
+    wide = console.width >= 110  # a narrow terminal shows only the most important columns
+
+    # Columns.
     table = Table(box=None, pad_edge=False)
     table.add_column("model", no_wrap=True)
     titles = ("step", "snaps", "parameters", "bits/byte", "of tokens", "MB")
@@ -94,6 +96,8 @@ def print_table(entries: list[ModelEntry]) -> None:
     table.add_column("kind", no_wrap=True)
     if wide:
         table.add_column("where", overflow="fold")
+
+    # Rows.
     for entry in entries:
         step, snaps = str(max(entry.steps, default="")), str(len(entry.snapshots) or "")
         bpb = "" if entry.val_bpb is None else f"{entry.val_bpb:.4f}"
@@ -112,7 +116,7 @@ def print_table(entries: list[ModelEntry]) -> None:
             if wide
             else (step, *figures[2:4], figures[5], entry.architecture)
         )
-        # an adapter's file says what it is for: no markup, no control characters
+        # Names may come from an adapter's file, so markup and control characters are not interpreted.
         table.add_row(*(Text(clean_text(cell)) for cell in (entry.identifier, *shown)))
     console.print(table)
     print("\nbits/byte: of held-out text, for chat models of held-out replies (lower is better);")

@@ -1,9 +1,9 @@
-"""The streams of the process, made safe: what is printed may get lost, the work goes on.
+"""Safe standard streams: output may be lost, but the work continues.
 
-Hides: how a stream fails. A character that its encoding lacks is written in ASCII; a stream whose reader has
-gone, whose disk is full or whose terminal was closed falls silent, and its loss is told once on the other
-one. Only a verb whose whole result is what it prints ends then (`require_output`): there is no point in
-computing what nobody can read. Reference: pipe(7); closeout of GNU's gnulib.
+Hides: how a stream fails. A character that the encoding lacks is written in ASCII. A stream whose reader has
+gone, whose disk is full or whose terminal was closed becomes silent, and its loss is reported once on the
+other stream. Only a verb whose whole result is its output ends then (`require_output`), because there is no
+point in computing what nobody can read. Reference: pipe(7); closeout of GNU's gnulib.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-ERRORS = "primechat.plain"  # the name of `write_plainly` among Python's handlers of encoding errors
+ERRORS = "primechat.plain"  # name under which `write_plainly` is registered as an error handler
 PLAIN = {
     "→": "->",
     "←": "<-",
@@ -37,11 +37,11 @@ PLAIN = {
     **dict.fromkeys("─━╸╺", "-"),
     **dict.fromkeys("│┃", "|"),
 }
-READER_GONE = 141  # what a shell reports of a program that SIGPIPE ended
+READER_GONE = 141  # exit code that a shell reports for a program ended by SIGPIPE
 
 
 class OutputLost(BaseException):
-    """Nobody can read what a verb was asked to print; no `except Exception` on the way holds it up."""
+    """Nobody can read the output of a verb; a BaseException, so that no `except Exception` catches it."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -50,7 +50,7 @@ class OutputLost(BaseException):
 
 
 class SafeStream:
-    """A text stream to write to that never raises for what becomes of the text, but for `OutputLost`."""
+    """A text stream for output that raises nothing but `OutputLost` when its text cannot be written."""
 
     def __init__(self, stream: TextIO, name: str) -> None:
         self.stream, self.name = stream, name
@@ -60,18 +60,18 @@ class SafeStream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write a text, or drop it where the stream is lost; return its length."""
+        """Write a text, or drop it if the stream is lost; return its length."""
         if not self.lost:
             try:
                 self.stream.write(text)
             except BlockingIOError:
-                pass  # a pipe that does not wait is full: this piece is lost, the next may not be
+                pass  # a non-blocking pipe is full: this piece is lost, the next may not be
             except (OSError, ValueError) as error:  # ValueError: the stream was closed
                 self.lose(error)
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what is buffered, if anybody takes it."""
+        """Write out the buffer, unless the stream is lost."""
         if not self.lost:
             try:
                 self.stream.flush()
@@ -81,15 +81,14 @@ class SafeStream:
                 self.lose(error)
 
     def lose(self, error: Exception) -> None:
-        """Be silent from now on, and tell so.
+        """Be silent from now on, and report it on the other stream.
 
         Raises:
-            OutputLost: the output is all that the verb is for.
+            OutputLost: the output is the whole result of the verb.
         """
         self.lost = True
-        with suppress(
-            OSError, ValueError
-        ):  # what is buffered, and what children write, goes nowhere
+        # Redirect the buffer, and whatever child processes write, to nowhere.
+        with suppress(OSError, ValueError):
             descriptor = os.open(os.devnull, os.O_WRONLY)
             os.dup2(descriptor, self.stream.fileno())
             os.close(descriptor)
@@ -103,14 +102,14 @@ class SafeStream:
 
 
 def require_output(required: bool = True) -> None:
-    """Set whether the loss of stdout ends the program: for a verb whose whole result is what it prints."""
+    """Set whether the loss of stdout ends the program, as it does for a verb that only prints."""
     if isinstance(sys.stdout, SafeStream):
         sys.stdout.required = required
 
 
 @contextmanager
 def guard_streams() -> Iterator[None]:
-    """Make the process's streams safe, and give them back as they were."""
+    """Make the standard streams safe inside the context, and restore them afterwards."""
     if isinstance(sys.stdout, SafeStream):
         yield
         return
@@ -131,7 +130,7 @@ def guard_streams() -> Iterator[None]:
 
 
 def install_guard() -> None:
-    """Make the process's streams safe for good, as an exported script wants it."""
+    """Make the standard streams safe for the rest of the process, for example in an exported script."""
     if isinstance(sys.stdout, SafeStream):
         return
     open_closed()
@@ -144,9 +143,9 @@ def install_guard() -> None:
 
 
 def open_closed() -> None:
-    """Open streams that the process was started without (`>&-`) on nothing.
+    """Open standard streams that the process was started without (`>&-`) on /dev/null.
 
-    Else the next file that is opened gets the number of the closed one, and what is printed ends up in it.
+    Otherwise the next file to be opened gets the descriptor of the closed stream, and output ends up in it.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is not None:
@@ -165,14 +164,14 @@ def open_closed() -> None:
 
 
 def set_errors(stream: Any, errors: str | None) -> None:
-    """Set what a stream does with a character that its encoding lacks, where it can be set."""
+    """Set the error handler of a stream for characters that its encoding lacks, if that is possible."""
     with suppress(AttributeError, OSError, ValueError):
         if errors:
             stream.reconfigure(errors=errors)
 
 
 def write_plainly(error: UnicodeError) -> tuple[str, int]:
-    """Return the ASCII that stands for what cannot be encoded, and where to go on.
+    """Return the ASCII replacement of what cannot be encoded, and the position at which to continue.
 
     >>> "step 3 → 4 · é".encode("ascii", "primechat.plain")
     b'step 3 -> 4 | ?'

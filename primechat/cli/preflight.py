@@ -1,7 +1,7 @@
-"""`primechat preflight`: a minute on a rented machine that tells whether the run will go.
+"""`primechat preflight`: a one-minute test of a rented machine that shows whether the run will work.
 
-Hides: what is looked at. Counting, disk and network come first; then all GPUs do real steps of the real model
-together, which tries CUDA, the attention kernel, NCCL and the micro-batch, and gives the true hours and
+The number of GPUs, the disk and the network are checked first. Then all GPUs together take real steps of the
+real model, which tests CUDA, the attention kernel, NCCL and the micro-batch, and gives realistic hours and
 dollars. Reference: primechat.cloud.plan.
 """
 
@@ -24,11 +24,11 @@ from primechat.errors import PrimechatError
 from primechat.files.paths import make_folder
 from primechat.text.shards import HUB_CORPORA, list_shards, probe_sizes
 
-STEPS = 4  # the first ones warm up
+STEPS = 4  # the first ones are for warming up
 LIMIT_S = 55.0
 WRITE_BYTES = 2**28
-SLOW_DISK = 100e6  # bytes a second: a checkpoint of a d20 takes a minute then
-SLOWER = 0.6  # of the planned speed: something is wrong with the machine
+SLOW_DISK = 100e6  # bytes per second, at which a checkpoint of a d20 takes a minute
+SLOWER = 0.6  # share of the planned speed below which something is wrong with the machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class PreflightFlags(PlanFlags):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; ok is None for what is only told."""
+    """The result of one check; `ok` is None if it is for information only."""
 
     name: str
     ok: bool | None
@@ -49,7 +49,7 @@ class Finding:
 
 
 def run_preflight(flags: PreflightFlags) -> int:
-    """Look at everything and print a verdict; return 1 where the run must not be started, else 0."""
+    """Run all checks and print a verdict; return 1 if the run must not be started, else 0."""
     t_start, bad = time.perf_counter(), 0
     for finding in check_machine(flags):
         bad += finding.ok is False
@@ -64,15 +64,18 @@ def run_preflight(flags: PreflightFlags) -> int:
 
 
 def check_machine(flags: PreflightFlags) -> Iterator[Finding]:
-    """Yield what is found, cheapest first."""
+    """Yield the result of each check, cheapest first."""
     import torch
 
+    # GPUs.
     plan = flags.plan()
     wanted = flags.cpu_ranks or plan.machine.n_gpus
     found = torch.cuda.device_count()
     name = torch.cuda.get_device_name(0) if found else "none"
     enough = bool(flags.cpu_ranks) or found >= wanted
     yield Finding("GPUs", enough, f"{found} of {wanted} wanted ({name}), torch {torch.__version__}")
+
+    # Disk.
     folder = make_folder(base_dir())
     free, need = shutil.disk_usage(folder).free, plan.disk_bytes
     yield Finding(
@@ -82,6 +85,8 @@ def check_machine(flags: PreflightFlags) -> Iterator[Finding]:
     )
     speed = time_writing(folder)
     yield Finding("writing", speed > SLOW_DISK, f"{speed / 1e6:,.0f} MB a second")
+
+    # Network and training steps.
     if flags.run.corpus in HUB_CORPORA:
         yield check_hub(flags.run)
     if enough:
@@ -89,7 +94,7 @@ def check_machine(flags: PreflightFlags) -> Iterator[Finding]:
 
 
 def time_writing(folder: Path) -> float:
-    """Return the bytes a second that reach the disk itself."""
+    """Return the speed of writing to the disk itself, in bytes per second."""
     block, t_start = os.urandom(2**22), time.perf_counter()
     with tempfile.TemporaryFile(dir=folder) as file:
         for _ in range(WRITE_BYTES // len(block)):
@@ -100,7 +105,7 @@ def time_writing(folder: Path) -> float:
 
 
 def check_hub(config: PretrainConfig) -> Finding:
-    """Ask the Hub for a shard's size."""
+    """Return whether the Hub answers a request for the size of a shard."""
     repo, _, _ = HUB_CORPORA[config.corpus]
     try:
         sizes = probe_sizes(repo, list_shards(config.corpus, "train", 1))
@@ -116,7 +121,8 @@ def check_hub(config: PretrainConfig) -> Finding:
 
 
 def check_steps(plan: Plan, ranks: int, device: str) -> Iterator[Finding]:
-    """Run real steps on all ranks and compare them with the plan."""
+    """Yield the results of real steps on all ranks, compared with the plan."""
+    # Run them.
     rows = max(1, plan.micro_batch_rows)
     runtime = replace(
         plan.config.runtime,
@@ -132,6 +138,8 @@ def check_steps(plan: Plan, ranks: int, device: str) -> Iterator[Finding]:
     except PrimechatError as error:
         yield Finding("steps", False, str(error))
         return
+
+    # Communication, attention kernel and memory.
     yield Finding("together", found["together"], f"{ranks} ranks over {found['backend']}")
     fast = (
         device == "cpu"
@@ -140,6 +148,8 @@ def check_steps(plan: Plan, ranks: int, device: str) -> Iterator[Finding]:
     )
     yield Finding("attention", None if fast else False, found["attention"])
     yield Finding("memory", True, f"{found['memory_bytes'] / 1e9:,.1f} GB at {rows} rows at a time")
+
+    # Speed, and the duration and price of the run at this speed.
     speed = max(found["speeds"])
     seconds = plan.tokens / speed
     cost = f", ${seconds / 3600 * plan.machine.dollars_per_hour:,.0f}" if device == "cuda" else ""

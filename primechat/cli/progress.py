@@ -1,6 +1,6 @@
-"""What a running stage looks like in a terminal: bars where there is one, plain lines in a pipe or a log.
+"""Progress display of a running stage: bars in a terminal, plain lines in a pipe or a log.
 
-Hides: how events become lines. The events are those of primechat.events; nothing here knows a stage.
+Hides: how events become lines. The events are those of primechat.events; nothing here depends on a stage.
 Reference: rich's Progress.
 """
 
@@ -28,7 +28,7 @@ SAMPLE_CHARS = 240
 
 
 def clean_text(text: str, limit: int = 0) -> str:
-    """Return a model's text without control characters, on one line where it is limited.
+    """Return a model's text without control characters, and on one line if it is limited in length.
 
     >>> clean_text("a\\x1b[31mb\\nc"), clean_text("one\\ntwo  three", 8)
     ('a�[31mb\\nc', 'one two …')
@@ -40,7 +40,7 @@ def clean_text(text: str, limit: int = 0) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration as a clock shows it.
+    """Return a duration in the form of a clock.
 
     >>> format_seconds(7), format_seconds(65), format_seconds(7384)
     ('0:07', '1:05', '2:03:04')
@@ -51,16 +51,15 @@ def format_seconds(seconds: float) -> str:
 
 
 class ProgressView:
-    """Takes a stage's events and writes plain lines; of steps at most one every `period_s` seconds."""
+    """Progress of a stage as plain lines, with at most one line for steps every `period_s` seconds."""
 
     def __init__(
         self, stream: TextIO, *, period_s: float = 5.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.stream, self.period_s, self.clock = stream, period_s, clock
         self.phase = PhaseEvent(name="")
-        self.training: PhaseEvent | None = (
-            None  # the phase that takes steps; a validation may interrupt it
-        )
+        # The phase that takes optimizer steps; a validation may interrupt it.
+        self.training: PhaseEvent | None = None
         self.val_bpb: float | None = None
         self.said = ""
         self.t_line = self.t_phase = clock()
@@ -105,7 +104,7 @@ class ProgressView:
             self.training = None
 
     def describe_stop(self) -> str:
-        """Return what a stop would finish and save now."""
+        """Return what a stop at this moment would finish and save."""
         if self.training:
             return "this step is finished and saved"
         known = {
@@ -117,16 +116,16 @@ class ProgressView:
         return known.get(self.phase.unit, "the preparation and one step are finished and saved")
 
     def write_line(self, text: str) -> None:
-        """Write one line at once."""
+        """Write one line and flush."""
         print(text, file=self.stream, flush=True)
         self.t_line = self.clock()
 
     def is_due(self) -> bool:
-        """Tell whether the last line is old enough for a line of progress."""
+        """Return whether the last line is old enough for another line of progress."""
         return self.clock() - self.t_line >= self.period_s
 
     def describe_step(self, event: StepEvent) -> str:
-        """Return the figures of a step, the validation of this training included."""
+        """Return the figures of a step, with the last validation of this training."""
         bpb = "" if self.val_bpb is None else f" · {self.val_bpb:.3f} bpb"
         return f"loss {event.loss_nats:.3f}{bpb} · {event.tokens_per_s:,.0f} tok/s"
 
@@ -136,12 +135,12 @@ class ProgressView:
             total = f"{event.total / 1e6:,.1f} MB" if event.unit == "bytes" else total
             total = f"up to {total}" if event.unit == "s" else total
             line = f"{event.name} ({total})" if event.total else event.name
-            if line != self.said:  # the same is done for training and for validation text
+            if line != self.said:  # training and validation text have phases of the same name
                 self.write_line(line)
             self.said = line
 
     def describe_bytes(self, done: float) -> tuple[str, str]:
-        """Return how many bytes are done at which speed, and the time that is left."""
+        """Return the bytes done with their speed, and the remaining time."""
         speed = done / max(1e-9, self.clock() - self.t_phase)
         left = format_seconds((self.phase.total - done) / speed) if speed else "-:--"
         of = f"{done / 1e6:,.1f} of {self.phase.total / 1e6:,.1f} MB"
@@ -172,7 +171,7 @@ class ProgressView:
 
 
 class BarView(ProgressView):
-    """The same on a terminal: one bar a phase, finished phases stay, lines scroll above."""
+    """Progress of a stage as bars: one per phase, which stays when it is finished; lines scroll above."""
 
     def __init__(self, stream: TextIO, **settings: Any) -> None:
         super().__init__(stream, **settings)
@@ -190,7 +189,7 @@ class BarView(ProgressView):
             refresh_per_second=4,
         )
         self.bar_of: dict[str, Any] = {}
-        self.insets: set[str] = set()  # phases that interrupt a training
+        self.insets: set[str] = set()  # phases that interrupt the training
 
     def __enter__(self) -> ProgressView:
         self.bars.start()
@@ -207,10 +206,9 @@ class BarView(ProgressView):
 
     def start_phase(self, event: PhaseEvent) -> None:
         self.close_bars(keep=self.training.name if self.training else "")
-        short = event.name.partition(":")[0]  # the bar needs the room
-        total = (
-            None if event.unit == "s" else event.total or None
-        )  # nobody tells of seconds that pass
+        short = event.name.partition(":")[0]  # leaves more room for the bar
+        # No events report passing seconds, so such a bar has no total.
+        total = None if event.unit == "s" else event.total or None
         self.bar_of[event.name] = self.bars.add_task(short, total=total, figures="")
         if self.training and event is not self.training:
             self.insets.add(event.name)
@@ -239,7 +237,7 @@ class BarView(ProgressView):
         self.close_bars()
 
     def close_bars(self, *, keep: str = "") -> None:
-        """Finish every bar but one; those that interrupted a training go away, the others stay, full."""
+        """Finish every bar but one: those that interrupted the training vanish, the others stay full."""
         for name in [name for name in self.bar_of if name != keep]:
             bar = self.bar_of.pop(name)
             if name in self.insets:

@@ -1,7 +1,7 @@
-"""`primechat report`: a run's curves, samples and settings as one HTML page, and the curves as PNGs.
+"""`primechat report`: curves, samples and settings of a run as one HTML page, and the curves as PNGs.
 
-Hides: how they are drawn. It reads the run's folder alone, so that a run that came home from another machine
-is shown like one of this one, and the page needs nothing beside it. Reference: registry.load_run.
+Only the folder of the run is read, so that a run pulled from another machine looks like a local one, and the
+page needs no other files. Reference: registry.load_run.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from primechat.files.paths import make_folder, resolve_path, write_file
 from primechat.files.weights import read_json
 from primechat.views.theme import DARK, FONT, LIGHT, SERIES, open_figure
 
-SMOOTH = 0.03  # of the run: the width over which a step's loss is averaged
-CURVES = (  # file, title, what is drawn: event, field, label
+SMOOTH = 0.03  # width of the running mean, as a share of the run
+CURVES = (  # file, title, lines as (kind of event, field)
     ("loss", "Training loss, nats a token", (("step", "loss_nats"),)),
     ("bpb", "Validation, bits per byte", (("loss", "paired_bpb"), ("loss", "general_bpb"))),
     ("kept", "What the student has of its teacher", (("loss", "retention"), ("loss", "agreement"))),
@@ -72,10 +72,10 @@ class ReportFlags:
 
 
 def run_report(flags: ReportFlags) -> int:
-    """Write the report of a run.
+    """Write the report of a run and return the exit code.
 
     Raises:
-        PrimechatError: there is no such run, or nothing to draw with.
+        PrimechatError: there is no such run, or matplotlib is missing.
     """
     if not flags.model:
         raise PrimechatError("report needs a run; name one, as in `primechat report base/d4`.")
@@ -96,10 +96,10 @@ def run_report(flags: ReportFlags) -> int:
 
 
 def read_series(run: TrainResult, kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps and values of one field of a run's events, where it has numbers."""
+    """Return the steps and values of one field of a run's events, where it is a number."""
     events = [event for event in run.events if event.get("kind") == kind]
     pairs: list[tuple[Any, Any]]
-    if name == "paired_bpb":  # runs of earlier versions have one figure alone
+    if name == "paired_bpb":  # runs of earlier versions have only the unpaired figure
         pairs = [(event["step"], pair_bpb(event)) for event in events]
     else:
         pairs = [(event["step"], event.get(name)) for event in events]
@@ -108,7 +108,7 @@ def read_series(run: TrainResult, kind: str, name: str) -> tuple[np.ndarray, np.
 
 
 def smooth_series(values: np.ndarray) -> np.ndarray:
-    """Return a running mean over a small share of the run; shorter at the ends."""
+    """Return a running mean over a small share of the run, with a shorter window at the ends."""
     width = max(1, round(len(values) * SMOOTH))
     kernel = np.ones(width)
     ones = np.convolve(np.ones(len(values)), kernel, "same")
@@ -116,7 +116,7 @@ def smooth_series(values: np.ndarray) -> np.ndarray:
 
 
 def draw_curve(run: TrainResult, title: str, lines: tuple[tuple[str, str], ...]) -> bytes:
-    """Return a PNG of some fields over the steps, empty where the run has none of them."""
+    """Return a PNG of some fields over the steps, empty if the run has none of them."""
     series = [(name, *read_series(run, kind, name)) for kind, name in lines]
     series = [(name, x, y) for name, x, y in series if len(x)]
     if not series:
@@ -133,7 +133,7 @@ def draw_curve(run: TrainResult, title: str, lines: tuple[tuple[str, str], ...])
 
 
 def paint_curve(axes: Any, title: str, series: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
-    """Draw series, each smoothed where it has many points, with its name at its end."""
+    """Draw series, smoothed if they have many points, each with its name at its end."""
     for (name, x, y), colour in zip(series, SERIES, strict=False):
         noisy = len(y) > 60
         if noisy:
@@ -148,7 +148,7 @@ def paint_curve(axes: Any, title: str, series: list[tuple[str, np.ndarray, np.nd
 
 
 def write_page(run: TrainResult, folder: Path, pictures: dict[str, bytes]) -> str:
-    """Return the page."""
+    """Return the HTML page of a run; `pictures` are PNGs by name of the curve."""
     titles = {name: title for name, title, _ in CURVES}
     plots = "".join(
         f'<figure><img alt="{titles[name]}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
@@ -168,7 +168,7 @@ def write_page(run: TrainResult, folder: Path, pictures: dict[str, bytes]) -> st
 
 
 def write_style() -> str:
-    """Return the page's style, light or dark as the reader's system is."""
+    """Return the style of the page, light or dark like the reader's system."""
     light, dark = (
         "".join(f"--{name}: {value}; " for name, value in t.items()) for t in (LIGHT, DARK)
     )
@@ -177,7 +177,7 @@ def write_style() -> str:
 
 
 def list_figures(run: TrainResult) -> Iterator[tuple[str, str]]:
-    """Yield the numbers of a run with their names."""
+    """Yield the figures of a run as (name, value)."""
     yield "parameters", f"{run.n_params:,}"
     yield "validation", describe_bpb(run.val_bpb, run.val_tokens)
     yield "steps", f"{run.step:,}" + (", stopped" if run.stopped else "")
@@ -187,7 +187,7 @@ def list_figures(run: TrainResult) -> Iterator[tuple[str, str]]:
 
 
 def write_samples(run: TrainResult) -> Iterator[str]:
-    """Yield for each prompt what the model wrote after it, over the training."""
+    """Yield a table for each prompt with the model's continuations over the training."""
     samples = [e for e in run.events if e.get("kind") == "sample"]
     for prompt in dict.fromkeys(str(e["prompt"]) for e in samples):
         rows = "".join(
@@ -199,7 +199,7 @@ def write_samples(run: TrainResult) -> Iterator[str]:
 
 
 def write_settings(folder: Path) -> str:
-    """Return the run's settings as a part of the page."""
+    """Return the section of the page with the settings of the run, "" if they are missing."""
     path = folder / "config.json"
     if not path.is_file():
         return ""

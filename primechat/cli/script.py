@@ -1,7 +1,7 @@
-"""What an exported script has in place of the lab: settings are flags, a stage runs at once, no widgets.
+"""Counterparts of the lab functions for an exported script: settings are flags, a stage runs at once.
 
-Hides: that the same names mean forms and buttons in a notebook. Reference: primechat.labkit.lab,
-whose calls these are.
+In a notebook, the same names stand for forms and buttons. Reference: primechat.labkit.lab, which has the same
+functions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["settings", "stage", "summary"]
 
 
 def settings(config: Any, simple: Sequence[str] = (), *, title: str = "") -> Any:
-    """Return a namespace whose `config` is the given one, or that of --config FILE, changed by the flags."""
+    """Return a namespace whose `config` is the given one, or that of --config FILE, updated by the flags."""
     install_guard()
     try:
         return SimpleNamespace(config=read_flags(config))
@@ -35,10 +35,10 @@ def settings(config: Any, simple: Sequence[str] = (), *, title: str = "") -> Any
 
 
 def read_flags(config: Any) -> Any:
-    """Return a config as this script's command line has it.
+    """Return a config updated by the command line of this script.
 
     Raises:
-        ConfigError: a flag has no such value.
+        ConfigError: a flag has a value that is not allowed.
     """
     words = sys.argv[1:]
     file = take_option(words, "--config")
@@ -48,7 +48,7 @@ def read_flags(config: Any) -> Any:
 
 
 def stage(function: Callable[..., Any], config: Any, *, title: str = "") -> Any:
-    """Run a stage now and return a namespace with its `result`; a failure ends the script, told once."""
+    """Run a stage now and return a namespace with its `result`; a failure is printed and ends the script."""
     try:
         return SimpleNamespace(result=call_stage(function, config), config=config)
     except Exception as error:
@@ -56,9 +56,9 @@ def stage(function: Callable[..., Any], config: Any, *, title: str = "") -> Any:
 
 
 def summary(result: Any, *, title: str = "", notes: Sequence[str] = ()) -> None:
-    """Print what came of a run."""
+    """Print the result of a run, and notes."""
     import os
 
-    result = getattr(result, "result", result)  # of a stage, or what stage() returned
+    result = getattr(result, "result", result)  # the result itself, or what `stage` returned
     if result is not None and os.environ.get("RANK", "0") == "0":
         print("\n".join([describe_result(result), *notes]))

@@ -1,4 +1,4 @@
-"""Every knob of primechat, as frozen dataclasses; nothing here imports torch."""
+"""All settings of primechat as frozen dataclasses; nothing here imports torch."""
 
 from primechat.config.autochat import AutochatConfig
 from primechat.config.codec import decode_config, encode_config, find_difference

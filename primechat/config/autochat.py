@@ -1,6 +1,6 @@
-"""Knobs of models that talk to themselves or to each other.
+"""Settings of models that talk to themselves or to each other.
 
-Hides: nothing; these are plain settings. A field's string is its help on the command line.
+The string below a field is its help text on the command line.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class AutochatConfig:
         for name in ("human_every", "generations"):
             check_number(name, getattr(self, name), low=0, whole=True)
         check_number("human_share", self.human_share, low=0, high=0.95)
-        if self.generations and self.n_talks < 2:  # one to learn from, one held out
+        if self.generations and self.n_talks < 2:  # one to train on, one held out
             raise ConfigError(
                 "n_talks=1 must be 2 or more where generations learn from them; try 32."
             )

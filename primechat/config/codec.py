@@ -1,6 +1,6 @@
-"""Configurations as JSON and back, and the first difference between two.
+"""Conversion of configs to JSON and back, and the first difference between two configs.
 
-Hides: how nested dataclasses, tuples and schema versions travel through JSON; what older files meant stands
+Hides: how nested dataclasses, tuples and schema versions are stored in JSON. What older files mean is defined
 in history.py.
 """
 
@@ -21,7 +21,7 @@ Config = TypeVar("Config")
 
 
 def encode_config(config: Any) -> dict[str, Any]:
-    """Return a config as JSON-ready data, with its class's name and a schema version.
+    """Return a config as JSON-ready data, with the name of its class and a schema version.
 
     >>> from primechat.config import GPTConfig
     >>> decode_config(encode_config(GPTConfig.classic(4)), GPTConfig) == GPTConfig.classic(4)
@@ -33,14 +33,16 @@ def encode_config(config: Any) -> dict[str, Any]:
 def decode_config(
     data: Any, cls: type[Config], where: str = "config.json", schema: int = SCHEMA_VERSION
 ) -> Config:
-    """Rebuild a config from JSON data.
+    """Return a config rebuilt from JSON data.
 
     Args:
-        where: how errors name the source.
-        schema: of the file that the data are a part of, where they do not name it.
+        data: the object in the file, as JSON gives it.
+        cls: class of the config.
+        where: name of the source in errors.
+        schema: schema of the file, for nested data that do not name it themselves.
 
     Raises:
-        ConfigError: an unknown field, a wrong type, or a newer schema.
+        ConfigError: a field is unknown, a type is wrong, or the schema is newer than this version.
     """
     if not isinstance(data, dict):
         raise ConfigError(
@@ -52,9 +54,13 @@ def decode_config(
         raise ConfigError(
             f"{where} has schema {schema!r}, this version reads up to {SCHEMA_VERSION}; update primechat."
         )
+
+    # Bring an older file up to date.
     data = rename_fields(data, cls.__name__)
     if schema == 1:
         data = upgrade_settings(data, cls.__name__)
+
+    # Decode each field.
     types = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, value in data.items():
@@ -70,7 +76,7 @@ def decode_config(
 
 
 def decode_value(value: Any, kind: Any, where: str, schema: int = SCHEMA_VERSION) -> Any:
-    """Bring one JSON value to its field's type, or refuse it."""
+    """Return a JSON value converted to the type of its field; raise a ConfigError if that is impossible."""
     if dataclasses.is_dataclass(kind):
         return decode_config(value, typing.cast(type, kind), where, schema)
     if typing.get_origin(kind) is tuple:
@@ -97,7 +103,7 @@ def decode_value(value: Any, kind: Any, where: str, schema: int = SCHEMA_VERSION
 def find_difference(
     old: Any, new: Any, ignore: tuple[str, ...] = (), prefix: str = ""
 ) -> str | None:
-    """Name the first field in which two configs of one class differ, as `field: old != new`, or None."""
+    """Return the first difference between two configs of one class as `field: old != new`, or None."""
     for item in dataclasses.fields(old):
         name, a, b = prefix + item.name, getattr(old, item.name), getattr(new, item.name)
         if name in ignore or a == b:

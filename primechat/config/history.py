@@ -1,15 +1,15 @@
-"""What old settings files mean today, so that old runs resume as they trained.
+"""Translation of old settings files, so that old runs resume exactly as they trained.
 
-Two tables. `RENAMED` has the fields that were called otherwise. `SCHEMA_1` has the fields that a config.json
-of schema 1 does not know: each takes the value that computes what the code of then computed, whatever the
-defaults are today.
+There are two tables. `RENAMED` lists fields that have been renamed. `SCHEMA_1` lists the fields that a
+config.json of schema 1 does not contain: each takes the value that reproduces what the code computed at that
+time, whatever the defaults are today.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# Config: its fields by the names that they once had.
+# Config class: {old name of a field: current name}.
 RENAMED = {
     "EvalConfig": {
         "eval_every": "every",
@@ -21,7 +21,9 @@ RENAMED = {
     ),
 }
 
-SCALAR_FACTOR = 0.01  # schema 1 had one `scalar_lr`, of which every learned scalar took a hundredth
+SCALAR_FACTOR = (
+    0.01  # schema 1 had one `scalar_lr`, and every learned scalar used a hundredth of it
+)
 SCALAR_RATES = ("residual_lr", "x0_lr", "smear_lr")
 
 SCHEMA_1: dict[str, dict[str, Any]] = {
@@ -70,11 +72,11 @@ SCHEMA_1: dict[str, dict[str, Any]] = {
 
 
 def rename_fields(data: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Return the settings under today's names.
+    """Return the settings under their current names.
 
     Args:
         data: one object of the file, as JSON gives it.
-        kind: name of the config's class.
+        kind: name of the config class.
 
     >>> rename_fields({"eval_every": 4}, "EvalConfig")
     {'every': 4}
@@ -84,11 +86,11 @@ def rename_fields(data: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def upgrade_settings(data: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Return the settings of a schema 1 file with what was not named then.
+    """Return the settings of a schema 1 file, completed with the fields that did not exist then.
 
     Args:
         data: one object of the file, as JSON gives it.
-        kind: name of the config's class.
+        kind: name of the config class.
 
     >>> upgrade_settings({"scalar_lr": 0.5}, "OptimConfig")["x0_lr"]
     0.005

@@ -1,7 +1,7 @@
-"""The shape of a GPT and each architectural trick as a named switch.
+"""The shape of a GPT, with each architectural choice as a named switch.
 
-Hides: how a depth becomes a shape. Reference: nanochat, the code of October 2025 (`classic`) and of 2026
-(`modern`).
+Hides: how a depth becomes a shape.
+Reference: nanochat, its code of October 2025 (`classic`) and of 2026 (`modern`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from primechat.config.runtime import check_choice, check_number
 from primechat.errors import ConfigError
 
-MOST = {  # of each size: far beyond what any machine trains, so that a slip is refused at once
+MOST = {  # upper limits, far beyond what any machine trains, so that a typing error is refused at once
     "sequence_len": 2**20,
     "vocab_size": 2**20,
     "n_layer": 256,
@@ -24,8 +24,8 @@ MOST = {  # of each size: far beyond what any machine trains, so that a slip is 
 SIZES = tuple(MOST)
 ROPE_DTYPES = ("float32", "bfloat16", "compute")
 NORM_EPS = 2**-23  # nanochat's eps=None in every dtype (measured on a CPU, torch 2.13)
-SMEAR_CHANNELS = 24  # nanochat: the smear's gate reads the first 24 channels
-GATE_CHANNELS = 12  # nanochat: a value embedding's gate reads the first 12
+SMEAR_CHANNELS = 24  # nanochat: the gate of the smear reads the first 24 channels
+GATE_CHANNELS = 12  # nanochat: the gate of a value embedding reads the first 12 channels
 MATRICES = ("uniform", "normal")
 
 
@@ -69,7 +69,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name, most in (*MOST.items(), ("vocab_multiple", 65_536)):
             check_number(f"model.{name}", getattr(self, name), low=1, high=most, whole=True)
-        # A gain of 0 would make all tokens equal, and the loss sums exp(softcap) in float32.
+        # A gain of 0 would make attention uniform, and the loss sums exp(softcap) in float32.
         for name, low, high in (
             ("qk_gain", 1e-3, 1000),
             ("rope_base", 1, 1e12),
@@ -123,18 +123,18 @@ class GPTConfig:
 
     @property
     def architecture(self) -> str:
-        """`classic`, `modern`, or `custom` where the switches are those of neither."""
+        """`classic`, `modern`, or `custom` if the switches match neither."""
         for name, other in (("classic", classic_switches()), ("modern", modern_switches())):
             if all(getattr(self, key) == value for key, value in other.items()):
                 return name
         return "custom"
 
     def has_value_embedding(self, layer: int) -> bool:
-        """Tell whether a layer has a value embedding: every other one, counted back from the last."""
+        """Return whether a layer has a value embedding: every other one, counted back from the last."""
         return self.value_embeddings and layer % 2 == (self.n_layer - 1) % 2
 
     def window(self, layer: int) -> int | None:
-        """Return how many tokens to the left of itself a token sees in this layer; None is all.
+        """Return how many earlier tokens a token attends to in this layer; None is all of them.
 
         Source: nanochat HEAD, gpt.py: a short window is a quarter of sequence_len, rounded up to a multiple
             of 128.
@@ -148,7 +148,7 @@ class GPTConfig:
 
     @property
     def n_params(self) -> int:
-        """Exact number of parameters; equals the built model's count.
+        """Exact number of parameters, equal to the count of the built model.
 
         Source: nanochat's own counts, for example 560,988,160 for the classic d20.
 
@@ -159,9 +159,9 @@ class GPTConfig:
 
     @property
     def n_matrix_params(self) -> int:
-        """Parameters of the blocks and of the output head, tables and scalars not counted.
+        """Number of parameters in the blocks and the output head, without embeddings and scalars.
 
-        Source: nanochat HEAD, base_train.py: the count by which its loss scales most cleanly.
+        Source: nanochat HEAD, base_train.py: the count with which its loss scales most cleanly.
 
         >>> GPTConfig.modern(20).n_matrix_params
         477103280
@@ -173,7 +173,7 @@ class GPTConfig:
     def classic(
         cls, depth: int, *, vocab_size: int = 65_536, sequence_len: int = 2048
     ) -> GPTConfig:
-        """Return the 2025 model of a depth: width 64 * depth, heads of 128 or of the next width that fits."""
+        """Return the 2025 model of a depth: width 64 * depth, head_dim 128 or the next smaller that fits."""
         check_depth(depth)
         n_head = next(
             n
@@ -196,8 +196,9 @@ class GPTConfig:
 
 
 def list_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every parameter of a model: the one table that counts, formats and loaders
-    read.
+    """Return the shape of every parameter of a model by name.
+
+    This is the only such table: parameter counts, file formats and loaders all read it.
 
     Source: the keys of nanochat's state_dict; linear maps are (out, in).
 
@@ -232,7 +233,7 @@ def list_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-# The parts of a model that its parameters are counted by, and what a name of each begins with or has in it.
+# The parts by which the parameters of a model are counted, and a string that every name in the part contains.
 PARTS = {
     "token embedding": "transformer.wte.",
     "value embeddings": "value_embeds.",
@@ -244,7 +245,7 @@ OTHER_PART = "scalars and gates"
 
 
 def count_parts(config: GPTConfig) -> dict[str, int]:
-    """Return the number of parameters by part; they sum to `n_params`.
+    """Return the number of parameters of each part; they sum to `n_params`.
 
     >>> count_parts(GPTConfig.classic(20))["mlp"], sum(count_parts(GPTConfig.classic(20)).values())
     (262144000, 560988160)
@@ -258,8 +259,10 @@ def count_parts(config: GPTConfig) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig:
-    """From what fresh weights are drawn. The maps back into the residual stream (c_proj) and the smear's
-    strength begin at 0 in any case, so that each block starts as nothing.
+    """Distributions of the initial weights.
+
+    The projections back into the residual stream (c_proj) and the strength of the smear always start at 0,
+    so that each block initially adds nothing.
     """
 
     embedding_std: float = 0.8
@@ -292,7 +295,7 @@ class InitConfig:
 
 
 def check_depth(depth: int) -> None:
-    """Refuse a depth that is no positive whole number."""
+    """Raise a ConfigError unless the depth is a whole number from 1 to 256."""
     if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= 256:
         raise ConfigError(
             f"depth={depth!r} must be a whole number from 1 to 256; try 4 on a laptop, 20 in the cloud."
@@ -305,11 +308,12 @@ STUDENT_SIZES = (*SHARES, *STUDENTS)
 
 
 def shrink_model(teacher: GPTConfig, size: str) -> GPTConfig:
-    """Return a student's shape: the teacher's vocabulary, context and switches, fewer and narrower layers.
+    """Return the shape of a student: the teacher's vocabulary, context and switches, with fewer parameters.
 
     Args:
-        size: half, quarter or eighth of its parameters, as near as whole heads and layers allow, or one of
-            the presets near 100 million parameters at 65,536 tokens: 100m, 100m-deep, 100m-flat.
+        teacher: config of the teacher.
+        size: half, quarter or eighth of the teacher's parameters, as close as whole heads and layers allow,
+            or a preset of about 100 million parameters at 65,536 tokens: 100m, 100m-deep, 100m-flat.
 
     >>> shrink_model(GPTConfig.classic(20), "100m").n_params
     98566144
@@ -318,29 +322,30 @@ def shrink_model(teacher: GPTConfig, size: str) -> GPTConfig:
         return set_shape(teacher, *STUDENTS[size])
     if size not in SHARES:
         raise ConfigError(f"size={size!r} must be one of {', '.join(STUDENT_SIZES)}; try quarter.")
+
+    # A good shape has about the wanted number of parameters and the teacher's ratio of width to depth.
     wanted, slim = SHARES[size] * teacher.n_params, teacher.n_embd / teacher.n_layer
 
     def miss(config: GPTConfig) -> float:
         off = abs(math.log(config.n_params / wanted))
         return 4 * off + abs(math.log(config.n_embd / config.n_layer / slim))
 
+    # Try all depths and widths up to the teacher's; a smear reads 24 channels.
     head_dim = next(
         d for d in (128, 64, 32, 16, teacher.head_dim) if teacher.n_embd >= 8 * d or d <= 16
     )
-    widths = [
-        w for w in range(head_dim, teacher.n_embd + 1, head_dim) if w >= 24
-    ]  # what a smear reads
+    widths = [w for w in range(head_dim, teacher.n_embd + 1, head_dim) if w >= 24]
     shapes = [(n, w, w // head_dim) for n in range(1, teacher.n_layer + 1) for w in widths]
     return min((set_shape(teacher, *shape) for shape in shapes), key=miss)
 
 
 def set_shape(config: GPTConfig, n_layer: int, n_embd: int, n_head: int) -> GPTConfig:
-    """Return a config with another shape, as many key heads as query heads."""
+    """Return a config with another shape and as many key heads as query heads."""
     return replace(config, n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_head)
 
 
 def classic_switches() -> dict[str, Any]:
-    """Return the switches that make a config `classic`: the defaults; shapes and windows are free."""
+    """Return the switches that make a config `classic`: the defaults; the sizes are free."""
     return {item.name: item.default for item in fields(GPTConfig) if item.name not in SIZES}
 
 

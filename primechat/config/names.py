@@ -1,13 +1,12 @@
-"""The names that models go by, taken apart and put together.
+"""Model identifiers, parsed and formatted.
 
-Hides: the grammar of an identifier. `base/d4` is the newest step of a run, `base/d4@600` one step,
-`base/d4@snap:64` a snapshot of its weights; a family alone (`sft`) takes its default tag. `shipped/` before
-any of these means what ships with primechat. `hf:smollm2` and `hf:owner/name` are other people's models.
-`lora:pirate*0.5+sft/d4` is a model with an adapter at half its strength; several may stand before the model.
-The registry also takes `lora:pirate` alone, and reads from the adapter which model it was trained on.
-A by-product is one of many small runs that a lab trains to compare them. Its folder carries a mark
-(`registry.mark_by_product`); those of before the mark are known by their names.
-Reference: primechat.checkpoint.registry, which says where each of them lies.
+`base/d4` is the newest step of a run, `base/d4@600` one step, `base/d4@snap:64` a snapshot of its weights; a
+family alone (`sft`) is its default tag. The prefix `shipped/` means the model that ships with primechat.
+`hf:smollm2` and `hf:owner/name` are models of other projects. `lora:pirate*0.5+sft/d4` is a model with an
+adapter at half strength; several adapters may precede the model. The registry also accepts `lora:pirate`
+alone, and reads from the adapter which model it was trained on. A by-product is one of many small runs that a
+lab trains for a comparison: its folder carries a mark (`registry.mark_by_product`), and older ones are
+recognised by their names. Reference: primechat.checkpoint.registry, which knows where each model is stored.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ IDENTIFIER = re.compile(r"(shipped/)?(base|mid|sft|rl)(?:/([^/@]+)(?:@(snap:)?(\
 FOREIGN = re.compile(
     r"hf:(smollm2|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[A-Za-z0-9][\w.-]*)?)", re.ASCII
 )
-BY_PRODUCT = re.compile(  # tags of those that were made before they were marked
-    r"lab0[678]-.+-\d+-[0-9a-f]{6}"  # labs 06 to 08: what is compared, the seed, a hash of the settings
-    r"|.+-(?:everything-on|without-[\w-]+)-\d+-[0-9a-f]{6}"  # lab 05: a trick taken away
-    r"|small-\d+-\d{5,10}-\d+"  # lab 04: blocks, tokens, the seed
-    r"|lab09-.+-g\d+"  # lab 09: a generation that learned from its own talk
+BY_PRODUCT = re.compile(  # tags of by-products made before the mark existed
+    r"lab0[678]-.+-\d+-[0-9a-f]{6}"  # labs 06 to 08: what is compared, seed, hash of the settings
+    r"|.+-(?:everything-on|without-[\w-]+)-\d+-[0-9a-f]{6}"  # lab 05: an ablation
+    r"|small-\d+-\d{5,10}-\d+"  # lab 04: layers, tokens, seed
+    r"|lab09-.+-g\d+"  # lab 09: a generation trained on its own conversations
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelName:
-    """An identifier taken apart; an empty tag is the default one, a step of None the newest.
+    """A parsed identifier; an empty tag is the default one, a step of None the newest.
 
-    Of a foreign model the family is `hf` and the tag its name.
+    For a model of another project, the family is `hf` and the tag is its name.
     """
 
     family: str
@@ -51,7 +50,7 @@ class ModelName:
     step: int | None = None
     snapshot: bool = False
     shipped: bool = False
-    adapters: tuple[tuple[str, float], ...] = ()  # each with its dial
+    adapters: tuple[tuple[str, float], ...] = ()  # (tag, strength)
 
     def __str__(self) -> str:
         if self.family == "hf":
@@ -65,7 +64,7 @@ class ModelName:
 
 
 def parse_identifier(text: str) -> ModelName:
-    """Take an identifier apart.
+    """Return the parts of an identifier.
 
     >>> parse_identifier("base/d4@snap:64").step
     64
@@ -73,10 +72,13 @@ def parse_identifier(text: str) -> ModelName:
     (('pirate', 0.5), ('music', 1.0))
 
     Raises:
-        ConfigError: it has none of the forms that exist.
+        ConfigError: it is not a valid identifier.
     """
+    # A model of another project.
     if foreign := FOREIGN.fullmatch(text):
         return ModelName(family="hf", tag=foreign[1])
+
+    # Adapters before the last +, then the model.
     *beside, plain = text.split("+")
     adapters = [ADAPTER.fullmatch(part) for part in beside]
     match = IDENTIFIER.fullmatch(plain)
@@ -98,10 +100,10 @@ def parse_identifier(text: str) -> ModelName:
 
 
 def parse_plain(text: str) -> ModelName:
-    """Take apart the identifier of a model whose own weights are wanted.
+    """Return the parts of the identifier of a model without adapters.
 
     Raises:
-        ConfigError: it has none of the forms that exist, or adapters, which would be left out.
+        ConfigError: it is not a valid identifier, or it has adapters.
     """
     name = parse_identifier(text)
     if name.adapters:

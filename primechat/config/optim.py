@@ -1,7 +1,7 @@
-"""The settings of the optimizer: rates, betas, decay, Muon's variants, and the schedules.
+"""Settings of the optimizer: learning rates, betas, weight decay, variants of Muon, and schedules.
 
-Each kind of parameter has its own rate; which parameter is of which kind stands in one list,
-`PARAMETER_KINDS` of train/optim.py. The defaults are ours for small runs; nanochat's are in recipes.py.
+Each kind of parameter has its own learning rate; `PARAMETER_KINDS` in train/optim.py lists which parameter is
+of which kind. The defaults are ours, for small runs; nanochat's are in recipes.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ DECAY_SCHEDULES = ("rate", "cosine")
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Muon for the matrices of the blocks, AdamW for all else, under one schedule. Learning rates are
-    peaks; those of embeddings and head are for width 768 and scale by (width / 768) ** -0.5.
+    """Muon for the matrices of the blocks and AdamW for everything else, under one schedule.
+
+    Learning rates are peak values; those of embeddings and output head are for width 768 and are scaled by
+    (width / 768) ** -0.5.
     """
 
     matrix_lr: float = 0.02
@@ -107,7 +109,7 @@ class OptimConfig:
             check_number(f"optim.{name}", getattr(self, name), low=0)
         for name in SHARES:
             check_number(f"optim.{name}", getattr(self, name), low=0, high=1)
-        for name in BETAS:  # at 1 a mean would never move
+        for name in BETAS:  # at 1 the mean would never change
             check_number(f"optim.{name}", getattr(self, name), low=0, high=0.999999)
         for name in ("momentum_steps", "warmup_steps"):
             check_number(f"optim.{name}", getattr(self, name), low=0, whole=True)

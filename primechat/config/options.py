@@ -1,6 +1,6 @@
-"""Keyword options by name: a misspelled one is answered with those that there are.
+"""Checks of keyword options: a misspelled option raises an error that lists the existing ones.
 
-Python says only that an argument is unexpected. The error here is a TypeError too, as callers expect.
+Python says only that an argument is unexpected. The error here is also a TypeError, as callers expect.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class OptionError(ConfigError, TypeError):
 
 
 def check_options(given: Iterable[str], known: Iterable[str], function: str) -> None:
-    """Refuse names that are not among the known ones.
+    """Raise an error if an option is not among the known ones.
 
     Raises:
-        OptionError: the first such name, what was perhaps meant, and all options.
+        OptionError: an option is unknown; the message names it, the closest match and all options.
     """
     names = list(known)
     for name in given:
@@ -37,7 +37,7 @@ def check_options(given: Iterable[str], known: Iterable[str], function: str) -> 
 
 
 def name_options(function: Function) -> Function:
-    """Return a function that answers a wrong option with the right ones."""
+    """Return the function with checked options: an unknown one raises an OptionError."""
     known = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)

@@ -1,10 +1,10 @@
-"""Three ways to pretrain, each a function that returns all settings of a run.
+"""Three pretraining recipes, each a function that returns all settings of a run.
 
     october2025    nanochat's speedrun of October 2025: the d20 whose cost was measured
-    nanochat2026   nanochat as of July 2026: fewer tokens, more tricks, rates that follow the batch
-    quickstart     ours, for minutes on a laptop
+    nanochat2026   nanochat as of July 2026: fewer tokens, more switches, rates that follow the batch size
+    quickstart     ours, for a few minutes on a laptop
 
-A recipe is only settings: nothing elsewhere asks for its name, and every number can be changed by a flag.
+A recipe is only settings: no other code depends on its name, and every number can be changed by a flag.
 Source: karpathy/nanochat, c7ae920 (October 2025) and 92d63d4 (July 2026).
 """
 
@@ -27,9 +27,9 @@ FULL_EVAL = EvalConfig(
     save_every=1000,
     snapshot_budget_mb=16_000,
 )
-FIRST_EVAL = EvalConfig()  # a tenth of the time along the way, a quarter at the end
+FIRST_EVAL = EvalConfig()  # a tenth of the time during training, a quarter at the end
 
-# what the rates and the batch of 2026 were found for: a d12 at 12 tokens for each parameter of its matrices
+# The run for which nanochat tuned its rates and batch of 2026: a d12 at 12 tokens per matrix parameter.
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 524_288
 
@@ -37,7 +37,7 @@ REFERENCE_BATCH = 524_288
 def october2025(
     depth: int = 20, *, vocab_size: int = 65_536, sequence_len: int = 2048
 ) -> PretrainConfig:
-    """Return nanochat's speedrun of October 2025, with FineWeb-Edu.
+    """Return the settings of nanochat's speedrun of October 2025, on FineWeb-Edu.
 
     >>> run = october2025(20)
     >>> run.model.n_params, run.default_steps, run.default_steps * run.batch_tokens
@@ -86,13 +86,17 @@ def nanochat2026(
     batch_tokens: int = 0,
     tokens_per_param: float = 12.0,
 ) -> PretrainConfig:
-    """Return nanochat's base training of July 2026, with ClimbMix.
+    """Return the settings of nanochat's base training of July 2026, on ClimbMix.
 
-    The vocabulary is that of October, so that the two recipes compare; nanochat's own of 2026 has 32,768.
+    The vocabulary has the size of October 2025, so that the two recipes can be compared; nanochat's own of
+    2026 has 32,768 tokens.
 
     Args:
-        batch_tokens: 0 takes the batch that nanochat's rule gives; rates and weight decay follow it.
-        tokens_per_param: training tokens for each parameter of the blocks and the output head.
+        depth: number of layers.
+        vocab_size: number of token ids.
+        sequence_len: context length in tokens.
+        batch_tokens: tokens per batch; 0 applies nanochat's rule. Rates and weight decay follow it.
+        tokens_per_param: training tokens per parameter of the blocks and the output head.
 
     >>> run = nanochat2026(20)
     >>> run.batch_tokens, run.default_steps, run.default_steps * run.batch_tokens
@@ -100,8 +104,11 @@ def nanochat2026(
     """
     model = GPTConfig.modern(depth, vocab_size=vocab_size, sequence_len=sequence_len)
     small = GPTConfig.modern(REFERENCE_DEPTH, vocab_size=vocab_size, sequence_len=sequence_len)
-    horizon = model.n_matrix_params / small.n_matrix_params  # tokens, against those of a d12
 
+    # Tokens of the run, as a multiple of those of a d12.
+    horizon = model.n_matrix_params / small.n_matrix_params
+
+    # Batch size, and the factor by which rates follow it.
     batch_tokens = batch_tokens or choose_batch(horizon)
     by_batch = (batch_tokens / REFERENCE_BATCH) ** 0.5
 
@@ -134,11 +141,11 @@ INIT_2026 = InitConfig(
 
 
 def optim_2026(by_batch: float, weight_decay: float) -> OptimConfig:
-    """Return the optimizer of 2026.
+    """Return nanochat's optimizer settings of 2026.
 
     Args:
-        by_batch: sqrt(batch / 524,288), which every rate follows but that of smear and backout.
-        weight_decay: of the matrices, for the tokens of this run.
+        by_batch: sqrt(batch / 524,288), a factor on every rate except that of smear and backout.
+        weight_decay: weight decay of the matrices for the number of tokens of this run.
     """
     return OptimConfig(
         matrix_lr=0.02 * by_batch,
@@ -175,7 +182,7 @@ def optim_2026(by_batch: float, weight_decay: float) -> OptimConfig:
 
 
 def scalar_rates_2026(by_batch: float = 1.0) -> dict[str, float]:
-    """Return what 2026 sets for the learned scalars and gates; `by_batch` as in `optim_2026`."""
+    """Return nanochat's 2026 settings for learned scalars and gates; `by_batch` as in `optim_2026`."""
     return dict(
         residual_lr=0.005 * by_batch,
         residual_decay=0.05,
@@ -186,10 +193,10 @@ def scalar_rates_2026(by_batch: float = 1.0) -> dict[str, float]:
 
 
 def choose_batch(horizon: float) -> int:
-    """Return nanochat's batch in tokens: a power of two that grows with the tokens of the run to the 0.383.
+    """Return nanochat's batch size in tokens: 524,288 * horizon ** 0.383, rounded to a power of two.
 
     Args:
-        horizon: tokens of the run, as a multiple of a d12's.
+        horizon: tokens of the run, as a multiple of those of a d12.
 
     Source: Bergsma et al. 2025 (Power Lines), as in nanochat HEAD, base_train.py.
 
@@ -202,10 +209,10 @@ def choose_batch(horizon: float) -> int:
 def quickstart(
     depth: int = 4, *, vocab_size: int = 4096, sequence_len: int = 256, seconds: float = 150.0
 ) -> PretrainConfig:
-    """Return our own run for a laptop: what fits into a time, on the text that ships with primechat.
+    """Return our settings for a laptop: as much training as fits into `seconds`, on the shipped text.
 
-    The switches are those of 2026, the rates were found on depth 4 at 600,000 tokens; the learned scalars
-    have one rate.
+    The switches are those of 2026. The learning rates were tuned at depth 4 on 600,000 tokens; the learned
+    scalars share one rate.
     """
     batch_tokens = 2048 if seconds < 60 else 4096  # a short run learns more from many small steps
     return PretrainConfig(
@@ -240,10 +247,14 @@ RECIPE_OF_ARCH = {"classic": "october2025", "modern": "nanochat2026"}
 
 
 def make_recipe(name: str, depth: int | None = None) -> PretrainConfig:
-    """Return a recipe by its name, at its own depth or another.
+    """Return the settings of a recipe by name.
+
+    Args:
+        name: name of the recipe.
+        depth: number of layers; None takes the recipe's own.
 
     Raises:
-        ConfigError: there is no such recipe, or no such depth.
+        ConfigError: there is no such recipe, or the depth is not allowed.
     """
     if name not in RECIPES:
         raise ConfigError(f"recipe={name!r} must be one of {', '.join(RECIPES)}; try october2025.")

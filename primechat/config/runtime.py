@@ -1,6 +1,6 @@
-"""Knobs that several stages share: the machine, and how often to look.
+"""Settings that several stages share: the machine, and how often to evaluate.
 
-Hides: nothing; these are plain settings. A field's string is its help on the command line.
+The string below a field is its help text on the command line.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ COMPILE = ("auto", "on", "off")
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """How a stage uses the machine; `auto` and 0 are measured once before step 0 and then frozen."""
+    """How a stage uses the machine; `auto` and 0 are measured once before step 0 and then kept."""
 
     device: str = "auto"
     """cpu, mps, cuda, or auto."""
@@ -54,7 +54,7 @@ class RuntimeConfig:
 
     @property
     def budget_s(self) -> float:
-        """Seconds until the run has to stop, infinity where nothing limits it."""
+        """Seconds until the run has to stop, infinity if nothing limits it."""
         limits = [3600 * self.max_hours] if self.max_hours else []
         limits += [3600 * self.max_dollars / self.dollars_per_hour] if self.max_dollars else []
         return min(limits, default=float("inf"))
@@ -62,7 +62,7 @@ class RuntimeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How often a run is measured, sampled and saved."""
+    """How often a run is evaluated, sampled and saved."""
 
     every: int = 0
     """Steps between validations; 0 spreads ten over the run, fewer over a short one. The last step is always
@@ -103,23 +103,20 @@ class EvalConfig:
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Refuse a word that is none of the allowed ones."""
+    """Raise a ConfigError unless the value is one of the allowed ones."""
     if value not in allowed:
         raise ConfigError(
             f"{name}={value!r} must be one of {', '.join(allowed)}; try {allowed[0]}."
         )
 
 
+# Sampling settings: lowest value, highest value, whether it is a whole number.
 SAMPLING = {"temperature": (0, 100, False), "top_p": (1e-6, 1, False), "top_k": (0, None, True)}
-SAMPLING["repetition_penalty"] = (
-    1,
-    10,
-    False,
-)  # how a token is drawn: least, most, whether it is whole
+SAMPLING["repetition_penalty"] = (1, 10, False)
 
 
 def check_drawing(config: Any, most_tokens: float | None = None) -> None:
-    """Refuse settings that no reply can be drawn with; `most_tokens` bounds its length."""
+    """Raise a ConfigError for invalid sampling settings; `most_tokens` limits the length of a reply."""
     bounds = {**SAMPLING, "max_new_tokens": (1, most_tokens, True), "seed": (0, None, True)}
     for name, (low, high, whole) in bounds.items():
         check_number(name, getattr(config, name), low=low, high=high, whole=whole)
@@ -128,7 +125,7 @@ def check_drawing(config: Any, most_tokens: float | None = None) -> None:
 def check_number(
     name: str, value: object, *, low: float, high: float | None = None, whole: bool = False
 ) -> None:
-    """Refuse a setting that is no number, not finite, or out of bounds; without `high`, 1e18 is the most."""
+    """Raise a ConfigError unless a setting is a finite number from `low` to `high` (None: 1e18)."""
     top = 10**18 if high is None else high
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if number and low <= value <= top:  # type: ignore[operator]
@@ -143,13 +140,13 @@ def check_number(
 
 
 def show_value(value: object) -> str:
-    """Return a value as an error names it, on one line: a long one is cut, an endless number only described.
+    """Return a value for an error message, on one line: long ones are cut, huge numbers described.
 
     >>> show_value(10**400), show_value("x" * 90)[-1]
     ('1000000000... (a number of about 400 digits)', '…')
     """
     if isinstance(value, int) and abs(value) >= 10**40:
-        digits = int(value.bit_length() * 0.30103)  # Python writes at most 4,300 digits out
+        digits = int(value.bit_length() * 0.30103)  # Python prints at most 4,300 digits
         return f"{value // 10 ** (digits - 9)}... (a number of about {digits} digits)"
     text = repr(value)
     return text if len(text) <= 80 else text[:80] + "…"

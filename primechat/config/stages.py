@@ -1,6 +1,6 @@
-"""One configuration a stage: a script, a JSON file, a form and a command line from one definition.
+"""One config per stage, which serves scripts, JSON files, forms and the command line alike.
 
-Hides: nothing; these are plain settings. A field's string is its help on the command line.
+The string below a field is its help text on the command line and in forms.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from primechat.config.runtime import (
 from primechat.errors import ConfigError
 
 LAYOUTS = ("packed", "masked", "padded")  # how conversations share rows
-LEARN = ("assistant", "all")  # whose tokens count
+LEARN = ("assistant", "all")  # whose tokens count in the loss
 DISTANCES = ("forward", "reverse", "jsd")  # between student and teacher
-COUNTED = ("all", "matrices")  # the parameters that `tokens_per_param` is of
+COUNTED = ("all", "matrices")  # which parameters `tokens_per_param` counts
 ROWS = ("stream", "best-fit")  # how documents share rows
 
 
@@ -127,13 +127,13 @@ class PretrainConfig:
 
     @property
     def n_params_counted(self) -> int:
-        """Number of the parameters that `tokens_per_param` is of."""
+        """Number of parameters that `tokens_per_param` is multiplied by."""
         whole = self.params_counted == "all"
         return self.model.n_params if whole else self.model.n_matrix_params
 
     @property
     def default_steps(self) -> int:
-        """Steps of a run that names neither steps nor seconds: as many whole ones as the tokens allow."""
+        """Number of steps if neither steps nor seconds is set: as many whole ones as the tokens allow."""
         tokens = int(self.tokens_per_param * self.n_params_counted)
         return max(1, tokens // self.batch_tokens)
 
@@ -205,7 +205,7 @@ class FinetuneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(FinetuneConfig):
-    """Train an adapter: thin matrices beside a model's own, which stay as they are."""
+    """Train an adapter: low-rank matrices beside a model's own, which stay frozen."""
 
     tag: str = "pirate"
     """Name of the adapter, as in lora:pirate+sft/d4."""
@@ -241,7 +241,7 @@ class LoRAConfig(FinetuneConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(FinetuneConfig):
-    """Teach a small model a large one's probabilities."""
+    """Teach a small model the probabilities of a large one."""
 
     tag: str = "student"
     """Name of the student's folder: in base_checkpoints, with dialogues in chatsft_checkpoints."""
@@ -404,7 +404,7 @@ class SpeedrunConfig:
 
 
 def check_tag(tag: object, *, empty: bool = False) -> None:
-    """Refuse a tag that is no plain folder name."""
+    """Raise a ConfigError unless a tag is a plain folder name."""
     if not isinstance(tag, str) or not (
         re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", tag) or (empty and tag == "")
     ):
@@ -414,7 +414,7 @@ def check_tag(tag: object, *, empty: bool = False) -> None:
 
 
 def check_separator(separator: object) -> None:
-    """Refuse a mark between documents that could not be found in a line of text."""
+    """Raise a ConfigError unless a document separator can occur within one line of text."""
     if not isinstance(separator, str) or not separator.strip() or len(separator.splitlines()) > 1:
         raise ConfigError(
             f"corpus_separator={separator!r} must be auto, none or a mark within one line; "
@@ -423,7 +423,7 @@ def check_separator(separator: object) -> None:
 
 
 def check_training(config: PretrainConfig | FinetuneConfig, row_tokens: int) -> None:
-    """Refuse sizes and lengths that no run can have."""
+    """Raise a ConfigError for sizes and durations that no run can have."""
     check_number("batch_tokens", config.batch_tokens, low=1, whole=True)
     check_number("steps", config.steps, low=0, whole=True)
     check_number("seconds", config.seconds, low=0)
@@ -432,7 +432,7 @@ def check_training(config: PretrainConfig | FinetuneConfig, row_tokens: int) -> 
 
 
 def check_rows(batch_tokens: int, sequence_len: int, whose: str = "model.") -> None:
-    """Refuse a batch that is no whole number of rows; `whose` is said before the length of a row."""
+    """Raise a ConfigError unless a batch is a whole number of rows; `whose` prefixes sequence_len in it."""
     if batch_tokens % sequence_len:
         near = max(1, round(batch_tokens / sequence_len)) * sequence_len
         rule = f"must be a multiple of {whose}sequence_len={sequence_len}"

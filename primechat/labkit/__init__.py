@@ -1,1 +1,1 @@
-"""What labs are made of: settings, stages behind Start and Stop, guesses, exercises, twins, pages."""
+"""Parts of the labs: settings, stages behind Start and Stop, predictions, exercises, twins, pages."""

@@ -1,9 +1,9 @@
-"""A learner's own copies of the labs, in labs/mine/, which git ignores.
+"""The reader's own copies of the labs, in labs/mine/, which git ignores.
 
-A notebook saves what is typed into it, so what ships is never opened for editing: a copy is. It follows the
-shipped lab as long as nobody has edited it, and stays as it is from then on. Whether it was edited is told by
-its code: what cells gave, and when they ran, does not count. A ledger beside the copies remembers the code
-that each began with.
+A notebook saves what is typed into it, so a copy is opened for editing, never the shipped lab. The copy
+follows the shipped lab until it is edited; after that it is left alone. Whether it was edited is decided by
+its code; outputs and execution times do not count. A ledger beside the copies records the code that each one
+started with.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ KEPT = (
 
 
 def find_copy(shipped: Path) -> Path:
-    """Return the path of a lab's copy, of its marimo file or of its Jupyter twin; it may not exist."""
+    """Return the path of the copy of a marimo file or Jupyter twin; it may not exist."""
     return LABS / "mine" / shipped.name
 
 
 def open_copy(shipped: Path) -> tuple[Path, str]:
-    """Make the copy of a lab where there is none, renew it where nobody has edited it.
+    """Return the copy of a lab, made if there is none and updated unless it was edited.
 
     Returns:
-        The copy, and a sentence where it was edited and the shipped lab has changed too, else "".
+        The path of the copy, and a sentence if both the copy and the shipped lab have changed, else "".
 
     Raises:
         ConfigError: labs/mine cannot be written.
-        DataError: what should be copied is not there.
+        DataError: the file to copy is missing.
     """
     copy, now = find_copy(shipped), identify_code(shipped)
     begun, own = read_ledger().get(copy.name), identify_code(copy)
@@ -55,17 +55,17 @@ def open_copy(shipped: Path) -> tuple[Path, str]:
 
 
 def describe_conflict(copy: Path) -> str:
-    """Return the sentence that tells of an edited copy of a lab that has changed."""
+    """Return a sentence about an edited copy of a shipped lab that has changed since."""
     return KEPT.format(copy=name_path(copy), number=copy.name[:2])
 
 
 def name_path(path: Path) -> str:
-    """Return a path as a learner would type it in the folder of primechat."""
+    """Return a path relative to the folder of primechat."""
     return str(path.relative_to(LABS.parent))
 
 
 def choose_source(shipped: Path) -> Path:
-    """Return the learner's copy of a lab where it has been edited, else the shipped lab."""
+    """Return the reader's copy of a lab if it has been edited, else the shipped lab."""
     copy = find_copy(shipped)
     own = identify_code(copy)
     is_edited = own not in ("", read_ledger().get(copy.name), identify_code(shipped))
@@ -73,7 +73,7 @@ def choose_source(shipped: Path) -> Path:
 
 
 def reset_lab(lab: Path) -> Iterator[str]:
-    """Bring back the shipped notebook and marimo file in the place of the learner's; yield what was done.
+    """Replace the reader's copies of a lab with the shipped files; yield a sentence for each.
 
     Raises:
         ConfigError: labs/mine cannot be written.
@@ -91,7 +91,7 @@ def reset_lab(lab: Path) -> Iterator[str]:
 
 
 def keep_backup(copy: Path) -> Path:
-    """Rename a copy to a name that is free, and return that."""
+    """Rename a copy to an unused backup name and return the new path."""
     names = (copy.with_name(f"{copy.stem}.backup-{n}{copy.suffix}") for n in range(1, 10_000))
     backup = next(name for name in names if not name.exists())
     try:
@@ -101,7 +101,7 @@ def keep_backup(copy: Path) -> Path:
 
 
 def write_copy(shipped: Path, copy: Path) -> None:
-    """Write a copy and note the code that it begins with."""
+    """Write a copy and record the code that it starts with."""
     try:
         copy.parent.mkdir(exist_ok=True)
         write_whole(copy, shipped.read_bytes())
@@ -111,7 +111,7 @@ def write_copy(shipped: Path, copy: Path) -> None:
 
 
 def explain_refusal(error: OSError) -> ConfigError:
-    """Return the sentence for a folder that cannot be written."""
+    """Return the error for a folder that cannot be written."""
     folder = LABS / "mine"
     return ConfigError(
         f"{folder} cannot be written ({error.strerror}), and labs are edited in a copy there; check its "
@@ -120,9 +120,10 @@ def explain_refusal(error: OSError) -> ConfigError:
 
 
 def identify_code(path: Path) -> str:
-    """Return a hash of a lab's code and prose, "" where there is no file.
+    """Return a hash of the code and prose of a lab, or "" if there is no file.
 
-    Of a notebook its cells' kinds and sources count, of a marimo file all but the version that wrote it.
+    For a notebook, the types and sources of its cells count; for a marimo file, everything except the version
+    of marimo that wrote it.
     """
     try:
         data = path.read_bytes()
@@ -135,14 +136,14 @@ def identify_code(path: Path) -> str:
             parts = [[cell["cell_type"], "".join(cell["source"])] for cell in cells]
             text = json.dumps(parts)
         except (ValueError, LookupError, TypeError):
-            pass  # no notebook: all of it counts
+            pass  # not a notebook: the whole text counts
     else:
         text = re.sub(r"^__generated_with = .*$", "", text, flags=re.M)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_ledger() -> dict[str, str]:
-    """Return the hash of the code that each copy began with, by the copy's name."""
+    """Return the hash of the code that each copy started with, by the copy's name."""
     try:
         found = parse_json((LABS / "mine" / LEDGER).read_bytes())
     except (OSError, ValueError):
@@ -152,7 +153,7 @@ def read_ledger() -> dict[str, str]:
 
 
 def write_ledger(name: str, code: str) -> None:
-    """Note the code that a copy began with."""
+    """Record the code that a copy started with."""
     try:
         text = json.dumps({**read_ledger(), name: code}, indent=2)
         write_whole(LABS / "mine" / LEDGER, text.encode())

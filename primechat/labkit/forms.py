@@ -1,6 +1,6 @@
-"""A config as a form and as a command line, from the dataclass itself: names, types, helps, refusals.
+"""Configs as forms and as command lines, derived from the dataclass: names, types, help texts and errors.
 
-Hides: how a sentence of a refusal finds the field that it is about. Reference: primechat.config.
+Hides: how an error message is matched to the field that it is about. Reference: primechat.config.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ SECTIONS = {
     "runtime": "The machine",
 }
 _taken: list[str] = []
-_forms: weakref.WeakKeyDictionary[SettingsForm, list[Any]] = (
-    weakref.WeakKeyDictionary()
-)  # and what each gave
+# Every config that each form has given out.
+_forms: weakref.WeakKeyDictionary[SettingsForm, list[Any]] = weakref.WeakKeyDictionary()
+# Functions to call when the settings of a form change.
 _followers: weakref.WeakKeyDictionary[SettingsForm, list[Callable[[], None]]] = (
     weakref.WeakKeyDictionary()
-)  # called when a form has other settings
+)
 CHOICES = {
     "runtime.device": DEVICES,
     "runtime.dtype": DTYPES,
@@ -62,7 +62,8 @@ CHOICES = {
 
 
 def build_form(config: Any, simple: Sequence[str], title: str) -> SettingsForm:
-    """Return a form that starts from a config; `simple` are the fields to show at once."""
+    """Return a form that starts from a config; `simple` names the fields to show at first."""
+    # The fields, those in `simple` first and in its order.
     fields = list(list_fields(config))
     start = {name: value for name, value, _, _ in fields}
     order, kind_name = {name: i for i, name in enumerate(simple)}, type(config).__name__
@@ -101,33 +102,35 @@ def build_form(config: Any, simple: Sequence[str], title: str) -> SettingsForm:
         values=dict(start),
         command=write_command(config),
     )
+
+    # Remember which configs the form gave, for `renew_config`.
     form.config = config
     _forms[form] = [config]
     return form
 
 
 def renew_config(config: Any) -> Any:
-    """Return what the form that gave this very config has in force now; a config of no form is returned."""
+    """Return the current config of the form that gave this config object, or the config if there is none."""
     forms = (form for form, given in list(_forms.items()) if any(one is config for one in given))
     return next((form.config for form in forms), config)
 
 
 def follow_form(config: Any, follower: Callable[[], None]) -> None:
-    """Call something whenever the form that gave this very config has other settings in force."""
+    """Call a function whenever the settings change in the form that gave this config object."""
     for form, given in list(_forms.items()):
         if any(one is config for one in given):
             _followers.setdefault(form, []).append(follower)
 
 
 def name_form(name: str, kind: Any) -> str:
-    """Return how a field is entered."""
+    """Return the kind of input for a field: choice, toggle, number or text."""
     if name in CHOICES:
         return "choice"
     return "toggle" if kind is bool else "number" if kind in (int, float) else "text"
 
 
 def find_field(sentence: str, names: Sequence[str]) -> str:
-    """Return the field that a refusal begins with, empty where it names none of them.
+    """Return the field that an error message begins with, or "" if it names none.
 
     >>> find_field("model.n_embd=770 must be divisible by 6; try 768.", ["steps", "model.n_embd"])
     'model.n_embd'
@@ -139,7 +142,7 @@ def find_field(sentence: str, names: Sequence[str]) -> str:
 
 
 def list_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
-    """Yield name, value, type and help of each plain field of a config, parts included."""
+    """Yield name, value, type and help of each plain field of a config, nested configs included."""
     types, texts = typing.get_type_hints(type(config)), read_helps(type(config))
     for item in dataclasses.fields(config):
         value, name = getattr(config, item.name), prefix + item.name
@@ -150,7 +153,7 @@ def list_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, 
 
 
 def read_helps(cls: type) -> dict[str, str]:
-    """Return the help of each field: the string below it."""
+    """Return the help text of each field, the string below it in the source."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     body = tree.body if isinstance(tree, ast.ClassDef) else []
     pairs = zip(body, body[1:], strict=False)
@@ -163,10 +166,10 @@ def read_helps(cls: type) -> dict[str, str]:
 
 
 def build_config(config: Any, draft: Mapping[str, Any], prefix: str = "") -> Any:
-    """Return a config with a form's values in it.
+    """Return a config with the values of a form.
 
     Raises:
-        ConfigError: a value is none that its field can have.
+        ConfigError: a value is not allowed for its field.
     """
     types, changes = typing.get_type_hints(type(config)), {}
     for item in dataclasses.fields(config):
@@ -179,7 +182,7 @@ def build_config(config: Any, draft: Mapping[str, Any], prefix: str = "") -> Any
 
 
 def read_value(name: str, value: Any, kind: Any) -> Any:
-    """Return what somebody typed as the type that a field has.
+    """Return a typed value converted to the type of its field.
 
     >>> read_value("steps", "1,000", int), read_value("seconds", "2.5", float), read_value("tag", " d4 ", str)
     (1000, 2.5, 'd4')
@@ -190,7 +193,7 @@ def read_value(name: str, value: Any, kind: Any) -> Any:
     if kind is str:
         return text
     try:
-        # 1,000 as this page writes it; a comma elsewhere is none of ours: 0,5 would become 5
+        # Accept 1,000 as this page writes it, but no other comma: 0,5 would become 5.
         return kind(text.replace(",", "") if re.fullmatch(r"[1-9]\d{0,2}(,\d{3})+", text) else text)
     except ValueError:
         what, one = ("a whole number", "20") if kind is int else ("a number", "0.5")
@@ -198,7 +201,10 @@ def read_value(name: str, value: Any, kind: Any) -> Any:
 
 
 def write_command(config: Any) -> str:
-    """Return the command line that runs a config; only what differs from its defaults is named."""
+    """Return the command line that runs a config, with flags for everything that differs from the defaults.
+
+    A config of no verb is returned as its repr.
+    """
     from primechat.cli.main import STAGES
 
     verb = next(
@@ -217,20 +223,19 @@ def write_command(config: Any) -> str:
 
 
 def read_command(config: Any) -> Any:
-    """Return a config with the flags of the script that is running; unchanged elsewhere.
+    """Return a config with the flags of the lab that runs as a script; unchanged elsewhere.
 
     Raises:
-        ConfigError: a flag has no such value.
+        ConfigError: a flag has a value that is not allowed.
     """
     script = getattr(sys.modules["__main__"], "__file__", None)
-    is_twin = (
-        sys._getframe(2).f_globals.get("__name__") == "__main__"
-    )  # whose cells are the script itself
+    # The cells of an exported twin are the script itself; a marimo file runs its cells through marimo.
+    is_twin = sys._getframe(2).f_globals.get("__name__") == "__main__"
     if not (is_twin or "marimo" in sys.modules) or not script or _taken:
         return config
     if Path(script).resolve() != Path(sys.argv[0]).resolve():
         return config
-    _taken.append(script)  # the flags are those of a lab's first form
+    _taken.append(script)  # the flags apply to the first form of a lab
     from primechat.cli.script import read_flags
 
     return read_flags(config)

@@ -1,7 +1,8 @@
-"""What a learner has guessed and solved, remembered from one opening of a lab to the next.
+"""Memory of the reader's guesses and solved exercises between two openings of a lab.
 
-One small JSON file in the base directory, by the number of the lab; `primechat lab reset` forgets a lab's.
-Only what somebody did on a page is kept: scripts, tests and pages to be read neither read nor write it.
+It is one small JSON file in the base directory, keyed by the number of the lab; `primechat lab reset` clears
+the entries of a lab. Only what somebody does in a notebook is kept: scripts, tests and rendered pages neither
+read nor write it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ _lock = threading.Lock()
 
 
 def find_file() -> Path:
-    """Return the file of what is remembered; it may not exist."""
+    """Return the path of the memory file; it may not exist."""
     return registry.base_dir() / "labs.json"
 
 
 def name_lab(variables: Mapping[str, Any]) -> str:
-    """Return the number of the lab whose cell has these global variables, its name where it has no number.
+    """Return the number of the lab whose cell has these global variables, or its name if it has no number.
 
     >>> name_lab({"__file__": "/labs/mine/02_attention_internals.ipynb"}), name_lab({"__file__": "/a/own.py"})
     ('02', 'own')
@@ -39,7 +40,7 @@ def name_lab(variables: Mapping[str, Any]) -> str:
 
 
 def read_all() -> dict[str, Any]:
-    """Return what is remembered, by lab; nothing where the file is missing or damaged."""
+    """Return everything remembered, by lab; empty if the file is missing or damaged."""
     try:
         found = parse_json(find_file().read_bytes())
     except (OSError, ValueError):
@@ -48,7 +49,7 @@ def read_all() -> dict[str, Any]:
 
 
 def recall(lab: str, kind: str, name: str) -> Any:
-    """Return what is remembered of a question or an exercise, None where nothing is."""
+    """Return what is remembered about a question or exercise, or None."""
     if not is_wanted():
         return None
     part: Any = read_all()
@@ -58,7 +59,7 @@ def recall(lab: str, kind: str, name: str) -> Any:
 
 
 def keep(lab: str, kind: str, name: str, value: Any) -> None:
-    """Remember something of a question or an exercise; a disk that refuses loses no more than that."""
+    """Store a value for a question or exercise; errors of the disk are ignored."""
     if not is_wanted():
         return
     with _lock, suppress(OSError):
@@ -72,7 +73,7 @@ def keep(lab: str, kind: str, name: str, value: Any) -> None:
 
 
 def forget(lab: str) -> bool:
-    """Forget what is remembered of a lab; return whether anything was."""
+    """Clear the entries of a lab; return whether there were any."""
     with _lock:
         known = read_all()
         if known.pop(lab, None) is None:
@@ -82,18 +83,18 @@ def forget(lab: str) -> bool:
 
 
 def write_all(known: dict[str, Any]) -> None:
-    """Write what is remembered."""
+    """Write the memory file."""
     find_file().parent.mkdir(parents=True, exist_ok=True)
     write_whole(find_file(), json.dumps(known, indent=1, ensure_ascii=False).encode())
 
 
 def is_wanted() -> bool:
-    """Return whether somebody works on a page here."""
+    """Return whether this runs in a notebook that somebody is working in."""
     return start_stop.in_notebook() and not start_stop.still
 
 
 def follow_guess(card: Prediction, lab: str) -> None:
-    """Bring back a guess that was made before, and remember the one that will be."""
+    """Restore an earlier guess on a card, and store the next one when it is revealed."""
     card.recall(recall(lab, "guesses", card.question))
 
     def note(change: Any) -> None:
@@ -104,7 +105,7 @@ def follow_guess(card: Prediction, lab: str) -> None:
 
 
 def follow_exercise(card: ExerciseCard, lab: str, source: str) -> None:
-    """Remember the code that solved an exercise; where it is to be done again, show it."""
+    """Store the code that solved an exercise, or show the stored code on an untried card."""
     if card.state == "passed":
         keep(lab, "exercises", card.title, source)
         return

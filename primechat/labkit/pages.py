@@ -1,8 +1,8 @@
-"""`primechat lab render`: each lab as one HTML page to read without Python and without a network.
+"""`primechat lab render`: each lab as one HTML page that can be read without Python and without a network.
 
-Hides: what stands in for a kernel. A lab is run once; its widgets keep the state they have then, and their
-own scripts draw it again in the page, over `page.js`, a model that remembers and asks nobody. plotly's script
-is in a page once, if at all. Reference: anywidget.dev, "render".
+Hides: what replaces the kernel. A lab is run once, and the state of its widgets is stored in the page. Their
+own scripts draw it there on top of `page.js`, a widget model without a kernel. plotly's script is included
+only if it is needed, and once. Reference: anywidget.dev, "render".
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ INTERNAL = ("comm", "layout", "tabbable", "tooltip")
 
 
 class CellOutput(io.StringIO):
-    """Standard output that knows which cell of a lab writes to it."""
+    """Standard output that records which cell of a lab writes to it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.by_cell: dict[str, str] = {}
 
     def write(self, text: str) -> int:
-        """Keep a text for the cell whose code is on the stack."""
+        """Store a text for the cell whose code is on the stack, and return its length."""
         frame = sys._getframe(1)
         while frame is not None:
             name = frame.f_code.co_filename
@@ -53,7 +53,7 @@ class CellOutput(io.StringIO):
 
 @dataclass(frozen=True)
 class Part:
-    """One cell of a page: its code, whether it is folded, what it returned and what it printed."""
+    """One cell of a page: its code, whether the code is folded, its output and its printed text."""
 
     code: str
     folded: bool
@@ -62,11 +62,14 @@ class Part:
 
 
 def run_cells(path: Path, *, train: bool) -> list[Part]:
-    """Run a lab as a script and return its cells."""
+    """Return the cells of a lab after running it as a script; with `train`, its stages run too."""
+    # Load the lab as a module.
     spec = importlib.util.spec_from_file_location(f"lab_{path.stem}", path)
     assert spec is not None and spec.loader is not None, "a lab is a Python file"
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+
+    # Run its cells without flags.
     said = CellOutput()
     argv, sys.argv = sys.argv, [str(path)]
     try:
@@ -75,6 +78,8 @@ def run_cells(path: Path, *, train: bool) -> list[Part]:
             outputs, _ = module.app.run()
     finally:
         sys.argv, start_stop.still = argv, False
+
+    # Match codes, folds and outputs.
     manager = module.app._cell_manager
     names, codes = [str(name) for name in manager.cell_ids()], list(manager.codes())
     rows = zip(codes, twins.read_folds(path), outputs, names, strict=True)
@@ -85,7 +90,7 @@ def run_cells(path: Path, *, train: bool) -> list[Part]:
 
 
 class PageWriter:
-    """Turns a lab's cells into HTML; scripts and looks that several widgets share are written once."""
+    """Writer of a lab's cells as HTML; scripts and styles shared by several widgets are written once."""
 
     def __init__(self) -> None:
         self.kinds: dict[str, dict[str, str]] = {}
@@ -110,17 +115,23 @@ class PageWriter:
         return "\n".join(blocks)
 
     def write_output(self, output: Any) -> str:
-        """Return what a cell returned as HTML."""
+        """Return the output of a cell as HTML."""
         if isinstance(output, Widget):
             return self.write_widget(output)
+
+        # plotly.
         if hasattr(output, "to_plotly_json") and hasattr(output, "to_html"):
             self.has_plotly = True
             return str(output.to_html(full_html=False, include_plotlyjs=False))
+
+        # matplotlib: a figure, or something that belongs to one.
         figure: Any = output if hasattr(output, "savefig") else getattr(output, "figure", None)
         if hasattr(figure, "savefig"):
             picture = io.BytesIO()
             figure.savefig(picture, format="png", bbox_inches="tight", dpi=144)
             return f'<img alt="" src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">'
+
+        # Prose of marimo, then anything that Jupyter could show.
         if "marimo" in type(output).__module__ and hasattr(output, "text"):
             return f"<div class=prose>{output.text}</div>"
         made: Callable[[], Any] | None = getattr(output, "_repr_html_", None)
@@ -130,8 +141,8 @@ class PageWriter:
         )
 
     def write_widget(self, widget: Widget) -> str:
-        """Return the place of a widget; its state and script stand at the end of the page."""
-        getattr(widget, "answer_settle", dict)()  # what waits for a reader: here nobody answers
+        """Return the placeholder of a widget; its state and script are written at the end of the page."""
+        getattr(widget, "answer_settle", dict)()  # ends the wait for a reader, who is not there
         self.has_plotly = self.has_plotly or widget.has_trait("figure")
         name = f"{type(widget).__module__}.{type(widget).__name__}"
         self.kinds[name] = {"script": str(widget._esm), "looks": str(widget._css)}
@@ -151,7 +162,7 @@ class PageWriter:
 
             plotly = f"<script>{get_plotlyjs()}</script>"
         data = json.dumps({"kinds": self.kinds, "widgets": self.states}, default=encode_bytes)
-        # Inside a script element only these begin something else.
+        # In a script element, only these characters need escaping.
         data = (
             data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
         )
@@ -168,7 +179,7 @@ class PageWriter:
 
 
 def encode_bytes(value: Any) -> Any:
-    """Return what JSON does not know of: bytes in base64, numbers of numpy as numbers."""
+    """Return a value that JSON cannot hold in another form: bytes in base64, numpy numbers as numbers."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return {"base64": base64.b64encode(bytes(value)).decode()}
     if hasattr(value, "tolist"):
@@ -177,7 +188,7 @@ def encode_bytes(value: Any) -> Any:
 
 
 def write_nav(here: Path, shown: Sequence[Path]) -> str:
-    """Return the links to the labs that have a page."""
+    """Return the navigation bar with links to the labs that have a page."""
     links = []
     for path in shown:
         name = f"{path.stem[:2]} {path.stem[3:].replace('_', ' ')}"
@@ -187,7 +198,7 @@ def write_nav(here: Path, shown: Sequence[Path]) -> str:
 
 
 def write_lab(path: Path, shown: Sequence[Path] = (), *, train: bool = False) -> str:
-    """Return a lab as a page with links to those shown; with `train` its stages run too."""
+    """Return a lab as an HTML page with links to the labs in `shown`; with `train`, its stages run too."""
     writer = PageWriter()
     parts = [writer.write_part(part) for part in run_cells(path, train=train)]
     note = (
@@ -202,7 +213,7 @@ def write_lab(path: Path, shown: Sequence[Path] = (), *, train: bool = False) ->
 
 @contextmanager
 def hide_models() -> Iterator[str]:
-    """Let an empty base directory be the reader's, for pages that others will read; yield its path."""
+    """Use an empty base directory, so that a page for others shows no models of one's own; yield its path."""
     before = os.environ.get("NANOCHAT_BASE_DIR")
     with tempfile.TemporaryDirectory(prefix="primechat-") as empty:
         os.environ["NANOCHAT_BASE_DIR"] = empty
@@ -216,24 +227,35 @@ def hide_models() -> Iterator[str]:
 def write_pages(
     folder: Path, labs: Sequence[Path], *, train: bool = False, own: bool = False
 ) -> int:
-    """Write labs and an index into a folder, where pages of other labs keep their links; return 1 where a lab
-    could not be run. With `own` they show the reader's own models and runs, not only those that ship.
+    """Write labs and an index as pages into a folder; return 1 if a lab could not be run, else 0.
+
+    Pages of other labs that are already in the folder keep their links.
+
+    Args:
+        folder: folder to write.
+        labs: labs to write.
+        train: whether to run their stages too.
+        own: whether to show the user's own models and runs too, not only those that ship.
     """
     make_folder(folder)
     failed, rows = 0, []
     pages = {path: folder / f"{path.stem}.html" for path in twins.list_labs()}
     shown = [path for path, page in pages.items() if path in labs or page.is_file()]
+
+    # The labs.
     for path in labs:
         try:
             with nullcontext("") if own else hide_models() as hidden:
                 text = write_lab(path, shown, train=train)
             text = text.replace(hidden, "~/.cache/nanochat") if hidden else text
             write_file(pages[path], text)
-        except Exception as error:  # one lab's fault must not keep the others from being written
+        except Exception as error:  # a failing lab must not keep the others from being written
             failed += 1
             print(f"{path.name}: {type(error).__name__}: {error}", file=sys.stderr)
             continue
         print(f"written: {pages[path]} ({pages[path].stat().st_size / 1e6:.1f} MB)")
+
+    # The index.
     for path in shown:
         if not (page := pages[path]).is_file():
             continue

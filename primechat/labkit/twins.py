@@ -1,7 +1,7 @@
-"""`primechat lab`: which labs there are, opening one, and the Jupyter twin of each.
+"""`primechat lab`: listing labs, opening one, and writing the Jupyter twin of each.
 
-Hides: how a marimo file becomes a notebook that any Jupyter opens. marimo's own export writes the cells;
-here a first cell is added, folded code stays folded, and nothing of this machine remains.
+Hides: how a marimo file becomes a notebook that any Jupyter can open. marimo's own export writes the cells;
+a first cell is added here, folded code stays folded, and everything specific to the machine is removed.
 Reference: nbformat.
 """
 
@@ -84,10 +84,10 @@ class LabConfig:
 
 
 def list_labs() -> list[Path]:
-    """Return the labs, by number.
+    """Return the paths of the labs, ordered by number.
 
     Raises:
-        ConfigError: primechat was installed without its clone, where they are.
+        ConfigError: primechat was installed without its repository, which contains the labs.
     """
     if labs := sorted(LABS.glob("[0-9][0-9]_*.py")):
         return labs
@@ -95,10 +95,10 @@ def list_labs() -> list[Path]:
 
 
 def find_lab(name: str) -> Path:
-    """Return a lab by its number or name.
+    """Return the path of a lab by its number or name.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is no such lab.
     """
     stem = Path(name).stem
     found = [
@@ -113,13 +113,13 @@ def find_lab(name: str) -> Path:
 
 
 def read_title(path: Path) -> str:
-    """Return a lab's question: its first heading."""
+    """Return the title of a lab: its first heading."""
     found = re.search(r"mo\.md\([^#]*# (.+?)[\"')]*$", path.read_text(encoding="utf-8"), re.M)
     return found[1] if found else ""
 
 
 def run_lab(config: LabConfig) -> int:
-    """Do what a `primechat lab` asks for.
+    """Run `primechat lab` and return its exit code; opening a lab replaces this process by its server.
 
     Raises:
         ConfigError: there is no such lab, or the labs' packages are missing.
@@ -128,8 +128,8 @@ def run_lab(config: LabConfig) -> int:
         for path in list_labs():
             print(f"{path.stem[:2]}  {path.stem[3:]:24}{read_title(path)}")
         return 0
-    list_labs()  # first of all, as nothing goes without them
-    require_output(False)  # what follows writes files, or opens a server
+    list_labs()  # checked first, because nothing below works without labs
+    require_output(False)  # everything below writes files or opens a server
     if config.lab == "sync":
         return sync_twins(check=config.check)
     if config.lab == "reset":
@@ -151,18 +151,20 @@ def run_lab(config: LabConfig) -> int:
         out = resolve_path(config.out, "out", folder=True)
         return write_pages(out, chosen, train=config.train, own=config.own)
     words, environment = build_words(config, find_lab(config.lab) if config.lab else None)
-    os.execve(words[0], words, environment)  # Ctrl-C and the exit code are the server's own
+    os.execve(words[0], words, environment)  # so that Ctrl-C and the exit code are the server's own
 
 
 def build_words(config: LabConfig, path: Path | None) -> tuple[list[str], dict[str, str]]:
-    """Return the command that opens a lab, and its environment; make the learner's copies that it opens.
+    """Return the command that opens a lab and its environment, after making the copies that it opens.
 
     Raises:
-        ConfigError: --app or --edit without a lab, or labs/mine cannot be written.
+        ConfigError: --app or --edit is given without a lab, or labs/mine cannot be written.
     """
-    # marimo's server finds `marimo` on the path, also where the environment is not activated.
+    # So that marimo's server finds `marimo` even if the environment is not activated.
     places = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     environment = {**os.environ, "PATH": os.pathsep.join(places)}
+
+    # marimo: one lab as an app, or the user's copy of it in the editor.
     if config.app or config.edit:
         if path is None:
             raise ConfigError(
@@ -179,7 +181,9 @@ def build_words(config: LabConfig, path: Path | None) -> tuple[list[str], dict[s
             port = config.port or probe.getsockname()[1]
         words = [sys.executable, "-m", *kind, str(path), "--port", str(port)]
         return words + ["--headless"] * config.headless, environment
-    for one in list_labs():  # the others are at hand too, in JupyterLab's list of files
+
+    # JupyterLab: all copies are made, because its file list shows the other labs too.
+    for one in list_labs():
         say_conflict(copies.open_copy(LABS / "notebooks" / f"{one.stem}.ipynb")[1])
     if path:
         say_copy(path, ".ipynb")
@@ -190,31 +194,31 @@ def build_words(config: LabConfig, path: Path | None) -> tuple[list[str], dict[s
         "jupyterlab",
         f"--ServerApp.root_dir={LABS / 'mine'}",
         f"--LabApp.default_url=/lab/tree{where}",
-        "--MarimoProxyConfig.no_sandbox=True",  # else labs run in an empty environment and are changed
+        # Otherwise labs would run in an empty environment and be modified.
+        "--MarimoProxyConfig.no_sandbox=True",
     ]
     words += ["--no-browser"] if config.headless else []
-    words += (
-        ["--allow-root"] if os.geteuid() == 0 else []
-    )  # in a container; Jupyter refuses otherwise
+    # In a container, where one is root; Jupyter would refuse otherwise.
+    words += ["--allow-root"] if os.geteuid() == 0 else []
     words += [f"--ServerApp.port={config.port}"] if config.port else []
     return words, environment
 
 
 def say_copy(lab: Path, suffix: str) -> None:
-    """Print which copy is opened, and how to be rid of what was changed in it."""
+    """Print which copy is opened, and how to discard the changes in it."""
     copy = copies.name_path(copies.find_copy(lab.with_suffix(suffix)))
     reset = f"`primechat lab reset {lab.stem[:2]}`"
     print(f"Opening {copy}, a copy of your own: edit it freely. {reset} brings the original back.")
 
 
 def say_conflict(sentence: str) -> None:
-    """Print that an edited copy stays, where that is so."""
+    """Print the sentence about an edited copy, if there is one."""
     if sentence:
         print(sentence)
 
 
 def reset_lab(name: str) -> int:
-    """Bring a lab back as it ships, and forget what was guessed and solved in it; return 0.
+    """Restore a lab as shipped, and forget the guesses and solved exercises in it; return 0.
 
     Raises:
         ConfigError: no lab is named, or there is no such lab.
@@ -232,8 +236,10 @@ def reset_lab(name: str) -> int:
 
 
 def sync_twins(*, check: bool = False) -> int:
-    """Write labs/notebooks anew; with `check` only tell what is out of date, and return 1 where it is."""
+    """Write the notebooks; with `check`, list the stale ones and return 1 if there are any."""
     folder, stale = LABS / "notebooks", 0
+
+    # Twins that are missing or out of date.
     twins = {folder / f"{path.stem}.ipynb": path for path in list_labs()}
     for twin, path in twins.items():
         text = write_twin(path)
@@ -243,6 +249,8 @@ def sync_twins(*, check: bool = False) -> int:
         print(f"{'out of date' if check else 'written'}: {twin.relative_to(ROOT)}")
         if not check:
             write_file(make_folder(folder) / twin.name, text)
+
+    # Twins without a lab.
     for twin in sorted(set(folder.glob("*.ipynb")) - set(twins)):
         stale += 1
         print(f"{'has no lab' if check else 'removed'}: {twin.relative_to(ROOT)}")
@@ -254,11 +262,12 @@ def sync_twins(*, check: bool = False) -> int:
 
 
 def write_twin(path: Path) -> str:
-    """Return a lab as a Jupyter notebook's text.
+    """Return the text of the Jupyter notebook of a lab.
 
     Raises:
-        DataError: marimo cannot read it.
+        DataError: marimo cannot read the lab.
     """
+    # Export the cells with marimo.
     words = [sys.executable, "-m", "marimo", "export", "ipynb", str(path), "--sort", "top-down"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     try:
@@ -268,17 +277,23 @@ def write_twin(path: Path) -> str:
         raise DataError(
             f"{path} could not be exported: marimo said {said!r}; `marimo check` tells more."
         ) from None
+
+    # Keep code folded, and drop the import of marimo if no cell needs it.
     for cell, folded in zip(cells, read_folds(path), strict=True):
         hidden = folded and cell["cell_type"] == "code"
         cell["metadata"] = {"jupyter": {"source_hidden": True}} if hidden else {}
     if not any("mo." in "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"):
         cells = [cell for cell in cells if "".join(cell["source"]).strip() != "import marimo as mo"]
+
+    # Below the title, explain how to start.
     for cell in cells:
         if cell["cell_type"] == "markdown":
             title, _, rest = "".join(cell["source"]).partition("\n")
             begin = HOW_TO_BEGIN.format(number=path.stem[:2])
             cell["source"] = f"{title}\n\n{begin}\n{rest}".rstrip().splitlines(keepends=True)
             break
+
+    # The first cell checks that primechat is installed.
     first = {
         "cell_type": "code",
         "execution_count": None,
@@ -300,7 +315,7 @@ def write_twin(path: Path) -> str:
 
 
 def read_folds(path: Path) -> list[bool]:
-    """Return of each cell of a lab whether its code is folded."""
+    """Return for each cell of a lab whether its code is folded."""
     folds = []
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         marks = getattr(node, "decorator_list", [])

@@ -1,1 +1,1 @@
-"""What a person looks at: one theme, plots, and widgets that get plain data and functions to call."""
+"""Everything on screen: one theme, plots, and widgets that receive plain data and callbacks."""

@@ -1,6 +1,6 @@
-"""Figures of lab 03: bars beside their control, lengths against frequency, courses over training.
+"""Figures of lab 03: bars with their controls, vector norms against frequency, curves over training.
 
-Hides: how a figure is drawn so that it reads on white and on near-black. Labels stand at what they name.
+They take plain numbers and are readable on white and on near-black; labels are placed at what they name.
 Reference: primechat.views.theme.
 """
 
@@ -14,15 +14,15 @@ import numpy as np
 from primechat.views.theme import INK, SERIES, open_figure
 
 CONTROL = SERIES[5]
-WIDTH = 10.2  # inches, as wide as a lab's column at a readable size of letters
+WIDTH = 10.2  # inches: the width of a lab's column at a readable font size
 
 
 def draw_bars(
     rows: Sequence[tuple[str, float, bool]], *, title: str, unit: str, digits: int = 1
 ) -> Any:
-    """Draw one bar a row (label, value, whether it is a control), controls in grey; unit below the axis."""
+    """Return a bar chart of rows (label, value, whether it is a control), with controls in grey."""
     with open_figure(WIDTH, 0.75 + 0.4 * len(rows)) as (figure, axes):
-        values = [round(value, digits) + 0.0 for _, value, _ in rows]  # no -0.0
+        values = [round(value, digits) + 0.0 for _, value, _ in rows]  # avoids -0.0
         colours = [CONTROL if control else SERIES[0] for _, _, control in rows]
         bars = axes.barh(range(len(rows)), values, color=colours, height=0.62)
         axes.bar_label(bars, [f"{value:,.{digits}f}" for value in values], padding=4, color=INK)
@@ -38,11 +38,13 @@ def draw_bars(
 def draw_groups(
     rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], *, title: str, unit: str
 ) -> Any:
-    """Draw a group of bars a row, each named once; the last of a group is a control."""
+    """Return a bar chart with one group of bars per row; the last bar of a group is a control."""
     with open_figure(WIDTH, 0.9 + 0.75 * len(rows)) as (figure, axes):
         high = 0.8 / len(names)
         colours = [*SERIES[: len(names) - 1], CONTROL]
         most = max([max(values) for _, values in rows] + [1e-9])
+
+        # The bars of each name, which is written at its first bar only.
         for j, (name, colour) in enumerate(zip(names, colours, strict=True)):
             places = [i + (j - (len(names) - 1) / 2) * high for i in range(len(rows))]
             values = [row[1][j] for row in rows]
@@ -51,6 +53,8 @@ def draw_groups(
                 f"{value:.0f}" + (f"  {name}" if i == 0 else "") for i, value in enumerate(values)
             ]
             axes.bar_label(bars, texts, padding=4, color=INK, fontsize=9.5)
+
+        # Axes, with room for the names.
         axes.set_yticks(range(len(rows)), [label for label, _ in rows])
         axes.invert_yaxis()
         axes.set_xlim(0, most * 1.45)
@@ -71,7 +75,17 @@ def draw_norms(
     shuffled: float,
     title: str,
 ) -> Any:
-    """Draw each token's length against how often it was seen, beside the same lengths dealt out at random."""
+    """Return a scatter plot of each token's norm against its count, beside the same norms shuffled.
+
+    Args:
+        counts: how often each token was seen, (V,).
+        norms: norm of each token's vector, (V,).
+        labels: name of each token.
+        real: rank correlation of the two.
+        shuffled: rank correlation after shuffling.
+        title: label of the y axis.
+    """
+    # At most 6,000 points are drawn.
     rng = np.random.default_rng(0)
     shown = (
         np.arange(len(counts))
@@ -79,6 +93,7 @@ def draw_norms(
         else rng.choice(len(counts), 6000, replace=False)
     )
     with open_figure(WIDTH, 3.9, columns=2) as (figure, axes):
+        # The two panels.
         mixed = rng.permutation(norms)
         panels = ((norms, real, "as trained", SERIES[0]), (mixed, shuffled, "shuffled", CONTROL))
         for place, (values, correlation, name, colour) in zip(axes, panels, strict=True):
@@ -90,6 +105,8 @@ def draw_norms(
             place.set_xlabel("times seen in the sample, plus ½")
             place.set_title(f"{name}: rank correlation {correlation:+.2f}", loc="left")
         axes[0].set_ylabel(title)
+
+        # Name the extreme tokens.
         for i in np.unique([norms.argmax(), norms.argmin(), counts.argmax()]):
             left = counts[i] > np.sqrt(counts.max())
             at, side = (-5 if left else 5, 3), "right" if left else "left"
@@ -109,7 +126,16 @@ def draw_course(
     y_label: str,
     controls: Sequence[str] = (),
 ) -> Any:
-    """Draw lines over steps (powers of two: logarithmic) or layers, named at their ends, controls dashed."""
+    """Return a plot of lines over steps (on a logarithmic axis) or layers, named at their ends.
+
+    Args:
+        places: steps or layers.
+        lines: values by name of the line.
+        title: title of the figure.
+        x_label: label of the x axis.
+        y_label: label of the y axis.
+        controls: names of the lines to draw dashed and in grey.
+    """
     with open_figure(WIDTH, 3.8) as (figure, axes):
         for j, (name, values) in enumerate(lines.items()):
             control = name in controls

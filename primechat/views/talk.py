@@ -1,7 +1,6 @@
-"""Pictures of talk: ranks of tokens, heat strips, diversity over turns and generations.
+"""Figures of conversations: ranks of tokens, heat strips, diversity over turns and generations.
 
-Hides: how they are laid out. They take plain numbers; a control is always drawn with the finding. Reference:
-primechat.views.theme.
+They take plain numbers; a control is always drawn beside the finding. Reference: primechat.views.theme.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from primechat.views.theme import SERIES, push_apart, style_figure
 
 
 def draw_ranks(shares: Mapping[str, Mapping[str, float]]) -> go.Figure:
-    """Draw how likely models held the tokens that they took: by name, their share in each bucket of ranks."""
+    """Return a bar chart of the ranks of sampled tokens: by model, the share of tokens in each bucket."""
     figure = go.Figure()
     for i, (name, found) in enumerate(shares.items()):
         colour = SERIES[0] if i == 0 else SERIES[5]
@@ -44,9 +43,8 @@ def draw_ranks(shares: Mapping[str, Mapping[str, float]]) -> go.Figure:
     style_figure(figure, height=300, bargap=0.3, title_text=title)
     figure.update_xaxes(title_text="Place among all tokens, the likeliest first")
     most = max(share for found in shares.values() for share in found.values())
-    figure.update_yaxes(
-        title_text="Share of tokens, %", range=[0, 130 * most]
-    )  # room for the names
+    # The range leaves room for the names.
+    figure.update_yaxes(title_text="Share of tokens, %", range=[0, 130 * most])
     return figure
 
 
@@ -60,14 +58,14 @@ COLOURS = {
 
 
 def pick_colour(name: str, i: int = 0) -> str:
-    """Return the colour that a name has in all pictures of a lab."""
+    """Return the colour of a name, the same in all figures of a lab."""
     return COLOURS.get(name, SERIES[i % len(SERIES)])
 
 
 def label_line(
     figure: go.Figure, x: float, y: float, name: str, colour: str, shift: int = 0
 ) -> None:
-    """Write a line's name at its end, in its colour."""
+    """Write the name of a line at its end, in its colour."""
     figure.add_annotation(
         x=x,
         y=y,
@@ -81,11 +79,18 @@ def label_line(
 
 
 def draw_bands(traces: Mapping[str, np.ndarray], what: str) -> go.Figure:
-    """Draw a measure turn by turn, of each group (conversations, turns), nan where nothing was measured: each
-    one's mean, and for the first the middle 80 % of its conversations.
+    """Return a plot of a measure over the turns, with the mean of each group.
+
+    For the first group, a band shows the middle 80 % of its conversations.
+
+    Args:
+        traces: values by group, (conversations, turns), nan where nothing was measured.
+        what: name of the measure.
     """
     figure = go.Figure()
     ends, top = list[tuple[float, str, str]](), 0.0
+
+    # The mean of each group, and the band of the first.
     for i, (name, x) in enumerate(traces.items()):
         known = ~np.isnan(x).all(axis=0)
         turns, colour = np.flatnonzero(known), pick_colour(name, i)
@@ -116,6 +121,8 @@ def draw_bands(traces: Mapping[str, np.ndarray], what: str) -> go.Figure:
         )
         ends.append((float(mean[-1]), name, colour))
         top = max(top, float(mean.max()))
+
+    # The names, which must not overlap.
     last = max((x.shape[1] - 1 for x in traces.values()), default=1)
     places = push_apart([y for y, _, _ in ends], 0.08 * (top or 1))
     for place, (_, name, colour) in zip(places, ends, strict=True):
@@ -127,7 +134,7 @@ def draw_bands(traces: Mapping[str, np.ndarray], what: str) -> go.Figure:
 
 
 def draw_repeats(found: Mapping[str, Sequence[float]], sentence: str) -> go.Figure:
-    """Draw how likely a sentence becomes the more often it has been said."""
+    """Return a plot of the probability of a sentence against how often it has been said before."""
     figure = go.Figure()
     for i, (name, p) in enumerate(found.items()):
         colour = SERIES[0] if i == 0 else SERIES[5]
@@ -147,12 +154,17 @@ def draw_repeats(found: Mapping[str, Sequence[float]], sentence: str) -> go.Figu
 
 
 def draw_drift(maps: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> go.Figure:
-    """Draw a conversation's way over a map of its turns, for each group; the larger the dot, the later.
+    """Return a map of the path of one conversation per group; later turns have larger dots.
 
-    The names stand at the right, at the heights of the last turns, whose dots have rings.
+    The names are at the right, at the heights of the last turns, which are ringed.
+
+    Args:
+        maps: by group, places of the turns (turns, 2) and their drift (turns,).
     """
     figure = go.Figure()
     ends = list[tuple[float, str, str]]()
+
+    # The paths.
     for i, (name, (places, drift)) in enumerate(maps.items()):
         colour = pick_colour(name, i)
         figure.add_scatter(
@@ -177,6 +189,8 @@ def draw_drift(maps: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> go.Figure:
         )
         label = f"{name}, mean hop {hop:.1f}"
         ends.append((float(places[-1, 1]), label, colour))
+
+    # The names, which must not overlap.
     span = float(np.ptp(np.concatenate([places[:, 1] for places, _ in maps.values()]))) or 1.0
     for place, (_, label, colour) in zip(
         push_apart([y for y, _, _ in ends], 0.08 * span), ends, strict=True
@@ -203,9 +217,12 @@ Spread = Mapping[str, tuple[float, float, float]]
 def draw_spreads(
     groups: Mapping[str, Spread], title: str, limits: tuple[float, float] | None = None
 ) -> go.Figure:
-    """Draw each measure of each group: a dot for its mean, a bar for its interval; a panel a measure.
+    """Return one panel per measure, with a dot for the mean of each group and a bar for its interval.
 
-    With the limits that all measures share, the panels have one axis, and one colour.
+    Args:
+        groups: by group and measure, (mean, low, high).
+        title: title of the figure.
+        limits: range that all measures share; then all panels have the same axis and colour.
     """
     from plotly.subplots import make_subplots
 
@@ -252,9 +269,17 @@ def draw_spreads(
 def draw_generations(
     found: Mapping[str, Sequence[Spread]], people: Spread, measure: str
 ) -> go.Figure:
-    """Draw a measure against the generation, for each mix, with intervals and people's line."""
+    """Return a plot of a measure over the generations, with intervals, beside that of people.
+
+    Args:
+        found: by training mix, the spreads of each generation.
+        people: spread of human conversations.
+        measure: name of the measure.
+    """
     figure = go.Figure()
     longest = max(map(len, found.values()), default=1)
+
+    # One line per mix.
     for i, (name, spreads) in enumerate(found.items()):
         values, colour = [one[measure] for one in spreads], SERIES[i]
         figure.add_scatter(
@@ -272,9 +297,9 @@ def draw_generations(
             hovertemplate="generation %{x}: %{y:.3f}<extra>" + name + "</extra>",
         )
         label_line(figure, len(values) - 1, values[-1][0], name, colour, shift=9 * (1 - 2 * i))
-    unseen = dict(
-        opacity=0, hoverinfo="skip", mode="markers"
-    )  # a line alone does not move the axis
+
+    # People. The invisible points extend the axis, which a line alone does not.
+    unseen = dict(opacity=0, hoverinfo="skip", mode="markers")
     figure.add_scatter(x=[0, 0], y=list(people[measure][1:]), **unseen)
     figure.add_hline(y=people[measure][0], line_color=COLOURS["people"], line_dash="dot")
     figure.add_hrect(
@@ -293,6 +318,8 @@ def draw_generations(
         yshift=9,
         font_color=COLOURS["people"],
     )
+
+    # Titles.
     words = {
         "Vendi": "Really different turns (Vendi)",
         "distinct-2": "Share of different pairs (distinct-2)",
@@ -314,7 +341,13 @@ def draw_generations(
 def save_strip(
     values: Mapping[str, np.ndarray], scales: Mapping[str, float], path: Path
 ) -> list[Path]:
-    """Write a heat strip as PNG and SVG; return the files."""
+    """Write a heat strip as PNG and SVG and return the paths.
+
+    Args:
+        values: values of each measure by turn.
+        scales: value of the strongest colour for each measure.
+        path: path of the files; the suffix is replaced.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 2.6), layout="constrained")

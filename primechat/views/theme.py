@@ -1,8 +1,8 @@
-"""One visual language for every widget, plot and page: calm, one accent colour, dark and light.
+"""One visual theme for all widgets, plots and pages: calm, with one accent colour, dark and light.
 
-Hides: the colours. Widgets take them as CSS variables (`write_variables`), plots by `style_figure` and
-`style_matplotlib`; a plot cannot know whether its page is dark, so its ink is a grey that reads on both.
-Reference: Okabe & Ito 2008 (series that colour-blind readers tell apart); WCAG 2.2 (contrast).
+Hides: the colours. Widgets receive them as CSS variables (`write_variables`), plots through `style_figure`
+and `style_matplotlib`. A plot cannot know whether its page is dark, so its text is a grey that is readable on
+both. Reference: Okabe & Ito 2008 (colours for colour-blind readers); WCAG 2.2 (contrast).
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ DARK = {
     "bad": "#f28e77",
 }
 SERIES = ("#3f7fe0", "#d9822b", "#2a9d76", "#a45fc4", "#c8506b", "#7a8294")
-INK, FAINT = "#737b8c", "rgba(122, 130, 148, 0.25)"  # of plots: reads on white and on near-black
+INK, FAINT = "#737b8c", "rgba(122, 130, 148, 0.25)"  # for plots: readable on white and near-black
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 MONO = 'ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace'
 
 
 def write_variables() -> str:
-    """Return the CSS that gives `.pc` its colours, `.pc[data-theme=dark]` the dark ones."""
+    """Return the CSS variables of `.pc` (light) and `.pc[data-theme=dark]`."""
     rules = []
     for selector, colours in ((".pc", LIGHT), ('.pc[data-theme="dark"]', DARK)):
         lines = "".join(f"--pc-{name}: {value}; " for name, value in colours.items())
@@ -59,7 +59,7 @@ def write_variables() -> str:
 
 
 def push_apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Return where labels stand that belong at these heights: in the same order, at least `gap` apart.
+    """Return positions for labels that belong at these heights: in the same order, at least `gap` apart.
 
     >>> push_apart([3.0, 1.0, 1.0], 0.5)
     [3.0, 1.0, 1.5]
@@ -71,7 +71,13 @@ def push_apart(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def style_figure(figure: go.Figure, *, height: int = 340, **layout: Any) -> go.Figure:
-    """Give a plotly figure the house's looks and return it; height in pixels, further layout wins."""
+    """Return a plotly figure styled with the theme.
+
+    Args:
+        figure: figure to style, in place.
+        height: height in pixels.
+        layout: further settings of the layout, which override the theme.
+    """
     axis = dict(
         gridcolor=FAINT,
         zerolinecolor=FAINT,
@@ -102,7 +108,7 @@ def style_figure(figure: go.Figure, *, height: int = 340, **layout: Any) -> go.F
 def open_figure(
     width: float, height: float, columns: int = 1, **kind: Any
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield a matplotlib figure in the house's looks and its axes, `columns` beside each other; in inches."""
+    """Yield a matplotlib figure with the theme and its axes, `columns` side by side; sizes in inches."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -114,7 +120,7 @@ def open_figure(
 
 
 def style_matplotlib() -> dict[str, Any]:
-    """Return matplotlib settings for `plt.rc_context`."""
+    """Return the theme as matplotlib settings for `plt.rc_context`."""
     from cycler import cycler
 
     faint = (0.478, 0.510, 0.580, 0.35)

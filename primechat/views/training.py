@@ -1,6 +1,6 @@
-"""Pictures of post-training: gain against forgetting, singular values, retention.
+"""Figures of post-training: gain against forgetting, singular values, retention.
 
-Hides: how they are laid out. They take plain numbers. Reference: primechat.views.theme.
+They take plain numbers. Reference: primechat.views.theme.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from primechat.views.theme import SERIES, push_apart, style_figure
 
 
 def wait_for(figure: go.Figure) -> go.Figure:
-    """Say in a figure what it waits for, where nothing is drawn: true before a run and during one."""
+    """Return the figure; if nothing is drawn in it, it says that it waits for a run."""
     if not any(trace.x is not None and len(trace.x) for trace in figure.data):
         figure.update_xaxes(visible=False)
         figure.update_yaxes(visible=False)
@@ -34,12 +34,13 @@ def wait_for(figure: go.Figure) -> go.Figure:
 def draw_tradeoff(
     rows: Sequence[Mapping[str, Any]], gain: str, loss: str, *, title: str = ""
 ) -> go.Figure:
-    """Draw what runs gained against what they lost, a dot a run and its name beside the mean.
+    """Return a plot of what runs gained against what they lost, one dot per run.
 
     Args:
-        rows: dicts with `name` and the two figures; rows of one name are seeds of one setting.
-        gain: key of the gain, to the right; also the axis's title.
-        loss: key of the loss, downwards is better; also the axis's title.
+        rows: dicts with `name` and the two figures; rows with the same name are seeds of one setting.
+        gain: key of the gain, on the x axis; also the title of the axis.
+        loss: key of the loss, on the y axis (lower is better); also the title of the axis.
+        title: title of the figure.
     """
     figure = go.Figure()
     for i, name in enumerate(dict.fromkeys(str(row["name"]) for row in rows)):
@@ -73,12 +74,25 @@ def draw_lines(
     faint: Sequence[str] = (),
     **layout: Any,
 ) -> go.Figure:
-    """Draw curves, named at their ends: points (x, y) or (x, y, low, high) by name; `faint` ones dotted."""
+    """Return a plot of curves that are named at their ends.
+
+    Args:
+        series: points (x, y), or (x, y, low, high) with an interval, by name of the curve.
+        x_title: title of the x axis.
+        y_title: title of the y axis.
+        title: title of the figure.
+        faint: names of the curves to draw dotted and in grey.
+        layout: further settings of the layout.
+    """
     figure = go.Figure()
+
+    # Places of the names, which must not overlap.
     ends = {name: points[-1][1] for name, points in series.items() if points}
     heights = [value for points in series.values() for p in points for value in p[1:]] or [0.0]
     apart = push_apart(list(ends.values()), 0.08 * (max(heights) - min(heights)))
     places = dict(zip(ends, apart, strict=True))
+
+    # The curves.
     for i, (name, points) in enumerate(series.items()):
         control = name in faint
         colour = SERIES[5] if control else SERIES[i % 5]

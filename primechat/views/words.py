@@ -1,12 +1,11 @@
-"""Plain words for the fields of a config, as forms show them above the field's own name.
+"""Titles in plain words for the fields of the configs, shown by forms above the field's own name.
 
-Hides: nothing. A field that is missing here is shown by its own name; what it does stands beside it, from
-the config itself.
+A field that is missing here is shown by its own name. Its help text comes from the config itself.
 """
 
 from __future__ import annotations
 
-TITLES = {  # by the whole name where one word means several things
+TITLES = {  # keyed by the full name if the last part alone is ambiguous
     "tag": "Name of the run",
     "resume": "Go on with the run of this name",
     "corpus": "Text to learn from",
@@ -153,7 +152,7 @@ TITLES = {  # by the whole name where one word means several things
 
 
 def name_field(name: str, config: str = "") -> str:
-    """Return a field's title; `config` is the name of its class, where a word means two things.
+    """Return the title of a field; `config` is the name of its class, for names with two meanings.
 
     >>> name_field("model.n_layer"), name_field("a.new_one"), name_field("alpha", "DistillConfig")
     ('Number of blocks', 'New one', 'Weight of the text itself')

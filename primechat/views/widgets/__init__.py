@@ -1,1 +1,1 @@
-"""Widgets: a .py for the state, a .js that draws it, a .css for its looks, all of one stem."""
+"""Widgets: a .py for the state, a .js that draws it and a .css that styles it, all with the same stem."""

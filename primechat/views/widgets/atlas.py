@@ -1,7 +1,7 @@
-"""The embedding atlas: a map of many points to move in, to search, to select from and to see in time.
+"""The embedding atlas: a map of many points to explore, search and select from, and to follow over training.
 
-Hides: what crosses to the page: places and facts as bytes once a picture, then only a point's neighbours.
-A picture that takes long is made elsewhere; the page asks whether it is there.
+Places and properties are sent to the page as bytes, once per map; after that only the neighbours of a point
+are sent. A map that takes long to compute is made in a background job, which the page polls.
 Reference: Smilkov et al. 2016, Embedding Projector.
 """
 
@@ -18,7 +18,7 @@ from primechat.views.widgets.kit import Widget
 
 
 class Source(Protocol):
-    """What the atlas shows: spaces by key and title, pictures of them, and a point's neighbours."""
+    """The data behind an atlas: spaces (key to title), maps of them, and the neighbours of a point."""
 
     spaces: dict[str, str]
 
@@ -37,7 +37,7 @@ class Source(Protocol):
 
 
 class AtlasView(Widget):
-    """A map of a Source; `chosen` are the points selected on the page, `selected()` what is known of them."""
+    """A map of a Source; `chosen` are the points selected on the page, `selected()` returns their data."""
 
     cloud = traitlets.Dict().tag(sync=True)
     places = traitlets.Bytes().tag(sync=True)  # (F, N, 3) float32
@@ -53,12 +53,11 @@ class AtlasView(Widget):
     nearby = traitlets.Dict().tag(sync=True)
     chosen = traitlets.List(traitlets.Int()).tag(sync=True)
     text = traitlets.Unicode().tag(sync=True)
-    waits = traitlets.Bool(False).tag(
-        sync=True
-    )  # for the page to ask for what the first picture leaves out
+    # Whether the page still has to request what the first map omits.
+    waits = traitlets.Bool(False).tag(sync=True)
     laying_out = traitlets.Bool(False).tag(sync=True)
     problem = traitlets.Unicode().tag(sync=True)
-    notice = traitlets.Unicode().tag(sync=True)  # what the page waits for
+    notice = traitlets.Unicode().tag(sync=True)  # what the page is waiting for
 
     def __init__(
         self,
@@ -73,9 +72,12 @@ class AtlasView(Widget):
         """Show a source.
 
         Args:
+            source: the data to show.
             colour: key of the channel that colours the points; empty takes the first.
+            picked: index of the point selected at first; negative selects none.
             frame: the frame to begin with; negative counts from the end.
-            text: for a source that reads texts, the first one; the page offers to change it.
+            frame_word: name of a frame on the page.
+            text: the first text, for a source that reads texts; the reader can change it.
         """
         self.source, self.job, self.at = source, None, ("", 2)  # type: tuple[Source, Any, tuple[str, int]]
         if text:
@@ -93,7 +95,7 @@ class AtlasView(Widget):
         self.pick_point(picked)
 
     def pick_point(self, point: int) -> None:
-        """Put a point and its neighbours on the page; negative puts none."""
+        """Select a point and show its neighbours; a negative index selects none."""
         if point < 0:
             self.picked, self.nearby = -1, {}
             return
@@ -103,7 +105,7 @@ class AtlasView(Widget):
         )
 
     def take_source(self, source: Source, picked: int = -1) -> None:
-        """Show another source, in the same space where it has one of that name."""
+        """Show another source, in the same space if it has one of that name."""
         if self.job is not None:
             self.job.stop()
         self.source, self.job, self.laying_out, self.chosen, self.frame = source, None, False, [], 0
@@ -114,7 +116,7 @@ class AtlasView(Widget):
         self.pick_point(picked)
 
     def put_cloud(self, cloud: Cloud, space: str) -> None:
-        """Send a picture to the page."""
+        """Send a map to the page."""
         self.shown = cloud
         facts = [np.asarray(c.values, dtype=np.float32) for c in cloud.channels]
         heads = [
@@ -144,12 +146,12 @@ class AtlasView(Widget):
             )
 
     def answer_complete(self) -> dict[str, Any]:
-        """Show the same picture with all that there is to know of its points."""
+        """Show the same map with all properties of its points."""
         self.source.complete()
         return self.answer_show(self.space, self.method, self.n_axes)
 
     def answer_show(self, space: str, method: str, n_axes: int) -> dict[str, Any]:
-        """Show another space, or the same one with other axes."""
+        """Show another space, or the same one with another method or number of axes."""
         try:
             cloud = self.source.show(space, method, n_axes)
         except ValueError:
@@ -158,7 +160,7 @@ class AtlasView(Widget):
         return {}
 
     def answer_near(self, point: int, frame: int, key: str = "") -> dict[str, Any]:
-        """Return a point's neighbours and keep them, so that a page read later shows them too."""
+        """Return the neighbours of a point, and store them so that a page opened later shows them too."""
         near = self.source.near(self.space, self.method, self.n_axes, frame, point)
         answer = {**asdict(near), "key": key}
         self.picked, self.nearby = point, answer
@@ -172,13 +174,15 @@ class AtlasView(Widget):
         return {}
 
     def answer_lay_out(self, action: str, n_axes: int = 2) -> dict[str, Any]:
-        """Start, poll or stop a picture that takes long; it is shown when it is there."""
+        """Start, poll or stop the computation of a UMAP; the map is shown once it is ready."""
         if action == "start" and self.job is None:
             try:
                 self.put_cloud(self.source.show(self.space, "UMAP", n_axes), self.space)
                 return {"running": False}
-            except Exception:  # not laid out yet
+            except Exception:  # not computed yet
                 self.job, self.at = self.source.start(self.space, n_axes), (self.space, n_axes)
+
+        # Show the map if it is ready.
         picture = None
         if self.job is not None:
             picture = self.job.stop() if action == "stop" else self.job.poll()
@@ -192,7 +196,7 @@ class AtlasView(Widget):
         return {"running": True, "elapsed_s": self.job.elapsed_s, "expected_s": self.job.expected_s}
 
     def selected(self) -> dict[str, list[Any]]:
-        """Return what is known of the selected points, column by column, ready for a data frame."""
+        """Return the data of the selected points by column, ready for a data frame."""
         labels = [self.shown.labels[i] for i in self.chosen]
         rows: dict[str, list[Any]] = {"token": labels, "id": list(self.chosen)}
         for channel in self.shown.channels:

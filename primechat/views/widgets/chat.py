@@ -1,8 +1,8 @@
-"""The chat's page: a picker, the conversation as a tree, and a line to write in.
+"""The chat page: a model picker, the conversation as a tree, and an input line.
 
-Hides: nothing of the model. Everything that the page wants done goes to `act`, and what is written comes by
-`push`; the page keeps no state that it could not ask for again. Model text is drawn by `markdown.js`, which
-makes nodes and never HTML. Reference: primechat.chat.session, which answers.
+Every request of the page goes to `act`, and replies arrive through `push`; the page keeps no state that it
+could not request again. Model text is drawn by `markdown.js`, which creates nodes and never HTML.
+Reference: primechat.chat.session, which answers the requests.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from primechat.views.widgets.kit import Widget
 
 
 class ChatView(Widget):
-    """A page to chat on. `act` is called with the name of what the reader did and its details, and returns
-    what the page needs; `first` is shown before Python has time to answer, as `act("ready")` returns it.
+    """A page to chat on.
+
+    Args:
+        act: called with the name and arguments of each request; returns the answer.
+        height: CSS height of the page.
+        first: answer to the request "ready", shown before Python has time to answer.
     """
 
     height = traitlets.Unicode("74vh").tag(sync=True)
@@ -34,11 +38,11 @@ class ChatView(Widget):
         self._act = act
 
     def answer_act(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
-        """Pass on what the reader did."""
+        """Pass a request of the page to `act` and return the answer."""
         return self._act(name, given)
 
     def push(self, message: dict[str, Any]) -> bool:
-        """Send the page a message; return False once nobody can hear it."""
+        """Send a message to the page; return False once the page is gone."""
         comm = self.comm
         if comm is None or getattr(comm, "_closed", False):
             return False

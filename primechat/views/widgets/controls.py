@@ -1,7 +1,7 @@
-"""Small controls of every lab: pick a model, guess before the reveal, try an exercise, play with a function.
+"""Small controls used by all labs: model picker, prediction, exercise, and live view of a function.
 
-Hides: how a function's result becomes something that a page can draw. One script serves all; `kind` tells it
-which one it draws. Reference: ipywidgets' `interact`, of which `Live` is the form for every host.
+Hides: how the result of a function becomes something that a page can draw. One script draws all of them, and
+`kind` tells it which. Reference: ipywidgets' `interact`; `Live` is its counterpart for every host.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ MAX_ROWS = 200
 
 
 class ModelPicker(Widget):
-    """A choice among the models that are here; `identifier` is the chosen one, at first the given one if it
-    is found. `find` returns dicts of `identifier`, `about` and perhaps `by_product`; it is asked again when
-    the learner wishes. By-products of labs are listed once "more" is chosen, and none is chosen by itself.
-    `waits` is what the page waits for until `end`.
+    """A picker of the models on the machine; its `identifier` is the chosen one.
+
+    By-products of labs are listed only under "more" and are never chosen by default.
+
+    Args:
+        find: returns dicts of `identifier`, `about` and optionally `by_product`; called again on request.
+        identifier: the model selected at first, if it is found.
+        label: label of the picker.
+        waits: what the page is waiting for until `end` is called.
     """
 
     kind = traitlets.Unicode("models").tag(sync=True)
@@ -46,7 +51,7 @@ class ModelPicker(Widget):
         super().__init__(models=found, identifier=first, label=label, waits=waits)
 
     def end(self) -> None:
-        """Tell that what the page waited for is there."""
+        """Remove the line that says what the page is waiting for."""
         self.waits = ""
 
     def answer_find(self) -> dict[str, Any]:
@@ -56,21 +61,22 @@ class ModelPicker(Widget):
 
 
 class Notice(Widget):
-    """A line that says what the page waits for, until `end`."""
+    """A line that says what the page is waiting for, until `end` is called."""
 
     kind = traitlets.Unicode("notice").tag(sync=True)
     text = traitlets.Unicode("").tag(sync=True)
     over = traitlets.Bool(False).tag(sync=True)
 
     def end(self) -> None:
-        """Take the line away."""
+        """Remove the line."""
         self.over = True
 
 
 class Prediction(Widget):
-    """A question whose answer is shown only after a guess; the page keeps the score over a whole lab. The
-    answer can be a function, called when it is to be shown; what it returns beside the answer, how that was
-    measured, takes the place of the braces in `why`.
+    """A question whose answer is shown only after a guess; the page keeps the score of the whole lab.
+
+    The answer can be a function, which is called when the answer is revealed. If it returns a second value,
+    a text on how the answer was measured, that replaces the braces in `why`.
     """
 
     kind = traitlets.Unicode("prediction").tag(sync=True)
@@ -109,7 +115,7 @@ class Prediction(Widget):
             self.answer_settle()
 
     def recall(self, guess: Any) -> None:
-        """Take up a guess that was made and answered before, if it still is one of those to choose from."""
+        """Restore an earlier guess with its answer revealed, if it is still a valid choice."""
         if self.options:
             is_one = guess in self.options
         else:
@@ -119,7 +125,7 @@ class Prediction(Widget):
             self.guess, self.revealed = guess, True
 
     def answer_settle(self) -> dict[str, Any]:
-        """Find the answer, where it is not known yet."""
+        """Return the answer and its explanation, computed now if the answer is a function."""
         found = self.find()
         if isinstance(found, tuple):
             found, said = found
@@ -133,10 +139,10 @@ class Prediction(Widget):
 
 
 class ExerciseCard(Widget):
-    """What an exercise asks, how the attempt did, a hint and a solution.
+    """An exercise: the task, the result of the attempt, a hint and a solution.
 
-    `state` is untried, broken (the rule that does not hold is named), failed (the attempt raised), passed, or
-    solved, where nothing is tried yet that was solved before, by the code in `kept`.
+    `state` is untried, broken (a rule is violated, which is named), failed (the attempt raised an exception),
+    passed, or solved (not tried now, but solved before by the code in `kept`).
     """
 
     kind = traitlets.Unicode("exercise").tag(sync=True)
@@ -151,15 +157,15 @@ class ExerciseCard(Widget):
 
 
 class Live(Widget):
-    """A function with a control for each argument; its result is drawn anew at each change.
+    """A function with a control for each argument; the result is drawn again after each change.
 
     Args:
         function: returns a text, a number, a dict (figures by name), a list of dicts (a table), a matplotlib
             figure, or a list of these.
-        controls: by argument: a text; a bool; `(low, high)` or `(low, high, start)`, whole where all are;
-            a list of choices.
-        labels: what stands before a control, where the argument's name would not do.
-        lazy: call the function when the page first comes to it, not before.
+        labels: label of a control by argument; the default is the argument's name.
+        lazy: whether to call the function only when the reader scrolls to it.
+        controls: control by argument: a text, a bool, a slider `(low, high)` or `(low, high, start)` (in
+            whole numbers if all are whole), or a list of choices.
     """
 
     kind = traitlets.Unicode("live").tag(sync=True)
@@ -180,9 +186,8 @@ class Live(Widget):
         names = labels or {}
         for spec in specs:
             label = names.get(spec["name"], spec["name"].replace("_", " "))
-            spec["label"] = (
-                label[:1].upper() + label[1:] if label[1:2].isalpha() else label
-            )  # not a in a : b
+            # Capitalise words, but not a single letter as in a : b.
+            spec["label"] = label[:1].upper() + label[1:] if label[1:2].isalpha() else label
         self.function = function
         start = {spec["name"]: spec["start"] for spec in specs}
         super().__init__(controls=specs, values=start, seen=not lazy)
@@ -190,24 +195,21 @@ class Live(Widget):
         self.refresh()
 
     def refresh(self) -> None:
-        """Call the function and show what it returns, or in one sentence why it cannot."""
+        """Call the function and show its result, or the message of its exception."""
         if not self.seen:
             return
         values = dict(self.values)
-        number = values.pop(
-            "#", 0
-        )  # counts the page's changes, so that it knows which one is answered
+        # The page numbers its changes, so that it knows which one a result belongs to.
+        number = values.pop("#", 0)
         try:
             parts = describe_output(self.function(**values))
-        except (
-            Exception
-        ) as error:  # whatever the learner's function does wrong is told in its place
+        except Exception as error:  # any error of the function is shown in its place
             parts = [{"kind": "error", "text": str(error) or type(error).__name__}]
         self.output = {"#": number, "parts": parts}
 
 
 def describe_control(name: str, spec: Any) -> dict[str, Any]:
-    """Return what the page needs to draw a control."""
+    """Return the data that the page needs to draw a control."""
     if isinstance(spec, bool):
         return {"name": name, "form": "toggle", "start": spec}
     if isinstance(spec, str):
@@ -233,13 +235,17 @@ def describe_control(name: str, spec: Any) -> dict[str, Any]:
 
 
 def describe_output(value: Any) -> list[dict[str, Any]]:
-    """Return the parts of a result, each with its kind."""
+    """Return the parts of a result for the page, each with its kind."""
     if value is None:
         return []
+
+    # A matplotlib figure.
     if hasattr(value, "savefig"):
         picture = io.BytesIO()
         value.savefig(picture, format="png", bbox_inches="tight", dpi=144)
         return [{"kind": "image", "data": base64.b64encode(picture.getvalue()).decode()}]
+
+    # Figures by name.
     if isinstance(value, Mapping):
         return [
             {
@@ -247,6 +253,8 @@ def describe_output(value: Any) -> list[dict[str, Any]]:
                 "items": [[str(key), write_value(item)] for key, item in value.items()],
             }
         ]
+
+    # A table, or a list of parts.
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         rows = list(value)
         if rows and all(isinstance(row, Mapping) for row in rows):
@@ -261,11 +269,12 @@ def describe_output(value: Any) -> list[dict[str, Any]]:
                 }
             ]
         return [part for item in rows for part in describe_output(item)]
+
     return [{"kind": "text", "text": write_value(value)}]
 
 
 def write_value(value: Any) -> str:
-    """Return a value as people read it.
+    """Return a value as text, numbers with thousands separators or four digits.
 
     >>> write_value(1234567), write_value(0.123456), write_value("as it is")
     ('1,234,567', '0.1235', 'as it is')

@@ -1,7 +1,7 @@
-"""A plotly figure that waits: for a guess, or until the reader comes to it.
+"""A plotly figure that is drawn late: after a guess, or when the reader scrolls to it.
 
-Hides: when it is made, and where plotly's script of 4 MB comes from: the page asks for it once, and not
-before a figure is to be drawn. Reference: plotly.js, `newPlot`.
+Hides: when the figure is made, and how plotly's script of 4 MB is loaded: the page requests it once, when the
+first figure is to be drawn. Reference: plotly.js, `newPlot`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from primechat.views.widgets.kit import Widget
 
 
 class WaitingFigure(Widget):
-    """A plotly figure, or a function that returns one and is called when it is wanted, once."""
+    """A plotly figure, or a function that returns one and is called once, when the figure is needed."""
 
-    figure = traitlets.Dict().tag(sync=True)  # as plotly.js takes it; empty until it is wanted
-    height = traitlets.Int(330).tag(
-        sync=True
-    )  # of the room that is kept for it, so that nothing moves
+    figure = traitlets.Dict().tag(sync=True)  # as plotly.js takes it; empty until it is needed
+    # Height that is reserved for it, so that nothing on the page moves.
+    height = traitlets.Int(330).tag(sync=True)
 
     def __init__(self, figure: Any) -> None:
         self.make: Callable[[], Any] = figure if callable(figure) else lambda: figure
@@ -29,7 +28,7 @@ class WaitingFigure(Widget):
         super().__init__(height=int(known or 330))
 
     def answer_settle(self) -> dict[str, Any]:
-        """Make the figure, if it is not made yet."""
+        """Return the figure, made at the first call."""
         self.figure = self.figure or json.loads(self.make().to_json())
         return {"figure": self.figure}
 

@@ -1,8 +1,9 @@
-"""The base of every widget: joins the shared script and looks with those of the widget's own files.
+"""The base class of all widgets, which combines the shared script and styles with a widget's own files.
 
-Hides: how a widget without a build step shares code. `kit.js`, `x.js` and what it imports by a relative path
-are plain ES modules; here they become one, the imports dropped. And how the page asks Python: `ask(name,
-given)` in the script calls the widget's method `answer_<name>`. Reference: anywidget.dev, "_esm" and "_css".
+Hides: how widgets share code without a build step. `kit.js`, `x.js` and the files it imports by a relative
+path are plain ES modules; here they are joined into one and the imports are dropped. Hides also how the page
+calls Python: `ask(name, given)` in the script calls the widget's method `answer_<name>`.
+Reference: anywidget.dev, "_esm" and "_css".
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ EXPORT = re.compile(r"^export (?=(?:async )?(?:function|const|let|class)\b)", re
 
 
 def join_scripts(own: str, folder: Path = HERE) -> str:
-    """Return a widget's module with the kit's functions, and those of other files that it imports, in it."""
+    """Return the source of a widget's module joined with the kit and with the files that it imports."""
     parts: dict[Path, str] = {}
 
     def add(path: Path) -> None:
@@ -41,11 +42,11 @@ def join_scripts(own: str, folder: Path = HERE) -> str:
 
 
 class Widget(anywidget.AnyWidget):
-    """A widget whose script and looks stand beside its module, as `<stem>.js` and `<stem>.css`; the looks
-    beside a script that it imports come along.
+    """A widget whose script and style are in `<stem>.js` and `<stem>.css` beside its module.
 
-    A subclass declares its state as synchronized traits (`traitlets.Unicode().tag(sync=True)`). `gate` is
-    the question of a prediction on the same page that is to be answered before the widget is seen.
+    The styles of the scripts that it imports are included. A subclass declares its state as synchronised
+    traits (`traitlets.Unicode().tag(sync=True)`). `gate` is the question of a prediction on the same page;
+    the widget stays hidden until it is answered.
     """
 
     gate = traitlets.Unicode("").tag(sync=True)
@@ -53,9 +54,8 @@ class Widget(anywidget.AnyWidget):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         path = Path(str(sys.modules[cls.__module__].__file__))
         script = path.with_suffix(".js")
-        if (
-            script.is_file() and "_esm" not in cls.__dict__
-        ):  # ipywidgets derives a class as it adds traits
+        # ipywidgets derives another class when it adds traits, which already has its script.
+        if script.is_file() and "_esm" not in cls.__dict__:
             own = script.read_text(encoding="utf-8")
             cls._esm = join_scripts(own, path.parent)
             looks = [
@@ -71,15 +71,17 @@ class Widget(anywidget.AnyWidget):
         self.on_msg(self._hear)
 
     def _send(self, msg: Any, buffers: Any = None) -> None:
-        """Send, and let what a page sends go where it says: ipykernel 7.4 would bring it to the subshell
-        of whichever message was heard last when we sent, and drop it once that one's tab is closed.
+        """Send a message, and keep ipykernel from redirecting the page's answers.
+
+        ipykernel 7.4 would route them to the subshell of the last message received before we sent, and drop
+        them once that page is closed.
         """
         super()._send(msg, buffers=buffers)
         if hasattr(self.comm, "_reply_subshell_id"):
             del self.comm._reply_subshell_id
 
     def _hear(self, _: Any, message: Any, buffers: Any) -> None:
-        """Answer a question of the page; a fault becomes a sentence that the page shows."""
+        """Answer a request of the page; an exception becomes a sentence that the page shows."""
         if not isinstance(message, dict) or "ask" not in message:
             return
         try:

@@ -1,7 +1,7 @@
-"""A running stage as a page shows it: Start and Stop, figures, curves, samples; its settings; its summary.
+"""Widgets of a stage: Start and Stop with figures, curves and samples; its settings; its summary.
 
-Hides: how events become one state that is sent at most a few times a second. A control never runs anything
-itself: it calls what it is given. Reference: primechat.events, whose events these are.
+Hides: how events become one state, which is sent at most a few times per second. A control never runs
+anything itself: it calls the function that it is given. Reference: primechat.events.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from primechat.events import (
 from primechat.views.widgets.kit import Widget
 
 MAX_POINTS, MAX_NOTES, MAX_SAMPLES = 240, 40, 40
-GAUGES = {  # of a step: what the small curves are called
+GAUGES = {  # field of a step: title of its small curve
     "lr_ratio": "learning rate, share of its peak",
     "grad_norm": "length of the gradient",
     "update_norm": "how far the matrices moved",
@@ -39,7 +39,7 @@ MIXED = "what it is taught by: mixed loss, nats"
 
 
 class RunLog:
-    """What a run has told so far; `describe` returns it as the page draws it."""
+    """The events of a run so far; `describe` returns them in the form that the page draws."""
 
     def __init__(self) -> None:
         self.phase, self.done, self.t_phase = PhaseEvent(name=""), 0.0, time.monotonic()
@@ -48,7 +48,7 @@ class RunLog:
         self.notes: list[str] = []
 
     def restart(self) -> None:
-        """Forget the curves: another training begins."""
+        """Clear the curves, because another training begins."""
         self.samples: list[list[Any]] = []
         self.steps: list[StepEvent] = []
         self.losses: list[LossEvent] = []
@@ -56,17 +56,18 @@ class RunLog:
         self.saved: int | None = None
 
     def take_up(self, identifier: str, events: Sequence[Mapping[str, Any]]) -> None:
-        """Begin with what a run told before; if it goes on, so do its curves."""
+        """Start from the earlier events of a run, so that its curves continue if it is resumed."""
         self.training = PhaseEvent(name=f"training {identifier}", unit="steps")
         for event in events:
-            with suppress(KeyError, TypeError):  # of another version
+            with suppress(KeyError, TypeError):  # an event of another version
                 self.add(build_event(event))
 
     def add(self, event: Event) -> None:
-        """Take in an event."""
+        """Add an event."""
         if isinstance(event, PhaseEvent):
             if event.unit == "steps":
-                if self.training is None or self.training.name != event.name:  # else it was resumed
+                # A phase of the same name is the same training, resumed.
+                if self.training is None or self.training.name != event.name:
                     self.restart()
                 self.training = event
             self.phase, self.done, self.t_phase = event, 0.0, time.monotonic()
@@ -75,7 +76,7 @@ class RunLog:
         elif isinstance(event, StepEvent):
             self.phase = self.training or self.phase
             self.last = event
-            # A run that died had told of steps that it did not save; the resumed one takes them again.
+            # A run that crashed had reported steps that it did not save; the resumed run repeats them.
             while self.steps and self.steps[-1].step >= event.step:
                 self.steps.pop()
             self.steps.append(event)
@@ -91,7 +92,7 @@ class RunLog:
             self.done = self.phase.total or self.done
 
     def add_sample(self, event: SampleEvent) -> None:
-        """Keep a sample; of too many every second step is dropped, so that the first stays to be compared."""
+        """Add a sample; if there are too many, drop every second step, so that the first one is kept."""
         before = [kept for kept in self.samples if kept[0] < event.step or kept[1] != event.prompt]
         if len(before) >= MAX_SAMPLES:
             stay = sorted({kept[0] for kept in before})[::2]
@@ -102,24 +103,29 @@ class RunLog:
 
     def describe(self) -> dict[str, Any]:
         """Return the state as plain data; times are in seconds."""
+        # Progress and remaining time. While a validation interrupts the training, that of the training is
+        # shown, but the last validation has its own bar.
         last, phase, done, left = self.last, self.phase, self.done, None
         is_training, total = phase is self.training, phase.total
-        # also while a check interrupts; the last check has a bar of its own
         if last and self.training and (is_training or last.step < last.steps):
             done, total = (float(last.step), last.steps) if is_training else (done, total)
             left = last.elapsed_s / max(1, last.step) * (last.steps - last.step)
             left = (left if last.left_s is None else last.left_s) or None
-        elif phase.unit == "s" and phase.total:  # nobody tells of seconds that pass
+        elif phase.unit == "s" and phase.total:  # no events report passing seconds
             done = min(phase.total, float(int(time.monotonic() - self.t_phase)))
             left = phase.total - done or None
         elif phase.total and done:
             left = (time.monotonic() - self.t_phase) / done * (phase.total - done)
-        # A student's loss is mixed with the distance to its teacher: not to be laid beside that of new text.
+
+        # Curves. A student's loss includes the distance to its teacher, so it is not comparable with that on
+        # new text and gets a curve of its own.
         is_taught = any(loss.retention is not None for loss in self.losses)
         train, loss_name = self.thin("loss_nats", MAX_POINTS), "loss, nats per token"
         gauges = [[text, self.thin(name, MAX_POINTS // 2)] for name, text in GAUGES.items()]
         if is_taught:
             gauges, train, loss_name = [[MIXED, train], *gauges], [], MIXED
+
+        # Figures of the last step and the last validation.
         figures: list[list[str]] = []
         if last:
             figures = [
@@ -133,6 +139,7 @@ class RunLog:
             figures.insert(1, [f"{newest.val_bpb:.3f}", f"bits per byte on new text{scored}"])
             if self.losses[-1].retention is not None:
                 figures.insert(2, [f"{self.losses[-1].retention:.1%}", "of the teacher kept"])
+
         return {
             "phase": phase.name,
             "done": done,
@@ -150,19 +157,19 @@ class RunLog:
         }
 
     def thin(self, name: str, limit: int) -> list[list[float]]:
-        """Return a figure of the steps as a curve of at most `limit` points."""
+        """Return a field of the steps as a curve of at most `limit` points."""
         return thin_points([(event.step, getattr(event, name)) for event in self.steps], limit)
 
 
 def pair_point(event: LossEvent) -> list[float]:
-    """Return a validation's step, nats and bits per byte, on the same tokens for each point of a curve."""
+    """Return the step, nats and bits per byte of a validation, on the same tokens for all points if known."""
     if event.paired_bpb is None or event.paired_loss_nats is None:
         return [event.step, event.val_loss_nats, event.val_bpb]
     return [event.step, event.paired_loss_nats, event.paired_bpb]
 
 
 def thin_points(points: list[tuple[int, float]], limit: int = MAX_POINTS) -> list[list[float]]:
-    """Return at most `limit` points, each the mean of as many neighbours.
+    """Return at most `limit` points, each the mean of equally many neighbours.
 
     >>> thin_points([(1, 4.0), (2, 2.0), (3, 1.0), (4, 1.0)], 2)
     [[1.5, 3.0], [3.5, 1.0]]
@@ -173,13 +180,13 @@ def thin_points(points: list[tuple[int, float]], limit: int = MAX_POINTS) -> lis
 
 
 class StageControl(Widget):
-    """Start and Stop of a stage, and what it does meanwhile.
+    """Start and Stop of a stage, with a live view of it; `result` is its result.
 
-    `state` is ready, running, stopping, stopped, done, failed or refused; `actions` are what the page offers,
-    each a word for `answer_act` and a label. `beat` changes every second while a run is alive, so that a page
-    that hears no more of it can say so. `seen` is the page's echo of the state: it lets marimo re-run what
-    depends on the result, which stands in `result`. `place` is the same for the control that takes this one's
-    place when its cell runs again: a press that Python has not answered is then made on that one.
+    `state` is ready, running, stopping, stopped, done, failed or refused. `actions` are the buttons that the
+    page offers, each a word for `answer_act` and a label. `beat` changes every second while a run is alive,
+    so that the page can say so when it loses contact. `seen` is the page's echo of the state, which makes
+    marimo rerun the cells that depend on the result. `place` stays the same when the cell runs again and
+    makes a new control: a press that Python has not answered yet is then repeated on the new one.
     """
 
     kind = traitlets.Unicode("stage").tag(sync=True)
@@ -198,15 +205,15 @@ class StageControl(Widget):
         super().__init__(title=title, place=place)
 
     def answer_act(self, word: str) -> dict[str, Any]:
-        """Do what the page asks for."""
+        """Do what a button of the page asks for."""
         self.act(word)
         return {}
 
 
 class SettingsForm(Widget):
-    """Settings as a form; `values` are those in force, `faults` the sentences at the fields that are not.
+    """Settings as a form; `values` are the accepted ones, and `config` is the config that holds them.
 
-    `fields` are dicts of name, title, section, form (text, number, toggle or choice), help, choices,
+    `fields` are dicts of name, title, section, form (text, number, toggle or choice), help, choices and
     simple.
     """
 
@@ -224,12 +231,12 @@ class SettingsForm(Widget):
         super().__init__(**traits)
 
     def answer_change(self, draft: dict[str, Any]) -> dict[str, Any]:
-        """Take the page's draft of all values; a fault is {"fault": sentence, "field": name}."""
+        """Return the accepted values for the page's draft, or {"fault": sentence, "field": name}."""
         return self.change(draft)
 
 
 class Summary(Widget):
-    """What came of a run: figures, curves, a text."""
+    """The result of a run: figures, curves and notes."""
 
     kind = traitlets.Unicode("summary").tag(sync=True)
     title = traitlets.Unicode("").tag(sync=True)
@@ -263,14 +270,15 @@ NAMES = {
 
 
 def describe_figures(record: Mapping[str, Any]) -> list[list[str]]:
-    """Return the numbers of a record with plain names.
+    """Return the numbers of a record, formatted, with names in plain words.
 
     >>> describe_figures({"val_bpb": 1.5944, "n_params": 5200000, "path": "base/d4", "stopped": False})
     [['1.594', 'bits per byte on new text'], ['5,200,000', 'parameters']]
     """
     figures = []
     for name, value in record.items():
-        known = value or name != "val_tokens"  # runs of earlier versions do not know it
+        # Runs of earlier versions did not record val_tokens, which is then 0.
+        known = value or name != "val_tokens"
         if known and isinstance(value, (int, float)) and not isinstance(value, bool):
             end = next((end for end in UNITS if name.endswith(end)), "")
             stem = name.removesuffix(end).replace("_", " ")

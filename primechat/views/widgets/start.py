@@ -1,6 +1,6 @@
-"""The cards of the first lab: this machine and its models, whether a model is sound, bringing one in.
+"""The cards of the first lab: the machine and its models, a check of a model, and downloads.
 
-Hides: nothing is computed here. A card shows what it is given and calls what it is given; answers come on
+Nothing is computed here. A card shows the data and calls the functions that it is given; results come from
 other threads and are set as traits. Reference: primechat.cli.check, primechat.cli.download.
 """
 
@@ -15,10 +15,10 @@ from primechat.views.widgets.kit import Widget
 
 
 class MachineCard(Widget):
-    """What is installed, what the machine has, and which models are here.
+    """The installed packages, the hardware, and the models on the machine.
 
-    `rows` are (name, value, remark) and `models` dicts of identifier, about and where; `find` returns both
-    anew.
+    `rows` are (name, value, remark) and `models` are dicts of identifier, about and where; `find` returns
+    current values of both.
     """
 
     kind = traitlets.Unicode("machine").tag(sync=True)
@@ -38,10 +38,10 @@ class MachineCard(Widget):
 
 
 class CheckCard(Widget):
-    """Whether a model is whole and has its own tokenizer.
+    """A check whether a model is complete and matches its tokenizer.
 
-    `report` has verdict, sentence, rows of (name, text), bars of (name, bits per byte, is it the model) and a
-    sample; `state` is ready, running, done or failed. `find` returns the models, also those that came since.
+    `report` has a verdict, a sentence, rows of (name, text), bars of (name, bits per byte, whether it is the
+    model) and a sample; `state` is ready, running, done or failed. `find` returns the current list of models.
     """
 
     kind = traitlets.Unicode("check").tag(sync=True)
@@ -62,14 +62,14 @@ class CheckCard(Widget):
         return {}
 
     def answer_check(self, identifier: str) -> dict[str, Any]:
-        """Begin a check, unless one is under way."""
+        """Start a check, unless one is under way."""
         if self.state != "running":
             self.check(self, identifier)
         return {}
 
 
 class DownloadCard(Widget):
-    """Models to bring in: their sizes first, without moving anything, then the download with Stop.
+    """Models to download: first their sizes, without downloading anything, then the download with Stop.
 
     `bundles` are dicts of name, title and about; `plan` has files of (name, bytes, fate), total and free;
     `state` is ready, asking, planned, loading, done or failed; `progress` has done, total and left_s.

@@ -1,6 +1,6 @@
-"""A conversation as a heat strip: a column a turn, a row a measure; a cell opens the turn it stands for.
+"""A conversation as a heat strip: one column per turn, one row per measure; a cell opens its turn.
 
-Hides: the colours. All groups share one scale a row, so that a control can be compared at a glance.
+Hides: the colours. All groups share one scale per row, so that a control can be compared at a glance.
 Reference: primechat.metrics.loops, MEASURES.
 """
 
@@ -15,14 +15,14 @@ from primechat.views.widgets.kit import Widget
 
 
 class TalkStrips(Widget):
-    """Conversations to look through.
+    """Heat strips of conversations to browse.
 
     Args:
-        rows: for each measure, {"name", "about", "full"}: full is the value of the strongest colour.
+        rows: for each measure, {"name", "about", "full"}, where full is the value of the strongest colour.
         groups: {"name", "about", "talks"}; a talk is {"title", "loop", "turns"}, and a turn {"who", "text",
-            "values": one a row or None, "tokens": [text, entropy, probability, rank] each}.
-        rest: return all groups, where `groups` has some without talks: so the first is seen before the others
-            are measured.
+            "values": one per row or None, "tokens": list of [text, entropy, probability, rank]}.
+        rest: returns all groups if `groups` still lacks the talks of some, so that the first group is shown
+            before the others are measured.
     """
 
     rows: Any = traitlets.List().tag(sync=True)
@@ -35,6 +35,6 @@ class TalkStrips(Widget):
         super().__init__(rows=rows, groups=groups)
 
     def answer_settle(self) -> dict[str, Any]:
-        """Bring the groups that are not there yet."""
+        """Fetch the groups that are still missing."""
         self.groups = self.rest()
         return {}
