@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import device_main
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -69,6 +70,7 @@ GUIDES = [
     ROOT / "README.md",
     ROOT / "labs" / "README.md",
     ROOT / "data" / "README.md",
+    ROOT / "tests" / "README.md",
     *(ROOT / "primechat" / place for place in ("README.md", "cli/README.md", "cloud/README.md")),
 ]
 
@@ -289,3 +291,29 @@ def test_ci_copies_what_is_tracked(tmp_path: Path) -> None:
     assert done.returncode == 7 and str(tmp_path) in done.stderr.splitlines()[0], done.stderr
     assert {"README.md", "primechat", "pyproject.toml", "tests"} <= set(done.stderr.splitlines())
     assert [path.name for path in tmp_path.iterdir()] == ["bin"]  # it cleans up
+
+
+def test_workflow_runs_the_readmes_command() -> None:
+    flow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    _, second = read_commands((ROOT / "README.md").read_text())
+    steps = [step.get("run", "") for job in flow["jobs"].values() for step in job["steps"]]
+    assert ".ci/run" in steps and second in steps
+    for job in flow["jobs"].values():
+        assert job["strategy"]["matrix"]["python"] == [PYTHONS[0], PYTHONS[-1]]
+
+
+def test_device_check_finds_a_difference(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`tests/device_main.py mps` is what a Mac runs; here both sides are the CPU, then one is wrong."""
+    measured = device_main.measure("cpu")
+    monkeypatch.setattr(device_main, "measure", lambda device: measured)
+    assert device_main.main("cpu") == 0
+    for name, value in measured.items():
+        wrong = {**measured, name: value + 1}
+        monkeypatch.setattr(
+            device_main,
+            "measure",
+            lambda device, wrong=wrong: wrong if device == "mps" else measured,
+        )
+        assert device_main.main("mps") == 1 and f"other {name} than" in capsys.readouterr().out
