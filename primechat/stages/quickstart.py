@@ -69,14 +69,7 @@ def quickstart(
     )
 
     # Base model.
-    depth = config.depth or (2 if config.fast else 4)
-    base_config = replace(
-        recipes.quickstart(depth, vocab_size=config.vocab_size, seconds=seconds),
-        tag=tag,
-        seed=config.seed,
-        runtime=config.runtime,
-        eval=FAST_EVAL if config.fast else recipes.FIRST_EVAL,
-    )
+    base_config = make_base_config(config, tag, seconds)
     resume = config.resume and (folder / "config.json").exists()
     base = pretrain(replace(base_config, resume=resume), on_event=on_event, stop=stop)
     if base.stopped:
@@ -104,6 +97,18 @@ def quickstart(
         chat=chat,
         dialogue=dialogue,
         total_s=time.perf_counter() - t_start,
+    )
+
+
+def make_base_config(config: QuickstartConfig, tag: str, seconds: float) -> PretrainConfig:
+    """Return the settings of a quickstart's base model."""
+    depth = config.depth or (2 if config.fast else 4)
+    return replace(
+        recipes.quickstart(depth, vocab_size=config.vocab_size, seconds=seconds),
+        tag=tag,
+        seed=config.seed,
+        runtime=config.runtime,
+        eval=FAST_EVAL if config.fast else recipes.FIRST_EVAL,
     )
 
 

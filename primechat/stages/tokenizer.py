@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 from primechat.checkpoint import registry
 from primechat.checkpoint.run_dir import RunLock
@@ -68,17 +69,11 @@ def train_tokenizer(
     tell(PhaseEvent(name="tokenizer: which pieces the words are made of", unit="characters"))
     tokenizer = Tokenizer.train(read_texts(), config.vocab_size)
 
-    try:
-        with RunLock(
-            folder
-        ):  # of two runs started at once, the second finds the tokenizer of the first
-            tokenizer.save(folder)
-    except DataError as error:
-        raise DataError(f"{error} Or give this one a --tag of its own.") from error
+    save_tokenizer(tokenizer, folder)
 
     # Measured on text that it was not trained on.
     held_out = list(islice(read("val"), SAMPLE_DOCUMENTS))
-    bytes_per_token = measure_tokens(tokenizer, held_out)
+    bytes_per_token = measure_bytes_per_token(tokenizer, held_out)
     found = f"{tokenizer.vocab_size:,} tokens, {bytes_per_token:.2f} bytes a token on text it has not seen."
     tell(NoteEvent(text=found))
     return TokenizerResult(
@@ -91,7 +86,21 @@ def train_tokenizer(
     )
 
 
-def measure_tokens(tokenizer: Tokenizer, texts: list[str]) -> float:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Save a tokenizer in a folder that holds none, or the same one.
+
+    Raises:
+        DataError: another tokenizer exists in the folder.
+    """
+    try:
+        # Of two runs started at once, the second finds the tokenizer of the first.
+        with RunLock(folder):
+            tokenizer.save(folder)
+    except DataError as error:
+        raise DataError(f"{error} Or give this one a --tag of its own.") from error
+
+
+def measure_bytes_per_token(tokenizer: Tokenizer, texts: list[str]) -> float:
     """Return the mean number of UTF-8 bytes per token of these texts."""
     n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
     n_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
