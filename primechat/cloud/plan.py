@@ -165,25 +165,13 @@ def estimate_memory(
         device: cuda or cpu.
         dtype: number format of the activations.
     """
-    model, T = config.model, config.model.sequence_len
-    C, kv, L = model.n_embd, model.kv_dim, model.n_layer
+    model = config.model
+    C, L = model.n_embd, model.n_layer
     counts, size = count_parts(model), 4 if dtype == "float32" else 2
     blocks = counts["attention"] + counts["mlp"]
     tables = model.n_params - blocks
-    tokens = rows * T
-
-    # A block keeps, per token: the inputs and outputs of its norms, q and k before and after theirs, v,
-    # the output of attention, and the input and output of relu^2.
-    wide = C if device == "cpu" else kv  # on a CPU, shared key heads are repeated
-    a_block = 6 * C + kv + C + 2 * wide + 8 * C + (C if model.residual_scalars else 0)
-    ends = 3 + 2 * model.smear + model.backout
-    n_tables = sum(model.has_value_embedding(i) for i in range(L))
-    norms = (3 * C + kv) * (4 - size)  # in 16 bit, a norm keeps its input in float32
-    kept, weights = tokens * (size * a_block + norms), attention_bytes(model, rows, size, device)
-    if config.runtime.checkpoint_blocks:
-        activations = size * tokens * C * (L + ends) + kept + max(weights)
-    else:
-        activations = L * kept + size * tokens * (C * ends + kv * n_tables) + sum(weights)
+    tokens = rows * model.sequence_len
+    activations = activation_bytes(config, rows, size, device)
     if size == 2:
         activations += 2 * blocks  # the matrices cast to 16 bit
 
@@ -201,7 +189,7 @@ def estimate_memory(
     }
 
     # With a single pass per step, gradients are allocated as activations are freed.
-    if n_gpus == 1 and rows * T >= config.batch_tokens:
+    if n_gpus == 1 and tokens >= config.batch_tokens:
         parts["activations"] = max(0.0, parts["activations"] - parts["gradients"])
 
     # The peak may also be the optimizer's step.
@@ -210,6 +198,29 @@ def estimate_memory(
         0.0, update - parts["activations"] - parts["logits and update"]
     )
     return parts
+
+
+def activation_bytes(config: PretrainConfig, rows: int, size: int, device: str) -> int:
+    """Return the bytes that the forward pass of a micro-batch keeps for the backward pass.
+
+    Args:
+        size: bytes of a number.
+    """
+    model = config.model
+    C, kv, L = model.n_embd, model.kv_dim, model.n_layer
+    tokens = rows * model.sequence_len
+
+    # A block keeps, per token: the inputs and outputs of its norms, q and k before and after theirs, v,
+    # the output of attention, and the input and output of relu^2.
+    wide = C if device == "cpu" else kv  # on a CPU, shared key heads are repeated
+    a_block = 6 * C + kv + C + 2 * wide + 8 * C + (C if model.residual_scalars else 0)
+    ends = 3 + 2 * model.smear + model.backout
+    n_tables = sum(model.has_value_embedding(i) for i in range(L))
+    norms = (3 * C + kv) * (4 - size)  # in 16 bit, a norm keeps its input in float32
+    kept, weights = tokens * (size * a_block + norms), attention_bytes(model, rows, size, device)
+    if config.runtime.checkpoint_blocks:
+        return size * tokens * C * (L + ends) + kept + max(weights)
+    return L * kept + size * tokens * (C * ends + kv * n_tables) + sum(weights)
 
 
 def attention_bytes(model: GPTConfig, rows: int, size: int, device: str) -> list[int]:
