@@ -232,9 +232,9 @@ def _(EXERCISES, exercise):
 
 @app.cell
 def _(EXERCISES, exercise):
-    def order_talk(talk): ...
+    def order_turns(talk): ...
 
-    exercise(EXERCISES[1], order_talk)
+    exercise(EXERCISES[1], order_turns)
     return
 
 

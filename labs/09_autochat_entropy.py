@@ -25,7 +25,7 @@ def _(mo):
 def _():
     import marimo as mo
 
-    from primechat.chat.terminal import choose_talker
+    from primechat.chat.terminal import choose_chat_model
     from primechat.exercises.autochat_entropy import EXERCISES
     from primechat.labkit.instruments import talks
     from primechat.labkit.lab import (
@@ -38,21 +38,21 @@ def _():
         predict,
         show,
     )
-    from primechat.views import talk
+    from primechat.views import conversations
 
     return (
         EXERCISES,
         Live,
         announce,
         borrow_model,
-        choose_talker,
+        choose_chat_model,
         exercise,
         in_notebook,
         mo,
         pick_model,
         predict,
         show,
-        talk,
+        conversations,
         talks,
     )
 
@@ -67,8 +67,8 @@ def _():
 
 
 @app.cell(hide_code=True)
-def _(choose_talker, pick_model):
-    picker = pick_model(("sft", "rl"), label="Who talks to itself", first=choose_talker()[0])
+def _(choose_chat_model, pick_model):
+    picker = pick_model(("sft", "rl"), label="Who talks to itself", first=choose_chat_model()[0])
     picker
     return (picker,)
 
@@ -170,16 +170,16 @@ def _(mo):
 
 
 @app.cell(hide_code=True)
-def _(show, talk, talks):
+def _(show, conversations, talks):
     agree = "How well two verdicts agree, with 95 % intervals"
-    show(lambda: talk.draw_spreads(talks.judge_detector()[0], agree, (0, 1)))
+    show(lambda: conversations.draw_spreads(talks.judge_detector()[0], agree, (0, 1)))
     return
 
 
 @app.cell(hide_code=True)
-def _(show, talk, talks):
+def _(show, conversations, talks):
     stuck = "Share of transcripts that are called stuck"
-    show(lambda: talk.draw_spreads(talks.judge_detector()[1], stuck, (0, 1)))
+    show(lambda: conversations.draw_spreads(talks.judge_detector()[1], stuck, (0, 1)))
     return
 
 
@@ -207,7 +207,7 @@ def _(AutochatConfig, picker, settings):
     start = AutochatConfig(
         tag="lab09",
         model=picker.identifier,
-        n_talks=20,
+        n_conversations=20,
         turns=20,
         max_new_tokens=32,
         temperature=0.8,
@@ -215,7 +215,9 @@ def _(AutochatConfig, picker, settings):
         resume=True,
     )
     form = settings(
-        start, ("n_talks", "turns", "temperature", "repetition_penalty"), title="How much talk"
+        start,
+        ("n_conversations", "turns", "temperature", "repetition_penalty"),
+        title="How much talk",
     )
     form
     return (form,)
@@ -248,18 +250,20 @@ def _(predict, study):
 
 
 @app.cell(hide_code=True)
-def _(many, show, study, talk, trend):
+def _(many, show, study, conversations, trend):
     show(
-        lambda: talk.draw_bands(study.trace("entropy", many.result), "Entropy, nats a token"),
+        lambda: conversations.draw_bands(
+            study.trace("entropy", many.result), "Entropy, nats a token"
+        ),
         after=trend,
     )
     return
 
 
 @app.cell(hide_code=True)
-def _(many, show, study, talk):
+def _(many, show, study, conversations):
     said = "Share of three-word pieces said before"
-    show(lambda: talk.draw_bands(study.trace("said before", many.result), said))
+    show(lambda: conversations.draw_bands(study.trace("said before", many.result), said))
     return
 
 
@@ -284,8 +288,8 @@ def _(mo):
 
 
 @app.cell(hide_code=True)
-def _(show, study, talk, talks):
-    show(lambda: talk.draw_repeats(study.trace_repeats(), talks.SENTENCE))
+def _(show, study, conversations, talks):
+    show(lambda: conversations.draw_repeats(study.trace_repeats(), talks.SENTENCE))
     return
 
 
@@ -308,8 +312,8 @@ def _(mo):
 
 
 @app.cell(hide_code=True)
-def _(show, study, talk):
-    show(lambda: talk.draw_drift(study.map_drift()))
+def _(show, study, conversations):
+    show(lambda: conversations.draw_drift(study.map_drift()))
     return
 
 
@@ -336,7 +340,7 @@ def _(in_notebook, stage, study, talks):
     variants = (
         stage(
             talks.run_variants,
-            study.plan("ab", n_talks=8),
+            study.plan("ab", n_conversations=8),
             title="Six settings, eight conversations each",
         )
         if in_notebook()
@@ -347,9 +351,9 @@ def _(in_notebook, stage, study, talks):
 
 
 @app.cell(hide_code=True)
-def _(show, study, talk, variants):
+def _(show, study, conversations, variants):
     helps = "Measures of a conversation, mean and 95 % interval"
-    show(lambda: talk.draw_spreads(study.compare_groups(variants), helps))
+    show(lambda: conversations.draw_spreads(study.compare_groups(variants), helps))
     return
 
 
@@ -378,7 +382,7 @@ def _(in_notebook, stage, study, talks):
     models = (
         stage(
             talks.run_models,
-            study.plan("models", n_talks=8),
+            study.plan("models", n_conversations=8),
             title="Each chat model, eight conversations",
         )
         if in_notebook()
@@ -389,9 +393,9 @@ def _(in_notebook, stage, study, talks):
 
 
 @app.cell(hide_code=True)
-def _(models, show, study, talk):
+def _(models, show, study, conversations):
     beside = "Models side by side, mean and 95 % interval"
-    show(lambda: talk.draw_spreads(study.compare_groups(models, only=True), beside))
+    show(lambda: conversations.draw_spreads(study.compare_groups(models, only=True), beside))
     return
 
 
@@ -433,7 +437,7 @@ def _(in_notebook, stage, study, talks):
     collapse = (
         stage(
             talks.run_collapse,
-            study.plan("gen", n_talks=16, generations=3),
+            study.plan("gen", n_conversations=16, generations=3),
             title="Three generations with and without people's talk, three seeds: some minutes",
         )
         if in_notebook()
@@ -444,11 +448,11 @@ def _(in_notebook, stage, study, talks):
 
 
 @app.cell(hide_code=True)
-def _(collapse, show, study, talk, talks, variety):
+def _(collapse, show, study, conversations, talks, variety):
     def draw_generations(measure):
         ran = collapse is not None and collapse.result
         found = collapse.result.measure() if ran else talks.read_recorded()
-        return talk.draw_generations(found, study.compare_groups()["people"], measure)
+        return conversations.draw_generations(found, study.compare_groups()["people"], measure)
 
     show(lambda: draw_generations("Vendi"), after=variety)
     return (draw_generations,)

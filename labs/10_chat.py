@@ -23,7 +23,7 @@ def _():
     from primechat.chat.session import open_chat
     from primechat.exercises.chat import EXERCISES, RankStudy
     from primechat.labkit.lab import borrow_model, exercise, predict, show
-    from primechat.views.talk import draw_ranks
+    from primechat.views.conversations import draw_ranks
 
     return EXERCISES, RankStudy, borrow_model, draw_ranks, exercise, mo, open_chat, predict, show
 

@@ -210,7 +210,7 @@ class AutochatResult:
 
     tag: str
     path: str
-    n_talks: int
+    n_conversations: int
     turns: int
     stopped: bool
     tokens: int

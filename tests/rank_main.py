@@ -13,7 +13,7 @@ from test_train import make_batches, make_model
 from primechat.config import OptimConfig
 from primechat.config.recipes import make_recipe
 from primechat.events import StepEvent
-from primechat.text.batches import share_rows
+from primechat.text.batches import split_rows
 from primechat.train.loop import fit
 from primechat.train.optim import Optimizer
 from primechat.train.parallel import SpreadLoss, join_ranks
@@ -24,7 +24,7 @@ def main(folder: Path, end: int, half: bool, start: str, recipe: str = "") -> No
     torch.set_num_threads(1)
     ranks = join_ranks("cpu")
     rows = 4
-    first, share = share_rows(rows, ranks.rank, ranks.world_size)
+    first, share = split_rows(rows, ranks.rank, ranks.world_size)
     batches = [(x[first : first + share], y[first : first + share]) for x, y in make_batches(rows)]
     model, begin = make_model(), 0
     if start:

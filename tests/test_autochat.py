@@ -29,7 +29,7 @@ from primechat.infer.engine import Engine
 from primechat.metrics import loops
 from primechat.model.gpt import GPT
 from primechat.stages import autochat as stage
-from primechat.stages.autochat import HUMAN, Speaker, autochat, build_messages, read_talks
+from primechat.stages.autochat import HUMAN, Speaker, autochat, build_messages, read_transcripts
 from primechat.stages.finetune import finetune
 from primechat.stages.pretrain import pretrain
 
@@ -79,13 +79,15 @@ def base(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def build(**changes: Any) -> AutochatConfig:
-    small = dict(tag="t", model="sft/d2", n_talks=3, turns=4, max_new_tokens=6, runtime=RUNTIME)
+    small = dict(
+        tag="t", model="sft/d2", n_conversations=3, turns=4, max_new_tokens=6, runtime=RUNTIME
+    )
     return AutochatConfig(**{**small, **changes})
 
 
 def test_turns_alternate_and_are_measured(base: Path) -> None:
     result = autochat(build(tag="plain", personas=("You are A.", "")))
-    talks = read_talks(result.path)
+    talks = read_transcripts(result.path)
     assert [len(turns) for turns in talks] == [4, 4, 4] and not result.stopped
     assert {turns[0].model for turns in talks} == {HUMAN} and talks[0][1].model == "sft/d2@2"
     assert [turn.speaker for turn in talks[0]] == [0, 1, 0, 1]
@@ -127,7 +129,7 @@ def loops_turn(i: int) -> Any:
 
 
 def test_a_killed_run_goes_on_the_same(base: Path) -> None:
-    whole = autochat(build(tag="whole", n_talks=5, batch_rows=2))
+    whole = autochat(build(tag="whole", n_conversations=5, batch_rows=2))
     stop, seen = threading.Event(), list[float]()
 
     def hear(event: Event) -> None:
@@ -136,18 +138,18 @@ def test_a_killed_run_goes_on_the_same(base: Path) -> None:
             if len(seen) == 5:
                 stop.set()
 
-    part = autochat(build(tag="part", n_talks=5, batch_rows=2), on_event=hear, stop=stop)
-    assert part.stopped and 0 < sum(map(len, read_talks(part.path))) < 20
+    part = autochat(build(tag="part", n_conversations=5, batch_rows=2), on_event=hear, stop=stop)
+    assert part.stopped and 0 < sum(map(len, read_transcripts(part.path))) < 20
     file = base / part.path / "talks.jsonl"
     file.write_bytes(file.read_bytes()[:-30])  # a kill tears the last line
     with pytest.raises(ConfigError, match="--resume"):
-        autochat(build(tag="part", n_talks=5, batch_rows=2))
+        autochat(build(tag="part", n_conversations=5, batch_rows=2))
     with pytest.raises(ConfigError, match="temperature"):
-        autochat(build(tag="part", n_talks=5, batch_rows=2, resume=True, temperature=0.5))
-    done = autochat(build(tag="part", n_talks=5, batch_rows=2, resume=True))
-    assert not done.stopped and read_talks(done.path) == read_talks(whole.path)
-    again = autochat(build(tag="part", n_talks=5, batch_rows=2, resume=True))
-    assert again.tokens == 0 and read_talks(again.path) == read_talks(whole.path)
+        autochat(build(tag="part", n_conversations=5, batch_rows=2, resume=True, temperature=0.5))
+    done = autochat(build(tag="part", n_conversations=5, batch_rows=2, resume=True))
+    assert not done.stopped and read_transcripts(done.path) == read_transcripts(whole.path)
+    again = autochat(build(tag="part", n_conversations=5, batch_rows=2, resume=True))
+    assert again.tokens == 0 and read_transcripts(again.path) == read_transcripts(whole.path)
 
 
 class UniformModel(HistoryModel):
@@ -167,14 +169,14 @@ def write_uniform(tag: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> 
     found = (UniformModel(), byte_tokenizer(), {"identifier": "uniform"})
     monkeypatch.setattr(registry, "open_model", lambda *names, **options: found)
     small: Any = dict(top_k=0, temperature=1.0, max_new_tokens=8, batch_rows=32)
-    return read_talks(autochat(build(tag=tag, **{**small, **changes})).path)
+    return read_transcripts(autochat(build(tag=tag, **{**small, **changes})).path)
 
 
 def test_no_two_places_write_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """With uniform logits a text is its stream: 64 conversations of 40 turns, and two seeds more."""
-    whole = write_uniform("uniform", monkeypatch, n_talks=64, turns=40)
+    whole = write_uniform("uniform", monkeypatch, n_conversations=64, turns=40)
     more = [
-        write_uniform(f"uniform-{seed}", monkeypatch, n_talks=16, turns=40, seed=seed)
+        write_uniform(f"uniform-{seed}", monkeypatch, n_conversations=16, turns=40, seed=seed)
         for seed in (1, 2)
     ]
     talks = [*whole, *more[0], *more[1]]
@@ -187,25 +189,28 @@ def test_no_two_places_write_the_same_text(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_conversation_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither on how many are written at once, nor on how many there are."""
-    whole = write_uniform("alone-32", monkeypatch, n_talks=12, turns=6)
-    assert write_uniform("alone-5", monkeypatch, n_talks=12, turns=6, batch_rows=5) == whole
-    assert write_uniform("alone-few", monkeypatch, n_talks=3, turns=6, batch_rows=1) == whole[:3]
+    whole = write_uniform("alone-32", monkeypatch, n_conversations=12, turns=6)
+    assert write_uniform("alone-5", monkeypatch, n_conversations=12, turns=6, batch_rows=5) == whole
+    assert (
+        write_uniform("alone-few", monkeypatch, n_conversations=3, turns=6, batch_rows=1)
+        == whole[:3]
+    )
 
 
 def test_generations_draw_from_streams_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "learn_talks", lambda *args: "uniform")
-    first = write_uniform("own", monkeypatch, n_talks=4, turns=4, generations=1)
-    second = read_talks("autochat/own-g1")
+    monkeypatch.setattr(stage, "learn_conversations", lambda *args: "uniform")
+    first = write_uniform("own", monkeypatch, n_conversations=4, turns=4, generations=1)
+    second = read_transcripts("autochat/own-g1")
     texts = [turn.text for turns in [*first, *second] for turn in turns[1:]]
     assert len(texts) == len(set(texts)) == 2 * 4 * 3
 
 
 def test_seeds_partners_and_human_turns(base: Path) -> None:
     one, two = (autochat(build(tag=f"seed{i}", seed=i)) for i in (0, 1))
-    said = [[turn.text for turn in turns] for turns in read_talks(one.path)]
-    assert said != [[turn.text for turn in turns] for turns in read_talks(two.path)]
+    said = [[turn.text for turn in turns] for turns in read_transcripts(one.path)]
+    assert said != [[turn.text for turn in turns] for turns in read_transcripts(two.path)]
     assert len({turns[1] for turns in said}) > 1
-    mixed = read_talks(
+    mixed = read_transcripts(
         autochat(build(tag="mixed", partner="shipped/sft", turns=6, human_every=4)).path
     )
     assert [turn.model for turn in mixed[0]] == [
@@ -220,20 +225,24 @@ def test_seeds_partners_and_human_turns(base: Path) -> None:
 
 
 def test_generations_learn_from_their_talk(base: Path) -> None:
-    result = autochat(build(tag="gen", generations=2, human_share=0.5, tune_steps=1, n_talks=4))
+    result = autochat(
+        build(tag="gen", generations=2, human_share=0.5, tune_steps=1, n_conversations=4)
+    )
     assert result.generations == ("autochat/gen-g0", "autochat/gen-g1", "autochat/gen-g2")
-    assert [read_talks(path)[0][1].model for path in result.generations] == [
+    assert [read_transcripts(path)[0][1].model for path in result.generations] == [
         "sft/d2@2",
         "sft/gen-g1@1",
         "sft/gen-g2@1",
     ]
     lines = (base / "autochat/gen-g0/learned.jsonl").read_text(encoding="utf-8").splitlines()
-    own = [build_messages(turns) for turns in read_talks("autochat/gen-g0")]
+    own = [build_messages(turns) for turns in read_transcripts("autochat/gen-g0")]
     assert len(lines) == 8 and [json.loads(line)["messages"] for line in lines[4:]] == own
     # a kill while finetune measures the machine leaves a folder without settings
     shutil.rmtree(base / "chatsft_checkpoints/gen-g2")
     (base / "chatsft_checkpoints/gen-g2").mkdir()
-    again = build(tag="gen", generations=2, human_share=0.5, tune_steps=1, n_talks=4, resume=True)
+    again = build(
+        tag="gen", generations=2, human_share=0.5, tune_steps=1, n_conversations=4, resume=True
+    )
     assert (
         not autochat(again).stopped and (base / "chatsft_checkpoints/gen-g2/config.json").exists()
     )
@@ -250,7 +259,7 @@ def test_command_line_and_refusals(
         "sft/d2",
         "--tag",
         "cli",
-        "--n_talks",
+        "--n_conversations",
         "2",
         "--turns",
         "2",
@@ -259,8 +268,11 @@ def test_command_line_and_refusals(
     ]
     words += ["--openings", str(openings), "--runtime.device", "cpu"]
     assert main(words) == 0 and "2 conversations of 2 turns" in capsys.readouterr().out
-    assert [turns[0].text for turns in read_talks("autochat/cli")] == ["Ahoy!", "Who goes there?"]
-    alone = {"n_talks": 1, "generations": 1}  # nothing would be held out
+    assert [turns[0].text for turns in read_transcripts("autochat/cli")] == [
+        "Ahoy!",
+        "Who goes there?",
+    ]
+    alone = {"n_conversations": 1, "generations": 1}  # nothing would be held out
     for wrong in (
         {"turns": 1},
         {"human_share": 1.0},
@@ -275,7 +287,7 @@ def test_command_line_and_refusals(
         with pytest.raises(DataError, match="openings"):
             autochat(build(tag="wrong", openings=path))
     with pytest.raises(DataError, match="primechat autochat"):
-        read_talks("autochat/none")
+        read_transcripts("autochat/none")
 
 
 def test_rows_of_different_lengths_decode_as_alone() -> None:
@@ -319,7 +331,7 @@ TALK = [
 
 def test_planted_loops_are_found_and_talk_is_not() -> None:
     assert loops.find_loop(TALK) is None and loops.find_loop([]) is None
-    assert all(loops.find_loop(talk) is None for talk in loops.shuffle_talks([TALK[:6], TALK[6:]]))
+    assert all(loops.find_loop(talk) is None for talk in loops.shuffle_turns([TALK[:6], TALK[6:]]))
     for period in (1, 2, 3, 4):
         for at in (4, 6):
             found = loops.find_loop(loops.plant_loop(TALK, period=period, at=at))
@@ -361,7 +373,7 @@ def test_near_copies_count() -> None:
 
 def test_shuffling_keeps_the_turns() -> None:
     talks = [TALK[:5], TALK[5:]]
-    shuffled = loops.shuffle_talks(talks, seed=1)
+    shuffled = loops.shuffle_turns(talks, seed=1)
     assert [len(talk) for talk in shuffled] == [5, 7] and shuffled != talks
     assert sorted(sum(shuffled, [])) == sorted(TALK)
 

@@ -23,7 +23,7 @@ TINY = GPTConfig.modern(1, vocab_size=300, sequence_len=32, head_dim=16)
 
 
 def test_training_candidates_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    def make_runner(shape: GPTConfig, runtime: RuntimeConfig) -> bench.Runner:
+    def make_runner(shape: GPTConfig, runtime: RuntimeConfig) -> bench.Candidate:
         speed = {"float32": 100.0, "bfloat16": 150.0, "auto": 300.0}[runtime.dtype]
         speed *= 2 if runtime.compile == "on" else 1
 
@@ -32,7 +32,7 @@ def test_training_candidates_take_turns(monkeypatch: pytest.MonkeyPatch) -> None
             time.sleep(0.002)
             return [speed, speed, speed * 10]
 
-        return bench.Runner(name="x", runtime=runtime, compile_s=0.0, turn=turn, speeds=[])
+        return bench.Candidate(name="x", runtime=runtime, compile_s=0.0, turn=turn, speeds=[])
 
     order: list[str] = []
     monkeypatch.setattr(bench, "prepare_runner", make_runner)

@@ -338,22 +338,24 @@ def test_a_chat_begins_with_a_model_that_can_talk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    assert terminal.choose_talker() == ("shipped/sft", "")
+    assert terminal.choose_chat_model() == ("shipped/sft", "")
     own, ready = tmp_path / "chatsft_checkpoints" / "mine", registry.SHIPPED / "chatsft_checkpoints"
     shutil.copytree(next(ready.iterdir()), own)
-    assert terminal.choose_talker() == ("sft", ""), "as good as what ships: one's own"
+    assert terminal.choose_chat_model() == ("sft", ""), "as good as what ships: one's own"
     (path,) = own.glob("meta_*.json")
     meta = json.loads(path.read_text())
     path.write_text(json.dumps({**meta, "val_bpb": 1.5 * meta["val_bpb"]}))
-    name, why = terminal.choose_talker()
+    name, why = terminal.choose_chat_model()
     assert name == "shipped/sft" and f"your sft/mine {1.5 * meta['val_bpb']:.2f}" in why
     assert "replies of chitchat" in why, "the text is named"
     other = {**meta["user_config"], "dialogues": "mine.jsonl"}
     path.write_text(json.dumps({**meta, "val_bpb": 1.5 * meta["val_bpb"], "user_config": other}))
-    assert terminal.choose_talker() == ("sft", ""), "figures of other text are not compared"
+    assert terminal.choose_chat_model() == ("sft", ""), "figures of other text are not compared"
     path.write_text(json.dumps({**meta, "val_bpb": None}))
-    assert terminal.choose_talker()[0] == "sft", "nothing is recorded: no reason to prefer another"
+    assert terminal.choose_chat_model()[0] == "sft", (
+        "nothing is recorded: no reason to prefer another"
+    )
     (tmp_path / "base_checkpoints").mkdir()
     own.rename(tmp_path / "base_checkpoints" / "mine")
-    name, why = terminal.choose_talker()
+    name, why = terminal.choose_chat_model()
     assert name == "shipped/sft" and "base/mine has not learned to chat" in why

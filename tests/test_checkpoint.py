@@ -18,7 +18,7 @@ import torch
 
 from primechat.checkpoint import checkpoint, run_dir
 from primechat.checkpoint.checkpoint import (
-    RunLock,
+    RunDirLock,
     explain_steps,
     find_steps,
     list_snapshots,
@@ -28,7 +28,7 @@ from primechat.checkpoint.checkpoint import (
     save_checkpoint,
     save_snapshot,
 )
-from primechat.checkpoint.run_dir import MetricsLog, read_metrics
+from primechat.checkpoint.run_dir import MetricsFile, read_metrics
 from primechat.config import GPTConfig
 from primechat.config.model import list_shapes
 from primechat.errors import CheckpointError
@@ -370,17 +370,17 @@ def test_snapshots(tmp_path: Path) -> None:
 
 
 def test_one_writer(tmp_path: Path) -> None:
-    with RunLock(tmp_path / "run"):
+    with RunDirLock(tmp_path / "run"):
         for _ in range(2):
             with pytest.raises(
                 CheckpointError, match=f"this very process .*process {os.getpid()} on .* since "
             ):
-                RunLock(tmp_path / "run").__enter__()
+                RunDirLock(tmp_path / "run").__enter__()
         refused = []
 
         def take() -> None:
             try:
-                with RunLock(tmp_path / "run"):
+                with RunDirLock(tmp_path / "run"):
                     pass
             except CheckpointError as e:
                 refused.append(e)
@@ -389,16 +389,16 @@ def test_one_writer(tmp_path: Path) -> None:
         thread.start()
         thread.join()
         assert len(refused) == 1
-        with RunLock(tmp_path / "other"):
+        with RunDirLock(tmp_path / "other"):
             pass
-    with RunLock(tmp_path / "run"):
+    with RunDirLock(tmp_path / "run"):
         pass
 
 
 def test_killed_owner_frees_the_lock(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from primechat.checkpoint.run_dir import RunLock\n"
-        "lock = RunLock(sys.argv[1]).__enter__()\n"
+        "import sys, time; from primechat.checkpoint.run_dir import RunDirLock\n"
+        "lock = RunDirLock(sys.argv[1]).__enter__()\n"
         "print('held', flush=True); time.sleep(600)"
     )
     root = Path(__file__).parent.parent
@@ -409,12 +409,12 @@ def test_killed_owner_frees_the_lock(tmp_path: Path) -> None:
     try:
         assert child.stdout.readline() == b"held\n"
         with pytest.raises(CheckpointError, match=f"written by process {child.pid} on"):
-            RunLock(tmp_path).__enter__()
+            RunDirLock(tmp_path).__enter__()
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
         child.stdout.close()
-    with RunLock(tmp_path) as lock:
+    with RunDirLock(tmp_path) as lock:
         assert lock.read_owner()["pid"] == os.getpid()
 
 
@@ -423,25 +423,25 @@ def test_disk_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(run_dir.fcntl, "flock", refuse)
-    with RunLock(tmp_path), pytest.raises(CheckpointError, match="this very process"):
-        RunLock(tmp_path).__enter__()
+    with RunDirLock(tmp_path), pytest.raises(CheckpointError, match="this very process"):
+        RunDirLock(tmp_path).__enter__()
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     host = os.uname().nodename
     (tmp_path / "run.lock").write_text(json.dumps({"pid": dead.pid, "host": host, "since": "noon"}))
-    with RunLock(tmp_path):
+    with RunDirLock(tmp_path):
         pass
     (tmp_path / "run.lock").write_text(
         json.dumps({"pid": dead.pid, "host": host + "-2", "since": "noon"})
     )
     with pytest.raises(CheckpointError, match="since noon"):
-        RunLock(tmp_path).__enter__()
+        RunDirLock(tmp_path).__enter__()
 
 
 def test_log_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     assert read_metrics(path) == []
-    log = MetricsLog(tmp_path / "run")
+    log = MetricsFile(tmp_path / "run")
     log.drop_after(3)
     log.append({"kind": "note", "text": "né\n"})
     for step in range(1, 7):
@@ -453,14 +453,14 @@ def test_log_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with path.open("a") as f:
         f.write('{"kind": "step", "st')
     assert read_metrics(path) == events
-    MetricsLog(tmp_path / "run").append({"kind": "note", "text": "on"})
+    MetricsFile(tmp_path / "run").append({"kind": "note", "text": "on"})
     assert [e["kind"] for e in read_metrics(path)] == ["note"] + ["step"] * 6 + ["note"]
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
-            MetricsLog(tmp_path / "run").drop_after(4)
+            MetricsFile(tmp_path / "run").drop_after(4)
     assert len(read_metrics(path)) == 8
-    MetricsLog(tmp_path / "run").drop_after(4)
+    MetricsFile(tmp_path / "run").drop_after(4)
     assert [e.get("step") for e in read_metrics(path)] == [None, 1, 2, 3, 4], (
         "the note behind step 6 went too"
     )
@@ -478,6 +478,6 @@ def test_a_full_disk_does_not_keep_the_lock(
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", refuse)
         with pytest.raises(CheckpointError, match="No space left on device; free some space"):
-            RunLock(tmp_path).__enter__()
-    with RunLock(tmp_path):  # once there is space again, this very process may go on
+            RunDirLock(tmp_path).__enter__()
+    with RunDirLock(tmp_path):  # once there is space again, this very process may go on
         pass

@@ -424,7 +424,7 @@ def test_licence_before_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "Llama 3.1 405B" in texts[3] and all("Licence: " in text for text in texts)
     order: list[str] = []
 
-    def list_files(repo: str) -> dict[str, int]:
+    def list_hub_files(repo: str) -> dict[str, int]:
         order.append("asked")
         return {
             "data/train-1.parquet": 5,
@@ -437,7 +437,7 @@ def test_licence_before_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         order.extend(f"{f.repo}:{f.name}:{f.size}" for f in files)
 
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(dialogues, "list_files", list_files)
+    monkeypatch.setattr(dialogues, "list_hub_files", list_hub_files)
     monkeypatch.setattr(dialogues, "fetch_files", fetch_files)
     dialogues.prepare_set("lmsys", make_options(tmp_path), lambda event: order.append("told"))
     repo = "lmsys/lmsys-chat-1m"
@@ -483,7 +483,7 @@ def test_a_fetch_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(
-        dialogues, "list_files", lambda repo: {f"data/train-{i}.parquet": 5 for i in (1, 2)}
+        dialogues, "list_hub_files", lambda repo: {f"data/train-{i}.parquet": 5 for i in (1, 2)}
     )
     monkeypatch.setattr(dialogues, "fetch_files", fetch_files)
     with pytest.raises(KeyboardInterrupt):

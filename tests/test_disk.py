@@ -11,7 +11,7 @@ from test_store import CONFIG, make_run, make_state
 
 from primechat.checkpoint import registry
 from primechat.checkpoint.checkpoint import save_snapshot
-from primechat.checkpoint.run_dir import RunLock
+from primechat.checkpoint.run_dir import RunDirLock
 from primechat.cli import main as cli
 from primechat.errors import ConfigError
 
@@ -134,7 +134,7 @@ def test_a_run_that_is_being_written_stays(
     models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = models / "base_checkpoints" / "mine"
-    with RunLock(folder):
+    with RunDirLock(folder):
         assert run("rm", "base/mine", "sft/mine", "--yes") == 1
         assert (folder / "model_000005.pt").is_file()
     said = capsys.readouterr()

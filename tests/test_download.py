@@ -24,7 +24,7 @@ from tiny import byte_tokenizer
 
 import primechat
 from primechat.checkpoint import download
-from primechat.checkpoint.download import Parcel, is_safe, plan_download, run_plan
+from primechat.checkpoint.download import Parcel, download_files, is_safe, plan_download
 from primechat.cli import download as desk
 from primechat.cli import main as cli
 from primechat.cli.download import DownloadConfig, build_parcels
@@ -93,7 +93,7 @@ def list_base(base: Path) -> dict[str, bytes]:
 
 def fetch(base: Path, *parcels: Parcel, on_event: Any = None) -> list[Event]:
     events: list[Event] = []
-    run_plan(plan_download([*parcels]), base, on_event or events.append)
+    download_files(plan_download([*parcels]), base, on_event or events.append)
     return events
 
 
@@ -446,10 +446,10 @@ def test_full_disk(hub: Hub, base_dir: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(
         DataError, match=r"has room for 1 MB, the download needs 1 MB; free some, .*--no-optim"
     ):
-        run_plan(plan, base_dir, print)
+        download_files(plan, base_dir, print)
     assert list_base(base_dir) == {} and hub.log == [f"list {OTHER}@main"]
     room[0] += 1
-    run_plan(plan, base_dir, lambda _: None)
+    download_files(plan, base_dir, lambda _: None)
     assert len(list_base(base_dir)) == 2
 
 
@@ -472,13 +472,13 @@ CHILD = """
 import sys
 from pathlib import Path
 import huggingface_hub.constants
-from primechat.checkpoint.download import Parcel, plan_download, run_plan
+from primechat.checkpoint.download import Parcel, plan_download, download_files
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 50_000
 base = Path(sys.argv[1])
 def tell(event):
     print(getattr(event, "done", -1), flush=True)
 parcel = Parcel(repo=sys.argv[2], folder=base / "base_checkpoints" / "d3", patterns=("meta_*", "model_*"))
-run_plan(plan_download([parcel]), base, tell)
+download_files(plan_download([parcel]), base, tell)
 """
 
 

@@ -66,9 +66,9 @@ def test_overlap_knows_good_maps_from_bad() -> None:
     circle = np.stack([np.cos(angle), np.sin(angle)], 1)
     x = (circle @ rng.normal(size=(2, 2)) @ np.linalg.qr(rng.normal(size=(9, 2)))[0].T) * 3
     unit = maps.scale_rows(x)
-    kept, chance = maps.measure_overlap(unit, maps.fit_basis(unit, 2).project(unit), k=10)
+    kept, chance = maps.measure_neighbour_overlap(unit, maps.fit_basis(unit, 2).project(unit), k=10)
     assert kept > 0.9 and chance == pytest.approx(10 / 399)
-    lost, _ = maps.measure_overlap(unit, rng.normal(size=(400, 2)), k=10)
+    lost, _ = maps.measure_neighbour_overlap(unit, rng.normal(size=(400, 2)), k=10)
     assert lost < 4 * chance
     # against the plain definition
     places = rng.normal(size=(400, 2))
@@ -76,7 +76,9 @@ def test_overlap_knows_good_maps_from_bad() -> None:
         len({*maps.find_near(unit, i, 10)[0]} & {*maps.find_near(places, i, 10, straight=True)[0]})
         for i in range(400)
     ]
-    assert maps.measure_overlap(unit, places, k=10)[0] == pytest.approx(np.mean(plain) / 10)
+    assert maps.measure_neighbour_overlap(unit, places, k=10)[0] == pytest.approx(
+        np.mean(plain) / 10
+    )
 
 
 def test_clusters_find_bundles() -> None:

@@ -323,7 +323,7 @@ def test_talk_study(tmp_path: Path, base_dir: Path) -> None:
     shutil.copytree(
         registry.SHIPPED / "chatsft_checkpoints" / "d4", base_dir / "chatsft_checkpoints" / "d4"
     )
-    words = ["--model", "sft/d4", "--n_talks", "2", "--turns", "3", "--max_new_tokens", "4"]
+    words = ["--model", "sft/d4", "--n_conversations", "2", "--turns", "3", "--max_new_tokens", "4"]
     done = run_script(folder, base_dir, *words, "--generations", "0", "--tag", "script")
     assert done.returncode == 0, done.stderr
     (talks,) = (base_dir / "autochat").glob("script-*/talks.jsonl")

@@ -15,7 +15,7 @@ import pytest
 
 from primechat.checkpoint.run_dir import read_metrics
 from primechat.events import LossEvent, PhaseEvent, SampleEvent, StepEvent
-from primechat.views.widgets.runs import MAX_SAMPLES, RunLog
+from primechat.views.widgets.runs import MAX_SAMPLES, RunHistory
 
 ROOT = Path(__file__).resolve().parent.parent
 LAB = ROOT / "labs" / "05_pretraining.py"
@@ -42,7 +42,7 @@ def tell_bits(step: int, bpb: float) -> LossEvent:
 
 def test_curves_of_a_resumed_run_are_one() -> None:
     """Steps that a dead run had told of, but not saved, are taken again; another training begins anew."""
-    log = RunLog()
+    log = RunHistory()
     log.add(PhaseEvent(name="training base/a", total=40, unit="steps"))
     for step in range(1, 9):
         log.add(tell_step(step, 9.0))
@@ -78,7 +78,7 @@ def test_curves_of_a_resumed_run_are_one() -> None:
 
 
 def test_the_first_sample_stays_to_be_compared() -> None:
-    log = RunLog()
+    log = RunHistory()
     for step in range(100):
         for prompt in ("A", "B"):
             log.add(SampleEvent(step=step, prompt=prompt, text=f"{step}"))

@@ -100,12 +100,12 @@ def test_dials_and_merging(rslora: bool) -> None:
         lora.attach(model, name, spec, generator=generator(seed))
         fill(model, name, seed)
     both = model(IDS)
-    lora.turn_dial(model, "b", 0.0)
+    lora.set_adapter_scale(model, "b", 0.0)
     only_a = model(IDS)
     assert (both - only_a).abs().max() > 1e-2 and (only_a - base).abs().max() > 1e-2
-    lora.turn_dial(model, "a", 0.0)
+    lora.set_adapter_scale(model, "a", 0.0)
     assert torch.equal(model(IDS), base) and torch.equal(decode(model), stepped)
-    lora.turn_dial(model, "a", 1.5)
+    lora.set_adapter_scale(model, "a", 1.5)
     scaled = model(IDS)
     assert torch.allclose(
         decode(model), scaled, atol=1e-4
@@ -119,10 +119,10 @@ def test_dials_and_merging(rslora: bool) -> None:
         {f"{path}.weight": weight for path, weight in before.items()}, strict=False
     )
     assert torch.equal(model(IDS), base)
-    lora.turn_dial(model, "a", 1.5)
+    lora.set_adapter_scale(model, "a", 1.5)
     assert torch.equal(model(IDS), scaled)
     with pytest.raises(ConfigError, match=r"adapter='c' must be one of this model's \(a, b\)"):
-        lora.turn_dial(model, "c", 1.0)
+        lora.set_adapter_scale(model, "c", 1.0)
 
 
 def test_change_has_the_rank() -> None:
@@ -355,7 +355,7 @@ def test_stage_and_identifiers(base: str) -> None:
     }
     assert result.n_params == sum(p.numel() for p in lora.read_state(model, "loud").values())
     assert not torch.equal(model(IDS), plain(IDS))
-    lora.turn_dial(model, "loud", 0.0)
+    lora.set_adapter_scale(model, "loud", 0.0)
     assert torch.equal(model(IDS), plain(IDS))  # a dial of 0 is the base, exactly
     # resumed at step 4, it ends in the unbroken run's matrices
     whole = registry.open_model("lora:loud+sft/d3")[0](IDS)

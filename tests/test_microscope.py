@@ -257,7 +257,7 @@ def test_time_machine(scope: Microscope, monkeypatch: pytest.MonkeyPatch) -> Non
         ),
         SimpleNamespace(identifier="base/one", tag="one", snapshots=(3, 5, 9), **kind),
     ]
-    scope.tell_all()
+    scope.update_views()
     assert view.steps == [3, 5, 9] and view.moment == 2, "the run that is looked at, at its end"
     last = (view.data["lens"], view.data["guesses"], view.thumbs, view.data["loss"])
     view.moment = 0

@@ -334,7 +334,7 @@ def test_the_dial_holds_one_model_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(registry, "open_model", open_model)
     monkeypatch.setattr("primechat.infer.engine.Engine", lambda model, tokenizer: None)
-    monkeypatch.setattr("primechat.model.lora.turn_dial", lambda *_: None)
+    monkeypatch.setattr("primechat.model.lora.set_adapter_scale", lambda *_: None)
     monkeypatch.setattr(posttrain, "answer", lambda engine, prompt: prompt)
     desk = posttrain.open_dial(["lora:a+sft/d20", "lora:b+sft/d20", "lora:c+sft/d20"], "sft/d20")
     for name in ("a", "a", "b", "c"):

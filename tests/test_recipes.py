@@ -38,7 +38,7 @@ from primechat.model import lora
 from primechat.model.gpt import GPT
 from primechat.stages.pretrain import pretrain
 from primechat.train.loop import decay_ratio, lr_ratio, muon_momentum
-from primechat.train.optim import Optimizer, find_kind
+from primechat.train.optim import Optimizer, parameter_kind
 
 # every shape that Muon meets: square c_q, wide c_k (kv < width), tall c_fc, wide gates
 SHAPE = GPTConfig(
@@ -444,7 +444,7 @@ def test_quickstart_first_weights() -> None:
 def test_every_parameter_has_a_kind() -> None:
     kinds: dict[str, list[str]] = {}
     for name, _ in GPT_on_meta(SHAPE).named_parameters():
-        kinds.setdefault(find_kind(name), []).append(name)
+        kinds.setdefault(parameter_kind(name), []).append(name)
     assert sorted(kinds) == [
         "embedding",
         "matrix",
@@ -457,7 +457,7 @@ def test_every_parameter_has_a_kind() -> None:
     assert kinds["smear"] == ["smear_lambda", "backout_lambda", "smear_gate.weight"]
     assert len(kinds["matrix"]) == 3 * 6 + 2 and len(kinds["value_embedding"]) == 2
     with pytest.raises(LookupError, match="'h.0.bias' is of no kind"):
-        find_kind("h.0.bias")
+        parameter_kind("h.0.bias")
 
 
 def test_adapters_are_added() -> None:
@@ -466,8 +466,8 @@ def test_adapters_are_added() -> None:
     spec = lora.LoraSpec(rank=2, alpha=4.0, targets=("c_q", "mlp.c_proj"))
     lora.attach(model, "weight", spec, generator=torch.Generator().manual_seed(0), train=True)
     learned = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert len(learned) == 12 and {find_kind(name) for name in learned} == {"added"}
-    assert find_kind("projector.weight") == "added"
+    assert len(learned) == 12 and {parameter_kind(name) for name in learned} == {"added"}
+    assert parameter_kind("projector.weight") == "added"
 
 
 # --- runs of before -------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ from primechat.labkit.forms import (
     write_command,
 )
 from primechat.labkit.start_stop import Runner, find_free
-from primechat.views.widgets.runs import RunLog, StageControl, thin_points
+from primechat.views.widgets.runs import RunHistory, StageControl, thin_points
 
 
 def make_step(step: int, steps: int = 100) -> StepEvent:
@@ -346,7 +346,7 @@ def test_free_tag(base_dir: Path) -> None:
 
 
 def test_events_become_one_state() -> None:
-    log = RunLog()
+    log = RunHistory()
     log.add(NoteEvent(text="one thread"))
     log.add(PhaseEvent(name="download", total=100, unit="bytes"))
     log.add(ProgressEvent(done=50))

@@ -61,7 +61,7 @@ class Page:
 
     @property
     def path(self) -> list[int]:
-        return [node.id for node in self.session.talk.walk()]
+        return [node.id for node in self.session.conversation.walk()]
 
     @property
     def last(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def test_what_was_never_answered_can_be_loaded_again() -> None:
     page.say("a\u2028b\x85c")  # line ends to Unicode, not to JSON lines
     saved = page.do("save")
     assert [m["content"] for m in json.loads(saved["text"])["messages"]] == ["a\u2028b\x85c"] * 2
-    assert Page().do("load", text=saved["text"].replace("\n", "\r\n"))["talks"] == ["a b c"]
+    assert Page().do("load", text=saved["text"].replace("\n", "\r\n"))["conversations"] == ["a b c"]
 
 
 def test_a_message_that_could_not_be_answered_does_not_stay_in_the_way() -> None:
@@ -153,7 +153,7 @@ def test_a_message_that_could_not_be_answered_does_not_stay_in_the_way() -> None
     assert page.say("Too long")["state"] == "failed"
     page.session.opener = open_echo
     assert page.say("Shorter")["state"] == "done"
-    asked = [node for node in page.session.talk.walk() if node.role == "user"]
+    asked = [node for node in page.session.conversation.walk() if node.role == "user"]
     assert [node.text for node in asked] == ["Hi", "Shorter"] and len(
         page.nodes[asked[1].id]["siblings"]
     ) == 2
@@ -254,7 +254,7 @@ def test_tools_are_shown_and_saved(tmp_path: Path) -> None:
     assert [read(n) for n in shown["nodes"]] == ["{1+2}!", "[1+2] = [3]!"] and shown["settings"][
         "system"
     ] == "Be brief."
-    assert shown["talks"] == ["{1+2}!", "second"] and shown["at"] == 0
+    assert shown["conversations"] == ["{1+2}!", "second"] and shown["at"] == 0
     assert read(other.say("more")) == "more"
     assert other.do("open", index=1)["path"] and other.do("save")["count"] == 2
     first = other.path[1]
@@ -356,10 +356,10 @@ def test_a_question_does_not_wait_for_every_model() -> None:
     session = ChatSession(
         lambda _: True, open_slowly, list, "shipped/sft", ChatSettings(temperature=0.0)
     )
-    session.talk.chosen = ["shipped/sft", "shipped/base"]
+    session.conversation.chosen = ["shipped/sft", "shipped/base"]
     session.act("ready", {})
     assert begun.wait(20)
-    session.talk.chosen = ["shipped/sft"]
+    session.conversation.chosen = ["shipped/sft"]
     session.act("send", {"text": "hi"})
     go.set()
     assert session._worker is not None

@@ -19,7 +19,7 @@ import torch
 
 from primechat.checkpoint import registry
 from primechat.checkpoint.checkpoint import find_steps, list_snapshots, load_checkpoint
-from primechat.checkpoint.run_dir import RunLock, read_frozen, read_metrics
+from primechat.checkpoint.run_dir import RunDirLock, read_frozen, read_metrics
 from primechat.cli import main as cli
 from primechat.config import (
     DistillConfig,
@@ -230,7 +230,7 @@ def test_resume_refusals(corpus: str) -> None:
 def test_run_locked(corpus: str) -> None:
     train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=300))
     with (
-        RunLock(registry.run_dir("base", "d3")),
+        RunDirLock(registry.run_dir("base", "d3")),
         pytest.raises(Exception, match="is being written by"),
     ):
         pretrain(make_config(corpus))

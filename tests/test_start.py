@@ -15,7 +15,7 @@ from test_runner import wait_until
 import primechat.checkpoint.download as model_download
 import primechat.cli.download as desk_download
 from primechat.checkpoint import registry
-from primechat.checkpoint.download import Plan
+from primechat.checkpoint.download import DownloadPlan
 from primechat.errors import HubError
 from primechat.events import PhaseEvent, ProgressEvent
 from primechat.files.hub import HubFile
@@ -82,7 +82,7 @@ def test_reading_counts_words_not_the_marks_of_speakers() -> None:
     assert told and float(told[1]) == pytest.approx(passes, rel=0.1)
 
 
-def make_plan(base: Path) -> Plan:
+def make_plan(base: Path) -> DownloadPlan:
     file = HubFile(
         repo="owner/name",
         name="model_1.pt",
@@ -91,7 +91,7 @@ def make_plan(base: Path) -> Plan:
         path=base / "x" / "model_1.pt",
         sha256="",
     )
-    return Plan(fetch=(file,), whole=(), kept=(), torn=(), n_bytes=file.size)
+    return DownloadPlan(fetch=(file,), whole=(), kept=(), torn=(), n_bytes=file.size)
 
 
 def test_download_asks_first_then_fetches_or_stops(
@@ -100,16 +100,16 @@ def test_download_asks_first_then_fetches_or_stops(
     go = threading.Event()
     monkeypatch.setattr(desk_download, "build_parcels", lambda config: [config])
     monkeypatch.setattr(model_download, "plan_download", lambda parcels, **_: make_plan(base_dir))
-    fetched: list[Plan] = []
+    fetched: list[DownloadPlan] = []
 
-    def run_plan(plan: Plan, base: Path, on_event: Any, **_: Any) -> None:
+    def download_files(plan: DownloadPlan, base: Path, on_event: Any, **_: Any) -> None:
         on_event(PhaseEvent(name="download", total=plan.n_bytes, unit="bytes"))
         for done in range(1, 200):
             go.wait(0.02)
             on_event(ProgressEvent(done=done * 50_000))
         fetched.append(plan)
 
-    monkeypatch.setattr(model_download, "run_plan", run_plan)
+    monkeypatch.setattr(model_download, "download_files", download_files)
     card = firststeps.open_download()
     assert {b["name"] for b in card.bundles} == set(desk_download.BUNDLES)
     card.answer_act("plan", "d32")
@@ -133,7 +133,7 @@ def test_download_asks_first_then_fetches_or_stops(
 
 
 def test_download_tells_why_it_cannot(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(parcels: Any, **_: Any) -> Plan:
+    def refuse(parcels: Any, **_: Any) -> DownloadPlan:
         raise HubError("the Hub cannot be reached; check the network.")
 
     monkeypatch.setattr(desk_download, "build_parcels", lambda config: [config])

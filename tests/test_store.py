@@ -16,11 +16,11 @@ import torch
 from primechat.checkpoint import registry
 from primechat.checkpoint.checkpoint import save_checkpoint, save_snapshot
 from primechat.checkpoint.nanochat_format import list_shapes
-from primechat.checkpoint.run_dir import MetricsLog
+from primechat.checkpoint.run_dir import MetricsFile
 from primechat.cli import main as cli
 from primechat.config import GPTConfig
 from primechat.errors import CheckpointError, ConfigError, DataError
-from primechat.files.hub import count_params, list_cached
+from primechat.files.hub import count_stored_params, list_cached
 from primechat.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 NANOCHAT = Path(__file__).parent / "fixtures" / "nanochat"
@@ -422,7 +422,7 @@ def test_strange_files_hide_no_model(
     assert list(list_cached()) == []
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").write_bytes(b"\xff" * 8 + b"[" * 100_000)
-    assert list(list_cached()) == [("owner/name", folder)] and count_params(folder) == 0
+    assert list(list_cached()) == [("owner/name", folder)] and count_stored_params(folder) == 0
     (folder / "config.json").write_text("[" * 100_000)
     assert list(list_cached()) == []
 
@@ -457,7 +457,7 @@ def test_load_run(base_dir: Path, tmp_path: Path) -> None:
         True,
         0,
     )
-    log = MetricsLog(run)
+    log = MetricsFile(run)
     for step in (1, 2):
         log.append(
             {"kind": "step", "step": step, "tokens": 100, "tokens_per_s": 50.0, "elapsed_s": 2.0}

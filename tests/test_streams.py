@@ -22,7 +22,7 @@ import pytest
 import primechat
 from primechat.checkpoint import registry
 from primechat.checkpoint.checkpoint import find_steps
-from primechat.checkpoint.run_dir import MetricsLog, read_metrics
+from primechat.checkpoint.run_dir import MetricsFile, read_metrics
 from primechat.cli import main as cli
 from primechat.cli.output import SafeStream, guard_streams
 from primechat.cli.progress import ProgressView
@@ -174,19 +174,19 @@ def test_a_watcher_that_fails_does_not_end_a_training(corpus: Path) -> None:
 
 
 def test_a_full_disk_under_the_log(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, calls, notes = MetricsLog.append, [0], []
+    whole, calls, notes = MetricsFile.append, [0], []
 
     def refuse(self: Any, line: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def append(self: MetricsLog, event: dict[str, Any]) -> bool:
+    def append(self: MetricsFile, event: dict[str, Any]) -> bool:
         calls[0] += 1
         with monkeypatch.context() as patch:
             if 4 <= calls[0] < 8:
                 patch.setattr("primechat.checkpoint.run_dir.append_line", refuse)
             return whole(self, event)
 
-    monkeypatch.setattr(MetricsLog, "append", append)
+    monkeypatch.setattr(MetricsFile, "append", append)
     result = pretrain(
         make_config(corpus),
         on_event=lambda e: notes.append(e.text) if isinstance(e, NoteEvent) else None,
@@ -315,7 +315,7 @@ def list_verbs() -> dict[str, list[str]]:
         "lora": ["--tag", "pirate", *talks, *tiny, *evaluation],
         "distill": ["--teacher", "base/d4", "--corpus", "FILE", *tiny, *evaluation],
         "evaluate": ["--model", "base/d4", "--corpus", "FILE", "--max_tokens", "256"],
-        "autochat": ["--n_talks", "1", "--turns", "2", "--max_new_tokens", "4"],
+        "autochat": ["--n_conversations", "1", "--turns", "2", "--max_new_tokens", "4"],
         "quickstart": [],
         "speedrun": [],
         "report": ["base/d4"],

@@ -19,8 +19,8 @@ from primechat.labkit import start_stop
 from primechat.labkit.instruments import talks
 from primechat.labkit.lab import borrow_model
 from primechat.metrics.intervals import measure_kappa
-from primechat.metrics.loops import MEASURES, find_loop, measure_turns, read_talk
-from primechat.views import talk
+from primechat.metrics.loops import MEASURES, find_loop, measure_transcript, measure_turns
+from primechat.views import conversations
 from primechat.views.widgets.controls import Live
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +32,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> talks.Study:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("base")))
         return talks.Study(
-            SimpleNamespace(identifier="shipped/sft"), borrow_model, n_talks=3, turns=10
+            SimpleNamespace(identifier="shipped/sft"), borrow_model, n_conversations=3, turns=10
         )
 
 
@@ -82,7 +82,7 @@ def test_turns_are_measured_by_hand() -> None:
 def test_reading_measures_what_the_engine_would() -> None:
     model, tokenizer, _ = registry.open_model("shipped/sft")
     texts = ["Hi there!", "Hello, how are you?", "Fine."]
-    turns = read_talk(model, tokenizer, texts)
+    turns = measure_transcript(model, tokenizer, texts)
     prompt = tokenizer.render_for_completion(
         {"messages": [{"role": "user", "content": "Hello, how are you?"}]}
     )
@@ -93,7 +93,9 @@ def test_reading_measures_what_the_engine_would() -> None:
         [float(logp[i, t]) for i, t in enumerate(ids)], abs=1e-4
     )
     assert not turns[0].ids and turns[1].ids == tokenizer.encode(texts[1])
-    long = read_talk(model, tokenizer, ["word " * 300, "more " * 400, "end"])  # beyond the context
+    long = measure_transcript(
+        model, tokenizer, ["word " * 300, "more " * 400, "end"]
+    )  # beyond the context
     assert len(long[1].ids) < model.sequence_len and long[2].entropy
 
 
@@ -128,28 +130,33 @@ def test_a_study_has_its_controls(study: talks.Study) -> None:
 
 
 def test_pictures_show_what_they_are_given(study: talks.Study) -> None:
-    bands = talk.draw_bands(study.trace("entropy"), "Entropy")
+    bands = conversations.draw_bands(study.trace("entropy"), "Entropy")
     assert {note.text for note in bands.layout.annotations} == {*talks.ABOUT} - {"planted loop"}
     expected = np.nanmean(
         [measure_turns(one)["entropy"][1:] for one in study.groups["people"]], axis=0
     )
     assert next(line for line in bands.data if line.name == "people").y == pytest.approx(expected)
     repeats = study.trace_repeats()
-    assert talk.draw_repeats(repeats, "x").data[0].y == pytest.approx(repeats["this model"])
+    assert conversations.draw_repeats(repeats, "x").data[0].y == pytest.approx(
+        repeats["this model"]
+    )
     assert max(repeats["random weights"]) < 0.01  # all tokens alike
-    drift = talk.draw_drift(study.map_drift())
+    drift = conversations.draw_drift(study.map_drift())
     assert len(drift.data) == 4 and drift.data[0].customdata[0] == pytest.approx(0, abs=1e-6)
     x, y = (np.asarray(drift.data[0][axis], float) for axis in "xy")
     hop = np.hypot(np.diff(x), np.diff(y)).mean()
     assert any(note.text.endswith(f", mean hop {hop:.1f}") for note in drift.layout.annotations)
     spreads = study.compare_groups()
-    assert len(talk.draw_spreads(spreads, "x").data) == len(spreads) * len(talks.KEPT)
+    assert len(conversations.draw_spreads(spreads, "x").data) == len(spreads) * len(talks.KEPT)
     generations = {"own": [spreads["people"], spreads["planted loop"]]}
-    drawn = talk.draw_generations(generations, spreads["people"], "Vendi")
+    drawn = conversations.draw_generations(generations, spreads["people"], "Vendi")
     assert drawn.data[0].y == pytest.approx(
         [spreads[name]["Vendi"][0] for name in ("people", "planted loop")]
     )
-    assert "press Start" in talk.draw_generations({}, spreads["people"], "Vendi").layout.title.text
+    assert (
+        "press Start"
+        in conversations.draw_generations({}, spreads["people"], "Vendi").layout.title.text
+    )
 
 
 def test_detector_agrees_with_labels_as_published() -> None:
@@ -198,7 +205,7 @@ def test_collapse_is_as_published() -> None:
 
 
 def test_a_figures_numbers_are_all_that_is_sent() -> None:
-    shown = start_stop.show(talk.draw_repeats({"this model": [0.1, 0.2]}, "x"))
+    shown = start_stop.show(conversations.draw_repeats({"this model": [0.1, 0.2]}, "x"))
     assert shown.figure == {}, "and not before it is wanted"
     shown.answer_settle()
     assert (
@@ -223,7 +230,7 @@ def test_variants_and_generations_are_measured(
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     from dataclasses import replace
 
-    small = replace(study.config, tag="ab", n_talks=2, turns=3, max_new_tokens=4)
+    small = replace(study.config, tag="ab", n_conversations=2, turns=3, max_new_tokens=4)
     side = talks.run_models(replace(small, tag="side"))
     assert side.paths == {"shipped/sft": (("autochat/side-shipped-sft",),)}
     found = talks.run_variants(small)

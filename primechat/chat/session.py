@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from primechat.chat.tree import (
     Advice,
     ChatSettings,
+    Conversation,
     Message,
-    Talk,
     is_base,
     read_jsonl,
     write_jsonl,
@@ -71,7 +71,9 @@ class ChatSession:
         self._advice: dict[str, Advice] = {}  # by model, for those that have been opened
         self.busy = False  # True while a reply is being written
         self._cancel = threading.Event()
-        self.talks = [Talk(self._add(None, "root"), [model], self.settings.system or None)]
+        self.conversations = [
+            Conversation(self._add(None, "root"), [model], self.settings.system or None)
+        ]
         self.at = 0
 
     # Requests of the page; each returns its answer.
@@ -99,7 +101,7 @@ class ChatSession:
             "models": self.choose_models,
             "settings": self.change,
             "new": self.begin,
-            "open": self.open_talk,
+            "open": self.open_conversation,
             "save": self.save,
             "load": self.load,
         }
@@ -108,9 +110,9 @@ class ChatSession:
         return acts[name](**given) or {}
 
     @property
-    def talk(self) -> Talk:
+    def conversation(self) -> Conversation:
         """The conversation on display."""
-        return self.talks[self.at]
+        return self.conversations[self.at]
 
     def show_all(self) -> dict[str, Any]:
         """Return everything that the page shows, and start opening the model in the background."""
@@ -129,11 +131,11 @@ class ChatSession:
             raise ConfigError("The message is empty; write something.")
 
         # A message that got no reply, perhaps because it was too long, is replaced by the new one.
-        last = [self.talk.root, *self.talk.walk()][-1]
+        last = [self.conversation.root, *self.conversation.walk()][-1]
         asked = last.parent or last
         last = asked if all(x.state == "failed" and not x.content for x in asked.children) else last
         if last.role == "user":
-            last = last.parent or self.talk.root
+            last = last.parent or self.conversation.root
         self._ask(self._add(last, "user", text))
 
     def edit(self, id: int, text: str) -> None:
@@ -148,7 +150,7 @@ class ChatSession:
         """Generate another reply to the same message, with different random numbers."""
         self._refuse_busy()
         node = self._find(id, "assistant")
-        self._start([self._add(node.parent, "assistant", model=self.talk.chosen[0])])
+        self._start([self._add(node.parent, "assistant", model=self.conversation.chosen[0])])
 
     def go_on(self, id: int) -> None:
         """Have the model continue a reply from where it ended."""
@@ -211,7 +213,7 @@ class ChatSession:
         names = list(dict.fromkeys(map(str, chosen)))
         if not 1 <= len(names) <= MAX_COMPARED:
             raise ConfigError(f"{len(names)} models are chosen; 1 to {MAX_COMPARED} can answer.")
-        self.talk.chosen = names
+        self.conversation.chosen = names
         if not self.busy:
             self._start([])
         return self._describe()
@@ -222,28 +224,30 @@ class ChatSession:
         The system message is changed for the conversation on display; the others keep theirs.
         """
         self.settings = ChatSettings(**{**asdict(self.settings), **values})
-        if values.get("system", self.talk.told) != self.talk.told:
-            self.talk.system = self.settings.system or None
+        if values.get("system", self.conversation.told) != self.conversation.told:
+            self.conversation.system = self.settings.system or None
         return self._describe()
 
     def begin(self) -> dict[str, Any]:
         """Start a new conversation; the others are kept."""
         self._refuse_busy()
-        if self.talk.root.children:
+        if self.conversation.root.children:
             root = self._add(None, "root")
-            self.talks.append(Talk(root, list(self.talk.chosen), self.talk.system))
-            self.at = len(self.talks) - 1
+            self.conversations.append(
+                Conversation(root, list(self.conversation.chosen), self.conversation.system)
+            )
+            self.at = len(self.conversations) - 1
         return self._draw()
 
-    def open_talk(self, index: int) -> dict[str, Any]:
+    def open_conversation(self, index: int) -> dict[str, Any]:
         """Show another conversation of this session."""
         self._refuse_busy()
-        self.at = min(max(int(index), 0), len(self.talks) - 1)
+        self.at = min(max(int(index), 0), len(self.conversations) - 1)
         return self._draw()
 
     def save(self) -> dict[str, Any]:
         """Return the session as JSON lines for finetune: the visible branch of each conversation."""
-        lines = write_jsonl(self.talks)
+        lines = write_jsonl(self.conversations)
         if not lines:
             raise ConfigError("Nothing has been said yet; write a message first.")
         return {"text": "\n".join(lines) + "\n", "name": "conversations.jsonl", "count": len(lines)}
@@ -252,21 +256,23 @@ class ChatSession:
         """Add conversations from JSON lines as they were saved, and show the first of them."""
         self._refuse_busy()
         found = read_jsonl(text)
-        at, chosen = len(self.talks), list(self.talk.chosen)
+        at, chosen = len(self.conversations), list(self.conversation.chosen)
         for messages in found:
             node = root = self._add(None, "root")
-            talk = Talk(root, chosen)
+            conversation = Conversation(root, chosen)
             for message in messages:
                 if message["role"] == "system":
-                    talk.system = message["content"]
+                    conversation.system = message["content"]
                 else:
                     node = self._add(node, message["role"], message["content"])
                     node.state = "done"  # even if the reply is empty
-            self.talks.append(talk)
+            self.conversations.append(conversation)
 
         # An untouched first conversation is dropped.
-        self.talks = self.talks[at if not self.talk.root.children and at == 1 else 0 :]
-        self.at = len(self.talks) - len(found)
+        self.conversations = self.conversations[
+            at if not self.conversation.root.children and at == 1 else 0 :
+        ]
+        self.at = len(self.conversations) - len(found)
         return self._draw()
 
     # The tree.
@@ -301,24 +307,24 @@ class ChatSession:
     def _draw(self) -> dict[str, Any]:
         """Return what the page draws: the visible branch and the replies beside it."""
         nodes = []
-        for node in self.talk.walk():
+        for node in self.conversation.walk():
             nodes += [node, *(self._nodes[id] for id in node.beside if id != node.id)]
         return {**self._describe(), "nodes": [node.view() for node in nodes]}
 
     def _describe(self) -> dict[str, Any]:
         return {
-            "path": [node.id for node in self.talk.walk()],
-            "chosen": self.talk.chosen,
-            "settings": {**asdict(self.settings), "system": self.talk.told},
+            "path": [node.id for node in self.conversation.walk()],
+            "chosen": self.conversation.chosen,
+            "settings": {**asdict(self.settings), "system": self.conversation.told},
             "advice": self._advice,
-            "talks": [talk.title for talk in self.talks],
+            "conversations": [conversation.title for conversation in self.conversations],
             "at": self.at,
             "busy": self.busy,
         }
 
     def _ask(self, asked: Message) -> None:
         """Add an empty reply by each chosen model below a message, and have the replies written."""
-        replies = [self._add(asked, "assistant", model=name) for name in self.talk.chosen]
+        replies = [self._add(asked, "assistant", model=name) for name in self.conversation.chosen]
         if len(replies) > 1:
             for reply in replies:
                 reply.beside = [node.id for node in replies]
@@ -344,7 +350,7 @@ class ChatSession:
         # Show the question at once, even if a model is still being opened.
         if replies:
             asked = [node for node in [replies[0].parent] if node and node.role != "root"]
-            self._tell(
+            self._send(
                 kind="update",
                 nodes=[node.view() for node in [*asked, *replies]],
                 **self._describe(),
@@ -353,13 +359,13 @@ class ChatSession:
             before.join()
 
         # Open the chosen models before they are needed.
-        for name in () if replies else self.talk.chosen:
+        for name in () if replies else self.conversation.chosen:
             if self._worker is not threading.current_thread():
                 break  # a question has come, which opens the models that it needs
             try:
                 self._open(name)
             except Exception as error:  # shown again when the model is used
-                self._tell(kind="status", text=explain_error(error), fault=True)
+                self._send(kind="status", text=explain_error(error), fault=True)
 
         # Write the replies.
         for node in replies:
@@ -371,22 +377,22 @@ class ChatSession:
                 except Exception as error:  # shown on the page; the notebook must survive it
                     logger.debug("a reply failed", exc_info=True)
                     node.state, node.note = "failed", explain_error(error)
-            self._tell(kind="update", nodes=[node.view()])
+            self._send(kind="update", nodes=[node.view()])
         if replies:
             self.busy = False
-            self._tell(kind="update", nodes=[], busy=False)
+            self._send(kind="update", nodes=[], busy=False)
 
     def _open(self, model: str) -> tuple[Any, Any, dict[str, Any]]:
         is_new = model not in self._advice
         if is_new:
-            self._tell(
+            self._send(
                 kind="status", text=f"Opening {model}{', some ten seconds' * ('hf:' in model)} …"
             )
         # The opener also sets how many threads PyTorch uses on this thread.
-        opened = self.opener(set_dial(model, self.settings.alpha))
+        opened = self.opener(scale_adapters(model, self.settings.alpha))
         self._advice[model] = opened[2].get("sampling") or ({}, "")
         if is_new:
-            self._tell(kind="update", nodes=[], advice=self._advice)  # also clears the status line
+            self._send(kind="update", nodes=[], advice=self._advice)  # also clears the status line
         return opened
 
     def _write(self, node: Message, keep: int) -> None:
@@ -414,7 +420,7 @@ class ChatSession:
             if time.perf_counter() - t_flush >= FLUSH_S:
                 node.measures = merge_measures(measured, reply, begun)
                 rows = node.list_tokens(sent)
-                if not self._tell(
+                if not self._send(
                     kind="tokens", id=node.id, at=sent, tokens=rows, stats=asdict(reply.stats)
                 ):
                     self._cancel.set()
@@ -464,9 +470,11 @@ class ChatSession:
         if node.is_base:
             return [tokenizer.bos_id, *tokenizer.encode("".join(message.text for message in above))]
         said = [{"role": message.role, "content": message.content} for message in above]
-        return tokenizer.render_for_completion({"messages": [*self.talk.list_system(), *said]})
+        return tokenizer.render_for_completion(
+            {"messages": [*self.conversation.list_system(), *said]}
+        )
 
-    def _tell(self, **message: Any) -> bool:
+    def _send(self, **message: Any) -> bool:
         try:
             return self.push(message)
         except Exception:  # the page or its kernel is gone
@@ -478,14 +486,14 @@ def merge_measures(before: list[Token], reply: Reply, begun: int) -> list[Token]
     return [*before, *reply.measures] if len(before) == begun else []
 
 
-def set_dial(identifier: str, alpha: float) -> str:
+def scale_adapters(identifier: str, alpha: float) -> str:
     """Return an identifier with its adapters, if any, set to strength `alpha`.
 
-    >>> set_dial("lora:pirate*2+sft/d4", 0.5), set_dial("sft/d4", 0.5), set_dial("lora:pirate+sft", 1.0)
-    ('lora:pirate*0.5+sft/d4', 'sft/d4', 'lora:pirate+sft')
+    >>> scale_adapters("lora:pirate*2+sft/d4", 0.5), scale_adapters("sft/d4", 0.5)
+    ('lora:pirate*0.5+sft/d4', 'sft/d4')
     """
-    dial = "" if alpha == 1 else f"*{alpha:g}"
-    return re.sub(r"(lora:[^*+]+)(?:\*[\d.]+)?\+", lambda found: f"{found[1]}{dial}+", identifier)
+    scale = "" if alpha == 1 else f"*{alpha:g}"
+    return re.sub(r"(lora:[^*+]+)(?:\*[\d.]+)?\+", lambda found: f"{found[1]}{scale}+", identifier)
 
 
 def open_chat(
@@ -498,17 +506,17 @@ def open_chat(
     """Return a chat page with a session of its own.
 
     Args:
-        model: identifier of the model to begin with; "" takes that of `choose_talker`.
+        model: identifier of the model to begin with; "" takes that of `choose_chat_model`.
         settings: sampling settings and system message to begin with.
         height: CSS height of the page.
         opener: opens a model; None shares the models that other cells of the process have opened.
     """
-    from primechat.chat.terminal import choose_talker
+    from primechat.chat.terminal import choose_chat_model
     from primechat.labkit.lab import borrow_model, find_models
     from primechat.labkit.start_stop import in_notebook
     from primechat.views.widgets.chat import ChatView
 
-    name, why = (model, "") if model else choose_talker()
+    name, why = (model, "") if model else choose_chat_model()
     session = ChatSession(
         lambda said: view.push(said), opener or borrow_model, find_models, name, settings
     )

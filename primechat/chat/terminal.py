@@ -99,23 +99,23 @@ def run_chat(
     Raises:
         PrimechatError: the first model cannot be opened.
     """
-    talk = ChatTalk(
+    conversation = TerminalChat(
         config,
         opener or build_opener(config),
         stdin or sys.stdin,
         stdout or sys.stdout,
         stderr or sys.stderr,
     )
-    with talk.catch_interrupts():
-        model, why = (config.model, "") if config.model or opener else choose_talker()
-        talk.open(model)
+    with conversation.catch_interrupts():
+        model, why = (config.model, "") if config.model or opener else choose_chat_model()
+        conversation.open(model)
         if why:
-            talk.say(f"{why} `/model NAME` changes it.")
-        talk.run()
+            conversation.say(f"{why} `/model NAME` changes it.")
+        conversation.run()
     return 0
 
 
-def choose_talker() -> tuple[str, str]:
+def choose_chat_model() -> tuple[str, str]:
     """Return the model that a chat starts with, and why it is not the user's own ("" if it is).
 
     It is the user's newest chat model, unless there is only a base model or the shipped model is clearly
@@ -180,7 +180,7 @@ def build_opener(config: ChatConfig) -> Opener:
     return open_named
 
 
-class ChatTalk:
+class TerminalChat:
     """A chat in the terminal: a model, a conversation, and the commands."""
 
     def __init__(
@@ -431,20 +431,24 @@ class ChatTalk:
         self.say("Ctrl-C stops a reply and keeps what was said.")
 
 
-COMMANDS: dict[str, tuple[Callable[[ChatTalk, str], None], str, str]] = {
+COMMANDS: dict[str, tuple[Callable[[TerminalChat, str], None], str, str]] = {
     "model": (
-        ChatTalk.switch_model,
+        TerminalChat.switch_model,
         "NAME",
         "talk to another model, or list them; the conversation stays",
     ),
-    "temp": (ChatTalk.set_temperature, "X", "set the temperature; 0 is always the likeliest token"),
-    "again": (ChatTalk.answer_again, "", "answer your last message anew"),
-    "stats": (ChatTalk.toggle_stats, "", "speed and context after each reply, on and off"),
+    "temp": (
+        TerminalChat.set_temperature,
+        "X",
+        "set the temperature; 0 is always the likeliest token",
+    ),
+    "again": (TerminalChat.answer_again, "", "answer your last message anew"),
+    "stats": (TerminalChat.toggle_stats, "", "speed and context after each reply, on and off"),
     "save": (
-        ChatTalk.save,
+        TerminalChat.save,
         "FILE",
         "write the conversation as JSONL, which `primechat finetune` reads",
     ),
-    "clear": (ChatTalk.clear, "", "begin a new conversation"),
-    "help": (ChatTalk.show_help, "", "this list"),
+    "clear": (TerminalChat.clear, "", "begin a new conversation"),
+    "help": (TerminalChat.show_help, "", "this list"),
 }

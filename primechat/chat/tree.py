@@ -134,7 +134,7 @@ def list_parts(content: Any) -> list[list[Any]]:
 
 
 @dataclass(eq=False)
-class Talk:
+class Conversation:
     """One conversation of a session, with its models and its system message (None if there is none)."""
 
     root: Message
@@ -164,23 +164,23 @@ class Talk:
         return "New conversation" if first is None else " ".join(first.text.split())[:48] or "..."
 
 
-def write_jsonl(talks: Iterable[Talk]) -> list[str]:
+def write_jsonl(conversations: Iterable[Conversation]) -> list[str]:
     """Return one JSON line per non-empty conversation, with the messages of its visible branch.
 
     `read_jsonl` returns the same messages, whatever they contain. A reply that was stopped before its first
     token is omitted together with the message that it answers.
     """
     lines = []
-    for talk in talks:
+    for conversation in conversations:
         messages: list[dict[str, Any]] = []
-        for node in talk.walk():
+        for node in conversation.walk():
             if node.role == "assistant" and node.model and not node.content:
                 continue
             if messages and messages[-1]["role"] == node.role:
                 messages.pop()
             messages.append({"role": node.role, "content": node.content})
         if messages:
-            lines.append(write_line([*talk.list_system(), *messages]))
+            lines.append(write_line([*conversation.list_system(), *messages]))
     return lines
 
 

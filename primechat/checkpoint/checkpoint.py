@@ -3,7 +3,7 @@
 The commit rule: model and optimizer are written under temporary names, synced and renamed; the meta file with
 their sizes and hashes is written last. A step without its meta file does not exist, so a kill at any moment
 leaves the earlier steps intact. A leftover `meta_*.json.tmp` marks a step that was being written or removed;
-the next writer, which holds the `RunLock`, cleans it up. Sizes are compared on every access, hashes when
+the next writer, which holds the `RunDirLock`, cleans it up. Sizes are compared on every access, hashes when
 resuming (files below 1 GB) and on request. Reference: names and keys of nanochat's checkpoint_manager.py.
 """
 
@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from primechat.checkpoint.nanochat_format import detect_era, encode_model
-from primechat.checkpoint.run_dir import RunLock as RunLock
+from primechat.checkpoint.run_dir import RunDirLock as RunDirLock
 from primechat.config import GPTConfig
 from primechat.config.model import list_shapes
 from primechat.errors import CheckpointError
 from primechat.files.paths import hash_file, measure_file, sync_folder, write_synced
-from primechat.files.weights import inspect_model, load_model, load_tensors, read_json
+from primechat.files.weights import inspect_model, load_state, load_tensors, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ def save_checkpoint(
     optim_state: dict[str, Any] | None,
     meta: Mapping[str, Any],
 ) -> None:
-    """Write one step atomically; the caller must hold the `RunLock` of the folder.
+    """Write one step atomically; the caller must hold the `RunDirLock` of the folder.
 
     Args:
         folder: Run directory.
@@ -84,13 +84,13 @@ def save_checkpoint(
     parts: dict[str, Any] = {f"model_{step:06d}.pt": state}
     if optim_state is not None:
         parts[f"optim_{step:06d}_rank0.pt"] = optim_state
-    with tell_refusal(folder, step):
+    with explain_unreadable(folder, step):
         whole = {"step": step, "val_bpb": None, **meta, **encode_model(config)} | {"step": step}
         commit_step(folder, step, parts, whole)
 
 
 @contextmanager
-def tell_refusal(folder: Path, step: int) -> Iterator[None]:
+def explain_unreadable(folder: Path, step: int) -> Iterator[None]:
     """Turn a write failure of the enclosed block into a CheckpointError."""
     try:
         yield
@@ -202,7 +202,7 @@ def settle_state(value: Any, seen: set[int]) -> Any:
 
 def clean_folder(folder: Path) -> None:
     """Remove what a killed writer left: temporary files, and the files of a step without a meta file."""
-    leftovers = [item for item in list_files(folder) if item[0].suffix == ".tmp"]
+    leftovers = [item for item in list_checkpoint_files(folder) if item[0].suffix == ".tmp"]
     # Meta files go last: they tell which step to remove.
     for path, kind, step in sorted(leftovers, key=lambda item: item[1] == "meta"):
         if kind == "meta" and not path.with_suffix("").exists() and is_ours(path):
@@ -212,7 +212,7 @@ def clean_folder(folder: Path) -> None:
 
 def remove_parts(folder: Path, step: int) -> None:
     """Remove the model and optimizer files of a step whose meta file is gone."""
-    for path, kind, number in list_files(folder):
+    for path, kind, number in list_checkpoint_files(folder):
         if kind != "meta" and number == step:
             path.unlink()
 
@@ -225,7 +225,7 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def list_files(folder: Path) -> list[tuple[Path, str, int]]:
+def list_checkpoint_files(folder: Path) -> list[tuple[Path, str, int]]:
     """Return (path, kind, step) of each checkpoint file, temporary ones too; kind is model, meta or optim."""
     found = []
     try:
@@ -243,22 +243,24 @@ def list_files(folder: Path) -> list[tuple[Path, str, int]]:
 
 def list_numbers(folder: Path) -> list[int]:
     """Return the steps that have a model or a meta file, complete or not."""
-    found = list_files(folder)
+    found = list_checkpoint_files(folder)
     return sorted({step for path, kind, step in found if kind != "optim" and path.suffix != ".tmp"})
 
 
 def find_steps(folder: Path | str) -> list[int]:
     """Return the complete steps of a folder, oldest first; file sizes are checked, contents are not."""
-    return [step for step in list_numbers(Path(folder)) if not find_fault(Path(folder), step)]
+    return [
+        step for step in list_numbers(Path(folder)) if not explain_incomplete(Path(folder), step)
+    ]
 
 
 def explain_steps(folder: Path | str) -> list[tuple[int, str]]:
     """Return (step, reason) for each incomplete step of a folder."""
-    faults = [(step, find_fault(Path(folder), step)) for step in list_numbers(Path(folder))]
+    faults = [(step, explain_incomplete(Path(folder), step)) for step in list_numbers(Path(folder))]
     return [(step, fault) for step, fault in faults if fault]
 
 
-def find_fault(folder: Path, step: int) -> str:
+def explain_incomplete(folder: Path, step: int) -> str:
     """Return why a step is incomplete, or an empty string."""
     try:
         read_meta(folder, step)
@@ -376,7 +378,7 @@ def read_step(folder: Path, step: int, want_optim: bool, verify: bool | None, dt
         raise CheckpointError(f"{path} cannot be used: {str(e)[0].lower()}{str(e)[1:]}") from None
 
     # Load the tensors.
-    state = load_model(path, specs, dtype)
+    state = load_state(path, specs, dtype)
     optim_state = read_optim(folder, step, meta) if want_optim else None
     return Loaded(step=step, config=config, model_state=state, meta=meta, optim_state=optim_state)
 
@@ -451,4 +453,7 @@ def list_snapshots(folder: Path | str) -> list[int]:
 
 def measure_snapshots(folder: Path | str) -> int:
     """Return the total size of a run's snapshots in bytes."""
-    return sum(max(0, measure_file(path)) for path, _, _ in list_files(Path(folder) / "snapshots"))
+    return sum(
+        max(0, measure_file(path))
+        for path, _, _ in list_checkpoint_files(Path(folder) / "snapshots")
+    )

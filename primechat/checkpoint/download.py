@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from primechat.checkpoint.checkpoint import list_files
-from primechat.checkpoint.run_dir import RunLock
+from primechat.checkpoint.checkpoint import list_checkpoint_files
+from primechat.checkpoint.run_dir import RunDirLock
 from primechat.errors import ConfigError, DataError, HubError
 from primechat.events import NoteEvent, OnEvent
 from primechat.files.hub import HubFile, ask_hub, explain, fetch_files
@@ -44,7 +44,7 @@ class Parcel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class DownloadPlan:
     """What a download will do with each file.
 
     `fetch` are downloaded, `torn` among them because they are truncated here; `whole` are already complete;
@@ -123,7 +123,7 @@ def choose_files(parcel: Parcel, token: str | None) -> list[HubFile]:
 
 def plan_download(
     parcels: Sequence[Parcel], *, token: str | None = None, optim: bool = True
-) -> Plan:
+) -> DownloadPlan:
     """Return the plan of a download, by comparing the Hub's files with the local ones; nothing is written.
 
     Args:
@@ -147,7 +147,7 @@ def plan_download(
 
     # A folder with another run's steps is refused.
     for folder in {path.parent for path in wanted if path.name.startswith("model_")}:
-        strange = [path.name for path, _, _ in list_files(folder) if path not in wanted]
+        strange = [path.name for path, _, _ in list_checkpoint_files(folder) if path not in wanted]
         if strange and not (folder / RECORD).exists():
             raise DataError(
                 f"{folder} holds another run's {strange[0]}, which stays as it is; move it away."
@@ -176,10 +176,12 @@ def plan_download(
                 f"{path} is another file than the Hub's {file.name}; move it away to get that."
             )
     parts = {fate: tuple(files) for fate, files in fates.items()}
-    return Plan(**parts, n_bytes=sum(file.size for file in parts["fetch"]))
+    return DownloadPlan(**parts, n_bytes=sum(file.size for file in parts["fetch"]))
 
 
-def run_plan(plan: Plan, base: Path, on_event: OnEvent, *, token: str | None = None) -> None:
+def download_files(
+    plan: DownloadPlan, base: Path, on_event: OnEvent, *, token: str | None = None
+) -> None:
     """Download the files of a plan and record in each folder where its files came from.
 
     Args:
@@ -196,7 +198,7 @@ def run_plan(plan: Plan, base: Path, on_event: OnEvent, *, token: str | None = N
     if not plan.fetch:
         return
     staging = base / ".download" / "files"
-    with RunLock(staging.parent):
+    with RunDirLock(staging.parent):
         # Check the space, without the leftovers of a killed download.
         shutil.rmtree(staging, ignore_errors=True)
         room = measure_space(base) - SPARE_BYTES
@@ -221,7 +223,7 @@ def run_plan(plan: Plan, base: Path, on_event: OnEvent, *, token: str | None = N
         # Record the origin of the files.
         keys = ("repo", "name", "revision", "size", "sha256")
         for folder in {file.path.parent for file in plan.fetch}:
-            rows = read_record(folder)
+            rows = read_download_record(folder)
             for file in (*plan.fetch, *plan.whole):
                 if file.path.parent == folder:
                     rows[file.name] = {key: getattr(file, key) for key in keys}
@@ -229,7 +231,7 @@ def run_plan(plan: Plan, base: Path, on_event: OnEvent, *, token: str | None = N
             write_whole(folder / RECORD, text.encode())
 
 
-def read_record(folder: Path) -> dict[str, dict[str, object]]:
+def read_download_record(folder: Path) -> dict[str, dict[str, object]]:
     """Return the record of earlier downloads in a folder, by file name; empty if it is missing or damaged."""
     try:
         return {row["name"]: row for row in parse_json((folder / RECORD).read_bytes())["files"]}

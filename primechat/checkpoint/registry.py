@@ -45,7 +45,7 @@ from primechat.config.options import name_options
 from primechat.config.stages import check_tag
 from primechat.errors import CheckpointError, ConfigError
 from primechat.events import NoteEvent, OnEvent, TrainResult
-from primechat.files.hub import count_gguf, count_params, find_package, list_cached
+from primechat.files.hub import count_gguf, count_stored_params, find_package, list_cached
 from primechat.files.paths import (
     CLONE,
     explain_copy,
@@ -288,11 +288,11 @@ def open_model(
         else "bfloat16"
     )
 
-    def tell(text: str) -> None:
+    def say(text: str) -> None:
         on_event(NoteEvent(text=text)) if on_event else logger.info("%s", text)
 
-    def tell_memory(name: ModelName, n_params: int) -> None:
-        tell(describe_memory(str(name), n_params * (4 if kind == "float32" else 2), device))
+    def say_memory(name: ModelName, n_params: int) -> None:
+        say(describe_memory(str(name), n_params * (4 if kind == "float32" else 2), device))
 
     if name.family == "hf" and phase == "eval":
         from primechat.model.huggingface import open_foreign
@@ -300,7 +300,7 @@ def open_model(
         if tokenizer:
             raise ConfigError(f"{name} has a tokenizer of its own; leave out --tokenizer.")
         parts: Any = open_foreign(
-            name.tag, device, getattr(torch, kind), partial(tell_memory, name), tell
+            name.tag, device, getattr(torch, kind), partial(say_memory, name), say
         )
         return parts  # these implement the protocols
     # Find the checkpoint and its tokenizer; the weights are memory-mapped, so none are in memory yet.
@@ -311,13 +311,13 @@ def open_model(
 
     # Load the weights, then the adapters.
     full = pin_step(name, loaded.step)
-    tell_memory(full, loaded.config.n_params)
+    say_memory(full, loaded.config.n_params)
     state = load_checkpoint(folder, loaded.step, dtype=kind).model_state
     model = GPT.from_state(loaded.config, state, device=device, dtype=getattr(torch, kind))
-    for adapter, dial in name.adapters:
+    for adapter, scale in name.adapters:
         from primechat.model.lora import open_adapter
 
-        open_adapter(model, adapter, run_dir("lora", adapter), found.identity, dial)
+        open_adapter(model, adapter, run_dir("lora", adapter), found.identity, scale)
     if not loaded.meta.get("tokenizer_identity"):
         warn_unrecorded(str(full), folder, model, found)
     if phase == "train":
@@ -430,7 +430,7 @@ def walk_adapters(parent: Path) -> Iterator[ModelEntry]:
                 snapshots=(),
                 n_bytes=measure_file(path),
                 architecture=f"rank {facts.get('r')}",
-                n_params=count_params(folder),
+                n_params=count_stored_params(folder),
                 val_bpb=None,
                 tokenizer_identity=None,
                 path=str(folder),
@@ -484,7 +484,7 @@ def walk_foreign() -> Iterator[ModelEntry]:
     places = [("smollm2", packed.parent)] if packed else []
     for tag, folder in [*places, *list_cached()]:
         kind = "gguf" if tag == "smollm2" else "safetensors"
-        count = count_gguf(packed) if packed and tag == "smollm2" else count_params(folder)
+        count = count_gguf(packed) if packed and tag == "smollm2" else count_stored_params(folder)
         yield ModelEntry(
             identifier=f"hf:{tag}",
             family="hf",

@@ -35,15 +35,15 @@ Config = TypeVar("Config")
 NO_FLOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
 
-class RunLock:
-    """Lock for one writer per run directory, over threads and processes: `with RunLock(folder): ...`."""
+class RunDirLock:
+    """Lock for one writer per run directory, over threads and processes: `with RunDirLock(folder): ...`."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.path = self.folder / "run.lock"
         self.descriptor: int | None = None
 
-    def __enter__(self) -> RunLock:
+    def __enter__(self) -> RunDirLock:
         """Take the lock.
 
         Raises:
@@ -121,7 +121,7 @@ def is_alive(owner: dict[str, Any]) -> bool:
     return True
 
 
-class MetricsLog:
+class MetricsFile:
     """Log of a run, metrics.jsonl: one event per line with the schema version, unbuffered.
 
     A failed write never stops the run: the event is dropped as a whole line and counted in `lost`; `refusal`

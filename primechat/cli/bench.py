@@ -157,7 +157,7 @@ def repeat_call(call: Callable[[], object], seconds: float) -> float:
 
 
 @dataclass(kw_only=True)
-class Runner:
+class Candidate:
     """A training candidate, ready to run: `turn` takes some steps and returns their tokens per second."""
 
     name: str
@@ -222,7 +222,7 @@ def bench_train(config: BenchConfig, shape: GPTConfig | None = None) -> list[dic
     return rows
 
 
-def prepare_runner(shape: GPTConfig, runtime: RuntimeConfig) -> Runner:
+def prepare_runner(shape: GPTConfig, runtime: RuntimeConfig) -> Candidate:
     """Return a candidate with model, optimizer and tuned settings, on random tokens."""
     import torch
 
@@ -270,7 +270,7 @@ def prepare_runner(shape: GPTConfig, runtime: RuntimeConfig) -> Runner:
 
     name = f"{'compiled' if chosen.compile == 'on' else 'eager'} {chosen.dtype}"
     name = f"auto: {name}" if runtime.compile == "auto" else name
-    return Runner(name=name, runtime=chosen, compile_s=tuning.compile_s, turn=turn, speeds=[])
+    return Candidate(name=name, runtime=chosen, compile_s=tuning.compile_s, turn=turn, speeds=[])
 
 
 def bench_infer(config: BenchConfig, shape: GPTConfig | None = None) -> list[dict[str, Any]]:

@@ -135,8 +135,8 @@ def check_model(
     state = load_checkpoint(folder, loaded.step, dtype=dtype).model_state
     model = GPT.from_state(loaded.config, state, device=device, dtype=getattr(torch, dtype))
     try:
-        for adapter, dial in name.adapters:
-            open_adapter(model, adapter, registry.run_dir("lora", adapter), found.identity, dial)
+        for adapter, scale in name.adapters:
+            open_adapter(model, adapter, registry.run_dir("lora", adapter), found.identity, scale)
     except PrimechatError as error:
         return blame(result, error)
 

@@ -22,7 +22,7 @@ import tyro
 
 from primechat.checkpoint.registry import base_dir, run_dir
 from primechat.checkpoint.run_dir import read_metrics
-from primechat.cli.main import parse_flags, read_config, take_option, take_shape
+from primechat.cli.main import parse_flags, read_config_file, take_option, take_shape
 from primechat.cloud.export import (
     STAGE_OF,
     export_lab,
@@ -116,7 +116,7 @@ def run_cloud(verb: str, argv: list[str]) -> int:
     output, stage = take_option(argv, "-o") or "", cast(Any, None)
     kind = STAGE_OF.get(argv[0].zfill(2)) if argv else None
     if kind and (file := take_option(argv, "--config")):
-        stage = read_config(Path(file), kind)
+        stage = read_config_file(Path(file), kind)
     start = ExportFlags(run=full_run(argv), output=output)
     return run_export(parse_flags(verb, ExportFlags, argv, start), stage)
 
@@ -129,7 +129,7 @@ def full_run(argv: list[str]) -> PretrainConfig:
             f"--recipe {recipe} sets all of a run, {'--config' if file else '--arch'} too; drop one."
         )
     if file:
-        return read_config(Path(file), PretrainConfig)
+        return read_config_file(Path(file), PretrainConfig)
     return full_config(depth, recipe or RECIPE_OF_ARCH[arch or "classic"])
 
 
@@ -184,7 +184,7 @@ def rehearse(
         0 if everything worked, else 1.
     """
     # A small version of the config.
-    config = shrink_config(read_config(folder / "config.json", kind))
+    config = shrink_config(read_config_file(folder / "config.json", kind))
     write_file(folder / "rehearsal.json", json.dumps(encode_config(config), indent=2))
     say(
         f"Rehearsal: 20 steps of a tiny model with {ranks} processes, by {folder / 'launch.sh'} ..."

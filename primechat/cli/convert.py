@@ -22,7 +22,7 @@ from tyro.conf import Positional
 from primechat.checkpoint import registry
 from primechat.checkpoint.checkpoint import find_steps, load_checkpoint, save_checkpoint
 from primechat.checkpoint.nanochat_format import read_shape
-from primechat.checkpoint.run_dir import RunLock
+from primechat.checkpoint.run_dir import RunDirLock
 from primechat.config import GPTConfig, decode_config
 from primechat.config.model import NORM_EPS, classic_switches, list_shapes
 from primechat.config.names import FOREIGN, IDENTIFIER, parse_plain
@@ -312,7 +312,7 @@ def import_model(source: str, out: str) -> Path:
     step = told if type(told) is int and 0 <= told < 10**9 else 0
 
     # Write the checkpoint.
-    with RunLock(target):
+    with RunDirLock(target):
         if find_steps(target):
             raise CheckpointError(
                 f"{target} has checkpoints, which nothing overwrites; name another place."

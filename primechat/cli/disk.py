@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from primechat.checkpoint import registry
-from primechat.checkpoint.checkpoint import RunLock
+from primechat.checkpoint.checkpoint import RunDirLock
 from primechat.config.names import FOLDERS
 from primechat.errors import CheckpointError, ConfigError
 from primechat.events import count_noun
@@ -248,7 +248,7 @@ def ask(question: str) -> bool:
 def remove_run(run: RunSpace) -> bool:
     """Remove the folder of a run under its lock and return whether that worked; print why if it did not."""
     try:
-        with RunLock(run.path):
+        with RunDirLock(run.path):
             shutil.rmtree(run.path)
     except CheckpointError as error:
         print(f"{run.name} stays: {error}", file=sys.stderr)

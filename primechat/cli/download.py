@@ -17,10 +17,10 @@ from primechat.checkpoint.download import (
     ASK_S,
     TOKENIZER_FILES,
     Parcel,
+    download_files,
     is_safe,
     measure_space,
     plan_download,
-    run_plan,
 )
 from primechat.checkpoint.registry import FAMILIES, base_dir, run_dir
 from primechat.cli.progress import open_view
@@ -139,7 +139,7 @@ def run_download(config: DownloadConfig) -> int:
 
     # Download.
     with open_view() as view:
-        run_plan(plan, base, view, token=token)
+        download_files(plan, base, view, token=token)
 
     # Check the models.
     models = [

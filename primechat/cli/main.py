@@ -322,7 +322,7 @@ def build_default(verb: str, cls: Any, argv: list[str], device: str | None) -> A
 
         return cls(pretrain=full_run(argv))
     file = take_option(argv, "--config")
-    config = read_config(Path(file), cls) if file else cls()
+    config = read_config_file(Path(file), cls) if file else cls()
     if verb == "pretrain":
         depth, arch, recipe = take_shape(argv)
         if recipe and (file or arch):
@@ -342,7 +342,7 @@ def build_default(verb: str, cls: Any, argv: list[str], device: str | None) -> A
     return config
 
 
-def read_config(path: Path, cls: type[Config]) -> Config:
+def read_config_file(path: Path, cls: type[Config]) -> Config:
     """Return a config read from a JSON file or from the folder of a run."""
     from primechat.config import decode_config
     from primechat.files.paths import parse_json
@@ -503,7 +503,7 @@ def describe_result(result: object) -> str:
         speed = f"{result.tokens:,} tokens at {result.tokens_per_s:,.0f} a second"
         return f"{result.identifier}: {quality}, {speed}; in {result.path}"
     if isinstance(result, events.AutochatResult):
-        talks = f"{result.n_talks} conversations of {result.turns} turns"
+        talks = f"{result.n_conversations} conversations of {result.turns} turns"
         speed = f"{result.tokens:,} tokens at {result.tokens_per_s:,.0f} a second"
         return f"{result.tag}: {talks}, {speed}; in {', '.join(result.generations)}"
     if isinstance(result, events.SpeedrunResult):

@@ -17,7 +17,7 @@ from primechat.cli.main import (
     describe_result,
     explain_end,
     parse_flags,
-    read_config,
+    read_config_file,
     take_option,
 )
 from primechat.cli.output import install_guard
@@ -42,7 +42,7 @@ def read_flags(config: Any) -> Any:
     """
     words = sys.argv[1:]
     file = take_option(words, "--config")
-    start = read_config(Path(file), type(config)) if file else config
+    start = read_config_file(Path(file), type(config)) if file else config
     notes = "\n\n--config FILE starts from a saved config.json."
     return parse_flags(Path(sys.argv[0]).name, type(config), words, start, notes)
 

@@ -227,7 +227,9 @@ def full_stage(lab: Path, run: PretrainConfig) -> Any:
         return DistillConfig(tag=f"{tag}-100m", teacher=f"base/{tag}", corpus=run.corpus, **size)  # type: ignore[arg-type]
     if kind is AutochatConfig:
         # Three generations, each trained for two passes over the text of the one before.
-        size = dict(n_talks=64, max_new_tokens=96, batch_rows=64, generations=3, tune_steps=100)
+        size = dict(
+            n_conversations=64, max_new_tokens=96, batch_rows=64, generations=3, tune_steps=100
+        )
         return AutochatConfig(tag=tag, model=f"sft/{tag}", resume=True, **size)  # type: ignore[arg-type]
     return run
 
@@ -252,7 +254,7 @@ def describe_stage(config: Any) -> str:
         learned = (
             f", and learns from itself {config.generations} times" if config.generations else ""
         )
-        return f"AutochatConfig: {config.n_talks} conversations of {config.turns} turns{learned}"
+        return f"AutochatConfig: {config.n_conversations} conversations of {config.turns} turns{learned}"
     length = f"{config.steps:,} steps" if config.steps else "one pass"
     text = config.dialogues or getattr(config, "corpus", "")
     return f"{type(config).__name__}: {length} of {config.batch_tokens:,} tokens a step over {text}"
@@ -347,7 +349,7 @@ def fill_in(lab: Path, config: Any, plan: Plan, home: Path) -> dict[str, str]:
         "@BRING@": "" if first else templates.BRING,
         "@PREFLIGHT@": templates.PREFLIGHT
         if first
-        else templates.TRY_TALK
+        else templates.TRY_AUTOCHAT
         if talks
         else templates.TRY,
         "@DATA@": DATA
@@ -450,7 +452,12 @@ def shrink_config(config: Any) -> Any:
             device="cpu", dtype="float32", threads=1, compile="off", micro_batch_rows=4
         )
         changes = dict(
-            model="base/small", n_talks=4, turns=4, max_new_tokens=8, generations=1, tune_steps=20
+            model="base/small",
+            n_conversations=4,
+            turns=4,
+            max_new_tokens=8,
+            generations=1,
+            tune_steps=20,
         )
         return replace(config, **changes, tag="rehearsal", runtime=runtime)
     elif isinstance(config, DistillConfig):

@@ -377,7 +377,7 @@ def describe_plan(plan: Plan) -> Iterator[str]:
     if recipe:
         yield f"  recipe {recipe}"
     yield ""
-    yield from list_parts(f"Parameters {model.n_params:,}", plan.params, 1e6, "M")
+    yield from format_parts(f"Parameters {model.n_params:,}", plan.params, 1e6, "M")
     shards = f", {plan.shards:,} shards" if plan.shards else ""
     yield f"Text {plan.tokens:,} tokens{shards}"
     yield f"  {describe_horizon(config, plan.tokens)}"
@@ -385,13 +385,13 @@ def describe_plan(plan: Plan) -> Iterator[str]:
     yield f"Work {plan.total_flops:.4g} FLOPs, {plan.flops_per_token:,} a token"
     yield "  a FLOP is one addition or multiplication"
     size = f"{plan.memory_bytes / 1e9:,.1f} of {machine.memory_bytes / 1e9:,.0f} GB"
-    yield from list_parts(f"Memory {size} of each GPU", plan.memory, 1e9, "GB")
+    yield from format_parts(f"Memory {size} of each GPU", plan.memory, 1e9, "GB")
     if plan.micro_batch_rows:
         again = f", {plan.accumulate} times a step" if plan.accumulate > 1 else ", once a step"
         yield f"  {count_noun(plan.micro_batch_rows, 'row')} at a time on each GPU{again}"
     else:
         yield "  DOES NOT FIT, not even one row; try --run.runtime.checkpoint_blocks, more GPUs or less depth"
-    yield from list_parts(f"Disk {plan.disk_bytes / 1e9:,.1f} GB", plan.disk, 1e9, "GB")
+    yield from format_parts(f"Disk {plan.disk_bytes / 1e9:,.1f} GB", plan.disk, 1e9, "GB")
     room = f"{plan.disk_limit_bytes / 1e9:,.0f} GB"
     if plan.disk_bytes <= plan.disk_limit_bytes:
         yield f"  fits on a disk of {room}"
@@ -407,7 +407,7 @@ def describe_plan(plan: Plan) -> Iterator[str]:
         yield "  MFU is the share of the FLOPs a second on the GPU's data sheet that a real run reaches"
 
 
-def list_parts(
+def format_parts(
     title: str, parts: dict[str, float] | dict[str, int], unit: float, name: str
 ) -> Iterator[str]:
     """Yield a heading and one line per part."""

@@ -114,7 +114,7 @@ def train_rank(config: PretrainConfig, steps: int, seconds: float) -> None:
     from primechat.events import StepEvent
     from primechat.model.attention import describe_attention
     from primechat.model.gpt import GPT
-    from primechat.text.batches import share_rows
+    from primechat.text.batches import split_rows
     from primechat.train.loop import fit
     from primechat.train.optim import Optimizer
     from primechat.train.parallel import SpreadLoss, join_ranks, sum_numbers
@@ -128,7 +128,7 @@ def train_rank(config: PretrainConfig, steps: int, seconds: float) -> None:
         model = GPT(shape)
     model.init_weights(torch.Generator(place).manual_seed(0))
     dtype = model.compute_dtype = getattr(torch, runtime.dtype)
-    _, rows = share_rows(config.batch_tokens // shape.sequence_len, ranks.rank, ranks.world_size)
+    _, rows = split_rows(config.batch_tokens // shape.sequence_len, ranks.rank, ranks.world_size)
     draw = torch.Generator(place).manual_seed(ranks.rank)
     text = torch.randint(
         shape.vocab_size, (rows, shape.sequence_len + 1), generator=draw, device=place

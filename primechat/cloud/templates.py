@@ -65,8 +65,8 @@ TRY = """\
 python -m torch.distributed.run "${place[@]}" --nproc_per_node="${RANKS:-@RANKS@}" \\
         run.py --config "$config" --tag "preflight-$$" --steps 4 \\
         --eval.last_tokens 20480 "$@" && rm -rf "$NANOCHAT_BASE_DIR/@FAMILY@/preflight-$$\""""
-TRY_TALK = """\
-python run.py --config "$config" --tag "preflight-$$" --n_talks 4 --turns 3 --generations 0 "$@" \\
+TRY_AUTOCHAT = """\
+python run.py --config "$config" --tag "preflight-$$" --n_conversations 4 --turns 3 --generations 0 "$@" \\
         && rm -rf "$NANOCHAT_BASE_DIR/autochat/preflight-$$"*"""
 STAGE_PLAN = """\
     @CONFIG@

@@ -28,7 +28,7 @@ class AutochatConfig:
     """System prompts of the two speakers."""
     openings: str = "chitchat"
     """First turns: chitchat (those of its held-out human conversations), or a .txt file, one a line."""
-    n_talks: int = 32
+    n_conversations: int = 32
     """Conversations."""
     turns: int = 20
     """Turns of each, the opening included."""
@@ -60,15 +60,15 @@ class AutochatConfig:
     def __post_init__(self) -> None:
         check_tag(self.tag)
         check_drawing(self)
-        for name in ("n_talks", "batch_rows", "tune_steps"):
+        for name in ("n_conversations", "batch_rows", "tune_steps"):
             check_number(name, getattr(self, name), low=1, whole=True)
         check_number("turns", self.turns, low=2, whole=True)
         for name in ("human_every", "generations"):
             check_number(name, getattr(self, name), low=0, whole=True)
         check_number("human_share", self.human_share, low=0, high=0.95)
-        if self.generations and self.n_talks < 2:  # one to train on, one held out
+        if self.generations and self.n_conversations < 2:  # one to train on, one held out
             raise ConfigError(
-                "n_talks=1 must be 2 or more where generations learn from them; try 32."
+                "n_conversations=1 must be 2 or more where generations learn from them; try 32."
             )
         if len(self.personas) != 2:
             raise ConfigError(

@@ -11,6 +11,7 @@ from typing import Any
 
 # Config class: {old name of a field: current name}.
 RENAMED = {
+    "AutochatConfig": {"n_talks": "n_conversations"},
     "EvalConfig": {
         "eval_every": "every",
         "eval_tokens": "tokens",

@@ -58,7 +58,7 @@ class ModelName:
         at = "" if self.step is None else f"@snap:{self.step}" if self.snapshot else f"@{self.step}"
         name = f"{self.family}/{self.tag}{at}" if self.tag else self.family
         beside = "".join(
-            f"lora:{a}{'' if dial == 1 else f'*{dial:g}'}+" for a, dial in self.adapters
+            f"lora:{a}{'' if scale == 1 else f'*{scale:g}'}+" for a, scale in self.adapters
         )
         return f"{beside}shipped/{name}" if self.shipped else f"{beside}{name}"
 

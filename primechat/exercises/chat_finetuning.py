@@ -11,7 +11,7 @@ from typing import Any
 from primechat.exercises import Exercise, require
 
 Parts = list[tuple[str, int]]
-Talk = list[tuple[str, str]]
+Turns = list[tuple[str, str]]
 
 
 def mark_learned(parts: Parts) -> list[int]:
@@ -36,9 +36,9 @@ def check_mask(attempt: Any) -> None:
     require(all(mine), "Every answer is learned from", f"the assistant's tokens have {mine}")
 
 
-def order_talk(talk: Talk) -> Talk:
+def order_turns(talk: Turns) -> Turns:
     """Return a talk in which user and assistant take turns, from the user to the assistant."""
-    found: Talk = []
+    found: Turns = []
     for role, text in talk:
         if not text.strip():
             continue
@@ -49,29 +49,29 @@ def order_talk(talk: Talk) -> Talk:
     return found[:-1] if found and found[-1][0] == "user" else found
 
 
-def drop_doubles(talk: Talk) -> Talk:
+def drop_doubles(talk: Turns) -> Turns:
     """A mistake: the second of two turns in a row is lost."""
-    found: Talk = []
+    found: Turns = []
     for role, text in talk:
         if text.strip() and (not found or found[-1][0] != role) and (found or role == "user"):
             found.append((role, text))
     return found[:-1] if found and found[-1][0] == "user" else found
 
 
-def keep_blanks(talk: Talk) -> Talk:
+def keep_blanks(talk: Turns) -> Turns:
     """A mistake: blank turns stay."""
-    found = order_talk([(role, text if text.strip() else "(blank)") for role, text in talk])
+    found = order_turns([(role, text if text.strip() else "(blank)") for role, text in talk])
     return [(role, text.replace("(blank)", "")) for role, text in found]
 
 
-def keep_greeting(talk: Talk) -> Talk:
+def keep_greeting(talk: Turns) -> Turns:
     """A mistake: the assistant may begin."""
-    return [talk[0], *order_talk(talk)] if talk[0][0] == "assistant" else order_talk(talk)
+    return [talk[0], *order_turns(talk)] if talk[0][0] == "assistant" else order_turns(talk)
 
 
-def join_first(talk: Talk) -> Talk:
+def join_first(talk: Turns) -> Turns:
     """A mistake: what stood beside a blank turn is not joined."""
-    found = order_talk([(role, text if text.strip() else "(blank)") for role, text in talk])
+    found = order_turns([(role, text if text.strip() else "(blank)") for role, text in talk])
     return [turn for turn in found if turn[1] != "(blank)"]
 
 
@@ -132,18 +132,18 @@ EXERCISES = (
         "an answer ends it**. Drop blank turns; join two turns of one speaker with a line break.",
         check=check_order,
         hint="Skip blank texts first; then compare each turn's role with that of the last one you kept.",
-        solution=order_talk,
+        solution=order_turns,
         mistakes=(
             (drop_doubles, "No word is lost"),
             (keep_blanks, "No blank turns"),
             (
-                lambda talk: order_talk([*talk, ("assistant", "x")])[:-1] + talk[-1:],
+                lambda talk: order_turns([*talk, ("assistant", "x")])[:-1] + talk[-1:],
                 "An answer ends it",
             ),
             (keep_greeting, "The user begins"),
             (join_first, "They take turns"),
             (
-                lambda talk: [(role, " ".join(text.split())) for role, text in order_talk(talk)],
+                lambda talk: [(role, " ".join(text.split())) for role, text in order_turns(talk)],
                 "A line break joins",
             ),
         ),

@@ -296,7 +296,7 @@ GGUF_BYTES = {
 NEEDLESS = ["*/*", "consolidated*", "adapter_*"]  # the same weights in other layouts
 
 
-def fetch_model(name: str, tell: Callable[[str], None] = lambda text: None) -> Path:
+def fetch_model(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
     """Return the folder of a model in Hugging Face's cache, downloading what is missing.
 
     Only data is downloaded: weights as safetensors, configuration and tokenizer, never code.
@@ -332,9 +332,7 @@ def fetch_model(name: str, tell: Callable[[str], None] = lambda text: None) -> P
         if missing > free:
             room = f"{place} has room for {free / 1e6:,.0f} MB"
             raise DataError(f"{needs}, {room}; free some, or set HF_HOME to a larger disk.")
-        tell(
-            f"{needs} from the Hub into Hugging Face's cache, which has {free / 1e6:,.0f} MB free."
-        )
+        say(f"{needs} from the Hub into Hugging Face's cache, which has {free / 1e6:,.0f} MB free.")
 
     # Download, or take the cached files.
     try:
@@ -348,7 +346,7 @@ def fetch_model(name: str, tell: Callable[[str], None] = lambda text: None) -> P
     return folder
 
 
-def count_params(folder: Path) -> int:
+def count_stored_params(folder: Path) -> int:
     """Return the number of parameters in the safetensors files of a folder; damaged files count as 0."""
     total = 0
     for path in folder.glob("*.safetensors"):

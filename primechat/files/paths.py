@@ -63,7 +63,7 @@ def resolve_path(text: str | os.PathLike[str], name: str = "path", *, folder: bo
         raise ConfigError(f"{shown} holds a null character; name another path.") from None
     except OSError as error:
         raise ConfigError(
-            f"{shown} cannot be used ({tell_reason(error)}); name another path."
+            f"{shown} cannot be used ({describe_reason(error)}); name another path."
         ) from None
     else:
         if folder and not path.is_dir():
@@ -122,10 +122,10 @@ def explain_refusal(error: OSError, path: Path | str = "") -> PrimechatError:
         remedy = "check its permissions, or choose another place"
     if error.errno in (errno.EMFILE, errno.ENFILE):
         remedy = "close other programs, or raise the limit (ulimit -n)"
-    return PrimechatError(f"{place} cannot be used ({tell_reason(error)}); {remedy}.")
+    return PrimechatError(f"{place} cannot be used ({describe_reason(error)}); {remedy}.")
 
 
-def tell_reason(error: OSError) -> str:
+def describe_reason(error: OSError) -> str:
     """Return the reason for an OSError in words."""
     return REASONS.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
 

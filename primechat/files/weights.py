@@ -121,7 +121,7 @@ def inspect_model(path: Path) -> dict[str, TensorSpec]:
     return specs
 
 
-def load_model(path: Path, specs: dict[str, TensorSpec], dtype: str = "") -> dict[str, Tensor]:
+def load_state(path: Path, specs: dict[str, TensorSpec], dtype: str = "") -> dict[str, Tensor]:
     """Return the tensors of a model file by name, with `_orig_mod.` removed.
 
     Tensors that need no cast stay memory-mapped, except those of MERGED when a dtype is given. While others

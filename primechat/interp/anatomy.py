@@ -121,10 +121,10 @@ class ForeignBody:
             return lambda _, args: (hook(name, args[0].reshape(shape)).flatten(2), *args[1:])
 
         def look(name: str) -> Callable[..., None]:
-            def tell(_: Any, __: Any, out: tuple[Any, ...]) -> None:
+            def show_weights(_: Any, __: Any, out: tuple[Any, ...]) -> None:
                 hook(name, out[1])  # read-only: the pass has used them already
 
-            return tell
+            return show_weights
 
         # Register a torch hook at every point.
         handles = [self.embed.register_forward_hook(behind("token"))]

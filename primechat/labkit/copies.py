@@ -97,7 +97,7 @@ def keep_backup(copy: Path) -> Path:
     try:
         return copy.rename(backup)
     except OSError as error:
-        raise explain_refusal(error) from None
+        raise explain_unwritable(error) from None
 
 
 def write_copy(shipped: Path, copy: Path) -> None:
@@ -106,11 +106,11 @@ def write_copy(shipped: Path, copy: Path) -> None:
         copy.parent.mkdir(exist_ok=True)
         write_whole(copy, shipped.read_bytes())
     except OSError as error:
-        raise explain_refusal(error) from None
+        raise explain_unwritable(error) from None
     write_ledger(copy.name, identify_code(shipped))
 
 
-def explain_refusal(error: OSError) -> ConfigError:
+def explain_unwritable(error: OSError) -> ConfigError:
     """Return the error for a folder that cannot be written."""
     folder = LABS / "mine"
     return ConfigError(
@@ -158,4 +158,4 @@ def write_ledger(name: str, code: str) -> None:
         text = json.dumps({**read_ledger(), name: code}, indent=2)
         write_whole(LABS / "mine" / LEDGER, text.encode())
     except OSError as error:
-        raise explain_refusal(error) from None
+        raise explain_unwritable(error) from None

@@ -28,7 +28,7 @@ from primechat.labkit.start_stop import in_marimo, open_control, show
 from primechat.views.widgets.controls import ExerciseCard, Live, ModelPicker, Notice
 from primechat.views.widgets.controls import Prediction as Prediction
 from primechat.views.widgets.runs import (
-    RunLog,
+    RunHistory,
     StageControl,
     Summary,
     build_event,
@@ -299,7 +299,7 @@ def summary(result: Any, *, title: str = "", notes: Sequence[str] = ()) -> Any:
         return show(Summary(title=title or "Result", notes=[waiting]))
 
     # Replay the run's events.
-    log, record = RunLog(), asdict(result)
+    log, record = RunHistory(), asdict(result)
     for event in record.pop("events", None) or ():
         log.add(build_event(event))
     view = {**log.describe(), "figures": describe_figures(record)}

@@ -25,7 +25,7 @@ from primechat.events import Event, TrainResult, count_noun
 from primechat.labkit.forms import follow_form, renew_config
 from primechat.views.widgets.figure import WaitingFigure
 from primechat.views.widgets.kit import Widget
-from primechat.views.widgets.runs import RunLog, StageControl
+from primechat.views.widgets.runs import RunHistory, StageControl
 from primechat.views.words import name_field
 
 SEND_EVERY_S, BEAT_EVERY_S = 0.3, 1.0
@@ -111,7 +111,7 @@ class Runner:
         self.given = self.asked = config  # from the cell; from the reader's last press of Start
         self.place, self.t_ahead = place, -AHEAD_S
         self.controls: list[tuple[StageControl, Callable[[], bool]]] = []
-        self.log, self.lock = RunLog(), threading.RLock()
+        self.log, self.lock = RunHistory(), threading.RLock()
         self.stop = StopWish(self.is_over)
         self.thread: threading.Thread | None = None
         self.state: dict[str, Any] = {}
@@ -126,7 +126,7 @@ class Runner:
             return
         self.offer("ready", result=result)
         if (old := find_earlier(self.config)) is not None:
-            self.log.take_up(old.identifier, old.events)
+            self.log.restore(old.identifier, old.events)
             self.offer(
                 "stopped" if old.stopped else "done", describe_earlier(self.config, old), old
             )
@@ -157,10 +157,10 @@ class Runner:
         control = StageControl(title, self.act, self.place)
         with self.lock:
             self.controls.append((control, watch_cell()))
-            self.tell(view=self.log.describe(), **self.state)
+            self.update(view=self.log.describe(), **self.state)
         return control
 
-    def tell(self, **traits: Any) -> None:
+    def update(self, **traits: Any) -> None:
         """Update the traits of all live controls."""
         # The last control is kept even if it is over, so that there is always one.
         self.controls = [pair for pair in self.controls if not pair[1]()] or self.controls[-1:]
@@ -195,7 +195,7 @@ class Runner:
 
         listed = [list(action) for action in actions]
         self.state = {"result": result, "actions": listed, "message": message, "state": state}
-        self.tell(**self.state)
+        self.update(**self.state)
 
     def act(self, word: str) -> None:
         """Do what a button asks for; pressing the same button twice has no further effect.
@@ -235,7 +235,7 @@ class Runner:
 
             # Start the thread; a resumed run keeps its log, so that its curves continue.
             self.config, self.stop = config, StopWish(self.is_over)
-            self.log = self.log if word == "resume" else RunLog()
+            self.log = self.log if word == "resume" else RunHistory()
             self.offer("running")
             self.thread = threading.Thread(target=self.work, args=(config,), daemon=True)
             _runners.append(self)
@@ -251,7 +251,7 @@ class Runner:
             result, state, message = None, "failed", explain_error(error)
         with self.lock:
             _runners.remove(self)
-            self.tell(view=self.log.describe())
+            self.update(view=self.log.describe())
             self.offer(state, message, result)
 
     def judge(self, result: Any) -> tuple[str, str]:
@@ -280,10 +280,10 @@ class Runner:
                 view = self.log.describe()
                 if self.is_busy and view != shown:
                     shown = view
-                    self.tell(view=view)
+                    self.update(view=view)
                 if self.is_busy and time.monotonic() - t_beat > BEAT_EVERY_S:
                     beat, t_beat = beat + 1, time.monotonic()
-                    self.tell(beat=beat)
+                    self.update(beat=beat)
             thread.join(SEND_EVERY_S)
 
 

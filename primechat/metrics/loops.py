@@ -115,7 +115,7 @@ def find_loop(texts: Sequence[str]) -> Loop | None:
 # Controls
 
 
-def shuffle_talks(talks: Sequence[Sequence[str]], seed: int = 0) -> list[list[str]]:
+def shuffle_turns(talks: Sequence[Sequence[str]], seed: int = 0) -> list[list[str]]:
     """Return conversations of the same lengths with all turns shuffled among them: no thread is left."""
     order = np.random.default_rng(seed).permutation(sum(map(len, talks)))
     flat = [text for talk in talks for text in talk]
@@ -194,7 +194,7 @@ MEASURES = {  # of a turn: (description, value at the top of the heat strip's sc
 def measure_turns(turns: Sequence[Turn]) -> dict[str, np.ndarray]:
     """Return the MEASURES of each turn of a conversation, (T,) each; nan if there is nothing to measure.
 
-    The token that ends a turn does not count, as human turns read by a model (`read_talk`) have none.
+    The token that ends a turn does not count, as turns of people (`measure_transcript`) have none.
     """
     found = {name: np.full(len(turns), np.nan) for name in MEASURES}
     words = [split_words(turn.text) for turn in turns]
@@ -217,7 +217,7 @@ def measure_turns(turns: Sequence[Turn]) -> dict[str, np.ndarray]:
     return found
 
 
-def read_talk(model: Any, tokenizer: ChatTokenizer, texts: Sequence[str]) -> list[Turn]:
+def measure_transcript(model: Any, tokenizer: ChatTokenizer, texts: Sequence[str]) -> list[Turn]:
     """Return a conversation with a model's measures of each turn, as if the model were to say it.
 
     This makes human conversations comparable with a model's own: the entropy is that of the reading model,

@@ -102,7 +102,7 @@ def attend_whole(
 
     # Blocks of plain products, in training on a CPU.
     groups = q.size(2) // k.size(2)
-    k, v = share_heads(k, groups), share_heads(v, groups)
+    k, v = repeat_heads(k, groups), repeat_heads(v, groups)
     if q.is_cpu and q.requires_grad and q.size(1) <= fast_cpu.LONGEST_BLOCKWISE:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         blocks: Tensor = fast_cpu.BlockAttention.apply(q, k, v, scale, window, document_ids)
@@ -144,7 +144,7 @@ def attention_weights(
 
     This is the formula behind `attend`, with the same arguments: attend(...) = attention_weights(...) @ v.
     """
-    k = share_heads(k, q.size(2) // k.size(2))
+    k = repeat_heads(k, q.size(2) // k.size(2))
     scores = torch.einsum("bthd,bshd->bhts", q.float(), k.float()) * scale
     mask = may_read(q.size(1), k.size(1), window, n_before, document_ids, device=q.device)
     return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
@@ -180,7 +180,7 @@ def may_read(
     return mask
 
 
-def share_heads(x: Tensor, groups: int) -> Tensor:
+def repeat_heads(x: Tensor, groups: int) -> Tensor:
     """Return x (B, S, K, D) with each head repeated `groups` times, once per query head that reads it."""
     return x if groups == 1 else x.repeat_interleave(groups, dim=2)
 

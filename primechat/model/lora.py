@@ -1,7 +1,7 @@
-"""LoRA: low-rank trained matrices beside the frozen ones; a model may have several, each with a dial.
+"""LoRA: low-rank trained matrices beside the frozen ones; a model may have several, each with a scale.
 
-To y = Wx an adapter adds dial * s * B(Ax). A (r, in) starts random and B (out, r) starts at zero, so a new
-adapter changes nothing; s = alpha / r, or alpha / sqrt(r) for rslora. The files are those of PEFT:
+To y = Wx an adapter adds scale * s * B(Ax), with s = alpha / r, or alpha / sqrt(r) for rslora. A (r, in)
+starts random and B (out, r) starts at zero, so a new adapter changes nothing. The files are those of PEFT:
 adapter_config.json and adapter_model.safetensors.
 Reference: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rslora); the package peft for the file format.
 """
@@ -57,21 +57,21 @@ class LoraSpec:
 
 
 class Adapter(nn.Module):
-    """The adapters of one linear map, each with matrices A (r, in) and B (out, r) and a dial."""
+    """The adapters of one linear map, each with matrices A (r, in) and B (out, r) and a scale."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
-        self.scales: dict[str, float] = {}
-        self.dials: dict[str, float] = {}
+        self.factors: dict[str, float] = {}  # s, fixed when the adapter is trained
+        self.scales: dict[str, float] = {}  # chosen by the user: 0 is off, 1 is as trained
         self.dropout = 0.0
 
     def active(self) -> list[tuple[Tensor, Tensor, float]]:
-        """Return A, B and the factor scale * dial of each adapter whose dial is not 0."""
+        """Return A, B and s * scale of each adapter whose scale is not 0."""
         return [
-            (self.a[n], self.b[n], self.scales[n] * self.dials[n])
-            for n in self.scales
-            if self.dials[n]
+            (self.a[n], self.b[n], self.factors[n] * self.scales[n])
+            for n in self.factors
+            if self.scales[n]
         ]
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def attach(
         b = nn.Parameter(torch.zeros(linear.out_features, spec.rank, **kind), requires_grad=train)
 
         linear.adapter.a[name], linear.adapter.b[name] = a, b
-        linear.adapter.scales[name], linear.adapter.dials[name] = spec.scale, 1.0
+        linear.adapter.factors[name], linear.adapter.scales[name] = spec.scale, 1.0
         linear.adapter.dropout = spec.dropout
         params += [a, b]
     model.forget_token_weights()
@@ -170,22 +170,22 @@ def detach(model: GPT, name: str) -> None:
 def drop_adapter(linear: Linear, name: str) -> None:
     """Remove an adapter from one linear map, if it is there."""
     adapter = linear.adapter
-    if adapter is not None and name in adapter.scales:
-        for part in (adapter.a, adapter.b, adapter.scales, adapter.dials):
+    if adapter is not None and name in adapter.factors:
+        for part in (adapter.a, adapter.b, adapter.factors, adapter.scales):
             del part[name]
-        linear.adapter = adapter if adapter.scales else None
+        linear.adapter = adapter if adapter.factors else None
 
 
 def list_adapters(model: GPT) -> dict[str, float]:
-    """Return the names of a model's adapters and their dials."""
+    """Return the names of a model's adapters and their scales."""
     found: dict[str, float] = {}
     for linear in list_targets(model).values():
-        found |= linear.adapter.dials if linear.adapter is not None else {}
+        found |= linear.adapter.scales if linear.adapter is not None else {}
     return found
 
 
-def turn_dial(model: GPT, name: str, dial: float) -> None:
-    """Set the dial of an adapter: 0 is exactly off, 1 is as trained, and up to 2 amplifies it.
+def set_adapter_scale(model: GPT, name: str, scale: float) -> None:
+    """Set the scale of an adapter: 0 is exactly off, 1 is as trained, and up to 2 amplifies it.
 
     Raises:
         ConfigError: the model has no adapter of this name.
@@ -196,14 +196,14 @@ def turn_dial(model: GPT, name: str, dial: float) -> None:
             f"adapter={name!r} must be one of this model's ({', '.join(there) or 'none'}); attach it."
         )
     for linear in list_targets(model).values():
-        if linear.adapter is not None and name in linear.adapter.dials:
-            linear.adapter.dials[name] = float(dial)
+        if linear.adapter is not None and name in linear.adapter.scales:
+            linear.adapter.scales[name] = float(scale)
     model.forget_token_weights()
 
 
 @torch.no_grad()
 def merge(model: GPT) -> dict[str, Tensor]:
-    """Add the active adapters to the weights, set their dials to 0, and return the former weights by path."""
+    """Add the active adapters to the weights, set their scales to 0, and return the old weights by path."""
     before: dict[str, Tensor] = {}
     for path, linear in list_targets(model).items():
         change = linear.adapter.change() if linear.adapter is not None else None
@@ -211,7 +211,7 @@ def merge(model: GPT) -> dict[str, Tensor]:
             before[path] = linear.weight.detach().clone()
             linear.weight.copy_(linear.weight.float() + change)
     for name in list_adapters(model):
-        turn_dial(model, name, 0.0)
+        set_adapter_scale(model, name, 0.0)
     return before
 
 
@@ -228,7 +228,7 @@ def read_state(model: GPT, name: str) -> dict[str, Tensor]:
     """Return an adapter's matrices under PEFT's keys."""
     state = {}
     for path, linear in list_targets(model).items():
-        if linear.adapter is not None and name in linear.adapter.scales:
+        if linear.adapter is not None and name in linear.adapter.factors:
             state[f"{PREFIX}{path}.lora_A.weight"] = linear.adapter.a[name].detach()
             state[f"{PREFIX}{path}.lora_B.weight"] = linear.adapter.b[name].detach()
     return state
@@ -268,9 +268,9 @@ def save_adapter(
 
 
 def open_adapter(
-    model: GPT, name: str, folder: Path, tokenizer_identity: str, dial: float = 1.0
+    model: GPT, name: str, folder: Path, tokenizer_identity: str, scale: float = 1.0
 ) -> None:
-    """Attach the adapter in a folder to a model and set its dial.
+    """Attach the adapter in a folder to a model and set its scale.
 
     Raises:
         CheckpointError: the folder holds no adapter, or one for another model or tokenizer.
@@ -291,7 +291,7 @@ def open_adapter(
             f"lora:{name} was trained with the tokenizer {identity[:12]}, this model has "
             f"{tokenizer_identity[:12]}; {name_remedy(name, folder)}."
         )
-    turn_dial(model, name, dial)
+    set_adapter_scale(model, name, scale)
 
 
 def read_base(folder: Path | str) -> str:

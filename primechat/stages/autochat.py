@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from primechat.checkpoint import registry
-from primechat.checkpoint.run_dir import RunLock, read_frozen
+from primechat.checkpoint.run_dir import RunDirLock, read_frozen
 from primechat.config import EvalConfig, FinetuneConfig, encode_config, find_difference
 from primechat.config.autochat import AutochatConfig
 from primechat.errors import ConfigError, DataError
@@ -54,10 +54,10 @@ def autochat(
     for generation in range(config.generations + 1):
         tag = f"{config.tag}-g{generation}" if config.generations else config.tag
         part = replace(config, tag=tag, model=model, generations=0)
-        results.append(run_talks(part, on_event, stop, generation))
+        results.append(run_conversations(part, on_event, stop, generation))
         if results[-1].stopped or generation == config.generations:
             break
-        model = learn_talks(config, results[-1], model, generation + 1, on_event, stop)
+        model = learn_conversations(config, results[-1], model, generation + 1, on_event, stop)
         if stop is not None and stop.is_set():
             break
 
@@ -73,7 +73,7 @@ def autochat(
     )
 
 
-def learn_talks(
+def learn_conversations(
     config: AutochatConfig,
     said: AutochatResult,
     model: str,
@@ -83,7 +83,7 @@ def learn_talks(
 ) -> str:
     """Finetune a model on its own and a share of human conversations; return the new model's identifier."""
     # Its own conversations, and as many human ones as the share asks for.
-    talks = read_talks(said.path)
+    talks = read_transcripts(said.path)
     own = [build_messages(turns) for turns in talks]
     n_human = round(len(own) * config.human_share / (1 - config.human_share))
     human = [talk["messages"] for talk in islice(read_conversations("chitchat", "train"), n_human)]
@@ -128,7 +128,7 @@ def learn_talks(
     return result.identifier
 
 
-def run_talks(
+def run_conversations(
     config: AutochatConfig,
     on_event: OnEvent | None,
     stop: threading.Event | None,
@@ -138,24 +138,24 @@ def run_talks(
 
     Turns written by an earlier version are kept; the rest is drawn from this version's random streams.
     """
-    t_start, tell = time.perf_counter(), on_event or (lambda event: None)
+    t_start, emit = time.perf_counter(), on_event or (lambda event: None)
     folder = registry.base_dir() / "autochat" / config.tag
-    with RunLock(folder):
+    with RunDirLock(folder):
         # Opening turns, speakers, and the turns already written.
-        openings = read_openings(config.openings, config.n_talks)
+        openings = read_openings(config.openings, config.n_conversations)
         speakers = [
             Speaker(config, name or config.model) for name in (config.model, config.partner)
         ]
         if speakers[0].identifier == speakers[1].identifier:
             speakers[1] = speakers[0]
-        lines = open_folder(config, folder)
-        tell(PhaseEvent(name="autochat", total=config.n_talks * config.turns, unit="turns"))
+        lines = resume_turns(config, folder)
+        emit(PhaseEvent(name="autochat", total=config.n_conversations * config.turns, unit="turns"))
 
         # Batch by batch, turn by turn.
         new_tokens, busy_s = 0, 0.0
         with (folder / "talks.jsonl").open("ab") as file:
-            for start in range(0, config.n_talks, config.batch_rows):
-                rows = range(start, min(start + config.batch_rows, config.n_talks))
+            for start in range(0, config.n_conversations, config.batch_rows):
+                rows = range(start, min(start + config.batch_rows, config.n_conversations))
                 talks = {i: lines[i] for i in rows}
                 for turn in range(min(map(len, talks.values())), config.turns):
                     if stop is not None and stop.is_set():
@@ -171,15 +171,15 @@ def run_talks(
                         )
                     file.flush()
                     os.fsync(file.fileno())
-                    tell(ProgressEvent(done=sum(map(len, lines))))
+                    emit(ProgressEvent(done=sum(map(len, lines))))
 
     done = sum(map(len, lines))
     return AutochatResult(
         tag=config.tag,
         path=str(folder.relative_to(registry.base_dir())),
-        n_talks=config.n_talks,
+        n_conversations=config.n_conversations,
         turns=config.turns,
-        stopped=done < config.n_talks * config.turns,
+        stopped=done < config.n_conversations * config.turns,
         tokens=new_tokens,
         tokens_per_s=new_tokens / max(busy_s, 1e-9),
         total_s=time.perf_counter() - t_start,
@@ -194,7 +194,7 @@ class Speaker:
         model, tokenizer, meta = registry.open_model(
             identifier, device=device, dtype=config.runtime.dtype
         )
-        settle_threads(model, min(config.batch_rows, config.n_talks))
+        settle_threads(model, min(config.batch_rows, config.n_conversations))
         self.engine, self.identifier = (
             Engine(model, tokenizer),
             str(meta.get("identifier", identifier)),
@@ -289,9 +289,9 @@ def read_openings(openings: str, count: int) -> list[str]:
     return lines
 
 
-def open_folder(config: AutochatConfig, folder: Path) -> list[list[Turn]]:
+def resume_turns(config: AutochatConfig, folder: Path) -> list[list[Turn]]:
     """Return the turns already written, only those complete in a whole batch, after checking the config."""
-    path, talks = folder / "config.json", [list[Turn]() for _ in range(config.n_talks)]
+    path, talks = folder / "config.json", [list[Turn]() for _ in range(config.n_conversations)]
     given = replace(config, resume=True)
     if path.is_file():
         if not config.resume:
@@ -305,8 +305,8 @@ def open_folder(config: AutochatConfig, folder: Path) -> list[list[Turn]]:
             )
 
         # A turn that part of its batch lacks is drawn again.
-        talks = read_talks(folder, config.n_talks)
-        for start in range(0, config.n_talks, config.batch_rows):
+        talks = read_transcripts(folder, config.n_conversations)
+        for start in range(0, config.n_conversations, config.batch_rows):
             group = talks[start : start + config.batch_rows]
             whole = min(map(len, group))
             for turns in group:
@@ -323,7 +323,7 @@ def open_folder(config: AutochatConfig, folder: Path) -> list[list[Turn]]:
     return talks
 
 
-def read_talks(path: str | Path, n_talks: int = 0) -> list[list[Turn]]:
+def read_transcripts(path: str | Path, n_conversations: int = 0) -> list[list[Turn]]:
     """Return the turns of each conversation in a folder, given absolute or relative to the base directory.
 
     Raises:
@@ -345,7 +345,7 @@ def read_talks(path: str | Path, n_talks: int = 0) -> list[list[Turn]]:
                 turns.append(Turn(**row))
         except (ValueError, LookupError, TypeError):
             continue  # cut off by a kill
-    return [talks.get(i, []) for i in range(max(n_talks, max(talks, default=-1) + 1))]
+    return [talks.get(i, []) for i in range(max(n_conversations, max(talks, default=-1) + 1))]
 
 
 def build_messages(turns: Sequence[Turn]) -> list[dict[str, str]]:

@@ -38,12 +38,12 @@ from primechat.stages.pretrain import (
     TEXT_PROMPTS,
     cache_corpus,
     identify_text,
-    open_cache,
+    make_windows,
     pack_rows,
 )
 from primechat.stages.reading import check_resumed_text, describe_text
 from primechat.stages.trainer import TrainingRun, pick_device, write_continuation
-from primechat.text.batches import share_rows
+from primechat.text.batches import split_rows
 from primechat.text.tokenizer import Tokenizer
 from primechat.train.autotune import list_devices
 from primechat.train.distill import DistillLoss, Mix, TeacherCache, make_projector, mark_own
@@ -110,7 +110,7 @@ def distill(
         made=made,
         cache=open_teacher_cache(config, teacher, meta["identifier"], shape.sequence_len),
     )
-    return TrainingRun(config, job, on_event, stop).work()
+    return TrainingRun(config, job, on_event, stop).run()
 
 
 def mix_own_words(
@@ -124,7 +124,7 @@ def mix_own_words(
         inner = plain.open_batches(rows, rank, world_size, cursor)
         if not config.on_policy:
             return inner
-        first, _ = share_rows(rows, rank, world_size)
+        first, _ = split_rows(rows, rank, world_size)
         student, share = made["student"], config.on_policy
         return OwnBatches(inner, student, tokenizer, share, config.seed, first_row=first)
 
@@ -178,7 +178,7 @@ def make_text_job(
         start_state=None,
         tokenizer=tokenizer,
         open_batches=pack_rows(train, T, config.seed),
-        open_windows=open_cache(val, T),
+        open_windows=make_windows(val, T),
         val_tokens=val.tokens,
         default_steps=max(1, round(train.tokens / config.batch_tokens)),
         prompts=CHAT_PROMPTS if config.corpus == "chitchat" else TEXT_PROMPTS,

@@ -33,7 +33,7 @@ def evaluate(
         PrimechatError: the model or the text cannot be used.
     """
     # Model.
-    t_start, tell = time.perf_counter(), on_event or (lambda event: None)
+    t_start, emit = time.perf_counter(), on_event or (lambda event: None)
     device = list_devices(config.runtime.device)[0]
     dtype = config.runtime.dtype
     model, tokenizer, _ = registry.open_model(
@@ -54,7 +54,7 @@ def evaluate(
         cache, window, stride, rows=config.batch_rows, max_tokens=config.max_tokens
     )
     total = config.max_tokens or cache.tokens
-    tell(PhaseEvent(name="validation: text it did not learn", total=total, unit="tokens"))
+    emit(PhaseEvent(name="validation: text it did not learn", total=total, unit="tokens"))
 
     # Overlap with a training text, then the score.
     overlap = find_overlap(config, on_event) if config.contamination else None
@@ -66,7 +66,7 @@ def evaluate(
             batches,
             tokenizer.byte_lengths(),
             device=device,
-            on_batch=lambda n: tell(ProgressEvent(done=n)),
+            on_batch=lambda n: emit(ProgressEvent(done=n)),
             stop=stop,
         )
     finally:

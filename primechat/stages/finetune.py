@@ -23,7 +23,7 @@ from primechat.events import NoteEvent, OnEvent, TrainResult
 from primechat.infer.engine import Engine
 from primechat.protocols import Conversation
 from primechat.stages.job import Windows
-from primechat.stages.pretrain import cache_text, open_cache, pack_rows
+from primechat.stages.pretrain import cache_text, make_windows, pack_rows
 from primechat.stages.trainer import SAMPLE_TOKENS, Job, TrainingRun, pick_device
 from primechat.text.batches import PackedBatches, PaddedBatches, TokenCache, build_cache
 from primechat.text.corpora import is_local
@@ -58,7 +58,7 @@ def finetune(
     folder, name = registry.locate_model(parse_plain(base))
     tokenizer, loaded = registry.load_tokenizer(base), load_checkpoint(folder, name.step)
     job = make_job(config, loaded, tokenizer, f"{base}@{loaded.step}", on_event)
-    return TrainingRun(config, job, on_event, stop).work()
+    return TrainingRun(config, job, on_event, stop).run()
 
 
 def make_job(
@@ -85,14 +85,14 @@ def make_job(
         start_state=lambda: loaded.model_state,
         tokenizer=tokenizer,
         open_batches=pack_rows(train, T, config.seed, kind),
-        open_windows=open_cache(val, T),
+        open_windows=make_windows(val, T),
         val_tokens=val.tokens,
         default_steps=max(1, round(train.tokens / config.batch_tokens)),
         prompts=PROMPTS,
         write_sample=write_reply,
         meta={
             "base": base,
-            "dialogues": identify_mixture(config.dialogues, "train", read_options(config)),
+            "dialogues": identify_mixture(config.dialogues, "train", dialogue_options(config)),
         },
         open_general=open_general(config.general, loaded, tokenizer, on_event),
         bos_id=tokenizer.bos_id if config.layout == "masked" else -1,
@@ -116,7 +116,7 @@ def open_general(
         if on_event:
             on_event(NoteEvent(text=f"Forgetting is not measured: {error}"))
         return None
-    return open_cache(cache, loaded.config.sequence_len)
+    return make_windows(cache, loaded.config.sequence_len)
 
 
 def write_reply(engine: Engine, prompt: str, seed: int) -> str:
@@ -127,7 +127,7 @@ def write_reply(engine: Engine, prompt: str, seed: int) -> str:
     ).read()
 
 
-def read_options(config: FinetuneConfig, split: str = "train") -> DialogueOptions:
+def dialogue_options(config: FinetuneConfig, split: str = "train") -> DialogueOptions:
     """Return a config's options for reading a split; for training, both sides act as the assistant."""
     return DialogueOptions(
         language=config.language,
@@ -149,7 +149,7 @@ def cache_dialogues(
     config: FinetuneConfig, split: str, tokenizer: Tokenizer, on_event: OnEvent | None = None
 ) -> TokenCache:
     """Return the memory-mapped token cache of a split's conversations, with their loss masks."""
-    options = read_options(config, split)
+    options = dialogue_options(config, split)
     for part in parse_mixture(config.dialogues):
         prepare_set(part.name, options, on_event)
 

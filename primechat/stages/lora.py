@@ -60,7 +60,7 @@ def train_lora(
     job = LoraJob(
         **{**vars(plain), "family": "lora"}, spec=spec, tag=config.tag, base=base, seed=config.seed
     )
-    return TrainingRun(config, job, on_event, stop).work()
+    return TrainingRun(config, job, on_event, stop).run()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class LoraJob(Job):
         parts = {f"model_{step:06d}.pt": state, f"optim_{step:06d}_rank0.pt": optim_state}
         facts = {"base": self.base, "rank": self.spec.rank, "n_params": self.count_params(model)}
         identity = self.tokenizer.identity
-        with checkpoint.tell_refusal(folder, step):
+        with checkpoint.explain_unreadable(folder, step):
             lora.save_adapter(
                 model, self.tag, self.spec, folder, self.base, tokenizer_identity=identity
             )

@@ -83,7 +83,7 @@ def pretrain(
         open_batches=pack_rows(train, T, config.seed, layout)
         if train
         else read_shards(feed, tokenizer, config, on_event),
-        open_windows=open_cache(val, T),
+        open_windows=make_windows(val, T),
         val_tokens=val.tokens,
         most_eval_tokens=0 if local else SHARD_EVAL_TOKENS,
         default_steps=config.default_steps,
@@ -94,7 +94,7 @@ def pretrain(
         init=config.init,
     )
     try:
-        return TrainingRun(config, job, on_event, stop).work()
+        return TrainingRun(config, job, on_event, stop).run()
     finally:
         if feed is not None:
             feed.close()
@@ -151,7 +151,7 @@ def pack_rows(
     return open_batches
 
 
-def open_cache(cache: TokenCache, sequence_len: int) -> Windows:
+def make_windows(cache: TokenCache, sequence_len: int) -> Windows:
     """Return a function that opens the validation windows of a cache, as `Job.open_windows`."""
 
     def open_windows(tokens: int, rank: int, world_size: int) -> Iterable[tuple[Tensor, Tensor]]:

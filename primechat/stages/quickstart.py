@@ -56,7 +56,7 @@ def quickstart(
         ConfigError: the tag is taken, or there is nothing to resume.
     """
     t_start = time.perf_counter()
-    tag = choose_tag(config)
+    tag = choose_run_tag(config)
     stop = stop or threading.Event()
     seconds = FAST_SECONDS if config.fast else config.seconds
     folder = registry.run_dir("base", tag)
@@ -151,7 +151,7 @@ def speedrun(
     )
 
 
-def choose_tag(config: QuickstartConfig) -> str:
+def choose_run_tag(config: QuickstartConfig) -> str:
     """Return the config's tag, or the next free quickstart-N, or the latest one to resume.
 
     Raises:

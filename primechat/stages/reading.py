@@ -61,11 +61,11 @@ def check_resumed_text(
         raise DataError(f"{error} {advice}") from None
 
     # The same text, though perhaps in another place.
-    tell = on_event or (lambda event: None)
+    emit = on_event or (lambda event: None)
     if is_known_text(meta, describe_text(config.corpus, stamp), tokenizer, open_train):
         if moved:
             said = f"The text of {identifier} is read from {config.corpus} now; it is the same."
-            tell(NoteEvent(text=said))
+            emit(NoteEvent(text=said))
         return False
 
     # A different text.
@@ -78,7 +78,7 @@ def check_resumed_text(
             f"{changed}; restore it, name the place of the same text (--corpus PATH), or go on with this "
             "one: --allow_changed_corpus."
         )
-    tell(NoteEvent(text=f"{changed[0].upper()}{changed[1:]}: it is read from its beginning."))
+    emit(NoteEvent(text=f"{changed[0].upper()}{changed[1:]}: it is read from its beginning."))
     return True
 
 

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from primechat.checkpoint import registry
-from primechat.checkpoint.run_dir import RunLock
+from primechat.checkpoint.run_dir import RunDirLock
 from primechat.config import TokenizerConfig
 from primechat.errors import DataError, StoppedError
 from primechat.events import NoteEvent, OnEvent, PhaseEvent, ProgressEvent, TokenizerResult
@@ -38,7 +38,7 @@ def train_tokenizer(
         StoppedError: training was stopped while the text was read.
     """
     t_start = time.perf_counter()
-    tell = on_event or (lambda event: None)
+    emit = on_event or (lambda event: None)
     folder = (
         registry.run_dir("base", config.tag) if config.tag else registry.base_dir()
     ) / "tokenizer"
@@ -61,12 +61,12 @@ def train_tokenizer(
             piece = text[: min(config.max_doc_chars, config.max_chars - chars)]
             chars += len(piece)
             if n % 500 == 0:
-                tell(ProgressEvent(done=chars))
+                emit(ProgressEvent(done=chars))
             yield piece
             if chars >= config.max_chars:
                 return
 
-    tell(PhaseEvent(name="tokenizer: which pieces the words are made of", unit="characters"))
+    emit(PhaseEvent(name="tokenizer: which pieces the words are made of", unit="characters"))
     tokenizer = Tokenizer.train(read_texts(), config.vocab_size)
 
     save_tokenizer(tokenizer, folder)
@@ -75,7 +75,7 @@ def train_tokenizer(
     held_out = list(islice(read("val"), SAMPLE_DOCUMENTS))
     bytes_per_token = measure_bytes_per_token(tokenizer, held_out)
     found = f"{tokenizer.vocab_size:,} tokens, {bytes_per_token:.2f} bytes a token on text it has not seen."
-    tell(NoteEvent(text=found))
+    emit(NoteEvent(text=found))
     return TokenizerResult(
         path=str(folder.relative_to(registry.base_dir())),
         identity=tokenizer.identity,
@@ -94,7 +94,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """
     try:
         # Of two runs started at once, the second finds the tokenizer of the first.
-        with RunLock(folder):
+        with RunDirLock(folder):
             tokenizer.save(folder)
     except DataError as error:
         raise DataError(f"{error} Or give this one a --tag of its own.") from error

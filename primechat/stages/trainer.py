@@ -31,7 +31,7 @@ from primechat.checkpoint.checkpoint import (
     prune_checkpoints,
     save_snapshot,
 )
-from primechat.checkpoint.run_dir import MetricsLog, RunLock, read_metrics, take_frozen
+from primechat.checkpoint.run_dir import MetricsFile, RunDirLock, read_metrics, take_frozen
 from primechat.config import EvalConfig, FinetuneConfig, PretrainConfig, encode_config
 from primechat.config.history import rename_fields
 from primechat.errors import ConfigError, DataError
@@ -65,9 +65,9 @@ from primechat.train.parallel import (
     Ranks,
     SpreadLoss,
     any_rank,
+    broadcast_object,
     gather_objects,
     join_ranks,
-    share_object,
 )
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def read_open_time(folder: Path) -> float:
 
 
 class TrainingRun:
-    """A training run, from its directory to its result; `work` runs it."""
+    """A training run, from its directory to its result; `run` runs it."""
 
     def __init__(
         self,
@@ -178,24 +178,24 @@ class TrainingRun:
                 f"the machines find different steps in {self.folder}; set NANOCHAT_BASE_DIR to a disk that "
                 "all of them share."
             )
-        self.log: MetricsLog | None = None
+        self.log: MetricsFile | None = None
         self.saved_step, self.t_saved, self.save_s = -1, time.monotonic(), 0.0
         self.trained_s, self.tokens, self.tokens_per_s = 0.0, 0, 0.0
         # The latest validation: its sums, its seconds including samples, and its seconds of scoring alone.
         self.last_bits, self.eval_s, self.score_s = Bits(), 0.0, 0.0
         self.n_evals = MOST_EVALS
 
-    def tell(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
         """Emit an event, and log it if it belongs to the run's history."""
         if not self.ranks.is_main:
             return
         if self.log and event.kind in ("step", "loss", "sample", "checkpoint", "done"):
             if not self.log.append(asdict(event)) and self.log.lost == 1:
                 reason = f"{self.log.path} cannot be written ({self.log.refusal})"
-                self.show(NoteEvent(text=f"{reason}; training goes on, its history has gaps."))
-        self.show(event)
+                self.notify(NoteEvent(text=f"{reason}; training goes on, its history has gaps."))
+        self.notify(event)
 
-    def show(self, event: Event) -> None:
+    def notify(self, event: Event) -> None:
         """Pass an event to the listener; an output stream that fails must not end the training."""
         try:
             if self.on_event:
@@ -204,11 +204,11 @@ class TrainingRun:
             self.on_event = None
             logger.warning("the training goes on unwatched: %s", error)
 
-    def work(self) -> TrainResult:
+    def run(self) -> TrainResult:
         """Run the training while holding the lock of its directory."""
         threads = torch.get_num_threads()
         try:
-            with RunLock(self.folder) if self.ranks.is_main else nullcontext():
+            with RunDirLock(self.folder) if self.ranks.is_main else nullcontext():
                 return self.train()
         finally:
             torch.set_num_threads(threads)
@@ -216,7 +216,7 @@ class TrainingRun:
     def train(self) -> TrainResult:
         """Set up, train, and return the result."""
         # Settings: those of the run to resume, or measured and frozen.
-        loaded = self.take_up() if self.config.resume else None
+        loaded = self.adopt_settings() if self.config.resume else None
         model = self.model = GPT(self.job.model)
         model.checkpoint_blocks = self.config.runtime.checkpoint_blocks
         self.job.prepare(model)
@@ -233,7 +233,7 @@ class TrainingRun:
         self.batches = self.open_batches(cursor)
         self.engine = Engine(model, self.job.tokenizer)
         name = f"training {self.job.identify(self.config.tag)}"
-        self.tell(PhaseEvent(name=name, total=self.config.steps, unit="steps"))
+        self.emit(PhaseEvent(name=name, total=self.config.steps, unit="steps"))
         step = fit(
             self.optimizer,
             self.batches,
@@ -251,10 +251,10 @@ class TrainingRun:
         )
 
         stopped = step < self.config.steps
-        self.tell(DoneEvent(step=step, elapsed_s=self.trained_s, stopped=stopped))
+        self.emit(DoneEvent(step=step, elapsed_s=self.trained_s, stopped=stopped))
         return self.describe_result(step, stopped, loaded)
 
-    def take_up(self) -> Loaded | None:
+    def adopt_settings(self) -> Loaded | None:
         """Adopt the frozen settings of the run and return its latest checkpoint, or None if it has none."""
         self.config = take_frozen(self.config, self.folder)
         if not find_steps(self.folder):
@@ -263,7 +263,7 @@ class TrainingRun:
 
         loaded = self.job.load_step(self.folder)
         for reason in loaded.skipped:
-            self.tell(NoteEvent(text=f"Skipped {reason}"))
+            self.emit(NoteEvent(text=f"Skipped {reason}"))
 
         # The number of steps comes from the checkpoint: config.json may be older or newer.
         if "open_s" in loaded.meta:
@@ -315,27 +315,27 @@ class TrainingRun:
         torch.set_rng_state(loaded.optim_state["rng"])
         self.trained_s, self.tokens = float(loaded.meta["train_s"]), int(loaded.meta["tokens"])
         self.t_start -= float(loaded.meta.get("spent_s", 0))
-        self.tell(NoteEvent(text=f"Going on from step {loaded.step} of {self.config.steps}."))
+        self.emit(NoteEvent(text=f"Going on from step {loaded.step} of {self.config.steps}."))
         return loaded.step, None if self.job.fresh_text else loaded.meta["cursors"][0]
 
     def open_log(self, start_step: int, loaded: Loaded | None) -> None:
         """Open the run's history and drop the events after the step to resume from."""
         self.saved_step = start_step  # step 0 needs no checkpoint: its weights can be drawn again
         if self.ranks.is_main:
-            self.log = MetricsLog(self.folder)
+            self.log = MetricsFile(self.folder)
             self.log.drop_after(start_step if loaded is not None else -1)
 
     def note_step(self, event: StepEvent) -> None:
         """Record a finished step, and stop the run once its budget is spent."""
         self.trained_s, self.tokens_per_s = event.elapsed_s, event.tokens_per_s
         self.tokens += event.tokens
-        self.tell(replace(event, left_s=self.estimate_left(event)))
+        self.emit(replace(event, left_s=self.estimate_left(event)))
         spent_s = time.perf_counter() - self.t_start
         if spent_s > self.config.runtime.budget_s and not self.stop.is_set():
             self.stop.set()
             rest = "resume with a higher --max-hours or --max-dollars to go on"
             said = f"The budget is spent ({spent_s / 3600:.2f} h): saving; {rest}."
-            self.tell(NoteEvent(text=said))
+            self.emit(NoteEvent(text=said))
 
     def describe_result(self, step: int, stopped: bool, loaded: Loaded | None) -> TrainResult:
         """Return the result of the run."""
@@ -373,12 +373,12 @@ class TrainingRun:
             steps=steps,
             known=recall_compiling(),
             make=self.job.make_loss,
-            on_phase=lambda name, seconds: self.tell(
+            on_phase=lambda name, seconds: self.emit(
                 PhaseEvent(name=name, total=seconds, unit="s")
             ),
         )
         for note in tuning.notes:
-            self.tell(NoteEvent(text=note))
+            self.emit(NoteEvent(text=note))
         if self.ranks.is_main and tuning.learned:
             remember_compiling(tuning.learned)
         return tuning
@@ -390,8 +390,8 @@ class TrainingRun:
         if not steps and config.seconds:
             self.open_s = config.seconds - tuning.compile_s
             steps = max(1, int(self.open_s / tuning.step_s))
-        steps = share_object(steps or self.job.default_steps)
-        train_s = share_object(self.open_s or steps * tuning.step_s)
+        steps = broadcast_object(steps or self.job.default_steps)
+        train_s = broadcast_object(self.open_s or steps * tuning.step_s)
         config = replace(config, eval=self.choose_evals(config, steps, train_s))
         return self.plan_steps(config, steps)
 
@@ -400,13 +400,13 @@ class TrainingRun:
         if CHOSEN not in (config.eval.tokens, config.eval.last_tokens):
             return config.eval
         whole = self.whole_tokens
-        cost = share_object(self.time_validation(config.runtime.device))
+        cost = broadcast_object(self.time_validation(config.runtime.device))
         evaluation, self.n_evals = plan_evals(
             config.eval, steps=steps, train_s=train_s, cost=cost, whole=whole
         )
         during, last = (evaluation.tokens or whole, evaluation.last_tokens or whole)
         said = f"Validation: about {min(during, whole):,} tokens each time, {min(last, whole):,} at the end"
-        self.tell(NoteEvent(text=f"{said}, of {whole:,}: as many as the run's time allows."))
+        self.emit(NoteEvent(text=f"{said}, of {whole:,}: as many as the run's time allows."))
         return evaluation
 
     @property
@@ -461,7 +461,7 @@ class TrainingRun:
         # The speed of all steps but the first gives the steps that fit into the rest of the time.
         counted = self.timed_steps - 1
         step_s = (elapsed_s - self.first_s) / counted if counted else elapsed_s / step
-        steps = share_object(step + max(1, round((self.open_s - elapsed_s) / step_s)))
+        steps = broadcast_object(step + max(1, round((self.open_s - elapsed_s) / step_s)))
         self.open_s, self.config = 0.0, self.plan_steps(self.config, steps)
         self.just_settled = True
 
@@ -485,7 +485,7 @@ class TrainingRun:
             for i, prompt in enumerate(self.job.prompts):
                 seed = derive_seed(self.config.seed, "sample", step, i)
                 text = self.job.write_sample(self.engine, prompt, seed)
-                self.tell(SampleEvent(step=step, prompt=prompt, text=text))
+                self.emit(SampleEvent(step=step, prompt=prompt, text=text))
         if validates:
             self.eval_s = time.perf_counter() - t_start
 
@@ -522,10 +522,10 @@ class TrainingRun:
             paired_loss_nats=paired.loss_nats if paired else None,
             **more,
         )
-        self.tell(event)
+        self.emit(event)
         if cut_short:
             said = describe_bpb(bits.bpb, bits.tokens)
-            self.tell(NoteEvent(text=f"The last check was stopped: {said} of about {whole:,}."))
+            self.emit(NoteEvent(text=f"The last check was stopped: {said} of about {whole:,}."))
 
     def measure_more(self, tokens: int) -> dict[str, Any]:
         """Return further measurements of a validation: the loss on a general text, and those of the stage.
@@ -548,7 +548,7 @@ class TrainingRun:
             them are missing.
         """
         total = tokens or self.whole_tokens
-        self.tell(PhaseEvent(name=name, total=total, unit="tokens"))
+        self.emit(PhaseEvent(name=name, total=total, unit="tokens"))
         windows = iter(opened(tokens, self.ranks.rank, self.ranks.world_size))
         batches: list[np.ndarray] = []
         done = 0
@@ -561,7 +561,7 @@ class TrainingRun:
         ):
             batches.append(scored)
             done += len(scored) * self.job.model.sequence_len * self.ranks.world_size
-            self.tell(ProgressEvent(done=min(done, total)))
+            self.emit(ProgressEvent(done=min(done, total)))
         cut_short = self.stop.is_set() and next(windows, None) is not None
 
         # Batch i belongs to rank i modulo the number of ranks; in this order the sums do not depend on it.
@@ -593,7 +593,7 @@ class TrainingRun:
             save_snapshot(
                 self.folder, step, self.model.state_dict(), self.job.model, self.describe(step)
             )
-            self.tell(
+            self.emit(
                 CheckpointEvent(step=step, path=f"snapshots/model_{step:06d}.pt", snapshot=True)
             )
 
@@ -620,7 +620,7 @@ class TrainingRun:
             meta = {**self.describe(step), "cursors": cursors[:1]}
             self.job.save_step(self.folder, step, self.model, state, meta)
             prune_checkpoints(self.folder, evaluation.keep_checkpoints)
-            self.tell(CheckpointEvent(step=step, path=f"model_{step:06d}.pt"))
+            self.emit(CheckpointEvent(step=step, path=f"model_{step:06d}.pt"))
             if self.just_settled:
                 # Only now: a resume from an earlier step must not use the new number of steps.
                 self.write_config()

@@ -69,7 +69,7 @@ class PackedBatches(Iterator[Batch]):
             ConfigError: There are fewer rows than ranks.
             DataError: The cursor is outside this cache.
         """
-        self.first, self.share = share_rows(rows, rank, world_size)
+        self.first, self.rank_rows = split_rows(rows, rank, world_size)
         self.cache, self.sequence_len, self.rows, self.seed = cache, sequence_len, rows, seed
         position = dict(cursor or {"epoch": 0, "position": 0})
         if set(position) != {"epoch", "position"} or not 0 <= position["position"] < cache.tokens:
@@ -93,7 +93,7 @@ class PackedBatches(Iterator[Batch]):
         # This rank's rows, counted from the start of epoch 0.
         first = (self._epoch * tokens + self._position) // T + self.first
         parts = []
-        for row in range(first, first + self.share):
+        for row in range(first, first + self.rank_rows):
             epoch, position = divmod(self._pick(row) * T, tokens)
             parts.append(self._take(epoch, position, T + 1))
 
@@ -170,7 +170,7 @@ class BestFitBatches(PackedBatches):
         """Return ids and targets, int64 (R, T)."""
         epoch, position = self._carry(self._epoch, self._position + self.first)
         parts = []
-        for _ in range(self.share):
+        for _ in range(self.rank_rows):
             pieces = self._list_rows(epoch)[position]
             parts.append(np.concatenate([self.cache.ids[a : a + n] for a, n in pieces]))
             epoch, position = self._carry(epoch, position + 1)
@@ -231,7 +231,7 @@ class PaddedBatches(PackedBatches):
         # This rank's rows, in the shuffled order of their epoch.
         total, first = len(self.starts), self._position + self.first
         picked = []
-        for place in range(first, first + self.share):
+        for place in range(first, first + self.rank_rows):
             epoch, at = self._epoch + place // total, place % total
             if epoch not in self._orders:
                 self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(total)
@@ -256,10 +256,10 @@ class PaddedBatches(PackedBatches):
         return torch.from_numpy(ids.copy()), torch.from_numpy(targets.copy())
 
 
-def share_rows(rows: int, rank: int, world_size: int) -> tuple[int, int]:
+def split_rows(rows: int, rank: int, world_size: int) -> tuple[int, int]:
     """Return the first row of a rank and its number of rows; ranks differ by at most one row.
 
-    >>> [share_rows(8, rank, 3) for rank in range(3)]
+    >>> [split_rows(8, rank, 3) for rank in range(3)]
     [(0, 2), (2, 3), (5, 3)]
     """
     if rows < world_size:
@@ -382,7 +382,7 @@ class ShardBatches(Iterator[Batch]):
             ConfigError: There are fewer rows than ranks.
             DataError: The cursor is outside these shards, or the first shard cannot be read.
         """
-        self.first, self.share = share_rows(rows, rank, world_size)
+        self.first, self.rank_rows = split_rows(rows, rank, world_size)
         self.sequence_len, self.rows = sequence_len, rows
         self.best_fit = best_fit
         # A row of the stream shares its last token with the next one; packed rows share none.
@@ -394,8 +394,8 @@ class ShardBatches(Iterator[Batch]):
             )
         feed.begin(start["shard"])
         self._feed, self._stop = feed, threading.Event()
-        tell = on_event or (lambda event: None)
-        groups = read_groups(feed, tokenizer, threads, start, self._stop, skip_bad, tell)
+        emit = on_event or (lambda event: None)
+        groups = read_groups(feed, tokenizer, threads, start, self._stop, skip_bad, emit)
         self._source = pack_groups(groups, self.stride) if best_fit else groups
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(
             1, thread_name_prefix="primechat-shards"
@@ -438,7 +438,7 @@ class ShardBatches(Iterator[Batch]):
 
         # This rank's tokens, which may span row groups.
         parts, skip = [], self._used + self.first * stride
-        need = self.share * stride + (not self.best_fit)
+        need = self.rank_rows * stride + (not self.best_fit)
         for group in self._groups:
             parts.append(group.ids[skip : skip + need])
             skip, need = max(0, skip - len(group.ids)), need - len(parts[-1])
@@ -451,7 +451,7 @@ class ShardBatches(Iterator[Batch]):
         while self._used >= len(self._groups[0].ids):
             self._used -= len(self._groups.popleft().ids)
 
-        shape = (self.share, stride)
+        shape = (self.rank_rows, stride)
         if self.best_fit:
             whole = torch.from_numpy(tokens.reshape(shape))
             return whole[:, :-1].contiguous(), whole[:, 1:].contiguous()

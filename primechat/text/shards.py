@@ -121,7 +121,7 @@ class ShardFeed:
             on_event: Called with a note when a shard has to be waited for.
         """
         self.names, self.folder, self.repo, self.keep = list(names), folder, repo, keep
-        self.tell, self.reason = on_event or (lambda event: None), ""
+        self.emit, self.reason = on_event or (lambda event: None), ""
         self.position, self.closed = 0, threading.Event()
         self.thread: threading.Thread | None = None
 
@@ -161,7 +161,7 @@ class ShardFeed:
                     "resume."
                 )
             if waited_s > 5 and not told:
-                self.tell(NoteEvent(text=f"Waiting for {path.name}. {self.reason}".strip()))
+                self.emit(NoteEvent(text=f"Waiting for {path.name}. {self.reason}".strip()))
                 told = True
             self.closed.wait(POLL_S)
         return path

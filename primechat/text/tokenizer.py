@@ -66,7 +66,7 @@ class Tokenizer:
         Raises:
             DataError: The vocabulary breaks one of these rules, or the pattern does not compile.
         """
-        if fault := find_fault(pattern, ranks, specials):
+        if fault := find_broken_rule(pattern, ranks, specials):
             raise DataError(f"{source or 'This'} is no tokenizer: {fault}; use nanochat's or ours.")
         self.pattern = pattern
         self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
@@ -310,7 +310,7 @@ class Tokenizer:
         return f"Tokenizer(vocab_size={self.vocab_size}, identity={self.identity[:12]!r})"
 
 
-def find_fault(pattern: object, ranks: object, specials: object) -> str:
+def find_broken_rule(pattern: object, ranks: object, specials: object) -> str:
     """Return the rule of `Tokenizer` that a vocabulary breaks, or an empty string."""
     if type(pattern) is not str:
         return f"the split pattern must be text, not {type(pattern).__name__}"

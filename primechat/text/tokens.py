@@ -211,7 +211,7 @@ def read_groups(
     start: dict[str, int],
     stop: threading.Event,
     skip_bad: bool,
-    tell: OnEvent,
+    emit: OnEvent,
 ) -> Iterator[Group]:
     """Yield the row groups of all shards in order, epoch after epoch, waiting for shards where needed.
 
@@ -239,7 +239,7 @@ def read_groups(
             except DataError as error:
                 if not skip_bad:
                     raise DataError(f"{error} Or go on without it: --skip_bad_shards.") from None
-                tell(NoteEvent(text=f"Skipped a shard: {error}"))
+                emit(NoteEvent(text=f"Skipped a shard: {error}"))
             shard, row_group = shard + 1, 0
         if not found:
             raise DataError(f"none of the {len(feed)} shards can be read; replace them.")

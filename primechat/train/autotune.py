@@ -25,7 +25,7 @@ from primechat.model.attention import describe_attention
 from primechat.model.gpt import GPT
 from primechat.train.loop import SumLoss
 from primechat.train.optim import Optimizer
-from primechat.train.parallel import Ranks, share_object
+from primechat.train.parallel import Ranks, broadcast_object
 
 MakeLoss = Callable[[GPT, RuntimeConfig], SumLoss]
 # Time limits of the search: at most, at least, and as a share of the run.
@@ -281,7 +281,7 @@ def tune_runtime(
         best = max(tried, key=lambda c: c.tokens_per_s)
 
     # All ranks take the choice of rank 0.
-    best = share_object(best)
+    best = broadcast_object(best)
     if not best.tokens_per_s:
         raise ConfigError(
             f"A micro-batch of {rows} x {ids.size(1)} tokens does not fit into memory; take a smaller "
@@ -314,7 +314,7 @@ def tune_runtime(
         dtype=best.dtype,
         threads=best.threads,
         micro_batch_rows=best.rows,
-        compile="on" if share_object(turn_on) else "off",
+        compile="on" if broadcast_object(turn_on) else "off",
     )
     compile_s = 0.0
     learned: dict[str, float] = {}
@@ -353,7 +353,7 @@ def tune_runtime(
     return Tuning(
         runtime=chosen,
         loss=loss,
-        step_s=share_object(step_s),
+        step_s=broadcast_object(step_s),
         compile_s=compile_s,
         notes=tuple(notes),
         learned=learned,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from primechat.config import OptimConfig
-from primechat.train.parallel import Share, sum_numbers
+from primechat.train.parallel import Shard, sum_numbers
 
 # The kinds of parameters, each with the patterns of its names. Muon updates `matrix` and AdamW the
 # others; a checkpoint stores AdamW's states in this order.
@@ -90,13 +90,13 @@ ITERATIONS = {
 }
 
 
-def find_kind(name: str) -> str:
+def parameter_kind(name: str) -> str:
     """Return the kind of a parameter, given its name.
 
     Raises:
         LookupError: the name matches no kind; a new parameter must be added to PARAMETER_KINDS.
 
-    >>> find_kind("transformer.h.3.attn.c_proj.weight"), find_kind("smear_gate.weight")
+    >>> parameter_kind("transformer.h.3.attn.c_proj.weight"), parameter_kind("smear_gate.weight")
     ('matrix', 'smear')
     """
     for kind, patterns in PARAMETER_KINDS.items():
@@ -166,8 +166,8 @@ class Muon:
         self.half, self.config = half, config or OptimConfig()
 
         # Each rank keeps the state of its share of every group.
-        self.shares = [Share(len(g)) for g in self.groups]
-        pairs = [(s.hi - s.lo, g[0]) for s, g in zip(self.shares, self.groups, strict=True)]
+        self.shards = [Shard(len(g)) for g in self.groups]
+        pairs = [(s.hi - s.lo, g[0]) for s, g in zip(self.shards, self.groups, strict=True)]
         self.momenta = [torch.zeros(n, *p.shape, device=p.device) for n, p in pairs]
         self.second = [torch.zeros(n, *row_shape(p), device=p.device) for n, p in pairs]
 
@@ -175,20 +175,20 @@ class Muon:
         """Update all matrices by one step and return the squared norm of the update."""
         # Update this rank's share of each stack and start to exchange it.
         moved, coming = 0.0, []
-        for params, share, m, s in zip(
-            self.groups, self.shares, self.momenta, self.second, strict=True
+        for params, shard, m, s in zip(
+            self.groups, self.shards, self.momenta, self.second, strict=True
         ):
-            mine = params[share.lo : share.hi]
+            mine = params[shard.lo : shard.hi]
             if mine:
                 moved += self.move(mine, m, s, lr, momentum, weight_decay)
-            if share.world_size > 1:  # the next stack is computed during the transfer
+            if shard.world_size > 1:  # the next stack is computed during the transfer
                 stack = torch.stack([*mine]) if mine else params[0].new_zeros(0, *params[0].shape)
-                coming.append((params, share, share.gather(stack)))
+                coming.append((params, shard, shard.gather(stack)))
 
         # Copy what the other ranks updated.
-        for params, share, wait in coming:
+        for params, shard, wait in coming:
             whole = wait()
-            others = [i for i in range(len(params)) if not share.lo <= i < share.hi]
+            others = [i for i in range(len(params)) if not shard.lo <= i < shard.hi]
             if others:
                 torch._foreach_copy_([params[i] for i in others], [whole[i] for i in others])
 
@@ -316,23 +316,23 @@ class Adam:
     def __init__(self, groups: list[tuple[list[nn.Parameter], AdamRule]]) -> None:
         self.groups = groups
         self.params = [p for params, _ in groups for p in params]
-        self.shares = [Share(len(p)) if p.ndim == 2 and len(p) > 1 else None for p in self.params]
+        self.shards = [Shard(len(p)) if p.ndim == 2 and len(p) > 1 else None for p in self.params]
         self.mine = {
-            p: p.data[share.lo : share.hi] if share and share.world_size > 1 else p
-            for p, share in zip(self.params, self.shares, strict=True)
+            p: p.data[shard.lo : shard.hi] if shard and shard.world_size > 1 else p
+            for p, shard in zip(self.params, self.shards, strict=True)
         }
         self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
 
     def step(self, ratio: float) -> Callable[[], None]:
         """Update this rank's rows and return a function that waits for the rows of the other ranks."""
-        shares = dict(zip(self.params, self.shares, strict=True))
+        shards = dict(zip(self.params, self.shards, strict=True))
         for params, rule in self.groups:
             # This rank's rows of each gradient; the state is created at the first step.
             ready, grads = [p for p in params if p.grad is not None], []
             for p in ready:
-                share, whole, mine = shares[p], p.grad, self.mine[p]
+                shard, whole, mine = shards[p], p.grad, self.mine[p]
                 assert whole is not None, "only parameters with a gradient are moved"
-                grads.append(whole[share.lo : share.hi] if share and mine is not p else whole)
+                grads.append(whole[shard.lo : shard.hi] if shard and mine is not p else whole)
                 if p not in self.state:
                     zeros = {key: torch.zeros_like(mine.data) for key in ("exp_avg", "exp_avg_sq")}
                     self.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
@@ -359,8 +359,8 @@ class Adam:
                 )
 
         # Start to exchange the rows of tables that are spread over the ranks.
-        spread = [(p, share) for p, share in shares.items() if share and self.mine[p] is not p]
-        coming = [(p, share.gather(self.mine[p])) for p, share in spread]
+        spread = [(p, shard) for p, shard in shards.items() if shard and self.mine[p] is not p]
+        coming = [(p, shard.gather(self.mine[p])) for p, shard in spread]
 
         def wait() -> None:
             for p, whole in coming:
@@ -371,10 +371,10 @@ class Adam:
     def state_dict(self) -> dict[str, Any]:
         """Return AdamW's state for whole tables, gathered from all ranks."""
         whole = {}
-        for i, (p, share) in enumerate(zip(self.params, self.shares, strict=True)):
+        for i, (p, shard) in enumerate(zip(self.params, self.shards, strict=True)):
             found: dict[str, Tensor] = dict(self.state.get(p, {}))
-            if self.mine[p] is not p and share:
-                tables = {key: share.gather(found[key])().clone() for key in found if key != "step"}
+            if self.mine[p] is not p and shard:
+                tables = {key: shard.gather(found[key])().clone() for key in found if key != "step"}
                 found |= tables
             if found:
                 whole[i] = found
@@ -383,8 +383,8 @@ class Adam:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load this rank's rows from a state of whole tables."""
         for i, found in state["state"].items():
-            p, share = self.params[int(i)], self.shares[int(i)]
-            rows = slice(share.lo, share.hi) if self.mine[p] is not p and share else slice(None)
+            p, shard = self.params[int(i)], self.shards[int(i)]
+            rows = slice(shard.lo, shard.hi) if self.mine[p] is not p and shard else slice(None)
             self.state[p] = {
                 key: (value if key == "step" else value[rows]).to(
                     p.device, torch.float32, copy=True
@@ -414,7 +414,7 @@ class Optimizer:
         kinds: dict[str, list[nn.Parameter]] = {kind: [] for kind in PARAMETER_KINDS}
         for name, p in model.named_parameters():
             if p.requires_grad:
-                kinds[find_kind(name)].append(p)
+                kinds[parameter_kind(name)].append(p)
         self.params = [p for group in kinds.values() for p in group]
         self.muon = Muon(kinds["matrix"], half, config)
         rules = adam_rules(config, width)
@@ -453,8 +453,8 @@ class Optimizer:
 
         With several ranks, all of them must call this; the tensors are then copies.
         """
-        parts = zip(self.muon.shares, self.muon.momenta, self.muon.second, strict=True)
-        whole = [(share.gather(m)(), share.gather(s)()) for share, m, s in parts]
+        parts = zip(self.muon.shards, self.muon.momenta, self.muon.second, strict=True)
+        whole = [(shard.gather(m)(), shard.gather(s)()) for shard, m, s in parts]
         return {
             "adam": self.adam.state_dict(),
             "momenta": [m for m, _ in whole],
@@ -468,5 +468,5 @@ class Optimizer:
             (self.muon.momenta, state["momenta"]),
             (self.muon.second, state["second"]),
         ):
-            for share, a, b in zip(self.muon.shares, mine, theirs, strict=True):
-                a.copy_(b[share.lo : share.hi])
+            for shard, a, b in zip(self.muon.shards, mine, theirs, strict=True):
+                a.copy_(b[shard.lo : shard.hi])

@@ -99,7 +99,7 @@ def sum_numbers(numbers: list[float], device: torch.device) -> list[float]:
     return [float(x) for x in total.tolist()]
 
 
-def share_object(value: Shared) -> Shared:
+def broadcast_object(value: Shared) -> Shared:
     """Return rank 0's value on every rank; it must be plain data."""
     if not dist.is_initialized():
         return value
@@ -189,10 +189,10 @@ sum_bucket.__annotations__.update(
 gather_whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Share:
+class Shard:
     """This rank's part of the rows of a tensor (n, ...): rows `lo` to `hi`, split as evenly as possible.
 
-    >>> Share(10).lo, Share(10).hi
+    >>> Shard(10).lo, Shard(10).hi
     (0, 10)
     """
 

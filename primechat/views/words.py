@@ -140,7 +140,7 @@ TITLES = {  # keyed by the full name if the last part alone is ambiguous
     "vocab_size": "Tokens in the vocabulary",
     "partner": "Second speaker",
     "openings": "First turns",
-    "n_talks": "Conversations",
+    "n_conversations": "Conversations",
     "max_new_tokens": "Longest turn, in tokens",
     "AutochatConfig.batch_rows": "Conversations at once",
     "human_every": "Turns between words of a person",

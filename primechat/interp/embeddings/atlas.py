@@ -86,7 +86,7 @@ class Atlas:
         if n_points > N_NEAR + 1:
             n_rows = int(np.clip(4_000_000 // (n_points * len(vectors)), 64, 512))
             for x, p in zip(vectors, places, strict=True):
-                share, chance = maps.measure_overlap(x, p[:, :n_axes], N_NEAR, n_rows)
+                share, chance = maps.measure_neighbour_overlap(x, p[:, :n_axes], N_NEAR, n_rows)
                 kept.append(share)
         labels, frames, channels = self.describe(space)
         return Cloud(

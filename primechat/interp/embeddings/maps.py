@@ -80,7 +80,7 @@ def check_vectors(vectors: np.ndarray, least: int = 3) -> np.ndarray:
     return x
 
 
-def draw_rows(x: np.ndarray, n_rows: int = FIT_ROWS, seed: int = 0) -> np.ndarray:
+def sample_rows(x: np.ndarray, n_rows: int = FIT_ROWS, seed: int = 0) -> np.ndarray:
     """Return at most n_rows of x, drawn without replacement, the same ones for the same seed."""
     return (
         x
@@ -100,7 +100,7 @@ def fit_basis(vectors: np.ndarray, n_axes: int = 3) -> Basis:
 
     Source: Pearson 1901; with more than FIT_ROWS rows, of a sample.
     """
-    x = draw_rows(check_vectors(vectors)).astype(np.float64)
+    x = sample_rows(check_vectors(vectors)).astype(np.float64)
     center = x.mean(0)
     values, axes = np.linalg.eigh((x - center).T @ (x - center) / len(x))
     values, axes = np.maximum(values[::-1], 0), axes[:, ::-1]
@@ -140,7 +140,7 @@ def find_near(
     return near, far[near] if straight else -far[near]
 
 
-def measure_overlap(
+def measure_neighbour_overlap(
     vectors: np.ndarray, places: np.ndarray, k: int = 10, n_rows: int = 512, seed: int = 0
 ) -> tuple[float, float]:
     """Return the share of the k true neighbours kept on a picture, and the share expected by chance.
@@ -153,7 +153,7 @@ def measure_overlap(
         seed: of the sample.
     """
     x = check_vectors(vectors, k + 2)
-    asked = draw_rows(np.arange(len(x)), n_rows, seed)
+    asked = sample_rows(np.arange(len(x)), n_rows, seed)
     unit = scale_rows(x)
     kept = 0
     for rows in np.array_split(asked, max(1, len(asked) // 128)):
@@ -175,8 +175,8 @@ def cluster_rows(vectors: np.ndarray, k: int = 6, seed: int = 0, rounds: int = 3
     Source: Dhillon & Modha 2001 (spherical k-means); Arthur & Vassilvitskii 2007 (k-means++ start).
     """
     unit, rng = scale_rows(check_vectors(vectors)), np.random.default_rng(seed)
-    unit = scale_rows(unit - draw_rows(unit).mean(0))  # a shared direction would hide all others
-    x, k = draw_rows(unit), min(k, len(unit))
+    unit = scale_rows(unit - sample_rows(unit).mean(0))  # a shared direction would hide all others
+    x, k = sample_rows(unit), min(k, len(unit))
 
     # Initial centres far from each other.
     centers = x[[int(rng.integers(len(x)))]]
@@ -206,7 +206,7 @@ def measure_isotropy(vectors: np.ndarray) -> Isotropy:
     Source: Ethayarajh 2019, mean cosine over pairs; participation ratio of the covariance's eigenvalues,
     (sum)^2 / sum of squares, of the vectors scaled to length 1.
     """
-    unit = scale_rows(draw_rows(check_vectors(vectors))).astype(np.float64)
+    unit = scale_rows(sample_rows(check_vectors(vectors))).astype(np.float64)
 
     def mean_cosine(x: np.ndarray) -> float:
         n, total = len(x), x.sum(0)

@@ -103,13 +103,13 @@ def run_ablation(
         base=build_base(flags),
     )
 
-    def tell(event: Any) -> None:
+    def emit(event: Any) -> None:
         if isinstance(event, NoteEvent):
             print(f"{rates}: {event.text}", flush=True)
         elif isinstance(event, LossEvent) and event.step:
             print(f"  {event.val_bpb:.4f} bits per byte after {event.elapsed_s:.0f} s", flush=True)
 
-    return ablate(config, on_event=tell, stop=stop)
+    return ablate(config, on_event=emit, stop=stop)
 
 
 def compare_tricks(flags: argparse.Namespace, stop: threading.Event) -> AblationResult:

@@ -114,7 +114,7 @@ class Explorer:
             vectors = self.atlas.fetch(space)[-1]
             noise = np.random.default_rng(0).normal(size=vectors.shape).astype(np.float32)
             flat = maps.fit_basis(noise, 2).project(noise)
-            blind, chance = maps.measure_overlap(noise, flat, N_NEAR, 256)
+            blind, chance = maps.measure_neighbour_overlap(noise, flat, N_NEAR, 256)
             controls = (("random places", chance), ("PCA, 2-D, of random numbers", blind))
             rows = [(name, N_NEAR * kept, True) for name, kept in controls]
             for method, n_axes in (("PCA", 2), ("PCA", 3), ("UMAP", 2), ("UMAP", 3)):

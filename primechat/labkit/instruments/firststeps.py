@@ -17,7 +17,7 @@ from typing import Any
 
 import primechat
 from primechat.checkpoint import registry
-from primechat.checkpoint.download import Plan, measure_space
+from primechat.checkpoint.download import DownloadPlan, measure_space
 from primechat.errors import PrimechatError, explain_error
 from primechat.events import Event, PhaseEvent, ProgressEvent
 from primechat.interp.embeddings.tables import count_tokens
@@ -164,7 +164,7 @@ class Downloader:
     def __init__(self) -> None:
         self.stop, self.plan = (
             threading.Event(),
-            Plan(fetch=(), whole=(), kept=(), torn=(), n_bytes=0),
+            DownloadPlan(fetch=(), whole=(), kept=(), torn=(), n_bytes=0),
         )
         self.total, self.t_start, self.t_told = 0.0, 0.0, 0.0
 
@@ -222,9 +222,9 @@ class Downloader:
 
     def fetch(self, card: DownloadCard, bundle: str) -> tuple[str, str]:
         """Fetch what was planned."""
-        from primechat.checkpoint.download import run_plan
+        from primechat.checkpoint.download import download_files
 
-        run_plan(self.plan, registry.base_dir(), lambda event: self.hear(card, event))
+        download_files(self.plan, registry.base_dir(), lambda event: self.hear(card, event))
         return (
             "done",
             "It is here. Check it above, then talk to it; the pickers of all labs show it.",

@@ -88,9 +88,9 @@ class Microscope:
     def change_text(self) -> None:
         """Read the new text and tell every view."""
         self.read_text()
-        self.tell_all()
+        self.update_views()
 
-    def tell_all(self, changed: str = "") -> None:
+    def update_views(self, changed: str = "") -> None:
         """Bring every view up to date that heeds what changed: at, head, or empty for model or text."""
         for heeds, follower in self.followers:
             if changed in heeds:
@@ -188,7 +188,7 @@ class Microscope:
         def share(change: Any) -> None:
             if change["new"] != getattr(self, name):
                 setattr(self, name, change["new"])
-                self.tell_all(name)
+                self.update_views(name)
 
         view.observe(share, name)
 

@@ -193,13 +193,13 @@ def open_dial(
 
     def write(prompt: str, dial: float, adapter: str) -> str:
         from primechat.infer.engine import Engine
-        from primechat.model.lora import turn_dial
+        from primechat.model.lora import set_adapter_scale
 
         if adapter not in opened:
             opened.clear()  # each holds a whole model of its own
             opened[adapter] = registry.open_model(f"lora:{adapter}+{base}")[:2]
         model, tokenizer = opened[adapter]
-        turn_dial(model, adapter, dial)
+        set_adapter_scale(model, adapter, dial)
         return answer(Engine(model, tokenizer), prompt)
 
     waiting = "No adapter yet: Start above trains one in about a minute."

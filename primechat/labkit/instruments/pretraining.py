@@ -328,12 +328,12 @@ def write_folder(lab: str = "05") -> Callable[..., FolderResult]:
         run = full_config(config.depth, config.recipe)
         plan = make_plan(run, find_machine(config.gpus))
         folder = resolve_path(config.output, "output", folder=True)
-        tell = on_event or (lambda event: None)
+        emit = on_event or (lambda event: None)
         source = copies.choose_source(find_lab(lab))
         if source.parent.name == "mine":
-            tell(NoteEvent(text=f"The cells are those of {copies.name_path(source)}."))
+            emit(NoteEvent(text=f"The cells are those of {copies.name_path(source)}."))
         export_lab(source, run, plan, folder, base_dir=registry.base_dir(), force=config.force)
-        if config.rehearse and rehearse(folder, say=lambda text: tell(NoteEvent(text=text))):
+        if config.rehearse and rehearse(folder, say=lambda text: emit(NoteEvent(text=text))):
             raise PrimechatError(
                 "The rehearsal failed, see the notes; the folder is written all the same."
             )

@@ -197,13 +197,13 @@ def work_series(
     stop: threading.Event | None,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row a run; the first one measures the machine and chooses how much text all are scored on."""
-    stop, tell = stop or threading.Event(), on_event or (lambda event: None)
+    stop, emit = stop or threading.Event(), on_event or (lambda event: None)
     runtime, evaluation = QUICK, QUIET
     for seed in range(config.seeds):
         for name in config.list_names():
             if stop.is_set():
                 return
-            tell(NoteEvent(text=f"{name}, seed {seed}"))
+            emit(NoteEvent(text=f"{name}, seed {seed}"))
             function, made, family = build(name, seed, runtime)
             made = replace(made, eval=evaluation)
             result = run_once(function, made, family, on_event, stop)

@@ -33,12 +33,12 @@ from primechat.metrics.loops import (
     embed_texts,
     find_loop,
     measure_repeats,
+    measure_transcript,
     measure_turns,
     plant_loop,
-    read_talk,
-    shuffle_talks,
+    shuffle_turns,
 )
-from primechat.stages.autochat import STREAMS, autochat, read_talks
+from primechat.stages.autochat import STREAMS, autochat, read_transcripts
 from primechat.text.corpora import read_conversations
 
 Talks = list[list[Turn]]
@@ -65,12 +65,17 @@ class Study:
     Args:
         picker: of a chat model; its identifier is read now.
         opener: opens it.
-        n_talks: conversations of the first look.
+        n_conversations: conversations of the first look.
         turns: of each.
     """
 
     def __init__(
-        self, picker: Any, opener: Callable[[str], Any], *, n_talks: int = 6, turns: int = 12
+        self,
+        picker: Any,
+        opener: Callable[[str], Any],
+        *,
+        n_conversations: int = 6,
+        turns: int = 12,
     ) -> None:
         self.model, self.tokenizer, meta = opener(picker.identifier)
         self.identifier, self.turns = picker.identifier, turns
@@ -81,12 +86,12 @@ class Study:
         self.config = AutochatConfig(
             tag=self.tag,
             model=picker.identifier,
-            n_talks=n_talks,
+            n_conversations=n_conversations,
             turns=turns,
             max_new_tokens=32,
             resume=True,
         )
-        self.sure = read_talks(
+        self.sure = read_transcripts(
             run_many(self.plan("sure", temperature=0.0)).path
         )  # the first to be seen
 
@@ -95,15 +100,15 @@ class Study:
     @cached_property
     def talks(self) -> Talks:
         """What the model says by chance, from the same first turns."""
-        return read_talks(run_many(self.config).path)
+        return read_transcripts(run_many(self.config).path)
 
     @cached_property
     def groups(self) -> dict[str, Talks]:
         """The model's conversations and the controls, which the model reads when they are first wanted."""
-        human = find_people(self.turns, self.config.n_talks)
+        human = find_people(self.turns, self.config.n_conversations)
         planted = [plant_loop(talk, period=1 + i % 3) for i, talk in enumerate(human[:3])]
-        made = {"people": human, "shuffled": shuffle_talks(human), "planted loop": planted}
-        read = partial(read_talk, self.model, self.tokenizer)
+        made = {"people": human, "shuffled": shuffle_turns(human), "planted loop": planted}
+        read = partial(measure_transcript, self.model, self.tokenizer)
         own = {"the model": self.talks, SURE: self.sure}
         return {**own, **{name: list(map(read, talks)) for name, talks in made.items()}}
 
@@ -158,7 +163,7 @@ class Study:
 
     def trace(self, measure: str, said: AutochatResult | None = None) -> dict[str, np.ndarray]:
         """Return a measure of each group, (talks, turns); what was `said` later replaces the first look."""
-        groups = {**self.groups, **({"the model": read_talks(said.path)} if said else {})}
+        groups = {**self.groups, **({"the model": read_transcripts(said.path)} if said else {})}
         groups.pop("planted loop")
         return {
             name: np.array([measure_turns(turns)[measure] for turns in talks])
@@ -246,7 +251,7 @@ class Study:
 
     def export(self, folder: str | Path) -> list[Path]:
         """Write every turn as CSV and the first strip as PNG and SVG; return the files."""
-        from primechat.views.talk import save_strip
+        from primechat.views.conversations import save_strip
 
         folder = make_folder(Path(folder))
         table, text = folder / "turns.csv", io.StringIO()
@@ -308,7 +313,7 @@ class Comparison:
     def measure(self, names: Sequence[str] = KEPT) -> dict[str, list[dict[str, Interval]]]:
         """Return the measures of each name, one entry a generation."""
         return {
-            name: [measure_spread(*map(read_talks, seeds), names=names) for seeds in paths]
+            name: [measure_spread(*map(read_transcripts, seeds), names=names) for seeds in paths]
             for name, paths in self.paths.items()
         }
 

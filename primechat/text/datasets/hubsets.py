@@ -100,7 +100,7 @@ def read_dailydialog(folder: Path, counts: Counter[str]) -> Iterator[Raw]:
 def read_lmsys(folder: Path, counts: Counter[str]) -> Iterator[Raw]:
     """Yield LMSYS-Chat-1M, with each conversation cut before the first exchange that moderation flagged."""
     columns = ("conversation", "language", "openai_moderation", "redacted")
-    for row in read_table(folder, columns):
+    for row in read_parquet_rows(folder, columns):
         turns = [(m["role"], m["content"]) for m in row["conversation"]]
         flags = [bool(m and m.get("flagged")) for m in row.get("openai_moderation") or []]
         if any(flags):
@@ -112,14 +112,14 @@ def read_lmsys(folder: Path, counts: Counter[str]) -> Iterator[Raw]:
         yield Raw(turns, language=row.get("language") or "unknown")
 
 
-def read_messages(folder: Path, counts: Counter[str]) -> Iterator[Raw]:
+def read_message_columns(folder: Path, counts: Counter[str]) -> Iterator[Raw]:
     """Yield the conversations of parquet files with a column `messages` or `conversation`."""
-    for row in read_table(folder, ("messages|conversation",)):
+    for row in read_parquet_rows(folder, ("messages|conversation",)):
         turns = [(m.get("role"), m.get("content")) for m in row["messages"]]
         yield Raw(turns, split=row["split"])
 
 
-def read_table(folder: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def read_parquet_rows(folder: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Yield the rows of parquet files with only the given columns, plus `split`.
 
     The first column is required, and `a|b` accepts either name; the others are optional. `split` is val in

@@ -59,7 +59,7 @@ function render({ model, el }) {
   const ask = asking(model, later);
   const nodes = new Map(),
     drawn = new Map(); // by id: what Python sent, what is on the page
-  let state = { path: [], chosen: [], models: [], talks: [], at: 0, settings: {}, busy: false };
+  let state = { path: [], chosen: [], models: [], conversations: [], at: 0, settings: {}, busy: false };
   let pending = {}; // settings that were changed and not sent yet
   let earlier = ""; // what this browser has kept of other pages, as JSON lines
   try {
@@ -96,7 +96,7 @@ function render({ model, el }) {
   // ---- the frame
 
   const picks = h("div", { class: "pc-row pc-chat-picks" });
-  const talks = select({
+  const conversations = select({
     label: "Conversation",
     options: [],
     value: "",
@@ -160,7 +160,7 @@ function render({ model, el }) {
       h(
         "div",
         { class: "pc-row pc-chat-tools" },
-        talks,
+        conversations,
         button("New chat", begin, { title: "Alt N" }),
         button("Copy all", copyAll, { title: "Copy the conversation" }),
         settingsButton,
@@ -273,16 +273,16 @@ function render({ model, el }) {
       ...message,
       settings: { ...state.settings, ...message.settings, ...pending },
     };
-    if (message.advice && !message.talks)
+    if (message.advice && !message.conversations)
       tell(advise() === advice.textContent ? "" : advise("primechat")); // a model was opened
     if (message.models || message.chosen) {
       drawPicks();
       if (!message.settings) putSettings();
     }
-    if (message.talks) {
-      talks.hidden = state.talks.length < 2;
-      talks.fill(
-        state.talks.map((title, i) => [String(i), title]),
+    if (message.conversations) {
+      conversations.hidden = state.conversations.length < 2;
+      conversations.fill(
+        state.conversations.map((title, i) => [String(i), title]),
         String(state.at),
       );
     }
@@ -1206,7 +1206,7 @@ function render({ model, el }) {
     if (here !== system) system.value = state.settings.system;
   }
 
-  talks.hidden = true;
+  conversations.hidden = true;
   tell("Looking up the models: some seconds. You can write meanwhile.");
   const first = model.get("first");
   if (first?.chosen) {

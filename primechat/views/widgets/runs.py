@@ -38,7 +38,7 @@ GAUGES = {  # field of a step: title of its small curve
 MIXED = "what it is taught by: mixed loss, nats"
 
 
-class RunLog:
+class RunHistory:
     """The events of a run so far; `describe` returns them in the form that the page draws."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class RunLog:
         self.last: StepEvent | None = None
         self.saved: int | None = None
 
-    def take_up(self, identifier: str, events: Sequence[Mapping[str, Any]]) -> None:
+    def restore(self, identifier: str, events: Sequence[Mapping[str, Any]]) -> None:
         """Start from the earlier events of a run, so that its curves continue if it is resumed."""
         self.training = PhaseEvent(name=f"training {identifier}", unit="steps")
         for event in events:
@@ -264,7 +264,7 @@ NAMES = {
     "loss_nats": "loss, nats per token",
     "step": "steps of training",
     "tokens": "tokens read",
-    "n_talks": "conversations",
+    "n_conversations": "conversations",
     "val_tokens": "tokens of new text scored",
 }
 
@@ -282,7 +282,11 @@ def describe_figures(record: Mapping[str, Any]) -> list[list[str]]:
         if known and isinstance(value, (int, float)) and not isinstance(value, bool):
             end = next((end for end in UNITS if name.endswith(end)), "")
             stem = name.removesuffix(end).replace("_", " ")
-            said = "tokens said" if name == "tokens" and "n_talks" in record else NAMES.get(name)
+            said = (
+                "tokens said"
+                if name == "tokens" and "n_conversations" in record
+                else NAMES.get(name)
+            )
             label = said or (f"{stem.strip()}, {UNITS[end]}" if end else stem)
             digits = (
                 0 if isinstance(value, int) or abs(value) >= 100 else 3 if abs(value) < 10 else 1

@@ -1,6 +1,6 @@
 """An adapter's dial: the same question answered by the base and by the adapted model as you drag.
 
-Hides: nothing; the replies come from a function. Reference: primechat.model.lora, `turn_dial`.
+Hides: nothing; the replies come from a function. Reference: primechat.model.lora, `set_adapter_scale`.
 """
 
 from __future__ import annotations

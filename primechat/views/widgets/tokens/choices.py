@@ -65,8 +65,8 @@ class Opened:
         self.choices[choice.key] = choice
         self._open.pop(choice.key, None)
         self._lengths.pop(choice.key, None)
-        for tell in self.on_change:
-            tell()
+        for callback in self.on_change:
+            callback()
 
     def cut(
         self, key: str, text: str, wait_s: float | None = None
