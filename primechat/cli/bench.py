@@ -228,45 +228,31 @@ def prepare_runner(shape: GPTConfig, runtime: RuntimeConfig) -> Candidate:
 
     from primechat.model.gpt import GPT
     from primechat.train.autotune import tune_runtime
-    from primechat.train.loop import fit
-    from primechat.train.optim import Optimizer
+    from primechat.train.optim import make_optimizer
     from primechat.train.parallel import Ranks
-
-    # Random text.
-    draw = torch.Generator().manual_seed(0)
-    rows = max(1, BATCH_TOKENS // shape.sequence_len)
-    text = torch.randint(shape.vocab_size, (rows, shape.sequence_len + 1), generator=draw)
-    ids, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+    from primechat.train.rehearsal import draw_batch, rehearse_steps
 
     # Measure the settings, then start again from fresh weights.
     model = GPT(shape)
-
-    def make_optimizer() -> Optimizer:
-        return Optimizer(
-            model, OptimConfig(), shape.n_embd, half=model.compute_dtype == torch.bfloat16
-        )
-
+    batch = draw_batch(shape, max(1, BATCH_TOKENS // shape.sequence_len))
     tuning = tune_runtime(
-        model, make_optimizer, ids, targets, runtime, Ranks(), seconds=TUNE_SECONDS
+        model,
+        lambda: make_optimizer(model, OptimConfig()),
+        *batch,
+        runtime,
+        Ranks(),
+        seconds=TUNE_SECONDS,
     )
     chosen = tuning.runtime
     model.to("cpu").init_weights(torch.Generator().manual_seed(0))
     model.to(chosen.device)
-    optimizer = make_optimizer()
+    optimizer = make_optimizer(model, OptimConfig())
 
     def turn() -> list[float]:
         torch.set_num_threads(chosen.threads)
-        speeds: list[float] = []
-        fit(
-            optimizer,
-            itertools.repeat((ids, targets)),
-            tuning.loss,
-            steps=TURN_STEPS,
-            device=chosen.device,
-            micro_batch_rows=chosen.micro_batch_rows,
-            on_step=lambda event: speeds.append(event.tokens_per_s),
+        return rehearse_steps(
+            optimizer, batch, tuning.loss, chosen, device=chosen.device, steps=TURN_STEPS
         )
-        return speeds
 
     name = f"{'compiled' if chosen.compile == 'on' else 'eager'} {chosen.dtype}"
     name = f"auto: {name}" if runtime.compile == "auto" else name

@@ -23,7 +23,8 @@ from primechat.config.runtime import DEVICES
 from primechat.errors import CheckpointError, ConfigError, PrimechatError
 from primechat.events import NoteEvent, OnEvent, count_noun, describe_bpb
 from primechat.infer.admission import GOOD_SHARE, describe_memory, find_memory, read_text
-from primechat.infer.engine import Engine, Options
+from primechat.infer.engine import Engine
+from primechat.infer.samples import write_continuation, write_reply
 from primechat.model.gpt import GPT
 from primechat.model.lora import open_adapter
 
@@ -229,9 +230,5 @@ def draw_fresh(config: GPTConfig) -> GPT:
 
 def write_sample(engine: Engine, is_chat: bool) -> str:
     """Return a prompt and the model's answer or continuation, of at most 20 tokens."""
-    options: Options = {"max_new_tokens": SAMPLE_TOKENS, "temperature": 0.0}
-    if is_chat:
-        return (
-            f"{QUESTION} → {engine.chat([{'role': 'user', 'content': QUESTION}], **options).read()}"
-        )
-    return f"{PROMPT} → {engine.complete(PROMPT, **options).read()}"
+    prompt, write = (QUESTION, write_reply) if is_chat else (PROMPT, write_continuation)
+    return f"{prompt} → {write(engine, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.0)}"

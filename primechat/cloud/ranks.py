@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import repeat
 from typing import Any
 
 from primechat.config import GPTConfig, PretrainConfig, RuntimeConfig, decode_config, encode_config
@@ -105,19 +104,15 @@ def run_job(
 
 def train_rank(config: PretrainConfig, steps: int, seconds: float) -> None:
     """Train as one rank; rank 0 prints its measurements as a line of JSON."""
-    import threading
-    import time
-
     import torch
     import torch.distributed as dist
 
-    from primechat.events import StepEvent
     from primechat.model.attention import describe_attention
     from primechat.model.gpt import GPT
     from primechat.text.batches import split_rows
-    from primechat.train.loop import fit
-    from primechat.train.optim import Optimizer
+    from primechat.train.optim import make_optimizer
     from primechat.train.parallel import SpreadLoss, join_ranks, sum_numbers
+    from primechat.train.rehearsal import draw_batch, rehearse_steps
 
     shape, runtime, device = config.model, config.runtime, config.runtime.device
     ranks = join_ranks(device)
@@ -129,27 +124,15 @@ def train_rank(config: PretrainConfig, steps: int, seconds: float) -> None:
     model.init_weights(torch.Generator(place).manual_seed(0))
     dtype = model.compute_dtype = getattr(torch, runtime.dtype)
     _, rows = split_rows(config.batch_tokens // shape.sequence_len, ranks.rank, ranks.world_size)
-    draw = torch.Generator(place).manual_seed(ranks.rank)
-    text = torch.randint(
-        shape.vocab_size, (rows, shape.sequence_len + 1), generator=draw, device=place
-    )
-    speeds: list[float] = []
-    stop, t_start = threading.Event(), time.perf_counter()
-
-    def note(event: StepEvent) -> None:
-        speeds.append(event.tokens_per_s)
-        if len(speeds) > WARM_STEPS and time.perf_counter() - t_start > seconds:
-            stop.set()
-
-    fit(
-        Optimizer(model, config.optim, shape.n_embd, half=dtype == torch.bfloat16),
-        repeat((text[:, :-1].contiguous(), text[:, 1:].contiguous())),
+    speeds = rehearse_steps(
+        make_optimizer(model, config.optim),
+        draw_batch(shape, rows, seed=ranks.rank, device=place),
         SpreadLoss(model, lambda x, y: model.loss(x, y, "sum")),
-        steps=steps,
+        runtime,
         device=place,
-        micro_batch_rows=runtime.micro_batch_rows,
-        on_step=note,
-        stop=stop,
+        steps=steps,
+        seconds=seconds,
+        least_steps=WARM_STEPS + 1,
     )
     if ranks.is_main:
         found = {

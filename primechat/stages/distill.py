@@ -27,6 +27,7 @@ from primechat.config.stages import check_rows
 from primechat.errors import ConfigError
 from primechat.events import NoteEvent, OnEvent, TrainResult
 from primechat.infer.engine import Engine
+from primechat.infer.samples import write_continuation
 from primechat.infer.sampling import draw_floats
 from primechat.metrics.retention import judge_writing, measure_retention, write_texts
 from primechat.model.gpt import GPT
@@ -42,7 +43,7 @@ from primechat.stages.pretrain import (
     pack_rows,
 )
 from primechat.stages.reading import check_resumed_text, describe_text
-from primechat.stages.trainer import TrainingRun, pick_device, write_continuation
+from primechat.stages.trainer import TrainingRun, pick_device
 from primechat.text.batches import split_rows
 from primechat.text.tokenizer import Tokenizer
 from primechat.train.autotune import list_devices

@@ -20,11 +20,11 @@ from primechat.config.names import parse_plain
 from primechat.config.stages import check_rows
 from primechat.errors import DataError, PrimechatError
 from primechat.events import NoteEvent, OnEvent, TrainResult
-from primechat.infer.engine import Engine
+from primechat.infer.samples import write_reply
 from primechat.protocols import Conversation
 from primechat.stages.job import Windows
 from primechat.stages.pretrain import cache_text, make_windows, pack_rows
-from primechat.stages.trainer import SAMPLE_TOKENS, Job, TrainingRun, pick_device
+from primechat.stages.trainer import Job, TrainingRun, pick_device
 from primechat.text.batches import PackedBatches, PaddedBatches, TokenCache, build_cache
 from primechat.text.corpora import is_local
 from primechat.text.dialogues import (
@@ -117,14 +117,6 @@ def open_general(
             on_event(NoteEvent(text=f"Forgetting is not measured: {error}"))
         return None
     return make_windows(cache, loaded.config.sequence_len)
-
-
-def write_reply(engine: Engine, prompt: str, seed: int) -> str:
-    """Return the model's reply to a message."""
-    messages = [{"role": "user", "content": prompt}]
-    return engine.chat(
-        messages, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=seed
-    ).read()
 
 
 def dialogue_options(config: FinetuneConfig, split: str = "train") -> DialogueOptions:

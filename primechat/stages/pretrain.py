@@ -21,10 +21,11 @@ from primechat.config import DistillConfig, PretrainConfig, TokenizerConfig
 from primechat.errors import ConfigError
 from primechat.events import OnEvent, TrainResult
 from primechat.files.paths import resolve_path
+from primechat.infer.samples import write_continuation
 from primechat.stages.job import Batches, Windows
 from primechat.stages.reading import check_resumed_text, describe_text
 from primechat.stages.tokenizer import train_tokenizer
-from primechat.stages.trainer import Job, TrainingRun, pick_device, write_continuation
+from primechat.stages.trainer import Job, TrainingRun, pick_device
 from primechat.text.batches import (
     BestFitBatches,
     PackedBatches,

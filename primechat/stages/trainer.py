@@ -60,7 +60,7 @@ from primechat.stages.job import Batches, Windows
 from primechat.stages.job import Job as Job
 from primechat.train.autotune import COMPILE_GUESS, Tuning, time_call, tune_runtime
 from primechat.train.loop import SumLoss, fit
-from primechat.train.optim import Optimizer
+from primechat.train.optim import make_optimizer
 from primechat.train.parallel import (
     Ranks,
     SpreadLoss,
@@ -71,7 +71,6 @@ from primechat.train.parallel import (
 )
 
 logger = logging.getLogger(__name__)
-SAMPLE_TOKENS = 48
 SAVE_EVERY_S = 60.0
 SETTLE_SHARE = 0.1
 VALIDATION = "validation: the loss on text that it does not learn from"
@@ -81,13 +80,6 @@ COMPILE_FILE = "compiling.json"  # in the base directory
 OPEN_FILE = "steps_to_settle.json"  # in the run directory, while the number of steps is provisional
 GENERAL_TOKENS = 100_000  # of the general text, when validation uses its whole split
 TIMED_ROWS = 4  # windows scored to measure the speed of validation
-
-
-def write_continuation(engine: Engine, prompt: str, seed: int) -> str:
-    """Return the model's continuation of a prompt."""
-    return engine.complete(
-        prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=seed
-    ).read()
 
 
 def open_folder(config: PretrainConfig | FinetuneConfig, family: str) -> Path:
@@ -300,12 +292,7 @@ class TrainingRun:
         model.compute_dtype = getattr(torch, runtime.dtype)
         self.job.fill_model(model, loaded, self.config.seed)
         model.to(runtime.device)
-        self.optimizer = self.make_optimizer(model)
-
-    def make_optimizer(self, model: GPT) -> Optimizer:
-        """Return a new optimizer for a model."""
-        half = model.compute_dtype == torch.bfloat16
-        return Optimizer(model, self.config.optim, self.job.model.n_embd, half=half)
+        self.optimizer = make_optimizer(model, self.config.optim)
 
     def restore(self, loaded: Loaded | None) -> tuple[int, dict[str, Any] | None]:
         """Restore the optimizer; return the step and the text cursor to resume from."""
@@ -364,7 +351,7 @@ class TrainingRun:
         steps = config.steps or self.job.default_steps
         tuning = tune_runtime(
             model,
-            lambda: self.make_optimizer(model),
+            lambda: make_optimizer(model, config.optim),
             ids,
             targets,
             config.runtime,

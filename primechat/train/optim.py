@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from torch.optim.adamw import adamw
 
 from primechat.config import OptimConfig
 from primechat.train.parallel import Shard, sum_numbers
+
+if TYPE_CHECKING:
+    from primechat.model.gpt import GPT
 
 # The kinds of parameters, each with the patterns of its names. Muon updates `matrix` and AdamW the
 # others; a checkpoint stores AdamW's states in this order.
@@ -391,6 +394,12 @@ class Adam:
                 )
                 for key, value in found.items()
             }
+
+
+def make_optimizer(model: GPT, config: OptimConfig) -> Optimizer:
+    """Return a new optimizer for a model; it orthogonalises in bfloat16 if the model computes in it."""
+    half = model.compute_dtype == torch.bfloat16
+    return Optimizer(model, config, model.config.n_embd, half=half)
 
 
 class Optimizer:

@@ -163,10 +163,10 @@ def answer(engine: Any, prompt: str, seed: int = 0) -> str:
     It depends on the seed and the prompt, so that models are compared by the same numbers and the replies of
     one model to several prompts are independent.
     """
+    from primechat.infer.samples import write_reply as write
+
     own = derive_seed(seed, "reply", prompt)
-    options: Any = dict(max_new_tokens=REPLY_TOKENS, temperature=0.7, top_k=50, seed=own)
-    reply: str = engine.chat([{"role": "user", "content": prompt}], **options).read()
-    return reply
+    return write(engine, prompt, own, max_new_tokens=REPLY_TOKENS, temperature=0.7)
 
 
 def compare_replies(
