@@ -43,7 +43,7 @@ class HostScheduling(LoadScopeScheduling):
     """
 
     GROUPED = re.compile(
-        r"test_(chatpage|lab_\w+|labs|pages|stage_pages|start|talks|waiting_figure)\.py::"
+        r"\bbrowser/test_\w+\.py::"
         r"(?!test_(twin_is_current|scripts_of_other_tools))"  # slow, and no page is opened
     )
 
@@ -64,10 +64,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Refuse a test in a browser that stands in no group."""
+    """Refuse a test that opens a browser outside tests/browser, where the scheduler would not group it."""
     if "browser" in getattr(item, "fixturenames", ()):
         assert HostScheduling.GROUPED.search(item.nodeid), (
-            f"name {item.nodeid} in tests/conftest.py"
+            f"{item.nodeid} opens a browser; move it into tests/browser"
         )
 
 
@@ -96,7 +96,7 @@ def base_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave other people's models out of the list; tests/test_foreign.py lists them."""
+    """Leave other people's models out of the list; tests/model/test_foreign.py lists them."""
     monkeypatch.setattr("primechat.checkpoint.registry.walk_foreign", lambda: iter(()))
 
 

@@ -1,9 +1,9 @@
 """What the labs stand on: their instruments, and their exercises with checks, hints and solutions.
 
 A lab's exercises are one tuple `EXERCISES` in a module here that is named after the lab
-(exercises/tokenizer_playground.py for 01), or in the one that holds its instruments. tests/test_lessons.py
-runs every check on its solution, which must pass, and on each mistake (three or more), which must break the
-rule that stands beside it. Checks import lazily what is slow to import.
+(exercises/tokenizer_playground.py for 01), or in the one that holds its instruments.
+tests/exercises/test_lessons.py runs every check on its solution, which must pass, and on each mistake (three
+or more), which must break the rule that stands beside it. Checks import lazily what is slow to import.
 """
 
 from __future__ import annotations
