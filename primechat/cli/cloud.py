@@ -24,6 +24,7 @@ from primechat.checkpoint.registry import base_dir, run_dir
 from primechat.checkpoint.run_dir import read_metrics
 from primechat.cli.main import parse_flags, read_config_file, take_option, take_shape
 from primechat.cloud.export import (
+    POD_BASE,
     STAGE_OF,
     export_lab,
     find_lab,
@@ -33,7 +34,6 @@ from primechat.cloud.export import (
     shrink_config,
 )
 from primechat.cloud.plan import Plan, describe_plan, find_machine, full_config, make_plan
-from primechat.cloud.templates import POD_BASE
 from primechat.config import AutochatConfig, PretrainConfig, encode_config
 from primechat.config.names import FOLDERS
 from primechat.config.recipes import RECIPE_OF_ARCH

@@ -10,6 +10,7 @@ import ast
 import builtins
 import hashlib
 import json
+import re
 import shlex
 import shutil
 import textwrap
@@ -18,9 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from primechat.cloud import templates
 from primechat.cloud.plan import Plan, describe_plan, find_recipe, format_hours
-from primechat.cloud.templates import DATA, IMAGE, POD_BASE, STAGE_PLAN, fill_words
 from primechat.config import (
     AutochatConfig,
     DistillConfig,
@@ -44,6 +43,17 @@ STAGE_OF = {
     "08": DistillConfig,
     "09": AutochatConfig,
 }  # 05 pretrains
+STAGE_VERBS = {
+    PretrainConfig: "pretrain",
+    FinetuneConfig: "finetune",
+    LoRAConfig: "lora",
+    DistillConfig: "distill",
+    AutochatConfig: "autochat",
+}
+IMAGE = "runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404"
+POD_BASE = "/workspace/cache/nanochat"
+TEMPLATES = Path(__file__).with_name("templates")
+PLACEHOLDER = re.compile("__([A-Z_]+?)__")
 COPIED = "copied.sha256"  # in the folder of a copied library: its hash when it was copied
 TOP_FILES = ("pyproject.toml", "README.md", "LICENSE")
 
@@ -289,13 +299,10 @@ def export_lab(
         raise ConfigError("gpus='here' must be a machine to rent; try 8xH200.")
     script = write_script(lab, "Its settings are frozen in config.json; flags override them.")
     settings = json.dumps(encode_config(config), indent=2) + "\n"
-    words = fill_in(lab, config, plan, base_dir.expanduser().resolve())
     files = {
         "run.py": script,
         "config.json": settings,
-        "launch.sh": fill_words(templates.LAUNCH, words),
-        "sky.yaml": fill_words(templates.SKY, words),
-        "README.md": fill_words(templates.READ_ME, words),
+        **fill_in(lab, config, plan, base_dir.expanduser().resolve()),
     }
     if not force:
         check_folder(folder, files)
@@ -333,89 +340,121 @@ def check_folder(folder: Path, files: dict[str, str]) -> None:
         )
 
 
+def fill_template(name: str, words: dict[str, str]) -> str:
+    """Return the text of a file in templates/, with each `__WORD__` replaced by `words["word"]`."""
+    text = (TEMPLATES / name).read_text(encoding="utf-8")
+    return PLACEHOLDER.sub(lambda found: words[found[1].lower()], text)
+
+
 def fill_in(lab: Path, config: Any, plan: Plan, home: Path) -> dict[str, str]:
-    """Return the values of the templates' placeholders, in the order in which they are filled in."""
-    family = name_family(config)
-    first, talks = type(config) is PretrainConfig, isinstance(config, AutochatConfig)
-    recipe = find_recipe(config) if first else ""
+    """Return the launcher, the SkyPilot task and the README of a run, by file name.
+
+    Args:
+        lab: file of the lab.
+        config: settings of its stage.
+        plan: plan of the pretraining.
+        home: base directory on this machine, which holds the model that a later stage goes on from.
+    """
+    words = {**name_machine(plan), **name_run(lab, config)}
     cost = f"{format_hours(plan.train_s)} and ${plan.dollars:,.0f}"
 
-    # Words of every stage.
-    words = {
-        "@PLAN@": "\n".join(f"    {line}".rstrip() for line in describe_plan(plan))
-        if first
-        else STAGE_PLAN,
-        "@RECIPE@": templates.RECIPE if recipe in FULL_RECIPES else "",
-        "@BRING@": "" if first else templates.BRING,
-        "@PREFLIGHT@": templates.PREFLIGHT
-        if first
-        else templates.TRY_AUTOCHAT
-        if talks
-        else templates.TRY,
-        "@DATA@": DATA
-        if hasattr(config, "corpus")
-        else 'echo "The run fetches its dialogues itself."',
-        "@COST@": cost
-        if first
-        else f"less than the {cost} of its model's pretraining; preflight tells",
+    if isinstance(config, PretrainConfig):
+        words |= {"cost": cost, "limit": str_dollars(plan.dollars * 1.25)}
+        words["plan"] = "\n".join(f"    {line}".rstrip() for line in describe_plan(plan))
+        recipe = find_recipe(config)
+        if recipe in FULL_RECIPES:
+            words["plan"] += "\n\n" + describe_recipe(config, recipe, words)
+        bring, mounts = "", ""
+    else:
+        words["cost"] = f"less than the {cost} of its model's pretraining; preflight tells"
+        words |= {"limit": str_dollars(plan.dollars * 0.25), **name_model(config, home)}
+        words["plan"] = fill_template("plan_of_stage.md", words).rstrip("\n")
+        bring = "\n" + fill_template("bring_model.md", words)
+        mounts = list_mounts(words["folder"], home)
+
+    return {
+        "launch.sh": fill_template("launch.sh", words),
+        "sky.yaml": fill_template("sky.yaml", words) + mounts,
+        "README.md": fill_template("README.md", words) + bring,
     }
 
-    # Words of pretraining, or of a stage that needs a model from this machine.
-    if first:
-        model = config.model
-        words |= {
-            "@NAMED@": recipe,
-            "@OTHER@": next(name for name in FULL_RECIPES if name != recipe),
-            "@DEPTH@": str(model.n_layer),
-            "@VOCAB@": f"{model.vocab_size:,}",
-            "@ROWS@": f"{model.sequence_len:,}",
-            "@MOUNTS@": "",
-        }
-    else:
-        source = parse_identifier(name_source(config))
-        place = f"{FOLDERS.get(source.family, source.family)}/{source.tag}"
-        alone = not (home / place / "tokenizer").is_dir() and (home / "tokenizer").is_dir()
-        mounts = [
-            f"  {POD_BASE}/{name}: {json.dumps(str(home / name))}\n"
-            for name in (place, *(["tokenizer"] if alone else []))
-        ]
-        words |= {
-            "@CONFIG@": describe_stage(config),
-            "@MODELS@": str(source),
-            "@FOLDER@": place,
-            "@MOUNTS@": "file_mounts:\n" + "".join(mounts),
-        }
 
-    # The machine, and the commands that fetch the results.
+def str_dollars(dollars: float) -> str:
+    """Return a limit in whole dollars, at least one because 0 stands for no limit."""
+    return f"{max(1.0, dollars):.0f}"
+
+
+def name_machine(plan: Plan) -> dict[str, str]:
+    """Return the words of the templates that name the rented machine."""
     kind = plan.machine.name.partition("x")[2]
     accelerator = {"H200": "H200-SXM", "H100": "H100-SXM", "4090": "RTX4090"}[kind]
-    job = name_job(config)
+    return {
+        "gpus": plan.machine.name,
+        "accelerator": f"{accelerator}:{plan.machine.n_gpus}",
+        "ranks": str(plan.machine.n_gpus),
+        "price": f"{plan.machine.dollars_per_hour:.2f}",
+        "disk": str(max(80, int(plan.disk_bytes / 1e9 * 1.2) + 10)),
+        "image": IMAGE,
+        "base": POD_BASE,
+    }
+
+
+def name_run(lab: Path, config: Any) -> dict[str, str]:
+    """Return the words of the templates that name a run, its text and what it makes."""
+    family, job = name_family(config), name_job(config)
+    words = {
+        "lab": lab.name,
+        "job": job,
+        "name": job.lower().replace("_", "-").replace(".", "-"),
+        "stage": STAGE_VERBS[type(config)],
+        "family": FOLDERS[family],
+        "tag": config.tag,
+        "corpus": shlex.quote(str(getattr(config, "corpus", ""))),
+        "shards": str(min(8, getattr(config, "n_shards", 8))),
+    }
     made = [f"{family}/{config.tag}"]
-    if talks:  # the conversations, and each model finetuned on them
+    if isinstance(config, AutochatConfig):  # the conversations, and each model finetuned on them
         learned = [f"sft/{config.tag}-g{n}" for n in range(1, config.generations + 1)]
         made = [f"{POD_BASE}/autochat", *learned]
-    pulls = "\n".join(f"primechat pull root@POD:{one}" for one in made)
-    return {
+        words["ranks"] = "1"  # one process talks
+
+    # The commands that fetch what was made, from a pod and from SkyPilot's machine.
+    for word, host in (("pull", "POD"), ("pull_sky", f"primechat-{words['name']}")):
+        words[word] = "\n".join(f"primechat pull root@{host}:{one}" for one in made)
+    return words
+
+
+def describe_recipe(config: PretrainConfig, recipe: str, words: dict[str, str]) -> str:
+    """Return the paragraphs on the recipe that a pretraining run follows, and on the other one."""
+    words = {
         **words,
-        "@PULL@": pulls,
-        "@PULL_SKY@": pulls.replace("@POD", "@primechat-@NAME@"),
-        "@HOME@": shlex.quote(str(home)),
-        "@BASE@": POD_BASE,
-        "@IMAGE@": IMAGE,
-        "@GPUS@": plan.machine.name,
-        "@RANKS@": str(1 if talks else plan.machine.n_gpus),
-        "@FAMILY@": FOLDERS[family],
-        "@TAG@": config.tag,
-        "@LAB@": lab.name,
-        "@JOB@": job,
-        "@NAME@": job.lower().replace("_", "-").replace(".", "-"),
-        "@LIMIT@": f"{max(1.0, plan.dollars * (1.25 if first else 0.25)):.0f}",  # 0 would be no limit
-        "@PRICE@": f"{plan.machine.dollars_per_hour:.2f}",
-        "@CORPUS@": shlex.quote(str(getattr(config, "corpus", "fineweb-edu"))),
-        "@SHARDS@": str(min(8, getattr(config, "n_shards", 8))),
-        "@ACCELERATOR@": f"{accelerator}:{plan.machine.n_gpus}",
-        "@DISK@": str(max(80, int(plan.disk_bytes / 1e9 * 1.2) + 10)),
+        "named": recipe,
+        "other": next(name for name in FULL_RECIPES if name != recipe),
+        "depth": str(config.model.n_layer),
+        "vocab": f"{config.model.vocab_size:,}",
+        "rows": f"{config.model.sequence_len:,}",
     }
+    return fill_template("recipe.md", words).rstrip("\n")
+
+
+def name_model(config: Any, home: Path) -> dict[str, str]:
+    """Return the words of the templates that name the model that a stage goes on from."""
+    source = parse_identifier(name_source(config))
+    return {
+        "config": describe_stage(config),
+        "models": str(source),
+        "folder": f"{FOLDERS.get(source.family, source.family)}/{source.tag}",
+        "home": shlex.quote(str(home)),
+    }
+
+
+def list_mounts(folder: str, home: Path) -> str:
+    """Return the lines of a SkyPilot task that send a model, and the tokenizer it shares with others."""
+    names = [folder]
+    if not (home / folder / "tokenizer").is_dir() and (home / "tokenizer").is_dir():
+        names.append("tokenizer")
+    lines = [f"  {POD_BASE}/{name}: {json.dumps(str(home / name))}\n" for name in names]
+    return "file_mounts:\n" + "".join(lines)
 
 
 def copy_library(target: Path) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,10 @@ from primechat.checkpoint.run_dir import read_metrics
 from primechat.cli import main as cli
 from primechat.cli.cloud import PullFlags, plan_pull, rehearse
 from primechat.cloud.export import (
+    IMAGE,
+    POD_BASE,
     STAGE_OF,
+    TEMPLATES,
     export_lab,
     find_lab,
     full_stage,
@@ -33,7 +37,6 @@ from primechat.cloud.export import (
     write_script,
 )
 from primechat.cloud.plan import find_machine, full_config, make_plan
-from primechat.cloud.templates import IMAGE, POD_BASE
 from primechat.config import PretrainConfig, decode_config, encode_config
 from primechat.config.names import FAMILIES
 from primechat.errors import ConfigError
@@ -165,6 +168,74 @@ def test_sky_task(exported: Path) -> None:
     )
 
 
+def check_shell(*scripts: Path) -> None:
+    if not shutil.which("shellcheck"):
+        pytest.skip("needs shellcheck, which is not installed here")
+    done = subprocess.run(["shellcheck", *map(str, scripts)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_templates_are_real_files(exported: Path, tmp_path: Path) -> None:
+    """An editor and shellcheck read them as they lie there, and the wheel brings them to the reader."""
+    task = yaml.safe_load((TEMPLATES / "sky.yaml").read_text())
+    assert task["resources"]["disk_size"] == "__DISK__"
+    copy = tmp_path / "src"  # a build leaves folders beside the package
+    shutil.copytree(exported / "src", copy)
+    build = ["pip", "wheel", str(copy), "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", *build], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shipped = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
+    names = {path.name for path in TEMPLATES.iterdir()}
+    assert {"launch.sh", "sky.yaml", "README.md"} < names
+    assert {Path("primechat/cloud/templates", name) for name in names} <= shipped
+    check_shell(TEMPLATES / "launch.sh")
+
+
+@pytest.mark.parametrize("number", ["05", *STAGE_OF])
+def test_every_launcher_is_sound_shell(number: str, tmp_path: Path) -> None:
+    lab, run = find_lab(number), replace(full_config(2), corpus="my 'own' text.txt")
+    plan = make_plan(run, find_machine("8xH200"))
+    export_lab(lab, full_stage(lab, run), plan, tmp_path / "out", base_dir=tmp_path)
+    for name in ("launch.sh", "sky.yaml", "README.md"):
+        assert not re.search("__[A-Z]+__", (tmp_path / "out" / name).read_text())
+    check_shell(tmp_path / "out" / "launch.sh")
+
+
+@pytest.mark.parametrize(
+    ("number", "tried"),
+    [
+        ("05", "-m primechat preflight --gpus 8xH200 --config config.json --json"),
+        ("07", "--nproc_per_node=8 run.py --config config.json --tag preflight-"),
+        ("09", "run.py --config config.json --tag preflight-"),
+    ],
+)
+def test_preflight_tries_the_stage(number: str, tried: str, tmp_path: Path) -> None:
+    """What a trial wrote is removed if it went well, and stays to be looked at if not."""
+    lab, run, out = find_lab(number), full_config(2), tmp_path / "out"
+    config = full_stage(lab, run)
+    export_lab(lab, config, make_plan(run, find_machine("8xH200")), out, base_dir=tmp_path)
+    place = {"05": "base_checkpoints", "07": "lora_checkpoints", "09": "autochat"}[number]
+    (tmp_path / "python").write_text(
+        '#!/usr/bin/env bash\necho "$@"\n'
+        f'mkdir -p "$NANOCHAT_BASE_DIR/{place}/preflight-$PPID" "$NANOCHAT_BASE_DIR/{place}/mine"\n'
+        "exit ${FAILS:-0}\n"
+    )
+    (tmp_path / "python").chmod(0o755)
+    path, base = f"{tmp_path}:{os.environ['PATH']}", tmp_path / "base"
+    for fails in (0, 3):
+        done = subprocess.run(
+            ["bash", out / "launch.sh", "preflight", "--json"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PATH": path, "NANOCHAT_BASE_DIR": str(base), "FAILS": str(fails)},
+        )
+        assert done.returncode == fails and tried in done.stdout, done.stderr
+        assert done.stdout.endswith("--json\n")
+        if number != "05":  # `primechat preflight` cleans up itself
+            left = sorted(item.name.partition("-")[0] for item in (base / place).iterdir())
+            assert left == ["mine", "preflight"][: 1 + bool(fails)]
+
+
 def run_script(folder: Path, base: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "run.py", *words],
@@ -237,7 +308,7 @@ def test_stages_of_other_labs(
     assert (
         f"`{source}`" in read_me
         and "_checkpoints/d20" in read_me
-        and not re.search("@[A-Z]+@", launch + read_me)
+        and not re.search("__[A-Z]+__", launch + read_me)
     )
     assert subprocess.run(["bash", "-n", folder / "launch.sh"]).returncode == 0
     script = (folder / "run.py").read_text()
@@ -312,7 +383,7 @@ def test_talk_study(tmp_path: Path, base_dir: Path) -> None:
     config = decode_config(json.loads((folder / "config.json").read_text()), STAGE_OF["09"])
     assert config.model == "sft/d20" and config.generations == 3 and config.resume
     read_me, launch = (folder / "README.md").read_text(), (folder / "launch.sh").read_text()
-    assert "`sft/d20`" in read_me and not re.search("@[A-Z]+@", launch + read_me)
+    assert "`sft/d20`" in read_me and not re.search("__[A-Z]+__", launch + read_me)
     assert (
         "pull root@POD:sft/d20-g3" in read_me
         and "pull root@primechat-d20-autochat:sft/d20-g1" in read_me
