@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from primechat.checkpoint.checkpoint import (
+    Loaded,
     explain_steps,
     find_steps,
     list_snapshots,
@@ -272,37 +273,19 @@ def open_model(
         CheckpointError: The model does not exist, does not match its tokenizer, or is too large.
         ConfigError: An argument has an invalid value.
     """
-    import torch
-
-    from primechat.infer.admission import describe_memory, warn_unrecorded
-    from primechat.model.gpt import GPT
+    from primechat.infer.admission import warn_unrecorded
 
     if dtype not in ("float32", "bfloat16", "auto"):
         raise ConfigError(f"dtype={dtype!r} must be float32, bfloat16 or auto; try float32.")
     if phase not in ("eval", "train"):
         raise ConfigError(f"phase={phase!r} must be eval or train; try eval.")
     name = read_name(identifier)
-    kind = (
-        "float32"
-        if dtype == "float32" or (dtype == "auto" and "cuda" not in device)
-        else "bfloat16"
-    )
-
-    def say(text: str) -> None:
-        on_event(NoteEvent(text=text)) if on_event else logger.info("%s", text)
-
-    def say_memory(name: ModelName, n_params: int) -> None:
-        say(describe_memory(str(name), n_params * (4 if kind == "float32" else 2), device))
-
+    if dtype == "auto":
+        dtype = "bfloat16" if "cuda" in device else "float32"
+    announce = Announcement(device=device, dtype=dtype, on_event=on_event)
     if name.family == "hf" and phase == "eval":
-        from primechat.model.huggingface import open_foreign
+        return open_from_hub(name, tokenizer, announce)
 
-        if tokenizer:
-            raise ConfigError(f"{name} has a tokenizer of its own; leave out --tokenizer.")
-        parts: Any = open_foreign(
-            name.tag, device, getattr(torch, kind), partial(say_memory, name), say
-        )
-        return parts  # these implement the protocols
     # Find the checkpoint and its tokenizer; the weights are memory-mapped, so none are in memory yet.
     folder, name = locate_model(name)
     loaded = load_checkpoint(folder, name.step)
@@ -311,13 +294,9 @@ def open_model(
 
     # Load the weights, then the adapters.
     full = pin_step(name, loaded.step)
-    say_memory(full, loaded.config.n_params)
-    state = load_checkpoint(folder, loaded.step, dtype=kind).model_state
-    model = GPT.from_state(loaded.config, state, device=device, dtype=getattr(torch, kind))
-    for adapter, scale in name.adapters:
-        from primechat.model.lora import open_adapter
-
-        open_adapter(model, adapter, run_dir("lora", adapter), found.identity, scale)
+    announce.say_memory(full, loaded.config.n_params)
+    model = read_weights(folder, loaded, device, dtype)
+    add_adapters(model, name, found)
     if not loaded.meta.get("tokenizer_identity"):
         warn_unrecorded(str(full), folder, model, found)
     if phase == "train":
@@ -325,6 +304,69 @@ def open_model(
     known = {"identifier": str(full), "path": str(folder), "skipped": loaded.skipped}
     advice = ADVICE if name.shipped and name.family == "sft" else ({}, "")
     return model, found, {**loaded.meta, **known, "sampling": advice}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Announcement:
+    """Says, before a model is opened with this dtype on this device, what memory it needs."""
+
+    device: str
+    dtype: str
+    on_event: OnEvent | None
+
+    def say(self, text: str) -> None:
+        """Send a sentence to the listener, or log it if there is none."""
+        if self.on_event:
+            self.on_event(NoteEvent(text=text))
+        else:
+            logger.info("%s", text)
+
+    def say_memory(self, name: ModelName, n_params: int) -> None:
+        """Say how much memory the weights need.
+
+        Raises:
+            CheckpointError: the device has less.
+        """
+        from primechat.infer.admission import describe_memory
+
+        n_bytes = n_params * (4 if self.dtype == "float32" else 2)
+        self.say(describe_memory(str(name), n_bytes, self.device))
+
+
+def open_from_hub(
+    name: ModelName, tokenizer: Any, announce: Announcement
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Return a model of the Hugging Face Hub, its tokenizer and its metadata.
+
+    The two implement the protocols of GPT and Tokenizer that the engine uses.
+    """
+    import torch
+
+    from primechat.model.huggingface import open_foreign
+
+    if tokenizer:
+        raise ConfigError(f"{name} has a tokenizer of its own; leave out --tokenizer.")
+    on_size = partial(announce.say_memory, name)
+    dtype = getattr(torch, announce.dtype)
+    return open_foreign(name.tag, announce.device, dtype, on_size, announce.say)
+
+
+def read_weights(folder: Path, loaded: Loaded, device: str, dtype: str) -> GPT:
+    """Return the model of a checkpoint with its weights read into memory."""
+    import torch
+
+    from primechat.model.gpt import GPT
+
+    state = load_checkpoint(folder, loaded.step, dtype=dtype).model_state
+    return GPT.from_state(loaded.config, state, device=device, dtype=getattr(torch, dtype))
+
+
+def add_adapters(model: GPT, name: ModelName, tokenizer: Tokenizer) -> None:
+    """Add the adapters that a name asks for, each at its scale."""
+    from primechat.model.lora import open_adapter
+
+    for adapter, scale in name.adapters:
+        open_adapter(model, adapter, run_dir("lora", adapter), tokenizer.identity, scale)
 
 
 @name_options

@@ -26,7 +26,7 @@ from primechat.infer.admission import GOOD_SHARE, describe_memory, find_memory, 
 from primechat.infer.engine import Engine
 from primechat.infer.samples import write_continuation, write_reply
 from primechat.model.gpt import GPT
-from primechat.model.lora import open_adapter
+from primechat.text.tokenizer import Tokenizer
 
 ERAS = dict(
     classic="nanochat of October 2025", modern="nanochat of 2026", custom="switches of neither era"
@@ -131,29 +131,24 @@ def check_model(
     if on_event:
         on_event(NoteEvent(text=note))
 
-    # Open it, and an untrained model to compare with.
-    fresh = read_text(draw_fresh(loaded.config), found).bpb
-    state = load_checkpoint(folder, loaded.step, dtype=dtype).model_state
-    model = GPT.from_state(loaded.config, state, device=device, dtype=getattr(torch, dtype))
+    # Read English with an untrained model, to compare with, and with the model itself.
+    fresh_bpb = read_text(draw_fresh(loaded.config), found).bpb
+    model = registry.read_weights(folder, loaded, device, dtype)
     try:
-        for adapter, scale in name.adapters:
-            open_adapter(model, adapter, registry.run_dir("lora", adapter), found.identity, scale)
+        registry.add_adapters(model, name, found)
     except PrimechatError as error:
         return blame(result, error)
+    measured = measure_english(replace(result, fresh_bpb=fresh_bpb), model, found)
+    sample = write_sample(Engine(model, found), name.family in ("sft", "rl"))
+    return judge_result(replace(measured, sample=sample), loaded)
 
-    # Read English, also with the ids of the tokenizer shuffled.
-    reading, order = read_text(model, found), list(range(found.vocab_size))
+
+def measure_english(result: CheckResult, model: GPT, tokenizer: Tokenizer) -> CheckResult:
+    """Return the result with the bits per byte of plain English, also with the tokenizer's ids shuffled."""
+    reading, order = read_text(model, tokenizer), list(range(tokenizer.vocab_size))
     random.Random(0).shuffle(order)
-    shuffled = read_text(model, found, order=order).bpb
-    result = replace(
-        result,
-        bpb=reading.bpb,
-        noise_bpb=reading.noise_bpb,
-        fresh_bpb=fresh,
-        shuffled_bpb=shuffled,
-        sample=write_sample(Engine(model, found), name.family in ("sft", "rl")),
-    )
-    return judge_result(result, loaded)
+    shuffled = read_text(model, tokenizer, order=order)
+    return replace(result, bpb=reading.bpb, noise_bpb=reading.noise_bpb, shuffled_bpb=shuffled.bpb)
 
 
 def blame(result: CheckResult, error: PrimechatError) -> CheckResult:

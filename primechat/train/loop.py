@@ -1,7 +1,8 @@
 """The training loop that every stage uses.
 
-`fit` accumulates gradients over micro-batches, applies the learning-rate schedule and steps the optimizer.
-Evaluation, sampling and saving are callbacks, so this module depends on neither files nor sampling.
+`fit` is the loop and `train_step` one step of it: read a batch, accumulate the gradients over micro-batches,
+step the optimizer at the learning rate that `read_schedule` gives. Evaluation, sampling and saving are
+callbacks, so this module depends on neither files nor sampling.
 Reference: warm-up, constant, warm-down (Hägele et al. 2024), as in nanochat.
 """
 
@@ -10,8 +11,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,7 +24,152 @@ from primechat.events import StepEvent
 from primechat.train.optim import Optimizer
 from primechat.train.parallel import SpreadLoss, any_rank, sum_numbers
 
+Batch = tuple[Tensor, Tensor]  # ids, targets (R, T)
 SumLoss = Callable[[Tensor, Tensor], Tensor]  # ids, targets (b, T) -> summed nats
+
+
+def ignore(*_: object) -> None:
+    """Do nothing, in place of a callback that was left out."""
+
+
+def fit(
+    optimizer: Optimizer,
+    batches: Iterable[Batch],
+    loss: SumLoss,
+    *,
+    steps: int,
+    start_step: int = 0,
+    micro_batch_rows: int = 8,
+    device: torch.device | str = "cpu",
+    elapsed_s: float = 0.0,
+    count_steps: Callable[[int, float], int] | None = None,
+    on_step: Callable[[StepEvent], None] = ignore,
+    on_eval: Callable[[int, bool], None] = ignore,
+    on_save: Callable[[int, bool], None] = ignore,
+    stop: threading.Event | None = None,
+) -> int:
+    """Train until `steps` or until stopped, and return the steps done, `start_step` included.
+
+    Args:
+        optimizer: moves the parameters; its config holds the schedule.
+        batches: endless; this rank's rows of one step after the other, ids and targets (R, T) int64.
+        loss: summed nats of a micro-batch; with several ranks a `SpreadLoss`, which adds up their gradients.
+        steps: optimizer steps of the whole run; the schedule spans them.
+        start_step: steps done before, by the run that this one resumes.
+        micro_batch_rows: rows of one forward and backward pass.
+        device: where the loss is computed.
+        elapsed_s: training time of the steps done before.
+        count_steps: called after each step with the steps done and the training time, returns a new `steps`.
+        on_step: called after each step.
+        on_eval: called with the steps done and whether they are the last, at first and after each step.
+        on_save: called after `on_eval` with the steps done and whether the run ends here.
+        stop: when set, the run ends after the current step, saved but not evaluated.
+
+    Raises:
+        PrimechatError: the loss is not finite.
+    """
+    place, stop = torch.device(device), stop or threading.Event()
+    step, source = start_step, iter(batches)
+
+    # A new run is evaluated and saved before its first step.
+    if step == 0:
+        on_eval(0, False)
+        on_save(0, False)
+
+    while step < steps:
+        done = train_step(optimizer, source, loss, step, steps, micro_batch_rows, place, elapsed_s)
+        step, elapsed_s = done.step, done.elapsed_s
+        steps = count_steps(step, elapsed_s) if count_steps else steps
+        on_step(replace(done, steps=steps))
+
+        # All ranks stop together if any of them was told to.
+        stopped = any_rank(stop.is_set(), place) and step < steps
+        if not stopped:
+            on_eval(step, step == steps)
+        on_save(step, stopped or step == steps)
+        if stopped:
+            break
+    return step
+
+
+def train_step(
+    optimizer: Optimizer,
+    source: Iterator[Batch],
+    loss: SumLoss,
+    step: int,
+    steps: int,
+    micro_batch_rows: int,
+    device: torch.device,
+    elapsed_s: float,
+) -> StepEvent:
+    """Train on the next batch and return what happened; `step` and `elapsed_s` count the steps before it.
+
+    Raises:
+        PrimechatError: the loss is not finite.
+    """
+    # Read a batch: the rows of this rank.
+    t_start = time.perf_counter()
+    ids, targets = next(source)
+
+    # Forward and backward. A loss that is not finite must not reach the weights.
+    loss_nats, tokens = accumulate_gradients(loss, ids, targets, micro_batch_rows, device)
+    if not math.isfinite(loss_nats):
+        raise PrimechatError(
+            f"The loss of step {step} is {loss_nats}, it must be a number; lower the learning rates "
+            "and resume from the last checkpoint."
+        )
+
+    # Move the weights by the rates of this step, and drop the gradients.
+    ratio, momentum, decay = read_schedule(step, steps, optimizer.config)
+    grad_norm, update_norm = optimizer.step(ratio, momentum, decay)
+
+    spent_s = time.perf_counter() - t_start
+    return StepEvent(
+        step=step + 1,
+        steps=steps,
+        loss_nats=loss_nats,
+        lr_ratio=ratio,
+        grad_norm=grad_norm,
+        update_norm=update_norm,
+        tokens=tokens,
+        tokens_per_s=tokens / spent_s,
+        elapsed_s=elapsed_s + spent_s,
+    )
+
+
+def accumulate_gradients(
+    loss: SumLoss, ids: Tensor, targets: Tensor, micro_batch_rows: int, device: torch.device
+) -> tuple[float, int]:
+    """Add up the gradients of the mean loss over a batch, one micro-batch at a time.
+
+    Args:
+        loss: summed nats of a micro-batch (b, T).
+        ids: this rank's rows of the batch, (R, T) int64.
+        targets: the next token of each of `ids`, (R, T) int64; -1 is ignored.
+        micro_batch_rows: b, the rows of a micro-batch.
+        device: where the loss is computed.
+
+    Returns:
+        The mean loss in nats per target and the number of tokens, both over all ranks.
+    """
+    # The mean is over the targets of all ranks, so they are counted before the first backward pass.
+    own_counts = [float((targets >= 0).sum()), float(ids.numel())]
+    n_targets, n_tokens = sum_numbers(own_counts, device)
+
+    nats = torch.zeros((), device=device)
+    pairs = list(zip(ids.split(micro_batch_rows), targets.split(micro_batch_rows), strict=True))
+    for i, (x, y) in enumerate(pairs):
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)  # (b, T)
+
+        # Ranks exchange their gradients during the last backward pass only.
+        is_last = i + 1 == len(pairs)
+        with loss.no_sync() if isinstance(loss, SpreadLoss) and not is_last else nullcontext():
+            part = loss(x, y) / max(1.0, n_targets)
+            part.backward()
+        nats += part.detach()
+
+    (mean_nats,) = sum_numbers([float(nats)], device)
+    return mean_nats, int(n_tokens)
 
 
 def lr_ratio(step: int, steps: int, config: OptimConfig) -> float:
@@ -101,116 +248,3 @@ def read_schedule(step: int, steps: int, config: OptimConfig) -> tuple[float, fl
         muon_momentum(step, steps, config),
         decay_ratio(step, steps, config),
     )
-
-
-def fit(
-    optimizer: Optimizer,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    loss: SumLoss,
-    *,
-    steps: int,
-    start_step: int = 0,
-    micro_batch_rows: int = 8,
-    device: torch.device | str = "cpu",
-    elapsed_s: float = 0.0,
-    count_steps: Callable[[int, float], int] | None = None,
-    on_step: Callable[[StepEvent], None] | None = None,
-    on_eval: Callable[[int, bool], None] | None = None,
-    on_save: Callable[[int, bool], None] | None = None,
-    stop: threading.Event | None = None,
-) -> int:
-    """Train until `steps` or until stopped, and return the number of steps done.
-
-    Args:
-        optimizer: moves the parameters; its config holds the schedule.
-        batches: endless; each item holds this rank's rows of one step, ids and targets, (R, T) int64.
-        loss: returns the summed nats of a micro-batch, with gradients; with several ranks a `SpreadLoss`,
-            which sums the gradients over the ranks during the backward pass.
-        steps: optimizer steps of the whole run; the schedule spans them.
-        start_step: steps done before, by the run that this one resumes.
-        micro_batch_rows: rows of one forward and backward pass.
-        device: where the loss is computed.
-        elapsed_s: training time of the steps done before.
-        count_steps: called after each step with the steps done and the training time; returns the new value
-            of `steps`.
-        on_step: called with the `StepEvent` of each step.
-        on_eval: called with the steps done and whether they are the last, before the first step and after
-            each step, but not when the run is stopped.
-        on_save: called after `on_eval` with the steps done and whether the run ends here, stopped or not.
-        stop: when set, the run ends after the current step.
-
-    Returns:
-        The number of steps done, including those before `start_step`.
-
-    Raises:
-        PrimechatError: the loss is not finite.
-    """
-    device = torch.device(device)
-    stop = stop or threading.Event()
-    step, source = start_step, iter(batches)
-
-    # Evaluate and save before the first step of a new run.
-    if step == 0 and on_eval:
-        on_eval(0, False)
-    if step == 0 and on_save:
-        on_save(0, False)
-
-    while step < steps:
-        # Read a batch, and count over all ranks the targets that the loss is divided by.
-        t_start = time.perf_counter()
-        ids, targets = next(source)
-        counted, tokens = sum_numbers([float((targets >= 0).sum()), float(ids.numel())], device)
-
-        # Accumulate gradients over the micro-batches; ranks exchange them during the last one only.
-        nats = torch.zeros((), device=device)
-        pairs = list(zip(ids.split(micro_batch_rows), targets.split(micro_batch_rows), strict=True))
-        for i, (x, y) in enumerate(pairs):
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            with (
-                loss.no_sync()
-                if isinstance(loss, SpreadLoss) and i + 1 < len(pairs)
-                else nullcontext()
-            ):
-                part = loss(x, y) / max(1.0, counted)
-                part.backward()
-            nats += part.detach()
-
-        # Refuse a loss that is not finite before it reaches the weights.
-        (mean_nats,) = sum_numbers([float(nats)], device)
-        if not math.isfinite(mean_nats):
-            raise PrimechatError(
-                f"The loss of step {step} is {mean_nats}, it must be a number; lower the learning rates "
-                "and resume from the last checkpoint."
-            )
-
-        # Step the optimizer; `count_steps` may change how many steps the run has.
-        ratio, momentum, decay = read_schedule(step, steps, optimizer.config)
-        grad_norm, update_norm = optimizer.step(ratio, momentum, decay)
-        step += 1
-        spent_s = time.perf_counter() - t_start
-        elapsed_s += spent_s
-        steps = count_steps(step, elapsed_s) if count_steps else steps
-        if on_step:
-            on_step(
-                StepEvent(
-                    step=step,
-                    steps=steps,
-                    loss_nats=mean_nats,
-                    lr_ratio=ratio,
-                    grad_norm=grad_norm,
-                    update_norm=update_norm,
-                    tokens=int(tokens),
-                    tokens_per_s=tokens / spent_s,
-                    elapsed_s=elapsed_s,
-                )
-            )
-
-        # Evaluate and save; all ranks stop together if any of them was told to.
-        stopped = any_rank(stop.is_set(), device) and step < steps
-        if on_eval and not stopped:
-            on_eval(step, step == steps)
-        if on_save:
-            on_save(step, stopped or step == steps)
-        if stopped:
-            break
-    return step
